@@ -44,7 +44,7 @@ from purify_fast.kernels import (
 from purify_fast.methods.carso.networks import published_decoder
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
-from purify_fast.ops.decoder_weights import Geometry
+from purify_fast.ops.decode_samples import Geometry
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from purify_fast._files import folder_lock, write_text
-from purify_fast.ops.dispatch import compiler, timing
+from purify_fast.ops.dispatch import cache, tune
 
 from . import RESULTS, pages, performance, report, shipping
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
@@ -56,8 +56,8 @@ TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 def _rehearse(out: Path) -> None:
     """Few elements, short runs, and a folder of verdicts and races of its own."""
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
-    timing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
-    timing.RUN = 1e-5
+    tune.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
+    tune.RUN = 1e-5
 
 
 def _end_with(parent: int) -> None:
@@ -274,7 +274,7 @@ def main(chosen: argparse.Namespace) -> bool:
     """``python -m benchmarks gpu_check``; whether all passed that was asked for."""
     device = torch.device("cpu" if chosen.dry else "cuda")
     out = (chosen.out or folder(device, chosen.dry)).resolve()  # pytest runs in another folder
-    lacking = compiler.missing()
+    lacking = cache.missing_compiler()
     if lacking is not None and not chosen.dry:
         print(f"WARNING: {lacking}", file=sys.stderr)
     with folder_lock(out):

@@ -23,7 +23,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, pin_kernels
-from purify_fast.ops.dispatch.timing import Launches
+from purify_fast.ops.dispatch.tune import Launches
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
@@ -85,9 +85,8 @@ def served(by: Served) -> Iterator[None]:
     for name, op in REGISTRY.items():
         rule = op.serves_unraced("eager")
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
-        chosen = {variant: op.kernel("cpu") for variant in kernels}
-        variants = {variant: {"eager": backend} for variant, backend in chosen.items() if variant}
-        entries[name] = [{"eager": chosen.get("", "reference"), "variants": variants}]
+        cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
+        entries[name] = [{"cells": cells}]
     # kernels of a whole function, that only a CPU has, would count less than a GPU launches
     whole, attention.WHOLE = attention.WHOLE, False
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch.timing import Launches
+from purify_fast.ops.dispatch.tune import Launches
 
 from .ops import Case
 

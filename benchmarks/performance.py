@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from purify_fast.ops.dispatch.op import SIZES
+
 from . import limits, pipelines, report, shipping
 from .measure import AUTOTUNED
 from .ops import Case, registry
@@ -185,7 +187,11 @@ def measured_races(raced: dict) -> list[str]:
             ratios = sorted(row["reference_us"] / row["kernel_us"] for row in entry["rows"] if row["style"] == style)
             mean = statistics.geometric_mean(ratios) if ratios else 0.0
             cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
-        behind = [name for name, who in entry["cells"].items() if who.get("eager") == "reference"]
+        behind = [
+            name
+            for name, who in entry["cells"].items()
+            if name.endswith(tuple(SIZES)) and who.get("eager") == "reference"
+        ]
         body.append([op, *cells, ", ".join(behind) or "-"])
     return [
         "### Races of kernel and reference",

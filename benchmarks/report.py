@@ -103,8 +103,8 @@ def races(rows: list[dict]) -> dict:
         if name in decided:
             continue
         variants = {one["variant"]: [r for r in own if r["variant"] == one["variant"]] for one in own}
-        decided[name] = _winners(own) | {
-            "variants": {variant: _winners(part) for variant, part in sorted(variants.items()) if variant}
+        decided[name] = {
+            "cells": {"": _winners(own)} | {name: _winners(part) for name, part in variants.items() if name}
         }
     device, _, capability = first["device"].partition(" x86_64 ")
     capability = f"x86_64 {capability}" if capability else ""

@@ -25,7 +25,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops.dispatch.timing import Launches
+from purify_fast.ops.dispatch.tune import Launches
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch

@@ -31,14 +31,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Two entries of an op: what the first leaves open is the second's."""
-    made = {**second, **first}
-    for name in ("variants", "cells"):
-        keys = {**second.get(name, {}), **first.get(name, {})}
-        if keys:
-            made[name] = {
-                key: {**second.get(name, {}).get(key, {}), **first.get(name, {}).get(key, {})} for key in keys
-            }
-    return made
+    ours, theirs = first.get("cells", {}), second.get("cells", {})
+    cells = {name: theirs.get(name, {}) | ours.get(name, {}) for name in sorted({*ours, *theirs})}
+    return {**second, **first, "cells": cells}
 
 
 def shipped(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ._common import grid, on, program
 from .philox import noise
 
 #: The stream of latents and what channels and columns of packed weights are padded to: purify_fast/ops/philox.py and
-#: decoder_weights.py.
+#: decode_samples.py.
 LATENT, CHANNEL_TILE, COLUMN_TILE = 1, 32, 16
 #: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
 MEMORY = 1 << 29

@@ -26,6 +26,26 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+def check_one_device(**tensors: Tensor) -> None:
+    """ValueError unless tensors, by their names, are on one device."""
+    devices = [tensor.device for tensor in tensors.values()]
+    if any(device != devices[0] for device in devices):
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"tensors on several devices: {places}: they must agree")
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """ValueError unless tensors, by their names, have one shape [B, ...], floating-point dtype and device."""
+    *names, last = tensors
+    named = f"{', '.join(names)} and {last}"
+    shapes, dtypes = ([getattr(tensor, what) for tensor in tensors.values()] for what in ("shape", "dtype"))
+    if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) < 2:
+        raise ValueError(f"{named} need one shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}")
+    if any(dtype != dtypes[0] for dtype in dtypes) or not dtypes[0].is_floating_point:
+        raise ValueError(f"{named} need one floating-point dtype, got {', '.join(map(str, dtypes))}")
+    check_one_device(**tensors)
+
+
 def repeat_batch(x: Tensor, times: int) -> Tensor:
     """The whole batch ``times`` times, one after the other.
 

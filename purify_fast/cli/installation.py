@@ -16,7 +16,7 @@ import torch
 from .. import _library
 from .._version import __version__
 from ..ops import REGISTRY
-from ..ops.dispatch import cache, compiler, races
+from ..ops.dispatch import cache, races
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op
 from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
@@ -32,14 +32,11 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = values.get("flags", "").split()
-    return f"{values.get('model name', platform.machine())}, {', '.join(f for f in _CPU_FLAGS if f in flags) or '-'}"
+    """The CPU's name, the instruction sets that kernels use where the system tells them, and the threads."""
+    path, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    words = path.read_text().split("\n\n")[0].split() if path.exists() else []
+    flags = f", {', '.join(flag for flag in _CPU_FLAGS if flag in words) or '-'}" if words else ""
+    return f"{cache.processor()}{flags}; {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _gpu() -> str:
@@ -54,7 +51,7 @@ def _gpu() -> str:
 
 def _triton() -> str:
     """Its version, and what it lacks to build kernels."""
-    version, lacking = _version("triton"), compiler.missing()
+    version, lacking = _version("triton"), cache.missing_compiler()
     return f"{version}; WARNING: {lacking}" if lacking is not None and version != "not installed" else version
 
 
@@ -68,16 +65,13 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
         return {}
 
 
-def _extension() -> list[tuple[str, str]]:
+def _extension() -> str:
+    """Whether the extension is loaded, and of which version if that is not the package's."""
     if not _library.loaded():
-        return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
-    build = facts(_library.path)
-    rows = [("extension", "loaded"), ("file", _library.path or "")]
-    if build:
-        rows.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
-        if build["version"] != __version__:
-            rows.append(("", f"WARNING: the extension is of version {build['version']}; {_library.BUILD_HINT}"))
-    return rows
+        return f"not loaded: {_library.load_error}"
+    built = facts(_library.path).get("version", __version__)
+    other = f"; WARNING: the extension is of version {built}; {_library.BUILD_HINT}"
+    return "loaded" if built == __version__ else f"loaded{other}"
 
 
 def _device(kind: str) -> torch.device | None:
@@ -90,7 +84,7 @@ def _device(kind: str) -> torch.device | None:
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
     raced = device.type != "cuda" or torch.cuda.is_available()
-    known = list(races.calls(op, device, style)) if raced else []
+    known = races.calls(op, device, style) if raced else []
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
@@ -204,7 +198,7 @@ def copy() -> str:
 
 def report() -> str:
     """Versions, machine, build, environment, and the table op x backend, as text."""
-    threads = torch.get_num_threads()
+    build = facts(_library.path)
     head = [
         ("purify_fast", __version__),
         ("this copy", copy()),
@@ -212,10 +206,13 @@ def report() -> str:
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
         ("triton", _triton()),
         ("platform", f"{platform.system()} {platform.machine()}"),
-        ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
+        ("CPU", _cpu()),
         ("GPU", _gpu()),
-        *_extension(),
+        ("extension", _extension()),
+        ("file", _library.path or "none"),
     ]
+    if build:
+        head.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
     head.append(("verdicts", f"{cache.folder()}; PURIFY_FAST_VERIFY={mode()}"))
     head += [("races" if kind == "cpu" else "", _raced(kind)) for kind in ("cpu", "cuda")]
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
@@ -225,35 +222,23 @@ def report() -> str:
 
 def _wrapped(head: list[tuple[str, str]]) -> list[str]:
     """Lines of names and values below each other; long values go on in the next line."""
+    wrapper = textwrap.TextWrapper(110, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
     lines = []
     for name, value in head:
-        lines += textwrap.wrap(
-            value,
-            110,
-            initial_indent=name.ljust(14),
-            subsequent_indent=" " * 14,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        wrapper.initial_indent = name.ljust(14)
+        lines += wrapper.wrap(value)
     return lines
 
 
 def summary() -> str:
     """The same in a few lines: versions, the devices, how many ops kernels serve there, and what is wrong."""
-    if not _library.loaded():
-        extension = f"not loaded: {_library.load_error}"
-    else:
-        built = facts(_library.path).get("version")
-        extension = "loaded"
-        extension += f"; WARNING: it is of version {built}, {_library.BUILD_HINT}" if built != __version__ else ""
-    threads = torch.get_num_threads()
     head = [
         ("purify_fast", f"{__version__}, with PyTorch {torch.__version__} and Python {platform.python_version()}"),
         ("this copy", copy()),
-        ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
+        ("CPU", _cpu()),
         ("GPU", _gpu()),
         *([("Triton", _triton())] if "WARNING" in _triton() else []),
-        ("extension", extension),
+        ("extension", _extension()),
         *_served(),
         ("more", "`purify-fast info --all` says who serves which op and why; `purify-fast tune` finds who is fastest"),
     ]

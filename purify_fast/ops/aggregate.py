@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _library
-from .dispatch import cpu_kernels
-from .dispatch.examples import ROWS, examples, normal, wide_dtype
-from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, second_argument, wide
+from .dispatch.examples import ROWS, examples, normal
+from .dispatch.gradient import cpu_kernel, differentiable, may_save, needs_gradient
+from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
 
 #: Methods with a kernel, by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
@@ -102,7 +100,7 @@ EXAMPLES = {
     ("peel", (ROWS, 64, 7), 3.0): "",
     ("peel", (ROWS, 8, 12), 60.0): "fb",
 }
-ON_GPU_BACKWARD = {
+ON_GPU_BACKWARD = EXAMPLES | {
     ("peel", (ROWS, 8, 10), 3.0): "fh",
     ("vote", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 12), 60.0): "f",
@@ -123,12 +121,6 @@ def _arguments(method: str, shape: tuple[int, ...], scale: float, dtype: torch.d
     return normal(seed, *shape, scale=scale).to(dtype), METHODS.index(method)
 
 
-def _arguments_backward(method: str, shape: tuple[int, ...], *rest: Any) -> tuple[Any, ...]:
-    _, dtype, seed = rest
-    grad = normal(seed + 100, shape[0], shape[2]).to(wide_dtype(dtype))
-    return grad, *_arguments(method, shape, *rest)
-
-
 OP = define_op(
     "aggregate",
     "(Tensor logits, int method) -> Tensor",
@@ -140,22 +132,18 @@ OP = define_op(
     replaces_many=("peel", "mean_sigmoid", "vote"),
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
 )
-BACKWARD = define_op(
-    "aggregate_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
-    examples=examples(_arguments_backward, EXAMPLES | ON_GPU_BACKWARD, **PROPERTIES),
-    raced=examples(_arguments_backward, RACED, **PROPERTIES),
-    triton=Launcher("aggregate", "backward"),
-    replaces_many=("peel", "mean_sigmoid", "vote"),
-    compiler_fuses=("peel", "mean_sigmoid", "vote"),
+    on_gpu=ON_GPU_BACKWARD,
     weigh=second_argument,
 )
 
 
 #: Of ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
-SAVING = cpu_kernels.kernel(
+SAVING = cpu_kernel(
     "aggregate_keeping",
     "(Tensor logits, int method) -> (Tensor, Tensor)",
     lambda logits, method: (
@@ -163,21 +151,19 @@ SAVING = cpu_kernels.kernel(
         wide(logits).new_empty((logits.shape[0], 3, logits.shape[2])),
     ),
 )
-FROM_SAVED = cpu_kernels.kernel(
+FROM_SAVED = cpu_kernel(
     "aggregate_from_kept",
     "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor",
     lambda grad, logits, saved, method: logits.new_empty(logits.shape),
 )
 SAVED_FROM = 16
-#: False where the extension was built before these kernels were written.
-SAVES = _library.has_kernel("purify_fast::aggregate_from_kept", "CPU")
 
 
 def _saves(logits: Tensor, method: str) -> bool:
     """Whether the kernels that save something stand in for the op's own."""
-    if not SAVES or method not in ("lse", "peel") or logits.shape[2] < SAVED_FROM or not cpu_kernels.may_serve(logits):
+    if method not in ("lse", "peel") or logits.shape[2] < SAVED_FROM:
         return False
-    return not BACKWARD.plain(logits.device, logits.dtype, logits.numel(), method)
+    return may_save(logits) and not BACKWARD.plain(logits.device, logits.dtype, logits.numel(), method)
 
 
 _with_saved = differentiable(

@@ -11,6 +11,7 @@ moves such an element (linf) or sample (l2). NaN in x, x_nat or previous propaga
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +26,10 @@ NORMS = ("linf", "l2")
 
 
 def reference(
-    x: Tensor,
-    grad: Tensor,
-    x_nat: Tensor,
-    previous: Tensor,
-    alpha: Tensor,
-    eps: Tensor,
-    momentum: float,
-    norm: int,
-    lo: float,
-    hi: float,
+    x: Tensor, grad: Tensor, x_nat: Tensor, previous: Tensor, alpha: Tensor, eps: Tensor, momentum: float, *space: Any
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
+    norm, lo, hi = space
     start, center = wide(x), wide(x_nat)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
     into_ball = functools.partial(project, x_nat=center, eps=radius, norm=norm, lo=lo, hi=hi)

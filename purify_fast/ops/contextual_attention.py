@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _library
-from .._tensors import without_autocast
-from .dispatch import cpu_kernels
+from .._tensors import check_one_device, without_autocast
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
-from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
+from .dispatch.registry import Launcher, define_backward, define_op, wide
 from .gated_elu import last_channels
 
 _SMALLEST_NORM = 1e-4
@@ -136,10 +134,9 @@ def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed:
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
 
-def _arguments_backward(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    correlation, norms, *rest = _arguments(height, width, channels, dtype, seed)
-    spread, weights = reference(correlation, norms, *rest)
-    return normal(seed + 200, *spread.shape).to(dtype), correlation, norms, weights, *rest[1:]
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What backward takes beside the gradient: G, the inverse norms, A and the settings."""
+    return *inputs[:2], outputs[1], *inputs[3:]
 
 
 OP = define_op(
@@ -153,12 +150,12 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES),
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
     # by the dtype of what is kept, and the pairs of pixels
     weigh=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
-BACKWARD = define_op(
-    "contextual_attention_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> (Tensor, Tensor)",
     reference=reference_backward,
@@ -166,20 +163,15 @@ BACKWARD = define_op(
         correlation.new_empty(correlation.shape),
         inverse.new_empty(inverse.shape),
     ),
-    examples=examples(_arguments_backward, EXAMPLES, slack=32.0),  # sums of numbers of the largest output's size
-    raced=examples(_arguments_backward, RACED),
-    triton=Launcher("contextual_attention", "backward"),
-    replaces_many=True,
+    saved=_saved,
+    constants=1,
+    # sums of numbers of the largest output's size
+    changes={"slack": 32.0},
     weigh=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )
 
 
-_between = differentiable(
-    OP.handle,
-    lambda *given: BACKWARD(*given),
-    lambda inputs, outputs: (*inputs[:2], outputs[1], *inputs[3:]),
-    constants=1,
-)
+_between = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
 def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -201,19 +193,19 @@ def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
 #: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
 #: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
 #: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
-SPLIT = cpu_kernels.kernel(
+SPLIT = cpu_kernel(
     "contextual_attention_split",
     "(Tensor features, bool channels_last) -> Tensor",
     lambda features, last: features.new_empty(_phases(features.shape, last)),
 )
-JOIN = cpu_kernels.kernel(
+JOIN = cpu_kernel(
     "contextual_attention_join",
     "(Tensor phases, Tensor? more, SymInt height, SymInt width, bool channels_last) -> Tensor",
     lambda phases, more, height, width, last: phases.new_empty(
         (phases.shape[0], phases.shape[3 if last else 2], 2 * height, 2 * width)
     ).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
 )
-SPREAD = cpu_kernels.kernel(
+SPREAD = cpu_kernel(
     "contextual_attention_spread",
     "(Tensor correlation, Tensor valid, SymInt height, SymInt width, float scale, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
@@ -223,14 +215,14 @@ SPREAD = cpu_kernels.kernel(
         correlation.new_empty(valid.shape),
     ),
 )
-SLOPES = cpu_kernels.kernel(
+SLOPES = cpu_kernel(
     "contextual_attention_slopes",
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
     lambda grad, correlation, inverse, weights, height, width, scale: correlation.new_empty(correlation.shape),
 )
-#: False where the extension was built before these kernels were written.
-WHOLE = _library.has_kernel("purify_fast::contextual_attention_slopes", "CPU")
+#: Whether they are there, and may serve.
+WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
@@ -271,7 +263,7 @@ _whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*out
 
 def _whole_serves(features: Tensor, pairs: int, gradient: bool) -> bool:
     """Whether the kernels of the whole function serve: wherever the op's own would in both directions."""
-    if not WHOLE or not cpu_kernels.may_serve(features) or OP.plain(features.device, features.dtype, pairs):
+    if not WHOLE or not may_save(features) or OP.plain(features.device, features.dtype, pairs):
         return False
     return not gradient or not BACKWARD.plain(features.device, features.dtype, pairs)
 
@@ -307,8 +299,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         raise ValueError(
             f"valid must be bool [B, (H/2) * (W/2)] = {[batch, height * width]}, got {valid.dtype} {list(valid.shape)}"
         )
-    if valid.device != features.device:
-        raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
+    check_one_device(features=features, valid=valid)
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
     if _whole_serves(features, pairs, gradient):

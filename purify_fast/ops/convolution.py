@@ -48,12 +48,7 @@ def _last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *settings: Sequence[int],
-) -> Tensor:
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Sequence[int]) -> Tensor:
     """The definition. input [B, H, W, C], weight [O, K, L, C] in input's dtype, bias [O] or None -> [B, H', W', O]."""
     shift = None if bias is None else bias.to(input.dtype)
     stride, padding, dilation = settings
@@ -61,13 +56,7 @@ def reference(
     return _last(out).contiguous()
 
 
-def reference_input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    height: int,
-    width: int,
-    *settings: Sequence[int],
-) -> Tensor:
+def reference_input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, *settings: Sequence[int]) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
     like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
     gradient = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
@@ -75,10 +64,7 @@ def reference_input_gradient(
 
 
 def reference_weight_gradient(
-    grad: Tensor,
-    input: Tensor,
-    kernel: Sequence[int],
-    *settings: Sequence[int],
+    grad: Tensor, input: Tensor, kernel: Sequence[int], *settings: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
@@ -91,43 +77,30 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
     lists = [list(one) for one in settings]
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
-        *(_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
-    )
+    operands = (_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(*operands)
     return gradients
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """The name of the layer's group. Who serves is chosen by group: layers of one were ahead or behind together.
-
-    Args:
-        inputs: channels that come in.
-        outputs: channels that are made.
-        stride: of rows and columns.
-    """
+    """The name of the layer's group. Who serves is chosen by group: layers of one were ahead or behind together."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
 
 
-def output_side(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """How many rows the result has, or columns.
-
-    Args:
-        size: rows of the input, or columns; the others are of the same direction.
-        kernel: taps.
-        stride: pixels of the input from one of the result to the next.
-        padding: zeros on each side.
-        dilation: pixels from tap to tap.
-    """
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def output_size(size: Sequence[int], kernel: Sequence[int], *settings: Sequence[int]) -> list[int]:
+    """How many rows and columns the result has, from those of the images and the kernel."""
+    return [
+        (pixels + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for pixels, taps, stride, padding, dilation in zip(size, kernel, *settings, strict=True)
+    ]
 
 
-def _fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    size = [output_side(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return input.new_empty(input.shape[0], *size, weight.shape[0])
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: list[int]) -> Tensor:
+    return input.new_empty(
+        input.shape[0], *output_size(input.shape[1:3], weight.shape[1:3], *settings), weight.shape[0]
+    )
 
 
 def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
@@ -177,7 +150,7 @@ def _operands(*setting: Any) -> tuple[Tensor, ...]:
     # scaled so that results are of the size of the images, as in a network
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
     x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
-    size = [output_side(*one) for one in zip(shape[1:3], kernel, stride, padding, dilation, strict=True)]
+    size = output_size(shape[1:3], kernel, stride, padding, dilation)
     bias = normal(seed + 200, outputs).to(wide_dtype(dtype))
     return x, Parameter(weight, False), Parameter(bias, False), normal(seed + 300, ROWS, *size, outputs).to(dtype)
 
@@ -305,12 +278,10 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
 def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
     """How many numbers the result has; ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
-    sides = [output_side(size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
-        raise ValueError(
-            f"input with its padding is smaller than the kernel: {list(size)}, padding {padding}, kernel "
-            f"{list(kernel)}, dilation {dilation}"
-        )
+        words = f"{list(size)}, padding {padding}, kernel {list(kernel)}, dilation {dilation}"
+        raise ValueError(f"input with its padding is smaller than the kernel: {words}")
     return input.shape[0] * weight.shape[0] * sides[0] * sides[1]
 
 

@@ -16,22 +16,165 @@ those between the last two in registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
-from .decoder_weights import Geometry, Layer, Weights, pack, unpack
+from .._tensors import check_one_device, without_autocast
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
-from .philox import Stream, check_tensors, philox
+from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .philox import Stream, check_stream, philox
 
 __all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
+
+#: Channels of maps, and columns of an image, are padded to a multiple of these: what one matrix product takes.
+CHANNEL_TILE, COLUMN_TILE = 32, 16
+
+
+class Layer(NamedTuple):
+    """A transposed convolution.
+
+    Args:
+        channels: of its output.
+        kernel: side of the kernel.
+        stride: in both directions.
+        padding: in both directions.
+        height: of its output.
+        width: of its output.
+    """
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A packed decoder's sizes.
+
+    Args:
+        latent_dim: numbers of a latent.
+        start: channels, height and width of the first map.
+        layers: the transposed convolutions, in order.
+    """
+
+    latent_dim: int
+    start: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    def numbers(self) -> list[int]:
+        """As the op takes them."""
+        return [self.latent_dim, *self.start, *(number for layer in self.layers for number in layer)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """The inverse of `numbers`."""
+        latent_dim, c, h, w, *rest = numbers
+        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
+        channels, h, w = self.start
+        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
+        for i, layer in enumerate(self.layers):
+            tile = COLUMN_TILE if i == len(self.layers) - 1 else CHANNEL_TILE
+            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
+            channels = layer.channels
+        return out
+
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of the packed weights, the gradient's among them, and of the biases."""
+        first, *products = self.products()
+        channels = [self.start[0], *(layer.channels for layer in self.layers)]
+        backward = [
+            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
+            for (taps, _, _), inputs, outputs in zip(products, channels, channels[1:], strict=False)
+        ]
+        forward = [taps * inputs * columns for taps, inputs, columns in (first, *products)]
+        return sum(forward) + sum(backward), sum(columns for _, _, columns in products)
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _pack(weight: Tensor, columns: int) -> Tensor:
+    """[taps, channels, columns], padded, in that order."""
+    inputs, outputs = weight.shape[1:]
+    return F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs)).flatten()
+
+
+def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A decoder's weights as the op takes them.
+
+    Args:
+        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that makes the first map.
+        weights: ``[channels in, channels out, k, k]`` of every transposed convolution.
+        biases: ``[channels out]`` of each.
+
+    Returns:
+        One vector of weights, those of the layers and then, transposed, those of their gradients from the last to the
+        first; one of biases, without the first layer's; zeros where they are padded.
+    """
+    channels, h, w, dim = first.shape
+    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), _up(channels, CHANNEL_TILE))]
+    shifts, backward = [], []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        inputs, outputs, k, _ = weight.shape
+        columns = _up(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
+        parts.append(_pack(weight.permute(2, 3, 0, 1).reshape(k * k, inputs, outputs), columns))
+        shifts.append(F.pad(bias, (0, columns - outputs)))
+        transposed = weight.permute(2, 3, 1, 0).reshape(k * k, outputs, inputs)
+        backward.append(_pack(transposed, _up(inputs, CHANNEL_TILE)))
+    return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
+
+
+class Weights(NamedTuple):
+    """A packed decoder's weights, unpacked.
+
+    Args:
+        first: ``[pixels, latent_dim, channels]`` of the first map.
+        layers: ``[channels in, channels out, k, k]`` of every transposed convolution.
+        biases: ``[channels out]`` of each.
+    """
+
+    first: Tensor
+    layers: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
+    """What `pack` was given, in the packed weights' dtype.
+
+    Args:
+        packed: the vector of weights that `pack` returned, in any dtype.
+        biases: the vector of biases that it returned.
+        geometry: the decoder's sizes.
+
+    Returns:
+        The weights and biases of every layer, without padding.
+    """
+    products = geometry.products()
+    sizes = [taps * inputs * columns for taps, inputs, columns in products]
+    parts = packed[: sum(sizes)].split(sizes)
+    first, *tiles = (part.view(product) for part, product in zip(parts, products, strict=True))
+    shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
+    inputs, weights = geometry.start[0], []
+    for layer, tile in zip(geometry.layers, tiles, strict=True):
+        kernel = tile[:, :inputs, : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
+        weights.append(kernel.permute(2, 3, 0, 1))
+        inputs = layer.channels
+    ends = tuple(shift[: layer.channels] for shift, layer in zip(shifts, geometry.layers, strict=True))
+    return Weights(first[:, : geometry.latent_dim, : geometry.start[0]], tuple(weights), ends)
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
@@ -70,31 +213,20 @@ def decode_samples(decoder: Callable[[Tensor, Tensor], Tensor], condition: Tenso
 
 
 def maps(
-    condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    weights: Weights,
-    geometry: Geometry,
-    samples: int,
-    slope: float,
+    condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: Geometry, samples: int, slope: float
 ) -> list[Tensor]:
     """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
     channels, h, w = geometry.start
     dtype = weights.first.dtype
-    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(dtype)
+    z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
     x = torch.einsum("bkl,plc->bkpc", z, weights.first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
     out = [x.to(dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)]
     for layer, weight, bias in zip(geometry.layers, weights.layers, weights.biases, strict=True):
-        output_padding = [
-            size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
-            for size, before in zip((layer.height, layer.width), out[-1].shape[2:], strict=True)
-        ]
+        _, kernel, stride, padding, *size = layer
+        before = [(side - 1) * stride - 2 * padding + kernel for side in out[-1].shape[2:]]
+        more = [side - least for side, least in zip(size, before, strict=True)]
         x = F.leaky_relu(out[-1], slope)
-        out.append(
-            F.conv_transpose2d(
-                x, weight, bias, stride=layer.stride, padding=layer.padding, output_padding=output_padding
-            )
-        )
+        out.append(F.conv_transpose2d(x, weight, bias, stride=stride, padding=padding, output_padding=more))
     return out
 
 
@@ -106,45 +238,25 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 
 
 def reference(
-    condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    packed: Tensor,
-    biases: Tensor,
-    numbers: list[int],
-    samples: int,
-    slope: float,
-    squash: bool,
-    channels_last: bool,
-    dtype: torch.dtype,
+    condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """The definition, in the precision of ``packed``; arguments as in `decode_prior`, sizes as `Geometry.numbers`.
+    """The definition, in the precision of ``packed``; arguments as in the schema, sizes as `Geometry.numbers`.
 
     condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
     """
+    samples, slope, squash, channels_last, dtype = settings
     geometry = Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=slope)[-1]
+    logits = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)[-1]
     return images(logits, squash, channels_last, dtype)
 
 
-def reference_backward(
-    grad: Tensor,
-    image: Tensor,
-    condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    packed: Tensor,
-    biases: Tensor,
-    numbers: list[int],
-    samples: int,
-    slope: float,
-    squash: bool,
-) -> Tensor:
+def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
     """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
+    seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    entered = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=slope)
+    entered = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
     for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
@@ -189,8 +301,8 @@ ON_GPU_BACKWARD = {("tiled", 3, torch.bfloat16, "squashed"): "f", ("wide", 2, to
 RACED = (("cifar", 8, torch.bfloat16, "squashed"), ("cifar", 8, torch.bfloat16, ""))
 
 
-def _operands(*setting: Any) -> tuple[Any, ...]:
-    decoder, samples, weight_dtype, squash, seed = setting
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    decoder, samples, weight_dtype, squash, dtype, seed = setting
     sizes = DECODERS[decoder]
     weights, biases, channels = [], [], sizes.start[0]
     for i, layer in enumerate(sizes.layers):
@@ -203,20 +315,12 @@ def _operands(*setting: Any) -> tuple[Any, ...]:
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
     # parameters, since `tile` repeats what is none of them
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
-    return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash)
+    return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
 
 
-def _arguments(*setting: Any) -> tuple[Any, ...]:
-    *decoder, dtype, seed = setting
-    return *_operands(*decoder, seed), decoder[-1] == "", dtype
-
-
-def _arguments_backward(*setting: Any) -> tuple[Any, ...]:
-    *decoder, dtype, seed = setting
-    operands = _operands(*decoder, seed)
-    forward: tuple[Any, ...] = (*operands, False, dtype)
-    image = reference(*forward)
-    return normal(seed + 40, *image.shape).to(dtype), image, *operands
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What backward takes beside the gradient: the images, and all but their layout and dtype."""
+    return *outputs, *inputs[:9]
 
 
 OP = define_op(
@@ -227,29 +331,23 @@ OP = define_op(
     triton=Launcher("decode_samples", "forward"),
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    replaces_many=True,
+    replaces_many=("",),
     # by the dtype of the images, which is the last argument, and the numbers of the condition
     weigh=lambda condition, *others: (others[-1], condition.numel()),
 )
-BACKWARD = define_op(
-    "decode_samples_backward",
+BACKWARD = define_backward(
+    OP,
     f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
-    examples=examples(
-        _arguments_backward,
-        dict.fromkeys(EXAMPLES, "") | ON_GPU_BACKWARD,
-        dtypes=(torch.float32, torch.bfloat16),
-        # the slope of a LeakyReLU is that of its input's sign
-        jumps=lambda decoder, samples, weights, squashed: weights == torch.bfloat16,
-    ),
-    raced=examples(_arguments_backward, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    triton=Launcher("decode_samples", "backward"),
-    replaces_many=True,
+    saved=_saved,
+    on_gpu=ON_GPU_BACKWARD,
+    # the slope of a LeakyReLU is that of its input's sign
+    changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
 
 
-_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), lambda inputs, outputs: (*outputs, *inputs[:9]))
+_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved)
 
 
 def decode_prior(
@@ -301,9 +399,8 @@ def decode_prior(
         raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
     dtype = real if dtype is None else dtype
     if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:
-        raise ValueError(
-            f"condition must be [B, {channels * h * w}] and {real}, got {list(condition.shape)} and {condition.dtype}"
-        )
+        got = f"{list(condition.shape)} and {condition.dtype}"
+        raise ValueError(f"condition must be [B, {channels * h * w}] and {real}, got {got}")
     if biases.dtype != real:
         raise ValueError(f"biases must be {real}, got {biases.dtype}")
     weights_size, shifts = geometry.sizes()
@@ -312,19 +409,11 @@ def decode_prior(
             raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
-    check_tensors(seed, sample_ids)
-    streams = (seed.shape, sample_ids.shape, seed.dtype, sample_ids.dtype)
-    if streams != ((1,), (len(condition),), torch.int64, torch.int64):
-        raise ValueError(
-            f"sample_ids must be [B] = [{len(condition)}] and int64, seed [1] and int64, "
-            f"got {list(sample_ids.shape)}, {sample_ids.dtype} and {list(seed.shape)}, {seed.dtype}"
-        )
-    if any(x.device != condition.device for x in (seed, sample_ids, packed, biases)):
-        raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
+    check_stream(seed, sample_ids, len(condition))
+    check_one_device(condition=condition, seed=seed, packed=packed, biases=biases)
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
-        raise ValueError(
-            f"samples must be at least 1 and below 2^63, slope at least 0 and finite, got {samples} and {slope}"
-        )
+        limits = "at least 1 and below 2^63, slope at least 0 and finite"
+        raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
     # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.plain(condition.device, wanted, condition.numel()):

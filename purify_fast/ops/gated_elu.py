@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import Launcher, define_backward, define_op, wide
 
 
 def last_channels(x: Tensor) -> bool:
@@ -56,11 +56,6 @@ def _arguments(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) 
     return normal(seed, *shape, scale=2.0).to(dtype), dim
 
 
-def _arguments_backward(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, int]:
-    features, _ = _arguments(shape, dim, dtype, seed)
-    return normal(seed + 100, *_half(features, dim)).to(dtype), features, dim
-
-
 OP = define_op(
     "gated_elu",
     "(Tensor features, int dim) -> Tensor",
@@ -69,19 +64,14 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     raced=examples(_arguments, RACED),
     triton=Launcher("gated_elu", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
     compiler_fuses=("",),
 )
-BACKWARD = define_op(
-    "gated_elu_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor features, int dim) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, features, dim: features.new_empty(features.shape),
-    examples=examples(_arguments_backward, EXAMPLES, slack=16.0),
-    raced=examples(_arguments_backward, RACED),
-    triton=Launcher("gated_elu", "backward"),
-    replaces_many=True,
-    compiler_fuses=("",),
 )
 
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
+from .._tensors import check_alike, check_one_device, per_image
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import per_sample
@@ -23,20 +23,12 @@ from .philox import Stream, check_stream, philox
 
 
 def reference(
-    x: Tensor,
-    x_adv: Tensor,
-    drift: Tensor,
-    tau: Tensor,
-    eps: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    lo: float,
-    hi: float,
+    x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. drift, eps: [B]; tau: []."""
     clean = wide(x)
     r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
-    noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
+    noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(*box).to(x.dtype)
     return torch.where(per_image(drift > tau, x), noisy, x_adv).contiguous()
 
 
@@ -56,7 +48,7 @@ OP = define_op(
     examples=examples(_arguments, IMAGES, exact=True),
     raced=examples(_arguments, RGB, exact=True),
     triton=Launcher("noisy_replay", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
     differentiable=False,
 )
 
@@ -68,26 +60,6 @@ def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
     if tau.dim() != 0:
         raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
     return tau.to(device=drift.device, dtype=drift.dtype)
-
-
-def _check(x: Tensor, x_adv: Tensor, drift: Tensor, seed: Tensor, sample_ids: Tensor) -> None:
-    """ValueError unless the tensors of `noisy_replay` are as it documents them."""
-    if x.shape != x_adv.shape or x.dim() < 2:
-        raise ValueError(f"x and x_adv need one shape [B, ...], got {list(x.shape)}, {list(x_adv.shape)}")
-    if x.dtype != x_adv.dtype or not x.is_floating_point():
-        raise ValueError(f"x and x_adv need one floating-point dtype, got {x.dtype}, {x_adv.dtype}")
-    if drift.shape != x.shape[:1] or not drift.is_floating_point():
-        raise ValueError(
-            f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {drift.dtype} {list(drift.shape)}"
-        )
-    check_stream(seed, sample_ids)
-    if sample_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {x.shape[0]}")
-    if not x.device == x_adv.device == drift.device == seed.device:
-        raise ValueError(
-            f"x is on {x.device}, x_adv on {x_adv.device}, drift on {drift.device}, seed on {seed.device}: "
-            "they must agree"
-        )
 
 
 def noisy_replay(
@@ -125,7 +97,12 @@ def noisy_replay(
 
     Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.
     """
-    _check(x, x_adv, drift, seed, sample_ids)
+    check_alike(x=x, x_adv=x_adv)
+    if drift.shape != x.shape[:1] or not drift.is_floating_point():
+        got = f"{drift.dtype} {list(drift.shape)}"
+        raise ValueError(f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {got}")
+    check_stream(seed, sample_ids, x.shape[0])
+    check_one_device(x=x, drift=drift, seed=seed)
     if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
     call = reference if OP.plain(x.device, x.dtype, x.numel()) else OP.handle

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
+from .._tensors import check_alike, per_image
 from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 
@@ -59,7 +59,7 @@ def chosen(size: int, density: float) -> int:
     return max(1, int(density * size + 0.5))
 
 
-def sparse_direction(x: Tensor, grad: Tensor, density: float, lo: float, hi: float) -> Tensor:
+def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: float = DENSITY) -> Tensor:
     """The step of l1 norm 1 along the largest |grad| among coordinates that can move, [B, ...]; 0 without such."""
     position, g = x.flatten(1), grad.flatten(1)
     usable = torch.isfinite(g.abs().amax(1, keepdim=True))
@@ -101,21 +101,12 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
     return x.clamp(lo, hi)
 
 
-def reference(
-    x: Tensor,
-    grad: Tensor,
-    x_nat: Tensor,
-    alpha: Tensor,
-    eps: Tensor,
-    norm: int,
-    lo: float,
-    hi: float,
-    density: float = DENSITY,
-) -> Tensor:
+def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, *space: float) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
+    lo, hi, *_ = space
     start, g = wide(x), wide(grad)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
-    unit = sparse_direction(start, g, density, lo, hi) if NORMS[norm] == "l1" else direction(g, norm)
+    unit = sparse_direction(start, g, *space) if NORMS[norm] == "l1" else direction(g, norm)
     moved = project(start + length * unit, wide(x_nat), eps=radius, norm=norm, lo=lo, hi=hi)
     return moved.to(x.dtype).contiguous()
 
@@ -190,15 +181,7 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> None:
     """What every step asks of its images, by name, its norm and its box; ValueError otherwise."""
-    shapes, dtypes, devices = ([getattr(x, what) for x in images.values()] for what in ("shape", "dtype", "device"))
-    *names, last = images
-    joined = f"{', '.join(names)} and {last}"
-    if any(other != shapes[0] for other in shapes) or len(shapes[0]) < 2:
-        raise ValueError(f"{joined} need one shape [B, ...], got {', '.join(str(list(s)) for s in shapes)}")
-    if any(other != dtypes[0] for other in dtypes) or not dtypes[0].is_floating_point:
-        raise ValueError(f"{joined} need one floating-point dtype, got {', '.join(map(str, dtypes))}")
-    if any(other != devices[0] for other in devices):
-        raise ValueError(f"{joined} are on {', '.join(map(str, devices))}: they must agree")
+    check_alike(**images)
     if norm not in norms:
         raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
     if not lo <= hi:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import check_one_device
 from .dispatch.examples import ROWS, examples
 from .dispatch.examples import stream as example_stream
 from .dispatch.registry import Launcher, define_op
@@ -116,19 +117,19 @@ OP = define_op(
         **PROPERTIES,
     ),
     raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
-    replaces_many=True,
+    replaces_many=("",),
     # by the numbers that a call draws
     weigh=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,
 )
 
 
-def check_tensors(seed: object, sample_ids: object) -> None:
-    """Raise TypeError unless seed and sample_ids are tensors.
+def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None) -> None:
+    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], B the batch if it is given, on one device.
 
-    Args:
-        seed: of the stream, as a caller gave it.
-        sample_ids: of the stream, as a caller gave them.
+    Raises:
+        TypeError: no tensors.
+        ValueError: a wrong dtype, shape or device.
     """
     for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):
         if isinstance(value, Tensor):
@@ -136,26 +137,13 @@ def check_tensors(seed: object, sample_ids: object) -> None:
         got = f"the number {value}" if isinstance(value, int) else type(value).__name__
         hint = f": write torch.tensor([{value}])" if isinstance(value, int) and name == "seed" else ""
         raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {got}{hint}")
-
-
-def check_stream(seed: Tensor, sample_ids: Tensor) -> None:
-    """Raise an error unless seed is int64 [1] and sample_ids int64 [B] on one device.
-
-    Args:
-        seed: of the stream.
-        sample_ids: of the stream.
-
-    Raises:
-        TypeError: no tensors.
-        ValueError: a wrong dtype, shape or device.
-    """
-    check_tensors(seed, sample_ids)
     if seed.dtype != torch.int64 or seed.shape != (1,):
         raise ValueError(f"seed must be an int64 tensor of shape [1], got {seed.dtype} {list(seed.shape)}")
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
-    if seed.device != sample_ids.device:
-        raise ValueError(f"seed is on {seed.device}, sample_ids on {sample_ids.device}: they must agree")
+    if batch is not None and sample_ids.shape[0] != batch:
+        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {batch}")
+    check_one_device(seed=seed, sample_ids=sample_ids)
 
 
 def philox(

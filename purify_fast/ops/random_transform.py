@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import without_autocast
-from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal, stream, uniform
+from .._tensors import check_one_device, without_autocast
+from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import Launcher, define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,24 +48,11 @@ def _noisy(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, samples: i
     return clean if sigma == 0 else clean + sigma * _noise(x, seed, sample_ids, samples).to(clean.dtype)
 
 
-def _assign(
-    seed: Tensor,
-    sample_ids: Tensor,
-    grid: tuple[int, int],
-    *,
-    masked_blocks: int,
-    num_passes: int,
-    samples: int,
-    shared_mask: bool,
-) -> Tensor:
-    """The owner of every block, uint8 [S, B, *grid]; `reference` explains masked_blocks and num_passes."""
-    blocks = grid[0] * grid[1]
-    ids = sample_ids.new_zeros(1) if shared_mask else sample_ids
+def _ranks(seed: Tensor, ids: Tensor, blocks: int, samples: int) -> Tensor:
+    """The rank of every block among the keys of its image, [S, B, blocks]."""
     bits = philox(seed, ids, blocks, stream=Stream.MASK, distribution="bits", draws=samples)
     keys = bits.transpose(0, 1).long() & 0xFFFFFFFF
-    rank = keys.argsort(stable=True).argsort()
-    owner = rank < masked_blocks if num_passes == 0 else rank // (blocks // num_passes)
-    return owner.to(torch.uint8).unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
+    return keys.argsort(stable=True).argsort()
 
 
 def on_pixels(owners: Tensor, height: int, width: int) -> Tensor:
@@ -86,29 +73,19 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def reference(
-    x: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    sigma: float,
-    block: int,
-    masked_blocks: int,
-    num_passes: int,
-    samples: int,
-    shared_mask: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
     """The definition: float32 arithmetic (float64 for float64).
 
-    The arguments are those of `random_transform`, but for the mask. With num_passes = 0 (RT1 and RT2) there is one
-    pass: ``masked_blocks`` blocks are hidden and their owner is 1; the owner of the others is 0.
+    The settings are those of the schema, and of `random_transform` but for the mask. With num_passes = 0 (RT1 and RT2)
+    there is one pass: ``masked_blocks`` blocks are hidden and their owner is 1; the owner of the others is 0.
     """
+    block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last = settings
     height, width = x.shape[2:]
-    owners = _assign(
-        seed, sample_ids, (height // block, width // block),
-        masked_blocks=masked_blocks, num_passes=num_passes, samples=samples, shared_mask=shared_mask,
-    )  # fmt: skip
+    grid = height // block, width // block
+    blocks = grid[0] * grid[1]
+    rank = _ranks(seed, sample_ids.new_zeros(1) if shared_mask else sample_ids, blocks, samples)
+    owner = (rank < masked_blocks if num_passes == 0 else rank // (blocks // num_passes)).to(torch.uint8)
+    owners = owner.unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
     hidden = _hidden(owners, num_passes, height, width)
     noisy = _noisy(x, seed, sample_ids, sigma, samples)
     # At 0 and at 1 the gradient passes. torch.clamp is not used, since versions of torch differ in its gradient there.
@@ -131,19 +108,9 @@ def reference_backward(
     return torch.where((noisy >= 0) & (noisy <= 1), 2 * total, 0).sum(0).to(x.dtype).contiguous()
 
 
-def _fake(
-    x: Tensor,
-    seed: Tensor,
-    ids: Tensor,
-    sigma: float,
-    block: int,
-    masked: int,
-    num_passes: int,
-    samples: int,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
+    block, _, num_passes, samples, _, dtype, channels_last = settings
     batch, channels, height, width = x.shape
-    _, dtype, channels_last = rest
     shape = (samples * batch * (num_passes or 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(channels_last))
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
@@ -175,11 +142,9 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     return x, *stream(seed), sigma, block, masked_blocks, passes, draws, False, dtype, bool(layout)
 
 
-def _arguments_backward(*setting: Any) -> tuple[Any, ...]:
-    x, key, ids, sigma, _, _, num_passes, *_ = given = _arguments(*setting)
-    packed, owners = reference(*given)
-    grad = torch.empty_like(packed).copy_(normal(setting[-1] + 100, *packed.shape))  # in its layout
-    return grad, x, owners, key, ids, sigma, num_passes
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What backward takes beside the gradient."""
+    return inputs[0], outputs[1], *inputs[1:4], inputs[6]
 
 
 OP = define_op(
@@ -196,67 +161,20 @@ OP = define_op(
     ),
     raced=examples(_arguments, RACED),
     triton=Launcher("random_transform", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
 )
-BACKWARD = define_op(
-    "random_transform_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor x, Tensor owners, Tensor seed, Tensor sample_ids, float sigma, SymInt num_passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, x, owners, seed, sample_ids, sigma, num_passes: x.new_empty(x.shape),
-    examples=examples(_arguments_backward, EXAMPLES),
-    raced=examples(_arguments_backward, RACED),
-    triton=Launcher("random_transform", "backward"),
-    replaces_many=True,
-)
-
-
-_random_transform = differentiable(
-    OP.handle,
-    lambda *given: BACKWARD(*given),
-    lambda inputs, outputs: (inputs[0], outputs[1], *inputs[1:4], inputs[6]),
+    saved=_saved,
     constants=1,
+    changes={"exact": False, "slack": 0.0},
 )
 
 
-def _check_tensors(x: Tensor, seed: Tensor, sample_ids: Tensor) -> None:
-    """ValueError unless the tensors of `random_transform` are as it documents them."""
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise ValueError(
-            f"x must be [B, C, H, W] in float16, bfloat16, float32 or float64, got {x.dtype} {list(x.shape)}"
-        )
-    check_stream(seed, sample_ids)
-    if sample_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {x.shape[0]}")
-    if x.device != seed.device:
-        raise ValueError(f"x is on {x.device}, seed on {seed.device}: they must agree")
-
-
-def _check_settings(
-    height: int,
-    width: int,
-    *,
-    sigma: float,
-    block: int,
-    mask_ratio: float,
-    num_passes: int | None,
-    samples: int,
-    dtype: torch.dtype,
-) -> None:
-    """ValueError unless the settings of `random_transform` are as it documents them, for such images."""
-    if block < 1 or height < 1 or width < 1 or height % block or width % block:
-        raise ValueError(f"block must be at least 1 and divide the image, got block = {block} for {height} x {width}")
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma must be finite and not negative, got {sigma}")
-    if num_passes is None and not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
-    blocks = (height // block) * (width // block)
-    most = min(blocks, MOST_PASSES)
-    if num_passes is not None and (not 1 <= num_passes <= most or blocks % num_passes):
-        raise ValueError(f"num_passes must be 1 to {most} and divide the {blocks} blocks of an image, got {num_passes}")
-    if samples < 1 or (isinstance(samples, int) and samples >= 2**63):
-        raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+_random_transform = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
 def random_transform(
@@ -306,13 +224,25 @@ def random_transform(
     given the seed. Keeps its dtypes under autocast; ``vmap`` is not supported by the kernels.
     """
     dtype = x.dtype if dtype is None else dtype
-    _check_tensors(x, seed, sample_ids)
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(f"x must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}")
+    check_stream(seed, sample_ids, x.shape[0])
+    check_one_device(x=x, seed=seed)
     height, width = x.shape[2:]
-    _check_settings(
-        height, width,
-        sigma=sigma, block=block, mask_ratio=mask_ratio, num_passes=num_passes, samples=samples, dtype=dtype,
-    )  # fmt: skip
+    if block < 1 or height < 1 or width < 1 or height % block or width % block:
+        raise ValueError(f"block must be at least 1 and divide the image, got block = {block} for {height} x {width}")
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be finite and not negative, got {sigma}")
+    if num_passes is None and not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
     blocks = (height // block) * (width // block)
+    most = min(blocks, MOST_PASSES)
+    if num_passes is not None and (not 1 <= num_passes <= most or blocks % num_passes):
+        raise ValueError(f"num_passes must be 1 to {most} and divide the {blocks} blocks of an image, got {num_passes}")
+    if samples < 1 or (isinstance(samples, int) and samples >= 2**63):
+        raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle

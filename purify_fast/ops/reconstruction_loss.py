@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import per_image
-from .dispatch import cpu_kernels
-from .dispatch.examples import IMAGES, RGB, examples, normal, uniform, wide_dtype
-from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, second_argument, wide
+from .._tensors import check_one_device, per_image
+from .dispatch.examples import IMAGES, RGB, examples, normal, uniform
+from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -38,10 +37,6 @@ def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[T
     return normal(seed, *shape, scale=3.0).to(dtype), uniform(seed + 100, *shape).to(dtype)
 
 
-def _arguments_backward(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    return normal(seed + 200, shape[0]).to(wide_dtype(dtype)), *_arguments(shape, dtype, seed)
-
-
 OP = define_op(
     "reconstruction_loss",
     "(Tensor logits, Tensor target) -> Tensor",
@@ -50,34 +45,27 @@ OP = define_op(
     examples=examples(_arguments, IMAGES),
     raced=examples(_arguments, RGB),
     triton=Launcher("reconstruction_loss", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
     compiler_fuses=("",),
 )
-BACKWARD = define_op(
-    "reconstruction_loss_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
-    examples=examples(_arguments_backward, IMAGES),
-    raced=examples(_arguments_backward, RGB),
-    triton=Launcher("reconstruction_loss", "backward"),
-    replaces_many=True,
-    compiler_fuses=("",),
     weigh=second_argument,
 )
 
 
 #: The loss, and s - t in the arithmetic's dtype.
-SAVING = cpu_kernels.kernel(
+SAVING = cpu_kernel(
     "reconstruction_loss_keeping",
     "(Tensor logits, Tensor target) -> (Tensor, Tensor)",
     lambda logits, target: (wide(logits).new_empty(logits.shape[0]), wide(logits).new_empty(logits.shape)),
 )
 
 
-_with_saved = differentiable(
-    SAVING, cpu_kernels.SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1
-)
+_with_saved = differentiable(SAVING, SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1)
 _reconstruction_loss = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
@@ -100,12 +88,11 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"logits and target need one shape [B, ...], got {list(logits.shape)}, {list(target.shape)}")
     if not (logits.is_floating_point() and target.is_floating_point()):
         raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
-    if logits.device != target.device:
-        raise ValueError(f"logits are on {logits.device}, target on {target.device}: they must agree")
+    check_one_device(logits=logits, target=target)
     if OP.plain(logits.device, logits.dtype, logits.numel()):
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)
-    if cpu_kernels.serves(BACKWARD, logits):
+    if saves(BACKWARD, logits):
         return _with_saved(logits, target.detach())[0]
     return _reconstruction_loss(logits, target.detach())

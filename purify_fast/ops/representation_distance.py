@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
-from .dispatch import cpu_kernels
+from .._tensors import check_one_device, per_image
 from .dispatch.examples import ROWS, examples, normal
-from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.registry import Launcher, define_backward, define_op, wide
 from .gated_elu import last_channels
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
@@ -132,14 +131,6 @@ def _arguments(
     return [u.to(dtype) for u in student], [v.to(dtype) for v in teacher], KINDS.index(kind)
 
 
-def _arguments_backward(
-    kind: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    student, teacher, index = _arguments(kind, shapes, dtype, seed)
-    distance, slopes = reference(student, teacher, index)
-    return normal(seed + 200, *distance.shape).to(distance.dtype), student, teacher, slopes
-
-
 OP = define_op(
     "representation_distance",
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
@@ -153,32 +144,29 @@ OP = define_op(
     compiler_fuses=("",),
     weigh=_weighed,
 )
-BACKWARD = define_op(
-    "representation_distance_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor slopes) -> Tensor[]",
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
-    examples=examples(_arguments_backward, dict.fromkeys(EXAMPLES, "") | ON_GPU_BACKWARD, variant=_raced_apart),
-    raced=examples(_arguments_backward, RACED, variant=_raced_apart),
-    triton=Launcher("representation_distance", "backward"),
-    replaces_many=("", "several"),
-    compiler_fuses=("",),
+    saved=lambda inputs, outputs: (*inputs[:2], outputs[1]),
+    constants=1,
+    on_gpu=ON_GPU_BACKWARD,
+    changes={"slack": 0.0},
     weigh=lambda grad, student, *_: _weighed(student),
 )
 
 
 #: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype: of a 16-bit student as
 #: many bytes as the two layers that backward would read.
-SAVING = cpu_kernels.kernel(
+SAVING = cpu_kernel(
     "representation_distance_keeping",
     "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)",
     lambda student, teacher, kind: (wide(student).new_empty(student.shape[0]), wide(student).new_empty(student.shape)),
 )
 
 
-_with_saved = differentiable(
-    SAVING, cpu_kernels.SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1
-)
+_with_saved = differentiable(SAVING, SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1)
 
 
 def _forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,20 +191,14 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not student or len(student) != len(teacher):
-        raise ValueError(
-            f"student and teacher need as many layers, at least one, got {len(student)} and {len(teacher)}"
-        )
+        raise ValueError(f"student and teacher need as many layers, at least one, got {len(student)}, {len(teacher)}")
     for u, v in zip(student, teacher, strict=True):
-        if u.shape != v.shape or u.dim() < 2:
-            raise ValueError(f"student and teacher need one shape [B, ...], got {list(u.shape)}, {list(v.shape)}")
+        if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
+            got = f"{list(u.shape)}, {list(v.shape)}"
+            raise ValueError(f"student and teacher need one shape [B, ...], and layers one batch size, got {got}")
         if not (u.is_floating_point() and v.is_floating_point()):
             raise ValueError(f"student and teacher must be floating point, got {u.dtype} and {v.dtype}")
-        if not u.device == v.device == student[0].device:
-            raise ValueError(f"student is on {u.device}, teacher on {v.device}: all layers must agree")
-        if u.shape[0] != student[0].shape[0]:
-            raise ValueError(
-                f"student, teacher: layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}"
-            )
+        check_one_device(first=student[0], student=u, teacher=v)
 
 
 def representation_distance(
@@ -257,7 +239,7 @@ def representation_distance(
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     gradient = needs_gradient(*us)
     serves = not OP.plain(us[0].device, us[0].dtype, us[0].numel())
-    if gradient and single and serves and cpu_kernels.serves(BACKWARD, us[0]):
+    if gradient and single and serves and saves(BACKWARD, us[0]):
         return _with_saved(us[0], vs[0].detach(), KINDS.index(kind))[0]
     tensors = (*us, *(v.detach() for v in vs))
     # the compiler, too, does not take a Function of any number of tensors where none needs a gradient

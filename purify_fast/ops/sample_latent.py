@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import cpu_kernels
-from .dispatch.examples import ROWS, examples, normal, stream, wide_dtype
-from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op, wide
+from .._tensors import check_alike, check_one_device
+from .dispatch.examples import ROWS, examples, normal, stream
+from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.registry import Launcher, define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
 
@@ -49,11 +49,6 @@ def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[T
     return normal(seed, *shape).to(dtype), normal(seed + 100, *shape).to(dtype), *stream(seed)
 
 
-def _arguments_backward(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    grads = normal(seed + 200, *shape).to(dtype), normal(seed + 300, shape[0]).to(wide_dtype(dtype))
-    return *grads, *_arguments(shape, dtype, seed)
-
-
 OP = define_op(
     "sample_latent",
     "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
@@ -62,22 +57,18 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     raced=examples(_arguments, RACED),
     triton=Launcher("sample_latent", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
 )
-BACKWARD = define_op(
-    "sample_latent_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
-    examples=examples(_arguments_backward, EXAMPLES, slack=16.0),
-    raced=examples(_arguments_backward, RACED),
-    triton=Launcher("sample_latent", "backward"),
-    replaces_many=True,
 )
 
 
 #: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
-SAVING = cpu_kernels.kernel(
+SAVING = cpu_kernel(
     "sample_latent_keeping",
     "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)",
     lambda mu, logvar, seed, sample_ids: (
@@ -86,7 +77,7 @@ SAVING = cpu_kernels.kernel(
         wide(mu).new_empty(mu.shape),
     ),
 )
-FROM_SAVED = cpu_kernels.kernel(
+FROM_SAVED = cpu_kernel(
     "sample_latent_from_kept",
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor deviation) -> (Tensor, Tensor)",
     lambda grad_z, grad_kl, mu, logvar, deviation: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
@@ -115,21 +106,16 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
 
     First-order gradients only; deterministic given the seed; ``vmap`` is not supported by the kernels.
     """
-    if mu.dim() != 2 or mu.shape != logvar.shape or mu.dtype != logvar.dtype or not mu.is_floating_point():
-        raise ValueError(
-            f"mu and logvar need one floating-point shape [B, D], got {mu.dtype} {list(mu.shape)} "
-            f"and {logvar.dtype} {list(logvar.shape)}"
-        )
-    check_stream(seed, sample_ids)
-    if sample_ids.shape[0] != mu.shape[0]:
-        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {mu.shape[0]}")
-    if not mu.device == logvar.device == seed.device:
-        raise ValueError(f"mu is on {mu.device}, logvar on {logvar.device}, seed on {seed.device}: they must agree")
+    check_alike(mu=mu, logvar=logvar)
+    if mu.dim() != 2:
+        raise ValueError(f"mu and logvar must be [B, D], got {list(mu.shape)}")
+    check_stream(seed, sample_ids, mu.shape[0])
+    check_one_device(mu=mu, seed=seed)
     if OP.plain(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
         return OP.handle(mu, logvar, seed, sample_ids)
-    if cpu_kernels.serves(BACKWARD, mu):
+    if saves(BACKWARD, mu):
         z, kl, _ = _with_saved(mu, logvar, seed, sample_ids)
         return z, kl
     return _sample_latent(mu, logvar, seed, sample_ids)

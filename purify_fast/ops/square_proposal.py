@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._tensors import per_image
+from .._tensors import check_one_device, per_image
 from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
@@ -101,17 +101,10 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 
 
 def reference(
-    x: Tensor,
-    x_nat: Tensor,
-    eps: Tensor,
-    numbers: Tensor,
-    pattern: Tensor | None,
-    edge: int,
-    norm: int,
-    lo: float,
-    hi: float,
+    x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: int, norm: int, *box: float
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. eps [B], numbers [B, T, 5 + C]."""
+    lo, hi = box
     point, clean, drawn = wide(x), wide(x_nat), numbers.transpose(0, 1)
     radius = per_image(eps.to(point.dtype), x)
     if pattern is None:
@@ -190,12 +183,9 @@ def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | N
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
     if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[::2] != (batch, PLACES + channels):
-        raise ValueError(
-            f"numbers must be float32 [B, T, 5 + C] = [{batch}, T, {PLACES + channels}], "
-            f"got {numbers.dtype} {list(numbers.shape)}"
-        )
-    if numbers.device != x.device:
-        raise ValueError(f"numbers are on {numbers.device}, x on {x.device}: they must agree")
+        wanted, got = f"[{batch}, T, {PLACES + channels}]", f"{numbers.dtype} {list(numbers.shape)}"
+        raise ValueError(f"numbers must be float32 [B, T, 5 + C] = {wanted}, got {got}")
+    check_one_device(x=x, numbers=numbers)
     if not 1 <= edge <= min(height, width):
         raise ValueError(f"edge must be from 1 to {min(height, width)} in images of {height} x {width}, got {edge}")
     if norm == "linf":
@@ -205,8 +195,7 @@ def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | N
     if pattern is None or pattern.shape != (2, edge, edge) or pattern.dtype != torch.float32:
         got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
         raise ValueError(f"pattern must be float32 [2, edge, edge] = [2, {edge}, {edge}] for {norm}, got {got}")
-    if pattern.device != x.device:
-        raise ValueError(f"pattern is on {pattern.device}, x on {x.device}: they must agree")
+    check_one_device(x=x, pattern=pattern)
 
 
 def square_proposal(

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import check_one_device
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_op
+from .dispatch.registry import Launcher, define_backward, define_op
 from .random_transform import DTYPES, on_pixels
 
 
 def layout(images: Tensor) -> torch.memory_format:
-    """The memory format that is kept: channels_last if the images are that and nothing else."""
+    """The memory format of the result: channels_last if the images are that and nothing else."""
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -59,15 +60,11 @@ EXAMPLES = {
 RACED = tuple(((ROWS, 3, 32, 32), (4, 4), 4, layout) for layout in LAYOUTS)
 
 
-def _arguments_backward(
-    shape: tuple[int, ...], grid: tuple[int, int], passes: int, layout: str, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor, int]:
+def _arguments(*setting: Any) -> tuple[Tensor, Tensor, int]:
+    shape, grid, passes, layout, dtype, seed = setting
     owners = torch.randint(passes, (1, ROWS, *grid), generator=torch.Generator().manual_seed(seed))
-    return laid_out(normal(seed, *shape).to(dtype), layout), owners.to(torch.uint8), passes
-
-
-def _arguments(shape: tuple[int, ...], grid: tuple[int, int], passes: int, *rest: Any) -> tuple[Tensor, Tensor, int]:
-    return _arguments_backward((shape[0] * passes, *shape[1:]), grid, passes, *rest)
+    images = normal(seed, shape[0] * passes, *shape[1:]).to(dtype)
+    return laid_out(images, layout), owners.to(torch.uint8), passes
 
 
 OP = define_op(
@@ -78,17 +75,14 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, exact=True),
     raced=examples(_arguments, RACED, exact=True),
     triton=Launcher("stitch", "forward"),
-    replaces_many=True,
+    replaces_many=("",),
 )
-BACKWARD = define_op(
-    "stitch_backward",
+BACKWARD = define_backward(
+    OP,
     "(Tensor grad, Tensor owners, SymInt passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, owners, passes: _like(grad, grad.shape[0] * passes),
-    examples=examples(_arguments_backward, EXAMPLES, exact=True),
-    raced=examples(_arguments_backward, RACED, exact=True),
-    triton=Launcher("stitch", "backward"),
-    replaces_many=True,
+    saved=lambda inputs, outputs: inputs[1:],
 )
 
 
@@ -114,22 +108,16 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     supported by the kernels.
     """
     if images.dim() != 4 or images.dtype not in DTYPES:
-        raise ValueError(
-            "images must be [S * B * N, C, H, W] in float16, bfloat16, float32 or float64, "
-            f"got {images.dtype} {list(images.shape)}"
-        )
+        raise ValueError(f"images must be floating point [S * B * N, C, H, W], got {images.dtype} {list(images.shape)}")
     if owners.dim() != 4 or owners.dtype != torch.uint8:
         raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype} {list(owners.shape)}")
-    if images.device != owners.device:
-        raise ValueError(f"images are on {images.device}, owners on {owners.device}: they must agree")
+    check_one_device(images=images, owners=owners)
     samples, batch, rows, columns = owners.shape
     height, width = images.shape[2:]
     if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
         raise ValueError(f"owners' grid of {rows} x {columns} blocks must divide the images, {height} x {width}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
-        raise ValueError(
-            f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch} images"
-        )
+        raise ValueError(f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch}")
     passes = images.shape[0] // (samples * batch) if images.shape[0] else 1
     if OP.plain(images.device, images.dtype, images.numel()):
         return reference(images, owners, passes)

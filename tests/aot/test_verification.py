@@ -26,9 +26,10 @@ from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
 from purify_fast.ops.dispatch import registry  # noqa: E402
+from purify_fast.ops.dispatch.op import Call  # noqa: E402
 from purify_fast.ops.dispatch.verify import cases  # noqa: E402
 
-ARCHITECTURE = 90
+ARCHITECTURE, GPU = 90, torch.device("cuda")
 GPU_OPS = [name for name, op in REGISTRY.items() if op.launch is not None]
 Cell = tuple[str, str, "torch.dtype | None"]
 
@@ -44,7 +45,7 @@ def compiled(cells: Iterable[Cell]) -> set[tuple]:
 
     with recorded(ARCHITECTURE, start), torch.no_grad():
         for name, variant, dtype in cells:
-            for example, own in cases(REGISTRY[name], "cuda", variant, dtype):
+            for example, own in cases(REGISTRY[name], Call(GPU, variant, dtype)):
                 REGISTRY[name].launch(*example.make(own, 0))
     return keys
 
@@ -82,13 +83,13 @@ def test_an_undefended_classifier_waits_for_12_compiles(norm, reached, tmp_path)
 def test_every_served_kernel_dtype_and_setting_is_verified(op):
     """By the table each op in every dtype that it has and each of its settings; before a call, those of the call."""
     every = REGISTRY[op].examples
-    table = cases(REGISTRY[op], "cuda")
+    table = cases(REGISTRY[op], Call(GPU))
     assert {dtype for _, dtype in table} == {dtype for one in every for dtype in one.dtypes}
     variants = {one.variant for one in every}
     assert {example.variant for example, _ in table} == variants
     for variant in variants:
         for dtype in {dtype for one in every if one.variant == variant for dtype in one.dtypes}:
-            own = cases(REGISTRY[op], "cuda", variant, dtype)
+            own = cases(REGISTRY[op], Call(GPU, variant, dtype))
             assert own and all((example.variant, one) == (variant, dtype) for example, one in own)
 
 
@@ -101,7 +102,7 @@ def test_a_call_waits_for_every_kernel_and_path_of_its_dtype(op):
         with recorded(ARCHITECTURE, lambda fn, *_, names=names, **__: names.add(name_of(fn))), torch.no_grad():
             every = [(one, dtype) for one in REGISTRY[op].examples for dtype in one.dtypes]
             calls = {(one.variant, dtype) for one, dtype in every}
-            own = [case for call in sorted(calls, key=str) for case in cases(REGISTRY[op], "cuda", *call)]
+            own = [case for call in sorted(calls, key=str) for case in cases(REGISTRY[op], Call(GPU, *call))]
             for example, dtype in every if how == "examples" else own:
                 REGISTRY[op].launch(*example.make(dtype, 0))
     assert launched["calls"] == launched["examples"]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from purify_fast.attacks import Ball, square
 from purify_fast.attacks.square import Proposals, side
 from purify_fast.ops.dispatch import registry
-from purify_fast.ops.dispatch.timing import Launches
+from purify_fast.ops.dispatch.tune import Launches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORMS = ("linf", "l2", "l1")

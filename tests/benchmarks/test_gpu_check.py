@@ -345,7 +345,7 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
     monkeypatch.setattr("purify_fast.ops.dispatch.tune.REGISTRY", kept)
     monkeypatch.setattr(gpu_check.timing, "RUN", 1e-5)
-    monkeypatch.setitem(gpu_check.timing.ELEMENTS, "cpu", {"small": 2**10})
+    monkeypatch.setitem(gpu_check.tune.ELEMENTS, "cpu", {"small": 2**10})
     out = tmp_path / "cpu"
     context = gpu_check.Context(out, CPU, True, 60.0, lambda share, what: None)
     outcome = gpu_check.races(context)

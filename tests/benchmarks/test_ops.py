@@ -159,22 +159,20 @@ def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
     ]
     report.write_csv(tmp_path / report.ROWS, rows)
     base = shipping.shipped(tmp_path)
-    assert base["ops"]["pgd_step"]["variants"]["l1"] == {"eager": "cpp", "graph": "cpp"}
-    entry = {
-        "eager": "reference",
-        "variants": {"linf": {"eager": "reference"}},
-        "cells": {"linf float32": {"eager": "cpp"}},
-    }
+    assert base["ops"]["pgd_step"]["cells"]["l1"] == {"eager": "cpp", "graph": "cpp"}
+    cells = {"": {"eager": "reference"}, "linf": {"eager": "reference"}, "linf float32": {"eager": "cpp"}}
     raced = {"machine": {"kind": "cpu", "device": "E"}, "date": "2026-02-03", "threads": 3}
-    raced["ops"] = {"pgd_step": {**entry, "gain": {"eager": "many"}, "sources": "x", "rows": [], "verified": {}}}
+    raced["ops"] = {"pgd_step": {"cells": cells, "gain": {"eager": "many"}, "sources": "x", "rows": [], "verified": {}}}
     (tmp_path / shipping.FILE).write_text(json.dumps(raced))
     made = shipping.shipped(tmp_path)
     assert made["machine"] == {"kind": "cpu", "device": "E", "threads": "3"} and made["date"] == "2026-02-03"
     assert made["ops"]["pgd_step"] == {
-        "eager": "reference",
-        "graph": "reference",
-        "variants": {"l1": {"eager": "cpp", "graph": "cpp"}, "linf": {"eager": "reference", "graph": "reference"}},
-        "cells": {"linf float32": {"eager": "cpp"}},
+        "cells": {
+            "": {"eager": "reference", "graph": "reference"},
+            "l1": {"eager": "cpp", "graph": "cpp"},
+            "linf": {"eager": "reference", "graph": "reference"},
+            "linf float32": {"eager": "cpp"},
+        },
         "gain": {"eager": "many"},
     }
 
@@ -183,9 +181,9 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="run `purify-fast tune` first"):
         shipping.take(CPU, tmp_path / "results")
-    races.write(CPU, {"philox": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
+    races.write(CPU, {"philox": {"sources": "x", "cells": {"": {"eager": "cpp"}}}}, {"date": "2026-01-01"})
     path = shipping.take(CPU, tmp_path / "results")
-    assert json.loads(path.read_text())["ops"]["philox"]["eager"] == "cpp"
+    assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
     races.forget()
 
 
@@ -194,8 +192,8 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
 def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
     entry = races.nearest(cache.machine(CPU))["ops"][op]
-    for name, winners in {"": entry, **entry.get("variants", {}), **entry.get("cells", {})}.items():
-        for style in {"eager", "graph"} & set(winners):
+    for name, winners in entry["cells"].items():
+        for style in winners:
             found = REGISTRY[op].wanted(call_of(name, CPU, style))
             # not every processor has the instructions of every kernel
             here = winners[style] if winners[style] in REGISTRY[op].available["cpu"] else "reference"

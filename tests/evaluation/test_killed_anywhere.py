@@ -182,7 +182,7 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
     served = ops.kernel_choices(device)
     exact, inexact = "stitch", "aggregate"
     for op, more in ((exact, 0), (inexact, count)):
-        other = served["races"] | {op: [{"eager": "reference", "graph": "reference", "variants": {}}]}
+        other = served["races"] | {op: [{"cells": {"": {"eager": "reference", "graph": "reference"}}}]}
         assert ops.choices_of_bits(served | {"races": other}) != ops.choices_of_bits(served) or op == exact
         with ops.pin_kernels(served | {"races": other}):
             few(tmp_path)

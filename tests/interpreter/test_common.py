@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from purify_fast.kernels import _common
+from purify_fast.ops import Stream
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, 12, 7])
@@ -37,3 +40,33 @@ def test_rows_beyond_an_axis(monkeypatch):
     monkeypatch.setattr(_common, "MOST_PROGRAMS", 3)
     assert _common.grid(8, 7) == (7, 3, 3)  # one program too many
     assert torch.equal(philox.philox(seed, ids, 9, 1, 0), whole)
+
+
+def test_constants_are_the_references():
+    names = "aggregate noisy_replay pgd_step random_transform representation_distance sample_latent square_proposal"
+    kernels, ops = (
+        {name: import_module(f"purify_fast.{place}.{name}") for name in names.split()} for place in ("kernels", "ops")
+    )
+    heads = kernels["aggregate"]
+    order = [heads.LSE, heads.PEEL, heads.MEAN, heads.MEAN_SIGMOID, heads.VOTE]
+    assert [ops["aggregate"].METHODS[one.value].upper() for one in order] == [
+        "LSE",
+        "PEEL",
+        "MEAN",
+        "MEAN_SIGMOID",
+        "VOTE",
+    ]
+    assert heads.TANGENT.value == ops["aggregate"].TANGENT
+    assert kernels["pgd_step"].HALVINGS.value == ops["pgd_step"].HALVINGS[torch.float32]
+    drawn = kernels["random_transform"]
+    assert (drawn.TRANSFORM_NOISE, drawn.MASK) == (Stream.TRANSFORM_NOISE, Stream.MASK)
+    assert kernels["noisy_replay"].REPLAY_NOISE == Stream.REPLAY_NOISE
+    assert kernels["sample_latent"].LATENT == Stream.LATENT
+    square = kernels["square_proposal"]
+    assert (square.PLACES.value, square.TINY.value) == (ops["square_proposal"].PLACES, ops["square_proposal"].TINY)
+    distance, definition = kernels["representation_distance"], ops["representation_distance"]
+    kinds = [distance.ABS_COSINE.value, distance.COSINE.value, distance.L2]
+    # beside them the angle, which the kernel computes for any other
+    assert [definition.KINDS[kind] for kind in kinds] == ["abs_cosine", "cosine", "l2"] and len(definition.KINDS) == 4
+    assert distance.LEAST_NORMS.value == definition.LEAST_NORMS
+    assert distance.LEAST_SQUARE_SINE.value == definition.LEAST_SQUARE_SINE

@@ -47,21 +47,3 @@ def test_more_queries_than_a_program_adds(within_budget, monkeypatch):
     outputs, same = kernel.backward(*arguments), op.reference_backward(*arguments)
     for triple in zip(outputs, op.reference_backward(*doubled(arguments)), same, strict=True):
         within_budget(*triple)
-
-
-def test_splits_nan_and_nothing():
-    arguments = inputs(2, 2, 3)
-    whole = kernel.forward(*arguments)
-    for i in range(2):
-        alone = kernel.forward(*(x[i : i + 1] for x in arguments[:3]), *arguments[3:])
-        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True))
-    arguments[0][1, 5, 5] = torch.nan
-    spread, weights = kernel.forward(*arguments)
-    expected = op.reference(*arguments)
-    assert torch.equal(weights.isnan(), expected[1].isnan()) and torch.equal(spread.isnan(), expected[0].isnan())
-    assert weights[1].isnan().any() and weights[0].isfinite().all()
-    nothing = [x[:0] if isinstance(x, torch.Tensor) else x for x in arguments]
-    spread, weights = kernel.forward(*nothing)
-    assert spread.shape == (0, 4, 6, 6) and weights.shape == (0, 6, 6)
-    grads = kernel.backward(spread, *nothing[:2], weights, *nothing[3:])
-    assert [g.shape for g in grads] == [(0, 6, 6), (0, 6)]

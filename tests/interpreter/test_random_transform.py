@@ -7,7 +7,6 @@ import torch
 
 from purify_fast.kernels import philox as stream
 from purify_fast.kernels import random_transform as kernel
-from purify_fast.ops import Stream
 
 op = import_module("purify_fast.ops.random_transform")
 SEED = torch.tensor([-987654321])
@@ -41,10 +40,6 @@ def settings(shape: tuple, num_passes: int) -> tuple:
     block = shape[4]
     count = (shape[2] // block) * (shape[3] // block)
     return 0.25, block, count // 3, num_passes if count % (num_passes or 1) == 0 else 1
-
-
-def test_the_streams_are_the_ops():
-    assert (int(Stream.TRANSFORM_NOISE), int(Stream.MASK)) == (kernel.TRANSFORM_NOISE, kernel.MASK)
 
 
 @pytest.mark.parametrize(
@@ -86,23 +81,16 @@ def test_without_noise(poisoned):
     torch.testing.assert_close(got, op.reference_backward(grad, ends, owners, seed, ids, 0.0, 0))
 
 
-def test_noise_agrees_to_a_few_ulp():
-    x, seed, ids = inputs(SHAPES[0])
-    arguments = (x, seed, ids, 0.25, 4, 0, 0, 2, False, torch.float32, False)
-    torch.testing.assert_close(kernel.forward(*arguments)[0], op.reference(*arguments)[0], rtol=0, atol=2**-21)
-
-
 @pytest.mark.parametrize("num_passes", [0, 1, 4, 16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_owners_have_the_same_bits(shared, num_passes):
     """A grid below, of and above one tile; ids and draws of 32 bits and more."""
     ids = torch.tensor([7, -1, 2**40 + 3])
     for height, width in ((4, 4), (8, 8), (12, 20)):
-        mask = {
-            "masked_blocks": height * width // 3, "num_passes": num_passes, "samples": 2, "shared_mask": shared
-        }  # fmt: skip
-        got = kernel._assign(SEED, ids, (height, width), **mask)
-        assert torch.equal(got, op._assign(SEED, ids, (height, width), **mask))
+        mask = {"masked_blocks": height * width // 3, "num_passes": num_passes, "samples": 2, "shared_mask": shared}
+        got, images = kernel._assign(SEED, ids, (height, width), **mask), torch.zeros(3, 1, height, width)
+        wanted = op.reference(images, SEED, ids, 0.0, 1, *mask.values(), torch.float32, False)[1]
+        assert torch.equal(got, wanted)
 
 
 def test_ties_go_by_index(monkeypatch):
@@ -115,30 +103,6 @@ def test_ties_go_by_index(monkeypatch):
                 masked_blocks=masked_blocks, num_passes=0, samples=1, shared_mask=False,
             )  # fmt: skip
             assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
-
-
-def test_splits_layouts_nan_and_empty():
-    x, seed, ids = inputs((5, 2, 9, 15, 3))
-    rest = (0.25, 3, 5, 3, 2, False, torch.float32, False)
-    whole, owners = kernel.forward(x, seed, ids, *rest)
-    whole = whole.unflatten(0, (2, 5, 3))
-    for cut in (slice(0, 2), slice(2, 5)):
-        packed, own = kernel.forward(x[cut], seed, ids[cut], *rest)
-        assert torch.equal(packed.unflatten(0, (2, -1, 3)), whole[:, cut]) and torch.equal(own, owners[:, cut])
-    strided = kernel.forward(x.contiguous(memory_format=NHWC), seed, ids.repeat_interleave(2)[::2], *rest)
-    assert torch.equal(strided[0], whole.flatten(0, 2))
-    grad = torch.randn(30, 4, 9, 15)
-    wanted = kernel.backward(grad, x, owners, seed, ids, 0.25, 3)
-    grads = torch.full((30, 9, 6, 15), torch.nan).permute(0, 2, 1, 3)
-    grads[:, 1:5] = grad
-    assert torch.equal(kernel.backward(grads[:, 1:5], x, owners, seed, ids, 0.25, 3), wanted)
-    x[1, 0, 4, 5] = torch.nan
-    packed = kernel.forward(x, seed, ids, *rest)[0].unflatten(0, (2, 5, 3))
-    assert packed.isnan().sum() == 4 and packed[:, 1, :, 0, 4, 5].isnan().sum() == 4  # 2 draws, 2 of 3 passes see it
-    assert kernel.backward(grad, x, owners, seed, ids, 0.25, 3)[1, 0, 4, 5] == 0
-    packed, owners = kernel.forward(x[:0], seed, ids[:0], *rest)
-    assert packed.shape == (0, 4, 9, 15) and owners.shape == (2, 0, 3, 5)
-    assert kernel.backward(packed, x[:0], owners, seed, ids[:0], 0.25, 3).shape == (0, 2, 9, 15)
 
 
 def test_offsets_are_64_bit():

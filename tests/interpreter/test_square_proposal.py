@@ -34,10 +34,6 @@ def double(arguments: list) -> list:
     return [one.double() if isinstance(one, torch.Tensor) else one for one in arguments]
 
 
-def test_constants_are_the_reference_s():
-    assert (kernel.PLACES.value, kernel.TINY.value) == (op.PLACES, op.TINY)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "draws", "edge"), SHAPES, ids=str)
 @pytest.mark.parametrize("norm", [0, 1, 2], ids=NORMS)
@@ -48,20 +44,3 @@ def test_values(within_budget, poisoned, norm, shape, draws, edge, dtype):
     if norm == 0 and dtype != torch.bfloat16:
         assert torch.equal(got, same)
     within_budget(got, op.reference(*double(arguments)), same)
-
-
-@pytest.mark.parametrize("norm", [0, 1, 2], ids=NORMS)
-def test_nan_layouts_splits_and_empty(norm):
-    x, clean, eps, numbers, *rest = inputs((5, 3, 9, 7), 2, 3, norm)
-    whole = kernel.forward(x, clean, eps, numbers, *rest)
-    parts = [kernel.forward(x[i], clean[i], eps[i], numbers[i], *rest) for i in (slice(0, 2), slice(2, 5))]
-    assert torch.equal(torch.cat([part.unflatten(0, (2, -1)) for part in parts], 1).flatten(0, 1), whole)
-    last = [image.to(memory_format=torch.channels_last) for image in (x, clean)]
-    drawn = numbers.transpose(0, 1).contiguous().transpose(0, 1), numbers.repeat_interleave(2, 2)[:, :, ::2]
-    for strided in drawn:
-        assert torch.equal(kernel.forward(*last, eps.repeat_interleave(2)[::2], strided, *rest), whole)
-    x[1, 2, 8, 6] = clean[3, 0, 0, 0] = torch.nan
-    got, wanted = (run(x, clean, eps, numbers, *rest) for run in (kernel.forward, op.reference))
-    assert torch.equal(got.isnan(), wanted.isnan()) and got.isnan().any()
-    empty = kernel.forward(x[:0], clean[:0], eps[:0], numbers[:0], *rest)
-    assert empty.shape == kernel.forward(x, clean, eps, numbers[:, :0], *rest).shape == (0, 3, 9, 7)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from purify_fast.ops import aggregate, use_backend
 
 op = import_module("purify_fast.ops.aggregate")
-SMOOTH = ("lse", "peel", "mean", "mean_sigmoid")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1, 2), (3, 8, 10), (2, 5, 101), (5, 64, 7), (2, 3, 1300), (0, 4, 10))
 
@@ -174,44 +173,6 @@ def test_values_and_gradients(backend, within_budget, poisoned, method, shape, d
             within_budget(got, golden, op.reference_backward(grad, leaf, index))
 
 
-@pytest.mark.parametrize("method", op.METHODS)
-def test_kernels_on_their_own(within_budget, poisoned, method):
-    """The registered ops called raw, forward and backward, for whatever serves the CPU here."""
-    index, logits, grad = op.METHODS.index(method), random(4, 8, 10, dtype=torch.float32), random(4, 10)
-    same, golden = op.reference(logits, index), op.reference(logits.double(), index)
-    within_budget(op.OP.handle(logits, index), golden, same)
-    arguments = (grad.float(), logits, index)
-    golden = op.reference_backward(grad.float().double(), logits.double(), index)
-    within_budget(op.BACKWARD.handle(*arguments), golden, op.reference_backward(*arguments))
-
-
-@pytest.mark.parametrize("method", SMOOTH)
-def test_any_layout(backend, method):
-    # torch sums a transposed view in another order
-    same = (
-        torch.testing.assert_close
-        if backend == "reference"
-        else lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0)
-    )
-    base = random(6, 10, 8, dtype=torch.float32)
-    wanted = aggregate(base.transpose(1, 2).contiguous(), method)
-    same(aggregate(base.transpose(1, 2), method), wanted)
-    padded = torch.full((8, 12, 14), torch.nan)
-    padded[1:7, 2:10, 3:13] = base.transpose(1, 2)
-    view = padded[1:7, 2:10, 3:13].requires_grad_()
-    same(aggregate(view, method), wanted)
-    dense = base.transpose(1, 2).contiguous().requires_grad_()
-    grads = [torch.autograd.grad(aggregate(x, method).sum(), x)[0] for x in (view, dense)]  # an expanded gradient
-    same(*grads)
-
-
-@pytest.mark.parametrize("method", op.METHODS)
-def test_batch_split_changes_nothing(backend, method):
-    logits = random(9, 8, 100, dtype=torch.float32)
-    whole = aggregate(logits, method)
-    assert torch.equal(torch.cat([aggregate(part, method) for part in logits.split(2)]), whole)
-
-
 def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone(backend):
     """A batch whose images need another number subtracted each; what is beside an image must not change its bits."""
     logits = random(7, 8, 10, dtype=torch.float32)
@@ -249,14 +210,6 @@ def test_non_finite_logits_are_not_hidden(backend, method, value):
     assert torch.equal(out[clean], aggregate(logits[clean], method))
 
 
-@pytest.mark.parametrize("method", SMOOTH)
-def test_gradcheck(method):
-    """The op's own backward, and the reference differentiated by autograd."""
-    index, logits = op.METHODS.index(method), random(2, 3, 4, scale=1.0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: op._aggregate(x, index), (logits,))
-    assert torch.autograd.gradcheck(lambda x: op.reference(x, index), (logits,))
-
-
 def test_tangent_and_its_gradient():
     """Above 70, exp is continued with its value and its slope: the op's backward is the slope."""
     q = torch.tensor([69.0, 70.0, 71.0, 500.0], dtype=torch.float64, requires_grad=True)
@@ -272,81 +225,3 @@ def test_tangent_and_its_gradient():
 
 
 # the contract
-
-
-def test_contract(backend, contract):
-    for method in range(len(op.METHODS)):
-        logits, grad = random(3, 4, 5, dtype=torch.float32), random(3, 5, dtype=torch.float32)
-        bf16, empty = logits.bfloat16(), logits[:0]
-        strided = logits.transpose(0, 1)
-        contract.registered(op.OP.handle, *((x, method) for x in (logits, bf16, empty, strided)))
-        contract.registered(op.BACKWARD.handle, (grad, logits, method), (grad, bf16, method), (grad[:0], empty, method))
-
-
-@pytest.mark.parametrize("method", op.METHODS)
-def test_compiles(backend, contract, method):
-    contract.compiles(
-        lambda x: aggregate(2 * x, method),
-        lambda size: (random(size, 8, 10, seed=size, dtype=torch.float32).requires_grad_(method != "vote"),),
-        compiler="inductor" if method == "lse" else "aot_eager",
-    )
-
-
-def test_export(backend):
-    class Head(torch.nn.Module):
-        def forward(self, x):
-            return aggregate(x, "lse")
-
-    program = torch.export.export(Head(), (random(4, 8, 10),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    x = random(7, 8, 10)
-    torch.testing.assert_close(program.module()(x), aggregate(x))
-
-
-@pytest.mark.parametrize("method", op.METHODS)
-def test_autocast_and_inference_mode(backend, method):
-    logits = random(3, 4, 5, dtype=torch.bfloat16)
-    expected = aggregate(logits, method)
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        out = aggregate(logits, method)
-    assert out.dtype == torch.float32 and torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("method", SMOOTH)
-def test_func_grad(backend, method):
-    logits = random(3, 4, 5, dtype=torch.float32)
-    got = torch.func.grad(lambda x: aggregate(x, method).square().sum())(logits)
-    leaf = logits.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(op.reference(leaf, op.METHODS.index(method)).square().sum(), leaf)
-    torch.testing.assert_close(got, expected)
-
-
-def test_what_the_op_cannot_do():
-    logits = random(3, 4, 5).requires_grad_()
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._aggregate(x[None], 0))(logits.detach())
-    weight = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(op._aggregate(logits, 0), logits, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("logits", "method", "message"),
-    [
-        (torch.zeros(3, 4), "lse", r"logits must be floating point \[B, K, C\], got torch.float32 \[3, 4\]"),
-        (torch.zeros(3, 4, 5, dtype=torch.int64), "lse", "logits must be floating point"),
-        (torch.zeros(3, 0, 5), "lse", "K >= 1 samples and C >= 2 classes"),
-        (torch.zeros(3, 4, 1), "lse", r"got \[B, K, C\] = \[3, 4, 1\]"),
-        (torch.zeros(3, 4, 5), "median", "method must be one of lse, peel, .*vote_reference, got 'median'"),
-    ],
-)
-def test_errors(logits, method, message):
-    with pytest.raises(ValueError, match=message):
-        aggregate(logits, method)
-
-
-def test_reference_backend_is_the_reference():
-    logits = random(3, 4, 5, dtype=torch.float32)
-    with use_backend("reference"):
-        for index, method in enumerate(op.METHODS):
-            assert torch.equal(aggregate(logits, method), op.reference(logits, index))

@@ -16,16 +16,13 @@ from purify_fast.ops import (
     sample_latent,
     use_backend,
 )
-from purify_fast.ops.dispatch.cpu_kernels import AVAILABLE
-from purify_fast.ops.dispatch.gradient import needs_gradient
+from purify_fast.ops.dispatch.gradient import SAVING_KERNELS, needs_gradient
 
 loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
     for name in ("reconstruction_loss", "sample_latent", "representation_distance", "aggregate")
 )
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
-needs_kernels = pytest.mark.skipif(not AVAILABLE, reason="the kernels are the extension's")
+needs_kernels = pytest.mark.skipif(not SAVING_KERNELS, reason="the kernels are the extension's")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -38,83 +35,6 @@ def served_by_saving(out: torch.Tensor) -> bool:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_reconstruction_loss(shape, dtype, within_budget):
-    logits, target = 4 * normal(*shape, dtype=dtype), normal(*shape, seed=1).sigmoid().to(dtype)
-    leaf = logits.clone().requires_grad_()
-    with use_backend("cpp"):
-        loss = reconstruction_loss(leaf, target)
-        assert served_by_saving(loss) and torch.equal(loss, reconstruction_loss(logits, target))
-        upstream = torch.linspace(-1, 2, len(loss), dtype=loss.dtype)
-        (grad,) = torch.autograd.grad(loss, leaf, upstream)
-    exact = loss_op.reference_backward(upstream.double(), logits.double(), target.double())
-    within_budget(grad, exact, loss_op.reference_backward(upstream, logits, target))
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (5, 37), (2, 1026), (0, 8), (4, 0)], ids=str)
-def test_sample_latent(shape, dtype):
-    mu, logvar = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
-    stream = torch.tensor([5]), torch.arange(shape[0])
-    results = []
-    with use_backend("cpp"):
-        for saves in (True, False):
-            leaves = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-            call = sample_latent if saves else latent_op._sample_latent
-            z, kl = call(*leaves, *stream)
-            assert served_by_saving(z) == saves
-            upstream = normal(*shape, seed=2, dtype=dtype), torch.linspace(-1, 2, shape[0]).to(kl.dtype)
-            results.append((z, kl, *torch.autograd.grad((z, kl), leaves, upstream)))
-    for kept, own in zip(*results, strict=True):
-        # within one rounding: one of them may fuse a multiplication with an addition
-        torch.testing.assert_close(kept, own, rtol=4 * torch.finfo(own.dtype).eps, atol=1e-6)
-
-
-@needs_kernels
-@pytest.mark.parametrize("kind", distance_op.KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# not (1, 1): two single numbers are parallel, and all of their slope is rounding
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_representation_distance(shape, dtype, kind, within_budget):
-    u, v = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
-    leaf = u.clone().requires_grad_()
-    with use_backend("cpp"):
-        out = representation_distance(leaf, v, kind)
-        assert served_by_saving(out) and torch.equal(out, representation_distance(u, v, kind))
-        upstream = torch.linspace(-1, 2, len(out), dtype=out.dtype)
-        (grad,) = torch.autograd.grad(out, leaf, upstream)
-    results = []
-    for wanted in (torch.float64, dtype):
-        given = [x.to(wanted) for x in (u, v)]
-        slopes = distance_op.reference([given[0]], [given[1]], distance_op.KINDS.index(kind))[1]
-        results += distance_op.reference_backward(upstream.to(slopes.dtype)[:, None], [given[0]], [given[1]], slopes)
-    within_budget(grad, *results)
-
-
-@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
-@pytest.mark.parametrize("method", ["lse", "peel"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# whole groups of lanes; one that overlaps another; several calls of lanes; no image
-@pytest.mark.parametrize("shape", [(3, 5, 16), (2, 8, 37), (2, 3, 200), (0, 4, 20)], ids=str)
-def test_aggregate(shape, dtype, method, within_budget):
-    logits = (3 * normal(*shape)).to(dtype)
-    if shape[0]:  # both are as large as exp's tangent bears; and one that is all of its class
-        logits[0, :2, 3], logits[0, 1, 5] = 1e4, 60
-    leaf, index = logits.clone().requires_grad_(), aggregate_op.METHODS.index(method)
-    with use_backend("cpp"):
-        out = aggregate(leaf, method)
-        assert served_by_saving(out)
-        torch.testing.assert_close(out, aggregate(logits, method), rtol=1e-6, atol=1e-6)
-        upstream = normal(shape[0], shape[2], seed=1, dtype=out.dtype)
-        (grad,) = torch.autograd.grad(out, leaf, upstream)
-    within_budget(out, aggregate_op.reference(logits.double(), index), aggregate_op.reference(logits, index))
-    exact = aggregate_op.reference_backward(upstream.double(), logits.double(), index)
-    within_budget(grad, exact, aggregate_op.reference_backward(upstream, logits, index))
-
-
-@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_shapes_without_data(dtype):
     """Every function that saves something, forward and backward, in tensors without data as in real ones."""
@@ -141,7 +61,7 @@ def test_shapes_without_data(dtype):
         assert found == real
 
 
-@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
+@needs_kernels
 def test_few_classes_and_infinite_logits():
     """Few classes have the op's own backward; of infinite logits both make NaN where torch.softmax does."""
     with use_backend("cpp"):

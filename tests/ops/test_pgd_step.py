@@ -242,49 +242,6 @@ def test_special_radii(backend, norm):
 
 
 @pytest.mark.parametrize("norm", op.NORMS)
-def test_any_layout_and_no_mutation(backend, norm):
-    x, grad, nat = inputs(3, 4, 9, 7)
-    before = [t.clone() for t in (x, grad, nat)]
-    wanted = pgd_step(x, grad, nat, 0.05, 0.1, norm)
-    padded = torch.full((5, 6, 11, 12), torch.nan)
-    padded[1:4, 1:5, 2:11, 3:10] = x
-    last = torch.channels_last
-    for arguments in (
-        (x.to(memory_format=last), grad.to(memory_format=last), nat.to(memory_format=last)),
-        (x, grad.to(memory_format=last), nat),
-        (padded[1:4, 1:5, 2:11, 3:10], grad, nat),
-    ):
-        out = pgd_step(*arguments, 0.05, 0.1, norm)
-        assert out.is_contiguous()
-        torch.testing.assert_close(out, wanted, rtol=0, atol=0 if norm == "linf" else 1e-7)
-    for tensor, copy in zip((x, grad, nat), before, strict=True):
-        assert torch.equal(tensor, copy)
-
-
-@pytest.mark.parametrize("norm", op.NORMS)
-def test_no_gradient_flows(backend, norm):
-    x, grad, nat = (t.requires_grad_() for t in inputs(3, 6))
-    assert not pgd_step(x, grad, nat, 0.05, 0.1, norm).requires_grad
-
-
-def test_contract(backend, contract):
-    for norm in (0, 1, 2):
-        sets = [inputs(3, 2, 5), inputs(3, 2, 5, dtype=torch.bfloat16), inputs(0, 3, 2), inputs(1, 1)]
-        sets.append(tuple(t.to(memory_format=torch.channels_last) for t in inputs(2, 3, 4, 5)))
-        contract.registered(op.OP.handle, *((*s, *radii(len(s[0])), norm, 0.0, 1.0, 0.3) for s in sets))
-
-
-@pytest.mark.parametrize("norm", op.NORMS)
-def test_compiles(backend, contract, norm):
-    contract.compiles(
-        lambda x, g, n: pgd_step(x, 2 * g, n, 0.05, 0.1, norm),
-        lambda size: inputs(size, 3, 8, 8, seed=size),
-        exact=norm == "linf",
-        compiler="inductor" if norm == "linf" else "aot_eager",
-    )
-
-
-@pytest.mark.parametrize("norm", op.NORMS)
 def test_who_serves_a_graph(norm):
     """Where there is a kernel: the plain reference, but the op for l1."""
     graphs = []
@@ -296,52 +253,6 @@ def test_who_serves_a_graph(norm):
     torch._dynamo.reset()
     torch.compile(lambda *images: pgd_step(*images, 0.05, 0.1, norm), backend=compiler)(*inputs(3, 8))
     assert ("purify_fast.pgd_step" in graphs[0]) == (norm == "l1" and op.OP.kernel("cpu") == "cpp")
-
-
-def test_export(backend):
-    class Step(torch.nn.Module):
-        def forward(self, x, grad, nat):
-            return pgd_step(x, grad, nat, 0.05, 0.1)
-
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Step(), inputs(4, 3, 8, 8), dynamic_shapes=(batch, batch, batch))
-    assert torch.equal(program.module()(*inputs(7, 3, 8, 8)), pgd_step(*inputs(7, 3, 8, 8), 0.05, 0.1))
-
-
-@pytest.mark.parametrize("norm", op.NORMS)
-def test_autocast_and_inference_mode(backend, norm):
-    arguments = inputs(3, 40, dtype=torch.bfloat16)
-    expected = pgd_step(*arguments, 0.05, 0.1, norm)
-    with torch.autocast("cpu", torch.float16), torch.inference_mode():
-        out = pgd_step(*arguments, 0.05, 0.1, norm)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(3, 5)}, r"x, grad and x_nat need one shape \[B, ...\], got \[3, 5\], \[3, 4\], \[3, 4\]"),
-        ({"x": torch.zeros(3), "grad": torch.zeros(3), "x_nat": torch.zeros(3)}, "need one shape"),
-        ({"grad": torch.zeros(3, 4).half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
-        ({"x_nat": torch.zeros(3, 4, device="meta")}, "are on cpu, cpu, meta: they must agree"),
-        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": float("nan")}, r"density must be in \(0, 1\], got nan"),
-        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
-        ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
-        ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
-    ],
-)
-def test_errors(change, message):
-    arguments = {
-        "x": torch.zeros(3, 4),
-        "grad": torch.zeros(3, 4),
-        "x_nat": torch.zeros(3, 4),
-        "alpha": 0.1,
-        "eps": 0.1,
-    }
-    with pytest.raises(ValueError, match=message):
-        pgd_step(**(arguments | change))
 
 
 def test_l1_moves_no_more_where_denormals_are_flushed(backend):

@@ -5,11 +5,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from purify_fast import _library
-from purify_fast.ops import Stream, philox, random_transform, use_backend
+from purify_fast.ops import Stream, philox, random_transform
 
 op = import_module("purify_fast.ops.random_transform")
 DTYPES = op.DTYPES
@@ -164,56 +161,6 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
             torch.testing.assert_close(got.double(), golden, rtol=eps, atol=eps * golden.abs().max().item())
 
 
-def test_kernels_on_their_own(within_budget, poisoned, own_noise):
-    x = images(3, 3, 12, 20)
-    arguments = plain_arguments(x, num_passes=5, samples=2)
-    for got, same in zip(op.OP.handle(*arguments), op.reference(*arguments), strict=True):
-        assert torch.equal(got, same)
-    packed, owners = op.reference(*arguments)
-    grad = packed.flip(0) + 1
-    arguments = (x, owners, SEED, names(3), 0.25, 5)
-    golden = op.reference_backward(grad.double(), x.double(), *arguments[1:])
-    within_budget(op.BACKWARD.handle(grad, *arguments), golden, op.reference_backward(grad, *arguments))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(-(2**63), 2**63 - 1),
-    ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4),
-    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    block=st.integers(1, 3),
-    mask_ratio=st.floats(0, 1, exclude_max=True),
-    data=st.data(),
-    samples=st.integers(1, 3),
-    shared=st.booleans(),
-)
-def test_backends_agree(seed, ids, grid, block, mask_ratio, data, samples, shared):
-    """The same masks to the bit, the same noise to a few ulp; and what the masks must be."""
-    blocks = grid[0] * grid[1]
-    divisors = [n for n in range(1, blocks + 1) if blocks % n == 0]
-    num_passes = data.draw(st.sampled_from([None, *divisors]))
-    x = images(len(ids), 2, grid[0] * block, grid[1] * block)
-    made = []
-    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
-        with use_backend(name):
-            made.append(
-                random_transform(
-                    x, torch.tensor([seed]), torch.tensor(ids, dtype=torch.int64), block=block, mask_ratio=mask_ratio,
-                    num_passes=num_passes, samples=samples, shared_mask=shared,
-                )
-            )  # fmt: skip
-    for packed, owners in made:
-        assert torch.equal(owners, made[0][1]) and torch.equal(packed[:, 2:], made[0][0][:, 2:])
-        torch.testing.assert_close(packed, made[0][0], rtol=0, atol=2**-20)
-        assert (packed[:, 2] == 1).all()
-        m = packed[:, 3].unflatten(0, (samples, len(ids), num_passes or 1))
-        if num_passes is None:
-            assert (owners.sum((2, 3)) == int(mask_ratio * blocks)).all()
-            assert torch.equal(m[:, :, 0, ::block, ::block], owners.to(m.dtype))
-        else:
-            assert (m.sum(2) == 1).all() and (m.sum((3, 4)) == blocks // num_passes * block**2).all()
-
-
 def test_ties_go_by_index(backend):
     """Blocks of one key, with the cut between them."""
     for sample, blocks, rank in TIES:
@@ -332,28 +279,6 @@ def test_without_noise(backend, block):
     assert torch.equal(slope, ((x >= 0) & (x <= 1)) * 2.0 * (~hidden).sum(0))
 
 
-def test_any_layout_and_no_mutation(backend):
-    x, ids = images(3, 4, 9, 15), names(3)
-    before, more = x.clone(), {"block": 3, "num_passes": 3, "samples": 2}
-    leaf = x.clone().requires_grad_()
-    packed, owners = random_transform(leaf, SEED, ids, **more)
-    grad = torch.linspace(-1, 1, packed.numel()).view_as(packed)
-    padded = torch.full((5, 6, 11, 20), torch.nan)
-    padded[1:4, 1:5, 2:11, 3:18] = x
-    grads = torch.full((18, 9, 8, 15), torch.nan).permute(0, 2, 1, 3)
-    grads[:, 1:7] = grad
-    upstreams = grad, grad.contiguous(memory_format=NHWC), grads[:, 1:7], grad[:1].expand_as(grad)
-    wanted = [torch.autograd.grad(packed, leaf, g.contiguous(), retain_graph=True)[0] for g in upstreams]
-    for view in (x.contiguous(memory_format=NHWC), padded[1:4, 1:5, 2:11, 3:18]):
-        for upstream, expected in zip(upstreams, wanted, strict=True):
-            leaf = view.detach().requires_grad_()
-            got, own = random_transform(leaf, SEED, ids.repeat_interleave(2)[::2], **more)
-            assert torch.equal(got, packed) and torch.equal(own, owners) and got.is_contiguous()
-            (slope,) = torch.autograd.grad(got, leaf, upstream)
-            torch.testing.assert_close(slope, expected)
-    assert torch.equal(x, before)
-
-
 @pytest.mark.parametrize("block", [4, 32])
 def test_nan_stays_where_it_is_seen(backend, block):
     x, ids = images(2, 3, 2 * block, 2 * block), names(2)
@@ -378,120 +303,9 @@ def test_infinities_are_clipped_where_they_are_seen(backend):
     assert torch.equal(packed[0, 0], 1 - owners[0, 0].float())
 
 
-def test_gradcheck():
-    x = (1.4 * images(2, 2, 4, 6, dtype=torch.float64) - 0.2).requires_grad_()
-    for num_passes in (0, 3):
-        rest = plain_arguments(x, block=2, masked_blocks=2, num_passes=num_passes, samples=2)[1:]
-        for function in (op._random_transform, op.reference):
-            assert torch.autograd.gradcheck(lambda x, f=function, rest=rest: f(x, *rest)[0], x)
-
-
-def test_contract(backend, contract):
-    x = images(3, 3, 8, 12)
-    sets = [
-        plain_arguments(x),
-        plain_arguments(x[:0], num_passes=3),
-        plain_arguments(
-            x.contiguous(memory_format=NHWC), num_passes=2, samples=2, shared=True, dtype=torch.float16, last=True
-        ),
-    ]
-    contract.registered(op.OP.handle, *sets)
-    backward = []
-    for arguments in sets:
-        packed, owners = op.reference(*arguments)
-        backward.append((packed, arguments[0], owners, SEED, arguments[2], arguments[3], arguments[6]))
-    contract.registered(op.BACKWARD.handle, *backward)
-
-
-@pytest.mark.parametrize("num_passes", [None, 4])
-def test_compiles(backend, contract, num_passes):
-    def make(size: int) -> tuple:
-        sigma = 0.1 + size / 50 if backend == "reference" else 0.25  # an opaque op's numbers are constants of the graph
-        return images(size, 3, 8, 8, seed=size).requires_grad_(), torch.tensor([size]), names(size), sigma
-
-    def call(x, seed, ids, sigma):  # neither seed nor sigma recompiles
-        return random_transform(2 * x, seed, ids, sigma=sigma, block=2, num_passes=num_passes, samples=2)[0]
-
-    contract.compiles(call, make, compiler="aot_eager")  # a minute with inductor, which the benchmark checks
-
-
 def test_compiles_to_other_dtypes_and_formats(backend):
     x, ids = images(2, 3, 8, 8), names(2)
     call = lambda x: random_transform(x, SEED, ids, block=4, dtype=torch.bfloat16, channels_last=True)  # noqa: E731
     torch._dynamo.reset()
     for got, wanted in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x), strict=True):
         assert torch.equal(got, wanted) and got.stride() == wanted.stride() and got.dtype == wanted.dtype
-
-
-def test_export(backend):
-    class Transform(torch.nn.Module):
-        def forward(self, x, seed, ids):
-            return random_transform(x, seed, ids, block=4, num_passes=4)
-
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Transform(), (images(4, 3, 8, 8), SEED, names(4)), dynamic_shapes=(batch, {}, batch))
-    arguments = images(7, 3, 8, 8), SEED, names(7)
-    for got, expected in zip(program.module()(*arguments), Transform()(*arguments), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-def test_autocast_and_inference_mode(backend):
-    x, ids = images(3, 3, 8, 8), names(3)
-    expected = random_transform(x, SEED, ids, block=4)
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        packed, owners = random_transform(x, SEED, ids, block=4)
-    assert packed.dtype == torch.float32 and torch.equal(packed, expected[0]) and torch.equal(owners, expected[1])
-
-
-def test_func_grad(backend):
-    x, ids = images(2, 3, 8, 8), names(2)
-    call = lambda x: random_transform(x, SEED, ids, sigma=0.0, block=4)[0]  # noqa: E731
-    got = torch.func.grad(lambda x: call(x).sum())(x)
-    assert torch.equal(got, (2 * (1 - call(x)[:, 4:])).expand_as(x))
-
-
-def test_what_the_op_cannot_do():
-    x = images(3, 3, 8, 8)
-    rest = plain_arguments(x[:1])[1:]
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._random_transform(x[None], *rest)[0])(x)
-    leaf = x[:1].requires_grad_()
-    packed, _ = op._random_transform(leaf, *rest)
-    (first,) = torch.autograd.grad(packed, leaf, torch.ones_like(packed, requires_grad=True), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(3, 64, 64)}, r"x must be \[B, C, H, W\] in .*, got torch.float32 \[3, 64, 64\]"),
-        ({"x": torch.zeros(3, 3, 64, 64, dtype=torch.uint8)}, r"x must be .*, got torch.uint8 \[3, 3, 64, 64\]"),
-        ({"seed": torch.tensor(1)}, "seed must be an int64"),
-        ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for a batch of 3"),
-        ({"x": torch.zeros(3, 3, 64, 64, device="meta")}, "x is on meta, seed on cpu: they must agree"),
-        ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
-        ({"block": 64}, "got block = 64 for 64 x 96"),
-        ({"x": torch.zeros(3, 3, 60, 96)}, "got block = 32 for 60 x 96"),
-        ({"x": torch.zeros(3, 3, 0, 96)}, "got block = 32 for 0 x 96"),
-        ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
-        ({"sigma": math.inf}, "sigma must be finite and not negative, got inf"),
-        ({"sigma": math.nan}, "sigma must be finite and not negative, got nan"),
-        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
-        ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
-        ({"mask_ratio": math.nan}, r"mask_ratio must be in \[0, 1\), got nan"),
-        ({"num_passes": 4}, "num_passes must be 1 to 6 and divide the 6 blocks of an image, got 4"),
-        ({"num_passes": 0}, "num_passes must be 1 to 6 and divide the 6 blocks of an image, got 0"),
-        ({"num_passes": 7}, "num_passes must be 1 to 6 .* got 7"),
-        (
-            {"block": 2, "num_passes": 256},
-            "num_passes must be 1 to 255 and divide the 1536 blocks of an image, got 256",
-        ),
-        ({"samples": 0}, r"samples must be at least 1 and below 2\^63, got 0"),
-        ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
-    ],
-)
-def test_errors(change, message):
-    arguments = {"x": torch.zeros(3, 3, 64, 96), "seed": SEED, "sample_ids": torch.arange(3)} | change
-    with pytest.raises(ValueError, match=message):
-        random_transform(arguments.pop("x"), arguments.pop("seed"), arguments.pop("sample_ids"), **arguments)

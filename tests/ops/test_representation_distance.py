@@ -136,27 +136,6 @@ def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dty
             torch.testing.assert_close(got.double(), golden, rtol=0, atol=1e-4 if kind == "angular" else 1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_on_their_own(within_budget, poisoned, kind):
-    """Several layers, unlike in shape and dtype."""
-    index = KINDS.index(kind)
-    pairs = [inputs(3, 2, 5, 7), inputs(3, 100, dtype=torch.bfloat16, seed=1), inputs(3, 4, 1025, seed=2)]
-    pairs[2] = (pairs[2][0], pairs[2][1].half())
-    student, teacher = map(list, zip(*pairs, strict=True))
-    golden, exact_slopes = op.reference([x.double() for x in student], [x.double() for x in teacher], index)
-    same, slopes = op.reference(student, teacher, index)
-    got, own_slopes = op.OP.handle(student, teacher, index)
-    within_budget(got, golden, same)
-    torch.testing.assert_close(own_slopes, slopes, rtol=1e-5, atol=1e-7)
-    grad = torch.linspace(-1, 2, 9).view(3, 3)
-    wide = op.reference_backward(
-        grad.double(), [x.double() for x in student], [x.double() for x in teacher], exact_slopes
-    )
-    same = op.reference_backward(grad, student, teacher, slopes)
-    for value, exact, rounded in zip(op.BACKWARD.handle(grad, student, teacher, own_slopes), wide, same, strict=True):
-        within_budget(value, exact, rounded)
-
-
 def test_layers_are_as_one_by_one(backend):
     pairs = [inputs(4, 64, 8, 8), inputs(4, 128, 4, 4, seed=1), inputs(4, 512, seed=2)]
     student, teacher = zip(*pairs, strict=True)
@@ -188,19 +167,6 @@ def test_layers_of_several_precisions(backend):
 
 
 # the gradient
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind):
-    u, v = inputs(3, 2, 3, dtype=torch.float64)
-    w, x = inputs(3, 4, dtype=torch.float64, seed=1)
-    index = KINDS.index(kind)
-    for function in (
-        lambda a, b: op._distance(index, 2, a, b, v, x)[0],
-        lambda a, b: op.reference([a, b], [v, x], index)[0],
-        lambda a, b: representation_distance([a, b], [v, x], kind),
-    ):
-        assert torch.autograd.gradcheck(function, (u.requires_grad_(), w.requires_grad_()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -308,34 +274,6 @@ def test_from_the_smallest_to_the_largest_norms(backend, kind):
 # layout, batch, modes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_layout_and_no_mutation(backend, kind):
-    u, v = inputs(3, 4, 9, 7)
-    before = u.clone(), v.clone()
-    plain = u.clone().requires_grad_()
-    wanted = representation_distance(plain, v, kind)
-    (grad,) = torch.autograd.grad(wanted.sum(), plain)
-    padded = torch.full((5, 6, 11, 12), torch.nan)
-    padded[1:4, 1:5, 2:11, 3:10] = u
-    last = u.to(memory_format=NHWC)
-    for x, t, layout in (
-        (last, v.to(memory_format=NHWC), NHWC),
-        (last, v, NHWC),
-        (u, v.to(memory_format=NHWC), torch.contiguous_format),
-        (padded[1:4, 1:5, 2:11, 3:10], v, None),
-        (u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1), None),
-        (u.flatten(1), v.flatten(1), torch.contiguous_format),
-    ):
-        leaf = x.detach().requires_grad_()
-        out = representation_distance(leaf, t, kind)
-        torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
-        (got,) = torch.autograd.grad(out.sum(), leaf)  # the incoming gradient is expanded
-        expected = grad.permute(0, 2, 3, 1) if got.shape[1] == 9 else grad.view_as(got)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-        assert layout is None or got.is_contiguous(memory_format=layout)
-    assert torch.equal(u, before[0]) and torch.equal(v, before[1])
-
-
 def test_channels_last_maps_are_not_copied(backend):
     """What the op is given are views of the maps."""
     u, v = (x.to(memory_format=NHWC) for x in inputs(2, 16, 5, 3))
@@ -343,41 +281,6 @@ def test_channels_last_maps_are_not_copied(backend):
     out = representation_distance([leaf], [v])
     given = [x for x in out.grad_fn.saved_tensors if x.dim() == 4]
     assert [x.data_ptr() for x in given] == [u.data_ptr(), v.data_ptr()] and all(x.is_contiguous() for x in given)
-
-
-def test_batch_split_changes_nothing(backend):
-    u, v = inputs(7, 64, 8, 8)
-    for kind in KINDS:
-        whole = representation_distance(u, v, kind)
-        parts = [representation_distance(a, b, kind) for a, b in zip(u.split(2), v.split(2), strict=True)]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0 if backend == "cpp" else 1e-7)
-
-
-def test_contract(backend, contract):
-    half = inputs(3, 2, 5, dtype=torch.float16)
-    mixed = (half[0], inputs(3, 2, 5)[1])
-    last = tuple(x.to(memory_format=NHWC) for x in inputs(2, 3, 4, 5))
-    sets = [[inputs(3, 2, 5), half, mixed], [last], [inputs(0, 3)], [inputs(1, 1)], [inputs(2, 3, dtype=torch.double)]]
-    for index in range(4):
-        arguments = [(*map(list, zip(*pairs, strict=True)), index) for pairs in sets]
-        contract.registered(op.OP.handle, *arguments)
-        backward = []
-        for student, teacher, _ in arguments:
-            _, slopes = op.reference(student, teacher, index)
-            backward.append((torch.ones(slopes.shape[:2]), student, teacher, slopes))
-        contract.registered(op.BACKWARD.handle, *backward)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiles(backend, contract, kind):
-    def make(size: int) -> tuple:
-        first, second = inputs(size, 3, 8, 8, seed=size), inputs(size, 40, seed=size + 1)
-        return first[0].requires_grad_(), first[1], second[0].requires_grad_(), second[1]
-
-    def call(a, b, c, d):
-        return representation_distance([2 * a, c], [b, d], kind)
-
-    contract.compiles(call, make, compiler="inductor" if kind == "abs_cosine" else "aot_eager")
 
 
 def test_compiles_channels_last(backend):
@@ -414,67 +317,3 @@ def test_compiled_at_the_teacher_has_no_gradient(backend):
     leaf = v.clone().requires_grad_()
     out = torch.compile(representation_distance, fullgraph=True)(leaf, v)
     assert torch.equal(out, torch.zeros(3)) and (torch.autograd.grad(out.sum(), leaf)[0] == 0).all()
-
-
-def test_export(backend):
-    class Distance(torch.nn.Module):
-        def forward(self, u, v):
-            return representation_distance([u], [v])
-
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Distance(), inputs(4, 3, 8, 8), dynamic_shapes=(batch, batch))
-    arguments = inputs(7, 3, 8, 8)
-    torch.testing.assert_close(program.module()(*arguments), Distance()(*arguments))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_and_inference_mode(backend, kind):
-    arguments = inputs(3, 40, dtype=torch.bfloat16)
-    expected = representation_distance(*arguments, kind)
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        out = representation_distance(*arguments, kind)
-    assert out.dtype == torch.float32 and torch.equal(out, expected)
-    leaf = arguments[0].clone().requires_grad_()
-    wanted = torch.autograd.grad(representation_distance(leaf, arguments[1], kind).sum(), leaf)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = representation_distance(leaf, arguments[1], kind).sum()
-    assert torch.equal(torch.autograd.grad(out, leaf)[0], wanted)
-
-
-def test_func_grad(backend):
-    u, v = inputs(3, 40)
-    got = torch.func.grad(lambda x: representation_distance(x, v, "l2").sum())(u)
-    torch.testing.assert_close(got, F.normalize(u - v, dim=1))
-
-
-def test_what_the_op_cannot_do():
-    u, v = inputs(3, 8)
-    leaf, weight = u.requires_grad_(), torch.ones(3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._distance(0, 1, x[None], v[:1]))(leaf)
-    (first,) = torch.autograd.grad(representation_distance(leaf, v), leaf, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
-ZEROS = torch.zeros(3, 4)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "kind", "message"),
-    [
-        (ZEROS, torch.zeros(3, 5), "l2", r"student and teacher need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-        (torch.zeros(3), torch.zeros(3), "l2", "need one shape"),
-        (ZEROS, ZEROS.to(torch.uint8), "l2", "must be floating point, got torch.float32 and torch.uint8"),
-        (ZEROS, ZEROS.to("meta"), "l2", "student is on cpu, teacher on meta: all layers must agree"),
-        ([ZEROS, ZEROS.to("meta")], [ZEROS, ZEROS.to("meta")], "l2", "all layers must agree"),
-        (ZEROS, ZEROS, "arccos", "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
-        ([], [], "l2", "need as many layers, at least one, got 0 and 0"),
-        ([ZEROS], [ZEROS, ZEROS], "l2", "need as many layers, at least one, got 1 and 2"),
-        (ZEROS, [ZEROS], "l2", "must both be tensors, or both sequences of tensors"),
-        ([ZEROS, ZEROS[:2]], [ZEROS, ZEROS[:2]], "l2", "layers need one batch size, got 3 and 2"),
-    ],
-)
-def test_errors(student, teacher, kind, message):
-    with pytest.raises(ValueError, match=message):
-        representation_distance(student, teacher, kind)

@@ -20,7 +20,7 @@ from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, philox, sample_latent
-from purify_fast.ops.dispatch import examples, races, timing, tune, verify
+from purify_fast.ops.dispatch import examples, races, tune, verify
 from purify_fast.ops.dispatch.op import Call, call_of, size_of
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +30,21 @@ from benchmarks import measure  # noqa: E402
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-ELEMENTS = timing.ELEMENTS
+ELEMENTS = tune.ELEMENTS
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
 
 
 @pytest.fixture(autouse=True)
 def folder(kernel_cache, monkeypatch) -> Path:
     """An empty folder, and races that are soon over."""
-    monkeypatch.setattr(timing, "RUN", 1e-5)
-    monkeypatch.setattr(timing, "ELEMENTS", TINY)
+    monkeypatch.setattr(tune, "RUN", 1e-5)
+    monkeypatch.setattr(tune, "ELEMENTS", TINY)
     return kernel_cache
 
 
-def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> timing.Row:
+def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> tune.Row:
     """A row of a race in which the reference took a microsecond."""
-    return timing.Row(
+    return tune.Row(
         example=example,
         variant=variant,
         dtype=dtype,
@@ -64,7 +64,7 @@ def timed(monkeypatch, seconds: dict[str, float]) -> None:
             call()
         return [seconds["reference"], seconds["kernel"]]
 
-    monkeypatch.setattr(timing, "fastest", fastest)
+    monkeypatch.setattr(tune, "fastest", fastest)
 
 
 def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
@@ -121,14 +121,17 @@ def test_dtype_and_size_decide(monkeypatch):
 def test_what_serves_keeps_its_place_where_it_is_level():
     op = REGISTRY["sample_latent"]
     for served in ("cpp", "reference"):
-        races.write(CPU, {op.name: {"sources": op.sources_digest("cpu"), "eager": served}}, {"date": "2026-01-01"})
+        races.write(
+            CPU,
+            {op.name: {"sources": op.sources_digest("cpu"), "cells": {"": {"eager": served}}}},
+            {"date": "2026-01-01"},
+        )
         for kernel_us in (0.97, 1.03):
             made, _ = tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
-            assert made["cells"] == {"float32 small": {"eager": served}} and made["eager"] == served
+            assert made["cells"] == {"": {"eager": served}, "float32 small": {"eager": served}}
         for kernel_us, winner in ((0.9, "cpp"), (1.1, "reference")):
-            assert (
-                tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)[0]["eager"] == winner
-            )
+            made, _ = tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
+            assert made["cells"][""] == {"eager": winner}
 
 
 def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
@@ -142,14 +145,14 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
         row("a", "l1", "float32", "medium", style="graph", kernel_us=1 / 3.0),
     ]
     made, _ = tune.decide(op, rows, CPU)
-    assert made["variants"] == {
+    assert {name: made["cells"][name] for name in ("", "l1", "l2", "linf")} == {
+        "": {"eager": "reference", "graph": "reference"},
         "l1": {"graph": "cpp"},
         "l2": {"eager": "reference"},
         "linf": {"eager": "cpp", "graph": "reference"},  # compilers fuse it with neighbors, which the race has not
     }
-    assert made["eager"] == made["graph"] == "reference"
     rows[1] = row("a channels_last", "linf", "float32", "small", style="eager", kernel_us=1 / 0.5)
-    assert tune.decide(op, rows, CPU)[0]["variants"]["linf"]["eager"] == "reference"
+    assert tune.decide(op, rows, CPU)[0]["cells"]["linf"]["eager"] == "reference"
 
 
 def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch):
@@ -175,16 +178,16 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 
 def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
     found = tune.tune(CPU, seconds=0.0, ops=["noisy_replay"])
-    assert len(found.left_out) == len(timing.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
+    assert len(found.left_out) == len(tune.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
     assert "not raced for want of time, as before: noisy_replay" in command.text(found)
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
 
 
 def test_a_real_race_in_small(folder, monkeypatch):
     """Also inside compiled graphs: every row has both times, and a second race takes the place of the first."""
-    monkeypatch.setattr(timing, "ELEMENTS", {"cpu": {"small": 2**10}})
-    monkeypatch.setattr(timing, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(timing.races_of, "__defaults__", ((torch.float32,),))
+    monkeypatch.setattr(tune, "ELEMENTS", {"cpu": {"small": 2**10}})
+    monkeypatch.setattr(tune, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(tune.races_of, "__defaults__", ((torch.float32,),))
     found = tune.tune(CPU, full=True, ops=["noisy_replay"])
     rows = found.rows["noisy_replay"]
     assert {row.style for row in rows} == {"eager", "graph"} and not found.failed
@@ -200,7 +203,7 @@ def test_a_real_race_in_small(folder, monkeypatch):
     assert len(again["rows"]) == len(
         {tuple(row[k] for k in ("example", "dtype", "size", "style")) for row in again["rows"]}
     )
-    assert "graph" in again  # of the first time, which compiled
+    assert "graph" in again["cells"][""]  # of the first time, which compiled
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
@@ -226,12 +229,12 @@ def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
 
 def test_replays_are_captured_by_what_recovers(rerun):
     """The call runs aside before it is captured; where that fails the race is named, and the next one begins."""
-    race = timing.races_of(REGISTRY["noisy_replay"], CPU)[0]
-    assert [one.style for one in timing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
+    race = tune.races_of(REGISTRY["noisy_replay"], CPU)[0]
+    assert [one.style for one in tune.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
     assert rerun.recorded == 2 and rerun.replayed > 2
     rerun.error = RuntimeError("cannot be captured")
     found = tune.tune(CPU, ops=["noisy_replay"], capture=rerun)
-    assert not found.rows and len(found.failed) == len(timing.races_of(REGISTRY["noisy_replay"], CPU))
+    assert not found.rows and len(found.failed) == len(tune.races_of(REGISTRY["noisy_replay"], CPU))
     assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
 
 
@@ -261,8 +264,8 @@ class Memory(TorchDispatchMode):
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
 def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
     """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""
-    monkeypatch.setattr(timing, "ELEMENTS", ELEMENTS)
-    large = [race for race in timing.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
+    monkeypatch.setattr(tune, "ELEMENTS", ELEMENTS)
+    large = [race for race in tune.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
     assert large
     for race in large:
         made = race.example.make(race.dtype, 0)
@@ -274,7 +277,7 @@ def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
 
 def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     op, other = REGISTRY["stitch"], REGISTRY["philox"]
-    stale = {"sources": "of another build", "eager": "reference"}
+    stale = {"sources": "of another build", "cells": {"": {"eager": "reference"}}}
     races.write(CPU, {op.name: stale, other.name: stale}, {"date": "2026-01-01"})
     assert op.wanted(Call(CPU)).backend == "cpp" and "is not used" in caplog.text
     # after an upgrade it is so of every op: one line for all of them
@@ -358,7 +361,7 @@ def test_a_look_up_is_one_dictionary_look_up():
     assert len(made) <= 16, made  # plain, serving, is_compiling twice, Call, get, setprofile
 
 
-@pytest.mark.parametrize("clock", [timing._clock, lambda call, _, device: measure.seconds([call], device)])
+@pytest.mark.parametrize("clock", [tune._clock, lambda call, _, device: measure.seconds([call], device)])
 def test_the_events_of_a_race_are_on_the_device_that_is_raced(clock, monkeypatch):
     """Another GPU may be the current one, on whose stream nothing runs."""
     stood = []
@@ -386,13 +389,13 @@ def test_the_events_of_a_race_are_on_the_device_that_is_raced(clock, monkeypatch
 def test_a_call_is_weighed_as_its_race_was():
     """What a public function weighs a call by is what its race was weighed by, or its verdict would not be found."""
     for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
-        race = timing.races_of(op, CPU)[0]
+        race = tune.races_of(op, CPU)[0]
         arguments = examples.tile(race.example.make(race.dtype, 0), race.times)
         dtype, numel = op.weigh(*arguments)
         assert size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
     for op in (op for op in REGISTRY.values() if op.launch is not None):
         for example in op.raced:
-            for dtype in (one for one in timing.DTYPES if one in example.dtypes):
+            for dtype in (one for one in tune.DTYPES if one in example.dtypes):
                 assert op.weigh(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
     images, seed, ids = torch.rand(4, 3, 8, 8), torch.tensor([7]), torch.arange(4)
     logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)

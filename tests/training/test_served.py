@@ -53,7 +53,8 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
     with pytest.raises(Killed):
         train(tmp_path / "parts", [KilledAfter(1)])
     names = ("representation_distance", "representation_distance_backward", "pgd_step")
-    lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "eager": "reference"} for name in names}
+    cells = {"": {"eager": "reference"}}
+    lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "cells": cells} for name in names}
     races.write(CPU, lost, {"date": "2026-01-02"})
     registry.forget()
     other = train(tmp_path / "other")

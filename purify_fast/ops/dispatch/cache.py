@@ -17,7 +17,9 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +90,31 @@ def machine(device: torch.device) -> dict[str, str]:
         "triton": _triton_version(),
         "driver": _driver(),
     }
+
+
+def missing_compiler() -> str | None:
+    """What Triton lacks to run any kernel on a GPU, with the way to mend it, in a sentence; None if it lacks nothing.
+
+    Triton builds a small C module, by which it calls the CUDA driver. Modules that it has built before, in its folder
+    of caches, it loads without a compiler.
+    """
+    if not sys.platform.startswith("linux"):
+        # Triton brings its own compiler where it runs elsewhere
+        return None
+    consequence = "Triton can build no kernel for a GPU without it, so that PyTorch computes every op there"
+    # what Triton looks for, in triton/runtime/build.py
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return (
+            f"there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set. {consequence}. Install "
+            "one (on Debian and Ubuntu: apt-get install gcc), or set CC to its path"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return (
+            f"{header} is missing, the C header of Python. {consequence}. Install it (on Debian and Ubuntu: apt-get "
+            f"install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
+        )
+    return None
 
 
 def sources_digest(paths: tuple[Path, ...]) -> str:

@@ -32,6 +32,7 @@ class Example:
     Attributes:
         name: tells it from the other examples of its op.
         make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
+        setting: what it differs in from the other examples.
         dtypes: those that the op takes.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
@@ -47,6 +48,7 @@ class Example:
 
     name: str
     make: Callable[[torch.dtype, int], tuple]
+    setting: tuple = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     exact: bool = False
     slack: float = 0.0
@@ -123,6 +125,11 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous(memory_format=NHWC) if layout else x
 
 
+def properties_of(setting: tuple, properties: Mapping) -> dict:
+    """Properties of one example, of which some are functions of its setting."""
+    return {name: value(*setting) if callable(value) else value for name, value in properties.items()}
+
+
 def examples(
     arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
 ) -> list[Example]:
@@ -142,8 +149,9 @@ def examples(
         Example(
             " ".join(filter(None, map(word, setting))),
             partial(arguments, *setting),
+            setting,
             gpu=gpu.get(setting, ""),
-            **{name: value(*setting) if callable(value) else value for name, value in properties.items()},
+            **properties_of(setting, properties),
         )
         for setting in settings
     ]

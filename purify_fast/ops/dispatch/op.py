@@ -65,6 +65,11 @@ def size_of(bits: int) -> str:
     return next(name for name, end in SIZES.items() if bits < end) if bits else ""
 
 
+def first_argument(x: torch.Tensor, *_) -> tuple[torch.dtype, int]:
+    """The dtype and the number of elements of the first of an op's arguments."""
+    return x.dtype, x.numel()
+
+
 @dataclass(frozen=True)
 class Definition:
     """What an op is.
@@ -76,13 +81,16 @@ class Definition:
         available: device type to the backends that exist here, the kernel last.
         examples: what its kernels are verified with.
         raced: what they are raced with: a few samples of shapes that users have.
-        replaces_many: the variants whose forward and backward replace a dozen launches or more; ``""`` is the op that
-            has none.
-        compiler_fuses: those of them whose reference compilers fuse as well.
         sources: device type to the files that its kernel there is built from.
         launch: starts its Triton kernel; None where it has none.
-        weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
-        differentiable: whether gradients pass through the public function; those of backwards have none.
+        replaces_many: the variants for which forward and backward together replace a dozen launches or more of the
+            reference; ``""`` is the op that has none. There the kernel serves on a GPU where nothing was raced.
+        compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
+            reference serves them.
+        weigh: of the kernel's arguments, the dtype and the number of elements by which a race tells calls apart.
+        differentiable: whether gradients pass through the public function, by a ``torch.autograd.Function`` around the
+            op. The op itself records none: False says that the public function does not either, and documents it.
+        served: who serves the calls that there were.
     """
 
     name: str
@@ -91,11 +99,11 @@ class Definition:
     available: dict[str, tuple[Backend, ...]]
     examples: list[Example]
     raced: list[Example]
-    replaces_many: tuple[str, ...]
-    compiler_fuses: tuple[str, ...]
     sources: dict[str, tuple[Path, ...]]
     launch: Callable | None
-    weigh: Callable[..., tuple[torch.dtype, int]]
+    replaces_many: tuple[str, ...] = ()
+    compiler_fuses: tuple[str, ...] = ()
+    weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
     differentiable: bool = True
     served: dict[Call, Backend] = field(default_factory=dict)
 

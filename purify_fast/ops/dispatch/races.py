@@ -5,9 +5,9 @@ for machines that were measured with the benchmarks. The user's comes first. It 
 entries on other sources are not used. Of the machines that ship, the one of the same device counts, else of the same
 instruction set, and for a CPU else the first: a kernel that was ahead on one CPU is ahead on most.
 
-A file has an entry for each op. It names the winners of eager calls and inside graphs, for the op as a whole, for each
-of its ``variants``, and in ``cells`` for each variant, dtype and size that was raced. The narrowest that knows a call
-decides. `tune` writes such a file.
+A file has an entry for each op. Its ``cells`` name the winners of eager calls and inside graphs: for each variant,
+dtype and size that was raced, for each variant, and under an empty name for the op as a whole. The narrowest that knows
+a call decides. `tune` writes such a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: By type of device, the choices that `pinning.pin_kernels` holds in place of the files.
+#: By type of device, the choices that hold in place of the files: `registry.pin_kernels`.
 PINNED: dict[str, dict[str, Any]] = {}
 
 
@@ -77,12 +77,7 @@ def forget() -> None:
 
 
 def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """The measured machine that is most like this one; None if none is like it.
-
-    Args:
-        facts: what this machine is.
-        among: the measured machines; those that ship by default.
-    """
+    """Of the measured machines, by default those that ship, the one most like this one; None if none is like it."""
     same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
@@ -92,11 +87,7 @@ def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None
 
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
-    """The entries that decide about an op on a device that is here, the first that knows a call first.
-
-    Returns:
-        The user's and the shipped one, each with where and when it was raced.
-    """
+    """The user's and the shipped entry of an op on a device that is here, with where and when it was raced."""
     if device.type in PINNED:
         return [(entry, "as the run began") for entry in PINNED[device.type]["races"].get(op.name, [])]
     entries, own, near = [], read(device), nearest(cache.machine(device))
@@ -112,38 +103,32 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
 
 def decisive(op: Definition, device: torch.device) -> list[dict[str, Any]]:
     """What of an op's entries decides, without times: what `PINNED` has of it."""
-    keys = ("eager", "graph", "variants", "cells")
-    return [{key: entry[key] for key in keys if key in entry} for entry, _ in entries_of(op, device)]
+    return [{"cells": entry.get("cells", {})} for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:
     """Who won the race of an op on a device that is here; None where there was none."""
     for entry, why in entries_of(op, call.device):
-        cells, variants = entry.get("cells", {}), entry.get("variants", {})
-        for winners in (cells.get(call.cell, {}), variants.get(call.variant, {}), entry):
-            if winners.get(call.style):
-                return Winner(winners[call.style], why, entry.get("gain", {}).get(call.style, ""))
+        for name in (call.cell, call.variant, ""):
+            backend = entry.get("cells", {}).get(name, {}).get(call.style)
+            if backend:
+                return Winner(backend, why, entry.get("gain", {}).get(call.style, ""))
     return None
 
 
-def calls(op: Definition, device: torch.device, style: Style) -> Iterator[Call]:
+def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
     """The calls of an op that were raced on their own: those that the first entry that decides knows by name."""
     for entry, _ in entries_of(op, device):
-        winners = {**entry.get("variants", {}), **entry.get("cells", {})}
-        raced = [call_of(name, device, style) for name in winners if style in winners[name]]
+        cells = entry.get("cells", {})
+        raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]
         if raced:
             # of those that are raced by size, the entries of all sizes tell nothing more
-            yield from [call for call in raced if call.bits] or raced
-            return
+            return [call for call in raced if call.bits] or raced
+    return []
 
 
 def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
     """Put entries into the user's file for a device; those of other ops in it stay.
-
-    Args:
-        device: they were raced there.
-        ops: entries by op.
-        facts: what else the file says, such as its date.
 
     Raises:
         OSError: the folder cannot be written; the message says how to name another.

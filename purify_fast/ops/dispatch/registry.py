@@ -12,6 +12,10 @@ serves only if it was found right on this machine (`verify`).
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``cpp,triton``: each op takes
 the first that it has. `use_backend` does so for a block.
+
+Kernels differ from their references in the last bits. So what decides who serves is read once, in the first process
+when a run begins (`kernel_choices`), and holds until the run ends (`pin_kernels`), in all of its processes and when it
+is resumed, whatever is raced or verified on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from ... import _library
 from . import races, verify
-from .examples import Example
+from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, SIZES, Backend, Call, Definition
 from .races import Winner
 
@@ -72,11 +76,6 @@ def forced_backends() -> tuple[str, ...]:
     return _forced
 
 
-def first_argument(x: torch.Tensor, *_) -> tuple[torch.dtype, int]:
-    """The dtype and the number of elements of the first of an op's arguments."""
-    return x.dtype, x.numel()
-
-
 def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
     """The dtype and the number of elements of the second of an op's arguments."""
     return x.dtype, x.numel()
@@ -91,14 +90,7 @@ class Op(Definition):
         return (self.reference if self.plain(args[0].device, dtype, size, variant) else self.handle)(*args)
 
     def plain(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
-        """Whether the public function should call the reference directly instead of the op.
-
-        Args:
-            device: of the call.
-            dtype: of the tensor that `weigh` names.
-            size: the number of elements that `weigh` names.
-            variant: of the call.
-        """
+        """Whether the public function should call the reference directly; dtype and size as `weigh` names them."""
         # what is traced may be of every size
         bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
@@ -197,10 +189,7 @@ def define_op(
     examples: list[Example],
     raced: list[Example] | None = None,
     triton: Callable | None = None,
-    replaces_many: bool | tuple[str, ...] = False,
-    compiler_fuses: tuple[str, ...] = (),
-    weigh: Callable[..., tuple[torch.dtype, int]] = first_argument,
-    differentiable: bool = True,
+    **properties,
 ) -> Op:
     """Register ``purify_fast::name``.
 
@@ -212,13 +201,7 @@ def define_op(
         examples: small inputs, with which kernels are verified and tested.
         raced: a few samples of shapes that users have, with which kernels are raced; the examples by default.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        replaces_many: whether forward and backward together replace a dozen launches or more of the reference, or the
-            variants for which they do. There the kernel serves on a GPU where nothing was raced.
-        compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
-            reference serves them.
-        weigh: of the op's arguments, the dtype and the number of elements by which a race tells calls apart.
-        differentiable: whether gradients pass through the public function, by a ``torch.autograd.Function`` around the
-            op. The op itself records none: False says that the public function does not either, and documents it.
+        **properties: others that a `Definition` has: replaces_many, compiler_fuses, weigh, differentiable.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -243,15 +226,57 @@ def define_op(
         reference=reference,
         available=available,
         examples=examples,
-        raced=examples if raced is None else raced,
-        replaces_many=replaces_many if isinstance(replaces_many, tuple) else ("",) if replaces_many else (),
-        compiler_fuses=compiler_fuses,
+        raced=raced or examples,
         sources=sources,
         launch=triton,
-        weigh=weigh,
-        differentiable=differentiable,
+        **properties,
     )
     return REGISTRY[name]
+
+
+def define_backward(
+    op: Op,
+    schema: str,
+    *,
+    saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
+    constants: int = 0,
+    on_gpu: dict[tuple, str] | None = None,
+    changes: dict[str, Any] | None = None,
+    **definition,
+) -> Op:
+    """Register the backward of an op, which is verified, raced and served as the op is.
+
+    Args:
+        op: whose backward it is.
+        schema: its signature.
+        saved: what it takes beside the gradients, of the inputs and the outputs of the op; see `differentiable`.
+        constants: how many of the last outputs have no gradient.
+        on_gpu: by their settings, the examples that stand for it on a GPU; by default as they stand for the op.
+        changes: properties of its examples that are not those of the op's, as `examples` has them.
+        **definition: its reference and what else `define_op` takes.
+    """
+
+    def derived(example: Example) -> Example:
+        def make(dtype: torch.dtype, seed: int) -> tuple:
+            inputs = example.make(dtype, seed)
+            outputs = tensors(op.reference(*inputs))
+            changing = enumerate(outputs[: len(outputs) - constants])
+            grads = [torch.empty_like(one).copy_(normal(seed + 500 + i, *one.shape)) for i, one in changing]
+            return *grads, *saved(inputs, outputs)
+
+        gpu = example.gpu if on_gpu is None else on_gpu.get(example.setting, "")
+        return replace(example, make=make, gpu=gpu, **properties_of(example.setting, changes or {}))
+
+    return define_op(
+        f"{op.name}_backward",
+        schema,
+        examples=[derived(example) for example in op.examples],
+        raced=[derived(example) for example in op.raced],
+        triton=Launcher(op.launch.module, "backward") if isinstance(op.launch, Launcher) else None,
+        replaces_many=op.replaces_many,
+        compiler_fuses=op.compiler_fuses,
+        **definition,
+    )
 
 
 def _narrow(kernel: Callable, plain: Callable) -> Callable:
@@ -284,3 +309,97 @@ class Launcher:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def kernel_choices(device: torch.device) -> dict[str, Any]:
+    """What decides who serves on a device now, as JSON values; ``wrong`` has the kernels that are known to be.
+
+    Args:
+        device: where a run computes.
+    """
+    with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
+    verdicts = verify.known_verdicts(with_kernel, device) if verify.mode() != "off" else {}
+    # without a GPU its races cannot be read, and nothing serves there
+    here = device.type != "cuda" or torch.cuda.is_available()
+    return {
+        "device": device.type,
+        "forced": list(_forced),
+        "kernels": {name: op.kernel(device.type) for name, op in with_kernel.items()},
+        "wrong": sorted(name for name, verdict in verdicts.items() if not verdict.passed),
+        "races": {name: races.decisive(op, device) for name, op in with_kernel.items()} if here else {},
+    }
+
+
+def _changes_bits(op: Op) -> bool:
+    """Whether an op's kernel may differ from its reference in any bit."""
+    return not all(example.exact for example in op.examples)
+
+
+def choices_of_bits(choices: dict[str, Any]) -> dict[str, Any]:
+    """What of `kernel_choices` changes bits of what is computed: that of ops whose kernels may differ from references.
+
+    Which kernels are known to be wrong is left out. A kernel that is served has been verified, and the reference serves
+    in place of a wrong one from its first use on, so that what a run computes does not depend on when that was learned.
+
+    Args:
+        choices: as `kernel_choices` gives them.
+    """
+    names = {name for name in choices["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
+    chosen = {
+        what: {name: one for name, one in choices[what].items() if name in names} for what in ("kernels", "races")
+    }
+    return {what: choices[what] for what in ("device", "forced")} | chosen
+
+
+def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What decides in a run that goes on.
+
+    Args:
+        begun: `kernel_choices` when it began; None where that was not recorded, or it begins now.
+        now: `kernel_choices` of today.
+
+    Returns:
+        What is to decide; ops that would be served by others today, but go on as they began; and in sentences what
+        cannot go on as it began, because the kernels or the device are others.
+    """
+    if begun is None or begun == now:
+        return now, [], []
+    if begun["device"] != now["device"]:
+        return now, [], [f"it began on {begun['device']} and goes on on {now['device']}: the last bits differ"]
+    changes = []
+    if begun["forced"] != now["forced"]:
+        before, here = (", ".join(one["forced"]) or "none" for one in (begun, now))
+        changes.append(f"it began with PURIFY_FAST_BACKEND {before}, and goes on with {here}")
+    bits = {name for name, op in REGISTRY.items() if _changes_bits(op)}
+    newly = {part.partition(" ")[0] for part in set(now["wrong"]) - set(begun["wrong"])}
+    lost = [
+        name for name, kernel in begun["kernels"].items()
+        if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in newly)
+    ]  # fmt: skip
+    if lost:
+        changes.append(f"the kernels of {', '.join(sorted(lost))} that it began with are not here, or are wrong here")
+    choices = {**now, "races": begun["races"], "wrong": sorted({*begun["wrong"], *now["wrong"]})}
+    names = begun["races"].keys() | now["races"].keys()
+    others = {name for name in names if begun["races"].get(name) != now["races"].get(name)}
+    others |= {part.partition(" ")[0] for part in set(begun["wrong"]) - set(now["wrong"])}
+    return choices, sorted(others & bits), changes
+
+
+@contextlib.contextmanager
+def pin_kernels(choices: dict[str, Any]) -> Iterator[None]:
+    """Within the block, and no longer, these choices hold; a kernel is verified at its first use as ever.
+
+    Args:
+        choices: as `kernel_choices` gives them.
+    """
+    kind = choices["device"]
+    before = races.PINNED.get(kind)
+    races.PINNED[kind] = choices
+    forget()
+    try:
+        yield
+    finally:
+        races.PINNED.pop(kind)
+        if before is not None:
+            races.PINNED[kind] = before
+        forget()

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cache, compiler, races
+from . import cache, races
 from .examples import Example, double, tensors, to
-from .op import Call, Definition, cell
+from .op import Call, Definition
 
 logger = logging.getLogger("purify_fast")
 
@@ -116,67 +116,37 @@ class Verdict(Deviation):
         return self.case
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is verified at once: a whole op, or on a GPU its calls of one variant and dtype.
-
-    Attributes:
-        op: the op.
-        variant: of the calls, as the op's module names it.
-        dtype: of the calls; None for the whole op.
-    """
-
-    op: Definition
-    variant: str = ""
-    dtype: torch.dtype | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name in a file of verdicts, which begins with that of the op."""
-        return f"{self.op.name} {cell(self.variant, self.dtype, '')}".strip()
-
-
-def part_of(op: Definition, call: Call) -> Part:
-    """What has to be right before an op's kernel serves a call."""
+def _part(call: Call) -> Call:
+    """What is verified before a kernel serves a call: all of its calls, or on a GPU those of one variant and dtype."""
     whole = call.device.type == "cpu" or call.dtype is None
-    return Part(op) if whole else Part(op, call.variant, call.dtype)
+    return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
 
-def cases(
-    op: Definition, kind: str, variant: str = "", dtype: torch.dtype | None = None
-) -> list[tuple[Example, torch.dtype]]:
-    """What a kernel is verified with: examples, each with a dtype.
+def _part_name(op: Definition, part: Call) -> str:
+    """The name of a part in a file of verdicts, which begins with that of the op."""
+    return f"{op.name} {part.cell}".strip()
+
+
+def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
+    """What a kernel is verified with before it serves a call: examples, each with a dtype.
 
     A CPU's kernel is verified with all of them. A GPU's is compiled for every dtype and setting that it is called with,
     at a third of a second each: there the examples and dtypes of `Example.gpu` stand for the whole op, and for calls of
     one variant and dtype those of these examples that have this variant, in this dtype.
-
-    Args:
-        op: whose kernel it is.
-        kind: the type of the device.
-        variant: of the calls that the kernel is to serve on a GPU.
-        dtype: of those calls; None for all calls of the op.
     """
-    if kind == "cpu":
+    dtype = call.dtype
+    if call.device.type == "cpu":
         return [(example, one) for example in op.examples for one in example.dtypes]
     standing = [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
     # an op that has no examples of its variants is verified with all of them
-    return [case for case in own if case[0].variant == variant] or own or standing
+    return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """How far one output is from its definition.
-
-    Args:
-        actual: the kernel's output, on the CPU.
-        golden: the definition's in float64.
-        same: the definition's in the kernel's dtype.
-        example: of whose arguments it is the output.
-        case: its name in the report.
-    """
+    """How far one output on the CPU is from its definition in float64, ``golden``; ``same`` is that in its dtype."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
@@ -247,11 +217,11 @@ def _apart(function: Callable[[], Deviation]) -> Deviation:
         return pool.submit(work).result()
 
 
-def _verify(part: Part, device: torch.device) -> Verdict:
-    began, op = time.perf_counter(), part.op
+def _verify(op: Definition, part: Call) -> Verdict:
+    began, device = time.perf_counter(), part.device
     status: Literal["compared", "raised", "no memory"] = "compared"
     try:
-        worst = _apart(lambda: compare(op, device, cases(op, device.type, part.variant, part.dtype)))
+        worst = _apart(lambda: compare(op, device, cases(op, part)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
@@ -273,15 +243,15 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
-def _warn(part: Part, device: torch.device, verdict: Verdict) -> None:
+def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
     """Say that a kernel does not serve. Without a compiler none does, which one warning tells."""
-    lacking = compiler.missing() if verdict.backend == "triton" and verdict.status == "raised" else None
+    lacking = cache.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
         return
     where, what = cache.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
     warnings.warn(
-        f"purify_fast: the {verdict.backend} kernel of {part.name} {what} on {where}: {verdict.words()}. "
+        f"purify_fast: the {verdict.backend} kernel of {name} {what} on {where}: {verdict.words()}. "
         "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
         "`purify-fast info`",
         RuntimeWarning,
@@ -331,46 +301,44 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
     return worst
 
 
-def _known_verdict(part: Part, device: torch.device) -> Verdict | None:
-    """The verdict on a part's kernel as it is now, from this process or from the disk."""
-    key = str(cache.file_of("verified", device)), part.name
-    verdict = _known.get(key) or _read(device).get(part.name)
-    if verdict is None or not _holds(part.op, verdict, device):
-        return None
-    _known[key] = verdict
-    return verdict
-
-
 def verdict_of(op: Definition, call: Call) -> Verdict:
     """The verdict on the kernel of a call, which is verified if there is none; one process at a time."""
-    part, device = part_of(op, call), call.device
-    verdict = _known_verdict(part, device)
+    part, device = _part(call), call.device
+    name, path = _part_name(op, part), str(cache.file_of("verified", device))
+
+    def known() -> Verdict | None:
+        verdict = _known.get((path, name)) or _read(device).get(name)
+        if verdict is not None and _holds(op, verdict, device):
+            return _known.setdefault((path, name), verdict)
+        return None
+
+    verdict = known()
     if verdict is not None:
         return verdict
     with cache.locked("verified", device) as writable:
-        verdict = _known_verdict(part, device)  # another process may have verified it meanwhile
+        verdict = known()  # another process may have verified it meanwhile
         if verdict is not None:
             return verdict
-        verdict, path = _verify(part, device), str(cache.file_of("verified", device))
+        verdict = _verify(op, part)
         if verdict.status == "no memory":
-            _postponed[path, part.name] = time.monotonic() + PATIENCE
+            _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
                 "%s: its kernel is not verified for want of memory: %s; the reference serves, and it is tried again "
-                "after %d s", part.name, verdict.case, PATIENCE,
+                "after %d s", name, verdict.case, PATIENCE,
             )  # fmt: skip
             return verdict
-        _known[path, part.name] = verdict
+        _known[path, name] = verdict
         # what raised may work in the next process: with a compiler, or on another driver
         if verdict.status == "compared":
             try:
                 if not writable:
                     raise OSError("no file can be created there")
-                cache.update("verified", device, {part.name: asdict(verdict)}, {})
+                cache.update("verified", device, {name: asdict(verdict)}, {})
             except OSError:
                 _warn_unwritable(path)
-    logger.info("%s: %s verified in %.2f s, %s", part.name, verdict.backend, verdict.seconds, verdict)
+    logger.info("%s: %s verified in %.2f s, %s", name, verdict.backend, verdict.seconds, verdict)
     if not verdict.passed:
-        _warn(part, device, verdict)
+        _warn(name, device, verdict)
     return verdict
 
 
@@ -378,7 +346,7 @@ def serves(op: Definition, call: Call) -> bool | None:
     """Whether the op's kernel may serve a call; None where that cannot be told now, and is asked again."""
     if mode() == "off":
         return True
-    device, name = call.device, part_of(op, call).name
+    device, name = call.device, _part_name(op, _part(call))
     if name in races.PINNED.get(device.type, {}).get("wrong", ()):
         return False
     if threading.get_ident() in _verifying:

@@ -1,0 +1,75 @@
+"""The public functions with Triton kernels behind them: tests of tests/ops, run once more in the interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import gradient, registry
+
+pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
+
+#: By file of tests/ops the tests that are run here too: those of numbers that are special, and of small examples.
+TESTS = {
+    "aggregate": "peel_is_finite_and_decides_as_lse vote_is_a_majority non_finite_logits_are_not_hidden",
+    "apgd_step": "the_formula_by_hand gradients_without_a_direction_move_nothing "
+    "gradients_of_any_size_have_a_direction nan_in_the_images_propagates special_radii",
+    "gated_elu": "published_values far_out_nothing_is_lost non_finite_features_are_not_hidden",
+    "hyperplane_projection": "gradients_of_any_size rows_without_a_plane_do_not_move",
+    "noisy_replay": "published_mask the_test_is_strict_and_nan_does_not_replay pinned_vector nan the_box",
+    "pgd_step": "l1_moves_the_largest_gradients the_share_is_rounded l1_leaves_what_is_in_the_ball_to_the_bit "
+    "gradients_without_a_direction_move_nothing gradients_of_any_size_have_a_direction nan_in_the_image_propagates "
+    "special_radii",
+    "philox": "pinned_vector_of_each_stream any_split_gives_the_same_numbers",
+    "random_transform": "gradient_of_the_clip pinned_masks infinities_are_clipped_where_they_are_seen",
+    "reconstruction_loss": "published_values saturated_logits_are_exact target_of_any_dtype_without_a_gradient "
+    "non_finite_logits_are_not_hidden",
+    "representation_distance": "published_values published_gradient_and_loss where_the_student_is_the_teacher "
+    "teacher_of_any_dtype zero_vectors zero_vectors_in_l2 non_finite_features_are_not_hidden "
+    "from_the_smallest_to_the_largest_norms layers_are_as_one_by_one layers_of_several_precisions",
+    "sample_latent": "published_divergence divergence_near_the_prior_keeps_its_gradient "
+    "one_output_alone_has_a_gradient non_finite_parameters_are_not_hidden",
+    "contract": "any_layout_and_no_mutation a_sample_does_not_depend_on_its_batch empty_batches func_grad",
+}
+
+
+def module(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "ops" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"ops_{path.stem}", path)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+for _file, _names in TESTS.items():
+    _module = module(_file)
+    for _name in _names.split():
+        globals()[f"test_{_file}_{_name}"] = getattr(_module, f"test_{_name}")
+    if _file == "contract":
+        FUNCTIONS = _module.FUNCTIONS
+
+
+@pytest.fixture
+def backend(monkeypatch) -> Iterator[str]:
+    """Every op is served by its Triton kernel, and float64 by the reference."""
+    library = torch.library.Library("purify_fast", "IMPL")
+    for name, op in REGISTRY.items():
+        if op.launch is not None:
+            kernel = registry._narrow(op.launch, torch.no_grad()(op.reference))
+            library.impl(name, kernel, "CPU", allow_override=True)
+    monkeypatch.setattr(registry.Op, "plain", lambda *_: False)
+    monkeypatch.setattr(gradient, "SAVING_KERNELS", False)
+    yield "triton"
+    library._destroy()
+
+
+@pytest.fixture
+def function(backend, name):
+    return FUNCTIONS[name]

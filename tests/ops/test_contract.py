@@ -1,0 +1,500 @@
+"""What holds for every op: one table of the public functions, one test for each promise, one table of refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from purify_fast import _library, ops
+from purify_fast.attacks.square import pattern
+from purify_fast.ops import REGISTRY, Stream, use_backend
+from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.dispatch.examples import tensors, tile
+
+NHWC = torch.channels_last
+needs_kernels = pytest.mark.skipif(not _library.loaded(), reason="the kernels are the extension's")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A public function at one setting.
+
+    Attributes:
+        call: the function of its tensors.
+        make: the tensors, of so many samples, in a dtype.
+        gradients: how many of the first tensors have a gradient.
+        exact: every backend, layout and compiler gives the same bits.
+        compiler: the backend of ``torch.compile``; inductor takes seconds.
+        sizes: batches that are compiled.
+        batch_only: whether only the batch may change without another compilation.
+    """
+
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    make: Callable[..., tuple[Tensor, ...]]
+    gradients: int = 0
+    exact: bool = False
+    compiler: str = "aot_eager"
+    sizes: tuple[int, ...] = (5, 8, 13)
+    batch_only: bool = False
+
+
+def images(count: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Numbers in [0, 1] for each shape, ``count`` samples of each."""
+    generator = torch.Generator().manual_seed(count)
+    return [torch.rand((count, *shape), generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def of(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda size, dtype=torch.float32: tuple(images(size, *shapes, dtype=dtype))
+
+
+def with_stream(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The images, then a seed, another for each size, and ids."""
+    return lambda size, dtype=torch.float32: (
+        *images(size, *shapes, dtype=dtype), torch.tensor([size]), torch.arange(size) * 3 - 1
+    )  # fmt: skip
+
+
+def features_and_keys(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    features, keys = images(size, (4, 6, 10), (15,))
+    return (features - 0.5).to(dtype), keys > 0.3
+
+
+def passes_and_owners(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    passes, owners = images(size, (4, 3, 8, 8), (2, 2))
+    return passes.to(dtype), (4 * owners).to(torch.uint8)[None]
+
+
+IMAGE = (3, 8, 8)
+STEP = (0.05, 0.1)
+FUNCTIONS = {
+    **{
+        f"aggregate {name}": Function(
+            lambda x, name=name: ops.aggregate(6 * x - 3, name), of((8, 10)), gradients=int(name != "vote"),
+            compiler="inductor" if name == "lse" else "aot_eager",
+        ) for name in METHODS
+    },
+    **{
+        f"apgd_step {norm}": Function(
+            lambda x, g, n, p, norm=norm: ops.apgd_step(x, g - 0.5, n, p, *STEP, 0.75, norm), of(*[IMAGE] * 4),
+            exact=norm == "linf", compiler="inductor" if norm == "linf" else "aot_eager",
+        ) for norm in ("linf", "l2")
+    },
+    "contextual_attention": Function(
+        ops.contextual_attention, features_and_keys, gradients=1, sizes=(2, 3), batch_only=True
+    ),
+    "gated_elu": Function(lambda x: ops.gated_elu(6 * x - 3), of((6, 8, 10)), gradients=1, compiler="inductor"),
+    **{
+        f"hyperplane_projection {norm}": Function(
+            lambda x, w, b, norm=norm: ops.hyperplane_projection(x, w - 0.5, 4 * b.flatten() - 2, norm),
+            of(IMAGE, IMAGE, ()),
+        ) for norm in ("linf", "l2", "l1")
+    },
+    "noisy_replay": Function(
+        lambda x, adv, drift, seed, ids: ops.noisy_replay(x, adv, drift, 0.5, 0.1, seed, ids),
+        with_stream(IMAGE, IMAGE, ()), exact=True, compiler="inductor",
+    ),
+    **{
+        f"pgd_step {norm}": Function(
+            lambda x, g, n, norm=norm: ops.pgd_step(x, g - 0.5, n, *STEP, norm), of(*[IMAGE] * 3),
+            exact=norm == "linf", compiler="inductor" if norm == "linf" else "aot_eager",
+        ) for norm in ("linf", "l2", "l1")
+    },
+    **{
+        f"philox {name}": Function(
+            lambda seed, ids, name=name: ops.philox(seed, ids, 12, stream=Stream.LATENT, distribution=name, draws=3),
+            with_stream(), exact=name != "normal", compiler="inductor" if name == "uniform" else "aot_eager",
+        ) for name in ("bits", "uniform", "normal")
+    },
+    **{
+        f"random_transform {passes}": Function(
+            lambda x, seed, ids, passes=passes: ops.random_transform(x, seed, ids, block=2, num_passes=passes)[0],
+            with_stream(IMAGE), gradients=1,
+        ) for passes in (None, 4)
+    },
+    "reconstruction_loss": Function(
+        lambda x, t: ops.reconstruction_loss(6 * x - 3, t), of(IMAGE, IMAGE), gradients=1, compiler="inductor"
+    ),
+    **{
+        f"representation_distance {kind}": Function(
+            lambda a, b, c, d, kind=kind: ops.representation_distance([2 * a - 1, b], [c, d], kind),
+            of(IMAGE, (40,), IMAGE, (40,)), gradients=2,
+            compiler="inductor" if kind == "abs_cosine" else "aot_eager",
+        ) for kind in ("abs_cosine", "cosine", "angular", "l2")
+    },
+    "sample_latent": Function(ops.sample_latent, with_stream((16,), (16,)), gradients=2, compiler="inductor"),
+    **{
+        f"square_proposal {norm}": Function(
+            lambda x, nat, numbers, norm=norm: ops.square_proposal(
+                x, nat, 0.5 if norm == "linf" else 30.0, numbers, 5, norm,
+                pattern=None if norm == "linf" else pattern(5, norm, torch.device("cpu")),
+            ).unflatten(0, (2, -1)).transpose(0, 1),
+            lambda size, dtype=torch.float32: (*images(size, (3, 10, 12), (3, 10, 12), dtype=dtype),
+                                               *images(size, (2, 8))),
+            # the first size is not the edge's, which would be taken for it
+            exact=norm == "linf", sizes=(6, 8, 13),
+        ) for norm in ("linf", "l2", "l1")
+    },
+    "stitch": Function(
+        lambda passes, owners: ops.stitch(passes.flatten(0, 1), owners), passes_and_owners, gradients=1, exact=True,
+        compiler="inductor",
+    ),
+}  # fmt: skip
+#: One setting of each function, for what does not depend on the setting.
+FIRST = list({name.partition(" ")[0]: name for name in reversed(FUNCTIONS)}.values())[::-1]
+DIFFERENTIABLE = [name for name, function in FUNCTIONS.items() if function.gradients]
+
+
+def batches(function: Function) -> list[int | None]:
+    """Of each tensor the dimension of the samples."""
+    fewer, more = function.make(6), function.make(7)
+    pairs = zip(fewer, more, strict=True)
+    return [next((d for d in range(a.dim()) if a.shape[d] != b.shape[d]), None) for a, b in pairs]
+
+
+def leaves_of(function: Function, given: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in given[: function.gradients]]
+
+
+def results(function: Function, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs and gradients."""
+    leaves = leaves_of(function, given)
+    outputs = tensors(function.call(*leaves, *given[function.gradients :]))
+    if not leaves:
+        return list(outputs)
+    total = sum((out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum() for out in outputs)
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(total, leaves)]
+
+
+def smallest(name: str) -> dict[str, tuple]:
+    """The smallest example of each of an op's variants."""
+    by_variant: dict[str, list] = {}
+    for example in REGISTRY[name].examples:
+        by_variant.setdefault(example.variant, []).append(example)
+
+    def size(example) -> int:
+        leaves = tree_leaves(example.make(example.dtypes[0], 0))
+        return sum(one.numel() for one in leaves if isinstance(one, Tensor))
+
+    return {variant: min(examples, key=size) for variant, examples in by_variant.items()}
+
+
+@pytest.fixture
+def function(backend, name) -> Function:
+    """The function of that name, where the backend has a kernel of it."""
+    if backend not in REGISTRY[name.partition(" ")[0]].available["cpu"]:
+        pytest.skip("there is no such kernel")
+    return FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_schema_the_fake_and_the_registrations(contract, name):
+    for example in smallest(name).values():
+        one = example.make(example.dtypes[0], 0)
+        contract.registered(REGISTRY[name].handle, one, example.make(example.dtypes[-1], 0))
+        if not name.startswith("decode"):
+            contract.registered(REGISTRY[name].handle, tile(one, 0))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_to_one_graph(function, backend, contract, name, request):
+    if name == "noisy_replay" and backend == "reference" and torch.__version__ < "2.12":
+        reason = "torch 2.11: an id that is negative gets other noise in a CPU graph"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+
+    def make(size: int) -> tuple:
+        given = function.make(size)
+        return *leaves_of(function, given), *given[function.gradients :]
+
+    contract.compiles(
+        lambda first, *given: function.call(first if first.dtype == torch.int64 else 1 * first, *given), make,
+        function.sizes, exact=function.exact, compiler=function.compiler, batch_only=function.batch_only,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_exports(function, name):
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return function.call(*given)
+
+    batch = torch.export.Dim("batch")
+    shapes = tuple({} if dimension is None else {dimension: batch} for dimension in batches(function))
+    program = torch.export.export(Module(), function.make(4), dynamic_shapes=(shapes,))
+    given = function.make(7)
+    torch.testing.assert_close(tensors(program.module()(*given)), tensors(function.call(*given)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_and_inference_mode_change_nothing(function, name):
+    given = function.make(3, torch.bfloat16) if function.make(1)[0].is_floating_point() and " " not in name else None
+    for arguments in filter(None, (function.make(3), given)):
+        expected = tensors(function.call(*arguments))
+        with torch.autocast("cpu", torch.float16), torch.inference_mode():
+            got = tensors(function.call(*arguments))
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_layout_and_no_mutation(function):
+    """Tensors in channels_last, within larger ones that hold NaN, and stored the other way round."""
+    given = function.make(6)
+    before, wanted = [x.clone() for x in given], results(function, given)
+
+    def padded(x: Tensor) -> Tensor:
+        around = x.new_full([size + 3 for size in x.shape], torch.nan if x.is_floating_point() else 1)
+        view = around[tuple(slice(1, size + 1) for size in x.shape)]
+        return view.copy_(x)
+
+    def reversed_strides(x: Tensor) -> Tensor:
+        return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+    for change in (lambda x: x.contiguous(memory_format=NHWC) if x.dim() == 4 else x, padded, reversed_strides):
+        moved = tuple(change(x) if x.numel() > 1 else x for x in given)
+        got = results(function, moved)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if function.exact else {}))
+    assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_sample_does_not_depend_on_its_batch(function, backend, name):
+    given = function.make(7)
+    whole = tensors(function.call(*given))
+    dimensions = batches(function)
+    parts = []
+    for part in (slice(0, 2), slice(2, 3), slice(3, 7)):
+        narrow = (x if d is None else x[(slice(None),) * d + (part,)] for x, d in zip(given, dimensions, strict=True))
+        parts.append(tensors(function.call(*narrow)))
+    close = backend == "reference" or name == "contextual_attention"
+    for index, out in enumerate(whole):
+        torch.testing.assert_close(torch.cat([p[index] for p in parts]), out, rtol=0, atol=1e-6 if close else 0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_empty_batches(function):
+    assert all(out.shape[0] == 0 for out in tensors(function.call(*function.make(0))))
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in DIFFERENTIABLE])
+def test_no_gradient_flows(function):
+    given = [x.requires_grad_(x.is_floating_point()) for x in function.make(3)]
+    for out in tensors(function.call(*given)):
+        # a majority has the gradient zero
+        assert not out.requires_grad or not torch.autograd.grad(out.sum(), given[0])[0].any()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_gradient_is_the_derivative(function, name):
+    given = tuple(x[..., :4, :4] if x.dim() == 4 and name != "contextual_attention" else x for x in function.make(2))
+    if name == "stitch":
+        given = function.make(1)
+    given = tuple(x.double() if x.is_floating_point() else x for x in given)
+    leaves = leaves_of(function, given)
+    assert torch.autograd.gradcheck(lambda *x: function.call(*x, *given[len(leaves) :]), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_func_grad(function):
+    given = function.make(3)
+    rest = given[function.gradients :]
+
+    def total(*leaves: Tensor) -> Tensor:
+        return sum(out.sum() for out in tensors(function.call(*leaves, *rest)))
+
+    leaves = leaves_of(function, given)
+    got = torch.func.grad(total, argnums=tuple(range(function.gradients)))(*given[: function.gradients])
+    torch.testing.assert_close(got, torch.autograd.grad(total(*leaves), leaves))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_kernels_refuse_second_derivatives_and_vmap(name):
+    function, given = FUNCTIONS[name], FUNCTIONS[name].make(3)
+    with use_backend("cpp"):
+        leaves = leaves_of(function, given)
+        out = tensors(function.call(*leaves, *given[function.gradients :]))[0]
+        weight = torch.ones_like(out, requires_grad=True)
+        (first,) = torch.autograd.grad(out, leaves[:1], weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+        of_one = torch.func.grad(lambda x: tensors(function.call(x, *given[1:]))[0].sum())
+        with pytest.raises(RuntimeError, match="vmap"):
+            torch.vmap(of_one)(torch.stack([given[0]]))
+
+
+SEED, IDS, META = torch.tensor([5]), torch.arange(3), torch.device("meta")
+ROW, PICTURE, BLOCKED = torch.zeros(3, 4), torch.zeros(2, 3, 8, 8), torch.zeros(3, 3, 64, 96)
+VALID = torch.ones(2, 6, dtype=torch.bool)
+DEVICES = "tensors on several devices: .* on (cpu|meta), .* on (cpu|meta).*: they must agree"
+BALL = [
+    ({"x": torch.zeros(3, 5)}, r"need one shape \[B, ...\], got .*\[3, 5\]"),
+    ({"x": ROW.half()}, "need one floating-point dtype, got .*torch.float16"),
+    ({"x_nat": ROW.to(META)}, DEVICES),
+    ({"norm": "l3"}, "norm must be one of linf, l2.*, got 'l3'"),
+    ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+    ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
+    ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
+]
+NAMED = [
+    ({"seed": torch.tensor(1)}, r"seed must be an int64 tensor of shape \[1\]"),
+    ({"seed": SEED.int()}, "seed must be an int64"),
+    ({"sample_ids": IDS.float()}, r"sample_ids must be an int64 tensor \[B\]"),
+    ({"sample_ids": IDS[None]}, "sample_ids must be an int64"),
+    ({"sample_ids": IDS.to(META)}, "they must agree"),
+]
+ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for a batch of 3")]
+#: By function: arguments that it takes, and changes of them that it refuses, each with what the error says.
+REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
+    "aggregate": ({"logits": torch.zeros(3, 4, 5)}, [
+        ({"logits": torch.zeros(3, 4)}, r"logits must be floating point \[B, K, C\], got torch.float32 \[3, 4\]"),
+        ({"logits": torch.zeros(3, 4, 5).long()}, "logits must be floating point"),
+        ({"logits": torch.zeros(3, 0, 5)}, "K >= 1 samples and C >= 2 classes"),
+        ({"logits": torch.zeros(3, 4, 1)}, r"got \[B, K, C\] = \[3, 4, 1\]"),
+        ({"method": "median"}, "method must be one of lse, peel, .*vote_reference, got 'median'"),
+    ]),
+    "pgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1}, [
+        *BALL,
+        (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "need one shape"),
+        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ({"density": math.nan}, r"density must be in \(0, 1\], got nan"),
+    ]),
+    "apgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1}, [
+        *BALL,
+        ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous need one shape \[B, ...\]"),
+        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"momentum": math.nan}, r"momentum must be in \[0, 1\], got nan"),
+    ]),
+    "contextual_attention": ({"features": torch.zeros(2, 3, 4, 6), "valid": VALID}, [
+        ({"features": torch.zeros(2, 3, 4)}, r"floating point \[B, C, H, W\], got torch.float32 \[2, 3, 4\]"),
+        ({"features": torch.zeros(2, 3, 4, 4).int()}, "got torch.int32"),
+        ({"features": torch.zeros(2, 3, 5, 4)}, r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
+        ({"features": torch.zeros(2, 3, 0, 4)}, "even H and W"),
+        ({"valid": VALID[:, :5]}, r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]"),
+        ({"valid": VALID.float()}, "got torch.float32"),
+        ({"valid": VALID.to(META)}, DEVICES),
+    ]),
+    "key_validity": ({"mask": torch.zeros(2, 1, 8, 8), "size": (4, 4)}, [
+        ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
+        ({"mask": torch.zeros(8, 8)}, r"got \[8, 8\]"),
+        ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
+        ({"size": (0, 4)}, r"size must be \(h, w\), at least 1, got \(0, 4\)"),
+    ]),
+    "gated_elu": ({"features": ROW}, [
+        ({"features": torch.zeros(4)}, r"features must be floating point \[B, 2C, ...\], got torch.float32 \[4\]"),
+        ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),
+        ({"features": torch.zeros(3, 5, 4, 4)}, "features need an even number of channels, 2C, got 5"),
+    ]),
+    "hyperplane_projection": ({"x": ROW, "w": ROW, "b": 0.0}, [
+        ({"w": torch.zeros(3, 5)}, r"x and w need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+        ({"w": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
+        ({"w": ROW.to(META)}, DEVICES),
+        ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+    ]),
+    "noisy_replay": (
+        {"x": ROW, "x_adv": ROW, "drift": ROW[:, 0], "tau": 0.1, "eps": 0.1, "seed": SEED, "sample_ids": IDS}, [
+            *NAMED, *ONE_PER_SAMPLE,
+            ({"x": torch.zeros(3, 5)}, r"x and x_adv need one shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
+            ({"x_adv": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
+            ({"drift": torch.zeros(2)}, r"drift must be a floating-point .* = \[3\], got torch.float32 \[2\]"),
+            ({"drift": IDS}, r"drift must be .* got torch.int64 \[3\]"),
+            ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
+            ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
+            ({"drift": ROW[:, 0].to(META)}, DEVICES),
+            ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+        ]),
+    "philox": ({"seed": SEED, "sample_ids": IDS, "numel": 3, "stream": Stream.MASK}, [
+        *NAMED,
+        ({"distribution": "cauchy"}, "distribution must be one of bits, uniform, normal, got 'cauchy'"),
+        ({"numel": -1}, "numel must be at least 0, got -1"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"first_draw": -2}, "first_draw must be at least 0, got -2"),
+    ]),
+    "random_transform": ({"x": BLOCKED, "seed": SEED, "sample_ids": IDS}, [
+        *NAMED, *ONE_PER_SAMPLE,
+        ({"x": BLOCKED[0]}, r"x must be floating point \[B, C, H, W\], got torch.float32 \[3, 64, 96\]"),
+        ({"x": BLOCKED.byte()}, r"x must be .*, got torch.uint8"),
+        ({"x": BLOCKED.to(META)}, DEVICES),
+        ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
+        ({"block": 64}, "got block = 64 for 64 x 96"),
+        ({"x": BLOCKED[:, :, :60]}, "got block = 32 for 60 x 96"),
+        ({"x": BLOCKED[:, :, :0]}, "got block = 32 for 0 x 96"),
+        *(({"sigma": s}, f"sigma must be finite and not negative, got {s}") for s in (-0.1, math.inf, math.nan)),
+        *(({"mask_ratio": r}, rf"mask_ratio must be in \[0, 1\), got {r}") for r in (1.0, -0.1, math.nan)),
+        *(({"num_passes": n}, f"must be 1 to 6 and divide the 6 blocks of an image, got {n}") for n in (0, 4, 7)),
+        ({"block": 2, "num_passes": 256}, "must be 1 to 255 and divide the 1536 blocks of an image, got 256"),
+        ({"samples": 0}, r"samples must be at least 1 and below 2\^63, got 0"),
+        ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
+    ]),
+    "reconstruction_loss": ({"logits": ROW, "target": ROW}, [
+        ({"target": torch.zeros(3, 5)}, r"logits and target need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+        ({"logits": IDS.float(), "target": IDS.float()}, "need one shape"),
+        ({"target": ROW.byte()}, "must be floating point, got torch.float32 and"),
+        ({"target": ROW.to(META)}, DEVICES),
+    ]),
+    "representation_distance": ({"student": ROW, "teacher": ROW}, [
+        ({"teacher": torch.zeros(3, 5)}, r"student and teacher need one shape \[B, ...\].*, got \[3, 4\], \[3, 5\]"),
+        ({"student": IDS.float(), "teacher": IDS.float()}, "need one shape"),
+        ({"teacher": ROW.byte()}, "must be floating point, got torch.float32 and torch.uint8"),
+        ({"teacher": ROW.to(META)}, DEVICES),
+        ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
+        ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
+        ({"student": [], "teacher": []}, "need as many layers, at least one, got 0, 0"),
+        ({"student": [ROW], "teacher": [ROW, ROW]}, "need as many layers, at least one, got 1, 2"),
+        ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
+        ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers one batch size, got \[2, 4\]"),
+    ]),
+    "sample_latent": ({"mu": ROW, "logvar": ROW, "seed": SEED, "sample_ids": IDS}, [
+        *NAMED, *ONE_PER_SAMPLE,
+        ({"mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}, r"mu and logvar must be \[B, D\]"),
+        ({"mu": torch.zeros(3, 5)}, r"mu and logvar need one shape .*\[3, 5\], \[3, 4\]"),
+        ({"logvar": ROW.half()}, "torch.float32, torch.float16"),
+        ({"logvar": ROW.to(META)}, DEVICES),
+    ]),
+    "square_proposal": (
+        {"x": PICTURE, "x_nat": PICTURE, "eps": 0.1, "numbers": torch.zeros(2, 1, 8), "edge": 3}, [
+            ({"x": PICTURE[0], "x_nat": PICTURE[0]}, r"x must be images \[B, C, H, W\], got"),
+            ({"x_nat": torch.zeros(2, 3, 8, 9)}, r"x and x_nat need one shape \[B, ...\]"),
+            ({"numbers": torch.zeros(2, 8)}, r"\[B, T, 5 \+ C\] = \[2, T, 8\], got torch.float32 \[2, 8\]"),
+            ({"numbers": torch.zeros(2, 1, 8).double()}, "numbers must be float32"),
+            ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),
+            ({"edge": 9}, "edge must be from 1 to 8 in images of 8 x 8, got 9"),
+            ({"edge": 0}, "edge must be from 1 to 8"),
+            ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None for the norm linf"),
+            ({"norm": "l2"}, r"pattern must be float32 \[2, edge, edge\] = \[2, 3, 3\] for l2, got None"),
+            ({"norm": "l1", "pattern": torch.zeros(2, 9)}, r"for l1, got torch.float32 \[2, 9\]"),
+            ({"norm": "l1", "pattern": torch.zeros(2, 3, 3, device="meta")}, DEVICES),
+            ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+            ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+            ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[2\], got \[3\]"),
+        ]),
+    "stitch": ({"images": torch.zeros(6, 3, 8, 8), "owners": torch.zeros(1, 2, 4, 4).byte()}, [
+        ({"images": torch.zeros(3, 8, 8)}, r"images must be .* got torch.float32 \[3, 8, 8\]"),
+        ({"images": torch.zeros(6, 3, 8, 8).int()}, r"images must be .* got torch.int32 \[6, 3, 8, 8\]"),
+        ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
+        ({"owners": torch.zeros(2, 4, 4).byte()}, r"owners must be uint8 .* got torch.uint8 \[2, 4, 4\]"),
+        ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
+        ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "grid of 3 x 4 blocks must divide the images, 8 x 8"),
+        ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "grid of 0 x 4 blocks must divide the images, 8 x 8"),
+        ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 4"),
+        ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 0"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, "0 images are no whole number of passes for owners of 1 x 2"),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused(name):
+    arguments, changes = REFUSALS[name]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            getattr(ops, name)(**(arguments | change))
