@@ -25,7 +25,7 @@ from ...models.representation import count_classes, evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..saved_defence import save_defence
+from ..base import save_defence
 from .purifier import PURIFIERS, PurifierAdapter, description
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...training.length import RunLength
 from ...training.schedules import one_cycle
 from ...training.task import Batch, Metrics, Update
-from ..purifier_task import PurifierTask
+from ..base import PurifierTask
 from .config import AtopConfig
 from .defence import Atop
 from .discriminator import PatchDiscriminator, patch_depth

@@ -13,7 +13,7 @@ from ...training.length import RunLength
 from ...training.lookahead import Lookahead
 from ...training.schedules import carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics
-from ..purifier_task import PurifierTask
+from ..base import PurifierTask
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .losses import first_kl, training_loss
