@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
-from purify_fast.methods.atop.discriminator import patch_depth
-from purify_fast.methods.atop.generators.deepfill import GatedConv
-from purify_fast.methods.atop.losses import hinge, passes
+from purify_fast.methods.atop.deepfill_training import patch_depth
+from purify_fast.methods.atop.generators import GatedConv
+from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity

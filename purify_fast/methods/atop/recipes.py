@@ -17,7 +17,7 @@ from ...training.attack import TrainingAttack
 from ..base import Recipe, read_recipes
 from .config import AtopConfig
 from .defence import Atop
-from .generators.deepfill import DeepFillGenerator
+from .generators import DeepFillGenerator
 from .task import AtopTask
 
 
@@ -32,12 +32,9 @@ class AtopRecipe(Recipe):
             official_code: as the notebooks: the classifier is given purified images in [-1, 1] in the cross-entropy,
                 and the gradient of the GAN term is cut off.
         """
-        attack = AtopConfig.attack if self["method.attack_method"] == "none" else self._attack()
-        return AtopConfig(attack=attack, **self.part("method", official_code))
-
-    def _attack(self) -> TrainingAttack:
         # FGSM has no steps; the config wants its own default there
-        return TrainingAttack(steps=AtopConfig.attack.steps, **self.part("attack"))
+        attack = TrainingAttack(steps=AtopConfig.attack.steps, **self.part("attack"))
+        return AtopConfig(attack=attack, **self.part("method", official_code))
 
     def defence(
         self, classifier: nn.Module, purifier: nn.Module | None = None, official_code: bool = False, **changes: Any

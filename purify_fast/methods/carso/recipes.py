@@ -70,13 +70,13 @@ class CarsoRecipe(Recipe):
         Raises:
             ValueError: a classifier with other layers or another number of classes.
         """
-        made = Carso(classifier, **{**self.arguments(), **changes})
-        if made.num_classes != self["data.num_classes"]:
+        defence = Carso(classifier, **{**self.arguments(), **changes})
+        if defence.num_classes != self["data.num_classes"]:
             raise ValueError(
-                f"classifier: it has {made.num_classes} classes, {self.name} ({self['data.name']}) has "
+                f"classifier: it has {defence.num_classes} classes, {self.name} ({self['data.name']}) has "
                 f"{self['data.num_classes']}"
             )
-        return made
+        return defence
 
     def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
         """The system with its authors' weights, in evaluation mode.
