@@ -271,9 +271,9 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
 
     def run() -> None:
         loss, _ = task.training_step(batch)
-        task.optimizer.zero_grad(set_to_none=True)
+        task.optimizers["purifier"].zero_grad(set_to_none=True)
         loss.backward()
-        task.optimizer.step()
+        task.optimizers["purifier"].step()
 
     def result() -> Tensor:
         done = passes(made, batch, task.config)

@@ -190,9 +190,10 @@ def test_each_player_trains_alone():
         if name.endswith(("weight", "bias")):
             assert moved == name.startswith("discriminator"), name
     middle = copy.deepcopy(task.discriminator.state_dict())
-    task.optimizer.zero_grad(set_to_none=True)
+    optimizer = task.optimizers["purifier"]
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    task.optimizer.step()
+    optimizer.step()
     assert all(torch.equal(value, middle[name]) for name, value in task.discriminator.state_dict().items())
     classifier = [name for name in before if name.startswith("defence.classifier.")]
     after = task.model.state_dict()
