@@ -72,6 +72,12 @@ Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 
+def check_counts(**counts: Any) -> None:
+    """ValueError unless each argument, by its name, is a whole number of at least 1."""
+    for name, value in counts.items():
+        _check_type(name, value, Count)
+
+
 def check_literal(name: str, value: Any, literal: Any) -> None:
     """ValueError unless ``value`` is one of the strings of ``literal``, a ``typing.Literal`` type."""
     allowed = get_args(literal)

@@ -10,8 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from purify_fast.methods.carso.networks import Decoder, published_decoder
-from purify_fast.methods.carso.packed_decoder import PackedDecoder
+from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published_decoder
 
 from . import Case, normal
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
-from purify_fast.methods.atop.discriminator import patch_depth
-from purify_fast.methods.atop.generators.deepfill import GatedConv
-from purify_fast.methods.atop.losses import hinge, passes
+from purify_fast.methods.atop.deepfill_training import patch_depth
+from purify_fast.methods.atop.generators import GatedConv
+from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
@@ -271,9 +271,9 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
 
     def run() -> None:
         loss, _ = task.training_step(batch)
-        task.optimizer.zero_grad(set_to_none=True)
+        task.optimizers["purifier"].zero_grad(set_to_none=True)
         loss.backward()
-        task.optimizer.step()
+        task.optimizers["purifier"].step()
 
     def result() -> Tensor:
         done = passes(made, batch, task.config)

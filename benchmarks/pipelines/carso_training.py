@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import Ball, sample_in_ball
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
-from purify_fast.methods.carso.losses import balanced_batch, kl_weight
+from purify_fast.methods.carso.task import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
-    from ..methods.recipe import Recipe
+    from ..methods.base import Recipe
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..methods.atop import AtopTask
-    from ..methods.recipe import Recipe
+    from ..methods.base import Recipe
 
 _NETWORK = ("purifier", "width", "residual", "weights")
 _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")

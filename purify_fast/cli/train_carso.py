@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
+    from ..methods.base import Recipe
     from ..methods.carso import CarsoTask
-    from ..methods.recipe import Recipe
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..defences.base import Defence
-    from ..methods.purifier_task import PurifierTask
-    from ..methods.recipe import Recipe
+    from ..methods.base import PurifierTask, Recipe
     from ..training import FitConfig, Task, TrainingAttack
 
 

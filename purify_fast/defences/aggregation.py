@@ -57,9 +57,9 @@ class WithAggregation(nn.Module):
             replace: makes that defence of the one inside.
         """
         # a copy of this object, which may be of a subclass and have hooks
-        made = copy.copy(self)
-        made._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
-        return made
+        other = copy.copy(self)
+        other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
+        return other
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

@@ -11,7 +11,7 @@ from .._tensors import weights_fingerprint
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report
 from ..methods.atop import Atop, AtopConfig, AtopTask
-from ..methods.atop.generators.small_generator import SmallGenerator
+from ..methods.atop.generators import SmallGenerator
 from ..methods.loading import load_defence
 from ..training import TrainingAttack, save_classifier
 from .sentences import against, percent

@@ -12,8 +12,8 @@ from ..training import is_classifier, load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop
 from .atop.purifier import rebuilt_purifier
+from .base import trained_tensors
 from .carso.defence import Carso
-from .saved_defence import trained_tensors
 
 
 def load_defence(

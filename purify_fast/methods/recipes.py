@@ -7,8 +7,8 @@ from typing import Any
 
 from .arrest.recipes import RECIPES as ARREST
 from .atop.recipes import RECIPES as ATOP
+from .base import Recipe
 from .carso.recipes import RECIPES as CARSO
-from .recipe import Recipe
 
 _BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST}
 #: Every recipe by its whole name, such as "carso/cifar10".

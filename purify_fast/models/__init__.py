@@ -1,7 +1,6 @@
 """Classifiers, the layers they are made of, and reading a classifier's internal representation."""
 
-from .classifiers import CLASSIFIERS, FullyConnected, SmallCNN, build_classifier
-from .preact_resnet import PreActResNet18
+from .classifiers import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, build_classifier
 from .representation import Representation
 from .wide_resnet import WideResNet
 

@@ -5,6 +5,7 @@ Each keeps its constructor's arguments, JSON values, in ``arguments``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._process import processes
-from .layers import BatchNorm1d, Normalize
-from .preact_resnet import PreActResNet18
+from .layers import BatchNorm1d, BatchNorm2d, Normalize, check_sizes
 from .wide_resnet import Activation, WideResNet
 
 
@@ -41,10 +41,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         if min(image_size) < 8:
             raise ValueError(f"image_size must be at least 8 x 8, got {tuple(image_size)}")
-        if min(in_channels, width) < 1 or num_classes < 2:
-            raise ValueError(
-                f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
-            )
+        check_sizes(num_classes, in_channels=in_channels, width=width)
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "num_classes": num_classes,
@@ -106,11 +103,7 @@ class FullyConnected(nn.Module):
         std: float | Sequence[float] = 0.3081,
     ):
         super().__init__()
-        if not hidden or min(in_channels, *image_size, *hidden) < 1 or num_classes < 2:
-            raise ValueError(
-                "need in_channels, image_size, hidden >= 1 and num_classes >= 2, got "
-                f"{in_channels, tuple(image_size), tuple(hidden), num_classes}"
-            )
+        check_sizes(num_classes, in_channels=in_channels, image_size=min(image_size), hidden=min(hidden, default=0))
         self.normalize = Normalize(mean, std, in_channels)
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
@@ -129,6 +122,79 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.body(self.normalize(x).flatten(1)), 1)
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.norm1 = BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2 = BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.norm1(x))
+        out = self.conv2(F.relu(self.norm2(self.conv1(activated))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class PreActResNet18(nn.Module):
+    """ResNet-18 with pre-activation (He et al., ECCV 2016), in its form for small images, normalization inside.
+
+    A 3 x 3 convolution, four stages of two blocks with ``width`` .. ``8 width`` channels, a mean over the positions.
+
+    Args:
+        num_classes: classes of the data, at least 2.
+        in_channels: channels of the images.
+        mean: what the images are normalized by, a number or one per channel.
+        std: likewise, the standard deviations.
+        width: channels of the first stage (He et al.: 64).
+
+    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The blocks are
+    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1; the map before pooling is ``act``'s output.
+
+    Raises:
+        ValueError: fewer than 2 classes, counts below 1.
+    """
+
+    before_pooling = "act"
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        width: int = 64,
+    ):
+        super().__init__()
+        check_sizes(num_classes, in_channels=in_channels, width=width)
+        self.normalize = Normalize(mean, std, in_channels)
+        self.arguments: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "width": width,
+            **self.normalize.arguments,
+        }
+        self.conv = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        channels = [width, width, 2 * width, 4 * width, 8 * width]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    _Block(channels[i], channels[i + 1], 2 if i else 1), _Block(channels[i + 1], channels[i + 1], 1)
+                )
+                for i in range(4)
+            )
+        )
+        self.norm = BatchNorm2d(channels[4])
+        self.act = nn.ReLU()
+        self.head = nn.Linear(channels[4], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.norm(self.stages(self.conv(self.normalize(x)))))
+        return self.head(out.mean((2, 3)))
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {
@@ -151,14 +217,13 @@ def representation_before_pooling(model: nn.Module) -> str:
     Raises:
         ValueError: another model.
     """
-    found = getattr(model, "before_pooling", None)
-    if type(model) not in CLASSIFIERS.values() or found is None:
+    if type(model) not in CLASSIFIERS.values():
         names = ", ".join(name for name, _ in model.named_modules() if name)
         raise ValueError(
             f"layers must be given for a {type(model).__name__}: the module whose output is the last map before "
             f"pooling, one of {names[:400]}"
         )
-    return found
+    return model.before_pooling  # type: ignore[return-value]
 
 
 def build_classifier(
@@ -189,19 +254,14 @@ def build_classifier(
     """
     if name not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+    kind = CLASSIFIERS[name]
     channels, *size = image_shape
-    options: dict[str, Any] = {"in_channels": channels, "num_classes": num_classes}
-    if name in ("small_cnn", "fully_connected"):
-        options["image_size"] = tuple(size)
-    if name != "small_cnn":
-        options |= {"mean": mean, "std": std}
-    for option, value, without in (
-        ("width", width, ("fully_connected",)),
-        ("depth", depth, ("small_cnn", "preact_resnet18", "fully_connected")),
-        ("activation", activation, ("small_cnn", "preact_resnet18", "fully_connected")),
-    ):
+    options: dict[str, Any] = {"in_channels": channels, "num_classes": num_classes, "image_size": tuple(size)}
+    options |= {"mean": mean, "std": std}
+    taken = inspect.signature(kind).parameters
+    for option, value in {"width": width, "depth": depth, "activation": activation}.items():
         if value is not None:
-            if name in without:
+            if option not in taken:
                 raise ValueError(f"{option} {value}: {name} has no {option} to choose")
             options[option] = value
-    return CLASSIFIERS[name](**options)
+    return kind(**{option: value for option, value in options.items() if option in taken})

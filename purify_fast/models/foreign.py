@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -110,7 +109,7 @@ def build_foreign(
     library, _, name = spec.partition(":")
     path = Path(weights)
     if path.suffix or path.exists() or library not in LIBRARIES:
-        made = ForeignClassifier(spec, in_channels, num_classes, mean, std)
+        classifier = ForeignClassifier(spec, in_channels, num_classes, mean, std)
     else:
         find = _torchvision_weights if library == "torchvision" else _timm_weights
         path, classes, own_mean, own_std = find(name, weights)
@@ -119,9 +118,9 @@ def build_foreign(
         if in_channels != len(own_mean):
             # grey images are given three times, and are normalized before
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
-        made = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
-    load_state(made.model, read_weights(path), str(path))
-    return made
+        classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
+    load_state(classifier.model, read_weights(path), str(path))
+    return classifier
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop_prefix: bool = False) -> None:
@@ -142,8 +141,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file, of which only tensors are read.
 
     Args:
-        path: a ``.safetensors`` file, or one that ``torch.save`` wrote. A table ``state_dict``, ``model_state_dict`` or
-            ``model`` in it is taken for the whole, and the prefix ``module.`` of DataParallel is dropped.
+        path: a ``.safetensors`` file, or one that ``torch.save`` wrote. A table ``state_dict``, ``model_state_dict``,
+            ``model`` or ``G`` (a GAN's generator) in it is taken for the whole. The prefix ``module.`` of DataParallel
+            is dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,18 +153,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the weights to start from")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own message advises to load the file unsafely
         raise ValueError(f"{path} holds Python objects, and only tensors are read: save its state dict") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} holds no weights: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    except OSError:
+        raise
+    # bytes that are no pickle fail in any way
+    except Exception as error:
+        raise ValueError(f"{path} holds no weights: {error}".splitlines()[0]) from error
+    for key in ("state_dict", "model_state_dict", "model", "G"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: a table of tensors is wanted")
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _torchvision() -> Any:
@@ -183,12 +186,12 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
     known = _torchvision().models.get_model_weights(name)
     if weights not in known.__members__:
         raise ValueError(f"torchvision's {name} has no weights {weights!r}, only {', '.join(known.__members__)}")
-    found = known[weights]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(found.url).name
+    entry = known[weights]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: nothing is downloaded here, get it from {found.url}")
-    preset = found.transforms()
-    return path, len(found.meta["categories"]), tuple(preset.mean), tuple(preset.std)
+        raise FileNotFoundError(f"{path} is missing: nothing is downloaded here, get it from {entry.url}")
+    preset = entry.transforms()
+    return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
 
 
 def _timm() -> ModuleType:
@@ -210,13 +213,13 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
         raise ValueError(f"weights of timm:{name} must be a file or 'pretrained', got {weights!r}")
     config = _timm().get_pretrained_cfg(name)
     cache = importlib.import_module("huggingface_hub").try_to_load_from_cache
-    found = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
-    if not isinstance(found, str):
+    path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
+    if not isinstance(path, str):
         raise FileNotFoundError(
             f"the weights of timm:{name} are not on this machine: nothing is downloaded here, get model.safetensors "
             f"from huggingface.co/{config.hf_hub_id}"
         )
-    return Path(found), config.num_classes, tuple(config.mean), tuple(config.std)
+    return Path(path), config.num_classes, tuple(config.mean), tuple(config.std)
 
 
 def _called(spec: str) -> nn.Module:

@@ -45,26 +45,29 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"a model of your own is {FORMS}, got {spec!r}")
-    _find_beside(str(Path(place).resolve().parent) if _is_file(place) else os.getcwd())
+    # as by ``python -m`` and ``python file.py``: modules of this folder are found first, also later, inside forward
+    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     module = _imported(spec, place)
     _imported_names.add(module.__name__)
-    found = _named(spec, module, name)
-    if isinstance(found, nn.Module):
+    factory = _named(spec, module, name)
+    if isinstance(factory, nn.Module):
         if fresh:
             raise ValueError(
                 f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
                 "module that exists already, and all classifiers of this name would share its weights"
             )
-        return found
+        return factory
     try:
-        made = found()
+        model = factory()
     except SystemExit as error:
         raise ValueError(f"{spec} must return a torch.nn.Module, but it ended the program: {_told(error)}") from error
     except Exception as error:
         raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(made).__name__}")
-    return made
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+    return model
 
 
 def forget_imported() -> None:
@@ -88,7 +91,7 @@ def raised_in(error: BaseException) -> Literal["own", "called by own", "package"
     if not _imported_names:
         return "package"
     whose = [_whose(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    left = [found for found in whose if found is not None]
+    left = [owner for owner in whose if owner is not None]
     if not left or "own" not in left:
         return "package"
     return "own" if left[-1] == "own" else "called by own"
@@ -108,21 +111,12 @@ def _whose(frame: FrameType) -> Literal["own", "package"] | None:
     return "own" if os.path.isabs(file) and not passed_over else None
 
 
-def _is_file(place: str) -> bool:
-    return place.endswith(".py")
-
-
-def _find_beside(folder: str) -> None:
-    """Modules in a folder are found first, as by ``python -m`` and ``python file.py``; later too, inside forward."""
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-
-
 def _imported(spec: str, place: str) -> ModuleType:
-    if _is_file(place) and not Path(place).is_file():
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).is_file():
         raise FileNotFoundError(f"{spec}: there is no file {place}")
     try:
-        return _from_file(Path(place)) if _is_file(place) else importlib.import_module(place)
+        return _from_file(Path(place)) if is_file else importlib.import_module(place)
     except ImportError as error:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
     except SystemExit as error:
@@ -137,13 +131,13 @@ def _imported(spec: str, place: str) -> ModuleType:
 def _from_file(path: Path) -> ModuleType:
     """The file as a module of a name of its own, so that it hides no other module."""
     name = f"own_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path.resolve())
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    place = importlib.util.spec_from_file_location(name, path.resolve())
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
     # dataclasses and pickle look a class's module up
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        place.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
@@ -155,10 +149,10 @@ def _named(spec: str, module: ModuleType, name: str) -> Any:
         near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ValueError(f"{spec}: {module.__name__} ({module.__file__}) has no function or class {name!r}{hint}")
-    found = vars(module)[name]
-    if not callable(found):
-        raise ValueError(f"{spec} must be a function or class, it is a {type(found).__name__}, which cannot be called")
-    return found
+    value = vars(module)[name]
+    if not callable(value):
+        raise ValueError(f"{spec} must be a function or class, it is a {type(value).__name__}, which cannot be called")
+    return value
 
 
 def _told(error: BaseException) -> str:

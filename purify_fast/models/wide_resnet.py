@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._validation import check_literal
-from .layers import BatchNorm2d, Normalize
+from .layers import BatchNorm2d, Normalize, check_sizes
 
 Activation = Literal["silu", "relu"]
 
@@ -109,10 +109,7 @@ class WideResNet(nn.Module):
         check_literal("activation", activation, Activation)
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4, at least 10, got {depth}")
-        if min(in_channels, width) < 1 or num_classes < 2:
-            raise ValueError(
-                f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
-            )
+        check_sizes(num_classes, in_channels=in_channels, width=width)
         self.normalize = Normalize(mean, std, in_channels)
         self.arguments: dict[str, Any] = {
             "depth": depth,
@@ -122,14 +119,17 @@ class WideResNet(nn.Module):
             **self.normalize.arguments,
             "activation": activation,
         }
-        made = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
+        activation_kind = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
         self.layer = nn.Sequential(
-            *(_Group((depth - 4) // 6, channels[g], channels[g + 1], 2 if g else 1, made()) for g in range(3))
+            *(
+                _Group((depth - 4) // 6, channels[g], channels[g + 1], 2 if g else 1, activation_kind())
+                for g in range(3)
+            )
         )
         self.batchnorm = BatchNorm2d(channels[3])
-        self.relu = made()
+        self.relu = activation_kind()
         self.logits = nn.Linear(channels[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def fit(
     first, which alone reads and writes the folder; a run may be resumed by another number of them. The weights are
     those of one process up to floating point, but where a model draws otherwise than by `purify_fast` (torch's dropout:
     the same masks in every process), and where the published training's attacks cannot be shared out evenly
-    (`purify_fast.methods.carso.losses.balanced_batch`).
+    (`purify_fast.methods.carso.task.balanced_batch`).
 
     Args:
         task: the training: model, optimizers, step.

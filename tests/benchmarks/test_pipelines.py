@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.methods.atop import AtopTask
-from purify_fast.methods.atop.generators.deepfill import GatedConv
-from purify_fast.methods.atop.losses import attacked
+from purify_fast.methods.atop.generators import GatedConv
+from purify_fast.methods.atop.task import attacked
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig
-from purify_fast.methods.carso.losses import as_trained, attack_pipeline
+from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
 
@@ -157,7 +157,7 @@ def test_candidates_minimize_what_they_say(loss):
     found, metrics = task.training_step(batch)
     torch.manual_seed(1)
     with as_trained(defence, batch, config):
-        moved = defence.sample_logits(attack_pipeline(defence, batch, config))[:, 0].log_softmax(1)
+        moved = defence.sample_logits(config.attack.run(defence, batch))[:, 0].log_softmax(1)
         wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).log_softmax(1)
     divergence = (wanted.exp() * (wanted - moved)).sum(1).mean()
     expected = divergence

@@ -43,11 +43,7 @@ def test_it_is_attacked_like_any_defence():
     made, x, y, health = control(), images(6), torch.arange(6), GradientHealth()
     pgd(made, x, y, eps=0.1, steps=3, eot_iter=2, health=health)
     assert health.count("gradients") == 18 and health.nonfinite == 0
-    attacks = [
-        PGD(steps=2),
-        AttackSpec(PGD(steps=2), variant="fixed"),
-        AttackSpec(PGD(steps=2), variant="deterministic"),
-    ]
+    attacks = [PGD(steps=2), *(AttackSpec(PGD(steps=2), variant=variant) for variant in ("fixed", "deterministic"))]
     report = evaluate(made, x, y, eps=0.1, attacks=attacks, eot_iter=2, progress=False)
     variants = [row.variant for row in report.rows if row.kind == "pgd"]
     # what is found on a variant is tried on the defence as it is

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from cuda_launches import CudaLaunches
 from torch_functions import register
 
-from purify_fast.models import PreActResNet18, synced_batch_norm
+from purify_fast.models import PreActResNet18, layers
 from purify_fast.speed.folding import batchnorm as folding
 from purify_fast.speed.folding.inference_copy import LiveInferenceCopy, convert_to_channels_last
 from purify_fast.training import distributed
@@ -36,7 +36,7 @@ def as_on_cuda(monkeypatch) -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         if DEVICE.type == "cpu":
             register(library, "CPU")
-            monkeypatch.setattr(synced_batch_norm, "BY_TORCH", ("cpu",))
+            monkeypatch.setattr(layers, "BY_TORCH", ("cpu",))
             monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",))
         yield
 
@@ -88,14 +88,14 @@ def test_batchnorm_is_that_of_all_images(monkeypatch, shape, dtype, layout):
                 given[rank, 1] = sums.clone()
                 sums += given.get((1 - rank, 1), torch.zeros_like(sums))
 
-            monkeypatch.setattr(synced_batch_norm, "_all_gather", all_gather)
-            monkeypatch.setattr(synced_batch_norm.dist, "all_reduce", all_reduce)
+            monkeypatch.setattr(layers, "_all_gather", all_gather)
+            monkeypatch.setattr(layers.dist, "all_reduce", all_reduce)
             leaves = [whole.detach()[part].to(dtype), weight.to(DEVICE, wide), bias.to(DEVICE, wide)]
             if len(shape) == 4:
                 leaves[0] = leaves[0].contiguous(memory_format=layout)
             leaves = [leaf.clone().requires_grad_() for leaf in leaves]
             running = tuple(one.to(DEVICE, wide, copy=True) for one in begin)
-            out = synced_batch_norm.batch_norm_everywhere(*leaves, running, 2)
+            out = layers.batch_norm_everywhere(*leaves, running, 2)
             results.append([out, *torch.autograd.grad((out * outer[part].to(dtype)).sum(), leaves), *running])
     first, second = results
     found = [torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2] + second[2]]

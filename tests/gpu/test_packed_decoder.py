@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purify_fast.methods.carso.networks import Decoder, decoder_plan, published_decoder
-from purify_fast.methods.carso.networks_v1 import DecoderV1, decoder_plan_v1
-from purify_fast.methods.carso.packed_decoder import PackedDecoder
+from purify_fast.methods.carso.networks import (
+    Decoder,
+    DecoderV1,
+    PackedDecoder,
+    decoder_plan,
+    decoder_plan_v1,
+    published_decoder,
+)
 from purify_fast.ops import REGISTRY, use_backend
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))

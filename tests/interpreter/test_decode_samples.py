@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from purify_fast.kernels import decode_samples as kernel
-from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
-from purify_fast.methods.carso.networks_v1 import decoder_plan_v1
+from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, decoder_plan_v1, published_decoder
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = torch.tensor([2**40 + 5])

@@ -12,8 +12,8 @@ import torch
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.recipes import AtopRecipe
-from purify_fast.methods.carso.losses import kl_weight
 from purify_fast.methods.carso.recipes import CarsoRecipe
+from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch, fit

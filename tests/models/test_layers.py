@@ -1,12 +1,11 @@
 """The literal layers are torch's, and what they are there for: a dynamic compile that does not start over."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import get_compilation_metrics
 
-from purify_fast.models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU, Normalize, per_channel
+from purify_fast.models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
 
 
 def network(norm, activation):
@@ -44,11 +43,3 @@ def test_a_dynamic_compile_starts_over_for_torchs_numbers_only(norm, activation,
     compiled(torch.randn(3, 3, 8, 8))
     restarted = get_compilation_metrics()[-1].restart_reasons
     assert any("Tensorify" in reason for reason in restarted) == restarts
-
-
-def test_statistics_by_channel():
-    for given in ((0.1, 0.2, 0.3), torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), np.array([0.1, 0.2, 0.3])):
-        assert per_channel("mean", given, 3) == pytest.approx([0.1, 0.2, 0.3])
-    assert Normalize(0.5, 0.25, 3)(torch.ones(1, 3, 2, 2)).unique().tolist() == [2.0]
-    with pytest.raises(ValueError, match="std must be above 0"):
-        Normalize(0.5, 0.0, 3)

@@ -16,8 +16,8 @@ from torch_functions import register
 from purify_fast.data import to_float
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.losses import published_step
-from purify_fast.models import synced_batch_norm
+from purify_fast.methods.carso.task import published_step
+from purify_fast.models import layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, distributed, fit
@@ -144,11 +144,11 @@ def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
     if as_on_cuda:
         # with stand-ins for PyTorch's functions, which it has on CUDA alone
-        synced_batch_norm.BY_TORCH = ("cpu",)
+        layers.BY_TORCH = ("cpu",)
         with torch.library._scoped_library("aten", "IMPL") as library:
             register(library, "CPU")
             batchnorm(out, layer, shape, first, mean, dtype)
-        synced_batch_norm.BY_TORCH = ("cuda",)
+        layers.BY_TORCH = ("cuda",)
         return
     x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
     part = slice(None)

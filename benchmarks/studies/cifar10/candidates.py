@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.losses import as_trained, attack_pipeline
+from purify_fast.methods.carso.task import as_trained
 from purify_fast.training import Batch
 from purify_fast.training.task import Metrics
 
@@ -82,7 +82,7 @@ class CandidateTask(CarsoTask):
             return super().training_step(batch)
         labels = batch.y.repeat_interleave(self.config.train_samples)
         with as_trained(self.model, batch, self.config):
-            moved = self._predictions(attack_pipeline(self.model, batch, self.config, self.graphs))
+            moved = self._predictions(self.config.attack.run(self.model, batch, graphs=self.graphs))
             wanted = self._predictions(batch.x)
         divergence = F.kl_div(moved, wanted, reduction="batchmean", log_target=True)
         accuracy = (moved.detach().argmax(1) == labels).float().mean()

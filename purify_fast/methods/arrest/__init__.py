@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from .config import AblationConfig as AblationConfig
     from .config import ArrestConfig as ArrestConfig
     from .task import ArrestTask as ArrestTask
-    from .teacher import Teacher as Teacher
+    from .task import Teacher as Teacher
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

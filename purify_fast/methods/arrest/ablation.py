@@ -5,24 +5,35 @@ Finished rows are kept: the same call goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..._files import write_text
 from ...attacks import PGD, AutoAttack
 from ...attacks.autoattack import implementation
 from ...data import DataSet
-from ...evaluation import AttackSpec, Report, Tradeoff, ar_point_dist, evaluate
+from ...evaluation import AttackSpec, Report, Row, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
+from ...evaluation.show.tables import markdown_table
 from ...models.classifiers import representation_before_pooling
-from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
-from .ablation_table import Result, write
+from ...training import (
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    Task,
+    TrainingAttack,
+    fit,
+    load_classifier,
+    save_classifier,
+)
 from .config import AblationConfig, ArrestConfig
-from .task import ArrestTask
-from .teacher import Teacher
+from .task import ArrestTask, Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
@@ -46,10 +57,10 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
     distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"distillation_weight": w} for w in what.weights}
     replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
     replayed |= {f"tau {t:g}": {"replay": True, "tau": t} for t in what.taus}
-    made = {FINETUNED: bare}
-    made |= {f"AFT + RGKD, {name}": replace(bare, **options) for name, options in distilled.items()}
-    made |= {f"AFT + NR, {name}": replace(bare, **options) for name, options in replayed.items()}
-    return made | {
+    trainings = {FINETUNED: bare}
+    trainings |= {f"AFT + RGKD, {name}": replace(bare, **options) for name, options in distilled.items()}
+    trainings |= {f"AFT + NR, {name}": replace(bare, **options) for name, options in replayed.items()}
+    return trainings | {
         f"ARREST, {one}, {two}": replace(bare, **distilled[one], **replayed[two])
         for one in distilled
         for two in replayed
@@ -97,91 +108,128 @@ def ablate(
     n = min(what.images, len(images.y_test))
     # as the table says it
     what = replace(what, images=n, autoattack=min(what.autoattack, n))
-    study = _Study(images, config, what, loop, out=Path(out), progress=progress)
+    attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
+
+    def folder(name: str) -> Path:
+        return out / name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
+
+    def train_and_attack(name: str, task: Task, epochs: int) -> None:
+        model, run = task.result, replace(loop, epochs=epochs)
+        fit(task, images.x_train, images.y_train, run, folder(name), title=name, progress=progress)
+        save_classifier(model, folder(name))
+        report = evaluate(
+            model,
+            images.x_test[:n],
+            images.y_test[:n],
+            eps=attack.eps,
+            norm=attack.norm,
+            attacks=_attacks(what),
+            steps=what.attack_steps,
+            seed=loop.seed,
+            out=folder(name),
+            name=name,
+            dataset_name=images.name,
+            progress=progress,
+        )
+        report.save(folder(name))
+        results[name] = _result(report, what)
+
     for name, share in scratch.items():
-        found[name] = study.attacked(name, study.trained_from_scratch(name, share, make))
-    for name, chosen in finetunings.items():
-        found[name] = study.attacked(name, study.finetuned(name, chosen))
-    return write(Path(out), found, list(scratch), config.attack, what)
-
-
-@dataclass(frozen=True)
-class _Study:
-    """Trains and attacks the models of an ablation; its fields are `ablate`'s arguments."""
-
-    images: DataSet
-    config: ArrestConfig
-    what: AblationConfig
-    loop: FitConfig
-    out: Path
-    progress: bool
-
-    def folder(self, name: str) -> Path:
-        """A row's own folder."""
-        return self.out / name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
-
-    def _trained(self, name: str, task: Task, epochs: int, result: nn.Module) -> nn.Module:
-        images, folder, loop = self.images, self.folder(name), replace(self.loop, epochs=epochs)
-        fit(task, images.x_train, images.y_train, loop, folder, title=name, progress=self.progress)
-        save_classifier(result, folder)
-        return result
-
-    def trained_from_scratch(self, name: str, share: float, make: Callable[[], nn.Module]) -> nn.Module:
-        """A fresh classifier, adversarially trained at a share of eps, or at the share 0 on clean images."""
-        attack, what = self.config.attack, self.what
-        config = ClassifierConfig(
+        classifier_config = ClassifierConfig(
             # the step is given, since the two tasks' own defaults differ
             attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
             learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
-        torch.manual_seed(self.loop.seed)
-        model = make()
+        torch.manual_seed(loop.seed)
         epochs = what.scratch_epochs if share else what.standard_epochs
-        return self._trained(name, ClassifierTask(model, config), epochs, model)
-
-    def finetuned(self, name: str, config: ArrestConfig) -> nn.Module:
-        """The standard classifier, finetuned."""
-        model = load_classifier(self.folder(STANDARD)).to(self.images.y_train.device)
-        task = ArrestTask(model, config, self.images.image_shape)
-        return self._trained(name, task, self.loop.epochs, task.result)
-
-    def attacked(self, name: str, model: nn.Module) -> Result:
-        """A row's accuracies, clean and under attack; the report is kept in the row's folder."""
-        what, attack, folder = self.what, self.config.attack, self.folder(name)
-        attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
-        if what.autoattack:
-            attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
-        report = evaluate(
-            model,
-            self.images.x_test[: what.images],
-            self.images.y_test[: what.images],
-            eps=attack.eps,
-            norm=attack.norm,
-            attacks=attacks,
-            steps=what.attack_steps,
-            seed=self.loop.seed,
-            out=folder,
-            name=name,
-            dataset_name=self.images.name,
-            progress=self.progress,
-        )
-        report.save(folder)
-        return _result(report, what.autoattack > 0)
+        train_and_attack(name, ClassifierTask(make(), classifier_config), epochs)
+    for name, chosen in finetunings.items():
+        standard = load_classifier(folder(STANDARD)).to(images.y_train.device)
+        train_and_attack(name, ArrestTask(standard, chosen, images.image_shape), loop.epochs)
+    return write(out, results, list(scratch), attack, what)
 
 
-def _result(report: Report, with_autoattack: bool) -> Result:
-    clean, robust = report.row("clean"), report.row(ROBUST)
-    pgd = Tradeoff(100 * clean.accuracy, 100 * robust.accuracy)
-    found = Result(pgd, (100 * clean.standard_error, 100 * robust.standard_error))
-    if not with_autoattack:
-        return found
-    auto = report.row(AUTO)
-    # the images that AutoAttack had
-    first = replace(clean, robust=clean.robust[: auto.n])
-    return replace(
-        found,
-        auto=Tradeoff(100 * first.accuracy, 100 * auto.accuracy),
-        auto_errors=(100 * first.standard_error, 100 * auto.standard_error),
+def _attacks(what: AblationConfig) -> list[AttackSpec]:
+    """The attacks of every row; each but the first has the images on which those before it failed."""
+    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
+    if what.autoattack:
+        attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
+    return attacks
+
+
+class Accuracies(NamedTuple):
+    """Clean and robust accuracy on the same images, in percent, with their standard errors."""
+
+    point: Tradeoff
+    errors: tuple[float, float]
+
+
+#: What one row of the table is made of: the accuracies under PGD and, where it ran, under AutoAttack on its images.
+#: SUM and the other trade-offs are of the last.
+Result = list[Accuracies]
+
+
+def _result(report: Report, what: AblationConfig) -> Result:
+    """The accuracies of a report."""
+
+    def accuracies(robust: Row) -> Accuracies:
+        clean = report.row("clean")
+        clean = replace(clean, robust=clean.robust[: robust.n])
+        errors = (100 * clean.standard_error, 100 * robust.standard_error)
+        return Accuracies(Tradeoff(100 * clean.accuracy, 100 * robust.accuracy), errors)
+
+    return [accuracies(report.row(label)) for label in (ROBUST, AUTO)[: 2 if what.autoattack else 1]]
+
+
+def best_points(points: Sequence[Tradeoff]) -> list[Tradeoff]:
+    """Those of the points that no other beats in both accuracies, by rising standard accuracy."""
+
+    def beaten(point: Tradeoff) -> bool:
+        return any(p != point and p.standard >= point.standard and p.robust >= point.robust for p in points)
+
+    return sorted({point for point in points if not beaten(point)}, key=lambda point: point.standard)
+
+
+def write(
+    out: Path, results: Mapping[str, Result], reference: Sequence[str], attack: TrainingAttack, what: AblationConfig
+) -> list[Path]:
+    """Write the table and, with matplotlib, the picture; the rows that ``reference`` names make the curve."""
+    curve = best_points([results[name][-1].point for name in reference])
+    auto = what.autoattack > 0
+    head = ["model", "standard", "robust"] + (["standard, AutoAttack's images", "AutoAttack"] if auto else [])
+    head += ["SUM", "mean", "NRR", "ar_point_dist"]
+    table: list[list[str]] = []
+    for name, result in results.items():
+        point = result[-1].point
+        far = f"{ar_point_dist(curve, point):+.2f}" if len(curve) > 1 and name not in reference else "-"
+        cells = [
+            f"{value:.1f} ± {error:.1f}"
+            for accuracies in result
+            for value, error in zip(accuracies.point, accuracies.errors, strict=True)
+        ]
+        table.append([name, *cells, *(f"{value:.2f}" for value in (point.sum, point.mean, point.nrr)), far])
+    robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
+    text = [
+        f"Accuracy ± standard error, %; the first {what.images} test images, {attack.norm} eps {attack.eps:.4g}; "
+        f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
+        + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
+        + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "
+        "ar_point_dist (this package's own; inspired by, and not, the paper's ARDist): signed distance in points to "
+        f"the curve through {', '.join(f'({p.standard:.1f}, {p.robust:.1f})' for p in curve)}, those of "
+        f"{'; '.join(reference)} that no other of them beats.",
+        "",
+        *markdown_table(head, table),
+    ]
+    written = [out / "ablation.md", out / "ablation.csv"]
+    write_text(written[0], "\n".join(text) + "\n")
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([head, *table])
+    write_text(written[1], file.getvalue())
+    points = {name: (*result[-1].point, *result[-1].errors) for name, result in results.items()}
+    shown = curve if len(curve) > 1 else None
+    drawn = plot_tradeoff(
+        out / "ablation.png", points, shown, reference_name="trained from scratch", title=f"robust: {robust}"
     )
+    return [*written, out / "ablation.png"] if drawn else written

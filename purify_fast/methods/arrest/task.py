@@ -13,6 +13,8 @@ arXiv 2308.16454 (ICCV 2023). It has no official code: `ArrestConfig` says for e
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,28 +22,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
+from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
-from ...speed.folding.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
+from ...speed.folding.inference_copy import (
+    LiveInferenceCopy,
+    autocast_to,
+    convert_to_channels_last,
+    prepare_for_inference,
+)
 from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
 from ...training.schedules import RunLength, arrest_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_classifier
 from .config import ArrestConfig
-from .teacher import Teacher, pool
-
-
-class _WithAverage(nn.Module):
-    """A model and the moving average of its weights: one checkpoint."""
-
-    def __init__(self, model: nn.Module, average: AveragedModel):
-        super().__init__()
-        self.model, self.average = model, average
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -59,11 +59,11 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
             else:
                 average.copy_(value)
 
-    made = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-    without_recorders(made.module).requires_grad_(False)
+    average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+    without_recorders(average.module).requires_grad_(False)
     # its first update copies the weights, so that the average begins with them
-    made.update_parameters(model)
-    return made
+    average.update_parameters(model)
+    return average
 
 
 class ArrestTask(Task):
@@ -117,15 +117,12 @@ class ArrestTask(Task):
         self.model: nn.Module = model
         if config.ema_decay > 0:
             self._average = moving_average(model, config.ema_decay)
-            self.model = _WithAverage(model, self._average)
+            # what is trained together is one checkpoint
+            self.model = nn.ModuleDict({"model": model, "average": self._average})
         weights = [p for p in model.parameters() if p.requires_grad]
         if not weights:
             raise ValueError("model has no parameters to train")
-        options: dict[str, Any] = {
-            "lr": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "foreach": True,
-        }
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(weights, momentum=config.momentum, **options)
@@ -156,9 +153,7 @@ class ArrestTask(Task):
     @torch.no_grad()
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
         """d between the representations of clean images ``x``, ``[B]``, in the config's mode."""
-        if self.config.drift_mode == "train":
-            return self.distance(self.forward(x)[1], of_teacher)
-        with frozen(self.classifier):
+        with contextlib.nullcontext() if self.config.drift_mode == "train" else frozen(self.classifier):
             return self.distance(self.forward(x)[1], of_teacher)
 
     @property
@@ -170,8 +165,8 @@ class ArrestTask(Task):
         """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
         if self._view is not None:
             self._view.refresh(self.classifier)
-        found = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
-        return found if rows is None else batch.x.index_copy(0, rows, found)
+        adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
+        return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
         """x_in, and the share of replayed examples; PGD runs only for the others, unless its step is captured."""
@@ -205,10 +200,7 @@ class ArrestTask(Task):
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""
         logits, features = self.forward(x)
         cross_entropy = F.cross_entropy(logits.float(), y)
-        metrics = {
-            "cross_entropy": cross_entropy.detach(),
-            "accuracy": (logits.detach().argmax(1) == y).float().mean(),
-        }
+        metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
         if self._reader is None:
             return cross_entropy, metrics
         distance = self.distance(features, of_teacher).mean()
@@ -231,8 +223,8 @@ class ArrestTask(Task):
         """Move each weight matrix by gamma of its norm up the loss, until the optimizer's or the next training step."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
-        found = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
-        used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
+        gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
+        used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
         average_([gradient for _, gradient in used])
         with torch.no_grad():
             for buffer, before in buffers:  # the batch is to enter BatchNorm's statistics once
@@ -260,11 +252,9 @@ class ArrestTask(Task):
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate
-        if self.config.schedule == "constant":
-            return peak
-        return (
-            one_cycle(progress, peak) if self.config.schedule == "one_cycle" else arrest_published(epoch, epochs, peak)
-        )
+        if self.config.schedule == "published":
+            return arrest_published(epoch, epochs, peak)
+        return one_cycle(progress, peak) if self.config.schedule == "one_cycle" else peak
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
@@ -287,3 +277,85 @@ class ArrestTask(Task):
             logits = self.result(x).float()
         accuracy = (logits.argmax(1) == batch.y).float().mean()
         return {"loss": F.cross_entropy(logits, batch.y), "accuracy": accuracy}
+
+
+def pool(features: list[Tensor]) -> list[Tensor]:
+    """Means over the positions of maps and tokens; vectors as they are.
+
+    Args:
+        features: outputs of layers, ``[B, C, H, W]``, ``[B, T, D]`` or ``[B, F]``.
+    """
+    return [f.mean((2, 3)) if f.dim() == 4 else f.mean(1) if f.dim() == 3 else f for f in features]
+
+
+class Teacher:
+    """The frozen start h*: a copy of a classifier, in evaluation mode, read at ``layers``.
+
+    Args:
+        classifier: images ``[B, *image_shape]`` in [0, 1] to logits; the caller's own is left untouched.
+        layers: module paths whose outputs are the representation.
+        image_shape: (C, H, W).
+        pooled: whether maps and tokens are read after their mean over the positions.
+        dtype: bfloat16 reads an accelerated copy.
+
+    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
+
+    Raises:
+        ValueError: unknown layers, or ``pooled`` where all of them are vectors.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        layers: Sequence[str],
+        image_shape: tuple[int, int, int],
+        pooled: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        model = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
+        if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
+            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
+        self._uses_channels_last = True
+        if dtype != torch.float32:
+            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
+        self._stored: list[Tensor] | None = None
+        self._checked = -1
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> list[Tensor]:
+        """The layers' outputs.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        with autocast_to(x.device, self.dtype):
+            features = self.reader(x if self._uses_channels_last else x.contiguous())
+        return pool(features) if self.pooled else features
+
+    def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
+        """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
+
+        Args:
+            x: uint8 ``[N, C, H, W]``, those that are trained on. The outputs of all of them are held on its device.
+            batch_size: images that are read at once.
+            progress: whether there is a progress bar.
+        """
+        bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
+        parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
+        layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        # rows of maps that are channels_last stay so when they are picked
+        self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        if self._stored is None:
+            return self.read(batch.x)
+        features = [f[batch.sample_ids] for f in self._stored]
+        features = [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in features]
+        if self._checked != batch.epoch:
+            self._checked = batch.epoch
+            for stored, now in zip(features, self.read(batch.x), strict=True):
+                apart = (stored.float() - now.float()).norm()
+                if not apart <= 0.01 * now.float().norm():
+                    raise ValueError("the kept features are not those of these images: are they augmented?")
+        return features

@@ -8,13 +8,13 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
+    from .deepfill_training import PatchDiscriminator as PatchDiscriminator
     from .defence import Atop as Atop
-    from .discriminator import PatchDiscriminator as PatchDiscriminator
-    from .generators.deepfill import DeepFillGenerator as DeepFillGenerator
-    from .generators.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
-    from .generators.small_generator import SmallGenerator as SmallGenerator
-    from .losses import training_loss as training_loss
+    from .generators import DeepFillGenerator as DeepFillGenerator
+    from .generators import SmallGenerator as SmallGenerator
+    from .masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
+    from .task import training_loss as training_loss
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -49,7 +49,7 @@ class AtopConfig:
             "pasted", the refined image in the hole and the transformed one elsewhere (pre-training).
         masks: what is hidden from the purifier while it is trained: "blocks", as the defence hides them, or
             "free_form", a box and brush strokes and no noise, as in DeepFillv2's own training, see
-            `purify_fast.methods.atop.masks`; that goes without an attack.
+            `purify_fast.methods.atop.deepfill_training`; that goes without an attack.
         precision: "float32" (official), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
             multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
             "bfloat16" to train the accelerated defence (own).
@@ -121,5 +121,5 @@ class AtopConfig:
         Args:
             changes: fields to set otherwise.
         """
-        made = {"attack_method": "none", "reconstruction_target": "clean", "cls_weight": 0.0, "gan_grad": True}
-        return cls(**{**made, "gan_fake": "pasted", **changes})
+        settings = {"attack_method": "none", "reconstruction_target": "clean", "cls_weight": 0.0, "gan_grad": True}
+        return cls(**{**settings, "gan_fake": "pasted", **changes})

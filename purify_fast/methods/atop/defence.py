@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import dtype_of
-from ..._validation import check_literal
+from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..saved_defence import save_defence
+from ..base import save_defence
 from .purifier import PURIFIERS, PurifierAdapter, description
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class Atop(Defence):
         check_literal("transform", transform, Transform)
         check_literal("aggregation", aggregation, Aggregation)
         block = _block(self.image_shape) if block is None else block
-        for name, count in (("samples", samples), ("block", block), ("num_passes", num_passes)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+        check_counts(samples=samples, block=block, num_passes=num_passes)
         self.transform, self.sigma, self.samples = transform, 0.0 if transform == "rt1" else float(sigma), samples
         self.block, self.mask_ratio = block, float(mask_ratio)
         self.num_passes = num_passes if transform == "rt3" else None

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor
 from ...models.representation import evaluation_mode
 from ...protocols import HasOriginalLoss
-from .generators.deepfill import DeepFillGenerator
-from .generators.masked_autoencoder import MaskedAutoencoder
-from .generators.small_generator import SmallGenerator
+from .generators import DeepFillGenerator, SmallGenerator
+from .masked_autoencoder import MaskedAutoencoder
 
 PURIFIERS: dict[str, type[nn.Module]] = {
     "deepfill": DeepFillGenerator,
@@ -119,17 +118,13 @@ class PurifierAdapter(nn.Module):
                 self._overwrites = packed._version != version
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
-        want = (2, channels, h, w)
-        shapes = [list(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
-        if not images or any(not isinstance(image, Tensor) or image.shape != want for image in images):
+        want = [2, channels, h, w]
+        actual = [(list(image.shape), image.dtype) if isinstance(image, Tensor) else type(image) for image in images]
+        fit = [isinstance(image, Tensor) and list(image.shape) == want for image in images]
+        if not images or not all(fit) or not all(i.is_floating_point() and i.isfinite().all() for i in images):
             raise ValueError(
-                f"purifier: {name} must return an image {list(want)} of images {given}, or a tuple of such with the "
-                f"purified one last; it returned {shapes}"
-            )
-        if not all(image.is_floating_point() and image.isfinite().all() for image in images):
-            kinds = ", ".join(str(image.dtype) for image in images)
-            raise ValueError(
-                f"purifier: {name} must return finite floating-point images of mid-grey ones, it returned {kinds}"
+                f"purifier: {name} must return a finite floating-point image {want} of images {given}, or a tuple of "
+                f"such with the purified one last; it returned {actual}"
             )
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:

@@ -32,6 +32,8 @@ from ...evaluation.surrogates import FewerSamples
 from ...ops.random_transform import random_transform
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
+LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'
+TABLES = 'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000'
 #: The notebook cuts the random order of the blocks into so many parts, and hides one in each of the first batches.
 PARTS = 4
 #: Images in a batch of the notebook.
@@ -93,16 +95,8 @@ def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
         AttackSpec(AutoAttack(), "fixed", label=f"{NOTEBOOK}, without its faults: one fixed draw", judge=one_draw),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, batches 1 to 4", judge=first, max_images=few),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, from batch 5 on", judge=later),
-        AttackSpec(
-            PGD(steps=20, alpha=eps / 4),
-            target="classifier",
-            label='as the training log of glin2022/atop, column "BPDA": PGD-20',
-            judge=one_draw,
-        ),
-        AttackSpec(
-            PGD(steps=1000, alpha=eps / 4),
-            target="classifier",
-            label='as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000',
-            judge=one_draw,
+        *(
+            AttackSpec(PGD(steps=steps, alpha=eps / 4), target="classifier", label=label, judge=one_draw)
+            for steps, label in ((20, LOG), (1000, TABLES))
         ),
     ]

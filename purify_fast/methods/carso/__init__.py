@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
     from .layer_ranking import rank_layers as rank_layers
-    from .losses import training_loss as training_loss
     from .networks import Decoder as Decoder
     from .networks import Deconvolution as Deconvolution
+    from .networks import PackedDecoder as PackedDecoder
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
-    from .packed_decoder import PackedDecoder as PackedDecoder
     from .task import CarsoTask as CarsoTask
+    from .task import training_loss as training_loss
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

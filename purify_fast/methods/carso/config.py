@@ -95,40 +95,35 @@ class CarsoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.targets == "classifier" and self.attack_target != "pipeline":
-            raise ValueError(
-                "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions"
-            )
-        if self.targets == "classifier" and self.joint:
-            raise ValueError(
-                "targets 'classifier' needs a frozen classifier: leave out joint, or take targets 'labels'"
-            )
+        pipeline, attack, in_share = self.attack_target == "pipeline", self.attack, self.kl_delay_unit == "share"
         for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
-            if self.attack_target == "pipeline" and getattr(self, name) != default:
+            if pipeline and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
-        if not self.attack.eps > 0:
-            raise ValueError(
-                f"eps must be above 0, got {self.attack.eps}: the purifier is never trained without attacks"
-            )
-        if self.attack_target == "classifier" and not (self.attack.random_start and self.attack.start_std is None):
-            raise ValueError(
-                "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
-                "uniformly in the ball"
-            )
-        if self.joint and self.attack_target != "pipeline":
-            raise ValueError(
-                "joint training needs attack_target='pipeline': the published loss does not see the labels"
-            )
-        if self.joint and self.precision == "bfloat16":
-            raise ValueError(
-                f"joint training needs precision 'float32' or 'tf32', got {self.precision!r}: no frozen copy serves it"
-            )
-        if not 0 < self.lookahead_alpha <= 1:
-            raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
-        if not 0 <= self.kl_delay < inf or (self.kl_delay_unit == "share" and self.kl_delay >= 1):
-            share = self.kl_delay_unit == "share"
-            least = "in [0, 1) as a share of the epochs" if share else "at least 0, and finite"
-            raise ValueError(f"kl_delay must be {least}, got {self.kl_delay}")
+        refusals = {
+            "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions": (
+                self.targets == "classifier" and not pipeline
+            ),
+            "targets 'classifier' needs a frozen classifier: leave out joint, or take targets 'labels'": (
+                self.targets == "classifier" and self.joint
+            ),
+            f"eps must be above 0, got {attack.eps}: the purifier is never trained without attacks": not attack.eps > 0,
+            "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
+            "uniformly in the ball": not (pipeline or (attack.random_start and attack.start_std is None)),
+            "joint training needs attack_target='pipeline': the published loss does not see the labels": (
+                self.joint and not pipeline
+            ),
+            f"joint training needs precision 'float32' or 'tf32', got {self.precision!r}: no frozen copy serves it": (
+                self.joint and self.precision == "bfloat16"
+            ),
+            f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}": not 0 < self.lookahead_alpha <= 1,
+            f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}": (
+                in_share and not 0 <= self.kl_delay < 1
+            ),
+            f"kl_delay must be at least 0, and finite, got {self.kl_delay}": not 0 <= self.kl_delay < inf,
+        }
+        for message, refused in refusals.items():
+            if refused:
+                raise ValueError(message)
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
         """How long the KL term is left out of a run, and the unit of that.
@@ -164,10 +159,11 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
     """
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
-        least = ceil(4 / adversarial_fraction) if adversarial_fraction > 0 else None
+        advice = "it must be above 0"
+        if adversarial_fraction > 0:
+            advice = f"use at least {ceil(4 / adversarial_fraction)} images per batch and process"
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
-            f"four attacks: "
-            + (f"use at least {least} images per batch and process" if least else "it must be above 0")
+            f"four attacks: {advice}"
         )
     return atom

@@ -19,18 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._validation import check_literal
+from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import decode_samples, latents
 from ...speed.accelerated import Accelerated
 from ...speed.compiled_region import pad_batch
-from ..saved_defence import save_defence
-from .networks import ConditionEncoder, Decoder, Deconvolution, Plan, PosteriorEncoder, decoder_plan
-from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
+from ..base import save_defence
+from .networks import (
+    NETWORKS,
+    Deconvolution,
+    PackedDecoder,
+    Plan,
+    decoder_plan,
+    decoder_plan_v1,
+    kernel_decodes,
+    times_written,
+)
 from .official import fill, read_official, write_official
-from .packed_decoder import PackedDecoder, kernel_decodes, times_written
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -95,9 +102,7 @@ class Carso(Defence):
             raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         sizes["encoder_depth"] = encoder_depth
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(**sizes)
         statistics = normalization(mean, std, self.image_shape[0])
         if decoder is not None:
             start, h, w = decoder[0]
@@ -118,24 +123,16 @@ class Carso(Defence):
         self.latent_dim, self.samples = latent_dim, samples
         self.representation = Representation(self.classifier, tuple(layers), self.image_shape)
         self.num_classes = self.representation.num_classes
-        self._make_networks(version, cond_dim, encoder_depth, plan)
+        condition_encoder, posterior_encoder, decoder_kind = NETWORKS[version]
+        self.condition_encoder = condition_encoder(self.representation.shapes, cond_dim, encoder_depth)
+        self.posterior_encoder = posterior_encoder(self.image_shape, cond_dim, latent_dim)
+        self.decoder = decoder_kind(latent_dim, cond_dim, self.image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         # In this layout the whole pipeline runs about twice as fast on a CPU, its transposed convolutions three times.
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
         self._ready()
-
-    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: Plan) -> None:
-        shapes, sizes = self.representation.shapes, (self.latent_dim, cond_dim, self.image_shape)
-        if version == "v1":
-            self.condition_encoder: nn.Module = ConditionEncoderV1(shapes, cond_dim)
-            self.posterior_encoder: nn.Module = PosteriorEncoderV1(self.image_shape, cond_dim, self.latent_dim)
-            self.decoder: nn.Module = DecoderV1(*sizes, *plan)
-        else:
-            self.condition_encoder = ConditionEncoder(shapes, cond_dim, encoder_depth)
-            self.posterior_encoder = PosteriorEncoder(self.image_shape, cond_dim, self.latent_dim)
-            self.decoder = Decoder(*sizes, *plan)
 
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
 
@@ -326,9 +323,8 @@ class Carso(Defence):
         fast, bias = self.fast, self._last_bias
         if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
             return None
-        if not kernel_decodes(device):
-            return None
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()):
+        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters())
+        if trained or not kernel_decodes(device):
             return None
         if fast.packed is None or fast.packed_from != times_written(bias):
             self._pack(fast)

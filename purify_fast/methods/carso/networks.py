@@ -2,6 +2,13 @@
 
 arXiv 2306.06081, section 4.2. Convolution block: conv (no bias), BatchNorm, LeakyReLU(0.2). The paper's CIFAR-10 and
 TinyImageNet systems are instances; the sizes for other images are this package's own choice.
+
+The classes of V1 are those of the paper's versions 1 and 2 (2023), as their code has them for MNIST and FashionMNIST: a
+flat representation, linear encoders with LeakyReLU(0.01) before BatchNorm, a decoder that starts at one pixel and has
+no BatchNorm. `PackedDecoder` is a trained decoder as one op, `purify_fast.ops.decode_prior`.
+
+``runs_in_order`` says that every nn.Sequential in a class is called as a whole, which folding a BatchNorm relies on
+(`purify_fast.speed.folding.batchnorm.fold_sequential`).
 """
 
 from __future__ import annotations
@@ -10,12 +17,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._tensors import without_autocast
 from ...models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
+from ...ops import REGISTRY
+from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
+from ...speed.folding.batchnorm import folded
 
 Shape = tuple[int, int, int]
 #: The map that a decoder starts with, (C, h, w), and its transposed convolutions.
@@ -41,7 +53,6 @@ class TokenEncoder(nn.Module):
     taken over batch and tokens, and which token is which is left to the joint layer that follows.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, dim: int, depth: int):
@@ -83,7 +94,6 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
 class ConditionEncoder(nn.Module):
     """Representation tensors -> condition ``c [B, cond_dim]``: a pre-encoder per layer, then one joint linear block."""
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int, depth: int = 3):
@@ -103,7 +113,6 @@ class PosteriorEncoder(nn.Module):
     Two convolution blocks of stride 2 (C, 2 C, 4 C channels), flattened beside c, one linear block, two linear heads.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
@@ -221,17 +230,12 @@ def deconvolution_stack(
     channels, h, w = start
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
-        stack.append(
-            nn.ConvTranspose2d(
-                channels,
-                layer.channels,
-                layer.kernel,
-                stride=layer.stride,
-                padding=layer.padding,
-                output_padding=layer.output_padding,
-                bias=last or bias,
-            )
-        )
+        options: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "output_padding": layer.output_padding,
+        }
+        stack.append(nn.ConvTranspose2d(channels, layer.channels, layer.kernel, bias=last or bias, **options))
         if not last:
             stack += after(layer.channels)
         channels, (h, w) = layer.channels, layer.size(h, w)
@@ -257,7 +261,6 @@ class Decoder(nn.Module):
         ValueError: at construction, layers that do not end at image_shape.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
     slope = 0.2  # of its LeakyReLU
 
@@ -276,3 +279,263 @@ class Decoder(nn.Module):
         weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
         h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
         return self.stack(F.leaky_relu(h, 0.2).flatten(0, 1).unflatten(1, self.start))
+
+
+class _LeakyReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.01)  # a literal, for the reason given in purify_fast/models/layers.py
+
+
+def _linear_blocks(*sizes: int) -> list[nn.Module]:
+    """Linear with bias, LeakyReLU(0.01), BatchNorm1d, for each pair of sizes."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), _LeakyReLU(), BatchNorm1d(after)]
+    return layers
+
+
+class ConditionEncoderV1(nn.Module):
+    """Representation tensors -> condition ``c [B, cond_dim]`` in (0, 1): all flattened, two linear blocks, a sigmoid.
+
+    The hidden size is ``2 cond_dim`` (published: 290 -> 260 -> 130). The depth is always 2.
+    """
+
+    runs_in_order = True
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int, depth: int = 2):
+        super().__init__()
+        size = sum(prod(shape) for shape in shapes)
+        self.joint = nn.Sequential(*_linear_blocks(size, 2 * cond_dim, cond_dim), nn.Sigmoid())
+
+    def forward(self, representation: Sequence[Tensor]) -> Tensor:
+        return self.joint(torch.cat([x.flatten(1) for x in representation], 1))
+
+
+class PosteriorEncoderV1(nn.Module):
+    """Image and condition -> mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
+
+    A 4 x 4 convolution with just enough channels to lose no numbers, flattened beside c, two linear blocks and a tanh
+    down to ``1.5 latent_dim`` (published: 96 for 64), two linear heads.
+    """
+
+    runs_in_order = True
+
+    def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
+        super().__init__()
+        channels, h, w = image_shape
+        if min(h, w) < 4:
+            raise ValueError(f"version v1 needs images of at least 4 x 4, got {h} x {w}")
+        positions = (h - 3) * (w - 3)
+        detail = ceil(channels * h * w / positions)
+        self.image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
+        size, shared = detail * positions + cond_dim, 3 * latent_dim // 2
+        self.joint = nn.Sequential(*_linear_blocks(size, (size + shared) // 2, shared), nn.Tanh())
+        self.mean = nn.Linear(shared, latent_dim)
+        self.log_variance = nn.Linear(shared, latent_dim)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.joint(torch.cat([self.image(x), condition], 1))
+        return self.mean(h), self.log_variance(h)
+
+
+def decoder_plan_v1(channels: int, inputs: int) -> Plan:
+    """Start shape and layers of the first version's decoder, from ``inputs`` numbers to ``channels`` x 28 x 28."""
+    return (inputs, 1, 1), [
+        Deconvolution(inputs // 2, 4, 1, 0),
+        Deconvolution(inputs // 4, 4, 2, 1),
+        Deconvolution(inputs // 8, 4, 2, 2),
+        Deconvolution(channels, 4, 2, 1),
+    ]
+
+
+class DecoderV1(nn.Module):
+    """Latent and condition, side by side at one pixel -> image logits, by transposed convolutions with bias.
+
+    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. LeakyReLU(0.01) between
+    the layers, no BatchNorm, no adapter.
+
+    Raises:
+        ValueError: at construction, a start that is not latent_dim + cond_dim numbers, or layers that do not end at
+            image_shape.
+    """
+
+    runs_in_order = True
+    slope = 0.01  # of its LeakyReLU
+
+    def __init__(
+        self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
+    ):
+        super().__init__()
+        if prod(start) != latent_dim + cond_dim:
+            raise ValueError(f"the decoder starts with {latent_dim + cond_dim} numbers, its start is {tuple(start)}")
+        self.latent_dim, self.start = latent_dim, tuple(start)
+        self.stack = deconvolution_stack(start, layers, image_shape, lambda channels: [_LeakyReLU()], bias=True)
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)
+        return self.stack(h.flatten(0, 1).unflatten(1, self.start))
+
+
+#: Of each version of the method: condition encoder, posterior encoder, decoder.
+NETWORKS: dict[str, tuple[type[nn.Module], ...]] = {
+    "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
+    "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
+}
+
+
+class PackedDecoder(nn.Module):
+    """Draws latents and decodes them: ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``.
+
+    A copy of a decoder's weights as they are now, in evaluation mode: the gradient reaches the condition only. Behind
+    it is one op; on a GPU, K latents per image are drawn and decoded by a launch for each layer, the last two in one.
+
+    Args:
+        decoder: a `Decoder` or `DecoderV1` in evaluation mode.
+        dtype: of the products, bfloat16 (all that a GPU multiplies fast), float32 or float64; float32 sums (float64).
+
+    Raises:
+        ValueError: another kind of decoder or dtype, or one in training mode.
+    """
+
+    packed: Tensor
+    biases: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @torch.no_grad()
+    def __init__(self, decoder: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        if not isinstance(decoder, (Decoder, DecoderV1)):
+            raise ValueError(f"decoder must be a Decoder or a DecoderV1, got {type(decoder).__name__}")
+        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be bfloat16, float32 or float64, got {dtype}")
+        if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
+            raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
+        layers: list[Any] = list(decoder.stack)
+        if isinstance(decoder, Decoder):
+            start = decoder.start
+            joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
+            shift = decoder.adapter.bias.double().view(start)
+        else:  # its first convolution sees one pixel: a linear layer
+            first, *layers = layers
+            joint = first.weight.double().permute(1, 2, 3, 0)
+            start = tuple(joint.shape[:3])
+            shift = first.bias.double().view(-1, 1, 1).expand(start)
+        latent_dim, self.slope = decoder.latent_dim, decoder.slope
+        pairs: list[tuple[Tensor, Tensor]] = []
+        (_, h, w), sizes = start, []
+        for layer, norm in zip(layers, [*layers[1:], None], strict=True):
+            if not isinstance(layer, nn.ConvTranspose2d):
+                continue
+            if isinstance(norm, BatchNorm2d):
+                pairs.append(folded(layer, norm))
+            else:
+                assert layer.bias is not None
+                pairs.append((layer.weight.double(), layer.bias.double()))
+            part = Deconvolution.of(layer)
+            h, w = part.size(h, w)
+            options = {"kernel": part.kernel, "stride": part.stride, "padding": part.padding}
+            sizes.append(Layer(channels=part.channels, height=h, width=w, **options))
+        self.geometry = Geometry(latent_dim, start, tuple(sizes))
+        packed, biases = pack(joint[..., :latent_dim], *map(list, zip(*pairs, strict=True)))
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        by_pixel = joint[..., latent_dim:].permute(1, 2, 0, 3).flatten(0, 2)
+        shift = shift.permute(1, 2, 0).flatten()
+        for name, value in {"packed": packed, "biases": biases, "weight": by_pixel, "bias": shift}.items():
+            value = value.to(dtype if name == "packed" else real).contiguous()
+            self.register_buffer(name, value, persistent=False)
+        self._layers = self._unpacked()
+
+    def _unpacked(self) -> Weights:
+        """The weights of the layers, which decode where no kernel serves."""
+        weights = unpack(self.packed, self.biases, self.geometry)
+        layers = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights.layers)
+        return Weights(weights.first.contiguous(), layers, weights.biases)
+
+    @torch.no_grad()
+    def refill(self, decoder: nn.Module) -> None:
+        """Take the weights that a decoder has now, in the memory of the old ones.
+
+        Args:
+            decoder: one of the sizes of that which this is a copy of, in evaluation mode.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        new = PackedDecoder(decoder, self.packed.dtype)
+        for old, value in zip(self._tensors(), new._tensors(), strict=True):
+            old.copy_(value)
+
+    def _tensors(self) -> list[Tensor]:
+        layers = self._layers
+        return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
+
+    def forward(
+        self,
+        condition: Tensor,
+        seed: Tensor,
+        sample_ids: Tensor,
+        samples: int,
+        *,
+        squash: bool = True,
+        channels_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Images in (0, 1), or their logits, ``[B, K, C, H, W]``.
+
+        Args:
+            condition: ``[B, cond_dim]``, floating point; the gradient flows here.
+            seed: int64 ``[1]``, on the condition's device.
+            sample_ids: int64 ``[B]``, on the condition's device.
+            samples: K.
+            squash: whether to end with a sigmoid.
+            channels_last: whether the images are laid out so.
+            dtype: of the images, as `purify_fast.ops.decode_prior` takes it.
+
+        Raises:
+            ValueError: a condition of another shape; what `decode_prior` refuses.
+        """
+        if condition.dim() != 2 or condition.shape[1] != self.weight.shape[1] or not condition.is_floating_point():
+            raise ValueError(
+                f"condition must be floating point [B, {self.weight.shape[1]}], got {condition.dtype} "
+                f"{list(condition.shape)}"
+            )
+        with without_autocast(condition.device):
+            first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
+        if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
+            # The module was moved or converted since they were unpacked.
+            self._layers = self._unpacked()
+        return decode_prior(
+            first,
+            seed,
+            sample_ids,
+            packed=self.packed,
+            biases=self.biases,
+            geometry=self.geometry,
+            samples=samples,
+            slope=self.slope,
+            squash=squash,
+            channels_last=channels_last,
+            dtype=dtype,
+            weights=self._layers,
+        )
+
+
+def kernel_decodes(device: torch.device) -> bool:
+    """Whether a kernel decodes on ``device``; in a compiled graph the layers do, fused with the rest.
+
+    It need not serve images of every dtype and number: `decode_prior` runs the layers where it does not.
+
+    Args:
+        device: of the latents.
+    """
+    return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)
+
+
+def times_written(tensor: Tensor) -> int:
+    """A number that changes whenever the tensor is written to or replaced by another.
+
+    Args:
+        tensor: any tensor; those made in inference mode count no writes.
+    """
+    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

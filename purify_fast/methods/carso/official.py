@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..._files import atomic
 from ..._validation import check_shapes
+from ...models.foreign import read_weights
 from ...models.layers import Normalize
 from ...protocols import NamesRepresentation
 from .networks import Deconvolution
@@ -33,12 +33,11 @@ Tensors = dict[str, dict[str, Tensor]]
 def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensors:
     """The tensors of a version 4 system per official file, under their official names; memory is shared."""
     state: Tensors = {part: {} for part in PARTS}
-    for name, tensor in condition_encoder.state_dict().items():
+    encoder: dict[str, Tensor] = condition_encoder.state_dict()
+    for name, tensor in encoder.items():
         kind, _, rest = name.partition(".")
-        if kind == "layers":
-            state["repr_compressors"][rest] = tensor
-        else:
-            state["repr_fcn_compressor"][f"1.{rest}"] = tensor
+        part, official_name = ("repr_compressors", rest) if kind == "layers" else ("repr_fcn_compressor", f"1.{rest}")
+        state[part][official_name] = tensor
     stack: dict[str, Tensor] = decoder.state_dict()
     last = max(int(name.split(".")[1]) for name in stack if name.startswith("stack."))
     for name, tensor in stack.items():
@@ -59,11 +58,9 @@ def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
     for module in classifier.children():
         if isinstance(module, Normalize):
             return module.arguments
-    attributes = {**vars(classifier), **dict(classifier.named_buffers(recurse=False))}
-    tensors = {name: attributes.get(name) for name in ("mean", "std")}
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        return {}
-    return {name: value.flatten().tolist() for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {name: getattr(classifier, name, None) for name in ("mean", "std")}
+    lists = {name: value.flatten().tolist() for name, value in tensors.items() if isinstance(value, Tensor)}
+    return lists if len(lists) == 2 else {}
 
 
 def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
@@ -72,19 +69,10 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
         ending = f"_{PARTS[0]}.safetensors"
         stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))
         if len(stems) != 1:
-            there = ", ".join(stems) or "none"
-            raise ValueError(f"{directory} must hold one file *{ending}, or give its stem; there are: {there}")
+            names = ", ".join(stems) or "none"
+            raise ValueError(f"{directory} must hold one file *{ending}, or give its stem; there are: {names}")
         stem = stems[0]
     return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a system is a file for each of {', '.join(PARTS)}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _sizes(tensors: Tensors, paths: dict[str, Path]) -> tuple[dict[str, Any], int]:
@@ -94,7 +82,7 @@ def _sizes(tensors: Tensors, paths: dict[str, Path]) -> tuple[dict[str, Any], in
         tensor = tensors[part].get(name)
         if tensor is None or tensor.dim() != dims:
             actual = None if tensor is None else tuple(tensor.shape)
-            raise ValueError(f"{paths[part]}: {name} must be there with {dims} dimensions, found {actual}")
+            raise ValueError(f"{paths[part]}: {name} must be there with {dims} dimensions, got {actual}")
         return tuple(tensor.shape)
 
     cond_dim = shape("repr_fcn_compressor", "1.0.weight", 2)[0]
@@ -130,7 +118,7 @@ def read_official(
 ) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
     """The tensors of a system's files, and what `Carso` takes to hold them; see `Carso.from_official`."""
     paths = _paths(Path(directory), stem)
-    tensors = {part: _read(path) for part, path in paths.items()}
+    tensors = {part: read_weights(path) for part, path in paths.items()}
     arguments, count = _sizes(tensors, paths)
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):

@@ -1,21 +1,233 @@
-"""CARSO's training as a task of `purify_fast.training.fit`."""
+"""The losses of CARSO's training: the paper's objective, and through the whole pipeline.
+
+The paper's objective (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its
+clean image,
+
+    loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q, per image
+
+Through the pipeline (not in the paper): x~ is adversarial against the defence itself, with exact gradients,
+z ~ N(0, I),
+
+    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x)
+
+the classifier frozen, or trained together with the purifier.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..._process import processes
+from ...attacks import pgd_and_fgsm
+from ...ops.reconstruction_loss import reconstruction_loss
+from ...ops.sample_latent import sample_latent
+from ...speed.graphs.step_graphs import StepGraphs
+from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics
-from ..purifier_task import PurifierTask
+from ..base import PurifierTask
 from .config import CarsoConfig, atom_size
 from .defence import Carso
-from .losses import first_kl, training_loss
+
+
+def kl_weight(position: float, delay: float) -> float:
+    """The weight of the KL term, for a final weight of 1.
+
+    It is 0 for the delay, rounded up, and rises linearly over a third of the delay, rounded up.
+
+    Args:
+        position: how much of the run is over, in the delay's unit. The paper counts epochs.
+        delay: D. The paper's is an eighth of the epochs.
+    """
+    start, rise = ceil(delay), ceil(delay / 3)
+    return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
+
+
+def balanced_batch(
+    classifier: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    config: CarsoConfig,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    graphs: StepGraphs | None = None,
+) -> Tensor:
+    """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
+
+    All four attacks share one call, with a radius per image.
+
+    Every process lays out its own share of the batch, as the official code does. The shares of
+    `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
+    the images per attack, `atom_size` of the whole batch; if not, each rounds down by itself, and fewer are attacked.
+
+    Args:
+        classifier: what is attacked, images to logits.
+        x: images ``[B, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[B]``.
+        config: the attack, and the share of the images that is attacked.
+        seed: of the random starts.
+        sample_ids: index of each image, int64 ``[B]``, for the random starts.
+        graphs: captures the attack's steps, if given.
+
+    Returns:
+        The images, shape and dtype of x.
+
+    Raises:
+        ValueError: a batch too small to hold adversarial examples.
+    """
+    atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
+    if atom == 0:
+        return x
+    clean = len(x) - 4 * atom
+    attack = config.attack
+    eps = torch.full((2 * atom,), attack.eps, device=x.device)
+    eps[:atom] /= 2
+    adversarial = pgd_and_fgsm(
+        classifier,
+        x[clean:],
+        y[clean:],
+        eps=eps.repeat(2),
+        alpha=attack.step_size(eps),
+        steps=attack.steps,
+        norm=attack.norm,
+        seed=seed,
+        sample_ids=sample_ids[clean:],
+        graphs=graphs,
+    )
+    return torch.cat([x[:clean], adversarial])
+
+
+def published_step(
+    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
+    """The paper's loss of a batch; attacks see the classifier alone.
+
+    Args:
+        defence: whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+        graphs: captures the attacks' steps, if given.
+
+    Returns:
+        The loss over the batch, and its two terms per image.
+    """
+    config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
+    config = config.for_statistics(defence.arguments["std"])
+    perturbed = balanced_batch(
+        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids,
+        graphs=graphs,
+    )  # fmt: skip
+    with torch.no_grad():  # the representation is data to the purifier
+        representation = defence.read(perturbed)
+    condition = defence.encode(representation)
+    mean, log_variance = defence.posterior(perturbed, condition)
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
+    reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
+    kl = kl.mean()
+    everywhere = kl.detach().clone()
+    average_([everywhere])  # whether the batch has its free bits is decided for all of it
+    paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
+    delay, unit = config.kl_delay_of(batch.epochs)
+    beta = config.beta * kl_weight(batch.behind(unit), delay)
+    # the mean of the processes' gradients is to be that of the sum over all images
+    images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
+    loss = (reconstruction + beta * paid) * images
+    return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+
+@contextlib.contextmanager
+def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[None]:
+    """Within the block, the defence is as it is trained through the pipeline, and its noise is that of the batch.
+
+    Args:
+        defence: takes K samples of each image, and its BatchNorm keeps the statistics it has, so that the attacked and
+            the trained function are one.
+        batch: the images.
+        config: says K.
+    """
+    samples, training = defence.samples, defence.training
+    defence.samples = config.train_samples
+    defence.eval()
+    rank, world = processes()
+    # where the images stand in the batch of all processes
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
+    try:
+        with defence.noise_ids(global_positions):
+            yield
+    finally:
+        defence.samples = samples
+        defence.train(training)
+
+
+def pipeline_step(
+    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
+    """This package's own loss: PGD through the whole defence, how far the K predictions are from their targets, and a
+    reconstruction.
+
+    Args:
+        defence: whose purifier is trained, and with ``joint`` its classifier.
+        batch: the images.
+        config: the settings of the training.
+        graphs: captures the attack's step, if given.
+
+    Returns:
+        The loss, and metrics.
+
+    Raises:
+        ValueError: joint training of a defence that is accelerated, or whose classifier is not released.
+    """
+    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
+        raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
+    with as_trained(defence, batch, config):
+        logits = defence.reconstruction_logits(config.attack.run(defence, batch, graphs=graphs))
+        predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
+    labels = batch.y.repeat_interleave(config.train_samples)
+    targets = batch.x.repeat_interleave(config.train_samples, 0)
+    if config.targets == "labels":
+        name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
+    else:
+        # from the frozen classifier's probabilities of the clean images
+        with torch.no_grad():
+            wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
+        wanted = wanted.repeat_interleave(config.train_samples, 0)
+        options: dict[str, Any] = {"reduction": "batchmean", "log_target": True}
+        name, distance = "divergence", F.kl_div(predictions.float().log_softmax(1), wanted, **options)
+    reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
+    accuracy = (predictions.detach().argmax(1) == labels).float().mean()
+    metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
+    return distance + config.reconstruction_weight * reconstruction, metrics
+
+
+def training_loss(
+    defence: Carso, batch: Batch, config: CarsoConfig | None = None, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
+    """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
+
+    Args:
+        defence: what is trained.
+        batch: the images. Without epoch and epochs it says that the first epoch of the schedule never ends, which has
+            no KL term.
+        config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
+        graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
+
+    Returns:
+        The loss to minimize, and detached metrics.
+    """
+    config = CarsoConfig() if config is None else config
+    step = published_step if config.attack_target == "classifier" else pipeline_step
+    return step(defence, batch, config, graphs)
 
 
 class CarsoTask(PurifierTask[Carso]):
@@ -62,7 +274,8 @@ class CarsoTask(PurifierTask[Carso]):
             return {"reconstruction": 0}
         delay, unit = config.kl_delay_of(length.epochs)
         kl = length.check_acts(
-            length.first_step(*first_kl(delay, unit)),
+            # at the end of the delay the weight is still 0, and rises from there
+            length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit),
             argument="kl_delay",
             value=f"{config.kl_delay:g} ({'share of the epochs' if config.kl_delay_unit == 'share' else unit})",
             weight=f"beta {config.beta:g}",

@@ -9,8 +9,7 @@ import torch
 import purify_fast
 from purify_fast import cli
 from purify_fast._tensors import weights_fingerprint
-from purify_fast.methods.arrest import ArrestTask
-from purify_fast.models.classifiers import PreActResNet18, SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,12 +46,10 @@ def standard(tmp_path_factory):
 def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     out = tmp_path / "arrest"
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01") == 0
+    options = ["--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01"]
+    assert run(out, *options) == 0
     text = said(capsys)
-    assert (
-        f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits --eps 0.2" in text
-        and "arrest" in text
-    )
+    assert f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits --eps 0.2" in text
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
@@ -61,17 +58,13 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     assert type(trained) is SmallCNN and trained.arguments == start.arguments and trained.arguments["width"] == 4
     assert weights_fingerprint(start) != weights_fingerprint(trained)
 
-    assert (
-        run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01") == 0
-    )  # it is finished
+    assert run(out, *options) == 0  # it is finished
     assert weights_fingerprint(load_classifier(out)) == weights_fingerprint(trained)
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4", "--tau", "0.01") == 2
+    assert run(out, *options, "--distillation-weight", "4") == 2
     assert "holds a run with other settings (distillation_weight: 3.0 there, 4.0 now)" in said(capsys)
 
-    carso = ["--classifier", str(out), "--layers", "conv2", "hidden", "--cond-dim", "4", "--latent-dim", "2"]
-    assert (
-        run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", "--kl-delay", "0", what="carso") == 0
-    )
+    carso = f"--classifier {out} --layers conv2 hidden --cond-dim 4 --latent-dim 2 --samples 2 --decoder-width 2"
+    assert run(tmp_path / "carso", *carso.split(), "--kl-delay", "0", what="carso") == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert weights_fingerprint(defence.classifier) == weights_fingerprint(trained)
     few = ["--images", "4", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
@@ -100,15 +93,9 @@ def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     assert weights_fingerprint(load_classifier(tmp_path / "moved")) != before
     assert not (tmp_path / "moved" / "standard").exists()
     assert run(tmp_path / "still", "--classifier", str(standard), "--learning-rate", "0", "--weight-decay", "0") == 0
-    assert (
-        weights_fingerprint(load_classifier(tmp_path / "still"))
-        == before
-        == weights_fingerprint(load_classifier(standard))
-    )
-    assert (
-        run(tmp_path / "l2", "--classifier", str(standard), "--norm", "l2", "--no-replay", "--distillation-weight", "0")
-        == 0
-    )
+    assert all(weights_fingerprint(load_classifier(folder)) == before for folder in (tmp_path / "still", standard))
+    bare = ["--norm", "l2", "--no-replay", "--distillation-weight", "0"]
+    assert run(tmp_path / "l2", "--classifier", str(standard), *bare) == 0
 
 
 def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
@@ -120,44 +107,19 @@ def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
     assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys, monkeypatch):
-    options = ["--classifier", str(standard), "--epochs", "2", "--checkpoint-seconds", "0", "--ema-decay", "0.9"]
-    assert run(tmp_path / "whole", *options) == 0
-    step, calls = ArrestTask.training_step, []
-
-    def interrupted(self, batch):
-        calls.append(batch.epoch)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    monkeypatch.setattr(ArrestTask, "training_step", interrupted)
-    assert run(tmp_path / "cut", *options) == 130
-    assert "run the same command again to go on" in said(capsys) and not (tmp_path / "cut" / "model.json").exists()
-    assert run(tmp_path / "cut", *options) == 0
-    assert calls == [0] * 5 + [1] * 3 + [1] * 3
-    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--norm", "l3"], "norm must be one of linf, l2, l1, got 'l3'"),
         (["--norm", "l2"], "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
-        (["--distance", "l2"], "tau must be given with distance 'l2'"),
         (["--pooled"], "pooled is for maps and tokens: what hidden puts out is a vector already"),
         (["--pooled", "--classifier", "{standard}"], "pooled is for maps and tokens"),
         (["--alpha", "0.05"], "2 steps of alpha 0.05 reach 0.1 of eps 0.2"),
         (["--eps", "8"], "eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant?"),
-        (["--distillation-weight=-1"], "distillation_weight must be at least 0, got -1.0"),
-        (["--angle", "100"], "angle must be in [0, 90] degrees, got 100.0"),
         (["--keep-teacher", "--flip"], "--keep-teacher is for images that are not augmented: leave out"),
         (["--keep-teacher", "--padding", "1"], "--keep-teacher is for images that are not augmented: leave out"),
         (["--batch-size", "2000"], "batch_size 2000 is larger than the 1297 training images"),
         (["--model", "gan"], "classifier must be one of small_cnn"),
-        (["--classifier", "{standard}", "--width", "4"], "is trained already: leave out width"),
-        (["--classifier", "{standard}", "--model", "small_cnn"], "is trained already: leave out model"),
         (["--classifier", "{standard}", "--depth", "10", "--standard-epochs", "3"], "leave out depth, standard_epochs"),
         (["--classifier", "nowhere"], "nowhere/model.json is missing"),
         (["--classifier", "{standard}", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
@@ -191,18 +153,6 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standar
     assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
 
 
-def test_a_classifier_for_other_images_or_fewer_classes_is_refused(tmp_path, capsys):
-    torch.manual_seed(0)
-    save_classifier(SmallCNN(3, width=4), tmp_path / "colour")
-    assert run(tmp_path / "out", "--classifier", str(tmp_path / "colour")) == 2
-    assert f"images have 1 channels, the classifier in {tmp_path / 'colour'} was trained on 3" in said(capsys)
-    save_classifier(PreActResNet18(num_classes=2, in_channels=1, width=4), tmp_path / "two")
-    for options in ([], ["--distillation-weight", "0", "--no-replay"]):
-        assert run(tmp_path / "out", "--classifier", str(tmp_path / "two"), *options) == 2
-        assert f"images are of 10 classes, the classifier in {tmp_path / 'two'} knows 2" in said(capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_ablate_writes_its_table(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     state = np.random.RandomState(0)
@@ -215,30 +165,14 @@ def test_ablate_writes_its_table(tmp_path, capsys):
     lists = ["--weights", "5", "--angles", "20", "--taus", "0.5", "--shares", "0.3"]
     assert cli.main([*command, str(tmp_path / "o"), *few, *lists]) == 0
     text = said(capsys)
-    for name in (
-        "standard",
-        "AT from scratch, eps x 0.3",
-        "AFT + RGKD, lambda 5",
-        "AFT + NR, phi 20",
-        "ARREST, lambda 5, phi 20",
-        "AFT + NR, tau 0.5",
-        "ARREST, lambda 5, tau 0.5",
-    ):
+    for name in ("AT from scratch, eps x 0.3", "ARREST, lambda 5, phi 20", "ARREST, lambda 5, tau 0.5"):
         assert f"| {name} | " in text
-    assert (
-        f"written: {tmp_path / 'o' / 'ablation.md'}, ablation.csv and ablation.png beside it" in text
-        and (tmp_path / "o" / "ablation.png").is_file()
-    )
+    assert f"written: {tmp_path / 'o' / 'ablation.md'}, ablation.csv and ablation.png beside it" in text
+    assert (tmp_path / "o" / "ablation.png").is_file()
     assert type(load_classifier(tmp_path / "o" / "ARREST_lambda_5_phi_20")) is SmallCNN
     for wrong, message in (
         (["--angles", "120"], "angle must be in [0, 90] degrees, got 120.0"),
-        (["--weights", "0"], "weights must be above 0, got (0.0,)"),
-        (
-            ["--distillation-weight", "3"],
-            "distillation_weight 3 would be in no row: the ablation varies it, give weights (--weights 3)",
-        ),
-        (["--no-replay"], "replay is off, and on in the rows of angles and taus"),
-        (["--pooled"], "pooled is for maps and tokens"),
+        (["--distillation-weight", "3"], "distillation_weight 3 would be in no row: the ablation varies it"),
         (["--model", "gan"], "classifier must be one of small_cnn"),
     ):
         try:

@@ -155,19 +155,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path,
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (["--purifier", "deepfill"], "purifier"),
-        (["--width", "4"], "width"),
-        (["--residual"], "residual"),
-        (["--aggregation", "mean_softmax"], "aggregation"),
+        (["--purifier", "deepfill", "--width", "4", "--residual"], "purifier, width, residual"),
         (["--weights", "mine.pth"], "weights"),
-        (["--transform", "rt1"], "transform"),
         (["--sigma", "0.1"], "sigma"),  # the saved value too
         (["--transform", "rt2"], "transform"),  # and the default
-        (["--sigma", "0.25", "--num-passes", "4"], "sigma, num_passes"),
         (["--block", "4", "--num-passes", "2"], "block, num_passes"),
-        (["--mask-ratio", "0.5"], "mask_ratio"),
-        (["--samples", "2"], "samples"),
-        (["--shared-mask"], "shared_mask"),
+        (["--mask-ratio", "0.5", "--samples", "2", "--shared-mask"], "mask_ratio, samples, shared_mask"),
     ],
 )
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, given, named):
@@ -181,20 +174,11 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sigma=-0.1"], "sigma must be finite and not negative, got -0.1"),
-        (["--mask-ratio", "1.0"], "mask_ratio must be in [0, 1), got 1.0"),
         (["--block", "3"], "block must be at least 1 and divide the image, got block = 3 for 16 x 8"),
-        (
-            ["--transform", "rt3", "--num-passes", "3"],
-            "num_passes must be 1 to 32 and divide the 32 blocks of an image, got 3",
-        ),
         (["--transform", "rt4"], "transform must be one of rt1, rt2, rt3, got 'rt4'"),
-        (["--samples", "0"], "samples must be a whole number of at least 1, got 0"),
         (["--purifier", "gan"], "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'"),
-        (["--purifier", "deepfill", "--width", "6"], "width a multiple of 4, got 3 and 6"),
-        (["--width", "0"], "need channels, width >= 1, got 1 and 0"),
+        (["--width", "0"], "width must be at least 1, got 0"),
         (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
-        (["--attack-method", "cw"], "attack_method must be one of fgsm, pgd, none, got 'cw'"),
         (["--gan-weight=-1"], "gan_weight must be at least 0, got -1.0"),
     ],
 )
@@ -231,13 +215,3 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
     assert f"{tmp_path / 'nowhere' / 'model.json'} is missing" in refused("atop", "--init", str(tmp_path / "nowhere"))
     assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
     assert f"{carso / 'classifier' / 'model.json'} is missing" in capsys.readouterr().err
-
-
-def test_images_of_another_shape_are_refused(made, generator, tmp_path, capsys):
-    digits = ["--data", "digits"]  # 16 x 16
-    for what, options in (("generator", []), ("atop", ["--init", "None"]), ("carso", ["--layers", "conv2"])):
-        assert run(what, made, tmp_path / "out", *options, *digits) == 2
-        assert f"images are 16x16, the classifier in {made / 'classifier'} was trained on" in capsys.readouterr().err
-    assert run("atop", made, tmp_path / "out", "--init", str(generator), *digits) == 2
-    assert f"images are 16x16, the classifier in {made / 'classifier'} was trained on" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.methods.atop.generators.masked_autoencoder import MaskedAutoencoder
-from purify_fast.methods.atop.generators.small_generator import SmallGenerator
+from purify_fast.methods.atop.generators import SmallGenerator
+from purify_fast.methods.atop.masked_autoencoder import MaskedAutoencoder
 from purify_fast.methods.atop.purifier import PURIFIERS, PurifierAdapter, build_purifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,11 +84,6 @@ def test_a_users_two_stage_module():
     assert torch.equal(PurifierAdapter(whole, (3, 16, 16))(x)[0], x[:, :3])
 
 
-def test_the_output_has_the_inputs_dtype():
-    half = of(lambda t, m: t.bfloat16())
-    assert PurifierAdapter(half, (3, 16, 16))(packed())[0].dtype == torch.float32
-
-
 def test_the_dry_run_leaves_modes_and_statistics_alone():
     module = nn.ModuleDict({"norm": nn.BatchNorm2d(3), "fixed": nn.BatchNorm2d(3).eval()})
     module.forward = lambda t, m: module["norm"](t)
@@ -100,12 +95,15 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda t, m: t[:, :1], r"Own must return an image \[2, 3, 16, 16\] .* it returned \[\[2, 1, 16, 16\]\]"),
-        (lambda t, m: (t, t[..., :8]), r"it returned \[\[2, 3, 16, 16\], \[2, 3, 16, 8\]\]"),
-        (lambda t, m: {"image": t}, r"it returned \['dict'\]"),
+        (
+            lambda t, m: t[:, :1],
+            r"Own must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch",
+        ),
+        (lambda t, m: (t, t[..., :8]), r"it returned .*\[2, 3, 16, 16\], .*\[2, 3, 16, 8\]"),
+        (lambda t, m: {"image": t}, r"it returned .*dict"),
         (lambda t, m: (), r"it returned \[\]"),
-        (lambda t, m: t / 0, r"must return finite floating-point images"),
-        (lambda t, m: t.int(), r"must return finite floating-point images .* torch\.int32"),
+        (lambda t, m: t / 0, r"must return a finite floating-point image"),
+        (lambda t, m: t.int(), r"must return a finite floating-point image .* torch\.int32"),
         (lambda t, m: t.view(7), r"Own does not run on images \[2, 3, 16, 16\] and masks \[2, 1, 16, 16\]: "),
     ],
 )
@@ -135,10 +133,3 @@ def test_the_original_loss_is_the_modules_own_or_deepfills():
     assert two_stage.original_loss(images, target).tolist() == [0.75, 1.5]
     encoder = PurifierAdapter(build_purifier("masked_autoencoder", (1, 16, 16), width=8), (1, 16, 16))
     assert encoder.original_loss(images, target).tolist() == [0.0625, 1.0]
-
-
-def test_compiled_as_one_graph():
-    torch._dynamo.reset()
-    purifier = PurifierAdapter(Paste(), (3, 16, 16))
-    compiled = torch.compile(purifier, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(packed())[0], purifier(packed())[0])

@@ -1,11 +1,28 @@
-"""The conditional autoencoder's parts, for any image size."""
+"""The networks of CARSO's purifier: published sizes, any image, the first version, a decoder as one op."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.methods.carso.networks import Decoder, Deconvolution, decoder_plan, pre_encoder, published_decoder
+from purify_fast.methods.carso.networks import (
+    ConditionEncoderV1,
+    Decoder,
+    DecoderV1,
+    Deconvolution,
+    PackedDecoder,
+    PosteriorEncoderV1,
+    decoder_plan,
+    decoder_plan_v1,
+    kernel_decodes,
+    pre_encoder,
+    published_decoder,
+)
+from purify_fast.ops import REGISTRY, decode_samples, use_backend
+from purify_fast.ops.decode_samples import latents
+from purify_fast.ops.dispatch.registry import Op
 
 
 @pytest.mark.parametrize(
@@ -91,3 +108,156 @@ def test_tokens_are_encoded_one_by_one_and_kept_in_order():
     assert encoder.blocks[0][1].running_mean.shape == (6,)
     want = 0.9 + 0.1 * encoder.blocks[0][0](x).flatten(0, 1).var(0)
     torch.testing.assert_close(encoder.blocks[0][1].running_var, want)
+
+
+MNIST = (1, 28, 28)
+
+
+def test_the_condition_encoder_is_290_260_130_and_a_sigmoid():
+    encoder = ConditionEncoderV1([(200,), (80,), (10,)], 130).eval()
+    sizes = [(m.in_features, m.out_features) for m in encoder.modules() if isinstance(m, nn.Linear)]
+    assert sizes == [(290, 260), (260, 130)]
+    assert parameters(encoder) == (290 * 260 + 3 * 260) + (260 * 130 + 3 * 130)
+    c = encoder([3 * torch.randn(4, 200), torch.randn(4, 80), torch.randn(4, 10)])
+    assert c.shape == (4, 130) and c.min() > 0 and c.max() < 1
+
+
+def test_the_posterior_encoder_is_1380_738_96_64():
+    encoder = PosteriorEncoderV1(MNIST, 130, 64).eval()
+    convolution = encoder.image[0]
+    assert convolution.weight.shape == (2, 1, 4, 4) and convolution.bias.shape == (2,)
+    sizes = [(m.in_features, m.out_features) for m in encoder.modules() if isinstance(m, nn.Linear)]
+    assert sizes == [(1380, 738), (738, 96), (96, 64), (96, 64)]
+    assert isinstance(encoder.joint[-1], nn.Tanh)
+    mean, log_variance = encoder(torch.rand(3, *MNIST), torch.rand(3, 130))
+    assert mean.shape == log_variance.shape == (3, 64)
+    with pytest.raises(ValueError, match="at least 4 x 4, got 3 x 9"):
+        PosteriorEncoderV1((1, 3, 9), 2, 2)
+
+
+def test_the_decoder_is_194_97_48_24_1_and_1_4_8_14_28():
+    decoder = DecoderV1(64, 130, MNIST, *decoder_plan_v1(1, 194)).eval()
+    layers = [m for m in decoder.stack if isinstance(m, nn.ConvTranspose2d)]
+    assert [tuple(m.weight.shape) for m in layers] == [(194, 97, 4, 4), (97, 48, 4, 4), (48, 24, 4, 4), (24, 1, 4, 4)]
+    assert all(m.bias is not None for m in layers)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in decoder.modules())
+    sizes = []
+    for m in layers:
+        m.register_forward_hook(lambda m, a, out: sizes.append(out.shape[-1]))
+    assert decoder(torch.randn(3, 2, 64), torch.rand(3, 130)).shape == (6, 1, 28, 28)
+    assert sizes == [4, 8, 14, 28]
+
+
+def test_the_decoder_takes_the_latent_before_the_condition():
+    decoder = DecoderV1(10, 6, MNIST, *decoder_plan_v1(1, 16)).eval()
+    z, c, seen = torch.randn(2, 3, 10), torch.randn(2, 6), []
+    decoder.stack[0].register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    decoder(z, c)
+    for image in range(2):
+        for sample in range(3):
+            want = torch.cat([z[image, sample], c[image]])
+            assert torch.equal(seen[0][3 * image + sample].flatten(), want)
+
+
+def test_sizes_that_do_not_meet_are_refused():
+    with pytest.raises(ValueError, match=r"starts with 9 numbers, its start is \(16, 1, 1\)"):
+        DecoderV1(3, 6, MNIST, *decoder_plan_v1(1, 16))
+    with pytest.raises(ValueError, match=r"end at \(1, 28, 28\), the images are \(1, 32, 32\)"):
+        DecoderV1(10, 6, (1, 32, 32), *decoder_plan_v1(1, 16))
+
+
+SEED, IDS = torch.tensor([7]), torch.tensor([4, 0, 9])
+
+
+def make(form: str) -> nn.Module:
+    torch.manual_seed(0)
+    if form == "v1":
+        decoder: nn.Module = DecoderV1(8, 10, (1, 28, 28), *decoder_plan_v1(1, 18))
+    elif form == "published":
+        decoder = Decoder(16, 20, (3, 32, 32), *published_decoder((3, 32, 32)))
+    else:
+        decoder = Decoder(6, 10, (2, 13, 22), *decoder_plan((2, 13, 22), 8))
+    for layer in decoder.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    return decoder.eval()
+
+
+def condition_of(decoder: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    size = {"DecoderV1": 10, "Decoder": 20 if decoder.start[0] == 256 else 10}[type(decoder).__name__]
+    return torch.randn(3, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("form", ["v1", "published", "general"])
+def test_the_same_images_and_gradient_as_the_layers(form):
+    decoder = make(form).double()
+    condition = condition_of(decoder, torch.float64).requires_grad_()
+    z = latents(SEED, IDS, 4, decoder.latent_dim).double()
+    logits = decode_samples(decoder, condition, z)
+    packed = PackedDecoder(decoder, torch.float64)
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(packed(condition, SEED, IDS, 4, squash=False), logits, **close)
+    images = packed(condition, SEED, IDS, 4)
+    torch.testing.assert_close(images, torch.sigmoid(logits), **close)
+    weight = torch.randn_like(images)
+    got, wanted = (torch.autograd.grad((out * weight).sum(), condition)[0] for out in (images, torch.sigmoid(logits)))
+    torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16(dtype, channels_last):
+    decoder = make("general")
+    condition = condition_of(decoder, torch.float32)
+    exact = PackedDecoder(copy.deepcopy(decoder).double(), torch.float64)(condition.double(), SEED, IDS, 2)
+    packed = PackedDecoder(decoder)
+    images = packed(condition, SEED, IDS, 2, dtype=dtype, channels_last=channels_last)
+    assert images.dtype == dtype and images.shape == (3, 2, 2, 13, 22)
+    assert images.flatten(0, 1).is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    assert (images - exact).abs().max() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(condition, SEED, IDS, 2, dtype=dtype), images)
+    assert packed.state_dict() == {}  # a copy of another's weights
+
+
+def test_any_split_and_number_gives_the_same_images():
+    packed = PackedDecoder(make("general"), torch.float64)
+    condition = condition_of(make("general"), torch.float64)
+    whole = packed(condition, SEED, IDS, 3)
+    torch.testing.assert_close(packed(condition[1:], SEED, IDS[1:], 3), whole[1:])
+    torch.testing.assert_close(packed(condition, SEED, IDS, 1), whole[:, :1])
+    assert packed(condition[:0], SEED, IDS[:0], 3).shape == (0, 3, 2, 13, 22)
+
+
+def test_refusals():
+    decoder = make("general")
+    with pytest.raises(ValueError, match="decoder must be a Decoder or a DecoderV1, got Linear"):
+        PackedDecoder(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="dtype must be bfloat16"):
+        PackedDecoder(decoder, torch.float16)
+    for condition in (torch.zeros(3, 9), torch.zeros(10), torch.zeros(3, 10, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"condition must be floating point \[B, 10\], got torch"):
+            PackedDecoder(decoder)(condition, SEED, IDS, 2)
+    with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
+        PackedDecoder(decoder.train())
+
+
+def test_a_kernel_decodes_where_it_serves_some_calls(monkeypatch):
+    """After races it may serve large numbers of images and lose the small ones, or those of one dtype."""
+    served: set[tuple[torch.dtype, bool]] = set()
+
+    monkeypatch.setattr(
+        Op, "serving", lambda self, call: "triton" if (call.dtype, call.bits > 20) in served else "reference"
+    )
+    device = torch.device("cuda")
+    assert not kernel_decodes(device)
+    served.add((torch.bfloat16, True))
+    assert kernel_decodes(device)
+    monkeypatch.setitem(REGISTRY["decode_samples"].available, "cuda", ("reference",))
+    with use_backend("triton"):  # what is forced is missing
+        assert not kernel_decodes(device)

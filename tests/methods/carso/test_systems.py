@@ -1,19 +1,16 @@
 """The published systems: their sizes layer by layer, and that they run."""
 
-import dataclasses
-import gc
 import hashlib
 
 import pytest
 import torch
+from torch import nn
 
-from purify_fast.methods.carso import CarsoTask
 from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import official_tensors
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import recipe
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
-from purify_fast.training import Batch
 
 
 def parameters(*modules):
@@ -59,58 +56,20 @@ def test_fact_2_the_26_representation_tensors(systems, name, counts):
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "each", "encoders", "joint", "posterior", "heads", "decoder", "total", "kept"),
+    ("name", "counts"),
     [
-        (
-            "cifar10",
-            846,
-            [151_480, 605_360, 2_420_320],
-            28_442_960,
-            75_285_504,
-            164_096,
-            33_024,
-            2_455_107,
-            106_381_537,
-            106_183_571,
-        ),
-        (
-            "tiny_imagenet",
-            846,
-            [153_300, 612_600, 2_449_200],
-            28_782_600,
-            289_998_336,
-            737_664,
-            74_112,
-            4_914_979,
-            324_508_537,
-            323_695_915,
-        ),
+        # the posterior encoder's image part, pre-encoders 0, 8 and 25, all, joint, posterior, heads, decoder
+        ("cifar10", [846, 151_480, 605_360, 2_420_320, 28_442_960, 75_285_504, 164_096, 33_024, 2_455_107]),
+        ("tiny_imagenet", [846, 153_300, 612_600, 2_449_200, 28_782_600, 289_998_336, 737_664, 74_112, 4_914_979]),
     ],
 )
-def test_fact_3_parameters_of_the_purifiers(
-    systems, name, image, each, encoders, joint, posterior, heads, decoder, total, kept
-):
+def test_fact_3_parameters_of_the_purifiers(systems, name, counts):
     made = systems[name]
-    layers = made.condition_encoder.layers
-    assert parameters(made.posterior_encoder.image) == image
-    assert [parameters(layers[i]) for i in (0, 8, 25)] == each
-    assert parameters(layers) == encoders
-    assert parameters(made.condition_encoder.joint) == joint
-    assert parameters(made.posterior_encoder.joint) == posterior
-    assert parameters(made.posterior_encoder.mean, made.posterior_encoder.log_variance) == heads
-    assert parameters(made.decoder) == decoder
-    assert parameters(made.condition_encoder, made.posterior_encoder, made.decoder) == total
-    assert parameters(made.condition_encoder, made.decoder) == kept
-    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == total
-
-
-def test_cifar100_has_cifar10s_purifier(systems):
-    names = [{k: v.shape for k, v in systems[n].state_dict().items()} for n in ("cifar10", "cifar100")]
-    classes = {"classifier.logits.weight", "classifier.logits.bias"}
-    assert {k: v for k, v in names[0].items() if k not in classes} == {
-        k: v for k, v in names[1].items() if k not in classes
-    }
-    assert systems["cifar100"].num_classes == 100 and systems["tiny_imagenet"].num_classes == 200
+    encoder, posterior = made.condition_encoder, made.posterior_encoder
+    parts = [posterior.image, *(encoder.layers[i] for i in (0, 8, 25)), encoder.layers, encoder.joint, posterior.joint]
+    parts += [nn.ModuleList([posterior.mean, posterior.log_variance]), made.decoder]
+    assert [parameters(part) for part in parts] == counts
+    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == counts[0] + sum(counts[4:])
 
 
 def test_the_first_version_on_mnist(systems):
@@ -133,23 +92,6 @@ def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, cou
     names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
     assert len(names) == count
     assert hashlib.sha256(repr(names).encode()).hexdigest() == want
-
-
-@pytest.mark.parametrize(
-    ("name", "weak", "strong"),
-    [
-        ("cifar10", 0.0625616, 0.1251232),
-        ("cifar100", 0.0588309, 0.1176618),
-        ("tiny_imagenet", 0.0689103, 0.1378205),
-    ],
-)
-def test_fact_11_eps_in_pixels_as_the_official_code_scales_it(name, weak, strong):
-    made = RECIPES[name]
-    scaled = made.config(official_code=True).for_statistics(made["data.std"])
-    assert scaled.attack.eps == pytest.approx(strong, abs=1e-7) and scaled.attack.eps / 2 == pytest.approx(
-        weak, abs=1e-7
-    )
-    assert made.config().for_statistics(made["data.std"]).attack.eps == 8 / 255
 
 
 @pytest.mark.parametrize(
@@ -187,32 +129,3 @@ def test_changes_take_the_place_of_the_recipes():
     made = recipe("cifar10", "carso").defence(WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
     assert made.samples == 2 and made.latent_dim == 4
     assert made.arguments["decoder"][0] == [256, 3, 3] and made.arguments["mean"] == [0.4914, 0.4822, 0.4465]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_system_builds_trains_a_step_and_predicts(name):
-    """At full size. Four images, one of each attack; one step of PGD."""
-    made = RECIPES[name]
-    torch.manual_seed(0)
-    config = made.config()
-    quick = dataclasses.replace(config, adversarial_fraction=1.0, attack=dataclasses.replace(config.attack, steps=1))
-    task = CarsoTask(made.defence(made.build_classifier()), quick)
-    defence = task.model.train()
-    x = torch.rand(4, *made.image_shape)
-    batch = Batch(
-        x, torch.arange(4), torch.arange(4), seed=0, epoch=made["loop.epochs"] - 1, epochs=made["loop.epochs"]
-    )
-    before = defence.decoder.stack[0].weight.detach().clone()
-    loss, terms = task.training_step(batch)
-    loss.backward()
-    task.optimizer.step()
-    assert loss.isfinite() and all(value.isfinite() for value in terms.values())
-    assert not torch.equal(defence.decoder.stack[0].weight, before)
-    task.optimizer.zero_grad()
-    del task, loss
-    gc.collect()
-    defence.samples = 2  # of K: each is a whole pass of the classifier
-    with torch.no_grad():
-        logits = defence.eval()(x[:1])
-    assert logits.shape == (1, made["data.num_classes"]) and logits.isfinite().all()

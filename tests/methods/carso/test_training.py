@@ -1,4 +1,4 @@
-"""CARSO's training: the paper's schedules and batches, the two losses, what is trained and what is not."""
+"""CARSO's training: the paper's schedules and batches, the losses, free bits, and the classifier trained along."""
 
 import copy
 import dataclasses
@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+import purify_fast
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.config import atom_size
-from purify_fast.methods.carso.losses import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
+from purify_fast.methods.carso.task import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
@@ -52,7 +54,7 @@ def test_fact_7_kl_weight(epochs, epoch, want):
     [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
 )
 def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
-    import purify_fast.methods.carso.losses as module
+    import purify_fast.methods.carso.task as module
 
     calls = []
 
@@ -102,22 +104,6 @@ def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
         assert free.any() and torch.allclose(moved[free], torch.tensor(bound), atol=1e-6)
 
 
-def test_the_balanced_batch_raises_the_classifiers_loss():
-    made, b = defence(), batch(64)
-    x = balanced_batch(
-        made.classifier,
-        b.x,
-        b.y,
-        CarsoConfig(attack=TrainingAttack(eps=0.2, steps=10)),
-        seed=1,
-        sample_ids=b.sample_ids,
-    )
-    with torch.no_grad():
-        before = torch.nn.functional.cross_entropy(made.classifier(b.x[32:]), b.y[32:])
-        after = torch.nn.functional.cross_entropy(made.classifier(x[32:]), b.y[32:])
-    assert after > before
-
-
 def test_published_loss_is_reconstruction_plus_weighted_kl():
     made, b = defence(), batch(epoch=0)
     loss, terms = published_step(made, b, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
@@ -136,7 +122,7 @@ def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
 
 
 def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
-    import purify_fast.methods.carso.losses as module
+    import purify_fast.methods.carso.task as module
 
     seen = []
     monkeypatch.setattr(module, "balanced_batch", lambda c, x, y, config, **k: seen.append(config) or x)
@@ -197,7 +183,7 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
 
 
 def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
-    import purify_fast.methods.carso.losses as losses
+    import purify_fast.methods.carso.task as losses
     from purify_fast import attacks
 
     seen = []
@@ -214,35 +200,26 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     ("wrong", "message"),
     [
         ({"attack_target": "both"}, "attack_target must be one of classifier, pipeline"),
-        ({"eps_mode": "pixels"}, "eps_mode must be one of paper, official_code, got 'pixels'"),
-        ({"reduction": "max"}, "reduction must be one of mean, sum"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, radam_lookahead"),
-        ({"schedule": "flat"}, "schedule must be one of one_cycle, published, published_v1"),
         ({"attack_target": "pipeline", "reduction": "sum"}, "reduction 'sum' is of attack_target 'classifier'"),
         ({"attack_target": "pipeline", "eps_mode": "official_code"}, "eps_mode 'official_code' is of attack_target"),
         ({"lookahead_steps": 0}, "lookahead_steps must be at least 1"),
         ({"eps": 0.0}, "eps must be above 0"),
-        ({"precision": "float16"}, "precision must be one of float32, tf32, bfloat16"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"alpha": -0.01}, "alpha must be above 0, got -0.01"),
         ({"train_samples": 0}, "train_samples must be at least 1"),
         ({"adversarial_fraction": 1.5}, r"adversarial_fraction must be in \[0, 1\]"),
+        ({"attack_target": "pipeline", "free_bits": 2.0}, r"free_bits 2\.0 is of attack_target 'classifier'"),
+        ({"joint": True}, "joint training needs attack_target='pipeline'"),
+        ({"targets": "classifier"}, "targets 'classifier' needs attack_target='pipeline'"),
+        ({"attack_target": "pipeline", "targets": "classifier", "joint": True}, "needs a frozen classifier"),
+        ({"attack_target": "pipeline", "joint": True, "precision": "bfloat16"}, "no frozen copy serves it"),
+        ({"random_start": False}, "random_start must be on and start_std None"),
+        ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\) as a share of the epochs, got 1.0"),
+        ({"kl_delay": -1.0, "kl_delay_unit": "steps"}, "kl_delay must be at least 0, and finite, got -1.0"),
+        ({"lookahead_alpha": 0.0}, r"lookahead_alpha must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_config_errors(wrong, message):
     with pytest.raises(ValueError, match=message):
         configured(**wrong)
-
-
-def test_training_lowers_the_loss_and_leaves_the_classifier(tmp_path):
-    digits, made = data.load_dataset("digits"), defence()
-    before = copy.deepcopy(made.classifier.state_dict())
-    task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), kl_delay=0.0))
-    one = fit(task, digits.x_train, digits.y_train, FitConfig(1, 64), tmp_path / "one")
-    made2 = defence()
-    six = fit(CarsoTask(made2, task.config), digits.x_train, digits.y_train, FitConfig(6, 64), tmp_path / "six")
-    assert six["reconstruction"] < 0.9 * one["reconstruction"]
-    assert all(torch.equal(before[k], v) for k, v in made.classifier.state_dict().items())
 
 
 def test_a_loop_of_ones_own():
@@ -259,3 +236,85 @@ def test_a_loop_of_ones_own():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def gradients(made, config):
+    made.zero_grad()
+    loss, terms = published_step(made, batch(epoch=9), config)
+    loss.backward()
+    return loss.detach(), terms, [p.grad.clone() for p in made.posterior_encoder.log_variance.parameters()]
+
+
+def test_free_bits_charge_only_what_is_above_them():
+    made = defence()
+    plain, terms, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
+    kl = float(terms["kl"])
+    below, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=0.5 * kl))
+    torch.testing.assert_close(below, plain)
+    above, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))
+    torch.testing.assert_close(above, plain + kl, rtol=1e-4, atol=1e-3)  # a constant in place of the term
+    unpaid = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))[2]
+    free = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.0))[2]
+    for a, b in zip(unpaid, free, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_joint_training_moves_the_defences_classifier_and_not_the_callers():
+    torch.manual_seed(0)
+    classifier = SmallCNN(width=4)
+    before = copy.deepcopy(classifier.state_dict())
+    made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+    digits = data.load_dataset("digits")
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
+    fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32))
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+    assert not torch.equal(made.classifier.conv1.weight, before["conv1.weight"])
+    assert not made.classifier.training
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint):
+    torch.manual_seed(0)
+    classifier = SmallCNN(width=4)
+    made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+    digits = data.load_dataset("digits")
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=joint)
+    fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32), tmp_path / "run")
+    made.save(tmp_path / "saved")
+    again = purify_fast.load_defence(tmp_path / "saved", classifier)
+    x = batch(epoch=9).x
+    with made.deterministic(), again.deterministic():
+        assert torch.equal(made(x), again(x))
+    names = purify_fast.training.checkpoint.read_model(tmp_path / "saved")[1]
+    assert any(name.startswith("classifier.") for name in names) == joint
+    other = SmallCNN(width=4)
+    nn.init.normal_(other.conv1.weight)
+    if joint:  # its own weights replace whatever came
+        loaded = purify_fast.load_defence(tmp_path / "saved", other)
+        with made.deterministic(), loaded.deterministic():
+            assert torch.equal(made(x), loaded(x))
+    else:
+        with pytest.raises(ValueError, match="its weights"):
+            purify_fast.load_defence(tmp_path / "saved", other)
+
+
+def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
+    made = defence()
+    CarsoTask(made, CarsoConfig(attack_target="pipeline", joint=True))
+    before = made.classifier.head.weight.clone()
+    task = CarsoTask(made, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
+    task.training_step(batch(epoch=9))[0].backward()
+    task.optimizer.step()
+    assert torch.equal(made.classifier.head.weight, before)
+    assert all(p.grad is None for p in made.classifier.parameters())
+
+
+def test_joint_training_that_would_not_reach_the_classifier_is_refused():
+    made, config = defence(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
+    with pytest.raises(ValueError, match=r"after release_classifier\(\)"):
+        training_loss(made, batch(epoch=9), config)
+    with pytest.raises(ValueError, match=r"accelerate\(None\) first"):
+        made.accelerate().release_classifier()
+    made.accelerate(None).release_classifier()
+    with pytest.raises(ValueError, match="not accelerated"):
+        training_loss(made.accelerate(), batch(epoch=9), config)

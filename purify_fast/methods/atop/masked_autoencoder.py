@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._validation import check_counts
+
 #: DMAE's ViT-B/16, for images of 224 x 224, as arguments of `MaskedAutoencoder`.
 VIT_B16 = {
     "image_shape": (3, 224, 224),
@@ -115,24 +117,15 @@ class MaskedAutoencoder(nn.Module):
     ):
         super().__init__()
         channels, h, w = image_shape
-        if min(channels, h, w, patch, depth, decoder_depth, heads, decoder_heads) < 1 or h % patch or w % patch:
-            raise ValueError(
-                f"need H and W as multiples of patch and every size >= 1, got image_shape {tuple(image_shape)}, "
-                f"patch {patch}, depths {depth, decoder_depth}, heads {heads, decoder_heads}"
-            )
+        sizes = {"patch": patch, "width": width, "depth": depth, "heads": heads, "decoder_width": decoder_width}
+        sizes |= {"decoder_depth": decoder_depth, "decoder_heads": decoder_heads}
+        check_counts(**sizes, image_shape=min(image_shape))
+        if h % patch or w % patch:
+            raise ValueError(f"H and W must be multiples of patch {patch}, got image_shape {tuple(image_shape)}")
         for name, size, parts in (("width", width, heads), ("decoder_width", decoder_width, decoder_heads)):
-            if size < 1 or size % 4 or size % parts:
+            if size % 4 or size % parts:
                 raise ValueError(f"{name} must be a multiple of 4 and of its {parts} heads, got {size}")
-        self.arguments = {
-            "image_shape": [channels, h, w],
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "decoder_width": decoder_width,
-            "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads,
-        }
+        self.arguments = {"image_shape": [channels, h, w], **sizes}
         self.image_shape, self.patch = (channels, h, w), patch
         grid = h // patch, w // patch
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)

@@ -1,0 +1,198 @@
+"""What the methods share: published trainings as data, trainings of a purifier, and saved defences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from .._tensors import weights_fingerprint
+from ..defences.base import Defence
+from ..training.checkpoint import save_model
+from ..training.config import FitConfig, settings
+from ..training.task import Task, check_labels, check_shape
+
+D = TypeVar("D", bound=Defence)
+R = TypeVar("R", bound="Recipe")
+
+#: How well a fact is known: read in the authors' code; read in the paper; told by others who read the paper or
+#: implemented it again; worked out from facts of the other grades.
+Grade = Literal["code", "paper", "second-hand", "inferred"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number or choice of a published system.
+
+    Args:
+        value: as the paper states it, or as the authors' code surely means it.
+        grade: how well it is known.
+        source: file and line of the authors' code, or the section of the paper.
+        official: what the authors' code does, where that is something else; None where it does the same.
+    """
+
+    value: Any
+    grade: Grade
+    source: str
+    official: Any = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a published training needs. Each method's subclass makes its objects from it.
+
+    The keys of the facts begin with what they are for: ``data.``, ``classifier.``, ``defence.``, ``method.`` (fields of
+    the method's config), ``attack.`` (fields of `purify_fast.training.TrainingAttack`), ``loop.`` (fields of
+    `purify_fast.training.FitConfig`), ``start.`` and ``evaluation.``, which are told in words.
+
+    Args:
+        name: as `purify_fast.methods.recipes.recipe` takes it, such as "carso/cifar10".
+        title: what was trained, in one line.
+        facts: by key.
+        not_reproduced: what this package does otherwise, a sentence each.
+    """
+
+    name: str
+    title: str
+    facts: Mapping[str, Fact]
+    not_reproduced: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        """A fact's value, by its key."""
+        return self.facts[key].value
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, after they were resized."""
+        return self["data.image_shape"]
+
+    def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
+        """The facts of one part, by their names without it.
+
+        Args:
+            prefix: of the keys, such as "loop".
+            official_code: take what the authors' code does where that differs.
+        """
+        return {
+            key.removeprefix(f"{prefix}."): fact.official if official_code and fact.official is not None else fact.value
+            for key, fact in self.facts.items()
+            if key.startswith(f"{prefix}.")
+        }
+
+    def loop(self, official_code: bool = False) -> FitConfig:
+        """Epochs, batches and augmentation.
+
+        Args:
+            official_code: reproduce what the authors' code does otherwise than it says or surely means.
+        """
+        return FitConfig(**self.part("loop", official_code))
+
+    def __str__(self) -> str:
+        """All facts with grades and sources, and what is not reproduced, as text."""
+        rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
+        for key, fact in self.facts.items():
+            official = "" if fact.official is None else _text(fact.official)
+            rows.append((key, _text(fact.value), official, fact.grade, fact.source))
+        # a long text stands out of its column
+        widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
+        lines = [f"{self.name}: {self.title}", ""]
+        lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
+        if self.not_reproduced:
+            lines += ["", "Not reproduced:", *(f"- {sentence}" for sentence in self.not_reproduced)]
+        return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """A value as a card shows it."""
+    if isinstance(value, tuple) and len(value) > 6:
+        return f"{value[0]} ... {value[-1]} ({len(value)})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read_recipes(kind: type[R], file: Path) -> dict[str, R]:
+    """The recipes of a method, by their names without it.
+
+    Args:
+        kind: the method's recipes.
+        file: a JSON file in the method's folder. A fact is a list: value, grade, source and, where it differs, what the
+            authors' code does. A fraction is a text such as "8/255".
+    """
+    systems = json.loads(file.read_text(encoding="utf-8"))
+    recipes = {}
+    for name, system in systems.items():
+        facts = {key: Fact(_number(value), *rest) for key, (value, *rest) in system["facts"].items()}
+        whole_name = f"{file.parent.name}/{name}"
+        recipes[name] = kind(whole_name, system["title"], facts, tuple(system["not_reproduced"]))
+    return recipes
+
+
+def _number(value: Any) -> Any:
+    """A value of a file as an object of Python: a fraction as a number, a list as a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and value.replace("/", "", 1).isdigit():
+        return float(Fraction(value))
+    return value
+
+
+class PurifierTask(Task, Generic[D]):
+    """Trains the purifier of a defence; its classifier stays as it is, unless a method says otherwise.
+
+    Args:
+        defence: what is trained.
+        config: how, a dataclass with a ``precision``.
+        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+    """
+
+    #: the method's name in checkpoints
+    name: ClassVar[str]
+
+    def __init__(self, defence: D, config: Any, origin: str):
+        self.defence, self.config, self.origin = defence, config, origin
+        self.model = defence
+        # as it is at the start: a method may train it too
+        self.classifier = weights_fingerprint(defence.classifier)
+        self.tf32 = config.precision == "tf32"
+
+    @property
+    def result(self) -> D:
+        return self.defence
+
+    def describe(self) -> dict[str, Any]:
+        facts = {"defence": self.defence.arguments, "classifier": self.classifier}
+        return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
+
+    def finish(self) -> None:
+        super().finish()
+        self.defence.refresh()
+
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        check_shape(shape, self.defence.image_shape)
+        check_labels(classes, self.defence.num_classes)
+
+
+def save_defence(defence: Defence, folder: str | Path) -> None:
+    """Write the purifier, and a classifier trained with it; `purify_fast.load_defence` reads them back.
+
+    Each file appears whole or not at all. A fingerprint of the classifier is among the facts.
+
+    Args:
+        defence: what to write.
+        folder: where to; ``model.safetensors`` and ``model.json`` are written there.
+    """
+    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    facts |= {"acts_from_step": defence.acts_from_step}
+    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
+
+
+def trained_tensors(defence: Defence) -> dict[str, Tensor]:
+    """What a saved defence holds: its tensors without those of a frozen classifier."""
+    state = defence.state_dict()
+    return {
+        name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")
+    }

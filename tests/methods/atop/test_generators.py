@@ -1,0 +1,456 @@
+"""The networks that repair images: published tensors and layers, each image's own mask, finite gradients, refusals."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import purify_fast.methods.atop.generators as module
+from purify_fast.methods.atop.generators import KEPT, DeepFillGenerator, GatedConv, SmallGenerator
+from purify_fast.methods.atop.masked_autoencoder import VIT_B16, MaskedAutoencoder, sincos_positions
+from purify_fast.models.layers import Conv2d
+from purify_fast.ops import use_backend
+from purify_fast.ops.contextual_attention import contextual_attention, key_validity
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL_ENCODER = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+
+
+def pack(image, mask):
+    return torch.cat([image * (1 - mask), torch.ones_like(mask), mask], 1)
+
+
+def example(batch, channels, height, width, side=4):
+    """(packed, mask), each image with blocks of its own missing."""
+    generator = torch.Generator().manual_seed(0)
+    image = 2 * torch.rand(batch, channels, height, width, generator=generator) - 1
+    small = (torch.rand(batch, 1, height // side, width // side, generator=generator) < 0.25).float()
+    mask = F.interpolate(small, scale_factor=side)
+    return pack(image, mask), mask
+
+
+def lively(generator):
+    """Weights that keep the signal's size from layer to layer: the published start lets it fade to 1e-7."""
+    for layer in generator.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=2.2 / layer.weight[0].numel() ** 0.5)
+            nn.init.normal_(layer.bias, std=0.1)
+    return generator
+
+
+def deepfill(channels=3, width=8):
+    torch.manual_seed(0)
+    return lively(DeepFillGenerator(channels + 2, width))
+
+
+def small(channels=1, **options):
+    """One whose corrections are not zero."""
+    torch.manual_seed(0)
+    made = SmallGenerator(channels, **options)
+    for head in (made.coarse.to_image, made.refined.to_image):
+        nn.init.normal_(head.conv.weight, std=0.1)
+    return made
+
+
+def encoder(shape=(1, 16, 16), **options):
+    torch.manual_seed(0)
+    return MaskedAutoencoder(shape, **{**SMALL_ENCODER, **options})
+
+
+class AsPacked(nn.Module):
+    """A masked autoencoder that takes what the generators take, and returns its image as the only stage."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.inner = encoder(**options)
+
+    def forward(self, packed, mask):
+        return (self.inner(packed[:, :-2], mask),)
+
+
+#: Each network, channels and size of its images, and blocks that are hidden.
+NETWORKS = {
+    "deepfill": (deepfill, 3, 64, 8),
+    "small": (small, 1, 28, 4),
+    "residual": (lambda: small(residual=True), 1, 28, 4),
+    "encoder": (AsPacked, 1, 16, 4),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    make, channels, size, side = NETWORKS[request.param]
+    return make(), lambda batch: example(batch, channels, size, size, side)
+
+
+@pytest.fixture(scope="module")
+def full():
+    torch.manual_seed(0)
+    return DeepFillGenerator()
+
+
+# -- every network -----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_different_masks_equals_separate_calls_in_either_mode(network):
+    model, examples = network
+    model = model.double()  # in float32 the attention makes much of rounding
+    packed, mask = (tensor.double() for tensor in examples(3))
+    assert len(set(mask.sum((1, 2, 3)).tolist())) > 1
+    with torch.no_grad():
+        together = model.train()(packed, mask)
+        model.eval()
+        apart = [model(packed[i : i + 1], mask[i : i + 1]) for i in range(3)]
+    for image, parts in zip(together, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(image, torch.cat(parts), rtol=1e-6, atol=1e-9)
+
+
+def test_every_parameter_and_the_input_get_finite_gradients(network):
+    model, examples = network
+    packed, mask = examples(2)
+    packed.requires_grad_()
+    sum(image.square().sum() + image.sum() for image in model(packed, mask)).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+    assert packed.grad.isfinite().all() and packed.grad[:, :-2].abs().amax((0, 2, 3)).min() > 0
+
+
+def test_compiled_as_one_graph_forward_and_backward(network):
+    """Inductor would take minutes for DeepFill's forty layers; the ops' own tests have it."""
+    torch._dynamo.reset()
+    model, examples = network
+    packed, mask = examples(1)
+    leaves, results = [packed.requires_grad_(), *model.parameters()], []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        images = call(packed, mask)
+        loss = sum(image.square().mean() for image in images)
+        results.append([*images, *torch.autograd.grad(loss, leaves)])
+    for value, same in zip(*results, strict=True):
+        torch.testing.assert_close(same, value, rtol=0, atol=1e-4 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_inside_stays_close(network, layout):
+    model, examples = network
+    packed, mask = examples(2)
+    with torch.no_grad():
+        want = model(packed, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model.to(memory_format=layout)(packed.contiguous(memory_format=layout), mask)
+    for image, close in zip(want, rough, strict=True):
+        assert close.isfinite().all() and (close - image).abs().mean() < 0.03 * image.std() + 0.002
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "height", "width"),
+    [
+        (deepfill, 3, 8, 24),
+        (lambda: deepfill(1), 1, 16, 16),
+        (lambda: DeepFillGenerator(), 3, 256, 256),
+        *(
+            (lambda c=c, o=o: small(c, width=4, **o), c, h, w)
+            for c, h, w in ((1, 16, 16), (1, 28, 28), (3, 32, 32), (3, 16, 24), (2, 4, 8))
+            for o in ({"attention": False}, {"residual": True})
+        ),
+        *(
+            (lambda c=c, h=h, w=w: AsPacked(shape=(c, h, w)), c, h, w)
+            for c, h, w in ((1, 28, 28), (3, 32, 32), (3, 16, 24))
+        ),
+    ],
+)
+def test_images_of_every_shape_keep_it_and_their_range(make, channels, height, width):
+    with torch.no_grad():
+        for image in make()(*example(2, channels, height, width)):
+            assert image.shape == (2, channels, height, width) and image.isfinite().all() and image.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "packed", "mask", "message"),
+    [
+        (deepfill, (1, 5, 30, 32), (1, 1, 30, 32), r"multiples of 8, got packed \[1, 5, 30, 32\]"),
+        (
+            deepfill,
+            (1, 4, 32, 32),
+            (1, 1, 32, 32),
+            r"packed must be floating point \[B, 5, H, W\], got .*\[1, 4, 32, 32\]",
+        ),
+        (deepfill, (2, 5, 32, 32), (1, 1, 32, 32), r"mask must be \[2, 1, 32, 32\] .* got \[1, 1, 32, 32\]"),
+        (small, (1, 3, 30, 32), (1, 1, 30, 32), r"multiples of 4, got packed \[1, 3, 30, 32\]"),
+        (small, (1, 5, 32, 32), (1, 1, 32, 32), r"\[B, 3, H, W\], got"),
+        (AsPacked, (2, 3, 16, 20), (2, 1, 16, 20), r"need transformed \[B, 1, 16, 16\] and mask \[B, 1, 16, 16\], got"),
+        (AsPacked, (2, 3, 16, 16), (1, 1, 16, 16), r"need transformed \[B, 1, 16, 16\] and mask \[B, 1, 16, 16\], got"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(make, packed, mask, message):
+    with pytest.raises(ValueError, match=message):
+        make()(torch.zeros(packed), torch.zeros(mask))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DeepFillGenerator(2, 48), "need in_channels >= 3 and width a multiple of 4"),
+        (lambda: DeepFillGenerator(5, 6), "need in_channels >= 3 and width a multiple of 4"),
+        (lambda: SmallGenerator(0), "channels must be at least 1, got 0"),
+        (lambda: encoder((1, 18, 16)), r"H and W must be multiples of patch 4, got image_shape \(1, 18, 16\)"),
+        (lambda: encoder(width=10), "width must be a multiple of 4 and of its 2 heads, got 10"),
+        (lambda: encoder(decoder_heads=3), "decoder_width must be a multiple of 4 and of its 3 heads, got 8"),
+        (lambda: encoder(depth=0), "depth must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- DeepFillv2's generator --------------------------------------------------------------------------------------------
+
+
+def test_fact_6_the_published_tensors(full):
+    counts = [sum(p.numel() for p in part.parameters()) for part in (full, full.stage1, full.stage2)]
+    assert counts == [4_052_478, 1_631_151, 2_421_327]
+    names = sorted((name, tuple(tensor.shape)) for name, tensor in full.state_dict().items())
+    digest = hashlib.sha256(repr(names).encode()).hexdigest()
+    assert len(names) == 85 and digest == "9af154d76fbc98f81dcf433d63db91be721cd9e1d18911bcaf7213859e36846d"
+    leaves = {type(layer) for layer in full.modules() if not list(layer.children())}
+    assert leaves == {Conv2d, module._Attention}  # nothing normalizes or drops
+
+
+def test_weights_start_by_fan_out_and_biases_at_zero(full):
+    for layer in full.modules():
+        if isinstance(layer, GatedConv):
+            weight = layer.conv.weight
+            bound = (6 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5  # kaiming: sqrt(2) sqrt(3 / fan_out)
+            assert 0.95 * bound < weight.abs().max() <= bound
+    assert all((p == 0).all() for name, p in full.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "relu", "want"),
+    [(1.0, 1.0, False, 0.7310586), (-1.0, 0.0, False, -0.3160603), (1.0, 1.0, True, 0.7310586), (-1.0, 0.0, True, 0.0)],
+)
+def test_fact_7_the_gated_unit(a, b, relu, want):
+    layer = GatedConv(1, 1, relu=relu)
+    with torch.no_grad():
+        layer.conv.weight.zero_()
+        layer.conv.bias.copy_(torch.tensor([a, b]))
+    out = layer(torch.ones(1, 1, 2, 2))
+    assert out.shape == (1, 1, 2, 2)
+    torch.testing.assert_close(out, torch.full_like(out, want), rtol=0, atol=2e-7)
+
+
+def blocks(*missing):
+    """A mask [1, 1, 256, 256] with blocks (row, column) of 32 pixels missing."""
+    mask = torch.zeros(1, 1, 256, 256)
+    for row, column in missing:
+        mask[..., 32 * row : 32 * (row + 1), 32 * column : 32 * (column + 1)] = 1
+    return mask
+
+
+def test_fact_8_each_image_has_the_keys_of_its_own_mask(monkeypatch):
+    seen = []
+
+    def spy(features, valid, *rest):
+        seen.append(valid)
+        return contextual_attention(features, valid, *rest)
+
+    monkeypatch.setattr(module, "contextual_attention", spy)
+    corner = [(row, column) for row in range(4) for column in range(4)]
+    mask = torch.cat([blocks(*missing) for missing in (corner, [(0, 0)], [(1, 1)], [])])
+    with torch.no_grad():
+        DeepFillGenerator(width=4)(pack(torch.zeros(4, 3, 256, 256), mask), mask)
+    assert len(seen) == 1 and seen[0].sum(1).tolist() == [735, 999, 988, 1024]
+
+
+def published_stage(state, x, rows):
+    """Layers of the published table: (name, stride, dilation, activation), "up" for a pixel fourfold first."""
+    for name, stride, dilation, activation in rows:
+        if activation == "up":
+            x = F.interpolate(x, scale_factor=2)
+        weight, bias = state[f"{name}.conv.weight"], state[f"{name}.conv.bias"]
+        kernel = weight.shape[-1]
+        x = F.conv2d(x, weight, bias, stride, dilation * (kernel - 1) // 2, dilation)
+        if activation == "tanh":
+            return x.tanh()
+        a, b = x.split(x.shape[1] // 2, 1)
+        x = (a.relu() if activation == "relu" else F.elu(a)) * b.sigmoid()
+    return x
+
+
+def down(name):
+    return [(f"{name}.conv1_downsample", 2, 1, "elu"), (f"{name}.conv2", 1, 1, "elu")]
+
+
+def end(stage):
+    ups = [
+        row
+        for block in ("up_block1", "up_block2")
+        for row in [(f"{stage}.{block}.conv1_upsample.conv", 1, 1, "up"), (f"{stage}.{block}.conv2", 1, 1, "elu")]
+    ]
+    return [(f"{stage}.{name}", 1, 1, "elu") for name in ("conv_bn6", "conv_bn7")] + [
+        *ups,
+        (f"{stage}.conv_to_rgb", 1, 1, "tanh"),
+    ]
+
+
+def dilated(prefix):
+    return [(f"{prefix}_bn{i + 1}", 1, dilation, "elu") for i, dilation in enumerate((1, 2, 4, 8, 16))]
+
+
+@torch.no_grad()
+def published(state, packed, mask):
+    rows = [("stage1.conv1", 1, 1, "elu"), *down("stage1.down_block1"), *down("stage1.down_block2")]
+    coarse = published_stage(state, packed, rows + dilated("stage1.conv") + end("stage1"))
+    x = coarse * mask + packed[:, :3] * (1 - mask)
+    rows = [("stage2.conv_conv1", 1, 1, "elu"), *down("stage2.conv_down_block1"), *down("stage2.conv_down_block2")]
+    one = published_stage(state, x, rows + dilated("stage2.conv_conv"))
+    rows = [("stage2.ca_conv1", 1, 1, "elu"), *down("stage2.ca_down_block1"), *down("stage2.ca_down_block2")]
+    two = published_stage(state, x, [*rows, ("stage2.ca_conv_bn1", 1, 1, "relu")])
+    h, w = mask.shape[2:]
+    two = contextual_attention(two, key_validity(mask, (h // 8, w // 8)))
+    two = published_stage(state, two, [(f"stage2.ca_conv_bn{i}", 1, 1, "elu") for i in (4, 5)])
+    return coarse, published_stage(state, torch.cat([one, two], 1), end("stage2"))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 72)])
+def test_every_layer_is_the_published_one(height, width):
+    made = deepfill().double()  # in float32 the attention makes much of rounding
+    packed, mask = (tensor.double() for tensor in example(2, 3, height, width, 8))
+    with torch.no_grad():
+        images = made(packed, mask)
+    for image, want in zip(images, published(made.state_dict(), packed, mask), strict=True):
+        assert image.shape == (2, 3, height, width)
+        torch.testing.assert_close(image, want, rtol=1e-9, atol=1e-12)
+
+
+# -- the small generator -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "attention", "mflop"),
+    [
+        (1, 16, True, 9.7),
+        (1, 28, True, 30.0),
+        (3, 32, True, 41.6),
+        (1, 16, False, 7.9),
+        (1, 28, False, 24.2),
+        (3, 32, False, 33.9),
+    ],
+)
+def test_its_cost_is_the_stated_one(channels, size, attention, mflop):
+    packed, mask = example(1, channels, size, size)
+    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        SmallGenerator(channels, attention=attention)(packed, mask)
+    assert counter.get_total_flops() / 1e6 == pytest.approx(mflop, abs=0.05)
+
+
+def test_a_fresh_residual_generator_gives_its_input_back():
+    packed, mask = example(2, 1, 16, 16)
+    coarse, refined = SmallGenerator(1, residual=True)(packed, mask)
+    torch.testing.assert_close(coarse, KEPT * packed[:, :1])
+    torch.testing.assert_close(refined, KEPT**2 * packed[:, :1])
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_saturated_pixels_have_a_gradient(residual):
+    made = small(residual=residual)
+    packed, mask = example(1, 1, 16, 16)
+    packed[:, :1] = packed[:, :1].sign()
+    packed.requires_grad_()
+    made(packed, mask)[1].square().sum().backward()
+    assert packed.grad.isfinite().all() and (packed.grad[:, :1] != 0).float().mean() > 0.99
+
+
+def test_attention_reads_kept_cells_only():
+    """Behind the attention, a key that is not valid counts nothing: all hidden, it gives zeros."""
+    made = small().refined.attention
+    features = torch.randn(2, 16, 8, 8)
+    mask = torch.ones(2, 1, 16, 16)
+    mask[1, :, :4, :4] = 0
+    none, one = (made.after(torch.zeros(1, 16, 8, 8)), made(features, mask))
+    torch.testing.assert_close(one[:1], none)
+    assert not torch.allclose(one[1:], none, atol=1e-3)
+
+
+# -- the masked autoencoder --------------------------------------------------------------------------------------------
+
+
+def test_the_paper_size():
+    with torch.device("meta"):
+        model = MaskedAutoencoder(**VIT_B16)
+    assert model.positions.shape == (196, 768) and model.decoder_positions.shape == (196, 512)
+    assert sum(p.numel() for p in model.encoder.parameters()) == 12 * 7_087_872  # ViT-B's blocks
+    assert model.to_pixels.out_features == 16 * 16 * 3
+
+
+def test_positions_are_the_fixed_sines_of_row_and_column():
+    positions = sincos_positions((2, 3), 8)
+    assert positions.shape == (6, 8)
+    row, column = torch.tensor(1.0), torch.tensor(2.0)
+    want = [f(x * rate) for x in (row, column) for f in (torch.sin, torch.cos) for rate in (1.0, 0.01)]
+    torch.testing.assert_close(positions[1 * 3 + 2], torch.stack(want))
+
+
+def test_encoding_equals_that_of_the_kept_patches_alone():
+    model = encoder()
+    packed, mask = example(1, 1, 16, 16)
+    transformed = packed[:, :1]
+    seen = []
+    model.to_decoder.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(transformed, mask)
+    kept = [i for i in range(16) if mask[0, 0, 4 * (i // 4), 4 * (i % 4)] == 0]
+    assert 0 < len(kept) < 16
+    both = torch.cat([transformed, mask], 1)[0]
+    patches = [both[:, 4 * (i // 4) :, 4 * (i % 4) :][:, :4, :4].flatten() for i in kept]
+    x = model.embed(torch.stack(patches)) + model.positions[kept]
+    x = torch.cat([model.class_token[0], x])[None]
+    for block in model.encoder:
+        x = block(x, None)
+    want = model.to_decoder(model.norm(x))
+    torch.testing.assert_close(seen[0][:, [0, *(i + 1 for i in kept)]], want, rtol=1e-4, atol=1e-6)
+
+
+def test_pixels_come_back_where_they_were():
+    """With the transformer out of the way: a patch's prediction lands on that patch."""
+    model = encoder((2, 8, 12))
+    with torch.no_grad():
+        model.to_pixels.weight.zero_()
+        bias = torch.linspace(-1, 1, 32)
+        model.to_pixels.bias.copy_(bias)
+    image = model(torch.rand(1, 2, 8, 12), torch.zeros(1, 1, 8, 12))
+    for row in range(2):
+        for column in range(3):
+            patch = image[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            torch.testing.assert_close(patch.flatten(), bias.tanh())
+
+
+def test_hidden_pixels_are_not_read_but_parts_of_patches_are():
+    model = encoder()
+    packed, mask = example(2, 1, 16, 16)
+    transformed = packed[:, :1]
+    torch.testing.assert_close(model(transformed + mask, mask), model(transformed, mask))
+    half = torch.zeros(1, 1, 16, 16)
+    half[..., :2, :4] = 1  # half a patch
+    image = transformed[:1] * (1 - half)
+    other = image.clone()
+    other[..., 3, 0] += 0.5
+    assert not torch.allclose(model(image, half), model(other, half), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_kept_and_all_hidden(value):
+    model = encoder()
+    image = model(torch.zeros(2, 1, 16, 16), torch.full((2, 1, 16, 16), value))
+    assert image.isfinite().all()
+    torch.testing.assert_close(image[0], image[1])
+
+
+def test_its_loss_is_the_mean_square_over_all_patches():
+    image, target = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    target[1, 0, 0, 0] = 2
+    loss = MaskedAutoencoder.original_loss(None, (torch.ones_like(image), image), target)
+    assert loss.tolist() == [0, 0.25]

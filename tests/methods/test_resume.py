@@ -1,0 +1,81 @@
+"""A training of each method that is killed in the middle of an epoch, and goes on, ends with the same weights."""
+
+import pytest
+import torch
+
+from purify_fast import data
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models import PreActResNet18, SmallCNN
+from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training.checkpoint import read_tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ATTACK = TrainingAttack(eps=0.2, steps=2)
+
+
+def resnet():
+    return PreActResNet18(in_channels=1, width=4)
+
+
+def arrest(model, **options):
+    return ArrestTask(model, ArrestConfig(attack=ATTACK, **options), (1, 16, 16))
+
+
+def atop(**options):
+    defence = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
+    return AtopTask(defence, AtopConfig(cls_delay=1, learning_rate=1e-3, **options))
+
+
+def carso(**options):
+    defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+    return CarsoTask(defence, CarsoConfig(attack=ATTACK, kl_delay=0.0, **options))
+
+
+FINETUNED = {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "ema_decay": 0.5}
+TASKS = {
+    "arrest": lambda: arrest(resnet()),
+    "arrest, average and perturbed weights": lambda: arrest(resnet(), ema_decay=0.9, awp_gamma=0.01),
+    "arrest, bfloat16": lambda: arrest(resnet(), precision="bfloat16", drift_mode="train"),
+    "arrest, AdamW": lambda: arrest(SmallCNN(width=4), **FINETUNED),
+    "adversarial training": lambda: arrest(SmallCNN(width=4), distillation_weight=0.0, replay=False, awp_gamma=0.01),
+    "atop": atop,
+    "atop, discriminator": lambda: atop(gan_grad=True, discriminator_width=2),
+    "carso": lambda: carso(optimizer="radam_lookahead", lookahead_steps=2),
+    "carso, joint": lambda: carso(attack_target="pipeline", joint=True),
+}
+
+
+class Killed(Exception):
+    pass
+
+
+def trained(name, folder, kill_at=None):
+    """The checkpoint and the result of six steps; with ``kill_at`` that step is not taken."""
+    torch.manual_seed(0)
+    task, digits, steps = TASKS[name](), data.load_dataset("digits"), []
+    updates = task.updates
+
+    def counted(batch):
+        steps.append(batch)
+        if len(steps) == kill_at:
+            raise Killed
+        return updates(batch)
+
+    task.updates = counted
+    fit(task, digits.x_train[:48], digits.y_train[:48], FitConfig(2, 16, 3, checkpoint_seconds=0), folder)
+    return read_tree(folder / "checkpoint.safetensors"), task.result.state_dict()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_killed_and_resumed_training_is_the_same(name, tmp_path):
+    one, whole = trained(name, tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(name, tmp_path / "cut", kill_at=5)
+    two, resumed = trained(name, tmp_path / "cut")
+    assert one["step"] == two["step"] == 6 and one["last"] == two["last"]
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
