@@ -1,23 +1,37 @@
-"""``purify-fast train classifier``."""
+"""``purify-fast train classifier``, ``purify-fast train arrest`` and ``purify-fast ablate arrest``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import tyro
+
+from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import ClassifierConfig, FitConfig
-from .training import FreshClassifier, finish_classifier, train
+from .classifiers import trained_classifier
+from .run_file import write_run_file
+from .training import FollowsRecipe, FreshClassifier, OnClassifier, finish_classifier, train
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..methods.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class TrainClassifier(FreshClassifier):
-    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
+    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run.
+
+    Args:
+        out: Where the run is kept: checkpoint, log, options and the classifier.
+    """
 
     called: ClassVar[str] = "train classifier"
 
     out: Path = Path("runs/classifier")
-    """Where the run is kept: checkpoint, log, options and the classifier."""
     method: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
@@ -34,3 +48,132 @@ class TrainClassifier(FreshClassifier):
         if processes()[0] == 0:
             finish_classifier(model, images, self.out, self.method.attack.eps, "classifier")
             print(f"saved to {self.out}")
+
+
+@dataclass(frozen=True)
+class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
+    """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
+
+    Without --classifier it trains a standard one first, to OUT/standard. It writes a classifier, which `evaluate`
+    attacks and on which `train carso` and `train atop` build.
+
+    Args:
+        out: Where the run is kept: checkpoint, log, options and the classifier.
+        standard_epochs: Epochs of the standard classifier's training; 100 are what a re-implementation of the paper
+            says.
+        layers: Modules whose outputs are the representation; default: the map before pooling.
+        keep_teacher: Read the old representation of all images once and hold it in memory; not with augmentation.
+    """
+
+    called: ClassVar[str] = "train arrest"
+    of: ClassVar[str] = "arrest"
+
+    out: Path = Path("runs/arrest")
+    standard_epochs: int = 100
+    layers: tuple[str, ...] = ()
+    keep_teacher: bool = False
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_teacher and (self.loop.padding or self.loop.flip):
+            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+
+    @staticmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        network = recipe.part("classifier")
+        return {"model": network.pop("name"), **network}
+
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        if self.classifier is None:
+            return super().superseded()
+        message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
+        return super().superseded() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+
+    def run(self) -> None:
+        from .._process import processes
+        from ..methods.arrest import ArrestTask
+
+        images = self.images_in_turn()
+        task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
+        if self.keep_teacher and task.teacher is not None:
+            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
+        train(self, task, images, self.loop, out=self.out, title="arrest")
+        if processes()[0] == 0:
+            finish_classifier(task.result, images, self.out, self.method.attack.eps, "arrest")
+            print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+
+    def start(self, images: DataSet) -> nn.Module:
+        """The standardly trained classifier."""
+        import torch
+
+        from .._process import processes
+        from ..training import ClassifierTask, fit, save_classifier
+
+        if self.classifier is not None:
+            return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
+        self.refuse_another_run()
+        torch.manual_seed(self.loop.seed)
+        model, folder = self.fitting(self.fresh(images), images), self.out / "standard"
+        task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
+        fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
+        if processes()[0] == 0:
+            save_classifier(model, folder)
+        return model
+
+    def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
+        """The classifier, if it fits the images and has the layers; refused before anything is trained, if not."""
+        from ..methods.arrest import Teacher
+        from ..models.classifiers import representation_before_pooling
+
+        layers = self.layers or (representation_before_pooling(model),)
+        classes = Teacher(model, layers, images.image_shape, self.method.pooled).reader.num_classes
+        if images.num_classes > classes:
+            raise ValueError(f"--data {self.data}: it has {images.num_classes} classes, the classifier {classes}")
+        return model
+
+    def refuse_another_run(self) -> None:
+        """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
+        from ..training.attack import settings
+        from ..training.checkpoint import last_checkpoint
+        from ..training.run import loop_facts, refuse_another
+
+        checkpoint, attack = last_checkpoint(self.out), self.method.attack
+        if checkpoint is None:
+            return
+        wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
+        wanted["alpha"] = attack.step_size(attack.eps)
+        refuse_another(self.out, {name: checkpoint["facts"].get(name) for name in wanted}, wanted)
+
+
+@dataclass(frozen=True)
+class Ablate(FreshClassifier):
+    """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
+
+    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus). --epochs
+    are those of finetuning: the standard classifier and training from scratch have --standard-epochs, --scratch-epochs.
+
+    Args:
+        what: The method whose parts are compared.
+        out: Where the table, the plot and a folder for each row are kept.
+    """
+
+    called: ClassVar[str] = "ablate"
+
+    what: tyro.conf.Positional[Literal["arrest"]] = "arrest"
+    out: Path = Path("runs/ablation")
+    rows: AblationConfig = field(default_factory=AblationConfig)
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def run(self) -> None:
+        from ..methods.arrest import ablate
+
+        images = self.load_data()
+        table, *others = ablate(
+            lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out
+        )
+        write_run_file(self, self.out)
+        print(table.read_text())
+        print(f"written: {table}, {' and '.join(path.name for path in others)} beside it; rows in folders there")

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .classifiers import fresh_classifier, is_named, saved_folder, trained_classifier
-from .command import Superseded
-from .config_file import RunFile, ball_of_run
-from .data_args import DataCommand
+from .classifiers import is_named, named_classifier, saved_folder, trained_classifier
+from .command import DataCommand
+from .run_file import RunFile, ball_of_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,36 +26,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FreshClassifier(DataCommand):
-    """A command that makes a classifier with fresh weights."""
+    """A command that makes a classifier with fresh weights.
+
+    Args:
+        model: The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+            timm:NAME or package.module:function.
+        width: Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10).
+        depth: Layers of a wide_resnet (28).
+        activation: Activation of a wide_resnet (silu).
+    """
 
     model: str = "small_cnn"
-    """The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME, timm:NAME
-    or package.module:function."""
     width: int | None = None
-    """Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
-    """Layers of a wide_resnet (28)."""
     activation: Literal["silu", "relu"] | None = None
-    """Activation of a wide_resnet (silu)."""
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device."""
-        return fresh_classifier(self.model, images, width=self.width, depth=self.depth, activation=self.activation)
+        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
+        from ..data import statistics
+        from ..models.classifiers import build_classifier
+
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
+        if is_named(self.model):
+            for name, value in sizes.items():
+                if value is not None:
+                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
+            return named_classifier(self.model, None, images)
+        mean, std = statistics(images.x_train)
+        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
+        return model.to(images.y_train.device)
 
 
 @dataclass(frozen=True)
 class FollowsRecipe(DataCommand):
-    """A command that trains by a published training, if one is named."""
+    """A command that trains by a published training, if one is named.
+
+    Args:
+        recipe: A published training of this method, such as `purify-fast recipe` lists; its numbers become this
+            command's defaults.
+        official_code: With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast
+            recipe NAME` says where.
+    """
 
     #: the method's name
     of: ClassVar[str]
 
     recipe: str | None = None
-    """A published training of this method, such as `purify-fast recipe` lists; its numbers become this command's
-    defaults."""
     official_code: bool = False
-    """With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast recipe NAME` says
-    where."""
 
     @classmethod
     def of_recipe(cls, name: str, official_code: bool) -> Self:
@@ -64,13 +80,8 @@ class FollowsRecipe(DataCommand):
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)
-        options = {
-            "recipe": published.name,
-            "official_code": official_code,
-            "data": published["data.name"],
-            "method": published.config(official_code),
-            "loop": published.loop(official_code),
-        }
+        options = {"method": published.config(official_code), "loop": published.loop(official_code)}
+        options |= {"recipe": published.name, "official_code": official_code, "data": published["data.name"]}
         return cls(**options, **cls.sizes_of(published, official_code))
 
     @staticmethod
@@ -84,10 +95,8 @@ class FollowsRecipe(DataCommand):
 
         return None if self.recipe is None else recipe(self.recipe, self.of)
 
-    def superseded(self) -> list[Superseded]:
-        if self.recipe is not None:
-            return []
-        return [Superseded(("official_code",), "--official-code is of a --recipe: name one")]
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        return {("official_code",): "--official-code is of a --recipe: name one"} if self.recipe is None else {}
 
     def images_in_turn(self) -> DataSet:
         images, recipe = super().images_in_turn(), self.published()
@@ -101,15 +110,26 @@ class FollowsRecipe(DataCommand):
 
 
 @dataclass(frozen=True)
-class TrainPurifier(DataCommand):
+class OnClassifier(DataCommand):
+    """A command that trains on a classifier.
+
+    Args:
+        classifier: A folder that `train classifier` or `train arrest` wrote, or zoo:NAME; or a classifier by name:
+            torchvision:resnet18, timm:resnet18, or package.module:function of yours.
+        classifier_weights: Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are
+            read; or what the library calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained
+            of timm.
+    """
+
+    classifier: str | None = None
+    classifier_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainPurifier(OnClassifier):
     """A command that trains a defence's purifier on a classifier, which stays as it is."""
 
     classifier: str = "runs/classifier"
-    """A folder that `train classifier` or `train arrest` wrote; or a classifier by name:
-    torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
-    classifier_weights: str | None = None
-    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
-    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
 
     @abstractmethod
     def task(self, images: DataSet, classifier: nn.Module) -> PurifierTask[Any]:

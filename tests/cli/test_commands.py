@@ -78,7 +78,7 @@ def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
     options = f"--data 'my set' --data-root {tmp_path} --size 12 8 --eps 0.0313725 --norm l2"
     assert text == f"saved to o; attack it with: purify-fast evaluate o {options}"
     command = tyro.cli(cli.Evaluate, args=shlex.split(text)[-12:])
-    assert (command.data, command.data_root, command.image_size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
+    assert (command.data, command.data_root, command.size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
     assert command.eps == pytest.approx(8 / 255, rel=1e-5) and command.folder == Path("o")
 
 

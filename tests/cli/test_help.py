@@ -10,8 +10,7 @@ import pytest
 import tyro
 
 from purify_fast import cli
-from purify_fast.cli.option_types import option_types
-from purify_fast.cli.parsing import MARKERS
+from purify_fast.cli.parsing import MARKERS, option_types
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(cli._KINDS)

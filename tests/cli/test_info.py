@@ -60,7 +60,7 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
 def test_module_runs_and_says_how_to_get_what_is_missing():
     environ = {**os.environ, "PURIFY_FAST_NO_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "purify_fast.cli.installation"], capture_output=True, text=True, env=environ
+        [sys.executable, "-m", "purify_fast", "info", "--all"], capture_output=True, text=True, env=environ
     )
     assert run.returncode == 0, run.stderr
     assert "switched off by PURIFY_FAST_NO_EXTENSION=1" in run.stdout
@@ -80,7 +80,7 @@ def test_an_extension_built_elsewhere_is_loaded(tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PURIFY_FAST_EXTENSION": str(broken)}
-    command = [sys.executable, "-m", "purify_fast.cli.installation"]
+    command = [sys.executable, "-m", "purify_fast", "info", "--all"]
     said = subprocess.run(command, capture_output=True, text=True, env=environ).stdout
     assert "not loaded" in said and str(broken) in said
     if _library.loaded():

@@ -197,12 +197,12 @@ def test_an_error_of_the_package_stays_one_beside_a_model_of_the_users_own(mine,
 
 def test_files_of_one_name_have_reports_of_their_own(mine):
     written = {
-        spec: Evaluate(folder=Path(spec)).writes()
+        spec: Evaluate(folder=Path(spec)).report_folder()
         for spec in ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make", "../model.py:make")
     }
     assert len(set(written.values())) == 4 and written["model.py:make"] == Path("runs/own/model.make/evaluation")
     # one file has one report, however it is named
-    assert Evaluate(folder=mine.parent / "a/../b/model.py:make").writes() == written["b/model.py:make"]
+    assert Evaluate(folder=mine.parent / "a/../b/model.py:make").report_folder() == written["b/model.py:make"]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_it_is_told_how_many_images_there_are(bars, count, said):
 
 def test_an_error_after_a_command_with_an_own_model_is_the_packages_again(monkeypatch, capsys):
     """In one process, such as a notebook, an earlier command's model has no part in it."""
-    from purify_fast.cli.info import Info
+    from purify_fast.cli.show import Info
 
     def broken(self):
         raise KeyError("a bug")
