@@ -43,9 +43,6 @@ class Impossible(Exception):
 
 def build_mode(environ: Mapping[str, str]) -> str:
     mode = environ.get("PURIFY_FAST_BUILD", "auto") or "auto"
-    if mode == "cuda":  # worked in 0.1.0; the next release refuses it
-        say("PURIFY_FAST_BUILD=cuda builds what cpu does: the kernels of GPUs are Triton's, which are not built")
-        mode = "cpu"
     if mode not in MODES:
         raise SystemExit(f"PURIFY_FAST_BUILD={mode!r} is unknown; allowed: {', '.join(MODES)}")
     return mode

@@ -104,11 +104,6 @@ def test_build_mode(setup_py):
         setup_py.build_mode({"PURIFY_FAST_BUILD": "gpu"})
 
 
-def test_the_mode_cuda_of_0_1_builds_what_there_is(setup_py, capsys):
-    assert setup_py.build_mode({"PURIFY_FAST_BUILD": "cuda"}) == "cpu"
-    assert "PURIFY_FAST_BUILD=cuda builds what cpu does" in capsys.readouterr().err
-
-
 def test_an_old_setuptools_is_refused_in_one_line(setup_py):
     """It ended in forty lines about the form of pyproject.toml."""
     setup_py.check_setuptools("77.0.1")

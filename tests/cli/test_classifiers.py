@@ -121,7 +121,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
     assert code == 2 and "the size of torchvision:shufflenet_v2_x0_5 is in its name" in printed
     for model, message in (
         ("resnet", "torchvision has no classifier 'resnet'"),
-        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 16x16: "),
+        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 1x16x16 of bars: "),
     ):
         code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
         assert code == 2 and message in printed

@@ -82,17 +82,6 @@ def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
     assert command.eps == pytest.approx(8 / 255, rel=1e-5) and command.folder == Path("o")
 
 
-def test_data_of_more_classes_than_the_classifier_is_refused(npz, tmp_path, capsys):
-    train = ["train", "classifier", "--out", str(tmp_path), "--epochs", "1", "--width", "1", "--device", "cpu"]
-    assert cli.main([*train, "--data", npz]) == 0
-    held = np.load(npz)
-    labels = {name: np.arange(len(held[name])) % 5 for name in ("y_train", "y_test")}
-    np.savez(tmp_path / "five.npz", x_train=held["x_train"], x_test=held["x_test"], **labels)
-    more = ["--data", str(tmp_path / "five.npz"), "--device", "cpu", "--layers", "conv2"]
-    assert cli.main(["train", "carso", "--classifier", str(tmp_path), "--out", str(tmp_path / "c"), *more]) == 2
-    assert "images are of 5 classes, the classifier in" in capsys.readouterr().err
-
-
 def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
     state = np.random.RandomState(0)
     for part, n in (("train", 16), ("val", 4)):
@@ -117,31 +106,6 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "classifier", "--data", "nowhere.npz"], "nowhere.npz"),
-        (["train", "carso", "--classifier", "nowhere"], "nowhere"),
-        (["train", "classifier", "--epochs", "0"], "epochs"),
-        (["evaluate", "nowhere"], "model.json is missing"),
-        (["train", "carso", "--recipe", "cifar"], "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1"),
-        (["train", "carso", "--recipe", "cifar10", "--init", "x"], "--recipe brings its own purifier"),
-        (["train", "carso", "--official-code"], "--official-code is of a --recipe"),
-        (["train", "classifier", "--model", "resnet"], "classifier must be one of small_cnn, preact_resnet18"),
-        (["train", "classifier", "--model", "fully_connected", "--width", "3"], "has no width to choose"),
-    ],
-)
-def test_input_that_cannot_be_used_is_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:  # refused while reading the arguments
-        code = stop.code
-    assert code == 2
-    said = capsys.readouterr()
-    assert message in said.err + said.out and "Traceback" not in said.err
-
-
-@pytest.mark.parametrize(
     "sizes",
     [["preact_resnet18", "--width", "4"], ["wide_resnet", "--width", "1", "--depth", "10"], ["fully_connected"]],
 )
@@ -154,20 +118,8 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
     assert model.arguments["mean"] == pytest.approx([channel.mean()]) and model.arguments["std"] == pytest.approx(
         [channel.std()]
     )
-    evaluate = [
-        "evaluate",
-        str(tmp_path),
-        *common,
-        "--images",
-        "4",
-        "--steps",
-        "1",
-        "--protocol",
-        "fast",
-        "--eps",
-        "0.2",
-    ]
-    assert cli.main(evaluate) == 0
+    few = ["--images", "4", "--steps", "1", "--protocol", "fast", "--eps", "0.2"]
+    assert cli.main(["evaluate", str(tmp_path), *common, *few]) == 0
 
 
 def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
@@ -232,8 +184,6 @@ def test_recipes_are_listed_and_printed(capsys):
     assert "atop/cifar_rt2" in listed and "arrest/wrn_34_10" in listed
     assert cli.main(["recipe", "carso/cifar10"]) == 0
     assert "src/train_a.py:107" in capsys.readouterr().out
-    assert cli.main(["recipe", "carso/cifar"]) == 2 and "recipe must be one of" in capsys.readouterr().err
-    assert cli.main(["train", "arrest", "--recipe", "resnet"]) == 2
 
 
 def test_the_shell_is_completed(tmp_path, capsys):
@@ -245,12 +195,6 @@ def test_the_shell_is_completed(tmp_path, capsys):
         assert "purify-fast" in text and "evaluate" in text
 
 
-def test_info(capsys):
-    assert cli.main(["info", "--all"]) == 0
-    out = capsys.readouterr().out
-    assert "aggregate" in out and torch.__version__ in out
-
-
 def test_evaluate_takes_equally_many_images_of_every_class():
     y = torch.arange(6).repeat_interleave(10)
     images = SimpleNamespace(x_test=torch.arange(60).view(60, 1, 1, 1), y_test=y, num_classes=7)
@@ -260,3 +204,6 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen ones (6)")
     x, labels, notes = cli.Evaluate(images=60).chosen(images)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
+    assert cli.Evaluate(images=61).chosen(images)[2] == [
+        "all 60 held-out images: --images 61 asks for more than there are"
+    ]
