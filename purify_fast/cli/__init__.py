@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import make_dataclass, replace
 from typing import Annotated, Any, Union
 
 import tyro
@@ -30,19 +30,6 @@ from .tune import Tune
 __all__ = ["main"]
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train a classifier, or a defence on one; by torchrun on several GPUs or processors."""
-
-    what: (
-        Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
-        | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
-        | Annotated[TrainGenerator, tyro.conf.subcommand("generator")]
-        | Annotated[TrainAtop, tyro.conf.subcommand("atop")]
-        | Annotated[TrainArrest, tyro.conf.subcommand("arrest")]
-    )
-
-
 _KINDS: dict[str, type[Command]] = {
     kind.called: kind
     for kind in (
@@ -50,6 +37,12 @@ _KINDS: dict[str, type[Command]] = {
         ShowReport, Zoo, Tune, Info,
     )
 }  # fmt: skip
+
+
+def _any_of(kinds: dict[str, type]) -> Any:
+    """The type of a command line that begins with one of these names."""
+    members = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
+    return Union[tuple(members)]  # noqa: UP007  # made of a list
 
 
 def _read(arguments: list[str]) -> Command:
@@ -61,19 +54,15 @@ def _read(arguments: list[str]) -> Command:
     # --version prints and exits
     overlays().parse_known_args(arguments)
     # no command, or none of this name: the parser of all of them says which there are
-    top: dict[str, Any] = {name: _KINDS.get(name, Train) for name in (called.split()[0] for called in _KINDS)}
+    trains = {name.split()[1]: kind for name, kind in _KINDS.items() if name.startswith("train ")}
+    doc = {"__doc__": "Train a classifier, or a defence on one; by torchrun on several GPUs or processors."}
+    train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
+    top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
     if arguments in ([], ["-h"], ["--help"]):
         # without their options, whose reading takes as long as all the rest
-        top = {
-            name: make_dataclass(kind.__name__, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()
-        }
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in top.items()]
-    return cli(
-        Union[tuple(kinds)],  # noqa: UP007  # made of a list
-        arguments,
-        prog="purify-fast",
-        description="Adversarial purification: train, attack and judge defences of image classifiers.",
-    )
+        top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
+    described = "Adversarial purification: train, attack and judge defences of image classifiers."
+    return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
 def _run(arguments: list[str]) -> None:

@@ -11,16 +11,13 @@ import difflib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 import yaml
 
 from .._version import __version__
 from .command import Command
-
-if TYPE_CHECKING:
-    from ..training import TrainingState
 
 RUN_FILE = "run.yaml"
 
@@ -72,28 +69,6 @@ def write_run_file(command: Command, folder: Path) -> None:
     from .._files import write_text
 
     write_text(folder / RUN_FILE, run_file(command))
-
-
-class RunFile:
-    """Writes a run's file as soon as its training has begun, and not before what would refuse it.
-
-    A `purify_fast.training.Callback`.
-    """
-
-    def __init__(self, command: Command, folder: Path):
-        self.command, self.folder, self.written = command, folder, False
-
-    def on_step(self, state: TrainingState) -> None:
-        """Write the file, once."""
-        if not self.written:
-            write_run_file(self.command, self.folder)
-            self.written = True
-
-    def on_epoch(self, state: TrainingState) -> None:
-        """Nothing: it is written."""
-
-    #: a run that was finished before has no step
-    on_end = on_step
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:

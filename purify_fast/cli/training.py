@@ -6,12 +6,13 @@ import math
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .classifiers import is_named, named_classifier, saved_folder, trained_classifier
 from .command import DataCommand
-from .run_file import RunFile, ball_of_run
+from .run_file import ball_of_run, write_run_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,10 +168,22 @@ class TrainPurifier(OnClassifier):
 def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, out: Path, title: str) -> None:
     """Train, and print how it went; the run's options are written beside its log."""
     from .._process import processes
-    from ..training import fit, summary
+    from ..training import Callback, TrainingState, fit, summary
 
-    callbacks = [RunFile(command, out)]
-    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=callbacks)
+    @cache
+    def write_once() -> None:
+        write_run_file(command, out)
+
+    class Begun(Callback):
+        """Writes the options as soon as the training has begun, and not before what would refuse it."""
+
+        def on_step(self, state: TrainingState) -> None:
+            write_once()
+
+        # a run that was finished before has no step
+        on_end = on_step
+
+    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[Begun()])
     if processes()[0] == 0:
         print(summary(last))
 
