@@ -109,28 +109,21 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
         import torch
 
         from .._process import processes
+        from ..methods.arrest import Teacher
+        from ..models.classifiers import representation_before_pooling
         from ..training import ClassifierTask, fit, save_classifier
 
         if self.classifier is not None:
-            return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
+            return trained_classifier(self.classifier, self.classifier_weights, images)
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
-        model, folder = self.fitting(self.fresh(images), images), self.out / "standard"
+        model, folder = self.fresh(images), self.out / "standard"
+        # layers that are not there are refused before anything is trained
+        Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
         task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
         fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
         if processes()[0] == 0:
             save_classifier(model, folder)
-        return model
-
-    def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
-        """The classifier, if it fits the images and has the layers; refused before anything is trained, if not."""
-        from ..methods.arrest import Teacher
-        from ..models.classifiers import representation_before_pooling
-
-        layers = self.layers or (representation_before_pooling(model),)
-        classes = Teacher(model, layers, images.image_shape, self.method.pooled).reader.num_classes
-        if images.num_classes > classes:
-            raise ValueError(f"--data {self.data}: it has {images.num_classes} classes, the classifier {classes}")
         return model
 
     def refuse_another_run(self) -> None:

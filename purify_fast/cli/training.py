@@ -154,10 +154,6 @@ class TrainPurifier(OnClassifier):
             raise ValueError(
                 f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
             )
-        if images.num_classes > defence.num_classes:
-            raise ValueError(
-                f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
-            )
         train(self, task, images, loop, out=out, title=self.called.split()[-1])
         if processes()[0] == 0:
             defence.save(out)
@@ -191,13 +187,11 @@ def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, ou
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
     """The defence of a kind in a folder, to start from; ValueError if there is something else."""
     from ..methods.loading import load_defence
-    from ..training.checkpoint import read_facts
 
-    saved = read_facts(folder)["kind"]
-    if saved != kind.__name__:
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise ValueError(f"{folder} holds a {saved!r}, not {article} {kind.__name__}")
-    return load_defence(folder, classifier, check=check)
+    defence = load_defence(folder, classifier, check=check)
+    if not isinstance(defence, kind):
+        raise ValueError(f"{folder} holds a defence of the kind {type(defence).__name__}, not {kind.__name__}")
+    return defence
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
