@@ -20,20 +20,8 @@ from purify_fast.training import load_classifier
 
 
 @pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "bars.npz"
-    state = np.random.RandomState(0)
-
-    def split(n):
-        y = np.arange(n) % 2
-        x = state.randint(0, 120, (n, 12, 8))
-        x[y == 0, :6] += 100
-        x[y == 1, 6:] += 100
-        return x.astype(np.uint8), y
-
-    (x, y), (x_test, y_test) = split(128), split(24)
-    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
-    return str(path)
+def npz(tmp_path_factory, write_bars):
+    return write_bars(tmp_path_factory.mktemp("data") / "bars.npz", 128, 24, 12, 8)
 
 
 def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
@@ -47,8 +35,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
     said = capsys.readouterr().out
     assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz} --eps 0.1\n" in said
-    fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
-    fine += ["--precision", "bfloat16"]
+    fine = [*paths[:3], carso + "-fine", "--init", carso, *["--attack-target", "pipeline", "--precision", "bfloat16"]]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
@@ -56,11 +43,8 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     rounded = ["--precision", "bfloat16", "--protocol", "fast"]
     assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
     assert "precision bfloat16" in capsys.readouterr().out
-    about = [
-        json.loads((Path(folder) / "evaluation/report.json").read_text())["about"]
-        for folder in (carso, carso + "-fine")
-    ]
-    assert [each.get("precision") for each in about] == ["bfloat16", None]
+    for folder, precision in ((carso, "bfloat16"), (carso + "-fine", None)):
+        assert json.loads((Path(folder) / "evaluation/report.json").read_text())["about"].get("precision") == precision
     assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
@@ -115,9 +99,8 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
     assert cli.main(train) == 0
     model = load_classifier(tmp_path)
     channel = np.load(npz)["x_train"] / 255
-    assert model.arguments["mean"] == pytest.approx([channel.mean()]) and model.arguments["std"] == pytest.approx(
-        [channel.std()]
-    )
+    assert model.arguments["mean"] == pytest.approx([channel.mean()])
+    assert model.arguments["std"] == pytest.approx([channel.std()])
     few = ["--images", "4", "--steps", "1", "--protocol", "fast", "--eps", "0.2"]
     assert cli.main(["evaluate", str(tmp_path), *common, *few]) == 0
 

@@ -160,18 +160,6 @@ def test_it_is_told_whose_code_raised_an_error(run, bars, mine, fails, said):
     assert ("Please report" in printed) == ("own model called" in said)
 
 
-def test_a_class_from_a_file_beside_is_of_the_users_own_code(mine):
-    (mine / "uses.py").write_text("from beside import Net\n\n\ndef make():\n    return Net()\n")
-    (mine / "beside.py").write_text(
-        "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return {}['mine']\n"
-    )
-    model = made_by("code/uses.py:make")
-    with pytest.raises(KeyError, match="mine") as raised:
-        model(torch.zeros(1))
-    # the frame of this test is of neither
-    assert raised_in(raised.value.with_traceback(raised.tb.tb_next)) == "own"
-
-
 def test_an_error_of_the_package_stays_one_beside_a_model_of_the_users_own(mine, monkeypatch):
     assert isinstance(made_by("code/my_defence.py:make"), torch.nn.Module)
     with pytest.raises(ValueError, match="a model of your own is") as raised:
