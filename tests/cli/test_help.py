@@ -52,6 +52,6 @@ def test_every_option_is_explained_in_its_own_words(name):
 
 def test_the_program_is_run_as_a_module_and_tells_its_version():
     done = subprocess.run(
-        [sys.executable, "-m", "purify_fast.cli", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "purify_fast", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"
