@@ -20,24 +20,18 @@ def zoo_name(folder: str | Path) -> str | None:
     return text.removeprefix(ZOO) if text.startswith(ZOO) else None
 
 
-def saved_folder(folder: str | Path) -> Path:
-    """Where a saved model is: the folder itself, or that of a model of the zoo; ValueError if the zoo has none."""
+def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
+    """Where a saved model is, or the classifier of a saved defence: in a folder, or in the zoo.
+
+    Raises:
+        ValueError: the zoo has no such model.
+    """
     name = zoo_name(folder)
     if name is None:
-        return Path(folder)
+        return Path(folder) / "classifier" if classifier else Path(folder)
     from .. import zoo
 
-    return zoo.folder(name)
-
-
-def saved_classifier(folder: str | Path) -> Path:
-    """Where the classifier of a saved defence is: inside its folder, or in the zoo; ValueError if the zoo has none."""
-    name = zoo_name(folder)
-    if name is None:
-        return Path(folder) / "classifier"
-    from .. import zoo
-
-    return zoo.classifier_folder(name)
+    return zoo.classifier_folder(name) if classifier else zoo.folder(name)
 
 
 def is_named(classifier: str) -> bool:

@@ -15,7 +15,7 @@ import tyro
 
 from .._lock import folder_lock
 from .._validation import CudaGraphs, CudnnBenchmark, Norm, Precision
-from .classifiers import is_named, own_model, refuse_other_images, saved_classifier, saved_folder, zoo_name
+from .classifiers import is_named, own_model, refuse_other_images, saved_folder, zoo_name
 from .command import DataCommand
 from .run_file import ball_of_run, write_run_file
 
@@ -189,7 +189,7 @@ class Evaluate(DataCommand):
         if is_classifier(folder):
             model = load_classifier(folder).to(device)
         else:
-            base = load_classifier(saved_classifier(self.folder)).to(device)
+            base = load_classifier(saved_folder(self.folder, classifier=True)).to(device)
             model = load_defence(folder, base)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
