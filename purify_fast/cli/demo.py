@@ -14,7 +14,7 @@ class Demo(Command):
     """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was.
 
     Args:
-        out: Where models, reports and pictures are kept.
+        out: The folder for models, reports and pictures.
         quick: The same path in about a minute, with numbers that mean nothing; writes to OUT-quick.
         seed: Seed of everything random.
     """

@@ -26,7 +26,7 @@ class TrainGenerator(TrainPurifier):
     """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run.
 
     Args:
-        out: Where the run is kept: checkpoint, log, options and the defence.
+        out: The folder of the run, with its checkpoint, log, options and the defence.
         purifier: The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its
             attention 128.
         width: Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder
@@ -85,7 +85,7 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
     """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        out: Where the run is kept: checkpoint, log, options and the defence.
+        out: The folder of the run, with its checkpoint, log, options and the defence.
         init: A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from
             scratch.
     """

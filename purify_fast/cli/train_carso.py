@@ -25,7 +25,7 @@ class TrainCarso(FollowsRecipe, TrainPurifier):
     """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        out: Where the run is kept: checkpoint, log, options and the defence.
+        out: The folder of the run, with its checkpoint, log, options and the defence.
         init: A saved CARSO to start from, as when fine-tuning through the pipeline; it brings its sizes.
         layers: Modules of the classifier whose outputs form the representation; the default is for small_cnn.
         cond_dim: Numbers of the condition that the representation is compressed to.

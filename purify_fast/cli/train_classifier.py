@@ -26,7 +26,7 @@ class TrainClassifier(FreshClassifier):
     """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run.
 
     Args:
-        out: Where the run is kept: checkpoint, log, options and the classifier.
+        out: The folder of the run, with its checkpoint, log, options and the classifier.
     """
 
     called: ClassVar[str] = "train classifier"
@@ -58,7 +58,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     attacks and on which `train carso` and `train atop` build.
 
     Args:
-        out: Where the run is kept: checkpoint, log, options and the classifier.
+        out: The folder of the run, with its checkpoint, log, options and the classifier.
         standard_epochs: Epochs of the standard classifier's training; 100 are what a re-implementation of the paper
             says.
         layers: Modules whose outputs are the representation; default: the map before pooling.
