@@ -26,7 +26,6 @@ class TrainGenerator(TrainPurifier):
     """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and the defence.
         purifier: The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its
             attention 128.
         width: Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder
@@ -61,7 +60,7 @@ class TrainGenerator(TrainPurifier):
     method: AtopConfig = field(default_factory=AtopConfig.pretraining)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
 
-    def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._fingerprint import weights_fingerprint
         from ..methods.atop import Atop, AtopTask, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
@@ -85,7 +84,6 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
     """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and the defence.
         init: A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from
             scratch.
     """
@@ -112,12 +110,12 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
         )
         return super().superseded() | {_NETWORK + _TRANSFORM: message}
 
-    def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._fingerprint import weights_fingerprint
         from ..methods.atop import Atop, AtopTask
 
         if self.init is None:
-            return super().task(images, classifier)
+            return super().task_on(classifier, images)
         # pre-training saw no classifier, so that another than the saved one is as good
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:

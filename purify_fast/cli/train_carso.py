@@ -25,7 +25,6 @@ class TrainCarso(FollowsRecipe, TrainPurifier):
     """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and the defence.
         init: A saved CARSO to start from, as when fine-tuning through the pipeline; it brings its sizes.
         layers: Modules of the classifier whose outputs form the representation; the default is for small_cnn.
         cond_dim: Numbers of the condition that the representation is compressed to.
@@ -59,7 +58,7 @@ class TrainCarso(FollowsRecipe, TrainPurifier):
             return super().superseded() | {_SIZES: f"--init {self.init} brings its own sizes; leave out {{given}}"}
         return super().superseded()
 
-    def task(self, images: DataSet, classifier: nn.Module) -> CarsoTask:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._fingerprint import weights_fingerprint
         from ..methods.carso import Carso, CarsoTask
 

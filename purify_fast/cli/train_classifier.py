@@ -12,22 +12,33 @@ from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import ClassifierConfig, FitConfig
 from .classifiers import trained_classifier
 from .run_file import write_run_file
-from .training import FollowsRecipe, FreshClassifier, OnClassifier, finish_classifier, train
+from .training import FollowsRecipe, FreshClassifier, OnClassifier, Training
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
     from ..methods.recipe import Recipe
+    from ..training import Task
 
 
 @dataclass(frozen=True)
-class TrainClassifier(FreshClassifier):
-    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run.
+class ResultsInClassifier(Training):
+    """A command that trains a classifier."""
 
-    Args:
-        out: The folder of the run, with its checkpoint, log, options and the classifier.
-    """
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save the classifier, and print how it does on the held-out images."""
+        from ..evaluation import evaluate
+        from ..training import save_classifier
+
+        save_classifier(trained, self.out)
+        x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
+        print(evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name).to_text())
+
+
+@dataclass(frozen=True)
+class TrainClassifier(ResultsInClassifier, FreshClassifier):
+    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
 
     called: ClassVar[str] = "train classifier"
 
@@ -35,30 +46,23 @@ class TrainClassifier(FreshClassifier):
     method: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
-    def run(self) -> None:
+    def task(self, images: DataSet) -> Task:
         import torch
 
-        from .._process import processes
         from ..training import ClassifierTask
 
-        images = self.images_in_turn()
         torch.manual_seed(self.loop.seed)
-        model = self.fresh(images)
-        train(self, ClassifierTask(model, self.method), images, self.loop, out=self.out, title="classifier")
-        if processes()[0] == 0:
-            finish_classifier(model, images, self.out, self.method.attack.eps, "classifier")
-            print(f"saved to {self.out}")
+        return ClassifierTask(self.fresh(images), self.method)
 
 
 @dataclass(frozen=True)
-class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
+class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassifier):
     """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
 
     Without --classifier it trains a standard one first, to OUT/standard. It writes a classifier, which `evaluate`
     attacks and on which `train carso` and `train atop` build.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and the classifier.
         standard_epochs: Epochs of the standard classifier's training; 100 are what a re-implementation of the paper
             says.
         layers: Modules whose outputs are the representation; default: the map before pooling.
@@ -91,18 +95,14 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
         message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
         return super().superseded() | {("model", "width", "depth", "activation", "standard_epochs"): message}
 
-    def run(self) -> None:
+    def task(self, images: DataSet) -> Task:
         from .._process import processes
         from ..methods.arrest import ArrestTask
 
-        images = self.images_in_turn()
         task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        train(self, task, images, self.loop, out=self.out, title="arrest")
-        if processes()[0] == 0:
-            finish_classifier(task.result, images, self.out, self.method.attack.eps, "arrest")
-            print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+        return task
 
     def start(self, images: DataSet) -> nn.Module:
         """The standardly trained classifier."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..training import FitConfig
 from .classifiers import is_named, named_classifier, saved_folder, trained_classifier
 from .command import DataCommand
 from .run_file import ball_of_run, write_run_file
@@ -22,7 +23,54 @@ if TYPE_CHECKING:
     from ..defences.base import Defence
     from ..methods.purifier_task import PurifierTask
     from ..methods.recipe import Recipe
-    from ..training import FitConfig, Task, TrainingAttack
+    from ..training import Task, TrainingAttack
+
+
+@dataclass(frozen=True)
+class Training(DataCommand):
+    """A command that trains.
+
+    Args:
+        out: The folder of the run, with its checkpoint, log, options and what was trained.
+    """
+
+    out: Path = Path("runs")
+    method: Any = None
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=1))
+
+    @abstractmethod
+    def task(self, images: DataSet) -> Task:
+        """What is trained, with the weights that it starts from."""
+
+    @abstractmethod
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save what the training results in."""
+
+    def run(self) -> None:
+        from .._process import processes
+        from ..training import Callback, TrainingState, fit, summary
+
+        @cache
+        def write_once() -> None:
+            write_run_file(self, self.out)
+
+        class Begun(Callback):
+            """Writes the options as soon as the training has begun, and not before what would refuse it."""
+
+            def on_step(self, state: TrainingState) -> None:
+                write_once()
+
+            # a run that was finished before has no step
+            on_end = on_step
+
+        images, title = self.images_in_turn(), self.called.split()[-1]
+        task = self.task(images)
+        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, callbacks=[Begun()])
+        if processes()[0] == 0:
+            print(summary(last))
+            self.save(task.result, images)
+            attack = self.method.attack
+            print(self.attacked_by(self.out, attack.eps, attack.norm) if attack.eps > 0 else f"saved to {self.out}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +107,7 @@ class FreshClassifier(DataCommand):
 
 
 @dataclass(frozen=True)
-class FollowsRecipe(DataCommand):
+class FollowsRecipe(Training):
     """A command that trains by a published training, if one is named.
 
     Args:
@@ -111,7 +159,7 @@ class FollowsRecipe(DataCommand):
 
 
 @dataclass(frozen=True)
-class OnClassifier(DataCommand):
+class OnClassifier(Training):
     """A command that trains on a classifier.
 
     Args:
@@ -133,55 +181,28 @@ class TrainPurifier(OnClassifier):
     classifier: str = "runs/classifier"
 
     @abstractmethod
-    def task(self, images: DataSet, classifier: nn.Module) -> PurifierTask[Any]:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
         """The training of the defence."""
 
-    def run(self) -> None:
+    def task(self, images: DataSet) -> PurifierTask[Any]:
         import torch
 
-        from .._process import processes
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        if getattr(self.method, "attack_method", None) != "none":
+            say_other_ball(self.classifier, self.method.attack)
+        torch.manual_seed(self.loop.seed)
+        task = self.task_on(classifier, images)
+        if images.image_shape != task.defence.image_shape:
+            raise ValueError(
+                f"--data {self.data}: its images are {images.image_shape}, the purifier's {task.defence.image_shape}"
+            )
+        return task
+
+    def save(self, trained: Any, images: DataSet) -> None:
         from ..training import save_classifier
 
-        method, loop, out = (getattr(self, name) for name in ("method", "loop", "out"))
-        images = self.images_in_turn()
-        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
-        if getattr(method, "attack_method", None) != "none":
-            say_other_ball(self.classifier, method.attack)
-        torch.manual_seed(loop.seed)
-        task = self.task(images, classifier)
-        defence = task.defence
-        if images.image_shape != defence.image_shape:
-            raise ValueError(
-                f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
-            )
-        train(self, task, images, loop, out=out, title=self.called.split()[-1])
-        if processes()[0] == 0:
-            defence.save(out)
-            save_classifier(defence.classifier, out / "classifier")
-            print(self.attacked_by(out, method.attack.eps, method.attack.norm))
-
-
-def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, out: Path, title: str) -> None:
-    """Train, and print how it went; the run's options are written beside its log."""
-    from .._process import processes
-    from ..training import Callback, TrainingState, fit, summary
-
-    @cache
-    def write_once() -> None:
-        write_run_file(command, out)
-
-    class Begun(Callback):
-        """Writes the options as soon as the training has begun, and not before what would refuse it."""
-
-        def on_step(self, state: TrainingState) -> None:
-            write_once()
-
-        # a run that was finished before has no step
-        on_end = on_step
-
-    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[Begun()])
-    if processes()[0] == 0:
-        print(summary(last))
+        trained.save(self.out)
+        save_classifier(trained.classifier, self.out / "classifier")
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
@@ -215,12 +236,3 @@ def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
         f"{same} gives both the same",
         file=sys.stderr,
     )
-
-
-def finish_classifier(model: nn.Module, images: DataSet, out: Path, eps: float, name: str) -> None:
-    """Save a trained classifier, and print how it does on the held-out images."""
-    from ..evaluation import evaluate
-    from ..training import save_classifier
-
-    save_classifier(model, out)
-    print(evaluate(model, images.x_test[:], images.y_test, eps=eps, attacks=[], name=name).to_text())
