@@ -17,7 +17,7 @@ import tyro
 
 from .._lock import folder_lock
 from .._version import __version__
-from .command import Command, DataCommand, usable_device
+from .command import Command, usable_device
 from .demo import Demo
 from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
@@ -25,6 +25,7 @@ from .show import Info, ShowRecipe, ShowReport, Zoo
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
+from .training import Training
 from .tune import Tune
 
 __all__ = ["main"]
@@ -74,14 +75,13 @@ def _run(arguments: list[str]) -> None:
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        trains = command.called.startswith("train ")
-        if several > 1 and not trains:
+        if several > 1 and not isinstance(command, Training):
             raise ValueError(f"only train is shared by several processes, here {several}: run this in one")
         from ..speed.allocator import retain_freed_memory
         from ..training.distributed import own_device
 
         retain_freed_memory()
-        if isinstance(command, DataCommand) and trains:
+        if isinstance(command, Training):
             command = replace(command, device=own_device(usable_device(command.device)))
         # the first of several processes writes
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
