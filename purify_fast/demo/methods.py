@@ -1,4 +1,4 @@
-"""The models of the demonstration: how each is trained and attacked, and what is said of the numbers of each method.
+"""The models of the demonstration: how each is trained and attacked, and the sentences that follow from its numbers.
 
 CARSO stands on the adversarially trained base. AToP stands on the standard classifier: a purifier that was only
 pre-trained, one with the paper's objective, and one fine-tuned through the whole pipeline. ARREST finetunes the
