@@ -23,7 +23,7 @@ else
   carso=(--epochs 20)
 fi
 
-run() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m purify_fast.cli train "$@"; }
+run() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m purify_fast train "$@"; }
 
 run classifier "${options[@]}" "${classifier[@]}" --out "$OUT/classifier"
 run carso "${options[@]}" "${carso[@]}" --classifier "$OUT/classifier" --out "$OUT/carso"

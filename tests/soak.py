@@ -38,7 +38,7 @@ from purify_fast._files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "soak.md"
-PURIFY = [sys.executable, "-m", "purify_fast.cli"]
+PURIFY = [sys.executable, "-m", "purify_fast"]
 #: Facts that differ from run to run without being a result.
 NO_RESULTS = ("seconds", "images_per_second", "date")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]

@@ -1,3 +1,5 @@
+"""The demonstration: its sentences follow the numbers, its models are attacked alike, and its second process."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -10,86 +12,81 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from purify_fast.demo import arrest, atop, carso
-from purify_fast.demo.second_process import SecondProcess
-from purify_fast.demo.sentences import percent
-from purify_fast.demo.setting import LAYERS
-from purify_fast.demo.workspace import AUTOATTACK, BASE, QUICK, STANDARD, Budget, Workspace
+from purify_fast.demo import methods
+from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, FOLDERS
+from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS
+from purify_fast.demo.workspace import AUTOATTACK, BASE, QUICK, STANDARD, Budget, SecondProcess, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier
 
 N = 8
+COMPARED = (STANDARD, BASE, *ARREST_MODELS)
 
 
-def ones(n: int) -> list[int]:
-    return [1] * n + [0] * (N - n)
-
-
-def report(model: str, **rows: list[int]) -> Report:
-    made = Report()
-    for attack, mask in {"clean": ones(N), **rows}.items():
-        robust = np.array(mask, dtype=bool)
-        made.rows.append(Row(model, attack, "x", "random", robust, robust.mean(), robust.mean(), 1, 0, 0.0, "d"))
-    return made
+def report(model: str, **rows: int | list[int]) -> Report:
+    """A report of rows of N images, of which so many were classified right; a list says which."""
+    result = Report()
+    for attack, right in {"clean": N, **rows}.items():
+        robust = np.array([1] * right + [0] * (N - right) if isinstance(right, int) else right, dtype=bool)
+        result.rows.append(Row(model, attack, "x", "random", robust, robust.mean(), robust.mean(), 1, 0, 0.0, "d"))
+    return result
 
 
 def test_carsos_sentences_follow_the_numbers():
-    def made(model: str, robust: int, auto: int, **rows: list[int]) -> Report:
-        return report(model, worst=ones(robust), **{AUTOATTACK: ones(auto)}, **rows)
+    def reports(base: tuple[int, int], pipeline: tuple[int, int], reliable: bool) -> dict[str, Report]:
+        numbers = {BASE: base, methods.CARSO_OBJECTIVE: (1, 0), methods.CARSO_PIPELINE: pipeline}
+        result = {
+            name: report(name, worst=worst, **{AUTOATTACK: auto, methods.PEEL: 7})
+            for name, (worst, auto) in numbers.items()
+        }
+        result[methods.CARSO_OBJECTIVE].row(methods.PEEL).reliable = reliable
+        return result
 
-    reports = {
-        BASE: made(BASE, 3, 2),
-        carso.OBJECTIVE: made(carso.OBJECTIVE, 1, 0, **{carso.PEEL: ones(7)}),
-        carso.PIPELINE: made(carso.PIPELINE, 7, 1),
-    }
-    reports[carso.OBJECTIVE].row(carso.PEEL).reliable = False
-    text = "\n".join(carso.conclusion(reports, Budget()))
+    text = "\n".join(methods.conclude_carso(reports((3, 2), (7, 1), False), Budget()))
     assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text
     assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
     assert "-12.5 ± 11.7 points (n = 8, paired), no significant difference from its base" in text
-    reports[carso.OBJECTIVE].row(carso.PEEL).reliable = True
-    reports |= {carso.PIPELINE: made(carso.PIPELINE, 0, 0), BASE: made(BASE, 8, 8)}
-    text = "\n".join(carso.conclusion(reports, Budget()))
+    text = "\n".join(methods.conclude_carso(reports((8, 8), (0, 0), True), Budget()))
     assert "worse than its base" in text and "believable" in text
 
 
 def test_atops_sentences_follow_the_numbers():
-    numbers = {atop.BEFORE: (2, 1), atop.OBJECTIVE: (8, 1), atop.PIPELINE: (5, 7)}
+    rows = zip(ATOP_MODELS, ((2, 1), (8, 1), (5, 7)), strict=True)
     reports = {
-        name: report(name, **{atop.ALONE: ones(alone), atop.ADAPTIVE: ones(adaptive)})
-        for name, (alone, adaptive) in numbers.items()
+        name: report(name, **{methods.ALONE: alone, methods.ADAPTIVE: adaptive}) for name, (alone, adaptive) in rows
     }
-    before, objective, pipeline, _ = atop.conclusion(reports, Budget())
+    before, objective, pipeline, _ = methods.conclude_atop(reports, Budget())
     assert "25.0 ± 15.3 % when only its classifier is attacked, 12.5 ± 11.7 % when all of it is" in before
     assert "100.0 ± 0.0 % when only" in objective
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in objective
     assert "+0.0 ± 0.0 points (n = 8, paired), no significant difference from before" in objective
+    assert "62.5 ± 17.1 % when only" in pipeline
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in pipeline
-    assert percent(reports[atop.PIPELINE], atop.ALONE) == "62.5 ± 17.1 %"
 
 
 def test_arrests_sentences_follow_the_numbers():
-    numbers = {STANDARD: (0, 0), BASE: (4, 3), arrest.FINETUNED: (5, 2), arrest.ARREST: (6, 6), arrest.CARSO: (6, 4)}
-    reports = {
-        name: report(name, worst=ones(worst), **{AUTOATTACK: ones(auto)}) for name, (worst, auto) in numbers.items()
-    }
-    scratch, finetuned, whole, carso_on_it, _ = arrest.conclusion(reports, Budget())
+    rows = zip(COMPARED, ((0, 0), (4, 3), (5, 2), (6, 6), (6, 4)), strict=True)
+    reports = {name: report(name, worst=worst, **{AUTOATTACK: auto}) for name, (worst, auto) in rows}
+    scratch, finetuned, whole, carso_on_it, _ = methods.conclude_arrest(reports, Budget())
     assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
     assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), no significant difference from base (PGD-AT)" in finetuned
     assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
     assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
-
-
-def test_arrests_sums_are_of_one_set_of_images():
-    """Clean accuracy on all images is another number."""
-    clean, auto = [1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0]
-    rows = {"clean": clean, "worst": ones(2), AUTOATTACK: auto}
-    reports = {name: report(name, **rows) for name in arrest.COMPARED}
+    # a sum is of one set of images: clean accuracy on all of them is another number
+    few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
+    sentences = methods.conclude_arrest({name: report(name, **few) for name in COMPARED}, Budget())
     text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
-    text += " (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)"
-    sentences = arrest.conclusion(reports, Budget())
-    assert all(text in sentence for sentence in sentences[:4])
+    assert all(f"{text} (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)" in each for each in sentences[:4])
+
+
+def test_arrest_and_the_base_train_on_one_attack():
+    one, two = methods.ARREST_CONFIG.attack, BASE_TRAINING.attack
+    for epoch in (0, 9):
+        now, same = one.at_epoch(epoch, 10), two.at_epoch(epoch, 10)
+        assert now.eps == same.eps == (EPS / 2 if epoch == 0 else EPS)
+        assert now.step_size(now.eps) == pytest.approx(same.step_size(same.eps)) == pytest.approx(2 * now.eps / 7)
+    assert (one.eps, one.steps, one.eps_warmup, one.norm) == (two.eps, two.steps, two.eps_warmup, two.norm)
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
@@ -98,29 +95,29 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     few |= {"autoattack_images": 2, "autoattack_steps": 1, "autoattack_queries": 1}
     workspace = Workspace(tmp_path, replace(QUICK, **few), 0, progress=False)
     workspace.train_classifier(STANDARD)
-    for name in (BASE, arrest.FINETUNED, arrest.ARREST):
-        save_classifier(workspace.classifier(STANDARD), tmp_path / arrest._FOLDERS[name])
+    for name in (BASE, methods.FINETUNED, methods.ARREST):
+        save_classifier(workspace.classifier(STANDARD), tmp_path / FOLDERS[name])
     defence = Carso(workspace.classifier(STANDARD), LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
-    folder = tmp_path / arrest._FOLDERS[arrest.CARSO]
+    folder = tmp_path / FOLDERS[methods.CARSO_ON_ARREST]
     defence.save(folder)
     save_classifier(defence.classifier, folder / "classifier")
 
     for name in (STANDARD, BASE):
-        carso.attack(workspace, name)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
-    reports = {name: arrest.attack(workspace, name) for name in arrest.COMPARED}
-    for name in (STANDARD, BASE):  # nothing is attacked twice
-        rows = (tmp_path / arrest._FOLDERS[name]).rglob("rows/*")
-        assert {path: path.stat().st_mtime_ns for path in rows}.items() <= kept.items()
-    for name in arrest.COMPARED[:4]:
+        methods.attack(workspace, name)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
+    reports = {name: methods.attack(workspace, name, constant_step=False) for name in COMPARED}
+    # nothing is attacked twice
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}.items()
+    assert {path.parent for path in before} == {
+        path.parent for name in (STANDARD, BASE) for path in (tmp_path / FOLDERS[name]).rglob("rows/*")
+    }
+    for name in COMPARED[:4]:
         assert reports[name].row("worst").settings["over"] == ["PGD-2 ce", "PGD-2 dlr"]
-    for name in arrest.COMPARED[1:]:
-        assert reports[name].row(AUTOATTACK).n == 2
+    assert all(reports[name].row(AUTOATTACK).n == 2 for name in COMPARED[1:])
     # a random defence is attacked as it is, too, and that counts
-    found = reports[arrest.CARSO]
-    row = found.row("PGD-2 ce")
+    row = reports[methods.CARSO_ON_ARREST].row("PGD-2 ce")
     assert row.variant == "random" and row.settings["target"] == "defence" and row.n == 20
-    assert "PGD-2 ce" in found.row("worst").settings["over"]
+    assert "PGD-2 ce" in reports[methods.CARSO_ON_ARREST].row("worst").settings["over"]
 
 
 WORK = """
@@ -157,7 +154,8 @@ def workspace(tmp_path: Path) -> Workspace:
 def test_what_the_second_process_has_not_begun_is_done_here(work, workspace):
     with SecondProcess(workspace) as beside:
         beside(work.leave, "first")
-        beside(work.wait, "last")  # which only this process can leave
+        # which only this process can end
+        beside(work.wait, "last")
         for name in ("second", "third", "last"):
             beside(work.leave, name)
         work.wait(workspace, "first")
@@ -168,27 +166,23 @@ def test_what_the_second_process_has_not_begun_is_done_here(work, workspace):
     assert {path.name for path in workspace.out.iterdir()} == {"first", "second", "third", "last"}
 
 
-def test_the_second_process_fails_and_ends_with_the_first(work, workspace):
-    with pytest.raises(FloatingPointError, match="lost"), SecondProcess(workspace) as beside:
-        beside(work.fail)
-        beside.finish()
-    with pytest.raises(KeyboardInterrupt), SecondProcess(workspace) as beside:
-        beside(work.leave, "first")
-        beside(work.wait, "never")
-        work.wait(workspace, "first")
-        raise KeyboardInterrupt
-    assert not multiprocessing.active_children()
-
-
 def test_work_that_needs_other_work_waits_for_it(work, workspace):
     with SecondProcess(workspace) as beside:
         trained = beside(work.wait, "go")
-        beside(work.leave, "made", after=trained)
+        beside(work.leave, "done", after=trained)
         (workspace.out / "go").touch()
         beside.finish()
-        assert trained.done() and (workspace.out / "made").exists()
-    with SecondProcess(workspace) as beside, pytest.raises(FloatingPointError, match="lost"):
-        failing = beside(work.fail)
-        beside(work.leave, "never", after=failing)
+        assert trained.done() and (workspace.out / "done").exists()
+
+
+def test_the_second_process_fails_and_ends_with_the_first(work, workspace):
+    with pytest.raises(FloatingPointError, match="lost"), SecondProcess(workspace) as beside:
+        beside(work.leave, "never", after=beside(work.fail))
         beside.finish()
     assert not (workspace.out / "never").exists() or (workspace.out / "never").read_text().endswith("False")
+    with pytest.raises(KeyboardInterrupt), SecondProcess(workspace) as beside:
+        beside(work.leave, "first")
+        beside(work.wait, "never seen")
+        work.wait(workspace, "first")
+        raise KeyboardInterrupt
+    assert not multiprocessing.active_children()

@@ -9,7 +9,7 @@ from typing import Any
 from purify_fast import data, zoo
 from purify_fast._files import folder_lock
 from purify_fast.attacks.autoattack import implementation
-from purify_fast.cli.device import usable_device
+from purify_fast.cli.command import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
 from .cifar10.results import GIVEN, STEM, check_budget

@@ -10,45 +10,25 @@ import contextlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import make_dataclass, replace
 from typing import Annotated, Any, Union
 
 import tyro
 
 from .._files import folder_lock
 from .._version import __version__
-from .ablate import Ablate
-from .command import Command
-from .data_args import DataCommand
+from .command import Command, usable_device
 from .demo import Demo
-from .device import usable_device
 from .evaluate import Evaluate
-from .info import Info
-from .option_types import Refused
-from .parsing import cli, overlays, parse
-from .recipe import ShowRecipe
-from .report import ShowReport
-from .train_arrest import TrainArrest
+from .parsing import Refused, cli, overlays, parse
+from .show import Info, ShowRecipe, ShowReport, Zoo
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
-from .train_classifier import TrainClassifier
+from .train_classifier import Ablate, TrainArrest, TrainClassifier
+from .training import Training
 from .tune import Tune
-from .zoo import Zoo
 
 __all__ = ["main"]
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a classifier, or a defence on one; by torchrun on several GPUs or processors."""
-
-    what: (
-        Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
-        | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
-        | Annotated[TrainGenerator, tyro.conf.subcommand("generator")]
-        | Annotated[TrainAtop, tyro.conf.subcommand("atop")]
-        | Annotated[TrainArrest, tyro.conf.subcommand("arrest")]
-    )
 
 
 _KINDS: dict[str, type[Command]] = {
@@ -60,6 +40,12 @@ _KINDS: dict[str, type[Command]] = {
 }  # fmt: skip
 
 
+def _any_of(kinds: dict[str, type]) -> Any:
+    """The type of a command line that begins with one of these names."""
+    members = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
+    return Union[tuple(members)]  # noqa: UP007  # made of a list
+
+
 def _read(arguments: list[str]) -> Command:
     """The command that the words describe."""
     for length in (1, 2):
@@ -69,14 +55,15 @@ def _read(arguments: list[str]) -> Command:
     # --version prints and exits
     overlays().parse_known_args(arguments)
     # no command, or none of this name: the parser of all of them says which there are
-    top = [*dict.fromkeys(name.split()[0] for name in _KINDS)]
-    kinds: list[Any] = [Annotated[_KINDS.get(name, Train), tyro.conf.subcommand(name)] for name in top]
-    return cli(
-        Union[tuple(kinds)],  # noqa: UP007  # made of a list
-        arguments,
-        prog="purify-fast",
-        description="Adversarial purification: train, attack and judge defences of image classifiers.",
-    )
+    trains = {name.split()[1]: kind for name, kind in _KINDS.items() if name.startswith("train ")}
+    doc = {"__doc__": "Train a classifier, or a defence on one; by torchrun on several GPUs or processors."}
+    train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
+    top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
+    if arguments in ([], ["-h"], ["--help"]):
+        # without their options, whose reading takes as long as all the rest
+        top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
+    described = "Adversarial purification: train, attack and judge defences of image classifiers."
+    return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
 def _run(arguments: list[str]) -> None:
@@ -88,29 +75,22 @@ def _run(arguments: list[str]) -> None:
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        trains = command.called.startswith("train ")
-        if several > 1 and not trains:
+        if several > 1 and not isinstance(command, Training):
             raise ValueError(f"only train is shared by several processes, here {several}: run this in one")
         from ..speed.allocator import retain_freed_memory
         from ..training.distributed import own_device
 
         retain_freed_memory()
-        if isinstance(command, DataCommand) and trains:
+        if isinstance(command, Training):
             command = replace(command, device=own_device(usable_device(command.device)))
-        # the first of several processes writes; a model of the zoo or of the user's own is looked for before its folder
-        # is made, see `Evaluate.run`
-        elsewhere = _rank() > 0 or (isinstance(command, Evaluate) and not command.is_folder())
-        stack.enter_context(folder_lock(None if elsewhere else command.writes()))
+        # the first of several processes writes
+        stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
         command.run()
 
 
 def _rank() -> int:
-    """The number of this process among several."""
-    if "torch" not in sys.modules:
-        return 0
-    from .._process import processes
-
-    return processes()[0]
+    """The number of this process among several, as torchrun says it."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def _is_memory(error: RuntimeError) -> bool:
@@ -130,17 +110,14 @@ def _bug(error: Exception) -> int:
     # loaded where a model of the user's own was
     own = sys.modules.get("purify_fast.models.own")
     whose = "package" if own is None else own.raised_in(error)
+    texts = {
+        "own": "this error was raised in the code of your own model, in the lines above.",
+        "called by own": f"this error was raised in purify_fast {__version__}, which the code of your own model "
+        "called, in the lines above. Look at that call first. If it is right, this is an error in purify_fast.",
+        "package": f"this is an error in purify_fast {__version__}, and not of your making.",
+    }
     please = "Please report it with the lines above, the command line and what `purify-fast info --all` prints."
-    if whose == "own":
-        text = "this error was raised in the code of your own model, in the lines above"
-    elif whose == "called by own":
-        text = (
-            f"this error was raised in purify_fast {__version__}, which the code of your own model called, in the "
-            f"lines above. Look at that call first. If it is right, this is an error in purify_fast. {please}"
-        )
-    else:
-        text = f"this is an error in purify_fast {__version__}, and not of your making. {please}"
-    print(f"purify-fast: {text}", file=sys.stderr)
+    print(f"purify-fast: {texts[whose]}{'' if whose == 'own' else f' {please}'}", file=sys.stderr)
     return 1
 
 

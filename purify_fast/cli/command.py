@@ -1,37 +1,33 @@
-"""What the commands have in common."""
+"""What the commands have in common: options as the fields of a dataclass, the images, and the device."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .._validation import check_types
 
-
-@dataclass(frozen=True)
-class Superseded:
-    """Options that do not go with another one, which brings what they would set.
-
-    Args:
-        names: the options' names as fields.
-        message: what to say when one is given; ``{given}`` in it stands for the names of those that were.
-    """
-
-    names: tuple[str, ...]
-    message: str
+if TYPE_CHECKING:
+    from ..data import DataSet
 
 
 @dataclass(frozen=True)
 class Command(ABC):
-    """A command: its fields are its options."""
+    """A command: its fields are its options.
+
+    Args:
+        config: The run.yaml of an earlier run. It gives this command's defaults; options on the command line win over
+            them.
+    """
 
     #: how it is called, as in ``train carso``
     called: ClassVar[str]
 
     config: Path | None = None
-    """The run.yaml of an earlier run. It gives this command's defaults; options on the command line win over them."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -44,6 +40,96 @@ class Command(ABC):
         """The folder that the command writes, in which no other run may write meanwhile; None for none."""
         return getattr(self, "out", None)
 
-    def superseded(self) -> list[Superseded]:
-        """The options that others of this command's options make meaningless."""
-        return []
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        """Options that have no meaning beside others of this command, and the error for whoever gives one of them.
+
+        ``{given}`` in an error stands for the names of those that were given.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class DataCommand(Command):
+    """A command that reads images.
+
+    Args:
+        data: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, an .npz file with
+            x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/.
+        data_root: Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder.
+        download: Let torchvision download the official files if they are missing.
+        size: Height and width that images are resized and cropped to, before anything attacks them; one number for
+            both.
+        num_classes: Number of classes, for a data set whose images lack some of them; default: as many as the labels
+            say.
+        stream: Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller
+            GPU.
+        cache: Where an image folder's decoded images are kept; default: .purify_fast in that folder.
+        on_bad_image: What happens to an image folder's images that cannot be decoded: refuse names them, skip leaves
+            them out.
+        follow_links: Let an image folder's symbolic links lead out of it.
+        device: Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one.
+    """
+
+    data: str = "digits"
+    data_root: Path | None = field(
+        default_factory=lambda: Path(root) if (root := os.environ.get("PURIFY_FAST_DATA")) else None
+    )
+    download: bool = False
+    size: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    stream: bool = False
+    cache: Path | None = None
+    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    follow_links: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and (len(self.size) not in (1, 2) or min(self.size) < 1):
+            raise ValueError(f"--size must be one or two numbers of at least 1, got {' '.join(map(str, self.size))}")
+
+    def load_data(self) -> DataSet:
+        """The images, on the device."""
+        from ..data import load_dataset
+
+        device = usable_device(self.device)
+        passed_on = ("download", "stream", "cache", "on_bad_image", "follow_links")
+        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
+        size = None if self.size is None else (self.size[0], self.size[-1])
+        return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
+
+    def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
+        """The sentence that names the command that attacks what was trained here: the same images, the same ball."""
+        words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
+        if self.data_root is not None:
+            words += ["--data-root", str(self.data_root)]
+        if self.size is not None:
+            words += ["--size", *map(str, self.size)]
+        if self.num_classes is not None:
+            words += ["--num-classes", str(self.num_classes)]
+        words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])
+        return f"saved to {folder}; attack it with: {shlex.join(words)}"
+
+
+def usable_device(name: str) -> str:
+    """The device that an option names: "cuda" or "cpu" for "auto", any other as it is.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        why = "there is no GPU, or no driver for it" if torch.version.cuda else "this build of PyTorch is for CPUs"
+        raise ValueError(f"--device {name}: PyTorch finds no GPU here ({why}); use --device cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: this machine has none: {str(error).splitlines()[0]}") from error
+    return name

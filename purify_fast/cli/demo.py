@@ -11,16 +11,19 @@ from .command import Command
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was."""
+    """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was.
+
+    Args:
+        out: The folder for models, reports and pictures.
+        quick: The same path in about a minute, with numbers that mean nothing; writes to OUT-quick.
+        seed: Seed of everything random.
+    """
 
     called: ClassVar[str] = "demo"
 
     out: Path = Path("runs/demo")
-    """Where models, reports and pictures are kept."""
     quick: bool = False
-    """The same path in about a minute, with numbers that mean nothing; writes to OUT-quick."""
     seed: int = 0
-    """Seed of everything random."""
 
     def writes(self) -> Path:
         return self.out.with_name(self.out.name + "-quick") if self.quick else self.out

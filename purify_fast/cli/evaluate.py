@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 import warnings
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -12,19 +15,9 @@ import tyro
 
 from .._files import folder_lock
 from .._validation import CudaGraphs, CudnnBenchmark, Norm, Precision
-from .classifiers import (
-    is_named,
-    own_folder,
-    own_model,
-    own_name,
-    refuse_other_images,
-    saved_classifier,
-    saved_folder,
-    zoo_name,
-)
-from .config_file import ball_of_run, write_run_file
-from .data_args import DataCommand
-from .option_types import check_radius
+from .classifiers import is_named, own_model, refuse_other_images, saved_folder, zoo_name
+from .command import DataCommand
+from .run_file import ball_of_run, write_run_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,74 +25,84 @@ if TYPE_CHECKING:
     from ..data import DataSet
 
 
-#: The options that `purify_fast.evaluation.evaluate` has under the same names.
-_PASSED_ON = (
-    "protocol", "steps", "eot_iter", "n_eval", "batch_size", "max_forward_batch", "cuda_graphs", "cudnn_benchmark",
-    "seed",
-)  # fmt: skip
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 
 @dataclass(frozen=True)
 class Evaluate(DataCommand):
-    """Attack a saved classifier or defence, or a model of your own, on held-out images; writes a report. Resumes."""
+    """Attack a saved classifier or defence, or a model of your own, on held-out images; writes a report. Resumes.
+
+    Args:
+        folder: What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the
+            package. Or a function of yours without arguments that returns a module from images in [0, 1] to logits. It
+            is named as path/to/file.py:function or package.module:function, which is imported and run.
+        official: A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors
+            files of the purifier, and the file of its classifier. It needs --recipe.
+        recipe: Which published system --official holds. It brings the data set, K and the radius.
+        classifier_weights: The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of
+            which only tensors are read.
+        eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be
+            given.
+        norm: Norm of the ball; default: what FOLDER was trained at, or linf if eps is given.
+        protocol: Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's
+            engine; rand, its version for random defences; strong, what a careful attacker would do; official,
+            AutoAttack itself; authors, what those who published the defence ran, to compare with their numbers. The
+            last two need the package pyautoattack. A list of attacks of your own is given in Python.
+        images: Held-out images to attack: so many, chosen by the seed, equally many of every class up to one. Where
+            there are fewer, all of them are attacked, and the report says so.
+        steps: Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100.
+        eot_iter: Draws of the defence that each step averages over.
+        n_eval: Independent predictions of a random defence on each attacked image; it is robust if all of them are
+            right.
+        batch_size: Images that are attacked together.
+        max_forward_batch: Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets
+            which draws.
+        cuda_graphs: On a GPU, capture a step of an attack once and replay it: where launching takes longer than
+            computing (auto), wherever that is possible, or never.
+        cudnn_benchmark: On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last
+            bits from run to run; auto: unless the process asks for deterministic algorithms.
+        seed: Seed of everything random.
+        precision: tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a
+            slightly different function: images are rounded to 8 bits. The report says which it was.
+        out: Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation. Of a
+            model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has a sign of its
+            place behind the name.
+    """
 
     called: ClassVar[str] = "evaluate"
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
-    """What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the package.
-    Or a function of yours without arguments that returns a module from images in [0, 1] to logits.
-    It is named as path/to/file.py:function or package.module:function, which is imported and run."""
     official: Path | None = None
-    """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
-    purifier, and the file of its classifier. It needs --recipe."""
     recipe: Published | None = None
-    """Which published system --official holds. It brings the data set, K and the radius."""
     classifier_weights: Path | None = None
-    """The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of which only tensors are
-    read."""
     eps: float | None = None
-    """Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be given."""
     norm: Norm | None = None
-    """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
     protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
-    """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
-    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself; authors,
-    what those who published the defence ran, to compare with their numbers. The last two need the package pyautoattack.
-    A list of attacks of your own is given in Python."""
     images: int = 500
-    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one.
-    Where there are fewer, all of them are attacked, and the report says so."""
+    # from here to the seed, arguments of `purify_fast.evaluation.evaluate`
     steps: int = 100
-    """Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100."""
     eot_iter: int = 5
-    """Draws of the defence that each step averages over."""
     n_eval: int = 5
-    """Independent predictions of a random defence on each attacked image; it is robust if all of them are right."""
     batch_size: int = 250
-    """Images that are attacked together."""
     max_forward_batch: int | None = None
-    """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
     cuda_graphs: CudaGraphs = "auto"
-    """On a GPU, capture a step of an attack once and replay it: where launching takes longer than computing (auto),
-    wherever that is possible, or never."""
     cudnn_benchmark: CudnnBenchmark = "off"
-    """On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last bits from run to
-    run; auto: unless the process asks for deterministic algorithms."""
     seed: int = 0
-    """Seed of everything random."""
     precision: Precision = "float32"
-    """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
-    different function: images are rounded to 8 bits. The report says which it was."""
     out: Path | None = None
-    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation.
-    Of a model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has a sign of its place
-    behind the name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps is not None:
-            check_radius(self.eps, self.norm or "linf")
+        if self.eps is not None and not self.eps > 0:
+            raise ValueError(
+                f"--eps must be above 0, got {self.eps:g}: no image could be moved. Give a radius, such as 8/255"
+            )
+        if self.eps is not None and self.eps > 1 and self.norm in (None, "linf"):
+            raise ValueError(
+                f"--eps is in image units, at most 1 for linf, got {self.eps:g}: is {self.eps:g}/255 meant?"
+            )
+        if self.images < 1:
+            raise ValueError(f"--images must be at least 1, got {self.images}")
         if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
             raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
@@ -109,25 +112,34 @@ class Evaluate(DataCommand):
     @property
     def own(self) -> str | None:
         """The place of the user's function that makes the model; None for everything else."""
-        given = str(self.folder)
-        return given if self.official is None and is_named(given) else None
+        return str(self.folder) if self.official is None and is_named(str(self.folder)) else None
 
     @property
     def of_zoo(self) -> str | None:
         """The name of the model of the zoo; None for everything else."""
         return zoo_name(self.folder) if self.official is None else None
 
-    def writes(self) -> Path:
+    def writes(self) -> None:
+        """Nothing before the model is loaded: of one that is not there no folder is made."""
+
+    def report_folder(self) -> Path:
+        """Where the report goes."""
         if self.out is not None:
             return self.out
         if self.own is not None:
-            folder = Path("runs/own") / own_folder(self.own)
-        elif self.of_zoo is not None:
-            # the folder of a model of the zoo belongs to the installed package
-            folder = Path("runs/zoo") / self.of_zoo
-        else:
-            folder = self.official or self.folder
-        return folder / "evaluation"
+            return Path("runs/own") / (self.title() + _sign_of_place(self.own)) / "evaluation"
+        # the folder of a model of the zoo belongs to the installed package
+        place = self.official or self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo
+        return place / "evaluation"
+
+    def title(self) -> str:
+        """How the model is called in the report."""
+        if self.recipe is not None:
+            return f"CARSO, its authors' weights, {self.recipe}"
+        if self.own is None:
+            return self.of_zoo or self.folder.name
+        place, _, function = self.own.rpartition(":")
+        return f"{Path(place).stem if place.endswith('.py') else place}.{function}"
 
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
@@ -135,14 +147,13 @@ class Evaluate(DataCommand):
             return self.eps, self.norm or "linf"
         if self.own is not None:
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
-        ball = self.trained_ball()
+        where, ball = self.official or self.folder, self.trained_ball()
         if ball is None:
             raise ValueError(
-                f"--eps must be given, such as --eps 8/255: {self.folder} does not say what it was trained at, or was "
+                f"--eps must be given, such as --eps 8/255: {where} does not say what it was trained at, or was "
                 "trained on clean images"
             )
         if self.norm not in (None, ball[1]):
-            where = self.official or self.folder
             raise ValueError(f"--norm {self.norm} needs an --eps: {where} was trained at {ball[1]} {ball[0]:g}")
         return ball
 
@@ -158,12 +169,6 @@ class Evaluate(DataCommand):
             card = zoo.card(self.of_zoo)
             return card.eps, card.norm
         return ball_of_run(self.folder)
-
-    def title(self) -> str:
-        """How the model is called in the report."""
-        if self.recipe is not None:
-            return f"CARSO, its authors' weights, {self.recipe}"
-        return self.of_zoo or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
@@ -184,7 +189,7 @@ class Evaluate(DataCommand):
         if is_classifier(folder):
             model = load_classifier(folder).to(device)
         else:
-            base = load_classifier(saved_classifier(self.folder)).to(device)
+            base = load_classifier(saved_folder(self.folder, classifier=True)).to(device)
             model = load_defence(folder, base)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
@@ -193,8 +198,6 @@ class Evaluate(DataCommand):
         """The held-out images to attack, their labels, and what the report must say of the choice."""
         from ..data import balanced_subset
 
-        if self.images < 1:
-            raise ValueError(f"images must be at least 1, got {self.images}")
         count = len(images.y_test)
         if self.images >= count:
             fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
@@ -220,39 +223,37 @@ class Evaluate(DataCommand):
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
-        # the command line has locked the folder already where what is attacked is a folder itself
-        with folder_lock(None if self.is_folder() else self.writes()):
-            self.judge(model, base, images, eps, norm)
+        with folder_lock(self.report_folder()):
+            self.judge(model, base, images, eps=eps, norm=norm)
 
-    def is_folder(self) -> bool:
-        """Whether what is attacked is in a folder of the user's, which is there."""
-        return (self.official or self.folder).is_dir()
-
-    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, eps: float, norm: str) -> None:
-        """Attack a model, print the report and write it.
-
-        Args:
-            model: what is attacked.
-            base: the classifier without its defence; None where there is none.
-            images: of which the held-out ones are attacked.
-            eps: radius of the ball in image units.
-            norm: of the ball.
-        """
-        from ..attacks.arguments import read_norm
+    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, **ball: Any) -> None:
+        """Attack a model, or a defence with its undefended ``base``, within a ball; print the report and write it."""
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 
-        out = self.writes()
+        out = self.report_folder()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
             # at once, and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
-        options: dict[str, Any] = {name: getattr(self, name) for name in _PASSED_ON}
-        options |= {"eps": eps, "norm": read_norm(norm), "base": base, "out": out}
+        options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
+        options |= {**ball, "base": base, "out": out, "name": self.title(), "dataset_name": images.name}
         with float32_products(tf32=self.precision == "tf32"):
-            report = evaluate(model, x, y, name=self.title(), dataset_name=images.name, **options)
+            report = evaluate(model, x, y, **options)
         report.notes += notes
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.html, report.md, report.json and pictures")
+
+
+def _sign_of_place(spec: str) -> str:
+    """What tells files of one name in two folders apart, such as ``-1f0c2a9b``; empty for one in the working folder.
+
+    The place is taken from the working folder, so that both may be moved together.
+    """
+    place = spec.rpartition(":")[0]
+    file = os.path.relpath(Path(place).resolve(), Path.cwd().resolve())
+    if not place.endswith(".py") or file == Path(file).name:
+        return ""
+    return f"-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"

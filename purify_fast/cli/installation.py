@@ -15,6 +15,7 @@ import torch
 
 from .. import _library
 from .._version import __version__
+from ..evaluation.show.tables import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import cache, races
 from ..ops.dispatch.op import Call, Style
@@ -24,35 +25,31 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _cpu() -> str:
-    """The CPU's name, the instruction sets that kernels use where the system tells them, and the threads."""
-    path, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    words = path.read_text().split("\n\n")[0].split() if path.exists() else []
-    flags = f", {', '.join(flag for flag in _CPU_FLAGS if flag in words) or '-'}" if words else ""
-    return f"{cache.processor()}{flags}; {threads} thread{'s' if threads != 1 else ''}"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = [flag for flag in values.get("flags", "").split() if flag in _CPU_FLAGS]
+    name, threads = values.get("model name", platform.processor() or platform.machine()), torch.get_num_threads()
+    return f"{name}, {', '.join(flags) or '-'}; {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _gpu() -> str:
-    if not torch.cuda.is_available():
-        return "none"
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        gpus.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-    return "; ".join(gpus)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    told = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
+    return "; ".join(told) or "none"
 
 
 def _triton() -> str:
     """Its version, and what it lacks to build kernels."""
-    version, lacking = _version("triton"), cache.missing_compiler()
-    return f"{version}; WARNING: {lacking}" if lacking is not None and version != "not installed" else version
+    try:
+        version, lacking = importlib.metadata.version("triton"), cache.missing_compiler()
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    return version if lacking is None else f"{version}; WARNING: {lacking}"
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -65,13 +62,17 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
         return {}
 
 
-def _extension() -> str:
-    """Whether the extension is loaded, and of which version if that is not the package's."""
+def _extension() -> list[tuple[str, str]]:
     if not _library.loaded():
-        return f"not loaded: {_library.load_error}"
-    built = facts(_library.path).get("version", __version__)
-    other = f"; WARNING: the extension is of version {built}; {_library.BUILD_HINT}"
-    return "loaded" if built == __version__ else f"loaded{other}"
+        return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
+    build = facts(_library.path)
+    rows = [("extension", "loaded"), ("file", _library.path or "")]
+    if build:
+        rows.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
+    if build.get("version") != __version__:
+        stale = f"WARNING: the extension is of version {build.get('version')}; {_library.BUILD_HINT}"
+        rows.append(("", stale))
+    return rows
 
 
 def _device(kind: str) -> torch.device | None:
@@ -84,7 +85,7 @@ def _device(kind: str) -> torch.device | None:
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
     raced = device.type != "cuda" or torch.cuda.is_available()
-    known = races.calls(op, device, style) if raced else []
+    known = list(races.calls(op, device, style)) if raced else []
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
@@ -103,7 +104,6 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
 
 def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, str]:
     """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
-    device = _device(kind) or torch.device(kind)
     if op.kernel(kind) == "reference":
         missing = "plain layers, fused by torch.compile" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
@@ -111,6 +111,7 @@ def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, s
     if verdict is not None and not verdict.passed:
         why = f"the {verdict.backend} kernel is WRONG here: {verdict.words()}; please report it"
         return "reference", "reference", why
+    device = _device(kind) or torch.device(kind)
     (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
     words = [why] if inside == why else [f"eager calls: {why}", f"graphs: {inside}"]
     if op.kernel(kind) in f"{eager} {graph}":
@@ -118,12 +119,16 @@ def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, s
     return eager, graph, "; ".join(words)
 
 
-def _ops() -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "in graphs", "why")]
-    devices = {kind: _device(kind) for kind in ("cpu", "cuda")}
-    verdicts = {
-        kind: {} if device is None else by_op(known_verdicts(REGISTRY, device)) for kind, device in devices.items()
-    }
+def _verdicts(kind: str) -> dict[str, Verdict]:
+    """What is known of the kernels on this machine's device of a kind, by op."""
+    device = _device(kind)
+    return {} if device is None else by_op(known_verdicts(REGISTRY, device))
+
+
+def _ops() -> str:
+    """The table of who serves each op."""
+    body: list[tuple[str, ...]] = []
+    verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
     for op in REGISTRY.values():
         for kind, exists in op.available.items():
             try:
@@ -131,21 +136,24 @@ def _ops() -> list[tuple[str, ...]]:
                 cells = _state(op, kind, verdicts[kind]) if forced is None else (forced, forced, "forced")
             except RuntimeError as missing:
                 cells = ("nothing", "nothing", str(missing))
-            rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), *cells))
-    return rows
+            body.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), *cells))
+    return terminal_table(["op", "device", "exists", "serves", "in graphs", "why"], body, color=False)
 
 
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose cells stand below each other; the last column is as wide as it is.
-
-    Args:
-        rows: the head and the rows, with as many cells each.
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    ]
+def _served() -> list[tuple[str, str]]:
+    """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
+    lines: list[tuple[str, str]] = []
+    for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
+        if _device(kind) is None:
+            continue
+        verdicts = _verdicts(kind)
+        states = [_state(op, kind, verdicts)[0] for op in REGISTRY.values()]
+        kernels = sum(state != "reference" for state in states)
+        text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"
+        wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
+        text += f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
+        lines.append(("" if lines else "ops", text))
+    return lines
 
 
 def _raced(kind: str) -> str:
@@ -184,10 +192,9 @@ def other_copies() -> list[Path]:
 def copy() -> str:
     """Where the copy is that this describes, and which others it hides."""
     this = Path(__file__).resolve().parents[1]
-    hidden = other_copies()
-    if not hidden:
+    others = ", ".join(map(str, other_copies()))
+    if not others:
         return str(this)
-    others = ", ".join(map(str, hidden))
     if this.parent == Path.cwd():
         return (
             f"{this}, because it is in the current folder, where `python -m` looks first. It hides the copy in "
@@ -198,7 +205,7 @@ def copy() -> str:
 
 def report() -> str:
     """Versions, machine, build, environment, and the table op x backend, as text."""
-    build = facts(_library.path)
+    settings = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")]
     head = [
         ("purify_fast", __version__),
         ("this copy", copy()),
@@ -208,59 +215,32 @@ def report() -> str:
         ("platform", f"{platform.system()} {platform.machine()}"),
         ("CPU", _cpu()),
         ("GPU", _gpu()),
-        ("extension", _extension()),
-        ("file", _library.path or "none"),
+        *_extension(),
+        ("verdicts", f"{cache.folder()}; PURIFY_FAST_VERIFY={mode()}"),
+        ("races", _raced("cpu")),
+        ("", _raced("cuda")),
+        ("environment", " ".join(settings) or "no PURIFY_FAST_*"),
     ]
-    if build:
-        head.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
-    head.append(("verdicts", f"{cache.folder()}; PURIFY_FAST_VERIFY={mode()}"))
-    head += [("races" if kind == "cpu" else "", _raced(kind)) for kind in ("cpu", "cuda")]
-    settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
-    head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
-    return "\n".join([*_wrapped(head), "", *columns(_ops())])
-
-
-def _wrapped(head: list[tuple[str, str]]) -> list[str]:
-    """Lines of names and values below each other; long values go on in the next line."""
-    wrapper = textwrap.TextWrapper(110, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
-    lines = []
-    for name, value in head:
-        wrapper.initial_indent = name.ljust(14)
-        lines += wrapper.wrap(value)
-    return lines
+    return f"{_wrapped(head)}\n\n{_ops()}"
 
 
 def summary() -> str:
     """The same in a few lines: versions, the devices, how many ops kernels serve there, and what is wrong."""
+    triton = _triton()
     head = [
         ("purify_fast", f"{__version__}, with PyTorch {torch.__version__} and Python {platform.python_version()}"),
         ("this copy", copy()),
         ("CPU", _cpu()),
         ("GPU", _gpu()),
-        *([("Triton", _triton())] if "WARNING" in _triton() else []),
-        ("extension", _extension()),
+        *([("Triton", triton)] if "WARNING" in triton else []),
+        *((name, text) for name, text in _extension() if name in ("extension", "")),
         *_served(),
         ("more", "`purify-fast info --all` says who serves which op and why; `purify-fast tune` finds who is fastest"),
     ]
-    return "\n".join(_wrapped(head))
+    return _wrapped(head)
 
 
-def _served() -> list[tuple[str, str]]:
-    """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
-    lines: list[tuple[str, str]] = []
-    for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
-        device = _device(kind)
-        if device is None:
-            continue
-        verdicts = by_op(known_verdicts(REGISTRY, device))
-        states = [_state(op, kind, verdicts)[0] for op in REGISTRY.values()]
-        kernels = sum(state != "reference" for state in states)
-        text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"
-        wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
-        text += f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-        lines.append(("" if lines else "ops", text))
-    return lines
-
-
-if __name__ == "__main__":
-    print(report())
+def _wrapped(head: list[tuple[str, str]]) -> str:
+    """Names and values below each other; long values go on in the next line."""
+    unbroken = textwrap.TextWrapper(110, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(unbroken.fill(name.ljust(14) + value) for name, value in head)

@@ -1,21 +1,116 @@
-"""From the words of a command line to a command: recipes and ``--config`` give the defaults, options given here win."""
+"""From the words of a command line to a command: recipes and ``--config`` give the defaults, options given here win.
+
+Values are read as tyro reads them, but for three things:
+
+- Numbers may be fractions: ``--eps 8/255``.
+- The choice among words is left to the configuration that holds it, whose message names the option and what is
+  allowed. Norms are also taken as other packages write them, ``--norm Linf``.
+- A configuration that refuses its values is reported in its own words, without the parser's names for its parts.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
+from .._validation import Norm
 from .._version import __version__
-from . import config_file
+from . import run_file
 from .command import Command
 from .evaluate import Evaluate
-from .option_types import option_types
+from .run_file import number
 from .training import FollowsRecipe
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+class Refused(Exception):
+    """A configuration does not accept its values. No ValueError: the parser would wrap that in words of its own."""
+
+
+def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: number(words[0]),
+        is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        str_from_instance=lambda value: [f"{value:.6g}" if value == float(f"{value:.6g}") else str(value)],
+    )
+
+
+def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    allowed = get_args(info.type)
+    if get_origin(info.type) is not Literal or not all(isinstance(word, str) for word in allowed):
+        return None
+
+    def read(words: list[str]) -> str:
+        plain = words[0].lower().replace("-", "")
+        return plain if plain in allowed and plain in get_args(Norm) else words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(allowed) + "}",
+        instance_from_str=read,
+        is_instance=lambda value: value in allowed,
+        str_from_instance=lambda value: [value],
+    )
+
+
+class _RefusedInItsOwnWords:
+    """The rule for dataclasses: built as tyro does, but a ValueError becomes `Refused`."""
+
+    def __init__(self) -> None:
+        self.inside = False
+
+    def __call__(self, info: StructTypeInfo) -> StructConstructorSpec | None:
+        if self.inside or not dataclasses.is_dataclass(info.type):
+            return None
+        # tyro's own rule is looked up in the registry, which would come back here
+        self.inside = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            self.inside = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        build = spec.instantiate
+
+        @wraps(build)
+        def refusing(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return build(*args, **kwargs)
+            except ValueError as error:
+                raise Refused(str(error)) from error
+
+        return dataclasses.replace(spec, instantiate=refusing)
+
+
+def option_types() -> ConstructorRegistry:
+    """The rules above, for ``tyro.cli(registry=...)``."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_fractions)
+    registry.primitive_rule(_choices)
+    registry.struct_rule(_RefusedInItsOwnWords())
+    return registry
+
+
+def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
+    """``tyro.cli`` of a command's class, or of a union of several, with the rules above."""
+    return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
 
 
 def overlays() -> argparse.ArgumentParser:
@@ -30,62 +125,41 @@ def overlays() -> argparse.ArgumentParser:
 
 def _names(arguments: list[str]) -> set[str]:
     """The options among the words, by their names as fields."""
-    flags = [word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")]
-    return {name.removeprefix("no_") for name in flags} | set(flags)
+    flags = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    return flags | {name.removeprefix("no_") for name in flags}
 
 
-def refuse_superseded(command: Command, given: set[str]) -> None:
-    """ValueError if an option was given that another one makes meaningless.
-
-    Args:
-        command: the command with all of its options.
-        given: the names of the options that were given.
-    """
-    for rule in command.superseded():
-        if odd := [name for name in rule.names if name in given]:
-            raise ValueError(rule.message.format(given=", ".join(odd)))
-
-
-def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
-    """``tyro.cli`` with this command line's types.
-
-    Args:
-        kind: a command's class, or a union of several.
-        arguments: the words to read.
-        options: further arguments of ``tyro.cli``.
-    """
-    return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
+def _refuse_superseded(command: Command, given: set[str]) -> None:
+    """ValueError if one of the given options has no meaning beside another one of the command's."""
+    for names, message in command.superseded().items():
+        if odd := [name for name in names if name in given]:
+            raise ValueError(message.format(given=", ".join(odd)))
 
 
 def parse(kind: type[Command], arguments: list[str]) -> Command:
-    """The command that the words describe.
-
-    Args:
-        kind: its class.
-        arguments: the words behind its name.
+    """The command of a class that the words behind its name describe.
 
     Raises:
         ValueError: a recipe or a file that cannot be used, or options that do not go together.
         OSError: the file cannot be read.
+        Refused: a configuration does not accept a value.
         SystemExit: words that are no options or values of this command, or ``--help``.
     """
     prog = f"purify-fast {kind.called}"
-    options: dict[str, Any] = {}
-    read = overlays()
-    path = read.parse_known_args(arguments)[0].config
-    in_file = {} if path is None else config_file.options_of(path, kind)
-    file_words = config_file.words(in_file, kind)
-    chosen = read.parse_known_args(file_words + arguments)[0].recipe
-    if issubclass(kind, FollowsRecipe) and chosen not in (None, "None"):
-        official_code = read.parse_known_args(file_words + arguments)[0].official_code
-        options = {"default": kind.of_recipe(chosen, official_code)}
-    if kind is Evaluate and chosen not in (None, "None") and "data" not in {*in_file, *_names(arguments)}:
-        # a published system brings its data set
-        arguments = ["--data", chosen, *arguments]
+    path = overlays().parse_known_args(arguments)[0].config
+    in_file = {} if path is None else run_file.options_of(path, kind)
+    file_words = run_file.words(in_file, kind)
+    chosen = overlays().parse_known_args(file_words + arguments)[0]
+    default: dict[str, Any] = {}
+    if chosen.recipe not in (None, "None"):
+        if issubclass(kind, FollowsRecipe):
+            default = {"default": kind.of_recipe(chosen.recipe, chosen.official_code)}
+        elif kind is Evaluate and "data" not in {*in_file, *_names(arguments)}:
+            # a published system brings its data set
+            arguments = ["--data", chosen.recipe, *arguments]
     if file_words:
-        default = cli(kind, file_words, prog=f"{prog} --config {path}", **options)
-        refuse_superseded(default, set(in_file))
-        options = {"default": default}
-    command = cli(kind, arguments, prog=prog, **options)
-    refuse_superseded(command, _names(arguments))
+        default = {"default": cli(kind, file_words, prog=f"{prog} --config {path}", **default)}
+        _refuse_superseded(default["default"], set(in_file))
+    command = cli(kind, arguments, prog=prog, **default)
+    _refuse_superseded(command, _names(arguments))
     return command

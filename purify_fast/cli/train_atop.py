@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.atop import AtopConfig
 from ..training import FitConfig
-from .command import Superseded
 from .training import FollowsRecipe, TrainPurifier, saved_start
 
 if TYPE_CHECKING:
@@ -24,40 +23,44 @@ _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "sample
 
 @dataclass(frozen=True)
 class TrainGenerator(TrainPurifier):
-    """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run."""
+    """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run.
+
+    Args:
+        purifier: The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its
+            attention 128.
+        width: Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder
+            64).
+        residual: Let a small_generator correct the image in place of painting one.
+        weights: A checkpoint of deepfillv2-pytorch that a deepfill starts from; only tensors are read from it.
+        transform: rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes.
+        sigma: Standard deviation of the noise in image units.
+        block: Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height.
+        mask_ratio: Share of the blocks that rt1 and rt2 hide.
+        num_passes: Passes of rt3.
+        samples: Draws of noise and mask per prediction.
+        aggregation: How the draws become one prediction: mean of the logits, or logarithm of the mean of their softmax.
+        shared_mask: Draw one mask for the whole batch, as in the official code.
+    """
 
     called: ClassVar[str] = "train generator"
 
     out: Path = Path("runs/generator")
-    """Where the run is kept: checkpoint, log, options and the defence."""
     purifier: Literal["deepfill", "small_generator", "masked_autoencoder"] = "small_generator"
-    """The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its attention 128."""
     width: int | None = None
-    """Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder 64)."""
     residual: bool = False
-    """Let a small_generator correct the image in place of painting one."""
     weights: Path | None = None
-    """A checkpoint of deepfillv2-pytorch that a deepfill starts from; only tensors are read from it."""
     transform: Literal["rt1", "rt2", "rt3"] = "rt2"
-    """rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes."""
     sigma: float = 0.25
-    """Standard deviation of the noise in image units."""
     block: int | None = None
-    """Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height."""
     mask_ratio: float = 0.25
-    """Share of the blocks that rt1 and rt2 hide."""
     num_passes: int = 4
-    """Passes of rt3."""
     samples: int = 1
-    """Draws of noise and mask per prediction."""
     aggregation: Literal["mean", "mean_softmax"] = "mean"
-    """How the draws become one prediction: mean of the logits, or logarithm of the mean of their softmax."""
     shared_mask: bool = False
-    """Draw one mask for the whole batch, as in the official code."""
     method: AtopConfig = field(default_factory=AtopConfig.pretraining)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
 
-    def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
         from ..methods.atop import Atop, AtopTask, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
@@ -78,15 +81,18 @@ class TrainGenerator(TrainPurifier):
 
 @dataclass(frozen=True)
 class TrainAtop(FollowsRecipe, TrainGenerator):
-    """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes."""
+    """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
+
+    Args:
+        init: A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from
+            scratch.
+    """
 
     called: ClassVar[str] = "train atop"
     of: ClassVar[str] = "atop"
 
     out: Path = Path("runs/atop")
-    """Where the run is kept: checkpoint, log, options and the defence."""
     init: Path | None = Path("runs/generator")
-    """A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from scratch."""
     method: AtopConfig = field(default_factory=AtopConfig)
 
     @staticmethod
@@ -95,21 +101,21 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code)
 
-    def superseded(self) -> list[Superseded]:
+    def superseded(self) -> dict[tuple[str, ...], str]:
         if self.init is None:
             return super().superseded()
         message = (
             f"--init {self.init} brings its own network and transform; leave out {{given}}, or start from scratch with "
             "--init None"
         )
-        return [*super().superseded(), Superseded(_NETWORK + _TRANSFORM, message)]
+        return super().superseded() | {_NETWORK + _TRANSFORM: message}
 
-    def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
         from ..methods.atop import Atop, AtopTask
 
         if self.init is None:
-            return super().task(images, classifier)
+            return super().task_on(classifier, images)
         # pre-training saw no classifier, so that another than the saved one is as good
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:

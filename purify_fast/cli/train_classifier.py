@@ -1,36 +1,172 @@
-"""``purify-fast train classifier``."""
+"""``purify-fast train classifier``, ``purify-fast train arrest`` and ``purify-fast ablate arrest``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import tyro
+
+from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import ClassifierConfig, FitConfig
-from .training import FreshClassifier, finish_classifier, train
+from .classifiers import trained_classifier
+from .run_file import write_run_file
+from .training import FollowsRecipe, FreshClassifier, OnClassifier, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..methods.base import Recipe
+    from ..training import Task
 
 
 @dataclass(frozen=True)
-class TrainClassifier(FreshClassifier):
+class ResultsInClassifier(Training):
+    """A command that trains a classifier."""
+
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save the classifier, and print how it does on the held-out images."""
+        from ..evaluation import evaluate
+        from ..training import save_classifier
+
+        save_classifier(trained, self.out)
+        x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
+        print(evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name).to_text())
+
+
+@dataclass(frozen=True)
+class TrainClassifier(ResultsInClassifier, FreshClassifier):
     """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
 
     called: ClassVar[str] = "train classifier"
 
     out: Path = Path("runs/classifier")
-    """Where the run is kept: checkpoint, log, options and the classifier."""
     method: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
-    def run(self) -> None:
+    def task(self, images: DataSet) -> Task:
+        import torch
+
+        from ..training import ClassifierTask
+
+        torch.manual_seed(self.loop.seed)
+        return ClassifierTask(self.fresh(images), self.method)
+
+
+@dataclass(frozen=True)
+class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassifier):
+    """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
+
+    Without --classifier it trains a standard one first, to OUT/standard. It writes a classifier, which `evaluate`
+    attacks and on which `train carso` and `train atop` build.
+
+    Args:
+        standard_epochs: Epochs of the standard classifier's training; 100 are what a re-implementation of the paper
+            says.
+        layers: Modules whose outputs are the representation; default: the map before pooling.
+        keep_teacher: Read the old representation of all images once and hold it in memory; not with augmentation.
+    """
+
+    called: ClassVar[str] = "train arrest"
+    of: ClassVar[str] = "arrest"
+
+    out: Path = Path("runs/arrest")
+    standard_epochs: int = 100
+    layers: tuple[str, ...] = ()
+    keep_teacher: bool = False
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_teacher and (self.loop.padding or self.loop.flip):
+            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+
+    @staticmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        network = recipe.part("classifier")
+        return {"model": network.pop("name"), **network}
+
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        if self.classifier is None:
+            return super().superseded()
+        message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
+        return super().superseded() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+
+    def task(self, images: DataSet) -> Task:
+        from .._process import processes
+        from ..methods.arrest import ArrestTask
+
+        task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
+        if self.keep_teacher and task.teacher is not None:
+            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
+        return task
+
+    def start(self, images: DataSet) -> nn.Module:
+        """The standardly trained classifier."""
         import torch
 
         from .._process import processes
-        from ..training import ClassifierTask
+        from ..methods.arrest import Teacher
+        from ..models.classifiers import representation_before_pooling
+        from ..training import ClassifierTask, fit, save_classifier
+
+        if self.classifier is not None:
+            return trained_classifier(self.classifier, self.classifier_weights, images)
+        self.refuse_another_run()
+        torch.manual_seed(self.loop.seed)
+        model, folder = self.fresh(images), self.out / "standard"
+        # layers that are not there are refused before anything is trained
+        Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
+        task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
+        fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
+        if processes()[0] == 0:
+            save_classifier(model, folder)
+        return model
+
+    def refuse_another_run(self) -> None:
+        """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
+        from ..training.checkpoint import last_checkpoint
+        from ..training.config import settings
+        from ..training.run import loop_facts, refuse_another
+
+        checkpoint, attack = last_checkpoint(self.out), self.method.attack
+        if checkpoint is None:
+            return
+        wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
+        wanted["alpha"] = attack.step_size(attack.eps)
+        refuse_another(self.out, {name: checkpoint["facts"].get(name) for name in wanted}, wanted)
+
+
+@dataclass(frozen=True)
+class Ablate(FreshClassifier):
+    """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
+
+    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus). --epochs
+    are those of finetuning: the standard classifier and training from scratch have --standard-epochs, --scratch-epochs.
+
+    Args:
+        what: The method whose parts are compared.
+        out: Where the table, the plot and a folder for each row are kept.
+    """
+
+    called: ClassVar[str] = "ablate"
+
+    what: tyro.conf.Positional[Literal["arrest"]] = "arrest"
+    out: Path = Path("runs/ablation")
+    rows: AblationConfig = field(default_factory=AblationConfig)
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def run(self) -> None:
+        from ..methods.arrest import ablate
 
         images = self.load_data()
-        torch.manual_seed(self.loop.seed)
-        model = self.fresh(images)
-        train(self, ClassifierTask(model, self.method), images, self.loop, out=self.out, title="classifier")
-        if processes()[0] == 0:
-            finish_classifier(model, images, self.out, self.method.attack.eps, "classifier")
-            print(f"saved to {self.out}")
+        table, *others = ablate(
+            lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out
+        )
+        write_run_file(self, self.out)
+        print(table.read_text())
+        print(f"written: {table}, {' and '.join(path.name for path in others)} beside it; rows in folders there")

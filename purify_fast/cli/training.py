@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .classifiers import fresh_classifier, is_named, saved_folder, trained_classifier
-from .command import Superseded
-from .config_file import RunFile, ball_of_run
-from .data_args import DataCommand
+from ..training import FitConfig
+from .classifiers import is_named, named_classifier, saved_folder, trained_classifier
+from .command import DataCommand
+from .run_file import ball_of_run, write_run_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,41 +22,105 @@ if TYPE_CHECKING:
     from ..data import DataSet
     from ..defences.base import Defence
     from ..methods.base import PurifierTask, Recipe
-    from ..training import FitConfig, Task, TrainingAttack
+    from ..training import Task, TrainingAttack
+
+
+@dataclass(frozen=True)
+class Training(DataCommand):
+    """A command that trains.
+
+    Args:
+        out: The folder of the run, with its checkpoint, log, options and what was trained.
+    """
+
+    out: Path = Path("runs")
+    method: Any = None
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=1))
+
+    @abstractmethod
+    def task(self, images: DataSet) -> Task:
+        """What is trained, with the weights that it starts from."""
+
+    @abstractmethod
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save what the training results in."""
+
+    def run(self) -> None:
+        from .._process import processes
+        from ..training import Callback, TrainingState, fit, summary
+
+        @cache
+        def write_once() -> None:
+            write_run_file(self, self.out)
+
+        class Begun(Callback):
+            """Writes the options as soon as the training has begun, and not before what would refuse it."""
+
+            def on_step(self, state: TrainingState) -> None:
+                write_once()
+
+            # a run that was finished before has no step
+            on_end = on_step
+
+        images, title = self.load_data(), self.called.split()[-1]
+        task = self.task(images)
+        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, callbacks=[Begun()])
+        if processes()[0] == 0:
+            print(summary(last))
+            self.save(task.result, images)
+            attack = self.method.attack
+            print(self.attacked_by(self.out, attack.eps, attack.norm) if attack.eps > 0 else f"saved to {self.out}")
 
 
 @dataclass(frozen=True)
 class FreshClassifier(DataCommand):
-    """A command that makes a classifier with fresh weights."""
+    """A command that makes a classifier with fresh weights.
+
+    Args:
+        model: The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+            timm:NAME or package.module:function.
+        width: Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10).
+        depth: Layers of a wide_resnet (28).
+        activation: Activation of a wide_resnet (silu).
+    """
 
     model: str = "small_cnn"
-    """The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME, timm:NAME
-    or package.module:function."""
     width: int | None = None
-    """Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
-    """Layers of a wide_resnet (28)."""
     activation: Literal["silu", "relu"] | None = None
-    """Activation of a wide_resnet (silu)."""
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device."""
-        return fresh_classifier(self.model, images, width=self.width, depth=self.depth, activation=self.activation)
+        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
+        from ..data import statistics
+        from ..models.classifiers import build_classifier
+
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
+        if is_named(self.model):
+            for name, value in sizes.items():
+                if value is not None:
+                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
+            return named_classifier(self.model, None, images)
+        mean, std = statistics(images.x_train)
+        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
+        return model.to(images.y_train.device)
 
 
 @dataclass(frozen=True)
-class FollowsRecipe(DataCommand):
-    """A command that trains by a published training, if one is named."""
+class FollowsRecipe(Training):
+    """A command that trains by a published training, if one is named.
+
+    Args:
+        recipe: A published training of this method, such as `purify-fast recipe` lists; its numbers become this
+            command's defaults.
+        official_code: With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast
+            recipe NAME` says where.
+    """
 
     #: the method's name
     of: ClassVar[str]
 
     recipe: str | None = None
-    """A published training of this method, such as `purify-fast recipe` lists; its numbers become this command's
-    defaults."""
     official_code: bool = False
-    """With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast recipe NAME` says
-    where."""
 
     @classmethod
     def of_recipe(cls, name: str, official_code: bool) -> Self:
@@ -63,13 +128,8 @@ class FollowsRecipe(DataCommand):
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)
-        options = {
-            "recipe": published.name,
-            "official_code": official_code,
-            "data": published["data.name"],
-            "method": published.config(official_code),
-            "loop": published.loop(official_code),
-        }
+        options = {"method": published.config(official_code), "loop": published.loop(official_code)}
+        options |= {"recipe": published.name, "official_code": official_code, "data": published["data.name"]}
         return cls(**options, **cls.sizes_of(published, official_code))
 
     @staticmethod
@@ -83,10 +143,8 @@ class FollowsRecipe(DataCommand):
 
         return None if self.recipe is None else recipe(self.recipe, self.of)
 
-    def superseded(self) -> list[Superseded]:
-        if self.recipe is not None:
-            return []
-        return [Superseded(("official_code",), "--official-code is of a --recipe: name one")]
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        return {("official_code",): "--official-code is of a --recipe: name one"} if self.recipe is None else {}
 
     def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
@@ -100,70 +158,60 @@ class FollowsRecipe(DataCommand):
 
 
 @dataclass(frozen=True)
-class TrainPurifier(DataCommand):
+class OnClassifier(Training):
+    """A command that trains on a classifier.
+
+    Args:
+        classifier: A folder that `train classifier` or `train arrest` wrote, or zoo:NAME; or a classifier by name:
+            torchvision:resnet18, timm:resnet18, or package.module:function of yours.
+        classifier_weights: Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are
+            read; or what the library calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained
+            of timm.
+    """
+
+    classifier: str | None = None
+    classifier_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainPurifier(OnClassifier):
     """A command that trains a defence's purifier on a classifier, which stays as it is."""
 
     classifier: str = "runs/classifier"
-    """A folder that `train classifier` or `train arrest` wrote; or a classifier by name:
-    torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
-    classifier_weights: str | None = None
-    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
-    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
 
     @abstractmethod
-    def task(self, images: DataSet, classifier: nn.Module) -> PurifierTask[Any]:
+    def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
         """The training of the defence."""
 
-    def run(self) -> None:
+    def task(self, images: DataSet) -> PurifierTask[Any]:
         import torch
 
-        from .._process import processes
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        if getattr(self.method, "attack_method", None) != "none":
+            say_other_ball(self.classifier, self.method.attack)
+        torch.manual_seed(self.loop.seed)
+        task = self.task_on(classifier, images)
+        if images.image_shape != task.defence.image_shape:
+            raise ValueError(
+                f"--data {self.data}: its images are {images.image_shape}, the purifier's {task.defence.image_shape}"
+            )
+        return task
+
+    def save(self, trained: Any, images: DataSet) -> None:
         from ..training import save_classifier
 
-        method, loop, out = (getattr(self, name) for name in ("method", "loop", "out"))
-        images = self.load_data()
-        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
-        if getattr(method, "attack_method", None) != "none":
-            say_other_ball(self.classifier, method.attack)
-        torch.manual_seed(loop.seed)
-        task = self.task(images, classifier)
-        defence = task.defence
-        if images.image_shape != defence.image_shape:
-            raise ValueError(
-                f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
-            )
-        if images.num_classes > defence.num_classes:
-            raise ValueError(
-                f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
-            )
-        train(self, task, images, loop, out=out, title=self.called.split()[-1])
-        if processes()[0] == 0:
-            defence.save(out)
-            save_classifier(defence.classifier, out / "classifier")
-            print(self.attacked_by(out, method.attack.eps, method.attack.norm))
-
-
-def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, out: Path, title: str) -> None:
-    """Train, and print how it went; the run's options are written beside its log."""
-    from .._process import processes
-    from ..training import fit, summary
-
-    callbacks = [RunFile(command, out)]
-    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=callbacks)
-    if processes()[0] == 0:
-        print(summary(last))
+        trained.save(self.out)
+        save_classifier(trained.classifier, self.out / "classifier")
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
     """The defence of a kind in a folder, to start from; ValueError if there is something else."""
     from ..methods.loading import load_defence
-    from ..training.checkpoint import read_model
 
-    saved = read_model(folder)[0]["kind"]
-    if saved != kind.__name__:
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise ValueError(f"{folder} holds a {saved!r}, not {article} {kind.__name__}")
-    return load_defence(folder, classifier, check=check)
+    defence = load_defence(folder, classifier, check=check)
+    if not isinstance(defence, kind):
+        raise ValueError(f"{folder} holds a defence of the kind {type(defence).__name__}, not {kind.__name__}")
+    return defence
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
@@ -187,12 +235,3 @@ def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
         f"{same} gives both the same",
         file=sys.stderr,
     )
-
-
-def finish_classifier(model: nn.Module, images: DataSet, out: Path, eps: float, name: str) -> None:
-    """Save a trained classifier, and print how it does on the held-out images."""
-    from ..evaluation import evaluate
-    from ..training import save_classifier
-
-    save_classifier(model, out)
-    print(evaluate(model, images.x_test[:], images.y_test, eps=eps, attacks=[], name=name).to_text())

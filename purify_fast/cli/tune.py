@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .._files import FolderInUse, folder_lock
-from .command import Command
-from .device import usable_device
+from .command import Command, usable_device
 
 if TYPE_CHECKING:
-    import torch
-
     from ..ops.dispatch.tune import Tuned
 
 
@@ -24,20 +20,22 @@ class Tune(Command):
 
     Every kernel is verified first. The times are kept for this device and these versions, in the folder that `info`
     names. Run it on a machine that does nothing else.
+
+    Args:
+        device: The device whose kernels are raced: cpu, or cuda; auto takes a GPU if there is one.
+        full: Race them inside graphs of torch.compile too, which takes minutes more to compile; see --minutes.
+        ops: The ops to race, by the names that `info` lists; default: all that have a kernel there.
+        again: Race again also what is known of this device and of these versions, which is skipped by default.
+        minutes: After so long no race begins, and those left out are named; default: 4.5, and 30 with --full.
     """
 
     called: ClassVar[str] = "tune"
 
     device: str = "auto"
-    """The device whose kernels are raced: cpu, or cuda; auto takes a GPU if there is one."""
     full: bool = False
-    """Race them inside graphs of torch.compile too, which takes minutes more to compile; see --minutes."""
     ops: tuple[str, ...] = ()
-    """The ops to race, by the names that `info` lists; default: all that have a kernel there."""
     again: bool = False
-    """Race again also what is known of this device and of these versions, which is skipped by default."""
     minutes: float | None = None
-    """After so long no race begins, and those left out are named; default: 4.5, and 30 with --full."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +46,7 @@ class Tune(Command):
         import torch
         from tqdm import tqdm
 
+        from ..ops.dispatch.cache import file_of
         from ..ops.dispatch.registry import forced_backends
         from ..ops.dispatch.tune import tune
         from ..speed.graphs.cuda_capture import CudaCapture
@@ -58,18 +57,25 @@ class Tune(Command):
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         minutes = self.minutes if self.minutes is not None else 30.0 if self.full else 4.5
-        with tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        with contextlib.ExitStack() as stack:
+            try:
+                # another process that races this device's kernels would slow both
+                stack.enter_context(folder_lock(file_of("raced", device).with_suffix("")))
+            except FolderInUse:
+                raise
+            except (OSError, ValueError):
+                # a folder that cannot be written is refused by the race, which says how to name another
+                pass
+            bar = stack.enter_context(tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}"))
 
             def tell(share: float, what: str) -> None:
                 bar.n = round(100 * share)
                 bar.set_description(what[:60], refresh=True)
 
-            with alone(device):
-                capture = CudaCapture() if device.type == "cuda" else None
-                tuned = tune(
-                    device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture,
-                    tell=tell,
-                )  # fmt: skip
+            capture = CudaCapture() if device.type == "cuda" else None
+            tuned = tune(
+                device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture, tell=tell
+            )
             tell(1.0, "raced")
         print(text(tuned))
         if forced_backends():
@@ -78,36 +84,9 @@ class Tune(Command):
             )
 
 
-@contextlib.contextmanager
-def alone(device: torch.device) -> Iterator[None]:
-    """Within the block no other process races this device's kernels for the same folder: each would slow the other.
-
-    Args:
-        device: whose kernels are raced.
-
-    Raises:
-        FolderInUse: another process races them; the message names it.
-    """
-    from ..ops.dispatch.cache import file_of
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(folder_lock(file_of("raced", device).with_suffix("")))
-        except FolderInUse:
-            raise
-        except (OSError, ValueError):
-            # a folder that cannot be written is refused by the race, which says how to name another
-            pass
-        yield
-
-
 def text(tuned: Tuned) -> str:
-    """What the command prints.
-
-    Args:
-        tuned: what the races measured.
-    """
-    from .installation import columns
+    """What the command prints of the races that were run."""
+    from ..evaluation.show.tables import terminal_table
 
     races = sum(len(rows) for rows in tuned.rows.values())
     lines = [f"{races} races of {len(tuned.rows)} ops in {tuned.seconds:.0f} s; kept in {tuned.path}"]
@@ -124,12 +103,14 @@ def text(tuned: Tuned) -> str:
     if not tuned.changes:
         return "\n".join([*lines, "", "Nothing changes: what served before is not behind."])
     groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
-    for one in tuned.changes:
-        groups.setdefault((one.op, one.call.style, one.before, one.after), []).append((one.call.cell, one.gain))
-    rows: list[tuple[str, ...]] = [("op", "in", "served before", "serves now", "kernel's speed", "calls")]
-    for (op, style, before, after), each in groups.items():
-        gains = [gain for _, gain in each]
-        speed = f"{min(gains):.2g} to {max(gains):.2g} times" if len(gains) > 1 else f"{gains[0]:.2g} times"
-        where = "eager calls" if style == "eager" else "graphs"
-        rows.append((op, where, before, after, speed, ", ".join(calls for calls, _ in each)))
-    return "\n".join([*lines, "", *columns(rows)])
+    for change in tuned.changes:
+        where = "eager calls" if change.call.style == "eager" else "graphs"
+        calls = groups.setdefault((change.op, where, change.before, change.after), [])
+        calls.append((change.call.cell, change.gain))
+    body = []
+    for group, calls in groups.items():
+        least, most = (f"{limit(gain for _, gain in calls):.2g}" for limit in (min, max))
+        speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
+        body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
+    head = ["op", "in", "served before", "serves now", "kernel's speed", "calls"]
+    return "\n".join([*lines, "", terminal_table(head, body, color=False)])

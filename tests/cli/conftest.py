@@ -7,20 +7,29 @@ from purify_fast import cli
 
 
 @pytest.fixture(scope="session")
-def bars(tmp_path_factory):
-    """A data set of a user's own: two classes, grey, 16 x 16."""
-    path, state = tmp_path_factory.mktemp("bars") / "bars.npz", np.random.RandomState(0)
+def write_bars():
+    """Writes a data set of a user's own: two classes, grey, one light in its upper half and one in its lower half."""
 
-    def split(n):
-        y = np.arange(n) % 2
-        x = state.randint(0, 120, (n, 16, 16))
-        x[y == 0, :8] += 100
-        x[y == 1, 8:] += 100
-        return x.astype(np.uint8), y
+    def write(path, count, held_out, height, width):
+        state = np.random.RandomState(0)
 
-    (x, y), (x_test, y_test) = split(32), split(8)
-    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
-    return str(path)
+        def split(n):
+            y = np.arange(n) % 2
+            x = state.randint(0, 120, (n, height, width))
+            x[y == 0, : height // 2] += 100
+            x[y == 1, height // 2 :] += 100
+            return x.astype(np.uint8), y
+
+        (x, y), (x_test, y_test) = split(count), split(held_out)
+        np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bars(tmp_path_factory, write_bars):
+    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz", 32, 8, 16, 16)
 
 
 @pytest.fixture

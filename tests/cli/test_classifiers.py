@@ -121,7 +121,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
     assert code == 2 and "the size of torchvision:shufflenet_v2_x0_5 is in its name" in printed
     for model, message in (
         ("resnet", "torchvision has no classifier 'resnet'"),
-        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 16x16: "),
+        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 1x16x16 of bars: "),
     ):
         code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
         assert code == 2 and message in printed
@@ -216,8 +216,9 @@ def test_without_timm_it_says_how_to_get_it():
 
 
 def test_only_the_first_process_prints(bars, tmp_path, monkeypatch, capsys):
-    # what the second of two processes does with a training that is over
+    # what the second of two processes does with a training that is over; the command imports both names when it runs
     monkeypatch.setattr("purify_fast.training.fit", lambda *args, **options: {"loss": 1.0})
+    monkeypatch.setattr("purify_fast.training.distributed.in_turn", lambda load: load())
     monkeypatch.setattr("purify_fast._process.processes", lambda: (1, 2))
     words = ["--data", bars, "--out", str(tmp_path / "out"), "--device", "cpu", "--width", "2", "--epochs", "1"]
     code = cli.main(["train", "classifier", *words, "--steps", "1", "--batch-size", "16", "--eps", "0.1"])

@@ -20,20 +20,8 @@ from purify_fast.training import load_classifier
 
 
 @pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "bars.npz"
-    state = np.random.RandomState(0)
-
-    def split(n):
-        y = np.arange(n) % 2
-        x = state.randint(0, 120, (n, 12, 8))
-        x[y == 0, :6] += 100
-        x[y == 1, 6:] += 100
-        return x.astype(np.uint8), y
-
-    (x, y), (x_test, y_test) = split(128), split(24)
-    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
-    return str(path)
+def npz(tmp_path_factory, write_bars):
+    return write_bars(tmp_path_factory.mktemp("data") / "bars.npz", 128, 24, 12, 8)
 
 
 def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
@@ -47,8 +35,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
     said = capsys.readouterr().out
     assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz} --eps 0.1\n" in said
-    fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
-    fine += ["--precision", "bfloat16"]
+    fine = [*paths[:3], carso + "-fine", "--init", carso, *["--attack-target", "pipeline", "--precision", "bfloat16"]]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
@@ -56,11 +43,8 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     rounded = ["--precision", "bfloat16", "--protocol", "fast"]
     assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
     assert "precision bfloat16" in capsys.readouterr().out
-    about = [
-        json.loads((Path(folder) / "evaluation/report.json").read_text())["about"]
-        for folder in (carso, carso + "-fine")
-    ]
-    assert [each.get("precision") for each in about] == ["bfloat16", None]
+    for folder, precision in ((carso, "bfloat16"), (carso + "-fine", None)):
+        assert json.loads((Path(folder) / "evaluation/report.json").read_text())["about"].get("precision") == precision
     assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
@@ -78,19 +62,8 @@ def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
     options = f"--data 'my set' --data-root {tmp_path} --size 12 8 --eps 0.0313725 --norm l2"
     assert text == f"saved to o; attack it with: purify-fast evaluate o {options}"
     command = tyro.cli(cli.Evaluate, args=shlex.split(text)[-12:])
-    assert (command.data, command.data_root, command.image_size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
+    assert (command.data, command.data_root, command.size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
     assert command.eps == pytest.approx(8 / 255, rel=1e-5) and command.folder == Path("o")
-
-
-def test_data_of_more_classes_than_the_classifier_is_refused(npz, tmp_path, capsys):
-    train = ["train", "classifier", "--out", str(tmp_path), "--epochs", "1", "--width", "1", "--device", "cpu"]
-    assert cli.main([*train, "--data", npz]) == 0
-    held = np.load(npz)
-    labels = {name: np.arange(len(held[name])) % 5 for name in ("y_train", "y_test")}
-    np.savez(tmp_path / "five.npz", x_train=held["x_train"], x_test=held["x_test"], **labels)
-    more = ["--data", str(tmp_path / "five.npz"), "--device", "cpu", "--layers", "conv2"]
-    assert cli.main(["train", "carso", "--classifier", str(tmp_path), "--out", str(tmp_path / "c"), *more]) == 2
-    assert "images are of 5 classes, the classifier in" in capsys.readouterr().err
 
 
 def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
@@ -117,31 +90,6 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "classifier", "--data", "nowhere.npz"], "nowhere.npz"),
-        (["train", "carso", "--classifier", "nowhere"], "nowhere"),
-        (["train", "classifier", "--epochs", "0"], "epochs"),
-        (["evaluate", "nowhere"], "model.json is missing"),
-        (["train", "carso", "--recipe", "cifar"], "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1"),
-        (["train", "carso", "--recipe", "cifar10", "--init", "x"], "--recipe brings its own purifier"),
-        (["train", "carso", "--official-code"], "--official-code is of a --recipe"),
-        (["train", "classifier", "--model", "resnet"], "classifier must be one of small_cnn, preact_resnet18"),
-        (["train", "classifier", "--model", "fully_connected", "--width", "3"], "has no width to choose"),
-    ],
-)
-def test_input_that_cannot_be_used_is_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:  # refused while reading the arguments
-        code = stop.code
-    assert code == 2
-    said = capsys.readouterr()
-    assert message in said.err + said.out and "Traceback" not in said.err
-
-
-@pytest.mark.parametrize(
     "sizes",
     [["preact_resnet18", "--width", "4"], ["wide_resnet", "--width", "1", "--depth", "10"], ["fully_connected"]],
 )
@@ -151,23 +99,10 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
     assert cli.main(train) == 0
     model = load_classifier(tmp_path)
     channel = np.load(npz)["x_train"] / 255
-    assert model.arguments["mean"] == pytest.approx([channel.mean()]) and model.arguments["std"] == pytest.approx(
-        [channel.std()]
-    )
-    evaluate = [
-        "evaluate",
-        str(tmp_path),
-        *common,
-        "--images",
-        "4",
-        "--steps",
-        "1",
-        "--protocol",
-        "fast",
-        "--eps",
-        "0.2",
-    ]
-    assert cli.main(evaluate) == 0
+    assert model.arguments["mean"] == pytest.approx([channel.mean()])
+    assert model.arguments["std"] == pytest.approx([channel.std()])
+    few = ["--images", "4", "--steps", "1", "--protocol", "fast", "--eps", "0.2"]
+    assert cli.main(["evaluate", str(tmp_path), *common, *few]) == 0
 
 
 def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
@@ -232,8 +167,6 @@ def test_recipes_are_listed_and_printed(capsys):
     assert "atop/cifar_rt2" in listed and "arrest/wrn_34_10" in listed
     assert cli.main(["recipe", "carso/cifar10"]) == 0
     assert "src/train_a.py:107" in capsys.readouterr().out
-    assert cli.main(["recipe", "carso/cifar"]) == 2 and "recipe must be one of" in capsys.readouterr().err
-    assert cli.main(["train", "arrest", "--recipe", "resnet"]) == 2
 
 
 def test_the_shell_is_completed(tmp_path, capsys):
@@ -245,12 +178,6 @@ def test_the_shell_is_completed(tmp_path, capsys):
         assert "purify-fast" in text and "evaluate" in text
 
 
-def test_info(capsys):
-    assert cli.main(["info", "--all"]) == 0
-    out = capsys.readouterr().out
-    assert "aggregate" in out and torch.__version__ in out
-
-
 def test_evaluate_takes_equally_many_images_of_every_class():
     y = torch.arange(6).repeat_interleave(10)
     images = SimpleNamespace(x_test=torch.arange(60).view(60, 1, 1, 1), y_test=y, num_classes=7)
@@ -260,3 +187,6 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen ones (6)")
     x, labels, notes = cli.Evaluate(images=60).chosen(images)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
+    assert cli.Evaluate(images=61).chosen(images)[2] == [
+        "all 60 held-out images: --images 61 asks for more than there are"
+    ]

@@ -1,6 +1,7 @@
 """--help comes at once, without PyTorch, and explains every option in words of its own."""
 
 import argparse
+import inspect
 import subprocess
 import sys
 import time
@@ -10,8 +11,8 @@ import pytest
 import tyro
 
 from purify_fast import cli
-from purify_fast.cli.option_types import option_types
-from purify_fast.cli.parsing import MARKERS
+from purify_fast.cli.parsing import MARKERS, option_types
+from purify_fast.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(cli._KINDS)
@@ -51,8 +52,16 @@ def test_every_option_is_explained_in_its_own_words(name):
         helps[text] = action.dest
 
 
+def test_evaluate_has_the_defaults_of_the_function():
+    shared = {name: value.default for name, value in inspect.signature(evaluate).parameters.items()}
+    shared = {name: shared[name] for name in vars(cli.Evaluate()) if shared.get(name) not in (None, inspect._empty)}
+    # the norm of the command is that of the training
+    assert {name: getattr(cli.Evaluate(), name) for name in shared} == shared | {"norm": None}
+    assert {"steps", "eot_iter", "n_eval", "batch_size", "cuda_graphs", "cudnn_benchmark", "seed"} <= shared.keys()
+
+
 def test_the_program_is_run_as_a_module_and_tells_its_version():
     done = subprocess.run(
-        [sys.executable, "-m", "purify_fast.cli", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "purify_fast", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"

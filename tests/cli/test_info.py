@@ -57,18 +57,19 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
     assert str(tmp_path) in text.partition("verdicts")[2]
 
 
-def test_module_runs_and_says_how_to_get_what_is_missing():
-    environ = {**os.environ, "PURIFY_FAST_NO_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "purify_fast.cli.installation"], capture_output=True, text=True, env=environ
-    )
-    assert run.returncode == 0, run.stderr
-    assert "switched off by PURIFY_FAST_NO_EXTENSION=1" in run.stdout
-    assert "PURIFY_FAST_NO_EXTENSION=1" in run.stdout.split("environment")[1]
-    assert "the extension is not loaded" in run.stdout
+def info(**environment):
+    """What the command prints in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "purify_fast", "info", "--all"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.split())
 
 
 def test_an_extension_that_is_absent_names_the_command(monkeypatch):
+    text = info(PURIFY_FAST_NO_EXTENSION="1")
+    assert "switched off by PURIFY_FAST_NO_EXTENSION=1" in text and "the extension is not loaded" in text
+    assert "PURIFY_FAST_NO_EXTENSION=1" in text.split("environment")[1]
     monkeypatch.setattr(_library, "load_error", ImportError(f"not installed: {_library.BUILD_HINT}"))
     monkeypatch.setattr(_library, "path", None)
     text = installation.report()
@@ -77,19 +78,14 @@ def test_an_extension_that_is_absent_names_the_command(monkeypatch):
 
 def test_an_extension_built_elsewhere_is_loaded(tmp_path):
     """PURIFY_FAST_EXTENSION is taken in place of the installed one; a broken one is told."""
-    broken = tmp_path / "broken.so"
+    broken, copy = tmp_path / "broken.so", tmp_path / "_C.abi3.so"
     broken.write_text("no library")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PURIFY_FAST_EXTENSION": str(broken)}
-    command = [sys.executable, "-m", "purify_fast.cli.installation"]
-    said = subprocess.run(command, capture_output=True, text=True, env=environ).stdout
-    assert "not loaded" in said and str(broken) in said
+    text = info(PURIFY_FAST_EXTENSION=str(broken))
+    assert "not loaded" in text and str(broken) in text
     if _library.loaded():
-        copy = tmp_path / "_C.abi3.so"
         copy.write_bytes(Path(_library.path).read_bytes())
-        said = subprocess.run(
-            command, capture_output=True, text=True, env=environ | {"PURIFY_FAST_EXTENSION": str(copy)}
-        ).stdout
-        assert "not loaded" not in said and "loaded" in said and str(copy) in said
+        text = info(PURIFY_FAST_EXTENSION=str(copy))
+        assert "not loaded" not in text and "loaded" in text and str(copy) in text
 
 
 def test_the_command_answers_in_a_few_lines(run):
@@ -122,6 +118,9 @@ def test_the_copy_that_is_described_is_named(tmp_path, monkeypatch):
     text = " ".join(installation.report().split())
     assert f"this copy {this}. It comes first on Python's path (sys.path), and hides the copy in" in text
     assert str(installed) in text
+    monkeypatch.setattr(sys, "path", [str(this.parent)])
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert installation.copy() == str(this)
 
 
 def test_an_editable_installation_is_found(tmp_path, monkeypatch):
@@ -138,13 +137,6 @@ def test_an_editable_installation_is_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "meta_path", [Old(), Finder])
     assert installation.other_copies() == [tmp_path.resolve() / "purify_fast"]
-
-
-def test_one_copy_is_named_alone(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(purify_fast.__file__).parents[1])])
-    monkeypatch.setattr(sys, "meta_path", [])
-    assert installation.copy() == str(Path(purify_fast.__file__).resolve().parent)
-    assert installation.copy() in installation.report()
 
 
 def test_both_answers_say_that_triton_has_no_compiler(tmp_path):

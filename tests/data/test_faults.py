@@ -203,7 +203,7 @@ def test_a_model_whose_output_is_no_tensor_of_logits(how, text):
 
 
 def test_an_error_of_the_package_asks_for_a_report(monkeypatch, capsys):
-    from purify_fast.cli.info import Info
+    from purify_fast.cli.show import Info
 
     def broken(self):
         raise KeyError("a bug")
@@ -216,7 +216,7 @@ def test_an_error_of_the_package_asks_for_a_report(monkeypatch, capsys):
 
 
 def test_too_little_memory_is_no_error_of_the_package(monkeypatch, capsys):
-    from purify_fast.cli.info import Info
+    from purify_fast.cli.show import Info
 
     def broken(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -15,9 +15,8 @@ from mangling import NUMBERS, fuzzed, named
 
 from purify_fast import attacks
 from purify_fast.cli import _KINDS
-from purify_fast.cli.config_file import _fields, run_file
-from purify_fast.cli.option_types import Refused
-from purify_fast.cli.parsing import parse
+from purify_fast.cli.parsing import Refused, parse
+from purify_fast.cli.run_file import option_names, run_file
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
@@ -58,7 +57,7 @@ VALUES = ("", "0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", 
 
 def options_of(kind) -> list[str]:
     """Every option of a command, by its name on the command line."""
-    return [name.replace("_", "-") for name, _, positional in _fields(kind) if not positional]
+    return [name.replace("_", "-") for name, positional in option_names(kind) if not positional]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

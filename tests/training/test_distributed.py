@@ -183,7 +183,7 @@ def test_positions_draw_the_noise_of_those_images():
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, "-m", "purify_fast.cli", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*command, "-m", "purify_fast", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
 
 

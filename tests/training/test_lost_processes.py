@@ -218,7 +218,7 @@ def test_two_nodes_on_one_machine(tmp_path):
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
              "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
-             "-m", "purify_fast.cli", *words],
+             "-m", "purify_fast", *words],
             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for node in range(2)
@@ -243,7 +243,7 @@ def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(tmp_path)
     words += ["--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
     launched = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         "-m", "purify_fast.cli", *words, str(tmp_path / "run")],
+         "-m", "purify_fast", *words, str(tmp_path / "run")],
         env={**ENVIRONMENT, "PURIFY_FAST_TIMEOUT": "20"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (tmp_path / "run" / "checkpoint.safetensors").is_file():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from purify_fast import cli
-from purify_fast.cli import config_file
+from purify_fast.cli import run_file
 from purify_fast.cli.parsing import parse
 
 COMMANDS = [
@@ -30,7 +30,7 @@ def parsed(words):
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:3]))
 def test_a_run_is_repeated_from_its_file(tmp_path, words):
     command = parsed(words)
-    config_file.write_run_file(command, tmp_path)
+    run_file.write_run_file(command, tmp_path)
     path = tmp_path / "run.yaml"
     again = parsed([words[0], "--config", str(path)])
     assert dataclasses.replace(again, config=None) == command
@@ -89,7 +89,7 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)
     (out / "run.yaml").unlink()
     # a run of version 0.1 has no such file; its checkpoint says the same
-    assert config_file.ball_of_run(out) == (0.1, "linf")
+    assert run_file.ball_of_run(out) == (0.1, "linf")
     (out / "checkpoint.safetensors").unlink()
     code, printed = run("evaluate", out, *few)
     assert (
@@ -101,6 +101,6 @@ def test_the_norm_of_a_run_goes_with_its_radius(run, bars, tmp_path):
     out = tmp_path / "classifier"
     words = ["--data", bars, "--device", "cpu", "--steps", "1", "--epochs", "1", "--batch-size", "16"]
     assert run("train", "classifier", "--out", out, "--width", "2", "--eps", "0.5", "--norm", "L2", *words)[0] == 0
-    assert config_file.ball_of_run(out) == (0.5, "l2")
+    assert run_file.ball_of_run(out) == (0.5, "l2")
     code, printed = run("evaluate", out, "--data", bars, "--norm", "linf")
     assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed

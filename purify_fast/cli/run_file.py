@@ -11,30 +11,35 @@ import difflib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 import yaml
 
 from .._version import __version__
 from .command import Command
-from .option_types import number
-
-if TYPE_CHECKING:
-    from ..training import TrainingState
 
 RUN_FILE = "run.yaml"
 
 
-def _fields(kind: type) -> Iterator[tuple[str, Any, bool]]:
-    """(name, type, is positional) of each option of a command, those of its configurations among the others."""
+def number(text: str) -> float:
+    """A number, or a fraction of two numbers such as ``8/255``; ValueError for any other text."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"must be a number or a fraction such as 8/255, got {text!r}") from error
+
+
+def option_names(kind: type) -> Iterator[tuple[str, bool]]:
+    """The name of each option that a run's file may hold, those of the configurations too; whether it is positional."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from _fields(typing.cast(type, hint))
+            yield from option_names(typing.cast(type, hint))
         elif field.name != "config":
-            yield field.name, hint, tyro.conf.Positional in getattr(hint, "__metadata__", ())
+            yield field.name, tyro.conf.Positional in getattr(hint, "__metadata__", ())
 
 
 def values(command: Any) -> dict[str, Any]:
@@ -52,8 +57,8 @@ def values(command: Any) -> dict[str, Any]:
 
 def run_file(command: Command) -> str:
     """The text of a run's file."""
-    left_out = {name for rule in command.superseded() for name in rule.names}
-    options = {option: value for option, value in values(command).items() if option not in left_out}
+    left_out = {name for names in command.superseded() for name in names}
+    options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
@@ -66,36 +71,8 @@ def write_run_file(command: Command, folder: Path) -> None:
     write_text(folder / RUN_FILE, run_file(command))
 
 
-class RunFile:
-    """Writes a run's file as soon as its training has begun, and not before what would refuse it.
-
-    A `purify_fast.training.Callback`.
-    """
-
-    def __init__(self, command: Command, folder: Path):
-        self.command, self.folder, self.written = command, folder, False
-
-    def on_step(self, state: TrainingState) -> None:
-        """Write the file, once."""
-        if not self.written:
-            write_run_file(self.command, self.folder)
-            self.written = True
-
-    def on_epoch(self, state: TrainingState) -> None:
-        """Nothing: it is written."""
-
-    #: a run that was finished before has no step
-    on_end = on_step
-
-
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm that a run trained at.
-
-    Args:
-        folder: the run's folder.
-
-    Returns:
-        (eps, norm), or None if nothing there says so, or the run was on clean images.
+    """The radius and the norm that a run trained at; None if nothing says so, or the run was on clean images.
 
     Raises:
         ValueError: the run's file or checkpoint is damaged.
@@ -136,7 +113,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     command = options.pop("command", name)
     if command != name:
         raise ValueError(f"--config {path} is of `purify-fast {command}`, not of `purify-fast {name}`")
-    known = [option for option, _, _ in _fields(kind)]
+    known = [option for option, _ in option_names(kind)]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
@@ -147,17 +124,16 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
 def words(options: dict[str, Any], kind: type) -> list[str]:
     """Options, as `options_of` returns them, as the words of a command line, so that both are read alike."""
-    positional = {name for name, _, is_positional in _fields(kind) if is_positional}
-    first = [str(value) for name, value in options.items() if name in positional]
-    named: list[str] = []
+    positional = [name for name, is_positional in option_names(kind) if is_positional and name in options]
+    line = [str(options[name]) for name in positional]
     for name, value in options.items():
         flag = name.replace("_", "-")
         if name in positional:
             continue
         if isinstance(value, bool):
-            named.append(f"--{flag}" if value else f"--no-{flag}")
+            line.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            named += [f"--{flag}", *map(str, value)]
+            line += [f"--{flag}", *map(str, value)]
         else:
-            named.append(f"--{flag}={value}")
-    return first + named
+            line.append(f"--{flag}={value}")
+    return line

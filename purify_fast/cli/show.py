@@ -1,0 +1,116 @@
+"""The commands that only show something: ``purify-fast recipe``, ``report``, ``zoo`` and ``info``."""
+
+from __future__ import annotations
+
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tyro
+
+from .command import Command
+
+
+@dataclass(frozen=True)
+class ShowRecipe(Command):
+    """List the published trainings, or print one: every number with its source and how well it is known.
+
+    Args:
+        name: Which recipe to print, such as atop/cifar_rt2; the names of all by default.
+    """
+
+    called: ClassVar[str] = "recipe"
+
+    name: tyro.conf.Positional[str | None] = None
+
+    def run(self) -> None:
+        from ..methods.recipes import RECIPES, recipe
+
+        if self.name is not None:
+            print(recipe(self.name))
+            return
+        width = max(map(len, RECIPES))
+        for name, published in RECIPES.items():
+            print(f"{name.ljust(width)}  {published.title}")
+        print("`purify-fast recipe NAME` prints one; `purify-fast train METHOD --recipe NAME` trains by it.")
+
+
+@dataclass(frozen=True)
+class ShowReport(Command):
+    """Write an evaluation's HTML page if it is missing, and open it in a browser.
+
+    Args:
+        folder: The folder of a report, or of a run that was evaluated.
+        open: Whether to open the page; otherwise its path is printed alone.
+    """
+
+    called: ClassVar[str] = "report"
+
+    folder: tyro.conf.Positional[Path] = Path("runs/carso/evaluation")
+    open: bool = True
+
+    def run(self) -> None:
+        from ..evaluation import Report
+        from ..evaluation.show.page import page_file, write_page
+
+        reports = [place / "report.json" for place in (self.folder, self.folder / "evaluation")]
+        report = next((path for path in reports if path.is_file()), None)
+        if report is None:
+            raise FileNotFoundError(f"{self.folder} holds no report.json: `purify-fast evaluate` writes one")
+        page = page_file(report.parent)
+        if not page.is_file():
+            write_page(Report.from_json(report.read_text(encoding="utf-8")), report.parent)
+        print(page)
+        if self.open:
+            webbrowser.open(page.resolve().as_uri())
+
+
+@dataclass(frozen=True)
+class Zoo(Command):
+    """List the trained models that come with the package, or print the card of one.
+
+    Args:
+        name: Which model's card to print; all models in a table by default.
+    """
+
+    called: ClassVar[str] = "zoo"
+
+    name: tyro.conf.Positional[str | None] = None
+
+    def run(self) -> None:
+        from .. import zoo
+        from ..evaluation.show.tables import color_is_welcome, terminal_table
+
+        if self.name is not None:
+            print(zoo.card(self.name))
+            return
+        cards = [zoo.card(name) for name in zoo.list()]
+        protocols = list(dict.fromkeys(protocol for card in cards for protocol in card.attacked))
+        body = []
+        for card in cards:
+            figures = [card.clean, *(card.attacked.get(protocol) for protocol in protocols)]
+            shares = ["-" if it is None else f"{100 * it.share:.1f}{'' if it.reliable else ' ?'}" for it in figures]
+            body.append([card.name, card.data, f"{card.norm} {card.eps:.3g}", *shares])
+        head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
+        print(terminal_table(head, body, color_is_welcome()))
+        print("A number with ? is unreliable: the checks of its evaluation found a reason to doubt it.")
+        print("`purify-fast zoo NAME` prints a model's card; `purify-fast evaluate zoo:NAME` attacks it.")
+
+
+@dataclass(frozen=True)
+class Info(Command):
+    """Print versions, what was built, and how many ops kernels serve; with --all which one serves which op, and why.
+
+    Args:
+        all: Whether to print everything: the build, the environment, and for each op who serves it and why.
+    """
+
+    called: ClassVar[str] = "info"
+
+    all: bool = False
+
+    def run(self) -> None:
+        from .installation import report, summary
+
+        print(report() if self.all else summary())
