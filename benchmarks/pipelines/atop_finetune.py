@@ -265,15 +265,16 @@ def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: b
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
     task = AtopTask(made, setting("bfloat16"))
+    optimizer = task.optimizers["purifier"]
     task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
     made.train()
 
     def run() -> None:
         loss, _ = task.training_step(batch)
-        task.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        task.optimizer.step()
+        optimizer.step()
 
     def result() -> Tensor:
         done = passes(made, batch, task.config)

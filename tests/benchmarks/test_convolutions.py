@@ -25,7 +25,7 @@ def test_table():
     layer = convolutions.Layer(16, 8, 6, stride=2)
     assert layer.flop == 2 * 4 * 9 * 16 * 8 * 9
     lines = convolutions.table({layer: 3}, 1)
-    assert lines[2].startswith("| 16 to 8 channels, 6 x 6, stride 2 | 3 | ") and lines[3].startswith("| all 3 | | ")
+    assert lines[2].startswith("| 16 to 8 channels, 6 x 6, stride 2 | 3 | ") and lines[3].startswith("| all 3 |  | ")
     assert {line.count("|") for line in lines} == {6}
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import pipelines, race, report  # noqa: E402
+from benchmarks import pipelines, race, report, running  # noqa: E402
 from benchmarks.studies import (  # noqa: E402
     RESULT,
     Job,
@@ -464,7 +464,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         return {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
 
     ms, cpu = "1", torch.device("cpu")
-    program.run_pipelines(["one", "two"], cpu, True, tmp_path)
+    running.run_pipelines(["one", "two"], cpu, True, tmp_path)
     calls: list[str] = []
 
     def breaks(pipeline, case, *a):
@@ -475,7 +475,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(race, "race", breaks)
     with pytest.raises(KeyboardInterrupt):
-        program.run_pipelines(["one", "two"], cpu, True, tmp_path)
+        running.run_pipelines(["one", "two"], cpu, True, tmp_path)
     assert rows() == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
 
 
