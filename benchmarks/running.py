@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from purify_fast.speed import retain_freed_memory
 
-from . import RESULTS, earlier_races, limits, measure, pipelines, race, report
+from . import RESULTS, limits, measure, pipelines, race, report
 from .ops import Case, registry
 
 #: What tells the rows of ops.csv apart.
@@ -241,7 +241,7 @@ def check_device_and_names(chosen: argparse.Namespace) -> None:
     if chosen.command == "pipelines" and chosen.before:
         if chosen.device != "cpu":
             raise ValueError("--before compares on the CPU alone")
-        earlier_races.read_races(chosen.before)
+        race.read_races(chosen.before)
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
@@ -268,6 +268,6 @@ def pipelines_command(chosen: argparse.Namespace) -> str:
     device = torch.device(chosen.device)
     out = chosen.out or folder(device, chosen.quick)
     if chosen.before:
-        return earlier_races.compare(chosen.before, chosen.names or list(pipelines.registry()), chosen.quick, out)
+        return race.compare_served(chosen.before, chosen.names or list(pipelines.registry()), chosen.quick, out)
     run_pipelines(chosen.names or list(pipelines.registry()), device, chosen.quick, out)
     return (out / report.PIPELINES_TABLE).read_text()

@@ -18,7 +18,7 @@ from purify_fast.training import FitConfig, fit, load_classifier, save_classifie
 from purify_fast.training.attack import TrainingAttack
 
 from . import Job, mnist
-from .attacked import counts, joined
+from .job_folders import counts, joined
 
 STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "ARREST"
 MODELS = (STANDARD, SCRATCH, FINETUNED, ARREST)

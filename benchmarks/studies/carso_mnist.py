@@ -24,8 +24,7 @@ from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
 
 from . import Job, mnist
-from .attacked import joined
-from .saving import save_whole
+from .job_folders import joined, save_whole
 
 SIZES = {
     "cond_dim": 64,

@@ -16,7 +16,7 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fi
 from purify_fast.training.attack import TrainingAttack
 
 from . import Job
-from .attacked import keep
+from .job_folders import save_report
 
 EPS = 0.3
 
@@ -77,7 +77,7 @@ def attack(
         dataset_name=mnist.name,
         progress=False,
     )
-    return keep(report, folder)
+    return save_report(report, folder)
 
 
 def write(

@@ -1,16 +1,10 @@
 """The layers that are timed are those of the generator; the command that times them."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-from purify_fast.ops import REGISTRY
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program
 from benchmarks import convolutions
+from purify_fast.ops import REGISTRY
 
 
 def test_the_layers_are_the_generators():

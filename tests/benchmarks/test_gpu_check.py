@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as program
+from benchmarks import gpu_check, gpu_sections, limits, measure, report, running
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import gpu_check, gpu_sections, limits, measure, report, running  # noqa: E402
 
 CPU = torch.device("cpu")
 STATES = ("passed", "not available")
@@ -110,7 +108,8 @@ def slow(context):
 gpu_sections.SECTIONS["replays"] = gpu_sections.Section("ops", slow, (90.0, 90.0), ("replays.csv",))
 gpu_sections.TESTS = ("tests/gpu/test_ops.py", "-k", "compiled_has and (reconstruction or stitch or gated or noisy)")
 if __name__ == "__main__":
-    program.main(["gpu_check", "--dry", "--out", sys.argv[1], "--seconds", "90", "--total", "200", "--only", sys.argv[2]])
+    limits = ["--seconds", "90", "--total", "200"]
+    program.main(["gpu_check", "--dry", "--out", sys.argv[1], "--only", sys.argv[2], *limits])
 """
 
 

@@ -1,8 +1,6 @@
 """The pipelines' benchmark: contestants compute the same, rows and tables say what was measured."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,30 +8,26 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from purify_fast.methods.arrest import ArrestTask
-from purify_fast.methods.arrest import task as arrest_training
-from purify_fast.methods.atop import AtopTask
-from purify_fast.methods.atop.generators.deepfill import GatedConv
-from purify_fast.methods.atop.losses import attacked
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import race, report  # noqa: E402
-from benchmarks.flops import Flops  # noqa: E402
-from benchmarks.pipelines import (  # noqa: E402
+from benchmarks import __main__ as program
+from benchmarks import race, report
+from benchmarks.launches import Flops
+from benchmarks.pipelines import (
     Case,
     Contestant,
     Job,
     arrest_step,
     atop_finetune,
+    carso_inference,
     carso_training,
     registry,
-    resnet18,
 )
-from purify_fast.ops import conv2d, use_backend  # noqa: E402
-from purify_fast.speed.precision import float32_settings  # noqa: E402
+from purify_fast.methods.arrest import ArrestTask
+from purify_fast.methods.arrest import task as arrest_training
+from purify_fast.methods.atop import AtopTask
+from purify_fast.methods.atop.generators.deepfill import GatedConv
+from purify_fast.methods.atop.losses import attacked
+from purify_fast.ops import conv2d, use_backend
+from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -319,7 +313,7 @@ def test_the_classifier_is_the_usual_resnet18():
     """The one that comes with pyautoattack: names, weights from one seed, logits."""
     theirs = pytest.importorskip("pyautoattack.examples.resnet").ResNet18
     made = []
-    for kind in (resnet18.ResNet18, theirs):
+    for kind in (carso_inference.ResNet18, theirs):
         torch.manual_seed(0)
         made.append(kind().eval())
     ours, usual = (model.state_dict() for model in made)

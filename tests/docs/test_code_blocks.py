@@ -23,13 +23,12 @@ from purify_fast.training.length import RunLength
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
 sys.path.insert(0, str(ROOT / "tests"))
 
 from small_models import Halved, Linear, smaller  # noqa: E402
 
 import benchmarks.__main__ as benchmarks  # noqa: E402
+
 
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
