@@ -38,12 +38,14 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
     torch._dynamo.reset()
     chosen = registry()[pipeline](True)[case]
     truth = None
-    for contestant in chosen.contestants.values():
+    for label, contestant in chosen.contestants.items():
         job = contestant.make(CPU, True)
         result = job.result().double()
         truth = result if truth is None else truth
         assert torch.isfinite(result).all()
         assert (result - truth).norm() <= chosen.tolerance * truth.norm()
+        # what counts must not refuse to attack a model
+        assert label != "ours" or race._flops(job) > 0
         job.run()
         for part in job.parts.values():
             part()
@@ -259,13 +261,6 @@ def test_the_package_s_own_convolutions_count_as_torch_s(stride):
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(("pipeline", "case"), [(name, next(iter(cases(True)))) for name, cases in registry().items()])
-def test_the_work_of_ours_is_counted(pipeline, case):
-    """Three of them attack a model: what counts must not refuse that."""
-    job = registry()[pipeline](True)[case].contestants["ours"].make(CPU, True)
-    assert race._flops(job) > 0
-
-
 def _other(device, quick):
     return Job(lambda: None, lambda: torch.ones(3))
 
@@ -302,13 +297,6 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
 
 
-def test_a_failure_in_a_contestants_process_is_an_error_with_its_traceback():
-    process = race._Process("carso_inference", "no such case", "ours", "cpu", True, 1)
-    with pytest.raises(RuntimeError, match=r"'result' failed in a contestant's process.*\n(.*\n)*.*KeyError"):
-        process.ask("result")
-    process.end()
-
-
 def test_the_classifier_is_the_usual_resnet18():
     """The one that comes with pyautoattack: names, weights from one seed, logits."""
     theirs = pytest.importorskip("pyautoattack.examples.resnet").ResNet18
@@ -320,8 +308,3 @@ def test_the_classifier_is_the_usual_resnet18():
     assert list(ours) == list(usual) and all(torch.equal(ours[name], usual[name]) for name in ours)
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(made[0](x), made[1](x))
-
-
-def test_an_unknown_pipeline_is_refused():
-    with pytest.raises(SystemExit):
-        program.main(["pipelines", "nothing"])

@@ -29,7 +29,6 @@ from small_models import Halved, Linear, smaller  # noqa: E402
 
 import benchmarks.__main__ as benchmarks  # noqa: E402
 
-
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
     for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
