@@ -27,7 +27,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
-from . import Case, Job, columns, uncompiled
+from . import Case, Job, columns, optimizer_step, uncompiled
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -265,22 +265,15 @@ def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: b
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
     task = AtopTask(made, setting("bfloat16"))
-    optimizer = task.optimizers["purifier"]
     task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
     made.train()
-
-    def run() -> None:
-        loss, _ = task.training_step(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
 
     def result() -> Tensor:
         done = passes(made, batch, task.config)
         return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
 
-    job = Job(run, result)
+    job = Job(lambda: optimizer_step(task, batch), result)
     return uncompiled(job) if quick and compiled else job
 
 

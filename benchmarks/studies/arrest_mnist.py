@@ -124,7 +124,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
         ),
     ]
     model = load_classifier(job.folder(root, job.settings["model"]))
-    return mnist.attack(job, folder, model, _images(job), attacks, steps=b.steps, eot=1)
+    return mnist.attack(job, folder, model, _images(job), attacks=attacks, steps=b.steps, eot_iter=1)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:

@@ -165,7 +165,8 @@ def _attacks(name: str, settings: dict) -> list[AttackSpec]:
 def attack(job: Job, folder: Path, root: Path) -> dict:
     name, how = job.settings["model"], job.settings["attack"]
     model, attacks = _model(job, root, name, BASES[name]), _attacks(name, how)
-    return mnist.attack(job, folder, model, _images(job), attacks, steps=how["steps"], eot=how["eot"], chunk=250)
+    options = {"attacks": attacks, "steps": how["steps"], "eot_iter": how["eot"], "max_forward_batch": 250}
+    return mnist.attack(job, folder, model, _images(job), **options)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
