@@ -27,6 +27,7 @@ from purify_fast.methods.atop import AtopTask
 from purify_fast.methods.atop.generators.deepfill import GatedConv
 from purify_fast.methods.atop.losses import attacked
 from purify_fast.ops import conv2d, use_backend
+from purify_fast.ops.dispatch.races import SHIPPED
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -308,3 +309,16 @@ def test_the_classifier_is_the_usual_resnet18():
     assert list(ours) == list(usual) and all(torch.equal(ours[name], usual[name]) for name in ours)
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(made[0](x), made[1](x))
+
+
+def test_pipelines_are_run_with_the_ops_served_as_before_and_as_now(tmp_path, capsys):
+    before = ["pipelines", "carso_inference", "--quick", "--out", str(tmp_path), "--before"]
+    program.main([*before, str(SHIPPED)])
+    (row,) = report.read_csv(tmp_path / race.SERVED)
+    assert row["pairs"] == "1" and float(row["before"]) > 0 and float(row["now"]) > 0
+    page = (tmp_path / race.SERVED_TABLE).read_text()
+    assert "| carso_inference: prediction | " in page and page in capsys.readouterr().out
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*before, str(tmp_path / "none.json")])
+    assert "none.json holds no races of a CPU" in capsys.readouterr().err
