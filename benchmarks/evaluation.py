@@ -284,22 +284,16 @@ def markdown(rows: list[dict]) -> str:
     body = []
     for row in rows:
         first = next(r for r in rows if r["contest"] == row["contest"])
-        seconds, official_seconds = min(row["seconds"]), min(first["seconds"])
-        is_official = row is first
+        seconds, work = min(row["seconds"]), min(row["cpu_seconds"])
         error = f" ± {row['error']:.1f}" if row["error"] else ""
-        body.append(
-            [
-                row["contest"] if is_official else "",
-                str(row["images"]) if is_official else "",
-                f"{row['clean']:.1f}" if is_official else "",
-                row["contestant"] if is_official else f"**{row['contestant']}**",
-                f"{row['robust']:.1f}{error}",
-                "" if is_official else f"{row['robust'] - first['robust']:+.1f}",
-                f"{seconds:,.1f}",
-                "" if is_official else f"{official_seconds / seconds:.1f}",
-                "" if is_official else f"{min(first['cpu_seconds']) / min(row['cpu_seconds']):.1f}",
-            ]
-        )
+        robust, spent = f"{row['robust']:.1f}{error}", f"{seconds:,.1f}"
+        if row is first:
+            model = [row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"]]
+            body.append([*model, robust, "", spent, "", ""])
+        else:
+            faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
+            lead = f"{row['robust'] - first['robust']:+.1f}"
+            body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
     machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
     return "\n".join([f"{machines}.", "", *markdown_table(head, body)]) + "\n"
 

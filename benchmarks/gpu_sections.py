@@ -55,7 +55,7 @@ from purify_fast.speed.precision import float32_products
 from . import evaluation, limits, measure, pipelines, report, shipping
 from .launches import Replays
 from .ops import registry
-from .pipelines.resnet18 import ResNet18
+from .pipelines.carso_inference import ResNet18
 from .running import Budget, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]

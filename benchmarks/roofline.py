@@ -33,8 +33,7 @@ from purify_fast.training.config import TrainingAttack
 
 from . import RESULTS, report
 from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, per_step
-from .flops import Flops
-from .launches import Replays, served
+from .launches import Flops, Replays, served
 
 FILE = "roofline.csv"
 #: Assumed of the device: bytes moved in a second, FLOP in a second in both precisions, and the share of those that

@@ -221,6 +221,8 @@ def ops_arguments(parser: argparse.ArgumentParser) -> None:
 def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks pipelines``."""
     _arguments(parser, pipelines.registry())
+    earlier = "a file of shipped races: run each pipeline on the CPU with the ops served as it says and as now, in turn"
+    parser.add_argument("--before", type=Path, metavar="FILE", help=earlier)
 
 
 def check_device(chosen: argparse.Namespace) -> None:
@@ -236,6 +238,10 @@ def check_device_and_names(chosen: argparse.Namespace) -> None:
         kind = chosen.command.removesuffix("s")
         raise ValueError(f"no such {kind}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     check_device(chosen)
+    if chosen.command == "pipelines" and chosen.before:
+        if chosen.device != "cpu":
+            raise ValueError("--before compares on the CPU alone")
+        race.read_races(chosen.before)
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
@@ -261,5 +267,7 @@ def pipelines_command(chosen: argparse.Namespace) -> str:
     """Race pipelines; their table."""
     device = torch.device(chosen.device)
     out = chosen.out or folder(device, chosen.quick)
+    if chosen.before:
+        return race.compare_served(chosen.before, chosen.names or list(pipelines.registry()), chosen.quick, out)
     run_pipelines(chosen.names or list(pipelines.registry()), device, chosen.quick, out)
     return (out / report.PIPELINES_TABLE).read_text()

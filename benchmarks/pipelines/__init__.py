@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from purify_fast.training import Batch, Task
+
 
 @dataclass(frozen=True)
 class Job:
@@ -88,6 +90,15 @@ def uncompiled(job: Job) -> Job:
     """The same, with `torch.compile` doing nothing: what a quick run leaves out."""
     eager = torch.compiler.set_stance("force_eager")
     return Job(eager(job.run), eager(job.result), job.parts)
+
+
+def optimizer_step(task: Task, batch: Batch) -> Tensor:
+    """One step of a training, by the first of its optimizers; returns the loss."""
+    loss, optimizer = task.training_step(batch)[0], next(iter(task.optimizers.values()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

@@ -20,7 +20,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, uncompiled
+from . import Case, Job, columns, optimizer_step, uncompiled
 from .carso_inference import classifier
 from .carso_training import attack
 
@@ -151,20 +151,12 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
     task.graphs = StepGraphs("always") if captured else None
     now.train()
 
-    def run() -> None:
-        loss, _ = task.training_step(batch)
-        task.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        task.optimizer.step()
-
     def result() -> Tensor:
         metrics = task.training_step(batch)[1]
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
-    def attacks() -> Tensor:
-        return task.attack(batch, config.attack)
-
-    job = Job(run, result, {} if replay or compiled or captured else {"attack": attacks})
+    parts = {} if replay or compiled or captured else {"attack": lambda: task.attack(batch, config.attack)}
+    job = Job(lambda: optimizer_step(task, batch), result, parts)
     return uncompiled(job) if quick and compiled else job
 
 

@@ -27,7 +27,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, uncompiled
+from . import Case, Job, columns, optimizer_step, uncompiled
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -269,17 +269,11 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
     made.accelerate(compile=compiled)
     made.train()
 
-    def run() -> None:
-        loss, _ = task.training_step(batch)
-        task.optimizers["purifier"].zero_grad(set_to_none=True)
-        loss.backward()
-        task.optimizers["purifier"].step()
-
     def result() -> Tensor:
         done = passes(made, batch, task.config)
         return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
 
-    job = Job(run, result)
+    job = Job(lambda: optimizer_step(task, batch), result)
     return uncompiled(job) if quick and compiled else job
 
 

@@ -17,7 +17,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, uncompiled
+from . import Case, Job, columns, optimizer_step, uncompiled
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -130,16 +130,13 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
     task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
 
-    def step() -> Tensor:
-        made.train()
-        return task.training_step(batch)[0]
-
     def run() -> Tensor:
-        loss = step()
-        task.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        task.optimizer.step()
-        return loss.detach()
+        made.train()
+        return optimizer_step(task, batch)
+
+    def result() -> Tensor:
+        made.train()
+        return task.training_step(batch)[0].detach()
 
     def attacks() -> Tensor:
         return balanced_batch(
@@ -147,7 +144,7 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
         )
 
     parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
-    job = Job(run, lambda: step().detach(), parts if target == "classifier" and not (compiled or captured) else {})
+    job = Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
     return uncompiled(job) if quick and compiled else job
 
 

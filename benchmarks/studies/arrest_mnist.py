@@ -18,7 +18,7 @@ from purify_fast.training import FitConfig, fit, load_classifier, save_classifie
 from purify_fast.training.config import TrainingAttack
 
 from . import Job, mnist
-from .attacked import counts, joined
+from .job_folders import counts, joined
 
 STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "ARREST"
 MODELS = (STANDARD, SCRATCH, FINETUNED, ARREST)
@@ -124,7 +124,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
         ),
     ]
     model = load_classifier(job.folder(root, job.settings["model"]))
-    return mnist.attack(job, folder, model, _images(job), attacks, steps=b.steps, eot=1)
+    return mnist.attack(job, folder, model, _images(job), attacks=attacks, steps=b.steps, eot_iter=1)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:

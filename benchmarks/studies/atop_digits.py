@@ -18,9 +18,9 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.training import load_classifier
 
-from . import Job, atop
-from .digits import BASE_EPOCHS, EPS, OBJECTIVE, attacked, count, effort, select, train_base, zero_attacks
-from .tables import Layout
+from . import Job
+from .atop_mnist import THROUGH_PIPELINE, attacked_config, options, train_stage
+from .digits import BASE_EPOCHS, EPS, OBJECTIVE, Layout, attacked, count, effort, select, train_base, zero_attacks
 
 BASE, STANDARD, PAINTER = "base", "standard", "pre-trained"
 STANDARD_EPOCHS = 30
@@ -37,7 +37,7 @@ FINETUNING = {
 }  # fmt: skip
 PIPELINE = {
     "epochs": 20, "batch_size": 128, "learning_rate": 4e-3, "schedule": "one_cycle", "cls_weight": 1.0,
-    "reconstruction_weight": 0.1, "cls_delay": 0, "steps": 7, **atop.PIPELINE,
+    "reconstruction_weight": 0.1, "cls_delay": 0, "steps": 7, **THROUGH_PIPELINE,
 }  # fmt: skip
 MAIN = {
     "generator": {"residual": True}, "defence": {"sigma": 0.1, "mask_ratio": 0.0}, "stage": PIPELINE, "base": BASE,
@@ -135,8 +135,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
     pretrained = job.name == PAINTER
-    config = AtopConfig.pretraining(**atop.options(stage)) if pretrained else atop.attacked(stage, EPS)
-    atop.train(job, folder, defence, config, digits, stage=stage)
+    config = AtopConfig.pretraining(**options(stage)) if pretrained else attacked_config(stage, EPS)
+    train_stage(job, folder, defence, config, digits, stage=stage)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 

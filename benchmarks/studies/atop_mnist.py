@@ -7,20 +7,50 @@ Each is attacked with full gradients and, for comparison, as in the paper's abla
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from purify_fast import load_defence
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import PGD
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, merge
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
-from purify_fast.training import load_classifier
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.training import FitConfig, TrainingAttack, fit, load_classifier
 
-from . import Job, atop, mnist
-from .attacked import counts, joined
+from . import Job, mnist
+from .job_folders import counts, joined
+
+THROUGH_PIPELINE = {"attack_method": "pgd", "attack_target": "pipeline"}
+_OPTIONS = {field.name for field in fields(AtopConfig)}
+
+
+def options(settings: dict) -> dict:
+    """Those of the settings that are `AtopConfig`'s; its attack's are left to `attacked_config`."""
+    return {name: value for name, value in settings.items() if name in _OPTIONS}
+
+
+def attacked_config(settings: dict, eps: float) -> AtopConfig:
+    """The config of a stage that trains on attacked images, with as many steps as the settings say."""
+    return AtopConfig(attack=TrainingAttack(eps=eps, steps=settings.get("steps", 10)), **options(settings))
+
+
+def train_stage(job: Job, folder: Path, defence: Atop, config: AtopConfig, images: DataSet, stage: dict) -> dict:
+    """Train and save the defence's purifier; the last epoch's metrics.
+
+    ``stage`` has ``epochs``, ``batch_size`` and, unless all are used, ``images``: so many of the first. The other
+    names in it are the config's.
+    """
+    n = stage.get("images", len(images.x_train))
+    fitting = FitConfig(stage["epochs"], stage["batch_size"], job.seed)
+    task = AtopTask(defence, config, weights_fingerprint(defence))
+    last = fit(task, images.x_train[:n], images.y_train[:n], fitting, folder)
+    defence.save(folder)
+    return last
+
 
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
 PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
@@ -51,7 +81,7 @@ DEFAULT: Budget = {
     | {"images": 60000, "learning_rate": 2e-3, "cls_weight": 0.1, "reconstruction_target": "clean", "cls_delay": 0},
     PIPELINE: _STAGE
     | {"images": 60000, "learning_rate": 2e-3, "cls_weight": 1.0, "reconstruction_weight": 0.1, "cls_delay": 0}
-    | {"steps": 7, **atop.PIPELINE},
+    | {"steps": 7, **THROUGH_PIPELINE},
     "attack": {"first_steps": 20, "steps": 50, "eot": 5},
 }
 
@@ -102,15 +132,15 @@ def pretrain(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     generator = SmallGenerator(1, **s["generator"])
     defence = Atop(load_classifier(job.folder(root, STANDARD)), generator, images.image_shape, **s["defence"])
-    config = AtopConfig.pretraining(**atop.options(s["stage"]))
-    return atop.train(job, folder, defence, config, images, stage=s["stage"])
+    config = AtopConfig.pretraining(**options(s["stage"]))
+    return train_stage(job, folder, defence, config, images, stage=s["stage"])
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
     """With the paper's objective, or through the pipeline, from the pre-trained purifier."""
     s = job.settings
-    config = atop.attacked(s["stage"], mnist.EPS)
-    return atop.train(job, folder, _model(job, root, PRETRAINED, s["base"]), config, _images(job), stage=s["stage"])
+    config = attacked_config(s["stage"], mnist.EPS)
+    return train_stage(job, folder, _model(job, root, PRETRAINED, s["base"]), config, _images(job), stage=s["stage"])
 
 
 def _model(job: Job, root: Path, name: str, base: str) -> nn.Module:
@@ -135,7 +165,8 @@ def _attacks(name: str, settings: dict) -> list[AttackSpec]:
 def attack(job: Job, folder: Path, root: Path) -> dict:
     name, how = job.settings["model"], job.settings["attack"]
     model, attacks = _model(job, root, name, BASES[name]), _attacks(name, how)
-    return mnist.attack(job, folder, model, _images(job), attacks, steps=how["steps"], eot=how["eot"], chunk=250)
+    options = {"attacks": attacks, "steps": how["steps"], "eot_iter": how["eot"], "max_forward_batch": 250}
+    return mnist.attack(job, folder, model, _images(job), **options)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:

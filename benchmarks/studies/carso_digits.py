@@ -31,6 +31,7 @@ from .digits import (
     EPS,
     EPS_L2,
     OBJECTIVE,
+    Layout,
     attacked,
     count,
     effort,
@@ -38,7 +39,6 @@ from .digits import (
     train_base,
     zero_attacks,
 )
-from .tables import Layout
 
 OBJECTIVE_EPOCHS, PIPELINE_EPOCHS = 15, 40
 ABLATION_SEEDS = 1

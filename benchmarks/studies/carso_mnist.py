@@ -7,6 +7,7 @@ its authors attack (PeeL) and through exact gradients, and CARSO fine-tuned thro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,7 @@ from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.config import TrainingAttack
 
 from . import Job, mnist
-from .attacked import joined
-from .saving import save_whole
+from .job_folders import joined, save_whole
 
 SIZES = {
     "cond_dim": 64,
@@ -123,14 +123,9 @@ def _attacks(name: str, budget: Budget) -> dict[str, list[AttackSpec]]:
     """The rows of one model, in groups that can be attacked apart; one label for all models."""
     head = "peel_reference" if name == PEEL else None
     zero = "random" if name == CLASSIFIER else "deterministic"
+    spec = partial(AttackSpec, aggregation=head)
     apgd = [
-        AttackSpec(
-            APGD(loss=loss, steps=budget.apgd_steps),
-            variant=zero,
-            aggregation=head,
-            survivors_only=loss != "ce",
-            label=label,
-        )
+        spec(APGD(loss=loss, steps=budget.apgd_steps), variant=zero, survivors_only=loss != "ce", label=label)
         for loss, label in (("ce", "APGD ce, z = 0"), ("dlr_targeted", "APGD ce + APGD-T, z = 0"))
     ]
     auto = AutoAttack(
@@ -141,14 +136,9 @@ def _attacks(name: str, budget: Budget) -> dict[str, list[AttackSpec]]:
         n_queries=budget.queries,
     )
     label = AUTOATTACK.format(budget.autoattack)
-    auto_row = AttackSpec(auto, aggregation=head, max_images=budget.autoattack, label=label)
+    auto_row = spec(auto, max_images=budget.autoattack, label=label)
     pgd = [
-        AttackSpec(
-            PGD(loss=loss),
-            aggregation=head,
-            survivors_only=loss != "ce",
-            label=f"PGD-{budget.steps} {what}, EOT {budget.eot}",
-        )
+        spec(PGD(loss=loss), survivors_only=loss != "ce", label=f"PGD-{budget.steps} {what}, EOT {budget.eot}")
         for loss, what in (("ce", "ce"), ("dlr", "ce + dlr"))
     ]
     return {"PGD": pgd, "APGD": apgd, "AutoAttack": [auto_row]}
@@ -158,7 +148,8 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     """One model under one group of attacks."""
     name, budget = job.settings["model"], job.settings["budget"]
     attacks = _attacks(name, budget)[job.settings["group"]]
-    return mnist.attack(job, folder, _model(job, root, name), _mnist(job), attacks, steps=budget.steps, eot=budget.eot)
+    options = {"attacks": attacks, "steps": budget.steps, "eot_iter": budget.eot}
+    return mnist.attack(job, folder, _model(job, root, name), _mnist(job), **options)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:

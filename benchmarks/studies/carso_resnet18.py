@@ -27,7 +27,7 @@ from purify_fast.training import FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
 from . import Job
-from .attacked import joined, keep
+from .job_folders import joined, save_report
 
 EPS = 2 / 255
 LAYERS = ("layer1.1.conv2", "layer2.1.conv2", "layer3.1.conv2", "layer4.1.conv2")
@@ -133,7 +133,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
         steps=budget.steps, eot_iter=budget.eot, batch_size=100, max_forward_batch=32, seed=job.seed,
         out=folder, name=name,
     )  # fmt: skip
-    return keep(report, folder)
+    return save_report(report, folder)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:

@@ -11,7 +11,7 @@ from purify_fast._files import folder_lock
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.command import usable_device
 
-from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
+from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, digits, run
 from .cifar10.results import GIVEN, STEM, check_budget
 
 STUDIES = {
@@ -71,8 +71,8 @@ def check(chosen: argparse.Namespace) -> None:
         data. ModuleNotFoundError: no AutoAttack, or what the data need is missing.
     """
     study, images = STUDIES[chosen.name]
-    digits = images == "digits"
-    for option in ("data", "full") if digits else ("seeds", "rows"):
+    on_digits = images == "digits"
+    for option in ("data", "full") if on_digits else ("seeds", "rows"):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
     for option, unset in (("so_far", False), ("device", "auto"), ("width", None), ("base", None)):
@@ -88,7 +88,7 @@ def check(chosen: argparse.Namespace) -> None:
         check_budget(_places(chosen)[1], _budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)
-    if digits:
+    if on_digits:
         study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
     if chosen.so_far:
         return
@@ -143,7 +143,7 @@ def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
     workers = chosen.workers or (1 if study in ALL_CORES else WORKERS)
     if images == "digits":
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
-        return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
+        return digits.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = _budget(chosen)
     if study is not cifar10:
         run(study.jobs(place, budget=budget), root, workers)

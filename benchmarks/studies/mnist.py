@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import Report, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
 from purify_fast.training.config import TrainingAttack
 
 from . import Job
-from .attacked import keep
+from .job_folders import save_report
 
 EPS = 0.3
 
@@ -50,34 +51,14 @@ def train_classifier(
     return model
 
 
-def attack(
-    job: Job,
-    folder: Path,
-    model: nn.Module,
-    mnist: data.DataSet,
-    attacks: Sequence[AttackSpec],
-    steps: int,
-    eot: int,
-    chunk: int = 1000,
-) -> dict[str, float]:
-    """Attack the job's model and keep the rows; returns the accuracies."""
+def attack(job: Job, folder: Path, model: nn.Module, mnist: data.DataSet, **options: Any) -> dict[str, float]:
+    """Attack the job's model with `evaluate`'s options and keep the rows; returns the accuracies."""
+    options = {"max_forward_batch": 1000, **options}
     report = evaluate(
-        model,
-        mnist.x_test,
-        mnist.y_test,
-        eps=EPS,
-        attacks=attacks,
-        steps=steps,
-        eot_iter=eot,
-        batch_size=250,
-        max_forward_batch=chunk,
-        seed=job.seed,
-        out=folder,
-        name=job.settings["model"],
-        dataset_name=mnist.name,
-        progress=False,
-    )
-    return keep(report, folder)
+        model, mnist.x_test, mnist.y_test, eps=EPS, batch_size=250, seed=job.seed, out=folder,
+        name=job.settings["model"], dataset_name=mnist.name, progress=False, **options,
+    )  # fmt: skip
+    return save_report(report, folder)
 
 
 def write(

@@ -19,7 +19,7 @@ from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.atop import Atop, AtopConfig, AtopTask
-from ..methods.atop.generators.small_generator import SmallGenerator
+from ..methods.atop.generators import SmallGenerator
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
 from ..methods.loading import load_defence
 from ..training import Task, TrainingAttack, is_classifier, load_classifier, save_classifier

@@ -1,17 +1,15 @@
 """What an evaluation captures, counted on a small model, and the model of a step's time."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+from benchmarks import captures, report, roofline
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.graphs.step_graphs import WORTH
 
-from benchmarks import captures, report, roofline  # noqa: E402
-from purify_fast.models.classifiers import SmallCNN  # noqa: E402
-from purify_fast.speed.graphs.step_graphs import WORTH  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
 

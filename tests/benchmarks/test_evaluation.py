@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import evaluation  # noqa: E402
+from benchmarks import __main__ as program
+from benchmarks import evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,19 +1,15 @@
 """Every registered op has examples for the tests on a device, and they are of use there."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import every_op
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import examples
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
-
-from benchmarks import every_op
 
 
 def leaves(arguments) -> list[Tensor]:

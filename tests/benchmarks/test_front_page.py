@@ -1,15 +1,13 @@
 """README's numbers are those of the committed results."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+from benchmarks import front_page
 
-from benchmarks import front_page  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()

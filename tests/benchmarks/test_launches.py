@@ -1,17 +1,14 @@
 """What a training step launches: counted, at least halved by the kernels, and as the committed table says."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import launches, report
 from purify_fast import _library
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import launches, report  # noqa: E402
 
 COMMITTED = {row["training"]: row for row in report.read_csv(ROOT / "benchmarks" / "results" / launches.FILE)}
 #: Where most of a step is the classifier's ten passes forward and backward, which no kernel replaces.

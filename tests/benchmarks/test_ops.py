@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import __main__ as program
+from benchmarks import measure, report, shipping
+from benchmarks.ops import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import cache, races
@@ -17,11 +19,6 @@ from purify_fast.ops.dispatch.op import call_of
 from purify_fast.ops.dispatch.races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import measure, report, shipping  # noqa: E402
-from benchmarks.ops import registry  # noqa: E402
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / report.ROWS
 CPU = torch.device("cpu")
@@ -106,7 +103,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 4
 
 
-@pytest.mark.parametrize("arguments", [["ops", "nothing"], ["ops", "--device", "tpu"], []])
+@pytest.mark.parametrize("arguments", [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(SystemExit):
         program.main(arguments)

@@ -1,17 +1,15 @@
 """docs/performance.md is what the committed results say, and what its numbers claim."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+from benchmarks import limits, measure, pages, performance, pipelines, report
+from benchmarks.ops import Case, registry
 
-from benchmarks import limits, measure, pages, performance, pipelines, report  # noqa: E402
-from benchmarks.ops import Case, registry  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+from benchmarks import pages
 
-from benchmarks import pages, sentences  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +24,7 @@ from benchmarks import pages, sentences  # noqa: E402
     ],
 )
 def test_a_claim_without_a_recipe_is_found(text):
-    assert len(sentences.claims(text)) == 1
+    assert len(pages.claims(text)) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_a_claim_without_a_recipe_is_found(text):
     ],
 )
 def test_a_claim_with_its_recipe_and_other_words_are_not(text):
-    assert sentences.claims(text) == []
+    assert pages.claims(text) == []
 
 
 def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
@@ -53,11 +51,11 @@ def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
     (tmp_path / "CHANGELOG.md").write_text("- As published.")
     (tmp_path / "purify_fast" / "made.py").write_text('"""AToP as published."""')
     what = "says as published, and names no recipe such as carso/cifar10"
-    assert sentences.check(tmp_path) == [
+    assert pages.check_claims(tmp_path) == [
         f"CHANGELOG.md:1: {what}: - As published.",
         f"docs/deep/page.md:3: {what}: AToP as published loses.",
         f'purify_fast/made.py:1: {what}: """AToP as published."""',
         f"purify_fast/zoo/models/one/card.json:3: {what}: CARSO, trained as published.",
     ]
-    monkeypatch.setattr(sentences, "check", lambda: ["README.md:1: found"])
+    monkeypatch.setattr(pages, "check_claims", lambda: ["README.md:1: found"])
     assert "README.md:1: found" in pages.check(ROOT / "benchmarks" / "results")

@@ -20,18 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast import data
-from purify_fast.attacks import APGD, PGD, AutoAttack
-from purify_fast.evaluation import Report, measure
-from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import save_classifier
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import pipelines, race, report  # noqa: E402
-from benchmarks.studies import (  # noqa: E402
+from benchmarks import __main__ as program
+from benchmarks import pipelines, race, report, running
+from benchmarks.studies import (
     RESULT,
     Job,
     arrest_mnist,
@@ -40,11 +31,18 @@ from benchmarks.studies import (  # noqa: E402
     carso_digits,
     carso_mnist,
     command,
+    digits,
     mnist,
     over_seeds,
     run,
-    tables,
 )
+from purify_fast import data
+from purify_fast.attacks import APGD, PGD, AutoAttack
+from purify_fast.evaluation import Report, measure
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import save_classifier
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,7 +172,7 @@ def test_tables_by_hand(tmp_path):
         result("pipeline, L2", 1, 0.5, 0.45),
     ]
     assert over_seeds([0.1, 0.3]) == "20.0 ± 10.0" and over_seeds([0.1]) == "10.0"
-    text = tables.markdown(results, ["What it is."], carso_digits.LAYOUT)
+    text = digits.markdown(results, ["What it is."], carso_digits.LAYOUT)
     assert text.startswith("What it is.\n\n| model |")
     rows = lines_of(text)
     widths = {len(row) for row in rows.values()}
@@ -186,7 +184,7 @@ def test_tables_by_hand(tmp_path):
     ]  # fmt: skip
     assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
     assert rows["conv"] == ["60.0 ± 10.0", "25.0 ± 0.0", "0.10", "8"]
-    path = tables.write(results, tmp_path, "study", ["What it is."], carso_digits.LAYOUT)
+    path = digits.write(results, tmp_path, "study", ["What it is."], carso_digits.LAYOUT)
     assert path.read_text() == text and json.loads((tmp_path / "study.json").read_text()) == results
 
 
@@ -464,7 +462,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         return {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
 
     ms, cpu = "1", torch.device("cpu")
-    program.run_pipelines(["one", "two"], cpu, True, tmp_path)
+    running.run_pipelines(["one", "two"], cpu, True, tmp_path)
     calls: list[str] = []
 
     def breaks(pipeline, case, *a):
@@ -475,7 +473,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(race, "race", breaks)
     with pytest.raises(KeyboardInterrupt):
-        program.run_pipelines(["one", "two"], cpu, True, tmp_path)
+        running.run_pipelines(["one", "two"], cpu, True, tmp_path)
     assert rows() == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
 
 

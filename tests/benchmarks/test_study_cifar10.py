@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import __main__ as program
+from benchmarks import pages, studies
+from benchmarks.studies import RESULT, Job, cifar10
+from benchmarks.studies.cifar10 import candidates, models, plan, table
+from benchmarks.studies.cifar10 import results as results_of_study
+from benchmarks.studies.cifar10 import study as names
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig
@@ -19,20 +24,10 @@ from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import pages, studies  # noqa: E402
-from benchmarks.studies import RESULT, Job, cifar10  # noqa: E402
-from benchmarks.studies.cifar10 import budget, candidates, models, pictures, plan, trades  # noqa: E402
-from benchmarks.studies.cifar10 import results as results_of_study  # noqa: E402
-from benchmarks.studies.cifar10 import study as names  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(
-    budget.QUICK,
-    judging=budget.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
+    names.QUICK,
+    judging=names.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
     seeds=2,
 )
 
@@ -65,7 +60,7 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
 
 
 def test_a_training_stays_the_same_job_when_more_images_are_judged():
-    more = replace(BUDGET, judging=budget.Judging(standard=7))
+    more = replace(BUDGET, judging=names.Judging(standard=7))
     asked = [
         {(job.name, job.seed): job.asked() for job in listed if "judging" not in job.settings}
         for listed in (cifar10.jobs("x", BUDGET), cifar10.jobs("y", more, "cuda"))
@@ -74,7 +69,7 @@ def test_a_training_stays_the_same_job_when_more_images_are_judged():
 
 
 def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_path):
-    training = budget.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
+    training = names.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
@@ -121,14 +116,14 @@ def test_trades_is_its_formula():
         model.head.weight.mul_(10)
         model.hidden.weight.mul_(10)
     config = replace(models.adversarial(BUDGET.training), ema_decay=0.0)
-    task = trades.TradesTask(model, replace(config, precision="float32"), (3, 8, 8))
+    task = candidates.TradesTask(model, replace(config, precision="float32"), (3, 8, 8))
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     batch = Batch(x, y, torch.arange(4), seed=0)
     loss, metrics = task.training_step(batch)
     attacked, _ = task.inputs(batch, [])
     clean, moved = model(x).softmax(1), model(attacked).softmax(1)
     divergence = (clean * (clean.log() - moved.log())).sum(1).mean()
-    expected = F.cross_entropy(model(x), y) + trades.BETA * divergence
+    expected = F.cross_entropy(model(x), y) + candidates.BETA * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert divergence > 0 and metrics["divergence"].item() == pytest.approx(divergence.item(), rel=1e-3)
 
@@ -162,7 +157,7 @@ def test_candidates_minimize_what_they_say(loss):
     divergence = (wanted.exp() * (wanted - moved)).sum(1).mean()
     expected = divergence
     if loss == "trades":
-        expected = F.nll_loss(wanted, batch.y) + trades.BETA * divergence
+        expected = F.nll_loss(wanted, batch.y) + candidates.BETA * divergence
     assert divergence > 1e-6 and found.item() == pytest.approx(expected.item(), rel=5e-3)
     assert metrics["divergence"].item() == pytest.approx(divergence.item(), rel=5e-3)
     found.backward()
@@ -275,7 +270,7 @@ def test_models_of_equal_accuracy_can_be_drawn(tmp_path):
     points = {names.STANDARD: reached, names.BASE: reached, names.share_name(0.5): (20.0, 5.0, 1.0, 1.0)}
     for count in (1, 2, 3):
         path = tmp_path / f"{count}.png"
-        pictures.plot(dict(list(points.items())[:count]), BUDGET, path)
+        table.plot(dict(list(points.items())[:count]), BUDGET, path)
         assert path.is_file()
 
 
@@ -297,8 +292,8 @@ def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
 
 
 def test_networks_of_another_width_keep_their_proportions_and_their_results_apart(tmp_path, monkeypatch, capsys):
-    wider = budget.Budget().of_width(32).training
-    assert (wider.width, wider.large_width) == (32, 56) and budget.Budget().of_width(16) == budget.Budget()
+    wider = names.Budget().of_width(32).training
+    assert (wider.width, wider.large_width) == (32, 56) and names.Budget().of_width(16) == names.Budget()
     written, page = [], tmp_path / "page.md"
     page.write_text("")
     monkeypatch.setattr(cifar10, "write", lambda root, folder, budget: written.append((root, folder, budget)) or page)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import __main__ as program
+from benchmarks import zoo
 from purify_fast import zoo as packed
 from purify_fast.training.checkpoint import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import zoo  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

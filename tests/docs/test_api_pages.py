@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
+import api_pages
+import docstrings
 import pytest
 
 import purify_fast
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs"))  # what writes the pages is no part of the installed package
-
-import api_pages  # noqa: E402
-import docstrings  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,6 @@ from purify_fast.training.schedules import RunLength
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
 sys.path.insert(0, str(ROOT / "tests"))
 
 from small_models import Halved, Linear, smaller  # noqa: E402

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+from benchmarks import pages
+from purify_fast.training import ClassifierConfig
 
-from benchmarks import pages  # noqa: E402
-from purify_fast.training import ClassifierConfig  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
 

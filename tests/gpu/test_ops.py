@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import measure
+from benchmarks.ops import Case, registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import examples
 from purify_fast.ops.dispatch.verify import deviation
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks import measure  # noqa: E402
-from benchmarks.ops import Case, registry  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks.studies import RESULT, cifar10  # noqa: E402
-from benchmarks.studies.cifar10 import models  # noqa: E402
-from benchmarks.studies.cifar10 import study as names  # noqa: E402
+from benchmarks.studies import RESULT, cifar10
+from benchmarks.studies.cifar10 import models
+from benchmarks.studies.cifar10 import study as names
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():

@@ -4,8 +4,8 @@
 one table.
 """
 
-from .budget import DEFAULT, FULL, QUICK, Budget
 from .plan import clean_accuracy, jobs
+from .study import DEFAULT, FULL, QUICK, Budget
 from .table import write, write_given
 
 __all__ = ["DEFAULT", "FULL", "QUICK", "Budget", "clean_accuracy", "jobs", "write", "write_given"]

@@ -38,13 +38,12 @@ from purify_fast.training import (
 )
 from purify_fast.training.config import TrainingAttack
 
-from ...flops import Flops
+from ...launches import Flops
 from .. import Job
-from ..saving import save_whole
+from ..job_folders import save_whole
 from . import study
-from .budget import Training
-from .candidates import CandidateTask, Mixed
-from .trades import TradesTask
+from .candidates import CandidateTask, Mixed, TradesTask
+from .study import Training
 
 
 def images_of(job: Job) -> data.DataSet:

@@ -15,7 +15,6 @@ from purify_fast.evaluation import AttackSpec, evaluate
 
 from .. import Job, Work
 from . import study
-from .budget import Budget, Judging
 from .models import (
     best,
     finetune,
@@ -32,6 +31,7 @@ from .models import (
     train_carso,
     train_standard,
 )
+from .study import Budget, Judging
 
 #: ``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common.
 MakeJob = Callable[..., Job]

@@ -21,8 +21,8 @@ from purify_fast.evaluation import Report, merge
 
 from .. import ASKED, RESULT, Job, Unfit, folder_of
 from . import study
-from .budget import Budget, Judging
 from .plan import trainings
+from .study import Budget, Judging
 
 #: What the results are called: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
 #: on a base that was given stand beside those of the whole study.

@@ -1,9 +1,133 @@
-"""The rows of the study on CIFAR-10, by name, and what they have to do with each other."""
+"""The study on CIFAR-10: how much is trained and judged, its rows by name, and how these are related."""
 
 from __future__ import annotations
 
-from .budget import Budget
+from dataclasses import dataclass, replace
+from typing import Literal
+
 from .candidates import CANDIDATES, ELIGIBLE, MIXED
+
+
+@dataclass(frozen=True)
+class Training:
+    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as in `FULL`."""
+
+    width: int = 16
+    #: of the base that has at least as many parameters as base and purifier together
+    large_width: int = 28
+    #: of that base: as much training compute as base and purifier together
+    large_epochs: int = 8
+    #: of the base when it is trained further, so that it has as much training compute as base and purifier together
+    long_epochs: int = 24
+    standard_epochs: int = 15
+    base_epochs: int = 15
+    arrest_epochs: int = 6
+    search_epochs: int = 1
+    objective_epochs: int = 5
+    pipeline_epochs: int = 2
+    generator_epochs: int = 2
+    #: of AToP with the paper's objective: images before its cross-entropy acts, as many as in the authors' two epochs
+    atop_delay_images: int = 10_000
+    #: the first of the training images; those behind them decide which candidate is best
+    train_images: int = 49000
+    steps: int = 5
+    carso_steps: int = 20
+    batch_size: int = 128
+    ema_decay: float = 0.995
+    awp_gamma: float = 0.005
+    weights: tuple[float, ...] = (5.0, 50.0)
+    angles: tuple[float, ...] = (10.0, 30.0)
+    samples: int = 4
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How many images each protocol attacks; 0 leaves it out. The defaults are for a CPU.
+
+    Attributes:
+        clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
+            held-out training images of the candidates. official: test images of the rows that the official AutoAttack
+            attacks too. held_out: training images of the candidates' clean accuracy.
+        authors: test images of `AS_AUTHORS`, whose predictions are random, so that every step averages gradients.
+        tried: the protocol that judges candidates.
+    """
+
+    clean: int = 10000
+    fast: int = 1000
+    standard: int = 200
+    strong: int = 50
+    official: int = 200
+    held_out: int = 1000
+    authors: int = 200
+    tried: Literal["fast", "strong"] = "strong"
+
+    def protocols(self) -> dict[str, int]:
+        """The protocols that every model is attacked by, each with its number of images."""
+        counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
+        return {name: count for name, count in counts.items() if count > 0}
+
+    @property
+    def candidates(self) -> int:
+        """The number of held-out training images on which candidates are attacked."""
+        return {"fast": self.fast, "strong": self.strong}[self.tried]
+
+    @property
+    def main(self) -> str:
+        """The protocol of the most images, and the strongest one of these: models are compared by it."""
+        counts = self.protocols()
+        return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        training: of each model. judging: of each model.
+        shares: bases trained at shares of eps; with the standard classifier and the base they are the curve that
+            others are compared with.
+        seeds: trainings of what is compared, each with a seed of its own.
+    """
+
+    training: Training = Training()
+    judging: Judging = Judging()
+    shares: tuple[float, ...] = (0.5,)
+    seeds: int = 2
+
+    def of_width(self, width: int) -> Budget:
+        """The same with networks of another width; the larger base is wider in the same proportion.
+
+        At another width the larger and the longer base have no longer as many parameters, or as much training compute,
+        as base and purifier together: a purifier does not grow with its classifier's width.
+
+        Args:
+            width: channels of the first stage.
+        """
+        amount = self.training
+        large = -(-amount.large_width * width // amount.width)
+        return replace(self, training=replace(amount, width=width, large_width=large))
+
+
+DEFAULT = Budget()
+FULL = Budget(
+    Training(
+        width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
+        arrest_epochs=30, search_epochs=5,
+        objective_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+    ),
+    Judging(fast=0, standard=1000, strong=200, official=1000, authors=1000),
+    shares=(0.25, 0.5, 0.75),
+)  # fmt: skip
+QUICK = Budget(
+    Training(
+        width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
+        search_epochs=1, objective_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
+        train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,), angles=(30.0,), samples=2,
+    ),
+    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),
+    seeds=1,
+)  # fmt: skip
+
 
 EPS = 8 / 255
 #: What CARSO reads of the classifier: the blocks that end its last three stages.
