@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from purify_fast import zoo
 from purify_fast.attacks import apgd, fab_t, square
+from purify_fast.attacks.attacked_model import frozen
 from purify_fast.attacks.engine import rows
-from purify_fast.attacks.frozen_model import frozen
 from purify_fast.attacks.objective import Objective
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure

@@ -112,9 +112,6 @@ class BPDA(PGD):
         alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100.
         random_start: whether the first run begins at a random point of the ball; every further one does.
         restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step; None: the report's.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import check_literal
+from .._validation import AtLeast0, Count, check_types
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
-from .answers import drawn_once_per_call
-from .arguments import check_at_least_one, check_images, check_not_negative
+from .arguments import check_images, check_not_negative
+from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackContext, ThreatModel, cost_of_runs, run_alone, times
-from .frozen_model import frozen
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import Search, worst_of_restarts
@@ -111,8 +110,6 @@ class StAdv(Attack):
             one does.
         keep_best: whether the best point of a run is kept and not the last, as of `PGD`.
         restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call. None: the report's.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -121,19 +118,17 @@ class StAdv(Attack):
     kind: ClassVar[str] = "stadv"
 
     loss: Loss = "margin"
-    steps: int | None = None
+    steps: Count | None = None
     eps: float | Tensor = EPS
-    rate: float = RATE
-    smoothness: float = TAU
+    rate: AtLeast0 = RATE
+    smoothness: AtLeast0 = TAU
     random_start: bool = False
     keep_best: bool = True
-    restarts: int = 1
-    eot_iter: int | None = None
+    restarts: Count = 1
 
     def __post_init__(self) -> None:
-        check_literal("loss", self.loss, Loss)
-        check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
-        check_not_negative(eps=self.eps, rate=self.rate, smoothness=self.smoothness)
+        check_not_negative(eps=self.eps)
+        check_types(self)
 
     def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)

@@ -25,8 +25,8 @@ from purify_fast.attacks import (
     square,
     stadv,
 )  # fmt: skip
-from purify_fast.attacks.answers import drawn_once_per_call
-from purify_fast.attacks.engine.judge import Judge
+from purify_fast.attacks.attacked_model import drawn_once_per_call
+from purify_fast.attacks.engine.rows import Judge
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
 
