@@ -12,25 +12,12 @@ from purify_fast.attacks.engine import rows as engine_rows
 from purify_fast.attacks.engine.auto_pgd import checkpoints
 from purify_fast.attacks.engine.rows import ActiveSet, Images, Judge, Rows
 from purify_fast.attacks.objective import Objective
-from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 0.2
 LOSSES = ["ce", "margin", "dlr", "dlr_targeted"]
 NORMS = ["linf", "l2", "l1"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
 
 
 def accuracy(model, x, y):

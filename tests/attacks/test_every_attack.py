@@ -30,12 +30,6 @@ EVERY = {**IN_A_BALL, "stadv": (stadv, {"steps": 4, "random_start": True})}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)
-
-
-@pytest.fixture(scope="module")
 def batch(model):
     x = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), frozen(model):

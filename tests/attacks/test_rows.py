@@ -55,12 +55,6 @@ def model():
     return Purifying(SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)).eval()
 
 
-@pytest.fixture(scope="module")
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
-
-
 def context(**options):
     return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
