@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -23,9 +23,9 @@ from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.rows import ActiveSet, Goals, Images, Judge, Rows, Waves
-from .losses import usable_loss
+from .losses import Loss, usable_loss
 from .objective import Objective
-from .search import GradientHealth
+from .search import GradientHealth, worst_of_restarts
 
 #: A radius in image units: one number, or one for each image, ``[B]``.
 Radius = float | Tensor
@@ -253,6 +253,57 @@ class BallAttack(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestartedAttack(Attack):
+    """The options of gradient ascent in several runs, of which each image keeps its worst.
+
+    Args:
+        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
+        steps: gradient steps; None: the report's.
+        random_start: whether the first run begins at a random point; every further one does.
+        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
+            highest mean loss (one more forward pass, or two with several draws).
+        restarts: how many runs.
+    """
+
+    #: What the attack's name begins with.
+    label: ClassVar[str]
+
+    loss: Loss = "ce"
+    steps: Count | None = None
+    random_start: bool = True
+    keep_best: bool = True
+    restarts: Count = 1
+
+    def name(self, context: AttackContext) -> str:
+        steps, _, loss = self.decided(context)
+        return f"{self.label}-{steps} {loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        steps, draws, _ = self.decided(context)
+        # the last point, under several draws also the best one, and the clean image, whose prediction health needs
+        at_the_end = draws * (2 if draws > 1 else 1) + 1
+        comparison = draws if self.restarts > 1 else 0
+        return self.restarts * (steps * draws + at_the_end + comparison)
+
+    def revision(self) -> str:
+        return "3"
+
+    def worst(
+        self, attack: Callable[[Objective, int], Tensor], model: Classifier, x: Tensor, y: Tensor, run: Run
+    ) -> Tensor:
+        """The worst of the runs of an attack, a function of what is raised and of the number of the run from 0."""
+        _, draws, loss = self.decided(run)
+        most = run.max_forward_batch
+
+        def once(number: int) -> Tensor:
+            apart = drawn_once_per_call(model, x, draws, most)
+            return attack(Objective(model, loss, draws, most, run.graphs, apart=apart), number)
+
+        with frozen(model):
+            return worst_of_restarts(once, model, y, restarts=self.restarts, eot_iter=draws)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineAttack(BallAttack):
     """The options of the attacks that judge every success by the model itself: `apgd`, `fab_t` and `square`.
 
@@ -356,14 +407,6 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
     chosen = attack(**{name: value for name, value in options.items() if name in own})
     run = Run(**{name: value for name, value in options.items() if name not in own})
     return chosen.search(model, x, y, cast(AttackContext, run))
-
-
-def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
-    """Forward passes per image of `restarts` runs that keep the best point."""
-    # the last point, under several draws also the best one, and the clean image, whose prediction health needs
-    at_the_end = draws * (2 if draws > 1 else 1) + 1
-    comparison = draws if restarts > 1 else 0
-    return restarts * (steps * draws + at_the_end + comparison)
 
 
 def times(restarts: int) -> str:

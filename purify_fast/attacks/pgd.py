@@ -17,18 +17,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count, Norm
+from .._validation import AtLeast0, Norm
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.loops import State
 from ..speed.graphs.step_graphs import StepGraphs, begin_steps
 from .arguments import NormName, check_at_least_one, check_images, check_not_negative
-from .attacked_model import drawn_once_per_call, frozen
+from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, Radius, cost_of_runs, run_alone, times
+from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
 from .losses import Loss
 from .objective import Objective
-from .search import Search, noted, remembers, worst_of_restarts
+from .search import Search, noted, remembers
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 DENSITY = 0.1
@@ -135,60 +135,37 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(BallAttack):
+class PGD(RestartedAttack, BallAttack):
     """Projected gradient ascent on the attack loss.
 
     Args:
-        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
-        steps: gradient steps; None: the report's.
         alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100, which is stronger
             than a constant one (`make demo` has both on its base).
-        random_start: whether the first run begins at a random point of the ball; every further one does.
         start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
             that is uniform in the ball.
-        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
-            highest mean loss (one more forward pass, or two with several draws).
-        restarts: runs, of which each image keeps its worst.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "pgd"
+    label: ClassVar[str] = "PGD"
 
-    loss: Loss = "ce"
-    steps: Count | None = None
     alpha: float | Tensor | None = None
-    random_start: bool = True
     start_std: AtLeast0 | None = None
-    keep_best: bool = True
-    restarts: Count = 1
 
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha)
         super().__post_init__()
 
-    def name(self, context: AttackContext) -> str:
-        steps, _, loss = self.decided(context)
-        return f"{self.kind.upper()}-{steps} {loss}{times(self.restarts)}"
-
-    def cost(self, context: AttackContext) -> int:
-        steps, draws, _ = self.decided(context)
-        return cost_of_runs(steps, draws, self.restarts)
-
-    def revision(self) -> str:
-        return "3"
-
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        ball, (steps, draws, loss) = self.ball(x, y, context), self.decided(context)
+        ball, steps = self.ball(x, y, context), self.decided(context).steps
         if len(x) == 0:
             return x.clone()
-        x, most = x.detach().clone(), context.max_forward_batch
+        x = x.detach().clone()
         alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
 
-        def attack(run: int) -> Tensor:
-            once = drawn_once_per_call(target, x, draws, most)
-            objective = Objective(target, loss, draws, most, context.graphs, apart=once)
+        def attack(objective: Objective, run: int) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
             point = x
             if (self.random_start or run > 0) and self.start_std is not None:
@@ -203,8 +180,7 @@ class PGD(BallAttack):
             search.recall(last, steps)
             return search.result(x, last["point"])
 
-        with frozen(target):
-            return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)
+        return self.worst(attack, target, x, y, context)
 
 
 def pgd(
