@@ -140,7 +140,9 @@ class AutoAttack(BallAttack):
         make, (norm, eps) = implementation(), self.threat_model(context)
         steps, draws, _ = self.decided(context)
         with _listening(context.warnings):
-            own = {"eps": eps, "seed": context.seed, "version": self.version, "device": x.device}
+            own: dict[str, Any] = {"eps": eps, "seed": context.seed, "version": self.version, "device": x.device}
+            if "verbose" in inspect.signature(make.__init__).parameters:  # type: ignore[misc]
+                own["verbose"] = False
             adversary = make(target, norm=_NORMS[norm], **own)
             adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
             targets = min(9, context.num_classes - 1)
