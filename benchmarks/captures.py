@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from purify_fast import zoo
 from purify_fast.attacks import Square, apgd, fab_t, square
+from purify_fast.attacks.attacked_model import frozen
 from purify_fast.attacks.engine import rows
-from purify_fast.attacks.frozen_model import frozen
 from purify_fast.attacks.objective import Objective
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure
@@ -153,7 +153,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
         mock.patch.object(rows, "takes_every_size", lambda device: False),
         mock.patch.object(measure, "attack_in_batches", noted),
         mock.patch.object(runner, "StepGraphs", graphs),
-        mock.patch.object(Square, "explore", lambda attack, session: session.x),
+        mock.patch.object(Square, "explore", lambda attack, images, run: images.x),
     ):
         yield
 

@@ -30,7 +30,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
-from purify_fast.attacks.engine.judge import Judge, has_fallen
+from purify_fast.attacks.engine.rows import Judge, has_fallen
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.demo.setting import EPS, digits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from purify_fast.attacks.frozen_model import frozen
+from purify_fast.attacks.attacked_model import frozen
 from purify_fast.attacks.objective import Objective
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator

@@ -4,15 +4,13 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 """
 
 from .apgd import APGD, apgd
+from .attacked_model import frozen
 from .autoattack import AutoAttack
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackContext, Run, ThreatModel
 from .bpda import BPDA, BpdaModel
 from .fab import FABT, fab_t
-from .fgsm import FGSM, fgsm, pgd_and_fgsm
-from .frozen_model import frozen
 from .heads import HEADS, AttackersHead
-from .health import GradientHealth
 from .losses import (
     LOSSES,
     TARGETED,
@@ -24,7 +22,8 @@ from .losses import (
     scaled_margin,
 )
 from .objective import input_gradient
-from .pgd import PGD, pgd
+from .pgd import FGSM, PGD, fgsm, pgd, pgd_and_fgsm
+from .search import GradientHealth
 from .square import Square, square
 from .stadv import StAdv, stadv
 

@@ -13,15 +13,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .._validation import GradientPrecision, check_literal
+from .._validation import GradientPrecision, Share
 from ..protocols import Classifier
-from .arguments import check_switch
-from .base import AttackContext, Radius, run_alone
+from .base import AttackContext, Radius, Run, TargetedAttack, run_alone
 from .engine.auto_pgd import AutoPgd, run_from_larger
-from .engine.judge import Judge
-from .engine.rows import ActiveSet, likeliest_wrong
-from .engine.step_size import Schedule
-from .judged import Session, TargetedAttack
+from .engine.rows import ActiveSet, Goals, Images, likeliest_wrong
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 
 
@@ -47,15 +43,8 @@ class APGD(TargetedAttack):
     follows_gradients: ClassVar[bool] = True
 
     loss: ApgdLoss = "ce"
-    rho: float = 0.75
+    rho: Share = 0.75
     leave_when_fallen: bool = True
-
-    def __post_init__(self) -> None:
-        check_literal("loss", self.loss, ApgdLoss)
-        check_switch("leave_when_fallen", self.leave_when_fallen)
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must be in [0, 1], got {self.rho}")
-        super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)
@@ -77,31 +66,28 @@ class APGD(TargetedAttack):
     def revision(self) -> str:
         return "5"
 
-    def explore(self, session: Session) -> Tensor:
-        run, judge = session.run, session.judge
+    def explore(self, images: Images, run: Run) -> Tensor:
         steps, _, loss = self.decided(run)
-        goals = self._goals(judge, session.x, session.y, loss)
-        active = ActiveSet(session.x, session.y, judge, leave=self.leave_when_fallen)
-        waves, schedule = self.waves(session, goals), Schedule(steps, self.rho)
+        goals = self._goals(images, loss)
+        active = ActiveSet(images, leave=self.leave_when_fallen)
         by_pace = self.give_up and self.leave_when_fallen
-        with self.objective(session, loss) as objective:
-            for rows in waves.over(active):
-                if session.ball.norm == "l1":
-                    run_from_larger(objective, active, rows, schedule, health=run.health)
+        with self.objective(images, run, loss) as objective:
+            for rows in self.waves(active, goals, run):
+                if images.ball.norm == "l1":
+                    run_from_larger(objective, active, rows, steps, health=run.health)
                 else:
-                    AutoPgd(objective, active, rows, schedule, health=run.health, give_up=by_pace).run()
-        waves.add_counts(active, run.fell_to)
+                    AutoPgd(objective, active, rows, steps, rho=self.rho, health=run.health, give_up=by_pace).run()
         return active.best
 
-    def _goals(self, judge: Judge, x: Tensor, y: Tensor, loss: str) -> tuple[Tensor | None, ...]:
+    def _goals(self, images: Images, loss: str) -> Goals:
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
         if loss not in FEWEST_CLASSES and loss not in TARGETED:
             return (None,)
-        logits = judge.logits(x)
+        logits = images.judge.logits(images.x)
         classes, least = logits.shape[1], FEWEST_CLASSES.get(loss, 2)
         if classes < least:
             raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
-        return likeliest_wrong(logits, y, self.n_target_classes) if loss in TARGETED else (None,)
+        return likeliest_wrong(logits, images.y, self.n_target_classes) if loss in TARGETED else (None,)
 
 
 def apgd(

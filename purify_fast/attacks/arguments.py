@@ -10,8 +10,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._validation import Norm, check_literal
 
-#: By which share of the fresh draws of a random model an image falls.
-Fallen = Literal["any", "majority", "all"]
 #: How far a pixel may be out of its range, as a share of that: as far as rounding takes it.
 ROUNDING = 1e-4
 #: What the public functions take; AutoAttack and RobustBench write the second half.
@@ -32,13 +30,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
 
     Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them. They are
     not looked at while a compiler or a dispatch mode watches, nor where there are none: of fake tensors, and inside of
-    ``torch.func.vmap``.
-
-    Args:
-        x: the images.
-        y: the labels.
-        clip_min: the smallest value of a pixel; None: any value will do.
-        clip_max: the largest value of a pixel.
+    ``torch.func.vmap``. Without ``clip_min`` a pixel may have any value.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -61,53 +53,15 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         return
     if label < 0:
         raise ValueError(f"y must be class numbers from 0, got {label}")
-    if clip_min is not None:
-        _check_range(least, most, clip_min, clip_max)
-
-
-def _check_range(least: float, most: float, clip_min: float, clip_max: float) -> None:
+    if clip_min is None:
+        return
     slack = ROUNDING * (clip_max - clip_min)
-    # not, so that NaN is refused too
+    # written with "not", so that NaN is refused too
     if not (least >= clip_min - slack and most <= clip_max + slack):
         bytes_given = 1.5 < most <= 255 and clip_max == 1
         hint = ": divide x by 255, or give clip_max=255 and an eps in the same unit" if bytes_given else ""
         allowed = f"[clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]"
         raise ValueError(f"x must be in {allowed}, got values from {least:g} to {most:g}{hint}")
-
-
-def check_gradients_can_be_recorded() -> None:
-    """RuntimeError within ``torch.inference_mode()``, in which every gradient would be zero without a word."""
-    # a compiler decides by itself what it records
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "attacks need gradients, and torch.inference_mode() records none, whatever is switched on inside of it: "
-            "call the attack outside of that block. torch.no_grad() around it does no harm"
-        )
-
-
-def check_labels(y: Tensor, classes: int) -> None:
-    """ValueError for a label that the model has no class for; waits for the device.
-
-    Args:
-        y: labels, int64 ``[B]``.
-        classes: how many classes the model has.
-    """
-    bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
-    if len(bad):
-        raise ValueError(
-            f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
-        )
-
-
-def check_switch(name: str, value: object) -> None:
-    """ValueError unless a switch is True or False.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_at_least_one(**counts: int | None) -> None:
@@ -124,12 +78,6 @@ def check_not_negative(**sizes: float | Tensor | None) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def check_seed(seed: int) -> None:
-    """ValueError for a seed that is no int64."""
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
 
 
 def check_eps(eps: float | Tensor | None, norm: str | None, largest: float = 1.0) -> None:

@@ -14,20 +14,19 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .._validation import Norm, check_literal
-from ..ops.pgd_step import pgd_step
+from .._validation import Count
 from ..protocols import Classifier
-from .arguments import check_at_least_one
+from .attacked_model import frozen
+from .ball import ball_around, projected
 from .base import AttackContext, BallAttack, Run
-from .frozen_model import frozen
 from .objective import input_gradient
-from .pgd import pgd
+from .pgd import PGD
 
 Version = Literal["standard", "rand"]
 #: Its authors' own steps of APGD and FAB, draws of the version "rand", and queries of Square.
@@ -68,8 +67,6 @@ class AutoAttack(BallAttack):
         steps: of its APGD and FAB; None: 100, its authors' own.
         n_queries: queries of its Square; its authors' own are 5000.
         eot_iter: draws of a random model averaged per step of the version "rand"; None: 20, its authors' own.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -79,16 +76,8 @@ class AutoAttack(BallAttack):
     usual_steps: ClassVar[int | None] = STEPS
 
     version: Version = "standard"
-    steps: int | None = None
-    n_queries: int = QUERIES
-    eot_iter: int | None = None
-    eps: float | None = None
-    norm: Norm | None = None
-
-    def __post_init__(self) -> None:
-        check_literal("version", self.version, Version)
-        check_at_least_one(steps=self.steps, n_queries=self.n_queries, eot_iter=self.eot_iter)
-        self.check_ball()
+    steps: Count | None = None
+    n_queries: Count = QUERIES
 
     def name(self, context: AttackContext) -> str:
         name = f"AutoAttack {self.version}"
@@ -103,10 +92,6 @@ class AutoAttack(BallAttack):
 
     def draws(self, run: Run) -> int:
         return (self.eot_iter or DRAWS) if run.draws_differ and self.version == "rand" else 1
-
-    def cost(self, context: AttackContext) -> None:
-        """None: it stops early where it has won."""
-        return None
 
     def revision(self) -> str:
         """That of this class, and the installed package with its version."""
@@ -143,7 +128,7 @@ class AutoAttack(BallAttack):
             if parts(self.version, context.num_classes)[1] is not None:
                 points = self._with_margin(target, x, y, points, context)
             # AutoAttack rounds a little past the ball
-            points = pgd_step(points.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+            points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
                 for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, points, y)), strict=True):
                     for point in (a, b):
@@ -155,10 +140,10 @@ class AutoAttack(BallAttack):
         make, (norm, eps) = implementation(), self.threat_model(context)
         steps, draws, _ = self.decided(context)
         with _listening(context.warnings):
-            options = {"norm": _NORMS[norm], "eps": eps, "seed": context.seed, "version": self.version}
-            known = inspect.signature(make.__init__).parameters  # type: ignore[misc]
-            quiet = {"verbose": False} if "verbose" in known else {}
-            adversary = make(target, device=x.device, **options, **quiet)
+            own: dict[str, Any] = {"eps": eps, "seed": context.seed, "version": self.version, "device": x.device}
+            if "verbose" in inspect.signature(make.__init__).parameters:  # type: ignore[misc]
+                own["verbose"] = False
+            adversary = make(target, norm=_NORMS[norm], **own)
             adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
             targets = min(9, context.num_classes - 1)
             adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
@@ -177,17 +162,15 @@ class AutoAttack(BallAttack):
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
         """The points that succeed, or where they do not what PGD on the margin finds."""
         steps, draws, _ = self.decided(context)
-        ball: dict[str, Any] = {"eps": context.eps if self.eps is None else self.eps, "norm": self.norm or context.norm}
+        margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
         with torch.no_grad():
             left = [
                 part[target(points[part]).argmax(1) == y[part]]
                 for part in torch.arange(len(x), device=x.device).split(context.batch_size)
             ]
         for part in torch.cat(left).split(context.batch_size):
-            stronger = pgd(
-                target, x[part], y[part], **ball, steps=steps, loss="margin", keep_best=True, eot_iter=draws,
-                seed=context.seed, sample_ids=part, max_forward_batch=context.max_forward_batch,
-            )  # fmt: skip
+            alone = replace(context, sample_ids=part, health=None, graphs=None)
+            stronger = margin.search(target, x[part], y[part], alone)
             with torch.no_grad():
                 wrong = target(stronger).argmax(1) != y[part]
             points[part[wrong]] = stronger[wrong]
@@ -200,31 +183,23 @@ def _set_steps(part: Any, steps: int) -> None:
     part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
 
 
-class _Listener(logging.Handler):
-    def __init__(self, warnings: list[str]):
-        super().__init__(logging.WARNING)
-        self.warnings = warnings
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage().split(" See flags_doc")[0]
-        # a compiled model's first call looks like a dynamic defence to it; the losses that cannot run are replaced
-        known = "dynamic defense" in text or "it is not possible to use the" in text
-        if not known and text not in self.warnings:
-            self.warnings.append(text)
-
-
 @contextlib.contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
     """Collect AutoAttack's warnings instead of printing them; its tracing leaves no trace."""
+
+    def collect(record: logging.LogRecord) -> bool:
+        text = record.getMessage().split(" See flags_doc")[0]
+        # a compiled model's first call looks like a dynamic defence to it; the losses that cannot run are replaced
+        known = "dynamic defense" in text or "it is not possible to use the" in text
+        if record.levelno >= logging.WARNING and not known and text not in warnings:
+            warnings.append(text)
+        return False
+
     logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
-    handler, before = _Listener(warnings), (logger.propagate, logger.level)
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.WARNING)
+    logger.addFilter(collect)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         sys.settrace(trace)
-        logger.removeHandler(handler)
-        logger.propagate, logger.level = before
+        logger.removeFilter(collect)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .._tensors import per_image
 from .._validation import Norm
 from ..ops.pgd_step import per_sample, pgd_step
 from ..ops.philox import Stream, philox
-from .arguments import check_eps, check_seed, read_norm
+from .arguments import check_eps, read_norm
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,13 @@ class Ball:
         Args:
             index: whose, an index of ``[B]``.
         """
-        return Ball(self.eps[index], self.norm, self.clip_min, self.clip_max)
+        return replace(self, eps=self.eps[index])
 
 
 def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
 ) -> Ball:
-    """The ball around each image, of checked arguments.
-
-    Args:
-        x: images ``[B, ...]``.
-        eps: the radius in image units, a number or ``[B]``.
-        norm: a norm as `read_norm` takes it.
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
+    """The ball around each image, of a checked radius, a number or ``[B]``, and a norm as `read_norm` takes it.
 
     Returns:
         The ball; its eps is on x's device, float32, or float64 where x is.
@@ -68,32 +62,39 @@ def ball_around(
     return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
 
 
-def _names(x: Tensor, seed: int, sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What names the random numbers of a start: the seed as int64 ``[1]`` and the sample ids, on x's device."""
-    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    check_seed(seed)
+def philox_key(seed: int, device: torch.device) -> Tensor:
+    """A seed as Philox takes it, int64 ``[1]``; ValueError for one that is no int64."""
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
     # made on the device: a copy would wait for it
-    return torch.full((1,), seed, dtype=torch.int64, device=x.device), ids
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
+    """What draws the random numbers of a start: ``[B, count]``, of Philox's first draw or a later one."""
+    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
+    key = philox_key(seed, x.device)
+
+    def draw(count: int, distribution: str = "uniform", first_draw: int = 0) -> Tensor:
+        stream = Stream.ATTACK_START
+        return philox(key, ids, count, stream=stream, distribution=distribution, first_draw=first_draw)[:, 0]
+
+    return draw
+
+
+def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
+    """The nearest points of the balls around images x, within the box; in l1 of ball and box at once."""
+    # a step of length 0 is the projection alone
+    return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
 
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """A point drawn from a normal distribution around each image, projected onto its ball and the box.
 
-    Args:
-        x: images ``[B, ...]``.
-        ball: the ball around each.
-        std: standard deviation in image units.
-        seed: of the draw, by Philox stream ATTACK_START.
-        sample_ids: int64 ``[B]``; an image's point depends on the seed and its id alone. None: 0 .. B - 1.
-
-    Returns:
-        The points, shape and dtype of x.
+    ``std`` is in image units; seed and ids are those of `sample_in_ball`.
     """
-    key, ids = _names(x, seed, sample_ids)
-    noise = philox(key, ids, x[0].numel(), stream=Stream.ATTACK_START, distribution="normal")[:, 0]
-    point = (x + std * noise.view_as(x)).to(x.dtype)
-    # a step of length 0 is the projection alone
-    return pgd_step(point, torch.zeros_like(x), x, torch.zeros_like(ball.eps), ball.eps, **ball.bounds)
+    noise = _numbers(x, seed, sample_ids)(x[0].numel(), "normal")
+    return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
@@ -108,18 +109,17 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
     Returns:
         The points, shape and dtype of x.
     """
-    key, ids = _names(x, seed, sample_ids)
-    size = x[0].numel()
+    draw, size = _numbers(x, seed, sample_ids), x[0].numel()
     if ball.norm == "linf":
-        noise = 2 * philox(key, ids, size, stream=Stream.ATTACK_START)[:, 0] - 1
+        noise = 2 * draw(size) - 1
     else:
         if ball.norm == "l2":
-            noise = philox(key, ids, size, stream=Stream.ATTACK_START, distribution="normal")[:, 0]
+            noise = draw(size, "normal")
         else:
             # Laplace's distribution, by its inverse, at the middles of the 2^24 steps: none is 0 or infinite
-            middles = 2 * philox(key, ids, size, stream=Stream.ATTACK_START)[:, 0] - (1 - 2**-24)
+            middles = 2 * draw(size) - (1 - 2**-24)
             noise = -middles.sign() * torch.log1p(-middles.abs())
-        shrink = philox(key, ids, 1, stream=Stream.ATTACK_START, first_draw=1)[:, 0] ** (1 / size)
+        shrink = draw(1, first_draw=1) ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
     point = x + noise.view_as(x) * per_image(ball.eps, x)
     return point.clamp(ball.clip_min, ball.clip_max).to(x.dtype)

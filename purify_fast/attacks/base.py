@@ -7,20 +7,25 @@ it without an evaluation. Whatever the options leave open comes from a `Run`; an
 from __future__ import annotations
 
 import abc
-from dataclasses import asdict, dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .._validation import Norm
+from .._validation import Count, GradientPrecision, Norm, check_types
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
+from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
-from .engine.gradient_copy import GradientCopies
-from .health import GradientHealth
-from .losses import usable_loss
+from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
+from .engine.rows import ActiveSet, Goals, Images, Judge, Rows, Waves
+from .losses import Loss, usable_loss
+from .objective import Objective
+from .search import GradientHealth, worst_of_restarts
 
 #: A radius in image units: one number, or one for each image, ``[B]``.
 Radius = float | Tensor
@@ -125,8 +130,14 @@ class Decided(NamedTuple):
     loss: Any
 
 
+@dataclass(frozen=True, kw_only=True)
 class Attack(abc.ABC):
-    """An attack with its options; subclasses are frozen dataclasses."""
+    """An attack with its options; subclasses are frozen dataclasses.
+
+    Args:
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call. None: the report's.
+    """
 
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
@@ -137,8 +148,7 @@ class Attack(abc.ABC):
     #: The steps of an attack that leaves them open, whatever the run's; None: the run's.
     usual_steps: ClassVar[int | None] = None
 
-    #: Every attack has this option: draws of a random model averaged per step; None: the run's.
-    eot_iter: int | None
+    eot_iter: Count | None = None
 
     @abc.abstractmethod
     def name(self, context: AttackContext) -> str:
@@ -158,9 +168,9 @@ class Attack(abc.ABC):
         steps = getattr(self, "steps", None) or self.usual_steps or run.steps
         return Decided(steps, self.draws(run), usable_loss(loss, run.num_classes))
 
-    @abc.abstractmethod
     def cost(self, context: AttackContext) -> int | None:
-        """Forward passes per image at most; None where that cannot be known before."""
+        """Forward passes per image at most; None where that cannot be known before, as of a search that ends early."""
+        return None
 
     @abc.abstractmethod
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
@@ -198,38 +208,34 @@ class Attack(abc.ABC):
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         """The options as plain values, with what the context decided in the place of every None it replaced."""
-        options = asdict(self)  # type: ignore[call-overload]
+        options = asdict(self)
         decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
         return options | decided | {"eot_iter": self.draws(context)} | self.threat_model(context)._asdict()
 
 
+@dataclass(frozen=True, kw_only=True)
 class BallAttack(Attack):
-    """An attack within a ball, the report's or one of its own."""
+    """An attack within a ball, the report's or one of its own.
 
-    #: The attack's own ball; None: the report's.
-    eps: float | None
-    norm: Norm | None
+    Args:
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+    """
 
-    def check_ball(self) -> None:
-        """Check the attack's own ball, and write its norm as this package does; for ``__post_init__``.
+    eps: float | None = None
+    norm: Norm | None = None
 
-        Raises:
-            ValueError: a radius or norm that is not allowed, or a norm without a radius.
-        """
-        known = None if self.norm is None else read_norm(self.norm)
-        if known is not None and self.eps is None:
-            raise ValueError(f"the norm {known} needs an eps of its own")
-        check_eps(self.eps, known)
+    def __post_init__(self) -> None:
+        norm = None if self.norm is None else read_norm(self.norm)
+        if norm is not None and self.eps is None:
+            raise ValueError(f"the norm {norm} needs an eps of its own")
+        check_eps(self.eps, norm)
         # the dataclass is frozen
-        object.__setattr__(self, "norm", known)
+        object.__setattr__(self, "norm", norm)
+        check_types(self)
 
     def ball(self, x: Tensor, y: Tensor, run: Run) -> Ball:
         """The attack's own ball or the run's, around images that are checked here.
-
-        Args:
-            x: images, floating point ``[B, ...]``.
-            y: labels, int64 ``[B]``.
-            run: with the range of the pixels.
 
         Raises:
             TypeError: x or y is no tensor.
@@ -246,25 +252,161 @@ class BallAttack(Attack):
         return ThreatModel(norm, eps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestartedAttack(Attack):
+    """The options of gradient ascent in several runs, of which each image keeps its worst.
+
+    Args:
+        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
+        steps: gradient steps; None: the report's.
+        random_start: whether the first run begins at a random point; every further one does.
+        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
+            highest mean loss (one more forward pass, or two with several draws).
+        restarts: how many runs.
+    """
+
+    #: What the attack's name begins with.
+    label: ClassVar[str]
+
+    loss: Loss = "ce"
+    steps: Count | None = None
+    random_start: bool = True
+    keep_best: bool = True
+    restarts: Count = 1
+
+    def name(self, context: AttackContext) -> str:
+        steps, _, loss = self.decided(context)
+        return f"{self.label}-{steps} {loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        steps, draws, _ = self.decided(context)
+        # the last point, under several draws also the best one, and the clean image, whose prediction health needs
+        at_the_end = draws * (2 if draws > 1 else 1) + 1
+        comparison = draws if self.restarts > 1 else 0
+        return self.restarts * (steps * draws + at_the_end + comparison)
+
+    def revision(self) -> str:
+        return "3"
+
+    def worst(
+        self, attack: Callable[[Objective, int], Tensor], model: Classifier, x: Tensor, y: Tensor, run: Run
+    ) -> Tensor:
+        """The worst of the runs of an attack, a function of what is raised and of the number of the run from 0."""
+        _, draws, loss = self.decided(run)
+        most = run.max_forward_batch
+
+        def once(number: int) -> Tensor:
+            apart = drawn_once_per_call(model, x, draws, most)
+            return attack(Objective(model, loss, draws, most, run.graphs, apart=apart), number)
+
+        with frozen(model):
+            return worst_of_restarts(once, model, y, restarts=self.restarts, eot_iter=draws)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAttack(BallAttack):
+    """The options of the attacks that judge every success by the model itself: `apgd`, `fab_t` and `square`.
+
+    They search on a fast copy of the model. A success of a search is a claim, which the model confirms in its own
+    precision, a random one by fresh draws. Images that have fallen leave the batch.
+
+    Args:
+        restarts: runs (for each target), each for the images that have not fallen yet.
+        precision: what the search computes in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy where
+            it pays). A success is judged by the model itself.
+        give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
+            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 1,500th query on. Auto-PGD never
+            does so in the l1 ball or where fallen images stay, and Square with several draws.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    restarts: Count = 1
+    precision: GradientPrecision = "auto"
+    give_up: bool = False
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        ball = self.ball(x, y, context)
+        if len(x) == 0:
+            return x.clone()
+        x = x.detach().clone()
+        ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
+        draws, most = self.draws(context), context.max_forward_batch
+        judges = context.judges(draws)
+        with frozen(target):
+            judge = Judge(target, judges, most, drawn_once_per_call(target, x, max(judges, draws), most))
+            return self.explore(Images(x, y, ball, judge, ids), context)
+
+    @abc.abstractmethod
+    def explore(self, images: Images, run: Run) -> Tensor:
+        """Adversarial images of one batch, shape and dtype of its clean ones; within `frozen`."""
+
+    @contextlib.contextmanager
+    def objective(self, images: Images, run: Run, loss: str) -> Iterator[Objective]:
+        """The loss that the search raises, on what it follows: another model, a fast copy, or the model itself."""
+        draws, most, apart = self.draws(run), run.max_forward_batch, images.judge.apart
+        source = run.gradients_from if self.follows_gradients else None
+        followed = source is not None
+        if source is None:
+            source = gradient_copy(images.judge.model, images.x[:COMPARED], self.precision, run.copies)
+        with frozen(source):
+            if followed:
+                apart = drawn_once_per_call(source, images.x, draws, most)
+            yield Objective(source, loss, draws, most, run.graphs, apart=apart)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedAttack(EngineAttack):
+    """The options of those that try one wrong class after the other.
+
+    Args:
+        steps: gradient steps of a run; None: as the subclass says.
+        n_target_classes: wrong classes that are tried, those of highest logit on the image, a run for each; None, or
+            more than there are: all.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    #: The usual number of wrong classes that are tried, AutoAttack's.
+    usual_targets: ClassVar[int] = 9
+
+    steps: Count | None = None
+    n_target_classes: Count | None = usual_targets
+
+    def full_name(self, name: str, targeted: bool = True) -> str:
+        """A name with the number of target classes where that is not the usual one, and of restarts."""
+        count = self.n_target_classes
+        if targeted and count != self.usual_targets:
+            name += f", {'all' if count is None else count} targets"
+        return name + times(self.restarts)
+
+    def targets(self, context: AttackContext) -> int | None:
+        """How many wrong classes are tried; None for a loss without a target."""
+        return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        return super().settings(context) | {"n_target_classes": self.targets(context)}
+
+    def waves(self, active: ActiveSet, goals: Goals, run: Run, at_image: bool = False) -> Iterator[Rows]:
+        """The rows of the runs towards some goals; afterwards it is noted how many images fell to each."""
+        waves = Waves(active, goals, self.restarts, seed=run.seed, most=run.batch_size, at_image=at_image)
+        yield from waves
+        waves.add_counts(run.fell_to)
+
+
 # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Run an attack without an evaluation; each option goes to the field of its name, of the attack or of `Run`."""
-    own = set(cast(Any, attack).__dataclass_fields__)
+    own = {field.name for field in fields(attack)}
     if issubclass(attack, BallAttack):
         # the ball is the run's: there its radius may be one for each image
         own -= {"eps", "norm"}
     chosen = attack(**{name: value for name, value in options.items() if name in own})
     run = Run(**{name: value for name, value in options.items() if name not in own})
     return chosen.search(model, x, y, cast(AttackContext, run))
-
-
-def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
-    """Forward passes per image of `restarts` runs that keep the best point."""
-    # the last point, under several draws also the best one, and the clean image, whose prediction health needs
-    at_the_end = draws * (2 if draws > 1 else 1) + 1
-    comparison = draws if restarts > 1 else 0
-    return restarts * (steps * draws + at_the_end + comparison)
 
 
 def times(restarts: int) -> str:

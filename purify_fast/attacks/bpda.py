@@ -107,20 +107,13 @@ class BPDA(PGD):
 
     Args:
         aggregation: how the logits of several draws are aggregated; None: as the defence does.
-        loss: "ce", "margin" or "dlr", which below 3 classes becomes "margin".
-        steps: gradient steps; None: the report's.
-        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100.
-        random_start: whether the first run begins at a random point of the ball; every further one does.
-        restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step; None: the report's.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "bpda"
+    label: ClassVar[str] = "BPDA"
 
     aggregation: str | None = None
 

@@ -18,16 +18,12 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
-from .base import AttackContext, Radius, run_alone
-from .engine.auto_pgd import shrinks_after
-from .engine.judge import has_fallen
-from .engine.reach import reach_of_steps, some_of
-from .engine.rows import ActiveSet, Rows, likeliest_wrong
-from .health import GradientHealth, HealthOfRows
-from .judged import Session, TargetedAttack
-from .objective import Gradient, Gradients, Objective
+from .ball import projected
+from .base import AttackContext, Radius, Run, TargetedAttack, run_alone
+from .engine.auto_pgd import RowSearch, shrinks_after
+from .engine.rows import ActiveSet, Images, Rows, has_fallen, likeliest_wrong, some_of
+from .objective import Gradient
 
 #: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
 #: border is drawn back.
@@ -61,15 +57,13 @@ class FABT(TargetedAttack):
     def revision(self) -> str:
         return "5"
 
-    def explore(self, session: Session) -> Tensor:
-        run, steps = session.run, self.decided(session.run).steps
-        active = ActiveSet(session.x, session.y, session.judge)
-        goals = likeliest_wrong(session.judge.logits(session.x), session.y, self.n_target_classes)
-        waves = self.waves(session, goals, at_image=True)
-        with self.objective(session, "margin_targeted") as objective:
-            for rows in waves.over(active):
+    def explore(self, images: Images, run: Run) -> Tensor:
+        active = ActiveSet(images)
+        goals = likeliest_wrong(images.judge.logits(images.x), images.y, self.n_target_classes)
+        steps = self.decided(run).steps
+        with self.objective(images, run, "margin_targeted") as objective:
+            for rows in self.waves(active, goals, run, at_image=True):
                 _Search(objective, active, rows, steps, health=run.health, give_up=self.give_up).run()
-        waves.add_counts(active, run.fell_to)
         return active.best
 
 
@@ -100,37 +94,14 @@ def fab_t(
     return run_alone(FABT, model, x, y, eps=eps, precision=precision, **options)
 
 
-class _Search:
-    """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
+class _Search(RowSearch):
+    """One run, which offers the nearest points across the border."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        active: ActiveSet,
-        rows: Rows,
-        steps: int,
-        *,
-        health: GradientHealth | None,
-        give_up: bool,
-    ):
-        self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
-        self.point = self.nearest = rows.begin
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.nearest = self.point
         #: How far the nearest points across the border are from the images, ``[R]``.
-        self.distance = torch.full_like(rows.ball.eps, torch.inf)
-        # the batch may shrink after any of the first steps
-        self.gradients = Gradients(objective, self.point, rows.labels, steps)
-        self.reach = reach_of_steps(steps) if give_up else None
-        self.health = None if health is None else HealthOfRows(health, self.point)
-
-    def take(self, index: Tensor) -> None:
-        """Go on with some of the rows."""
-        self.rows, self.point = self.rows.take(index), self.point[index]
-        self.nearest, self.distance = self.nearest[index], self.distance[index]
-        for part in (self.reach, self.health):
-            if part is not None:
-                part.take(index)
-        if len(index):
-            self.gradients.now_of(self.point, self.rows.labels)
+        self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
 
     def run(self) -> None:
         """Take all steps, or as many as there are rows for."""
@@ -179,7 +150,7 @@ class _Search:
 
     def _offer(self, rows: Rows, nearest: Tensor) -> None:
         """Try the nearest points cut off at the ball, and keep the best of them."""
-        cut = pgd_step(nearest, torch.zeros_like(nearest), rows.x, 0.0, rows.ball.eps, **rows.ball.bounds)
+        cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)
         share, _ = self.active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
         self.active.offer(rows.owner, cut, torch.stack([share, score[1]]))
@@ -193,11 +164,7 @@ def _length(rows: Rows, moved: Tensor) -> Tensor:
 def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
     """Towards the border of the linear approximation, from the origin and, with a small weight, from the clean image.
 
-    Args:
-        rows: the rows.
-        origin: where the step begins, ``[R, ...]``.
-        point: where the gradient was taken, ``[R, ...]``.
-        at_point: the gradient there of the target's logit minus the label's, and their difference.
+    The gradient, of the target's logit minus the label's, was taken at ``point``; the step begins at ``origin``.
     """
     bounds = rows.ball.bounds
     gradient = at_point.image.to(point.dtype)

@@ -24,15 +24,7 @@ HEADS: tuple[Head, ...] = get_args(Head)
 
 
 def head_logits(samples: Tensor, head: Head) -> Tensor:
-    """What an attacker sees of the samples' logits, ``[B, classes]``.
-
-    Args:
-        samples: logits of the K samples, ``[B, K, classes]``.
-        head: a name of `HEADS`.
-
-    Raises:
-        ValueError: another name.
-    """
+    """What an attacker sees of the samples' logits, ``[B, K, classes]`` -> ``[B, classes]``, by a name of `HEADS`."""
     check_literal("head", head, Head)
     if head == "one_sample":
         return samples[:, 0]
@@ -42,11 +34,7 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
 
 
 def class_margins(logits: Tensor) -> Tensor:
-    """Of every class its logit minus the largest other one, shape of the logits.
-
-    Args:
-        logits: ``[..., classes]``, at least two.
-    """
+    """Of every class its logit minus the largest other one, ``[..., classes]``, of at least two classes."""
     two = logits.topk(2, -1)
     best = F.one_hot(two.indices[..., 0], logits.shape[-1]).bool()
     return logits - torch.where(best, two.values[..., 1:], two.values[..., :1])

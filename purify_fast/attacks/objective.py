@@ -18,8 +18,7 @@ from torch import Tensor
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.loops import State, Steps
 from ..speed.graphs.step_graphs import StepGraphs
-from .answers import drawn_once_per_call, logits_of_draws
-from .arguments import check_gradients_can_be_recorded, check_labels
+from .attacked_model import drawn_once_per_call, logits_of_draws
 from .losses import LOSSES, TARGETED, Loss
 
 #: After how many gradients without a graph it is asked again whether there is one by now.
@@ -64,11 +63,9 @@ class Objective:
     apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
-        """The gradient to images, and their score.
+        """The gradient to images ``[B, ...]``, and their score.
 
-        Args:
-            x: images ``[B, ...]``.
-            y: labels, int64 ``[B]``; for a targeted loss labels and targets, ``[B, 2]``.
+        The labels are int64 ``[B]``; of a targeted loss labels and targets, ``[B, 2]``.
 
         Raises:
             RuntimeError: within ``torch.inference_mode()``.
@@ -77,33 +74,18 @@ class Objective:
         return Gradient(image, self._mean(loss), self._mean(wrong))
 
     def direction(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gradient to images alone, `Gradient.image`: a step that compares no points does not pay for a score.
-
-        Args:
-            x: images ``[B, ...]``.
-            y: as of `gradient`.
-        """
+        """The gradient to images alone, `Gradient.image`: a step that compares no points does not pay for a score."""
         return self._over_passes(partial(self._differentiate, scored=False), x, y)[0]
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> Tensor:
-        """The score of images by fresh draws, `Gradient.score`.
-
-        Args:
-            x: images ``[B, ...]``.
-            y: as of `gradient`.
-        """
+        """The score of images by fresh draws, `Gradient.score`."""
         loss, wrong = self._over_passes(self._judge, x, y)
         return torch.stack([self._mean(wrong), self._mean(loss)])
 
     @torch.no_grad()
     def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss alone, ``[B]``: a search that goes by it does not pay for the count of wrong draws.
-
-        Args:
-            x: images ``[B, ...]``.
-            y: as of `gradient`.
-        """
+        """The loss alone, ``[B]``: a search that goes by it does not pay for the count of wrong draws."""
         return self._mean(self._over_passes(partial(self._judge, counted=False), x, y)[0])
 
     def _mean(self, total: Tensor) -> Tensor:
@@ -138,7 +120,12 @@ class Objective:
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
         """Sums over ``draws`` draws: the gradient, and if it is scored the losses and how many are misclassified."""
-        check_gradients_can_be_recorded()
+        # a compiler decides by itself what it records
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "attacks need gradients, and torch.inference_mode() records none, whatever is switched on inside of "
+                "it: call the attack outside of that block. torch.no_grad() around it does no harm"
+            )
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits, labels = self._losses(leaf, y, draws)
@@ -152,7 +139,7 @@ class Objective:
     def _judge(self, x: Tensor, y: Tensor, draws: int, counted: bool = True) -> tuple[Tensor, ...]:
         """Sums over ``draws`` draws: the losses, and if it is counted how many are misclassified."""
         losses, logits, labels = self._losses(x, y, draws)
-        return self._scored(logits, labels, losses, draws) if counted else (self._summed(losses, draws),)
+        return self._scored(logits, labels, losses, draws) if counted else (_summed(losses, draws),)
 
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of every draw, ``[draws * B]``, its logits and its label."""
@@ -162,36 +149,41 @@ class Objective:
         return self._loss_of(logits, labels), logits, labels[0]
 
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Sums over the draws: the losses, and how many are misclassified; ``[B]`` both."""
-        return self._summed(losses, draws), self._summed(self._wrong(logits, labels, losses), draws)
+        """Sums over the draws: the losses, and how many are misclassified; ``[B]`` both.
 
-    def _summed(self, values: Tensor, draws: int) -> Tensor:
-        """Sums over the draws, ``[B]``, of values ``[draws * B]``."""
-        return values.view(draws, -1).sum(0) if draws > 1 else values
-
-    def _wrong(self, logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
-        """1 where a row of logits decides for another class than the label's, or names no class, else 0.
-
-        A row with a NaN names no class, whatever the index of its largest logit. Nor does one whose largest logit is
-        infinite and shared, which the margin alone tells: it is NaN in both cases, and in no other.
+        A row of logits with a NaN names no class, whatever the index of its largest one, and is misclassified. So is a
+        row whose largest logit is infinite and shared, which the margin alone tells: it is NaN in both cases, and in no
+        other.
         """
         top, decided = logits.max(1)
         nameless = losses if self.loss == "margin" else top
-        return ((decided != labels) | nameless.isnan()).float()
+        wrong = ((decided != labels) | nameless.isnan()).float()
+        return _summed(losses, draws), _summed(wrong, draws)
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        """The loss of every row of logits; a label too large is refused by name."""
+        """The loss of every row of logits; a label that the model has no class for is refused by name."""
         formula = (LOSSES | TARGETED)[self.loss]
         # a compiler cannot trace the block below
         if torch.compiler.is_compiling():
             return formula(logits, *labels)
         try:
             return formula(logits, *labels)
-        except (IndexError, RuntimeError):
-            if logits.device.type == "cpu":
-                # the usual reason, which costs no look at the labels as long as nothing fails
-                check_labels(labels[0], logits.shape[1])
-            raise
+        except (IndexError, RuntimeError) as error:
+            y, classes = labels[0], logits.shape[1]
+            if y.device.type != "cpu":
+                raise
+            # the usual reason, which costs no look at the labels as long as nothing fails
+            bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
+            if len(bad) == 0:
+                raise
+            raise ValueError(
+                f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
+            ) from error
+
+
+def _summed(values: Tensor, draws: int) -> Tensor:
+    """Sums over the draws, ``[B]``, of values ``[draws * B]``."""
+    return values.view(draws, -1).sum(0) if draws > 1 else values
 
 
 def _even(images: int, most: int) -> int:
@@ -241,22 +233,13 @@ class Gradients:
         self._begin(like)
 
     def now_of(self, like: Tensor, y: Tensor) -> None:
-        """Go on with another batch.
-
-        Args:
-            like: images of its shape and dtype, ``[B, ...]``.
-            y: its labels.
-        """
+        """Go on with another batch, of images like these and their labels."""
         # while this loop is there, its graph is taken
         self._loop, self._y = None, y
         self._begin(like)
 
     def at(self, point: Tensor) -> Gradient:
-        """`Objective.gradient` at a point.
-
-        Args:
-            point: images ``[B, ...]``.
-        """
+        """`Objective.gradient` at a point, images ``[B, ...]``."""
         if self._loop is None:
             return self._objective.gradient(point, self._y)
         self._looked += 1

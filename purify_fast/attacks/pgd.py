@@ -1,8 +1,9 @@
-"""Projected gradient descent (Madry et al., ICLR 2018), on the attack's loss upwards.
+"""Projected gradient descent (Madry et al., ICLR 2018), on the attack's loss upwards; and its one step, FGSM.
 
 In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019) and projects onto ball and box at once
 (Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, the same
-way each, so that what it adds cannot gather where it is worth most; this implementation moves ever fewer.
+way each, so that what it adds cannot gather where it is worth most; this implementation moves ever fewer. FGSM is the
+fast gradient (sign) method (Goodfellow et al., ICLR 2015).
 
 Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. They are attacked in evaluation mode,
 with gradients to the input only, and come back as they were (`purify_fast.attacks.frozen`).
@@ -10,25 +11,24 @@ with gradients to the input only, and come back as they were (`purify_fast.attac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._validation import Norm, check_literal
+from .._validation import AtLeast0, Norm
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.loops import State
-from ..speed.graphs.step_graphs import begin_steps
-from .answers import drawn_once_per_call
-from .arguments import check_at_least_one, check_not_negative
-from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, Radius, cost_of_runs, run_alone, times
-from .frozen_model import frozen
+from ..speed.graphs.step_graphs import StepGraphs, begin_steps
+from .arguments import NormName, check_at_least_one, check_images, check_not_negative
+from .attacked_model import frozen
+from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
+from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
 from .losses import Loss
 from .objective import Objective
-from .search import Search, noted, remembers, worst_of_restarts
+from .search import Search, noted, remembers
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 DENSITY = 0.1
@@ -74,13 +74,7 @@ class Ascent:
         return {**new, "point": self.move(state, gradient, self.density)}
 
     def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
-        """The next point.
-
-        Args:
-            state: the tensors of the step.
-            gradient: at the point, of its shape and dtype.
-            density: of "l1", the share of the coordinates that move.
-        """
+        """The next point, by the gradient at this one, of its shape and dtype."""
         bounds: dict[str, Any] = {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
         x, alpha, eps = state["x"], state["alpha"], state["eps"]
         return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **bounds)
@@ -130,91 +124,48 @@ def ascend(
 
 
 def fall(i: int, steps: int) -> float:
-    """What a step's length is multiplied with: from 1 at the first step to a hundredth at the last.
-
-    Args:
-        i: the step, from 0.
-        steps: of how many.
-    """
+    """What the length of step i, from 0, is multiplied with: from 1 at the first step to a hundredth at the last."""
     return 100.0 ** (-i / max(1, steps - 1))
 
 
 def density_at(norm: str, i: int, steps: int) -> float:
-    """The share of the coordinates that an l1 step moves; for other norms a constant, which is not used.
-
-    Args:
-        norm: the ball's.
-        i: the step, from 0.
-        steps: of how many.
-    """
+    """The share of the coordinates that step i, from 0, moves in l1; for other norms a constant, which is not used."""
     # a compiled step would be compiled again for every new number
     return DENSITY * fall(i, steps) if norm == "l1" else DENSITY
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(BallAttack):
+class PGD(RestartedAttack, BallAttack):
     """Projected gradient ascent on the attack loss.
 
     Args:
-        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
-        steps: gradient steps; None: the report's.
         alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100, which is stronger
             than a constant one (`make demo` has both on its base).
-        random_start: whether the first run begins at a random point of the ball; every further one does.
         start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
             that is uniform in the ball.
-        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
-            highest mean loss (one more forward pass, or two with several draws).
-        restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call. None: the report's.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "pgd"
+    label: ClassVar[str] = "PGD"
 
-    loss: Loss = "ce"
-    steps: int | None = None
     alpha: float | Tensor | None = None
-    random_start: bool = True
-    start_std: float | None = None
-    keep_best: bool = True
-    restarts: int = 1
-    eot_iter: int | None = None
-    eps: float | None = None
-    norm: Norm | None = None
+    start_std: AtLeast0 | None = None
 
     def __post_init__(self) -> None:
-        check_literal("loss", self.loss, Loss)
-        check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
-        check_not_negative(alpha=self.alpha, start_std=self.start_std)
-        self.check_ball()
-
-    def name(self, context: AttackContext) -> str:
-        steps, _, loss = self.decided(context)
-        return f"{self.kind.upper()}-{steps} {loss}{times(self.restarts)}"
-
-    def cost(self, context: AttackContext) -> int:
-        steps, draws, _ = self.decided(context)
-        return cost_of_runs(steps, draws, self.restarts)
-
-    def revision(self) -> str:
-        return "3"
+        check_not_negative(alpha=self.alpha)
+        super().__post_init__()
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        ball, (steps, draws, loss) = self.ball(x, y, context), self.decided(context)
+        ball, steps = self.ball(x, y, context), self.decided(context).steps
         if len(x) == 0:
             return x.clone()
-        x, most = x.detach().clone(), context.max_forward_batch
+        x = x.detach().clone()
         alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
 
-        def attack(run: int) -> Tensor:
-            once = drawn_once_per_call(target, x, draws, most)
-            objective = Objective(target, loss, draws, most, context.graphs, apart=once)
+        def attack(objective: Objective, run: int) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
             point = x
             if (self.random_start or run > 0) and self.start_std is not None:
@@ -229,8 +180,7 @@ class PGD(BallAttack):
             search.recall(last, steps)
             return search.result(x, last["point"])
 
-        with frozen(target):
-            return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)
+        return self.worst(attack, target, x, y, context)
 
 
 def pgd(
@@ -260,3 +210,120 @@ def pgd(
             that writes to its input.
     """
     return run_alone(PGD, model, x, y, eps=eps, steps=steps, keep_best=keep_best, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(BallAttack):
+    """One step of length eps from the image itself.
+
+    Args:
+        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "fgsm"
+
+    loss: Loss = "ce"
+
+    def name(self, context: AttackContext) -> str:
+        return f"FGSM {self.decided(context).loss}"
+
+    def cost(self, context: AttackContext) -> int:
+        # the gradient's draws, and the clean image, whose prediction health needs
+        return self.draws(context) + 1
+
+    def revision(self) -> str:
+        return "2"
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        step = context.eps if self.eps is None else self.eps
+        check_not_negative(eps=step)
+        one = PGD(steps=1, alpha=step, random_start=False, keep_best=False, **asdict(self))
+        return one.search(target, x, y, context)
+
+
+def fgsm(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
+    """One step of length eps from the image itself.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius and step in image units, a number or ``[B]``.
+        **options: of `FGSM`, and of `Run`, such as ``norm``, ``max_forward_batch``, ``health`` and ``graphs``.
+
+    Returns:
+        Adversarial images, as of `pgd`.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: as `pgd`.
+    """
+    return run_alone(FGSM, model, x, y, eps=eps, **options)
+
+
+def pgd_and_fgsm(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: Tensor,
+    alpha: float | Tensor,
+    steps: int,
+    norm: NormName = "linf",
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    graphs: StepGraphs | None = None,
+) -> Tensor:
+    """PGD from random starts on the first half of the images, FGSM on the second, sharing the first gradient pass.
+
+    Both raise the cross-entropy.
+
+    The same as one call of `pgd` for the first half and one of `fgsm` for the second, to the bit where the model's
+    arithmetic does not depend on the size of the batch.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[2 B, ...]`` in [0, 1].
+        y: true labels, int64 ``[2 B]``.
+        eps: radius in image units, ``[2 B]``.
+        alpha: PGD's constant step in image units, a number or ``[B]``.
+        steps: PGD's steps.
+        norm: "linf", "l2" or "l1".
+        seed: of PGD's random starts.
+        sample_ids: int64 ``[2 B]``, as of `pgd`; the first half is used. None: 0 .. B - 1.
+        graphs: captures the steps, as of `pgd`.
+
+    Returns:
+        The adversarial images, shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: an odd number of images, or as `pgd`.
+    """
+    check_images(x, y, 0.0)
+    ball = ball_around(x, eps, norm)
+    check_at_least_one(steps=steps)
+    check_not_negative(alpha=alpha)
+    half = len(x) // 2
+    if len(x) != 2 * half:
+        raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
+    if half == 0:
+        return x.clone()
+    x = x.detach().clone()
+    first = slice(half)
+    clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.take(first)
+    step = per_sample("alpha", alpha, clean)
+    objective = Objective(model, graphs=graphs)
+    with frozen(model):
+        begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
+        both = {"point": begin, "x": x, "y": y, "alpha": torch.cat([step, ball.eps[half:]])}
+        moved = ascend(objective, ball, both, steps=1, density=DENSITY)["point"]
+        point = moved[:half]
+        if steps > 1:
+            alone = {"point": point, "x": clean, "y": labels, "alpha": step}
+            point = ascend(objective, inner, alone, steps=steps, first=1)["point"]
+    return torch.cat([point, moved[half:]])

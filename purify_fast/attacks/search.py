@@ -1,8 +1,9 @@
-"""What attacks do besides their steps: keep the best point, watch the gradients, start again."""
+"""What attacks do besides their steps: watch the gradients, keep the best point, start again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,23 +11,88 @@ from torch import Tensor
 from .._tensors import per_image
 from ..protocols import Classifier
 from ..speed.graphs.loops import State
-from .answers import drawn_once_per_call
-from .frozen_model import frozen
-from .health import GradientHealth, faults
+from .attacked_model import drawn_once_per_call, frozen
 from .objective import Gradient, Objective
+
+#: Above these an attack's number measures the gradients, not the defence.
+MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
+
+
+def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which of a batch's gradients have a non-finite element, and which are zero, bool ``[B]``; waits for nothing.
+
+    Where an image is fooled, bool ``[B]``, the attack needs no gradient, so that zero is no fault.
+    """
+    # the largest of a row is NaN if any of it is
+    peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
+    zero = peak == 0
+    return ~(peak < torch.inf), zero if fooled is None else zero & ~fooled
+
+
+@dataclass
+class GradientHealth:
+    """Gradient health: whether an attack had gradients to work with, or was stopped by their absence.
+
+    It counts over all gradients an attack took; pass one to an attack and read it afterwards. A gradient is non-finite
+    when any element is, zero when all are and the image is not yet fooled. ``unmoved`` counts the images, of those
+    classified correctly at the start, that the attack left where it started. Accumulated on the device, read without
+    syncing until a property is asked for.
+    """
+
+    _counts: dict[str, Tensor | int] = field(default_factory=dict)
+
+    def _add(self, **amounts: Tensor | int) -> None:
+        for name, amount in amounts.items():
+            self._counts[name] = self._counts.get(name, 0) + amount
+
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count one gradient [B, ...]; ``fooled`` [B], bool: where the attack needs none, so that zero is no fault."""
+        nonfinite, zero = faults(grad, fooled)
+        self.add(len(grad), nonfinite.sum(), zero.sum())
+
+    def add(self, gradients: int, nonfinite: Tensor, zero: Tensor) -> None:
+        """Count gradients that were looked at elsewhere, one for each image and step, by `faults`."""
+        self._add(gradients=gradients, nonfinite=nonfinite, zero=zero)
+
+    def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
+        """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
+        still = (start == end).flatten(1).all(1)
+        self._add(images=correct.sum(), unmoved=(still & correct).sum())
+
+    def see_fallen(self, images: int) -> None:
+        """Count images that left the attack because they had fallen: they needed no movement."""
+        self._add(images=images)
+
+    def count(self, name: str) -> int:
+        """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
+        return int(self._counts.get(name, 0))
+
+    @property
+    def nonfinite(self) -> float:
+        """Share of gradients with a non-finite element."""
+        return self.count("nonfinite") / max(1, self.count("gradients"))
+
+    @property
+    def zero(self) -> float:
+        """Share of gradients that are zero everywhere."""
+        return self.count("zero") / max(1, self.count("gradients"))
+
+    @property
+    def unmoved(self) -> float:
+        """Share of correctly classified images left where they started."""
+        return self.count("unmoved") / max(1, self.count("images"))
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the attack's number may be believed."""
+        return self.nonfinite <= MAX_NONFINITE and self.zero <= MAX_ZERO and self.unmoved <= MAX_UNMOVED
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     """Of two points per image, the one misclassified in more of the draws, then the one of higher loss.
 
-    Args:
-        best: points ``[B, ...]``, kept where the others are only as good.
-        best_score: their `Gradient.score`, ``[2, B]``.
-        x: other points, ``[B, ...]``.
-        score: theirs, ``[2, B]``.
-
-    Returns:
-        The better points and their scores.
+    The points are ``[B, ...]``, their scores `Gradient.score`, ``[2, B]``; ``best`` stays where the others are only as
+    good.
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
@@ -38,27 +104,23 @@ def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
+def remembers(memory: State) -> bool:
+    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores."""
+    return "nonfinite" in memory or "best" in memory
+
+
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of what a search remembers, `Search.memory`, after one more point; waits for nothing.
 
-    Args:
-        objective: what the attack raises.
-        memory: what it remembered before; other tensors among it are not looked at.
-        point: images ``[B, ...]``.
-        gradient: their score and gradient.
+    Other tensors among the memory are not looked at.
     """
     new: State = {}
     if "nonfinite" in memory:
         nonfinite, zero = faults(gradient.image, forgiven(objective, gradient))
-        new = {"nonfinite": memory["nonfinite"] + nonfinite, "zero": memory["zero"] + zero}
+        new = {"nonfinite": memory["nonfinite"] + nonfinite.sum(), "zero": memory["zero"] + zero.sum()}
     if "best" in memory:
         new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
     return new
-
-
-def remembers(memory: State) -> bool:
-    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores."""
-    return "nonfinite" in memory or "best" in memory
 
 
 class Search:
@@ -100,11 +162,9 @@ class Search:
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:
-        """What the attack on clean images returns: the last point, or the best one, the last included, judged afresh.
+        """What the attack on clean images x returns: the last point, which was not seen yet, or the best one.
 
-        Args:
-            x: the clean images ``[B, ...]``.
-            last: the last point ``[B, ...]``, not seen yet.
+        The best one is the last if that is better, by fresh draws of both.
         """
         if self.health is not None:
             self.health.add(self.points * len(self.begin), self.memory["nonfinite"], self.memory["zero"])

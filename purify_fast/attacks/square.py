@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision
-from ..ops import pgd_step, square_proposal
+from .._validation import Count, GradientPrecision
+from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
-from .arguments import check_at_least_one, check_seed
-from .ball import Ball
-from .base import AttackContext, Radius, Run, run_alone, times
-from .engine.reach import Reach, some_of
-from .engine.rows import ActiveSet
-from .judged import EngineAttack, Session
+from .ball import Ball, philox_key, projected
+from .base import AttackContext, EngineAttack, Radius, Run, run_alone, times
+from .engine.rows import ActiveSet, Images, Reach, RowState, some_of
 from .objective import Objective
 
 #: The authors' own number of queries.
@@ -63,19 +60,11 @@ class Square(EngineAttack):
 
     kind: ClassVar[str] = "square"
 
-    n_queries: int = QUERIES
-
-    def __post_init__(self) -> None:
-        check_at_least_one(n_queries=self.n_queries)
-        super().__post_init__()
+    n_queries: Count = QUERIES
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
         return f"Square{queries}{times(self.restarts)}"
-
-    def cost(self, context: AttackContext) -> None:
-        """None: it stops early where it has won."""
-        return None
 
     def revision(self) -> str:
         return "4"
@@ -87,15 +76,15 @@ class Square(EngineAttack):
         return ball
 
     @torch.no_grad()
-    def explore(self, session: Session) -> Tensor:
-        active = ActiveSet(session.x, session.y, session.judge)
-        with self.objective(session, "margin") as objective:
+    def explore(self, images: Images, run: Run) -> Tensor:
+        active = ActiveSet(images)
+        with self.objective(images, run, "margin") as objective:
             for restart in range(self.restarts):
                 left = active.left()
                 if len(left) == 0:
                     break
-                search = _Search(objective, active, session, left, session.run.seed + restart)
-                search.run(self.n_queries, self.give_up and session.draws == 1)
+                search = _Search(objective, active, left, run.seed + restart)
+                search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
         return active.best
 
 
@@ -124,25 +113,19 @@ def square(
     return run_alone(Square, model, x, y, eps=eps, precision=precision, **options)
 
 
-class _Search:
-    """One run over the images that are left.
+class _Search(RowState):
+    """One run over the images that are left, whose indices are int64 ``[R]``.
 
-    Args:
-        objective: the margin, on what proposals are judged by.
-        active: all images.
-        session: of all images.
-        left: which images are left, int64 ``[R]``.
-        seed: of the random numbers.
+    The objective is the margin, on what proposals are judged by; the seed is that of the random numbers.
     """
 
-    def __init__(self, objective: Objective, active: ActiveSet, session: Session, left: Tensor, seed: int):
+    def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
+        images = active.images
         self.objective, self.active, self.owner = objective, active, left
-        self.x, self.y, self.ids = session.x[left], session.y[left], session.ids[left]
-        self.ball = session.ball.take(left)
-        check_seed(seed)
-        self.key = torch.full((1,), seed, dtype=torch.int64, device=left.device)
+        self.x, self.y, self.ids, self.ball = images.x[left], images.y[left], images.ids[left], images.ball.take(left)
+        self.random = partial(philox, philox_key(seed, left.device), stream=Stream.SQUARES)
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), self.ball.norm)
-        first = self._draw(self.propose.first_numbers, 0, 1)[:, 0]
+        first = self.random(self.ids, self.propose.first_numbers)[:, 0]
         self.numbers, self.point = first, self.propose.begin(self.x, self.ball, first)
         self.reach: Reach | None = None
         self._once_for_all_queries()
@@ -155,15 +138,8 @@ class _Search:
         self.row = torch.arange(len(self.y), device=self.y.device)
 
     def take(self, index: Tensor) -> None:
-        """Go on with some of the rows."""
-        self.x, self.y, self.owner = self.x[index], self.y[index], self.owner[index]
-        self.ids, self.ball, self.point = self.ids[index], self.ball.take(index), self.point[index]
-        self.margin, self.judged = self.margin[index], self.judged[index]
-        self.share = None if self.share is None else self.share[index]
-        self.numbers = self.numbers[index]
+        super().take(index)
         self._once_for_all_queries()
-        if self.reach is not None:
-            self.reach.take(index)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
         """Ask so many queries of every image that is left; images whose border is out of reach may leave earlier."""
@@ -172,7 +148,7 @@ class _Search:
         while query < n_queries:
             if query % BLOCK == 0:
                 # the first draw is that of the beginning
-                self.numbers = self._draw(self.propose.numbers, query + 1, BLOCK)
+                self.numbers = self.random(self.ids, self.propose.numbers, draws=BLOCK, first_draw=query + 1)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
             # no round reaches into the next block
             together = min(together, BLOCK - query % BLOCK)
@@ -191,9 +167,6 @@ class _Search:
         owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
         share, _ = self.active.settle(owner, points, torch.ones_like(margin))
         self.active.offer(owner, points, torch.stack([share, margin]))
-
-    def _draw(self, count: int, first: int, draws: int) -> Tensor:
-        return philox(self.key, self.ids, count, stream=Stream.SQUARES, draws=draws, first_draw=first)
 
     def _round(self, query: int, numbers: Tensor) -> None:
         """Judge some proposals for each image, and keep the best where it is better than what is known."""
@@ -247,14 +220,7 @@ class _Search:
 
 
 def side(query: int, height: int, width: int, least: int = 1) -> int:
-    """The edge of the squares at a query.
-
-    Args:
-        query: from 0.
-        height: of the images.
-        width: of the images.
-        least: the smallest edge.
-    """
+    """The edge of the squares at a query, counted from 0, in an image of this height and width; at least ``least``."""
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
     if least > 1 and edge % 2 == 0:
@@ -265,13 +231,8 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
-    """Two opposite pyramids side by side, of length 1, float32 ``[2, edge, edge]``: upright and lying.
-
-    Args:
-        edge: of the window, in pixels.
-        norm: in which the length is measured, "l2" or "l1".
-        device: where the pattern is; a copy in every query would wait for a GPU.
-    """
+    """Two opposite pyramids side by side, of length 1 in a norm, float32 ``[2, edge, edge]``: upright and lying."""
+    # made once for each device: a copy in every query would wait for a GPU
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)
     for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):
@@ -301,13 +262,7 @@ class Proposals:
         self.first_numbers = self.channels * self.width if norm == "linf" else tiles
 
     def begin(self, x: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
-        """Stripes (linf) or a grid of patterns.
-
-        Args:
-            x: clean images, ``[R, C, H, W]``.
-            ball: around them.
-            numbers: uniform in [0, 1), ``[R, first_numbers]``.
-        """
+        """Stripes (linf) or a grid of patterns, by numbers uniform in [0, 1), ``[R, first_numbers]``."""
         if self.norm == "linf":
             stripes = signs(numbers).view(len(x), self.channels, 1, self.width)
             return (x + per_image(ball.eps, x) * stripes).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
@@ -323,20 +278,15 @@ class Proposals:
             place = delta[:, :, row : row + edge, column : column + edge]
             place += tile[:, :, : place.shape[2], : place.shape[3]].to(x.dtype)
         if self.norm == "l1":
-            # a step of length 0 is the projection alone
-            return pgd_step((x + delta).to(x.dtype), torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
+            return projected(x, (x + delta).to(x.dtype), ball)
         length = delta.square().sum((1, 2, 3), keepdim=True).sqrt() + TINY
         return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
     def next(self, query: int, x: Tensor, point: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
         """Several proposals for each row, ``[T * R, C, H, W]``: the first of every row, then the second of every row.
 
-        Args:
-            query: how many came before.
-            x: clean images, ``[R, C, H, W]``.
-            point: the best points so far, likewise.
-            ball: around the images.
-            numbers: uniform in [0, 1), ``[R, T, numbers]``.
+        Of the rows' best points so far, ``[R, C, H, W]``, after so many queries; the numbers are uniform in [0, 1),
+        ``[R, T, numbers]``.
         """
         edge = side(query, self.height, self.width, least=1 if self.norm == "linf" else 3)
         shapes = None if self.norm == "linf" else pattern(edge, self.norm, x.device)

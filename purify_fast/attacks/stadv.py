@@ -18,17 +18,15 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import check_literal
+from .._validation import AtLeast0, check_types
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
-from .answers import drawn_once_per_call
-from .arguments import check_at_least_one, check_images, check_not_negative
+from .arguments import check_images, check_not_negative
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, cost_of_runs, run_alone, times
-from .frozen_model import frozen
+from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
 from .losses import Loss
 from .objective import Gradients, Objective
-from .search import Search, worst_of_restarts
+from .search import Search
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Of Adam: the decays of its means, and the constant that keeps its quotient finite.
@@ -97,57 +95,37 @@ class _Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StAdv(Attack):
+class StAdv(RestartedAttack):
     """Adam on a flow field, clamped to its bound after every step; the threat model is that bound.
 
     Args:
         loss: "margin", the paper's, "ce", "scaled_margin" or "dlr"; "ce" fades where the model is sure, and tau
             outweighs it. "dlr" becomes "margin" below 3 classes.
-        steps: of Adam; None: the report's.
         eps: the largest flow along each axis, half the image being 1.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
         random_start: whether the first run begins with a random flow within the bound instead of none; every further
             one does.
-        keep_best: whether the best point of a run is kept and not the last, as of `PGD`.
-        restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call. None: the report's.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "stadv"
+    label: ClassVar[str] = "StAdv"
 
     loss: Loss = "margin"
-    steps: int | None = None
     eps: float | Tensor = EPS
-    rate: float = RATE
-    smoothness: float = TAU
+    rate: AtLeast0 = RATE
+    smoothness: AtLeast0 = TAU
     random_start: bool = False
-    keep_best: bool = True
-    restarts: int = 1
-    eot_iter: int | None = None
 
     def __post_init__(self) -> None:
-        check_literal("loss", self.loss, Loss)
-        check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
-        check_not_negative(eps=self.eps, rate=self.rate, smoothness=self.smoothness)
-
-    def name(self, context: AttackContext) -> str:
-        steps, _, loss = self.decided(context)
-        return f"StAdv-{steps} {loss}{times(self.restarts)}"
+        check_not_negative(eps=self.eps)
+        check_types(self)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
-
-    def cost(self, context: AttackContext) -> int:
-        steps, draws, _ = self.decided(context)
-        return cost_of_runs(steps, draws, self.restarts)
-
-    def revision(self) -> str:
-        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         check_images(x, y)
@@ -155,37 +133,32 @@ class StAdv(Attack):
             raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
         if len(x) == 0:
             return x.clone()
-        x, draws = x.detach().clone(), self.draws(context)
-        with frozen(target):
-            return worst_of_restarts(
-                lambda run: self._run(run, target, x, y, context), target, y, restarts=self.restarts, eot_iter=draws
-            )
-
-    def _run(self, run: int, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        steps, draws, loss = self.decided(context)
+        x, steps = x.detach().clone(), self.decided(context).steps
         room = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
         bound = per_image(room.eps, x)
-        flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
-        if self.random_start or run > 0:
-            flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
-        adam = _Adam(flow, self.rate)
-        once = drawn_once_per_call(target, x, draws, context.max_forward_batch)
-        objective = Objective(target, loss, draws, context.max_forward_batch, context.graphs, apart=once)
-        point = warp(x, flow)
-        search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
-        gradients = Gradients(objective, point, y, steps, certain=True)
-        for _ in range(steps):
-            with torch.enable_grad():
-                leaf = flow.detach().requires_grad_()
-                moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
-            at_point = gradients.at(point)
-            (gradient,) = torch.autograd.grad(moved, leaf, (at_point.image / draws).to(moved.dtype))
-            search.see(point, at_point._replace(image=gradient))
-            (apart,) = torch.autograd.grad(roughness, leaf)
-            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
-            flow = (flow + adam.step(gradient)).clamp(-bound, bound)
-            point = warp(x, flow)
-        return search.result(x, point)
+
+        def attack(objective: Objective, run: int) -> Tensor:
+            flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
+            if self.random_start or run > 0:
+                flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
+            adam, point = _Adam(flow, self.rate), warp(x, flow)
+            search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
+            gradients = Gradients(objective, point, y, steps, certain=True)
+            for _ in range(steps):
+                with torch.enable_grad():
+                    leaf = flow.detach().requires_grad_()
+                    moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
+                at_point = gradients.at(point)
+                outer = (at_point.image / objective.eot_iter).to(moved.dtype)
+                (gradient,) = torch.autograd.grad(moved, leaf, outer)
+                search.see(point, at_point._replace(image=gradient))
+                (apart,) = torch.autograd.grad(roughness, leaf)
+                gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
+                flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+                point = warp(x, flow)
+            return search.result(x, point)
+
+        return self.worst(attack, target, x, y, context)
 
 
 def stadv(

@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> None:
         command = _read(arguments)
         if several > 1 and not isinstance(command, Training):
             raise ValueError(f"only train is shared by several processes, here {several}: run this in one")
-        from ..speed.allocator import retain_freed_memory
+        from ..speed import retain_freed_memory
         from ..training.distributed import own_device
 
         retain_freed_memory()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .._tensors import dtype_of, first_tensor
 from ..models.representation import Representation
-from ..speed.accelerated import Accelerated
-from ..speed.folding.inference_copy import autocast_to, convert_to_channels_last
+from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence
 
 if TYPE_CHECKING:

@@ -69,8 +69,6 @@ class FunctionAttack(BallAttack):
     Args:
         function: ``(model, x, y) -> x_adv``.
         row_name: of the row.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of that ball; None: the report's. It needs an eps.
         own_revision: names what the function computes, None: rows are never kept.
     """
 
@@ -78,14 +76,12 @@ class FunctionAttack(BallAttack):
 
     function: AttackFunction
     row_name: str
-    eps: float | None = None
-    norm: Norm | None = None
     own_revision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.row_name:
             raise ValueError("the name of an attack must not be empty")
-        self.check_ball()
+        super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
         return self.row_name
@@ -93,10 +89,6 @@ class FunctionAttack(BallAttack):
     def draws(self, run: Run) -> int:
         """1: the function asks the model as often as it likes."""
         return 1
-
-    def cost(self, context: AttackContext) -> None:
-        """None: not known."""
-        return None
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         norm, eps = self.threat_model(context)

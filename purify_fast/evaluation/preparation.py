@@ -12,7 +12,7 @@ from .._tensors import digest
 from ..contents import class_functions, hidden_modules, used_modules
 from ..defences.base import Defence
 from ..protocols import Classifier
-from ..speed.accelerated import Accelerated
+from ..speed.folding.inference_copy import Accelerated
 from .keep.fingerprint import fingerprint
 
 logger = logging.getLogger("purify_fast")

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
-from ..attacks.answers import check_leaves_images
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
+from ..attacks.attacked_model import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import kernel_choices, pin_kernels

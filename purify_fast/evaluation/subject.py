@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._tensors import digest
 from ..attacks import margin
-from ..attacks.answers import TRIED_CALLS, TRIED_ROWS, ask, check_leaves_images, differ, drawn_once_per_call
+from ..attacks.attacked_model import TRIED_CALLS, TRIED_ROWS, ask, check_leaves_images, differ, drawn_once_per_call
 from ..defences.base import Defence
 from ..protocols import Classifier
 from ..speed.precision import float32_settings

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.answers import SAME_SIZE
+from ..attacks.attacked_model import SAME_SIZE
 from ..protocols import Classifier
 
 #: By how much of an image's spread (largest minus smallest logit) its logits may differ through rounding: between

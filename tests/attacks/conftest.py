@@ -24,3 +24,17 @@ def digits(one_thread):
                 F.cross_entropy(net(a), b).backward()
                 optimiser.step()
     return net.eval(), x[:500], y[:500]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A network of six classes that was not trained."""
+    torch.manual_seed(0)
+    return SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Nine images and random labels."""
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)

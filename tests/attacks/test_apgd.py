@@ -1,22 +1,17 @@
-import copy
 import importlib
 import itertools
 import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import Ball, GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
 from purify_fast.attacks.engine import auto_pgd
 from purify_fast.attacks.engine import rows as engine_rows
-from purify_fast.attacks.engine.judge import Judge
-from purify_fast.attacks.engine.rows import ActiveSet, Rows, is_costly, likeliest_wrong
-from purify_fast.attacks.engine.step_size import Schedule, checkpoints
+from purify_fast.attacks.engine.auto_pgd import checkpoints
+from purify_fast.attacks.engine.rows import ActiveSet, Images, Judge, Rows
 from purify_fast.attacks.objective import Objective
-from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import pgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,38 +20,9 @@ LOSSES = ["ce", "margin", "dlr", "dlr_targeted"]
 NORMS = ["linf", "l2", "l1"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
-
-
 def accuracy(model, x, y):
     with torch.no_grad():
         return 100 * (model(x).argmax(1) == y).float().mean().item()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("box", [(0.0, 1.0), (0.25, 0.75)])
-def test_stays_in_ball_and_box(model, batch, norm, loss, box):
-    x, y = batch
-    x = x.clamp(*box)
-    eps = torch.linspace(0, 0.4, 9)
-    adversarial = apgd(model, x, y, eps=eps, steps=7, norm=norm, loss=loss, clip_min=box[0], clip_max=box[1])
-    assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
-    assert float(adversarial.min()) >= box[0] and float(adversarial.max()) <= box[1]
-    if norm == "linf":  # exactly: a projection changes nothing
-        assert torch.equal(pgd_step(adversarial, torch.zeros_like(x), x, 0.0, eps, norm, *box), adversarial)
-    else:
-        assert bool(((adversarial - x).flatten(1).double().norm(dim=1) <= eps * (1 + 1e-6)).all())
-    assert torch.equal(adversarial[0], x[0]) and not torch.equal(adversarial[1:], x[1:])
 
 
 def test_checkpoints():
@@ -67,7 +33,7 @@ def test_checkpoints():
 
 def test_the_steps_are_those_of_the_algorithm(monkeypatch):
     """By hand, on one number: a peak at 0.6 that is overshot halves the step, and the search goes on from the best."""
-    module = importlib.import_module("purify_fast.attacks.engine.step_size")
+    module = importlib.import_module("purify_fast.attacks.engine.auto_pgd")
     seen = []
     original = module.apgd_step
 
@@ -93,7 +59,7 @@ def test_the_steps_are_those_of_the_algorithm(monkeypatch):
 
 
 def test_a_step_that_pays_is_kept_and_one_that_does_not_is_halved(monkeypatch):
-    module = importlib.import_module("purify_fast.attacks.engine.step_size")
+    module = importlib.import_module("purify_fast.attacks.engine.auto_pgd")
     sizes = []
 
     def slope(x):  # for the second image the loss is flat
@@ -118,36 +84,6 @@ def test_dlr_targeted_by_hand():
     assert logits.grad.isfinite().all() and bool((logits.grad[0] != 0).any())
     with pytest.raises(ValueError, match="at least 4 classes, got 3: use 'margin'"):
         dlr_targeted(logits[:, :3], torch.tensor([0, 1]), torch.tensor([1, 0]))
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_batch_splits_agree(batch, model, norm, loss):
-    """In float64: in float32 a convolution rounds by the size of the batch, and by that a loss may seem to rise."""
-    model, x, y = copy.deepcopy(model).double(), batch[0].double(), batch[1]
-    ids = torch.arange(100, 109)
-    common = {"eps": 0.05, "steps": 6, "norm": norm, "loss": loss, "seed": 7, "restarts": 2}
-    whole = apgd(model, x, y, sample_ids=ids, **common)
-    parts = [apgd(model, x[i], y[i], sample_ids=ids[i], **common) for i in (torch.arange(2), torch.arange(2, 9))]
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-9)
-    other = apgd(model, x, y, sample_ids=ids, **common | {"seed": 9})
-    assert not torch.allclose(other, whole, atol=1e-4)
-
-
-@pytest.mark.parametrize("chunk", [1, 9, 10, 1000])
-def test_chunk_bounds_the_batch_and_is_exact(batch, model, chunk):
-    x, y = batch
-    x, model = x.double(), copy.deepcopy(model).double()  # in float32 a sign turns here and there, by the CPU's kernels
-    sizes = []
-
-    def watched(z):
-        sizes.append(len(z))
-        return model(z)
-
-    common = {"eps": 0.05, "steps": 4, "eot_iter": 3, "loss": "dlr_targeted", "n_target_classes": 2}
-    model.eval()
-    got = apgd(watched, x, y, max_forward_batch=chunk, **common)
-    assert max(sizes) <= chunk and torch.allclose(got, apgd(model, x, y, **common), atol=1e-5)
 
 
 def test_misclassified_points_come_before_those_of_higher_loss():
@@ -230,36 +166,16 @@ def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
     assert sum(images[-20 * passes :]) == 20 * stood and 24 < stood < 40
 
 
-def test_which_images_are_costly():
-    small, large = nn.Linear(10, 10), nn.Linear(1000, 1000)
-    assert [is_costly(Judge(model)) for model in (small, large, small.forward)] == [False, True, False]
-    assert is_costly(Judge(small, draws=4)) and not is_costly(Judge(small, draws=3))
-
-
-def test_the_sizes_are_few_and_close():
-    cpu, gpu = ([engine_rows.bucket(n, torch.device(kind)) for n in range(1, 1025)] for kind in ("cpu", "cuda"))
-    for sizes in (cpu, gpu):
-        assert sizes == sorted(sizes) and all(n <= size for n, size in enumerate(sizes, 1))
-    assert all(size <= n * 5 / 4 for n, size in enumerate(cpu, 1))
-    assert len({size for size in cpu if 512 <= size < 1024}) == 4
-    # of 250 images a GPU sees six sizes at most, with the full batch
-    assert sorted({min(size, 250) for size in gpu[:250]}) == [16, 32, 64, 128, 192, 250]
-    assert all(size <= n * 3 / 2 for n, size in enumerate(gpu, 1) if n > 128)
-    # a costly image more costs a CPU more than a new size
-    assert [engine_rows.bucket(n, torch.device("cpu"), costly=True) for n in range(1, 1025)] == list(range(1, 1025))
-    assert [engine_rows.bucket(n, torch.device("cuda"), costly=True) for n in range(1, 1025)] == gpu
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
     monkeypatch.setattr(engine_rows, "takes_every_size", lambda device: not padded)
     x, y, ids = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64), torch.arange(90)
-    active = ActiveSet(x, y, Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2)))
+    judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
+    active = ActiveSet(Images(x, y, Ball(torch.full((90,), 0.1)), judge, ids))
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
-    waves = engine_rows.Waves(x, y, Ball(torch.full((90,), 0.1)), goals, 1, seed=0, ids=ids, most=90)
     sizes, seen = [], []
-    for rows in waves.over(active):
+    for rows in engine_rows.Waves(active, goals, 1, seed=0, most=90):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
         assert not active.fallen[rows.owner].any()
@@ -284,102 +200,19 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
             bool((x > 0).all())
         for norm in ("linf", "l2", "l1"):
             model = lambda z: z @ weight  # noqa: E731
-            active = ActiveSet(x, y, Judge(model, draws=2))
-            rows = Rows(torch.arange(5), x, y, Ball(torch.ones(5), norm), x, torch.zeros_like(y))
-            search = auto_pgd.AutoPgd(Objective(model, "ce", 2), active, rows, Schedule(30), health=GradientHealth())
+            ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
+            active = ActiveSet(Images(x, y, ball, Judge(model, draws=2), ids))
+            rows = Rows(ids, x, y, ball, begin=x, run=torch.zeros_like(y))
+            search = auto_pgd.AutoPgd(Objective(model, "ce", 2), active, rows, 30, rho=0.75, health=GradientHealth())
             search.run()
             assert len(search.rows.owner) == 5 and search.size.top.shape == (5, 48)
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():
-    logits = torch.tensor([[1.0, 5.0, 3.0, 2.0, 4.0], [9.0, 1.0, 2.0, 4.0, 3.0]])
-    y = torch.tensor([1, 3])
-    seen = [goal.tolist() for goal in likeliest_wrong(logits, y, 9)]
-    assert seen == [[4, 0], [2, 4], [3, 2], [0, 1]] and len(likeliest_wrong(logits, y, None)) == 4
     x = torch.tensor([[0.6, 0.35, 0.35, 0.35, 0.4]])  # the likeliest wrong class wins
     common = {"eps": 0.2, "steps": 20, "n_target_classes": 1, "leave_when_fallen": False}
     for loss in ("dlr_targeted", "margin_targeted"):
         assert int(apgd(lambda z: z, x, torch.tensor([0]), loss=loss, **common).argmax(1)) == 4
-
-
-def test_the_model_comes_back_and_no_generator_is_touched(batch):
-    x, y = batch
-    net = nn.Sequential(SmallCNN(3, 6, (8, 8), 4), nn.Dropout())
-    modes, rng = [m.training for m in net.modules()], torch.get_rng_state()
-    apgd(net, x, y, eps=EPS, steps=2)
-    assert [m.training for m in net.modules()] == modes and torch.equal(rng, torch.get_rng_state())
-    assert all(p.requires_grad and p.grad is None for p in net.parameters())
-
-
-def test_luck_is_judged_again():
-    """Of many noisy values the highest is high by luck: the point returned must stand fresh draws."""
-
-    def wild(x):  # the mean rises to 3 at z = 1, where the noise ends
-        z = x.flatten(1).mean(1)
-        return torch.stack([torch.zeros_like(z), 3 * z + 8 * (1 - z).detach() * torch.randn(len(x))], 1)
-
-    torch.manual_seed(0)
-    x, y = torch.full((200, 1, 2, 2), 0.5), torch.zeros(200, dtype=torch.int64)
-    found = apgd(wild, x, y, eps=0.5, steps=20, eot_iter=4, loss="margin")
-    assert float((found.flatten(1).mean(1) > 0.9).float().mean()) > 0.7
-
-
-def test_health_and_bad_gradients(batch, model):
-    x, y = batch
-    model.eval()
-    y = model(x).argmax(1)
-    good, nan, flat, lost = (GradientHealth() for _ in range(4))
-    apgd(model, x, y, eps=EPS, steps=4, health=good)
-    assert 0 < good.count("gradients") <= 4 * len(x) and good.count("images") == len(x) and good.reliable
-    # sqrt has no finite slope at 0, and values there are fine
-    stuck = apgd(
-        lambda z: model(z) + (z - z).flatten(1).sum(1, keepdim=True).sqrt(), x, y, eps=EPS, steps=9, health=nan
-    )
-    assert nan.nonfinite == 1 and nan.unmoved == 1 and not nan.reliable
-    assert stuck.isfinite().all() and (stuck - x).abs().max() <= EPS + 1e-6
-    apgd(lambda z: model(z.round()) + 0 * z.flatten(1)[:, :6], x, y, eps=0.001, steps=9, health=flat)
-    assert flat.zero == 1 and not flat.reliable
-    # NaN logits from the start: nothing to climb, nothing breaks
-    out = apgd(lambda z: model(z) * torch.nan, x, y, eps=EPS, steps=9, health=lost, leave_when_fallen=False)
-    assert out.isfinite().all() and lost.nonfinite == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_precisions(dtype):
-    torch.manual_seed(0)
-    x = torch.rand(6, 1, 4, 4, dtype=dtype)
-    weight = torch.randn(16, 5, dtype=dtype)
-    y = (x.flatten(1) @ weight).argmax(1)
-    found = apgd(lambda z: z.flatten(1) @ weight, x, y, eps=0.5, steps=8, restarts=2)
-    assert found.dtype == dtype and bool(((found.flatten(1) @ weight).argmax(1) != y).all())
-
-
-def test_empty_batch(model):
-    assert apgd(model, torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64), eps=EPS).shape == (0, 3, 8, 8)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"loss": "mse"}, "one of ce, margin, scaled_margin, dlr, dlr_targeted, margin_targeted, got 'mse'"),
-        ({"norm": "l0"}, "norm must be one of linf, l2, l1, got 'l0'"),
-        ({"precision": "half"}, "precision must be one of auto, float32, bfloat16, got 'half'"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"n_target_classes": 0}, "n_target_classes must be at least 1"),
-        ({"restarts": 0}, "restarts must be at least 1"),
-        ({"rho": 1.5}, r"rho must be in \[0, 1\], got 1.5"),
-        ({"eps": -0.1}, "eps must be at least 0"),
-    ],
-)
-def test_errors(batch, model, change, message):
-    x, y = batch
-    with pytest.raises(ValueError, match=message):
-        apgd(model, x, y, **({"eps": EPS} | change))
-
-
-def test_pgd_has_no_targets(model, batch):
-    with pytest.raises(ValueError, match="loss must be one of ce, margin, scaled_margin, dlr, got 'dlr_targeted'"):
-        pgd(model, *batch, eps=EPS, loss="dlr_targeted")
 
 
 @pytest.mark.parametrize("classes, loss", [(2, "dlr"), (3, "dlr_targeted")])

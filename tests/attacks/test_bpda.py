@@ -143,23 +143,6 @@ def test_the_purifiers_module_is_frozen_too(batch):
     assert model.training and model.norm.weight.requires_grad and model.norm.num_batches_tracked == 0
 
 
-def test_eot_averages_over_the_purifiers_draws(batch):
-    """The purifier draws for every copy the attack makes of an image."""
-    torch.manual_seed(3)
-    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
-    y = labels(classifier, batch)
-
-    def purify(x):
-        return (x + 0.3 * torch.randn_like(x)).clamp(0, 1)
-
-    torch.manual_seed(4)
-    got, _ = input_gradient(BpdaModel(purify, classifier), batch, y, eot_iter=3)
-    torch.manual_seed(4)
-    images = purify(batch.repeat(3, 1, 1, 1))
-    want, _ = input_gradient(classifier, images, y.repeat(3))
-    torch.testing.assert_close(got, want.view(3, *batch.shape).sum(0))
-
-
 @pytest.mark.parametrize("mode", ["random", "fixed", "deterministic"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_of_carso(batch, mode, fast):

@@ -1,7 +1,6 @@
 """What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it."""
 
 import warnings
-from collections import UserDict
 
 import pytest
 import torch
@@ -9,21 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, FABT, AttackContext, Ball, GradientHealth, Square, apgd, fab_t, square
-from purify_fast.attacks.engine import auto_pgd
 from purify_fast.attacks.engine import gradient_copy as copies
-from purify_fast.attacks.engine.judge import Judge, has_fallen
-from purify_fast.attacks.engine.reach import Reach, border, reach_of_steps
-from purify_fast.attacks.engine.rows import ActiveSet, Waves
-from purify_fast.attacks.engine.step_size import Schedule
+from purify_fast.attacks.engine.rows import ActiveSet, Images, Judge, has_fallen
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
-from purify_fast.attacks.losses import LOSSES, TARGETED
 from purify_fast.attacks.objective import Objective
-from purify_fast.attacks.square import Proposals, pattern, side
+from purify_fast.attacks.square import pattern, side
 from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.graphs.host_syncs import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,10 +54,6 @@ class Noisy(nn.Module):
 # -- judging ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_falls_by_all_draws():
-    assert has_fallen(torch.tensor([0.0, 0.2, 0.6, 0.95, 1.0])).tolist() == [False, False, False, False, True]
-
-
 @pytest.mark.parametrize("attack", [APGD(steps=20), Square(n_queries=100), FABT(steps=10)], ids=lambda a: a.kind)
 def test_a_lucky_draw_fells_nothing(attack):
     """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
@@ -78,20 +67,6 @@ def test_a_lucky_draw_fells_nothing(attack):
     # most images are misclassified in some draw out of twenty as they are, none in most of them whatever is tried
     assert lucky.float().mean() > 0.6 and float(shares.max()) < 0.5
     assert not has_fallen(Judge(model, 400).shares(found, y)).any()
-
-
-def test_of_several_rows_of_an_image_one_point_is_kept_whole():
-    model = lambda z: torch.stack([0.5 - z.flatten(1)[:, 0], z.flatten(1)[:, 0] - 0.5], 1)  # noqa: E731
-    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
-    active = ActiveSet(x, y, Judge(model))
-    owner = torch.tensor([0, 0, 1, 0, 2])
-    points = torch.stack([torch.full((1, 2, 2), value) for value in (0.7, 0.8, 0.9, 0.95, 0.2)])
-    share, fell = active.settle(owner, points, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0]))
-    assert fell and active.fallen.tolist() == [True, True, False]
-    assert share.tolist() == [1.0, 1.0, 1.0, 1.0, 0.0], "the model refuses the last claim"
-    assert bool((active.best[0] == 0.7).all()) and bool((active.best[1] == 0.9).all())
-    kept = active.staying(owner)
-    assert kept.tolist() == [4] and torch.equal(active.left(), torch.tensor([2]))
 
 
 # -- copies for gradients ---------------------------------------------------------------------------------------------
@@ -148,68 +123,6 @@ def test_which_models_are_copied(monkeypatch):
         assert first is again is not counted
 
 
-def test_a_copy_serves_until_its_model_changes(monkeypatch):
-    """It is made once for all attacks of an evaluation, and again once what the model computes with has changed."""
-    made, original = [], copies._made
-    monkeypatch.setattr(copies, "_made", lambda *a: made.append(1) or original(*a))
-    net, x, kept = convolutional(), torch.rand(4, 3, 16, 16), copies.GradientCopies()
-
-    def of(model):
-        return copies.gradient_copy(model, x, "bfloat16", kept)
-
-    first = of(net)
-    progress = Progress()
-    with progress.row("attack", None):
-        assert of(net) is first is of(counted_model(net, progress)).model and len(made) == 1
-    with torch.no_grad():
-        net[0].weight.mul_(1.001)
-    second = of(net)
-    assert second is not first and of(net) is second and len(made) == 2
-    net[1].running_mean.add_(0.01)
-    net[5] = nn.Tanh()
-    third = of(net)
-    assert third is not second and of(net) is third and len(made) == 3
-    # what cannot be seen to have changed is found by comparing
-    hidden = Hidden(net)
-    assert isinstance(of(hidden), InferenceCopy)
-    hidden.scale["value"] = -1.0
-    assert of(hidden) is hidden
-    # without a place to keep them they are made anew
-    assert copies.gradient_copy(net, x, "bfloat16") is not third
-
-
-class Hidden(nn.Module):
-    """Its copies share a setting that lies in an object of another package."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.scale = net, SharedDict(value=1.0)
-
-    def forward(self, z):
-        return self.net(z) * self.scale["value"]
-
-
-class SharedDict(UserDict):
-    def __deepcopy__(self, memo):
-        return SharedDict(self.data)
-
-
-def test_a_copy_moves_no_generator_on():
-    class Draws(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = convolutional()
-
-        def forward(self, z):
-            return self.net(z) + 1e-6 * torch.randn(len(z), 10)
-
-    net, x = Draws().eval(), torch.rand(4, 3, 16, 16)
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    assert isinstance(copies.gradient_copy(net, x, "bfloat16"), InferenceCopy)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])
 def test_every_success_is_the_models_own(attack):
     """A model that is right where its copy is wrong loses nothing, and what is found does fool it."""
@@ -236,51 +149,12 @@ def test_every_success_is_the_models_own(attack):
             return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
 
     judge = Judge(Sees(), 1)
-    active = ActiveSet(x, y, judge)
+    active = ActiveSet(Images(x, y, Ball(torch.full((24,), 0.01)), judge, torch.arange(24)))
     share, fell = active.settle(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["ce", "margin", "scaled_margin", "dlr"])
-def test_chunked_gradients_are_exact(loss):
-    """Of a model whose draws are a function of their place, so that the same draws come again in parts."""
-    torch.manual_seed(0)
-    net, x = convolutional().double(), torch.rand(6, 3, 16, 16, dtype=torch.float64)
-    y = torch.randint(0, 10, (6,))
-    noise = torch.randn(5, 6, 3, 16, 16, dtype=torch.float64)
-    place = [0]
-
-    def model(z):
-        # the draws are asked for one after the other: images, then draws
-        at = torch.arange(place[0], place[0] + len(z))
-        place[0] += len(z)
-        return net(z + 0.1 * noise.flatten(0, 1)[at])
-
-    whole = Objective(model, loss, 5).gradient(x, y)
-    for most in (6, 12, 30):
-        place[0] = 0
-        part = Objective(model, loss, 5, most).gradient(x, y)
-        assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
-        assert torch.allclose(part.loss, whole.loss, rtol=1e-10)
-
-
-@pytest.mark.parametrize(("draws", "most"), [(1, None), (1, 4), (5, None), (5, 12)])
-def test_the_direction_is_the_gradient_without_its_score(draws, most):
-    net, x, y = convolutional(), torch.rand(6, 3, 16, 16), torch.randint(0, 10, (6,))
-    objective = Objective(lambda z: net(z + 0.1 * torch.randn_like(z)), "ce", draws, most)
-
-    def counted(found):
-        torch.manual_seed(1)
-        with HostSyncs() as waits:
-            image = found()
-        return image, waits.dispatched
-
-    whole, dear = counted(lambda: objective.gradient(x, y).image)
-    alone, cheap = counted(lambda: objective.direction(x, y))
-    assert torch.equal(alone, whole) and cheap < dear
 
 
 class Shares(nn.Module):
@@ -379,22 +253,6 @@ def test_the_squares_are_those_of_the_paper():
         assert torch.allclose(both[0], both[1].T) and both.min() < 0 < both.max()
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.8), ("l1", 4.0)])
-def test_square_stays_in_the_ball_and_batches_do_not_matter(batch, norm, eps):
-    net, x, y = batch
-    options = {"eps": eps, "norm": norm, "n_queries": 150, "seed": 3}
-    ids = torch.arange(50, 59)
-    found = square(net, x, y, sample_ids=ids, **options)
-    reach = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=ORDERS[norm], dim=1)
-    assert bool((reach <= eps * (1 + 1e-5) + 1e-6).all()) and found.min() >= 0 and found.max() <= 1
-    parts = [square(net, x[i], y[i], sample_ids=ids[i], **options) for i in (slice(0, 4), slice(4, 9))]
-    with torch.no_grad():
-        assert torch.equal(net(torch.cat(parts)).argmax(1), net(found).argmax(1))
-    assert not torch.equal(square(net, x, y, sample_ids=ids, **options | {"seed": 4}), found)
-    per_image = square(net, x, y, norm=norm, n_queries=20, eps=torch.linspace(0, eps, 9))
-    assert torch.allclose(per_image[0], x[0], atol=1e-6)
-
-
 @pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.7), ("l1", 4.0)])
 def test_square_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.square")
@@ -404,42 +262,6 @@ def test_square_beside_the_authors(digits, norm, eps):
     with torch.random.fork_rng([]), warnings.catch_warnings(), torch.no_grad():
         left = accuracy(net, other.perturb(x, y), y)
     assert 10 < left < 95 and ours <= left + 2, (norm, ours, left)
-
-
-def test_what_is_out_of_reach():
-    reach = Reach([8, 12], 20, 2.0)
-    # the second row is given up at 8, the third at 12; the others are too near, too fast or not to be measured
-    paths = {
-        2: [5.0, 5.0, 9.0, 9.0, torch.inf],
-        4: [4.0, 5.0, 7.0, 9.0, torch.inf],
-        6: [3.0, 5.0, 6.0, 8.0, torch.inf],
-        8: [2.0, 4.9, 5.5, 6.0, torch.inf],
-        12: [1.0, 4.9, 5.4, 3.0, torch.inf],
-    }
-    lost = {step: reach.lost(step, torch.tensor(missing)) for step, missing in paths.items()}
-    assert [lost[step] is None for step in (2, 4, 6)] == [True] * 3
-    assert lost[8].tolist() == [False, True, False, False, False]
-    assert lost[12].tolist() == [False, True, True, False, False]
-    assert reach.lost(20, torch.zeros(5)) is None
-    assert reach_of_steps(49) is None and reach_of_steps(100).checks == [40, 60, 80]
-
-
-def test_distances_are_kept_with_their_rows():
-    reach = Reach([4], 8, 1.0)
-    reach.lost(2, torch.tensor([9.0, 5.0]))
-    reach.take(torch.tensor([1, 1]))
-    assert reach.lost(4, torch.tensor([1.0, 4.9])).tolist() == [False, True]
-
-
-def test_a_border_is_where_an_image_may_be_misclassified():
-    torch.manual_seed(0)
-    logits, y = 3 * torch.randn(2000, 5), torch.zeros(2000, dtype=torch.int64)
-    wrong = logits.argmax(1) != y
-    for loss in ("ce", "margin", "scaled_margin", "dlr"):
-        assert float(LOSSES[loss](logits, y)[wrong].min()) >= border(loss)
-    target = logits[:, 1:].argmax(1) + 1
-    for loss in ("margin_targeted", "dlr_targeted"):
-        assert float(TARGETED[loss](logits, y, target)[wrong].min()) >= border(loss)
 
 
 @pytest.mark.parametrize("attack", [apgd, fab_t])
@@ -454,19 +276,6 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
         left.append((net(found).argmax(1) == y).tolist())
     assert left[0] == left[1] and 5 < sum(left[0]) < 75
     assert asked[1] < (0.75 if attack is apgd else 0.95) * asked[0]
-
-
-def test_a_row_that_is_given_up_is_searched_no_more(batch):
-    net, x, y = batch
-    active = ActiveSet(x, y, Judge(net))
-    active.costly = False
-    owner = torch.arange(9).repeat(2)
-    lost = torch.zeros(18, dtype=torch.bool)
-    lost[3:8] = True
-    active.fallen[0] = True
-    # 11 rows stay, and none of another image fills them up
-    assert active.staying(owner, lost).tolist() == [i for i in range(18) if not lost[i] and owner[i] != 0]
-    assert len(active.staying(owner, torch.ones(18, dtype=torch.bool))) == 0
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr_targeted"])
@@ -494,24 +303,6 @@ def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
     assert seen[0] == seen[1] and seen[0][2] > 0
 
 
-def test_only_rows_of_images_that_stand_are_given_up(batch):
-    net, x, y = batch
-    active = ActiveSet(x, y, Judge(net))
-    rows = next(Waves(x, y, Ball(torch.full((9,), 0.1)), (None,), 1, seed=0, ids=torch.arange(9)).over(active))
-    search = auto_pgd.AutoPgd(Objective(net), active, rows, Schedule(50), give_up=True)
-    search.reach.lost = lambda step, missing: torch.ones(9, dtype=torch.bool)
-    moved = rows.begin + 0.01
-    for fallen, point, gradient, leaves in (
-        (True, moved, moved, False),
-        (False, moved, moved, True),
-        (False, rows.begin, moved, False),
-        (False, moved, torch.zeros_like(moved), False),
-    ):
-        active.fallen[:], search.point, search.gradient = fallen, point, gradient
-        lost = search._out_of_reach(20)
-        assert bool(lost.all()) if leaves else lost is None
-
-
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits, share):
     net, x, y = digits[0], digits[1][:100], digits[2][:100]
@@ -530,38 +321,6 @@ def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits, shar
         apgd(Gaps(), x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
         found.append(health.zero)
     assert found[0] == pytest.approx(share, rel=0.1) and found[1] == pytest.approx(found[0], rel=0.15)
-
-
-@pytest.mark.parametrize("attack", [apgd, fab_t])
-def test_few_images_without_gradients_count_no_more_where_others_are_given_up(digits, attack):
-    net, x, y = digits[0], digits[1][:60].clone(), digits[2][:60]
-    x[:, 0, 0, 0] = 0
-    x[:3, 0, 0, 0] = 1
-
-    class Part(nn.Module):
-        """Has no gradient where the first pixel is bright."""
-
-        def forward(self, images):
-            logits = net(images)
-            return torch.where(images[:, 0, 0, :1] > 0.5, logits.detach(), logits)
-
-    options = {"loss": "dlr_targeted"} if attack is apgd else {}
-    found = []
-    for give_up in (False, True):
-        health = GradientHealth()
-        attack(Part(), x, y, eps=0.05, n_target_classes=4, give_up=give_up, health=health, **options)
-        found.append(health.zero)
-    assert 0.03 < found[0] < 0.08 and found[1] == pytest.approx(found[0], rel=0.1)
-
-
-@pytest.mark.parametrize("attack", [APGD, FABT, Square])
-def test_give_up_is_true_or_false(attack):
-    with pytest.raises(ValueError, match="give_up must be True or False, got 'no'"):
-        attack(give_up="no")
-    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
-    for function in (apgd, fab_t, square):
-        with pytest.raises(ValueError, match="give_up must be True or False, got 'False'"):
-            function(nn.Flatten(), x, y, eps=0.1, give_up="False")
 
 
 class Counted(nn.Module):
@@ -622,31 +381,6 @@ def test_square_averages_a_random_model_and_leaves_with_its_images():
     assert sum(sizes) < 30 * 60, "what falls at once is not asked 400 times"
     with pytest.raises(ValueError, match=r"x must be images \[B, C, H, W\] for Square, got \[2, 5\]"):
         square(model, torch.rand(2, 5), y[:2], eps=0.1)
-
-
-@pytest.mark.parametrize("kind", [FABT, Square, APGD])
-def test_rows(kind):
-    context = AttackContext(num_classes=10, eps=0.1, draws_differ=False)
-    attack = kind(restarts=2)
-    assert attack.name(context).endswith("x2") and attack.revision() and attack.settings(context)["eps"] == 0.1
-    assert attack.cost(context) is None or attack.cost(context) > 200
-    for options, message in (
-        ({"restarts": 0}, "restarts must be at least 1"),
-        ({"precision": "half"}, "precision must be one of auto, float32, bfloat16"),
-        ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            kind(**options)
-
-
-def test_the_proposals_of_every_norm_move_something():
-    for norm, eps in (("linf", 0.1), ("l2", 0.5), ("l1", 4.0)):
-        x = torch.rand(5, 3, 8, 8)
-        propose, ball = Proposals((3, 8, 8), norm), Ball(torch.full((5,), eps), norm)
-        first = propose.begin(x, ball, torch.rand(5, propose.first_numbers))
-        later = propose.next(700, x, first, ball, torch.rand(5, 2, propose.numbers))
-        changed = (later != first.repeat(2, 1, 1, 1)).flatten(1).any(1)
-        assert changed.float().mean() >= 0.6 and bool((first != x).flatten(1).any(1).all())
 
 
 # -- attackers' heads ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Copies for gradients: they follow their model, and only those that do what it does are attacked."""
 
 import gc
-from collections import UserDict
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.data import load_dataset
 from purify_fast.defences import WithAggregation
 from purify_fast.defences.base import Defence
-from purify_fast.methods.atop import SmallGenerator
-from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
@@ -94,15 +91,6 @@ def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
     assert copies.gradient_copy(forgets, x, "bfloat16") is forgets
 
 
-def test_a_network_that_gains_is_copied_and_one_that_does_not_is_not(monkeypatch):
-    """The first has more weights than FEWEST_WEIGHTS, the second fewer."""
-    monkeypatch.setattr(copies, "fast_bfloat16", lambda device: True)
-    gains = build_classifier("preact_resnet18", (3, 16, 16), 10, width=12).eval()
-    loses = build_classifier("fully_connected", (1, 28, 28), 10).eval()
-    assert isinstance(copies.gradient_copy(gains, torch.rand(8, 3, 16, 16), "auto"), InferenceCopy)
-    assert copies.gradient_copy(loses, torch.rand(8, 1, 28, 28), "auto") is loses
-
-
 @pytest.mark.parametrize("what", ["images", "gradients"])
 def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkeypatch):
     """The same noise in both tells them apart: one draw does not."""
@@ -145,47 +133,6 @@ def test_what_is_compared_does_not_depend_on_when_the_copy_was_made(defence, mon
     for _ in range(2):
         copies.gradient_copy(defence, x, "bfloat16", kept)
     assert len(drawn) == 12 and all(torch.equal(state, drawn[0]) for state in drawn)
-
-
-class OwnNoise(nn.Module):
-    """Draws from a generator of its own, in which only its modes make it repeat itself."""
-
-    def __init__(self, mode):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
-        self.on, self.drawn = True, UserDict(calls=0)
-        self.__class__ = type("OwnNoise", (OwnNoise,), {mode: OwnNoise.quiet} if mode else {})
-
-    def quiet(self, *seed):
-        return Quiet(self)
-
-    def forward(self, x):
-        self.drawn["calls"] += 1
-        return self.net(x) + (5.0 * (-1) ** self.drawn["calls"] * torch.arange(10) if self.on else 0)
-
-
-class Quiet:
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.model.on = False
-
-    def __exit__(self, *error):
-        self.model.on = True
-
-
-@pytest.mark.parametrize("mode", ["fixed_noise", "deterministic", None])
-def test_a_mode_without_noise_is_compared_where_there_is_one(mode):
-    torch.manual_seed(0)
-    model, x = OwnNoise(mode).eval(), torch.rand(4, *SHAPE)
-    model.drawn["calls"] = 1
-    made = copies.InferenceCopy(model, SHAPE, fold=False)
-    made.classifier.drawn["calls"] = 2
-    for kind in ("fixed_noise", "deterministic"):
-        if kind == mode:
-            made.__class__ = type("Made", (InferenceCopy,), {kind: lambda self, *seed: Quiet(self.classifier)})
-    assert copies._alike(made, model, x) is (mode is not None)
 
 
 def written_through_data(net):
@@ -282,25 +229,6 @@ def test_a_model_with_a_slice_is_attacked():
     assert copies.gradient_copy(net, x, "bfloat16", kept) is not first
 
 
-class OneByOne(nn.Module):
-    """A classifier that gives its convolution images without a batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 256, 10)
-
-    def forward(self, x):
-        return self.linear(torch.stack([self.conv(image).relu() for image in x]).flatten(1))
-
-
-def test_a_classifier_that_takes_images_one_by_one_is_attacked():
-    torch.manual_seed(0)
-    defence = Atop(OneByOne(), SmallGenerator(1, residual=True), (1, 16, 16), transform="rt2", sigma=0.0).eval()
-    x = torch.rand(4, 1, 16, 16)
-    assert copies.gradient_copy(defence, x, "bfloat16") is not defence
-    assert apgd(defence, x, defence(x).argmax(1), eps=0.01, steps=2, precision="bfloat16").shape == x.shape
-
-
 @pytest.mark.parametrize("only_with_gradients", [False, True])
 def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, monkeypatch):
     original = copies._made
@@ -347,22 +275,6 @@ def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias)
     y = net(x).argmax(1)
     found, same = (apgd(net, x, y, eps=0.01, steps=10, precision=kind) for kind in ("bfloat16", "float32"))
     assert torch.equal(found, same)
-
-
-def test_a_plain_copy_that_leads_elsewhere_is_refused(monkeypatch):
-    """The same logits, of which half of the pixels have no gradient."""
-    net, x, original = shifted(0.0), torch.rand(8, *SHAPE), copies._made
-    monkeypatch.setattr(copies, "_made", lambda *given: HalfBlind(original(*given)))
-    assert copies.gradient_copy(net, x, "bfloat16") is net
-
-
-class HalfBlind(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(torch.where(torch.arange(16) % 2 == 0, x, x.detach()))
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.list() if name.startswith("digits")])

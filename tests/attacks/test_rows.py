@@ -1,7 +1,6 @@
 """The attacks as rows of an evaluation: their names, costs and settings, and what they run."""
 
 import contextlib
-import dataclasses
 
 import numpy as np
 import pytest
@@ -54,12 +53,6 @@ class Purifying(nn.Module):
 def model():
     torch.manual_seed(0)
     return Purifying(SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)).eval()
-
-
-@pytest.fixture(scope="module")
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
 
 
 def context(**options):
@@ -192,15 +185,6 @@ def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model
     assert (attack().revision(), sizes) == (revision, {3})
 
 
-@pytest.mark.parametrize("attack", EVERY)
-def test_an_attack_is_frozen_and_has_its_own_options_alone(attack):
-    options = {field.name for field in dataclasses.fields(attack)}
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        attack().eot_iter = 3
-    assert ("n_queries" in options) == (attack is AutoAttack) and ("rho" in options) == (attack is APGD)
-    assert ("smoothness" in options) == (attack is StAdv) == ("norm" not in options)
-
-
 def test_bpda_needs_a_purifier(batch):
     with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
         BPDA().run(nn.Flatten(), *batch, context())
@@ -257,11 +241,6 @@ def test_a_strangers_mistakes(model, batch, attack):
     assert attack(model, 255 * x, y, eps=8, clip_max=255).max() > 1
 
 
-def test_norms_by_their_other_names(model, batch):
-    for norm in ("Linf", "L2", "L1"):
-        assert torch.equal(pgd(model, *batch, eps=EPS, norm=norm), pgd(model, *batch, eps=EPS, norm=norm.lower()))
-
-
 @pytest.mark.parametrize("watched", [True, False])
 def test_images_without_values_are_not_looked_at(watched):
     """Those of fake tensors, in their mode or outside of it."""
@@ -303,7 +282,7 @@ class NameslessWhereUnsure(nn.Module):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("attack", [PGD, StAdv, BPDA])
+@pytest.mark.parametrize("attack", [PGD, StAdv])
 def test_a_further_restart_takes_no_success_away(attack, value):
     """Where a prediction names no class the attack has won, although its margin is not a number."""
     model = NameslessWhereUnsure(value).eval()
@@ -313,10 +292,9 @@ def test_a_further_restart_takes_no_success_away(attack, value):
         sure = model(x).isfinite().all(1)
     x, y = x[sure], y[sure]
     assert len(x) > 20 and bool((y == 0).any()), "argmax of a row of NaN is class 0"
-    target = Unpurified(model) if attack is BPDA else model
     judged = []
     for restarts in (1, 2, 4):
-        found = attack(loss="margin", steps=4, restarts=restarts).run(target, x, y, context(eps=0.01, num_classes=3))
+        found = attack(loss="margin", steps=4, restarts=restarts).run(model, x, y, context(eps=0.01, num_classes=3))
         judged.append(failed(model, found, y))
     one, two, four = judged
     assert bool(one.any()) and not bool((one & ~two).any()) and not bool((two & ~four).any())
@@ -342,15 +320,3 @@ def failed(model, x, y):
     with torch.no_grad():
         logits = model(x)
     return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
-
-
-class Unpurified(nn.Module):
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def purify(self, x):
-        return x.clone()
-
-    def forward(self, x):
-        return self.classifier(x)

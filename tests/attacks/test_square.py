@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.attacks import Ball, square
-from purify_fast.attacks.square import Proposals, side
+from purify_fast.attacks import square
 from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.tune import Launches
 
@@ -64,19 +63,3 @@ def test_a_point_on_the_border_is_judged_once():
     found = square(Tied(), x, torch.zeros(6, dtype=torch.int64), eps=0.1, n_queries=60)
     # the clean images, the beginning, the points of the beginning, 60 proposals, and the last judgement
     assert sizes == [6] * (3 + 60 + 1) and not torch.equal(found, x)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_proposals_of_a_round_are_those_of_one_at_a_time(norm):
-    x = torch.rand(5, 3, 12, 10, generator=torch.Generator().manual_seed(2))
-    propose, ball = (
-        Proposals((3, 12, 10), norm),
-        Ball(torch.linspace(0.1, 0.5, 5) * (1, 4, 20)[NORMS.index(norm)], norm),
-    )
-    numbers = torch.rand(5, 4, propose.numbers, generator=torch.Generator().manual_seed(3))
-    point = propose.begin(x, ball, torch.rand(5, propose.first_numbers))
-    together = propose.next(300, x, point, ball, numbers).unflatten(0, (4, 5))
-    for i in range(4):
-        alone = propose.next(300, x, point, ball, numbers[:, i : i + 1])
-        assert torch.equal(together[i], alone) and not torch.equal(alone, point)
-    assert side(300, 12, 10) == 3

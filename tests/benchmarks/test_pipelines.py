@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from purify_fast.methods.atop.generators import GatedConv
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +24,7 @@ from benchmarks.pipelines import (
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.methods.atop import AtopTask
+from purify_fast.methods.atop.generators import GatedConv
 from purify_fast.methods.atop.task import attacked
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.ops.dispatch.races import SHIPPED

@@ -1,7 +1,6 @@
 """Models that draw once per call: each draw of a step, and of a judgement, has to be a call of its own."""
 
 import functools
-import importlib
 import sys
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from purify_fast.attacks import (
     square,
     stadv,
 )  # fmt: skip
-from purify_fast.attacks.answers import drawn_once_per_call
-from purify_fast.attacks.engine.judge import Judge
+from purify_fast.attacks.attacked_model import drawn_once_per_call
+from purify_fast.attacks.engine.rows import Judge
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
 
@@ -220,9 +219,7 @@ def test_models_that_draw_for_each_image_are_attacked_as_before(batch, attack, m
         for asked in (True, False):
             with monkeypatch.context() as patch:
                 if not asked:
-                    for name in ("pgd", "judged", "stadv"):
-                        module = importlib.import_module(f"purify_fast.attacks.{name}")
-                        patch.setattr(module, "drawn_once_per_call", lambda *_: False)
+                    patch.setattr("purify_fast.attacks.base.drawn_once_per_call", lambda *_: False)
                 torch.manual_seed(0)
                 found.append(ATTACKS[attack](model, x, y, max_forward_batch=64))
         assert torch.equal(*found)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digit_nets import digits, standard
 
 from purify_fast.attacks import PGD
-from purify_fast.attacks.answers import differ
+from purify_fast.attacks.attacked_model import differ
 from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

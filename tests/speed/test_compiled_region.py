@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from purify_fast.speed import compiled_region
-from purify_fast.speed.compiled_region import STATIC_SIZES, CompiledRegion
+from purify_fast.speed.folding import inference_copy
+from purify_fast.speed.folding.inference_copy import STATIC_SIZES, CompiledRegion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +62,7 @@ def test_on_a_cpu_a_batch_below_eight_is_not_filled_up(graphs):
 
 
 def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
-    monkeypatch.setattr(compiled_region, "keeps_sizes", lambda device: True)
+    monkeypatch.setattr(inference_copy, "keeps_sizes", lambda device: True)
     made = region()
     for size in (20, 5, 20, 5, 20):
         x = torch.rand(size, 3)
@@ -73,7 +73,3 @@ def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
         assert torch.equal(made(x), x * x + 1)
     # further sizes share one more, in which the size is a symbol
     assert len(graphs) == 3
-
-
-def test_only_a_gpu_keeps_sizes():
-    assert compiled_region.keeps_sizes(torch.device("cuda", 1)) and not compiled_region.keeps_sizes(torch.device("cpu"))

@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast import Atop, Carso
+from purify_fast import Carso
 from purify_fast.attacks.engine import gradient_copy as copies
-from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.folding import halving
 from purify_fast.speed.folding.halving import (
     Resizing,
     RowByRow,
     SameLayout,
-    can_stand_for,
-    makes_rows,
     replace_resizing,
+    replacement_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +143,8 @@ def test_an_image_without_a_batch_and_a_batch_without_images(layer):
 
 
 def test_which_layers_it_stands_for():
-    assert all(can_stand_for(layer) for layer in LAYERS)
+    assert all(replacement_of(layer) is Resizing for layer in LAYERS)
+    assert all(replacement_of(layer) is RowByRow for layer in ROWS)
     for layer in (
         nn.Conv2d(3, 5, 3, padding=1),
         nn.Conv2d(3, 5, 3, stride=2),
@@ -154,16 +153,15 @@ def test_which_layers_it_stands_for():
         nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="reflect"),
         nn.Conv2d(64, 64, 3, stride=2, padding=1),
         nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1),
+        nn.Conv2d(1, 64, 3, padding=1),
+        nn.Conv2d(1, 4, 3),
         nn.Linear(3, 3),
     ):
-        assert not can_stand_for(layer)
-    assert all(makes_rows(layer) for layer in ROWS)
-    for layer in (*LAYERS, nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(1, 4, 3)):
-        assert not makes_rows(layer)
+        assert replacement_of(layer) is None
     hooked = nn.Conv2d(3, 5, 3, stride=2, padding=1)
     hooked.register_forward_hook(lambda *_: None)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Sequential(hooked, nn.Conv2d(4, 4, 3)))
-    assert not can_stand_for(hooked) and replace_resizing(model, torch.float32) == 1
+    assert replacement_of(hooked) is None and replace_resizing(model, torch.float32) == 1
     assert replace_resizing(model, torch.float32) == 0 and isinstance(model[0], Resizing)
     watched = nn.SiLU()
     watched.register_forward_hook(lambda *_: None)
@@ -194,22 +192,3 @@ def test_a_defence_is_attacked_through_folded_and_resizing_layers(monkeypatch):
     a, b = (g.flatten() for g in gradients)
     assert torch.dot(a, b) > 0.97 * a.norm() * b.norm()
     assert not any(isinstance(module, Resizing) for module in defence.modules())
-
-
-def test_a_classifier_that_works_in_place_has_its_copy():
-    torch.manual_seed(0)
-    relu = nn.ReLU(inplace=True)
-    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), relu, nn.Conv2d(16, 16, 3, 2, 1), relu]
-    net = nn.Sequential(*layers, Added(nn.SiLU()), nn.Flatten(), nn.Linear(16 * 8 * 8, 10)).eval()
-    defence = Atop(net, SmallGenerator(1, residual=True), (1, 16, 16), transform="rt2", sigma=0.0).eval()
-    x = torch.rand(4, 1, 16, 16)
-    made = copies.gradient_copy(defence, x, "bfloat16")
-    assert made is not defence
-    kinds = [type(module) for module in made.fast.classifier.modules()]
-    assert RowByRow in kinds and Resizing in kinds and SameLayout in kinds
-    gradients = []
-    for model in (defence, made):
-        with model.fixed_noise(3):
-            leaf = x.clone().requires_grad_()
-            gradients.append(torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0].flatten())
-    assert torch.cosine_similarity(*gradients, 0) > 0.97

@@ -1,5 +1,5 @@
 """What the strong attacks share: which images are still attacked, how a success is judged, whose gradients they follow.
 
-An attack searches on a fast copy of the model, if there is one. Whatever it holds for a success is judged again by the
+An attack searches on a fast copy of the model, if there is one. Whatever it takes for a success is judged again by the
 model itself, in the model's own precision, and by fresh draws of a random one. Images that have fallen leave the batch.
 """

@@ -32,10 +32,9 @@ from ...protocols import (
     is_purifier,
     supports,
 )
-from ...speed.accelerated import Accelerated
 from ...speed.folding.batchnorm import fold_sequential
 from ...speed.folding.halving import replace_resizing
-from ...speed.folding.inference_copy import InferenceCopy
+from ...speed.folding.inference_copy import Accelerated, InferenceCopy
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
 FEWEST_WEIGHTS = 250_000
@@ -55,13 +54,10 @@ WRAPPERS = 8
 
 
 class _Remembered(NamedTuple):
-    """A copy, and what its model was when it was made.
+    """A copy, or None where there is none, and what its model was at that time.
 
-    Args:
-        copy: the copy; None where there is none.
-        identities: the model, its tensors, and the objects whose ids are in the key: while they are there, no other
-            object gets an id or a memory address of theirs.
-        values: what the tensors held.
+    While the identities are there (the model, its tensors, and the objects whose ids are in the key), no other object
+    gets an id or a memory address of theirs. The values are what the tensors contained.
     """
 
     copy: Classifier | None
@@ -70,10 +66,10 @@ class _Remembered(NamedTuple):
 
 
 class GradientCopies:
-    """The copies that were made already, such as those of an evaluation; each serves as long as its model is the same.
+    """The copies of an evaluation's models; each serves as long as its model is the same.
 
-    A model is the same while its `purify_fast.contents.identity_key` is, and every tensor among that holds the same
-    values. The values themselves are kept for this, as much memory again as the model takes: a tensor that was
+    A model is the same while its `purify_fast.contents.identity_key` is, and every tensor among that has the same
+    values. The values themselves are remembered for this, as much memory again as the model takes: a tensor that was
     written to through ``.data`` does not count that, and one that was written back, as by ``fixed_noise``, is the same.
     """
 
@@ -82,28 +78,19 @@ class GradientCopies:
         self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """What stands for a wrapper with a copy in it: the same object as long as both are, since a graph is of one.
+        """What stands for a wrapper with a copy in it: ``around`` at first, and the same object as long as both are.
 
-        Args:
-            wrapper: with the model in it.
-            inner: the copy of that model.
-            around: the same wrapper with the copy in it, as it was made just now.
+        A captured step belongs to one object.
         """
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
             known = self._around[id(wrapper)] = (wrapper, inner, around)
-            while len(self._around) > WRAPPERS:
+            if len(self._around) > WRAPPERS:
                 self._around.popitem(last=False)
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
-        """The copy of a model; None where there is none.
-
-        Args:
-            model: what is copied.
-            shape: of an image.
-            make: makes a copy.
-        """
+        """The copy of a model for images of a shape, made where it is not known yet; None where there is none."""
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
@@ -115,7 +102,7 @@ class GradientCopies:
             return make()
         if known is None or not same:
             known = self._copies[key] = _Remembered(make(), (model, objects, tensors), values)
-            while len(self._copies) > REMEMBERED:
+            if len(self._copies) > REMEMBERED:
                 self._copies.popitem(last=False)
         self._copies.move_to_end(key)
         return known.copy
@@ -148,33 +135,23 @@ def gradient_copy(
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:
         return model
-    module = model
     # a model may draw while it is copied
     with _same_draws(x.device):
-        candidate = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
-    # A copy that was kept is compared too: not everything that a user's model computes with can be seen. And what is
-    # decided for these images must not depend on when the copy was made, or with which images.
-    fits = candidate is not None and _alike(candidate, module, x) and _follows(candidate, module, x)
-    return cast(Classifier, candidate) if fits else model
+        duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
+    # A copy that was remembered is compared too: not everything that a user's model computes with can be seen. And what
+    # is decided for these images must not depend on when the copy was made, or with which images.
+    return duplicate if duplicate is not None and _fits(duplicate, model, x) else model
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32.
-
-    Args:
-        device: a CPU or a GPU.
-    """
+    """Whether a device, a CPU or a GPU, multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def matrix_weights(model: nn.Module) -> int:
-    """How many weights the convolutions and linear layers of a model have.
-
-    Args:
-        model: any module.
-    """
+    """How many weights the convolutions and linear layers of a model have."""
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
@@ -199,8 +176,7 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
         return around
     # the model inside was compared as it predicts by itself; what is attacked is this view of it
     with _same_draws(x.device):
-        same = _alike(around, wrapper, x) and _follows(around, wrapper, x)
-    return around if same else wrapper
+        return around if _fits(around, wrapper, x) else wrapper
 
 
 def _made(model: nn.Module, x: Tensor) -> Classifier | None:
@@ -244,27 +220,30 @@ def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     if supports(model, FixedNoise):
         return cast(FixedNoise, model).fixed_noise(0)
-    return (
-        cast(DeterministicMode, model).deterministic()
-        if supports(model, DeterministicMode)
-        else contextlib.nullcontext()
-    )
+    if supports(model, DeterministicMode):
+        return cast(DeterministicMode, model).deterministic()
+    return contextlib.nullcontext()
+
+
+def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+    """Whether a copy does what its model does; both draw the same noise while they are compared."""
+    try:
+        return _same_logits(duplicate, model, x) and _same_direction(duplicate, model, x)
+    except Exception:
+        # A copy never ends an attack, whatever it raises. An error of the model itself is raised by the attack.
+        return False
 
 
 @torch.no_grad()
-def _alike(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy says what the model says; both draw the same noise.
+def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+    """Whether a copy's logits are the model's.
 
     A number that is added to all logits of an image changes neither the decision nor the softmax. The logits are
     therefore compared by how far each class is behind the class that the model decides for.
     """
-    try:
-        want, got = (_run(each, x, each) for each in (model, duplicate))
-        # down to the fourth class, as the targeted dlr loss looks; not so far of few classes: one may be hopeless
-        leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
-    except Exception:
-        # A copy never ends an attack, whatever it raises. An error of the model itself is raised by the attack.
-        return False
+    want, got = (_run(each, x, each) for each in (model, duplicate))
+    # down to the fourth class, as the targeted dlr loss looks; not so far of few classes: one may be hopeless
+    leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     top = want.argmax(1, keepdim=True)
@@ -274,40 +253,31 @@ def _alike(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     return bool(((its_own - behind).abs() <= allowed).all())
 
 
-def _follows(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy's purified images and gradients to the input are the model's; both draw the same noise."""
-    try:
-        if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
-            with torch.no_grad():
-                before, after = (_run(each, x, each.purify) for each in (model, duplicate))
-            if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
-                return False
-        # outside of inference mode, in which nothing is differentiated
-        with torch.inference_mode(False), torch.enable_grad():
-            want = _gradient_if_any(model, x)
-            got = None if want is None else _input_gradient(duplicate, x.detach().clone())
-    except Exception:
-        # as in `_alike`
-        return False
-    if want is None or got is None:
-        return True
-    return bool(torch.dot(want, got) >= LEAST_COSINE * want.norm() * got.norm())
+def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+    """Whether a copy's purified images and gradients to the input are the model's."""
+    if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
+        with torch.no_grad():
+            before, after = (_run(each, x, each.purify) for each in (model, duplicate))
+        if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
+            return False
+    # outside of inference mode, in which nothing is differentiated
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            want = _input_gradient(model, x.detach().clone())
+        except Exception:
+            # Weights that were made in inference mode have no gradient. The copy may have one; what it is worth is for
+            # the model to judge.
+            return True
+        size = want.norm()
+        if not (bool(size.isfinite()) and bool(size > 0)):
+            return True
+        got = _input_gradient(duplicate, x.detach().clone())
+    return bool(torch.dot(want, got) >= LEAST_COSINE * size * got.norm())
 
 
 def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     with _same_draws(x.device), _without_noise(model):
         return function(x).float()
-
-
-def _gradient_if_any(model: Classifier, x: Tensor) -> Tensor | None:
-    """`_input_gradient`; None where there is none to compare with, as of weights that were made in inference mode."""
-    try:
-        gradient = _input_gradient(model, x.detach().clone())
-    except Exception:
-        # the copy may have one; what it is worth is for the model to judge
-        return None
-    size = gradient.norm()
-    return gradient if bool(size.isfinite()) and bool(size > 0) else None
 
 
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:

@@ -1,26 +1,36 @@
 """Which rows are searched at once, and which images are still attacked.
 
 A search works on rows. Each row belongs to an image; several rows belong to the same image where several targets or
-restarts are tried at once. When a row's point makes its image fall, every row of the image leaves.
+restarts are tried at once. When a row's point makes its image fall, every row of the image leaves. One misclassified
+draw says little about a random model: of a hundred steps one is lucky. So a success of a search is only a claim until
+fresh draws of the model itself have confirmed it.
 
 Every batch size has a cost of its own: a convolution library prepares its kernels for it, a compiler may compile again,
 a CUDA graph is captured. So a shrinking batch only takes sizes of a fixed list, and images that have fallen fill it up.
 To a CPU an image more of a large model, or under many draws, costs more than a new size: there every number is taken.
+
+Most of the time of a strong attack goes into images that it never moves near a border: towards the ninth target class,
+or by the last of 5,000 squares. What a search gains per step hardly ever rises again, so that several times its recent
+pace says how far it can still come. Rows that would not come to their border even so can be given up. That is
+experience and no law: a search that stands still is given up too, although it might go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...protocols import Classifier
+from ..attacked_model import ask
 from ..ball import Ball, sample_in_ball
-from ..search import better_of
+from ..objective import Objective
+from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
-from .judge import Judge, has_fallen
 
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
@@ -31,6 +41,11 @@ PER_DOUBLING = 4
 #: Elsewhere: the smallest size, because fewer images take a GPU no less time; and the size from which there are two
 #: sizes per doubling, because the arithmetic then takes longer than its launches.
 SMALLEST, FINER_FROM = 16, 128
+#: Of the attacks by gradients: after which shares of the steps rows are given up, and by how much the pace may still
+#: rise. On the models of docs/evaluation.md none of the images is lost so, and only few at a quarter of the steps.
+SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
+#: Shorter runs are not judged by their pace.
+FEWEST_STEPS = 50
 
 
 def takes_every_size(device: torch.device) -> bool:
@@ -45,9 +60,7 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
     takes a CPU longer than a new size. On a GPU it is 16, 32, 64, and from 128 on a power of two times 1 or 3/2.
     """
     if takes_every_size(device):
-        if costly or items <= 2 * PER_DOUBLING:
-            return items
-        return _rounded_up(items, PER_DOUBLING)
+        return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
     return max(SMALLEST, _rounded_up(items, 2 if items > FINER_FROM else 1))
 
 
@@ -62,19 +75,200 @@ def _repeated_to(index: Tensor, size: int) -> Tensor:
     return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
 
 
-def is_costly(judge: Judge) -> bool:
-    """Whether a step of one image takes a CPU longer than to prepare for another batch size."""
-    large = isinstance(judge.model, nn.Module) and matrix_weights(judge.model) >= FEWEST_WEIGHTS
-    return large or judge.draws >= MANY_DRAWS
+def has_fallen(share: Tensor) -> Tensor:
+    """Which images have fallen, bool ``[B]``: those of which all draws are misclassified, by the share that are."""
+    return share >= 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Confirms or refuses what a search takes for a success.
+
+    Args:
+        model: the model under attack itself, not a copy of it.
+        draws: fresh draws of a random model; 1 for one that predicts the same every time.
+        max_forward_batch: images in one forward pass at most; None: no limit.
+        apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
+    """
+
+    model: Classifier
+    draws: int = 1
+    max_forward_batch: int | None = None
+    apart: bool = False
+
+    def shares(self, x: Tensor, y: Tensor) -> Tensor:
+        """The share of fresh draws of images that are misclassified, ``[B]``."""
+        if len(x) == 0:
+            return torch.zeros_like(y, dtype=torch.float32)
+        objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
+        return objective.score(x, y)[0]
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """One prediction of each image, ``[B, classes]``."""
+        return torch.cat([ask(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
+
+    def is_costly(self) -> bool:
+        """Whether a step of one image takes a CPU longer than to prepare for another batch size."""
+        large = isinstance(self.model, nn.Module) and matrix_weights(self.model) >= FEWEST_WEIGHTS
+        return large or self.draws >= MANY_DRAWS
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one attack.
+
+    Args:
+        x: clean images ``[N, ...]``.
+        y: labels, int64 ``[N]``.
+        ball: around the images.
+        judge: the model under attack.
+        ids: int64 ``[N]``; an image's random numbers depend on a seed and its id alone.
+    """
+
+    x: Tensor
+    y: Tensor
+    ball: Ball
+    judge: Judge
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is searched at once; every field is by row.
+
+    Args:
+        owner: the image of each row, int64 ``[R]``.
+        x: the clean images, ``[R, ...]``.
+        labels: int64 ``[R]``, or ``[R, 2]`` labels and targets.
+        ball: around the images.
+        begin: where the rows begin, ``[R, ...]``.
+        run: the number of the run that each row belongs to, int64 ``[R]``.
+    """
+
+    owner: Tensor
+    x: Tensor
+    labels: Tensor
+    ball: Ball
+    begin: Tensor
+    run: Tensor
+
+    def take(self, index: Tensor) -> Rows:
+        """Some of the rows, by an index int64."""
+        return Rows(*(_taken(getattr(self, field.name), index) for field in fields(self)))
+
+
+class RowState:
+    """What a search remembers of its rows: every tensor is by row, and every part that has rows is taken along."""
+
+    #: The attributes that are ``[n, R]`` and not ``[R, ...]``.
+    by_column: ClassVar[tuple[str, ...]] = ()
+
+    def take(self, index: Tensor) -> None:
+        """Go on with some of the rows, by an index int64."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[:, index] if name in self.by_column else _taken(value, index))
+
+
+def _taken(value: Any, index: Tensor) -> Any:
+    """The part of a value that belongs to some rows; the value itself if it does not go by rows."""
+    if isinstance(value, Tensor):
+        return value[index]
+    if isinstance(value, (Ball, Rows)):
+        return value.take(index)
+    if isinstance(value, RowState):
+        value.take(index)
+    return value
+
+
+class HealthOfRows(RowState):
+    """Counts the gradients of a run whose rows, which begin at ``begin``, may be given up before its end.
+
+    A row that is given up counts as if it had taken every step, with as large a share of faulty gradients as before.
+    Otherwise the rows that are searched to the end, as those without gradients are, would count more than others.
+    Nothing here waits for the device.
+    """
+
+    by_column = ("faulty",)
+
+    def __init__(self, health: GradientHealth, begin: Tensor):
+        self.health, self.steps = health, 0
+        #: How many gradients of each row were not finite, and how many zero.
+        self.faulty = torch.zeros((2, len(begin)), device=begin.device)
+
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients of one step, as `GradientHealth.see_gradient` does."""
+        faulty = torch.stack(faults(grad, fooled))
+        self.faulty, self.steps = self.faulty + faulty, self.steps + 1
+        self.health.add(len(grad), *faulty.sum(1))
+
+    def give_up(self, rows: Tensor, steps: int) -> None:
+        """Count the gradients that some rows, int64, will not take of the steps of the whole run."""
+        left = steps - self.steps
+        nonfinite, zero = (self.faulty[:, rows].sum(1) * left / self.steps).round().long()
+        self.health.add(len(rows) * left, nonfinite, zero)
+
+
+class Reach(RowState):
+    """Watches how far each row is from its border.
+
+    Args:
+        checks: after how many steps rows are given up; the pace is that of the last half of the steps before.
+        steps: of the whole search.
+        times: the pace may rise so many times.
+    """
+
+    def __init__(self, checks: Iterable[int], steps: int, times: float):
+        self.checks, self.steps, self.times = sorted(set(checks)), steps, times
+        #: When the distances were noted for a check, and what they were.
+        self.notes: dict[int, tuple[int, Tensor]] = {}
+        self.last_step = 0
+
+    @classmethod
+    def of_steps(cls, steps: int) -> Reach | None:
+        """For a run of an attack by gradients; None where the run is too short."""
+        return cls([round(share * steps) for share in SHARES], steps, TIMES) if steps >= FEWEST_STEPS else None
+
+    def due(self, step: int) -> bool:
+        """Whether `lost` would note or decide anything; a search that takes short steps need not call it where not."""
+        return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
+
+    def lost(self, step: int, missing: Tensor) -> Tensor | None:
+        """Which rows are out of reach, bool ``[R]``; None where nothing is decided.
+
+        A distance that is not a number, or infinite, is never out of reach.
+
+        Args:
+            step: how many steps were taken; every call's is larger than the last one's.
+            missing: how far each row is from its border, in the unit of the loss or distance, ``[R]``; at most 0 across
+                it, and smaller with every call, or as it was.
+        """
+        lost = None
+        for check in self.checks:
+            if self.last_step < check // 2 <= step:
+                self.notes[check] = step, missing
+            if self.last_step < check <= step < self.steps and check in self.notes:
+                noted_at, before = self.notes.pop(check)
+                if step > noted_at:
+                    pace = (before - missing) / (step - noted_at)
+                    lost = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
+        self.last_step = step
+        return lost
+
+    def take(self, index: Tensor) -> None:
+        self.notes = {check: (at, missing[index]) for check, (at, missing) in self.notes.items()}
+
+
+def some_of(lost: Tensor | None) -> Tensor | None:
+    """Which rows are out of reach, bool ``[R]``, where any is; waits for the device."""
+    return lost if lost is not None and bool(lost.any()) else None
 
 
 class ActiveSet:
     """The images of one attack: which have fallen, and the best point known of each.
 
     Args:
-        x: clean images ``[N, ...]``.
-        y: labels, int64 ``[N]``.
-        judge: confirms what has fallen.
+        images: what is attacked.
         leave: whether fallen images leave. If not, every image is attacked to the end, and keeps the point that is
             misclassified in most draws, then the one of highest loss.
 
@@ -87,13 +281,14 @@ class ActiveSet:
         costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, judge: Judge, *, leave: bool = True):
-        self.y, self.judge, self.leave = y, judge, leave
-        self.costly = is_costly(judge)
+    def __init__(self, images: Images, *, leave: bool = True):
+        x, y = images.x, images.y
+        self.images, self.y, self.judge, self.leave = images, y, images.judge, leave
+        self.costly = self.judge.is_costly()
         self.best = x.clone()
         self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by = torch.full_like(y, -1)
-        fallen = has_fallen(judge.shares(x, y))
+        fallen = has_fallen(self.judge.shares(x, y))
         self.correct = ~fallen
         # what is misclassified as it is needs no attack
         self.fallen = fallen if leave else torch.zeros_like(fallen)
@@ -163,10 +358,7 @@ class ActiveSet:
     def offer(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
         """Keep the best of the rows of every image that has not fallen, where it is better than what is known.
 
-        Args:
-            owner: the image of each row, int64 ``[R]``.
-            points: the points ``[R, ...]``.
-            score: share of misclassified draws and loss, ``[2, R]``.
+        Owners and points are those of `settle`; the score is the share of misclassified draws and the loss, ``[2, R]``.
         """
         rank = torch.empty_like(owner)
         by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
@@ -179,59 +371,30 @@ class ActiveSet:
         )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What is searched at once; every field is by row.
-
-    Args:
-        owner: the image of each row, int64 ``[R]``.
-        x: the clean images, ``[R, ...]``.
-        labels: int64 ``[R]``, or ``[R, 2]`` labels and targets.
-        ball: around the images.
-        begin: where the rows begin, ``[R, ...]``.
-        run: the number of the run that each row belongs to, int64 ``[R]``.
-    """
-
-    owner: Tensor
-    x: Tensor
-    labels: Tensor
-    ball: Ball
-    begin: Tensor
-    run: Tensor
-
-    def take(self, index: Tensor) -> Rows:
-        """Some of the rows, by an index int64."""
-        values = (self.owner[index], self.x[index], self.labels[index], self.ball.take(index))
-        return Rows(*values, begin=self.begin[index], run=self.run[index])
+Goals = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Waves:
-    """Makes the rows, wave by wave.
+    """Makes the rows of an attack, wave by wave.
 
     Args:
-        x: clean images ``[N, ...]``.
-        y: labels, int64 ``[N]``.
-        ball: around the images.
+        active: the images.
         goals: the target of each run, int64 ``[N]``; None for a run without one.
         restarts: how often all of these runs are made.
         seed: of the random starts; each run has its own.
-        ids: int64 ``[N]``; an image's random start depends on the run's seed and its id alone.
         most: rows at once; None: `FEWEST_ROWS`, or as many as there are images, if those are more.
         at_image: whether the first run for each target begins at the images themselves.
     """
 
-    x: Tensor
-    y: Tensor
-    ball: Ball
-    goals: tuple[Tensor | None, ...]
+    active: ActiveSet
+    goals: Goals
     restarts: int
     seed: int
-    ids: Tensor
     most: int | None = None
     at_image: bool = False
 
-    def over(self, active: ActiveSet) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[Rows]:
         """The rows of one wave after the other, of the images that are left by then.
 
         The first wave has one run, because most images fall to any. Later ones have as many rows as fit: on a CPU whole
@@ -239,15 +402,17 @@ class Waves:
         most waves are of one size. Waits for the device once or twice for each wave.
         """
         runs = list(enumerate(goal for _ in range(self.restarts) for goal in self.goals))
-        most = max(FEWEST_ROWS, len(self.x)) if self.most is None else self.most
+        x = self.active.images.x
+        padded = not takes_every_size(x.device)
+        most = max(FEWEST_ROWS, len(x)) if self.most is None else self.most
         # of the first of these runs, the images before this one were searched
         begin: Tensor | None = None
         is_first = True
         while runs:
-            left = active.left()
+            left = self.active.left()
             if len(left) == 0:
                 return
-            fits = max(most, len(left)) if self._is_padded() else max(1, most // len(left)) * len(left)
+            fits = max(most, len(left)) if padded else max(1, most // len(left)) * len(left)
             room = len(left) if is_first else fits
             images, wave = left if begin is None else left[left >= begin], []
             while runs and room:
@@ -260,38 +425,35 @@ class Waves:
                     break
                 runs, images, begin = runs[1:], left, None
             if wave:
-                yield self._rows(wave, fits)
+                rows = self._rows(wave)
+                if padded:
+                    index = torch.arange(len(rows.x), device=x.device)
+                    rows = rows.take(_repeated_to(index, max(len(index), min(bucket(len(index), x.device), fits))))
+                yield rows
             is_first = False
 
-    def add_counts(self, active: ActiveSet, fell_to: dict[str, int]) -> None:
+    def add_counts(self, fell_to: dict[str, int]) -> None:
         """Add to the name of each target and restart how many images fell to it, after the attack."""
-        for number in active.felled_by[active.felled_by >= 0].tolist():
+        felled_by = self.active.felled_by
+        for number in felled_by[felled_by >= 0].tolist():
             restart, goal = divmod(number, len(self.goals))
             name = f"restart {restart + 1}" if self.goals[goal] is None else f"target {goal + 1}"
             if self.goals[goal] is not None and self.restarts > 1:
                 name += f", restart {restart + 1}"
             fell_to[name] = fell_to.get(name, 0) + 1
 
-    def _is_padded(self) -> bool:
-        """Whether waves are filled up to the sizes of `bucket`."""
-        return not takes_every_size(self.x.device)
-
-    def _rows(self, wave: list[tuple[int, Tensor | None, Tensor]], most: int) -> Rows:
+    def _rows(self, wave: list[tuple[int, Tensor | None, Tensor]]) -> Rows:
         """The rows of some runs: the number, the goal and the images of each."""
-        begins, labels, numbers = [], [], []
+        every, begins, labels = self.active.images, [], []
         for number, goal, images in wave:
-            x, ball, ids = self.x[images], self.ball.take(images), self.ids[images]
+            x, ball, ids = every.x[images], every.ball.take(images), every.ids[images]
             at_image = self.at_image and number < len(self.goals)
             begins.append(x if at_image else sample_in_ball(x, ball, seed=self.seed + number, sample_ids=ids))
-            labels.append(self.y[images] if goal is None else torch.stack([self.y, goal], 1)[images])
-            numbers.append(torch.full_like(images, number))
+            labels.append(every.y[images] if goal is None else torch.stack([every.y, goal], 1)[images])
         owner = torch.cat([images for _, _, images in wave])
-        values = (owner, self.x[owner], torch.cat(labels), self.ball.take(owner))
-        rows = Rows(*values, begin=torch.cat(begins), run=torch.cat(numbers))
-        if not self._is_padded():
-            return rows
-        index = torch.arange(len(owner), device=owner.device)
-        return rows.take(_repeated_to(index, max(len(owner), min(bucket(len(owner), owner.device), most))))
+        run = torch.cat([torch.full_like(images, number) for number, _, images in wave])
+        ball = every.ball.take(owner)
+        return Rows(owner, every.x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=run)
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:

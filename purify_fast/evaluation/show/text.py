@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from ...attacks.engine.reach import FEWEST_STEPS
+from ...attacks.engine.rows import FEWEST_STEPS
 from ...attacks.square import GIVEN_UP_AFTER
 from ..alarms import STATES, Evidence, Finding, Outlook
 from ..rows import AUTHORS, Row

@@ -24,8 +24,7 @@ from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import decode_samples, latents
-from ...speed.accelerated import Accelerated
-from ...speed.compiled_region import pad_batch
+from ...speed.folding.inference_copy import Accelerated, pad_batch
 from ..base import save_defence
 from .networks import (
     NETWORKS,

@@ -47,10 +47,35 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
 
 def fold_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """`fold_batchnorm`, returning the names of what was (layer, BatchNorm)."""
-    pairs = _foldable(model, example)
-    for layer, norm in pairs:
-        _fold(model, layer, norm)
+    _check_evaluation_mode(model)
+    original = copy.deepcopy(model).double()
+    try:
+        want = _response(original, example.double())
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
+        ) from error
+
+    def same(chosen: list[tuple[str, str]]) -> bool:
+        trial = copy.deepcopy(original)
+        for pair in chosen:
+            _fold(trial, *pair)
+        return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
+
+    pairs = _pairs(original, example.double())
+    if not same(pairs):  # some pair is not what it seems: take them one by one
+        candidates, pairs = pairs, []
+        for pair in candidates:
+            if same([*pairs, pair]):
+                pairs.append(pair)
+    for pair in pairs:
+        _fold(model, *pair)
     return pairs
+
+
+def _check_evaluation_mode(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
 
 
 def fold_sequential(model: nn.Module) -> int:
@@ -71,8 +96,7 @@ def fold_sequential(model: nn.Module) -> int:
     Raises:
         ValueError: a module in training mode.
     """
-    if any(module.training for module in model.modules()):
-        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
+    _check_evaluation_mode(model)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = 0
@@ -105,33 +129,6 @@ def _in_order(model: nn.Module) -> list[nn.Sequential]:
         if vars(type(owner)).get("runs_in_order") is True:
             look(owner)
     return list(in_order.values())
-
-
-def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    if any(module.training for module in model.modules()):
-        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
-    original = copy.deepcopy(model).double()
-    try:
-        want = _response(original, example.double())
-    except RuntimeError as error:
-        raise ValueError(
-            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
-        ) from error
-    pairs = _pairs(original, example.double())
-
-    def same(chosen: list[tuple[str, str]]) -> bool:
-        trial = copy.deepcopy(original)
-        for pair in chosen:
-            _fold(trial, *pair)
-        return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
-
-    if not same(pairs):  # some pair is not what it seems: take them one by one
-        good: list[tuple[str, str]] = []
-        for pair in pairs:
-            if same([*good, pair]):
-                good.append(pair)
-        pairs = good
-    return pairs
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -202,14 +199,10 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Weight and bias, computed in ``dtype``, of ``layer`` with ``norm`` in evaluation mode folded into it.
+    """Weight and bias of a linear layer or a convolution with the BatchNorm after it folded into it.
 
-    A transposed convolution (of one group) has its outputs in the weight's second dimension.
-
-    Args:
-        layer: a linear layer or a convolution.
-        norm: the BatchNorm after it.
-        dtype: of the arithmetic and of the results.
+    The BatchNorm is taken in evaluation mode; the arithmetic and the results are in ``dtype``. A transposed convolution
+    (of one group) has its outputs in the weight's second dimension.
     """
     # torch.nn.utils.fuse_conv_bn_weights multiplies the bias in another order, which moves its last bits where the
     # arithmetic is in float32; it knows no linear layers either.
@@ -284,9 +277,8 @@ class FoldedPairs:
         if key not in self._constants:
             self._constants[key] = [torch.full((count,), missing, device=key[1]) for count in self._channels]
         given = [tensors.get(f"{module}.{name}") for module in modules]
-        return [
-            all_same if one is None else one.float() for one, all_same in zip(given, self._constants[key], strict=True)
-        ]
+        pairs = zip(given, self._constants[key], strict=True)
+        return [constant if one is None else one.float() for one, constant in pairs]
 
     def _scaled(self, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
         """The weights times the factors of their channels, ``[C]`` each."""

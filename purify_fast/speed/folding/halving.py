@@ -28,8 +28,8 @@ from ..._tensors import without_autocast
 MOST_CHANNELS = 32
 #: Numbers of a row, width times channels, up to which it is computed as one pixel.
 WIDEST_ROW = 32
-#: Which taps of the kernel a pixel of a block sees, by its place in the block: (tap, offset on the small image).
-_TAPS = {0: ((1, 0),), 1: ((2, 0), (0, 1))}
+#: By tap of the kernel: the place in a block of the pixel that sees it, and the offset on the small image.
+_TAPS = {0: (1, 1), 1: (0, 0), 2: (1, 0)}
 #: Activations whose backward pass is slow where the gradient lies otherwise in memory than what was activated.
 _ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.ELU)
 
@@ -55,61 +55,34 @@ def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
-def _own(view: Tensor) -> Tensor:
-    """What a function made, no longer as a view: PyTorch refuses to change a view from a custom function in place.
-
-    Only for a view of a tensor that nobody else holds. Changes of any other would no longer be noticed.
-
-    Args:
-        view: a view, of any shape.
-    """
-    return view.data
-
-
 def spread_weight(weight: Tensor) -> Tensor:
-    """The weight of the 2 x 2 convolution, ``[4 outputs, inputs, 2, 2]``.
-
-    Args:
-        weight: of the transposed convolution, ``[inputs, outputs, 3, 3]``.
-    """
+    """The weight of the 2 x 2 convolution, ``[4 outputs, inputs, 2, 2]``, from ``[inputs, outputs, 3, 3]``."""
     inputs, outputs = weight.shape[:2]
     whole = weight.new_zeros(2, 2, outputs, inputs, 2, 2)
-    for row, rows in _TAPS.items():
-        for column, columns in _TAPS.items():
-            for i, down in rows:
-                for j, right in columns:
-                    whole[row, column, :, :, down, right] = weight[:, :, i, j].T
+    for i, (row, down) in _TAPS.items():
+        for j, (column, right) in _TAPS.items():
+            whole[row, column, :, :, down, right] = weight[:, :, i, j].T
     return _last(whole.reshape(4 * outputs, inputs, 2, 2))
 
 
 def spread_row_weight(weight: Tensor, width: int) -> Tensor:
     """The weight of the convolution from a row to two rows, ``[2 * 2 width outputs, width inputs, 2, 1]``.
 
-    Args:
-        weight: of the transposed convolution, ``[inputs, outputs, 3, 3]``.
-        width: of the small image.
+    It is made of the transposed convolution's, ``[inputs, outputs, 3, 3]``, for small images of a width.
     """
     inputs, outputs = weight.shape[:2]
     whole = weight.new_zeros(2, 2 * width, outputs, width, inputs, 2)
-    for row, rows in _TAPS.items():
-        for i, down in rows:
-            for j in range(3):
-                for small in range(width):
-                    large = 2 * small - 1 + j
-                    if 0 <= large < 2 * width:
-                        whole[row, large, :, small, :, down] = weight[:, :, i, j].T
+    for i, (row, down) in _TAPS.items():
+        for j in range(3):
+            for small in range(1 if j == 0 else 0, width):
+                whole[row, 2 * small - 1 + j, :, small, :, down] = weight[:, :, i, j].T
     return _last(whole.reshape(4 * width * outputs, width * inputs, 2, 1))
 
 
 def row_weight(weight: Tensor, width: int) -> Tensor:
-    """The weight of a 3 x 3 convolution of stride 1 and padding 1, as one over rows.
+    """The weight of a 3 x 3 convolution of stride 1 and padding 1, as one over rows of images of a width.
 
-    Args:
-        weight: ``[outputs, inputs, 3, 3]``.
-        width: of the image.
-
-    Returns:
-        ``[width outputs, width inputs, 3, 1]``.
+    ``[outputs, inputs, 3, 3]`` -> ``[width outputs, width inputs, 3, 1]``.
     """
     outputs, inputs = weight.shape[:2]
     whole = weight.new_zeros(width, outputs, width, inputs, 3)
@@ -117,35 +90,6 @@ def row_weight(weight: Tensor, width: int) -> Tensor:
         for column in range(max(0, 1 - j), min(width, width + 1 - j)):
             whole[column, :, column + j - 1] = weight[:, :, :, j]
     return _last(whole.reshape(width * outputs, width * inputs, 3, 1))
-
-
-class Spread:
-    """``conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)``, ``[B, outputs, 2 H, 2 W]``.
-
-    Args:
-        weight: ``[inputs, outputs, 3, 3]``.
-        dtype: of the arithmetic.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.weight, self.dtype = weight, dtype
-        self.outputs = weight.shape[1]
-        self.whole = spread_weight(weight).to(dtype)
-        self.rows: dict[int, Tensor] = {}
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        width = 2 * x.shape[3]
-        if width * self.outputs <= WIDEST_ROW:
-            if x.shape[3] not in self.rows:
-                self.rows[x.shape[3]] = spread_row_weight(self.weight, x.shape[3]).to(self.dtype)
-            shift = None if bias is None else bias.repeat(2 * width)
-            rows = F.conv2d(F.pad(_as_row(x), (0, 0, 0, 1)), self.rows[x.shape[3]], shift)
-            return _from_row(rows, self.outputs, width)
-        shift = None if bias is None else bias.repeat(4)
-        blocks = _pixels(F.conv2d(F.pad(x, (0, 1, 0, 1)), self.whole, shift))
-        # row by row of the large image: block rows, rows of a block, then what lies side by side
-        large = blocks.unflatten(3, (2, -1)).transpose(2, 3).reshape(len(x), 2 * x.shape[2], width, self.outputs)
-        return large.permute(0, 3, 1, 2)
 
 
 def _halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -162,7 +106,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.back = back
-        return _own(forth(x))
+        # No longer as a view: PyTorch refuses to change a view from a custom function in place. Nobody else has the
+        # tensor of which this is a view; a change of any other would no longer be noticed.
+        return forth(x).data
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,7 +164,7 @@ class Resizing(_Replacement):
     """In the place of a frozen convolution that halves an image, or of its transpose, which doubles one.
 
     Args:
-        layer: the convolution; `can_stand_for` says which.
+        layer: the convolution; `replacement_of` says which.
         dtype: of the arithmetic; results are in it.
     """
 
@@ -228,16 +174,30 @@ class Resizing(_Replacement):
         super().__init__(layer, dtype)
         self.doubles = isinstance(layer, nn.ConvTranspose2d)
         weight = layer.weight.detach()
-        self.spread = Spread(weight, dtype)
         self.register_buffer("_weight", _last(weight.to(dtype)), persistent=False)
+        self._blocks, self._rows = spread_weight(weight).to(dtype), dict[int, Tensor]()
 
     def _serves(self, x: Tensor) -> bool:
         return self.doubles or not (x.shape[2] % 2 or x.shape[3] % 2)
 
     def _computed(self, x: Tensor) -> Tensor:
         if self.doubles:
-            return _Linear.apply(x, partial(self.spread, bias=self._bias), partial(_halve, weight=self._weight))
-        return _Linear.apply(x, partial(_halve, weight=self._weight, bias=self._bias), self.spread)
+            return _Linear.apply(x, partial(self._spread, bias=self._bias), partial(_halve, weight=self._weight))
+        return _Linear.apply(x, partial(_halve, weight=self._weight, bias=self._bias), self._spread)
+
+    def _spread(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)``, ``[B, outputs, 2 H, 2 W]``."""
+        outputs, width = self.layer.weight.shape[1], 2 * x.shape[3]
+        if width * outputs <= WIDEST_ROW:
+            if x.shape[3] not in self._rows:
+                self._rows[x.shape[3]] = spread_row_weight(self.layer.weight.detach(), x.shape[3]).to(self.dtype)
+            shift = None if bias is None else bias.repeat(2 * width)
+            return _from_row(F.conv2d(F.pad(_as_row(x), (0, 0, 0, 1)), self._rows[x.shape[3]], shift), outputs, width)
+        shift = None if bias is None else bias.repeat(4)
+        blocks = _pixels(F.conv2d(F.pad(x, (0, 1, 0, 1)), self._blocks, shift))
+        # row by row of the large image: block rows, rows of a block, then what lies side by side
+        large = blocks.unflatten(3, (2, -1)).transpose(2, 3).reshape(len(x), 2 * x.shape[2], width, outputs)
+        return large.permute(0, 3, 1, 2)
 
 
 def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -251,7 +211,7 @@ class RowByRow(_Replacement):
     """In the place of a frozen 3 x 3 convolution of stride 1, transposed or not, to or from narrow rows.
 
     Args:
-        layer: the convolution; `makes_rows` says which.
+        layer: the convolution; `replacement_of` says which.
         dtype: of the arithmetic; results are in it.
     """
 
@@ -308,43 +268,27 @@ def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:
     return (layer.in_channels, layer.out_channels) if known else None
 
 
-def can_stand_for(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution that `Resizing` computes faster on a CPU.
-
-    Args:
-        layer: any module.
-    """
-    channels = _channels(layer, 2)
-    return channels is not None and max(channels) <= MOST_CHANNELS
-
-
-def makes_rows(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution that `RowByRow` computes faster on a CPU, where images are narrow.
-
-    Args:
-        layer: any module.
-    """
-    channels = _channels(layer, 1)
-    return channels is not None and min(channels) == 1 and max(channels) <= MOST_CHANNELS
+def replacement_of(layer: nn.Module) -> type[Resizing | RowByRow] | None:
+    """What computes a layer faster on a CPU: `Resizing`, or `RowByRow` where images are narrow; None: nothing."""
+    for kind, stride in ((Resizing, 2), (RowByRow, 1)):
+        channels = _channels(layer, stride)
+        if channels is not None and max(channels) <= MOST_CHANNELS and (stride == 2 or min(channels) == 1):
+            return kind
+    return None
 
 
 def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
-    """Put `Resizing`, `RowByRow` and `SameLayout` in the place of every layer that they can stand for, in place.
+    """Put `Resizing`, `RowByRow` and `SameLayout` in the place of layers of a frozen copy on a CPU, in place.
 
-    Args:
-        model: a frozen copy of a model, on a CPU.
-        dtype: of the arithmetic.
-
-    Returns:
-        How many convolutions were replaced.
+    They compute in ``dtype``. Returned is how many convolutions were replaced.
     """
     done = 0
     for parent in list(model.modules()):
+        if isinstance(parent, (_Replacement, SameLayout)):
+            continue
         for name, layer in list(parent.named_children()):
-            if isinstance(parent, (Resizing, RowByRow, SameLayout)):
-                continue
-            if can_stand_for(layer) or makes_rows(layer):
-                kind = Resizing if can_stand_for(layer) else RowByRow
+            kind = replacement_of(layer)
+            if kind is not None:
                 setattr(parent, name, kind(layer, dtype))  # type: ignore[arg-type]
                 done += 1
             elif type(layer) in _ACTIVATIONS and not (layer._forward_hooks or layer._forward_pre_hooks):

@@ -1,45 +1,108 @@
-"""Copies of a classifier for inference: BatchNorm folded, channels_last, bfloat16 inside, float32 at their borders."""
+"""Copies of frozen networks for inference: BatchNorm folded, channels_last, bfloat16 inside, float32 at their borders.
+
+A part of a copy can be compiled: for every batch size at once, or on a GPU for the few sizes that occur.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..._tensors import first_tensor, without_autocast
-from ...models.representation import evaluation_mode, without_recorders
-from ..compiled_region import CompiledRegion
+from ...models.representation import Representation, evaluation_mode, without_recorders
 from .batchnorm import FoldedPairs, fold_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
+#: PyTorch chooses another CPU convolution for batches below this size, for which a compiler makes another graph.
+SMALL_BATCH = 16
+#: On a GPU, batch sizes that get a graph of their own: a full batch and the last, smaller one. A compiler makes no more
+#: than eight graphs of a function.
+STATIC_SIZES = 2
+
+
+def pad_batch(x: Tensor) -> Tensor:
+    """``x [B, ...]`` with zeros appended along the batch until it holds at least 16 items; a copy.
+
+    The number that is missing may be symbolic: a compiler then makes one graph for all batch sizes.
+    """
+    missing = torch.sym_max(SMALL_BATCH - x.shape[0], 0)
+    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])  # type: ignore[list-item]  # a SymInt, perhaps
+
+
+def keeps_sizes(device: torch.device) -> bool:
+    """Whether graphs are made for single batch sizes of inputs on a device."""
+    return device.type == "cuda"
+
+
+class CompiledRegion:
+    """A function of tensors ``[B, ...]``, compiled for any batch size; within another graph it is itself.
+
+    Without help a compiler makes new graphs for a batch of 1, for one below 16, for views and for other strides. So
+    small batches are filled up with zeros, and all inputs are copied to one layout. On a CPU a batch below 8 is
+    computed without the compiler: filled up, it would cost twice as much or more, where compiling gains less than that.
+
+    On a GPU the first sizes that occur are compiled as they are: launches and indices are constants then, and nothing
+    is filled up. Further sizes share one graph, as all do on a CPU.
+
+    Args:
+        function: of tensors ``[B, ...]``, to one tensor ``[B, ...]``; an item of the result must depend on the items at
+            its own place only.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.compiled = function, torch.compile(function)
+        self.static: dict[tuple[int, torch.device], Callable[..., Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.function(*inputs)
+        batch = len(inputs[0])
+        static = self._static(batch, inputs[0].device)
+        if static is not None:
+            return static(*(x.clone(memory_format=torch.contiguous_format) for x in inputs))
+        if not keeps_sizes(inputs[0].device) and 2 * batch < SMALL_BATCH:
+            return self.function(*inputs)
+        if batch < SMALL_BATCH:
+            inputs = tuple(pad_batch(x) for x in inputs)
+        inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        for x in inputs:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.compiled(*inputs)[:batch]
+
+    def _static(self, batch: int, device: torch.device) -> Callable[..., Tensor] | None:
+        """What is compiled for this batch size alone; None if all share what is."""
+        if not keeps_sizes(device):
+            return None
+        if (batch, device) not in self.static and len(self.static) < STATIC_SIZES:
+            self.static[batch, device] = torch.compile(self.function, dynamic=False)
+        return self.static.get((batch, device))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # When a region is copied or pickled, a bound method takes its object along, and the copy compiles for itself.
+        return CompiledRegion, (self.function,)
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which accelerated parts compute: matrix products in ``dtype``.
+    """The context in which accelerated parts compute on a device: matrix products in bfloat16 or float32.
 
-    Args:
-        device: of the tensors.
-        dtype: bfloat16 or float32; float32 turns an autocast off that the caller may have turned on.
+    float32 turns an autocast off that the caller may have turned on.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Give a model's convolutions channels_last weights, in place, if the model still runs then.
+    """Give a model's convolutions channels_last weights, in place, if the model still runs then; whether it does.
 
     A model that flattens maps or images by ``view`` does not run: its weights stay contiguous, and it needs contiguous
     images. Parameters of other layers stay as they are.
-
-    Args:
-        model: from images ``[B, *image_shape]`` to logits.
-        image_shape: (C, H, W).
-
-    Returns:
-        Whether the weights are channels_last now.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
@@ -65,7 +128,7 @@ class _ConvolvesImages(nn.Conv2d):
 
 
 class _MapsImages(nn.Linear):
-    """A linear layer that computes in float32 under an autocast, and whose results have the autocast's dtype."""
+    """The same of a linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _in_float32(super().forward, input)
@@ -78,15 +141,11 @@ def _in_float32(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return layer(x.float()).to(wanted)
 
 
-def see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
+def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
     """Let a model's layers for images compute in float32 under an autocast to bfloat16, in place.
 
     Between 0.5 and 1 the numbers of bfloat16 are 1/256 apart. A layer that rounds images to them hardly sees a
     perturbation of 1/255. The layers behind it see differences between pixels, which are larger.
-
-    Args:
-        model: from images ``[B, *image_shape]`` to logits.
-        image_shape: (C, H, W).
 
     Returns:
         The layers, whose weights must stay in float32: the convolutions of C channels, and the linear layers of C H W
@@ -96,11 +155,10 @@ def see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> lis
     for module in model.modules():
         if type(module) is nn.Conv2d and module.in_channels == image_shape[0] and module.groups == 1:
             module.__class__ = _ConvolvesImages
+            layers.append(module)
         elif type(module) is nn.Linear and module.in_features == math.prod(image_shape):
             module.__class__ = _MapsImages
-        else:
-            continue
-        layers.append(module)
+            layers.append(module)
     return layers
 
 
@@ -118,7 +176,7 @@ def prepare_for_inference(
         image_shape: (C, H, W).
         dtype: float32 or bfloat16.
         fold: whether BatchNorms are folded into the layers before them.
-        fine: whether the layers for images compute in float32; see `see_images_in_float32`.
+        fine: whether the layers for images compute in float32; so that an attack of a small radius is seen.
 
     Returns:
         The names of the pairs (layer, BatchNorm) that were folded, and what `convert_to_channels_last` returned.
@@ -134,7 +192,7 @@ def prepare_for_inference(
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
         pairs = fold_pairs(model, example.to(first_tensor(model).device))
     uses_channels_last = convert_to_channels_last(model, image_shape)
-    in_float32 = see_images_in_float32(model, image_shape) if fine else []
+    in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
@@ -233,3 +291,95 @@ class LiveInferenceCopy(InferenceCopy):
                 sources.append(theirs[name])
         for targets, sources in copies.values():
             torch._foreach_copy_(targets, sources)
+
+
+@dataclass(eq=False)
+class Accelerated:
+    """The copies of a defence's frozen parts: folded, in ``dtype``, channels_last.
+
+    This is a plain object and no module, so that nothing in it is saved, trained or counted with the defence that holds
+    it. `make` makes one; it follows neither moves nor changes of the weights by itself.
+
+    Args:
+        dtype: of the matrix products, float32 or bfloat16.
+        classifier: classifies the purified images.
+        reader: reads the representation, for a defence that has one.
+        regions: compiled functions of the defence, by name.
+        packed: a part's weights as its kernel takes them, kept here by a defence that has such a part.
+        packed_from: names the weights that were packed; None: they may have changed since.
+    """
+
+    #: What a captured step need not look at (`purify_fast.contents`): it changes with every training step.
+    not_dependencies = frozenset({"packed_from"})
+
+    dtype: torch.dtype
+    classifier: InferenceCopy
+    reader: Representation | None = None
+    regions: dict[str, CompiledRegion] = field(default_factory=dict)
+    packed: Any = None
+    packed_from: int | None = None
+
+    def __post_init__(self) -> None:
+        self.device = first_tensor(self.classifier).device
+
+    @classmethod
+    @torch.inference_mode(False)
+    def make(
+        cls,
+        classifier: nn.Module,
+        image_shape: tuple[int, ...],
+        settings: Mapping[str, Any],
+        reader: Representation | None = None,
+        parts: tuple[Callable[..., Tensor], ...] = (),
+    ) -> Accelerated:
+        """Copies of ``classifier`` and ``reader`` as they are now.
+
+        They are made outside inference mode, wherever this is called, because attacks differentiate through them.
+
+        Args:
+            classifier: images ``[B, *image_shape]`` in [0, 1] to logits.
+            image_shape: (C, H, W).
+            settings: ``dtype``, ``fold`` and ``compile``, as `InferenceCopy` takes them.
+            reader: of the representation, or None.
+            parts: functions of tensors ``[B, ...]`` that are compiled if the settings say so.
+
+        Raises:
+            ValueError: as `prepare_for_inference`.
+        """
+        if reader is not None:
+            reader = copy.deepcopy(reader)
+            prepare_for_inference(reader.model, image_shape, settings["dtype"], settings["fold"])
+        regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
+        return cls(settings["dtype"], InferenceCopy(classifier, image_shape, **settings), reader, regions)
+
+    def to(self, device: torch.device) -> None:
+        """Move the copies."""
+        self.device = device
+        self.classifier.to(device)
+        if self.reader is not None:
+            self.reader.model.to(device)
+        # What is packed lies on the old device: it is packed again when it is next used.
+        self.packed = None
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The classifier copy's logits of images, float32 ``[B, classes]``."""
+        self._check_device(x)
+        return self.classifier(x)
+
+    def read(self, x: Tensor) -> list[Tensor]:
+        """The representation of images, layer by layer."""
+        assert self.reader is not None, "this defence has no representation"
+        self._check_device(x)
+        with autocast_to(x.device, self.dtype):
+            return self.reader(x.float())
+
+    def run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``part(*inputs)`` of a method of the defence and tensors ``[B, ...]``, compiled if it was to be."""
+        return self.regions.get(part.__name__, part)(*inputs)
+
+    def _check_device(self, x: Tensor) -> None:
+        if x.device != self.device:
+            raise RuntimeError(
+                f"the images are on {x.device}, the accelerated copies on {self.device}: move the images, or call the "
+                "defence's refresh() if it was moved as a part of another module"
+            )

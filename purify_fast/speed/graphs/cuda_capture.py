@@ -32,11 +32,7 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def aside(self, device: torch.device) -> Iterator[None]:
-        """Within the block, the stream that is captured is the current one; it begins and ends in the caller's order.
-
-        Args:
-            device: a CUDA device.
-        """
+        """Within the block, the stream that is captured is the current one; it keeps the caller's order."""
         stream, caller = self._place(device)[0], torch.cuda.current_stream(device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -44,14 +40,9 @@ class CudaCapture:
         caller.wait_stream(stream)
 
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """How long a function takes; what it allocates and chooses at its first call is then done.
+        """Seconds until the host had launched everything that a function launches, and until the device was done.
 
-        Args:
-            run: what is to be captured.
-            device: where it computes.
-
-        Returns:
-            Seconds until the host had launched everything, and until the device was done.
+        What the function allocates and chooses at its first call is then done.
         """
         with self.aside(device):
             torch.cuda.synchronize(device)
@@ -62,11 +53,7 @@ class CudaCapture:
             return launched - begin, time.perf_counter() - begin
 
     def now(self, device: torch.device) -> float:
-        """A time in seconds, when the device has done all that was launched.
-
-        Args:
-            device: a CUDA device.
-        """
+        """A time in seconds, when the device has done all that was launched."""
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
@@ -76,11 +63,9 @@ class CudaCapture:
         torch.cuda.empty_cache()
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Capture a function that has run on the stream aside before.
+        """Capture a function that has run on the stream aside before, and waits for none of the work that it launches.
 
-        Args:
-            run: launches work and waits for none of it; torch's generator of the device may be drawn from.
-            device: where it computes.
+        It may draw from torch's generator of the device.
 
         Returns:
             A function that launches the same work again, with whatever is in the same memory by then.
@@ -129,9 +114,6 @@ def _own_workspaces(device: torch.device) -> Iterator[None]:
 
     It keeps that memory from call to call, and whoever clears it, as `torch.compile` does for graphs of its own, would
     take it from under a graph that was captured with it.
-
-    Args:
-        device: a CUDA device.
     """
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +19,7 @@ ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
 def numerics(device: torch.device) -> tuple[Any, ...]:
-    """The settings of the process that decide what an operator computes; they can be hashed.
-
-    Args:
-        device: where it computes.
-    """
+    """The settings of the process that decide what an operator computes on a device; they can be hashed."""
     older, newer = float32_settings()
     return (
         older,
@@ -43,12 +39,8 @@ def no_trace(device: torch.device) -> Iterator[None]:
 
     Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
     which do not follow the weights.
-
-    Args:
-        device: where the step computes.
     """
-    numpy = sys.modules.get("numpy")
-    python, array = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python, array = random.getstate(), np.random.get_state()
     cached = torch.is_autocast_cache_enabled()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -58,16 +50,11 @@ def no_trace(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(cached)
         random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(array)
+        np.random.set_state(array)
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators back where they are now.
-
-    Args:
-        device: whose own generator is one of them.
-    """
+    """A function that puts torch's generators, that of the device among them, back where they are now."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -80,16 +67,11 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that no graph follows.
-
-    Args:
-        device: whose own generator a graph follows.
-    """
-    numpy = sys.modules.get("numpy")
-    array = None if numpy is None else numpy.random.get_state()
+    """The states of the generators that no graph follows; it follows the device's own."""
+    array: Any = np.random.get_state()
     # on a CPU torch's generator of the host is that of the device
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, None if array is None else (array[0], array[1].tobytes(), *array[2:])
+    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
 
 
 def first_replay_agrees(
@@ -118,10 +100,6 @@ def alike(got: Tensor, wanted: Tensor) -> bool:
     """Whether two results of a step are the same, but for sums that a library adds in another order; waits.
 
     Where a gradient is nearly 0 another order gives another sign, and the step goes the other way.
-
-    Args:
-        got: floating point, any shape.
-        wanted: likewise.
     """
     if not wanted.numel():
         return True

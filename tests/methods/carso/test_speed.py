@@ -263,7 +263,7 @@ def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("purify_fast.speed.accelerated.InferenceCopy", fail)
+    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.InferenceCopy", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.accelerate()
     assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])

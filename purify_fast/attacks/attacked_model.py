@@ -1,17 +1,19 @@
-"""How a model answers: whether it leaves the images as they are, and whether its draws differ.
+"""The model under attack: frozen, asked with a guard over the images, and tried for how it draws.
 
 A model that writes to the images that it is given moves an attack's points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._tensors import repeat_batch
+from ..contents import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, supports
 
 Answer = TypeVar("Answer")
@@ -28,6 +30,36 @@ SAME_SPREAD = 1e-5
 SAME_SIZE = 2e-6
 
 
+@contextlib.contextmanager
+def frozen(model: Classifier) -> Iterator[None]:
+    """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
+
+    A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
+    an attack's work. Modules that the model holds in a plain list, in an object or in a hook are treated as its
+    registered ones (`purify_fast.contents.hidden_modules`).
+
+    Args:
+        model: an ``nn.Module``; any other callable is left as it is. Who attacks a module's method freezes the module.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    wholes = [model, *(module for _, module in hidden_modules(model))]
+    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
+    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad]
+    try:
+        for whole in wholes:
+            whole.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+
+
 class WritesToItsInput(ValueError):
     """A model changed the images that it was given."""
 
@@ -41,14 +73,8 @@ class WritesToItsInput(ValueError):
 def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     """What a model returns for images; to look whether it wrote to them costs nothing.
 
-    PyTorch counts the writes to a tensor, but for those through ``x.data`` or a NumPy array of the same memory.
-
-    Args:
-        model: images to anything.
-        x: images ``[B, ...]``. If the model writes to them they are changed: give a copy of what must not be.
-
-    Returns:
-        What the model returned.
+    PyTorch counts the writes to a tensor, but for those through ``x.data`` or a NumPy array of the same memory. If the
+    model writes to the images they are changed: give a copy of what must not be.
 
     Raises:
         WritesToItsInput: the model wrote to the images, or tried to while gradients to them were recorded.
@@ -70,11 +96,7 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
 
 
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input, in whatever way, with gradients or without.
-
-    Args:
-        model: images to anything; it is called twice, on copies.
-        x: a few images ``[B, ...]``.
+    """Refuse a model that writes to its input in whatever way; it is called on copies, with gradients and without.
 
     Raises:
         WritesToItsInput: it does.
@@ -95,14 +117,10 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers are more than rounding apart.
+    """Whether two answers, logits ``[B, classes]``, are more than rounding apart.
 
     What rounding may do grows with the numbers themselves, what matters with how far the logits of an image lie apart:
     neither is an absolute number, since logits times 1e-8 decide the same.
-
-    Args:
-        first: logits ``[B, classes]``.
-        second: those of another call.
     """
     if first.shape != second.shape:
         return True
@@ -117,15 +135,9 @@ def differ(first: Tensor, second: Tensor) -> bool:
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
-    """Logits of several draws of each image; a model that shares work between its draws is asked for them at once.
+    """Logits ``[draws * B, classes]`` of several draws of each image, those of the first draw first.
 
-    Args:
-        model: images to logits.
-        x: images ``[B, ...]``.
-        draws: how many.
-
-    Returns:
-        Logits ``[draws * B, classes]``, those of the first draw first.
+    A model that shares work between its draws is asked for them at once.
     """
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
@@ -141,7 +153,7 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     are not. The random generators are afterwards as they were. To compare answers waits for the device.
 
     Args:
-        model: images to logits; within `purify_fast.attacks.frozen`.
+        model: images to logits; within `frozen`.
         x: images ``[B, ...]``; the first few are tried.
         draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
         most: images in one forward pass at most; None: no limit.
@@ -161,9 +173,9 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     if supports(model, CountsImages):
         # a counter shows what an attack computes
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a - b).double().nan_to_num(nan=0.0).abs().max())
+
     # a row's place in a batch may change its last bits, in bfloat16 its second digit
-    return _apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * _apart(first, other)
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).double().nan_to_num(nan=0.0).abs().max())
+    return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)
