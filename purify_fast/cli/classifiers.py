@@ -81,7 +81,7 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
     """
     from ..attacks import frozen
     from ..data import to_float
-    from ..evaluation.outputs import returning_logits
+    from ..evaluation.inputs import returning_logits
     from ..models.foreign import LIBRARIES
     from ..models.own import made_by
 

@@ -1,7 +1,6 @@
 """Models that draw once per call: each draw of a step, and of a judgement, has to be a call of its own."""
 
 import functools
-import importlib
 import sys
 from pathlib import Path
 
@@ -210,22 +209,6 @@ def test_attacks_see_it_by_themselves(batch, attack):
     same = (found[0] - found[1]).flatten(1).abs().amax(1) < 1e-3
     # sums over draws are rounded otherwise, which now and then turns the sign of a step
     assert same.float().mean() > 0.8 and not torch.equal(found[0], x)
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_models_that_draw_for_each_image_are_attacked_as_before(batch, attack, monkeypatch):
-    x, y = batch
-    for model in (SwitchEach(*nets()), NoisyEnsemble(standard(), sigma=0.2)):
-        found = []
-        for asked in (True, False):
-            with monkeypatch.context() as patch:
-                if not asked:
-                    for name in ("pgd", "judged", "stadv"):
-                        module = importlib.import_module(f"purify_fast.attacks.{name}")
-                        patch.setattr(module, "drawn_once_per_call", lambda *_: False)
-                torch.manual_seed(0)
-                found.append(ATTACKS[attack](model, x, y, max_forward_batch=64))
-        assert torch.equal(*found)
 
 
 def test_a_lucky_draw_is_no_success_of_all_draws(batch):
