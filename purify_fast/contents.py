@@ -15,7 +15,7 @@ import dis
 import enum
 import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -43,7 +43,7 @@ _OBJECTS, _NESTED = 8, 3
 # -- the visitor ------------------------------------------------------------------------------------------------------
 
 
-def parts(value: Any) -> Iterator[tuple[Any, Any]]:
+def parts(value: Any) -> Iterable[tuple[Any, Any]]:
     """What stands directly inside a value, each with its name: nothing of what has nothing inside.
 
     Args:
@@ -52,43 +52,32 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
             A class names in ``not_dependencies`` the attributes that count for nothing.
     """
     if isinstance(value, nn.Module):
-        for group in (value._parameters, value._buffers):
-            yield from group.items()
-        yield from hooks(value)
-        yield from value._modules.items()
-        yield from attributes(value)
-    elif isinstance(value, dict):
-        yield from value.items()
-    elif isinstance(value, _GROUPS):
-        yield from enumerate(value)
-    elif isinstance(value, functools.partial):
-        yield "func", value.func
-        yield from ((f"argument {i}", argument) for i, argument in enumerate(value.args))
-        yield from value.keywords.items()
-    elif isinstance(value, MethodType):
-        yield "self", value.__self__
-        yield "the method", value.__func__
-    elif isinstance(value, FunctionType):
-        yield from variables(value)
-        yield from (("a default", default) for default in value.__defaults__ or ())
-        yield from (value.__kwdefaults__ or {}).items()
-    else:
-        yield from attributes(value)
+        registered = value._parameters, value._buffers, value._modules
+        return [*(item for group in registered for item in group.items()), *hooks(value), *attributes(value)]
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, _GROUPS):
+        return enumerate(value)
+    if isinstance(value, functools.partial):
+        arguments = [(f"argument {i}", argument) for i, argument in enumerate(value.args)]
+        return [("func", value.func), *arguments, *value.keywords.items()]
+    if isinstance(value, MethodType):
+        return [("self", value.__self__), ("the method", value.__func__)]
+    if isinstance(value, FunctionType):
+        defaults = [("a default", default) for default in value.__defaults__ or ()]
+        return [*variables(value), *defaults, *(value.__kwdefaults__ or {}).items()]
+    return attributes(value)
 
 
-def hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def hooks(module: nn.Module) -> list[tuple[str, Any]]:
     """What a module calls with a forward or a backward pass."""
-    for group in HOOKS:
-        for hook in list(getattr(module, group).values()):
-            yield "a hook", hook
+    return [("a hook", hook) for group in HOOKS for hook in getattr(module, group).values()]
 
 
-def attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object; of a module those that PyTorch does not know of."""
     left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    for name, part in list((getattr(value, "__dict__", None) or {}).items()):
-        if name not in left_out:
-            yield name, part
+    return [item for item in (getattr(value, "__dict__", None) or {}).items() if item[0] not in left_out]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,47 +152,61 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
 
 def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
     """Add a value to the values; tensors, and what counts by its identity, to the objects too."""
-    if isinstance(value, _VALUES):
+    kind = type(value)
+    if kind in _SIMPLE or (kind is tuple and _is_simple(value)):
         values.append(value)
     elif isinstance(value, Tensor):
-        if type(value) not in _TENSORS:
-            raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
+        if kind not in _TENSORS:
+            raise TypeError(f"a tensor of type {kind.__name__} does not say where its memory is")
         values.append((value.data_ptr(), value.shape, value.dtype, value.device))
         objects.append(value)
-    elif isinstance(value, slice):
-        # before Python 3.12 a slice cannot be hashed
-        values.append("slice")
-        for part in (value.start, value.stop, value.step):
-            _add(part, values, objects, seen)
     elif id(value) in seen:
         # which of the parts it is matters: a model may change the one that it uses
         values.append(("seen", seen[id(value)]))
-    elif isinstance(value, (nn.Module, dict, list, tuple, set, frozenset)) or _is_settings(value):
+    elif isinstance(value, nn.Module) or _is_settings(kind):  # type: ignore[arg-type]  # mypy takes no class for hashable
         seen[id(value)] = len(seen)
-        mode = value.training if isinstance(value, nn.Module) else len(value) if isinstance(value, _GROUPS) else None
-        values.append((type(value).__qualname__, mode))
+        values.append((kind.__qualname__, getattr(value, "training", None)))
         for name, part in parts(value):
-            if type(name) is str:
-                values.append(name)
-            elif isinstance(value, dict):
-                _add(name, values, objects, seen)
-            if type(part) in _SIMPLE:
-                values.append(part)
-            else:
-                _add(part, values, objects, seen)
+            values.append(name)
+            _add(part, values, objects, seen)
+    elif isinstance(value, (dict, list, tuple, set, frozenset)):
+        seen[id(value)] = len(seen)
+        values.append((kind.__qualname__, len(value)))
+        for part in value:
+            _add(part, values, objects, seen)
+            if isinstance(value, dict):
+                _add(value[part], values, objects, seen)
+    elif isinstance(value, _VALUES):
+        values.append(value)
+    elif isinstance(value, slice):
+        # before Python 3.12 a slice cannot be hashed
+        values.append(("slice", value.start, value.stop, value.step))
     else:
         seen[id(value)] = len(seen)
         values.append(id(value))
         objects.append(value)
 
 
-def _is_settings(value: Any) -> bool:
-    """Whether an object counts by its attributes: this package's own, and those that are made to hold settings."""
-    # of one with slots the attributes are not to be found here, and its identity is what remains
-    if isinstance(value, type) or getattr(value, "__dict__", None) is None:
+def _is_simple(value: tuple[Any, ...]) -> bool:
+    """Whether a tuple has only values with nothing inside, such as the sizes of a kernel."""
+    # no generator: most of what a model holds are such tuples
+    for part in value:  # noqa: SIM110
+        if type(part) not in _SIMPLE:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_settings(kind: type) -> bool:
+    """Whether objects of a class count by their attributes: this package's own, and those made to hold settings.
+
+    Of one with slots the attributes are not to be found here, and its identity is what remains.
+    """
+    if issubclass(kind, type) or not kind.__dictoffset__:
         return False
-    settings = isinstance(value, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(value)
-    return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
+    if issubclass(kind, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(kind):
+        return True
+    return kind.__module__.startswith("purify_fast.") and not any("__call__" in vars(base) for base in kind.__mro__)
 
 
 # -- modules among the parts ------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
                 # sizes, such as those of a kernel, are most of what there is
-                if type(value) in _SIMPLE or (type(value) is tuple and all(type(part) in _SIMPLE for part in value)):
+                if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
                 for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):

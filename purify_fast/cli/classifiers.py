@@ -107,7 +107,7 @@ def on_images(model: nn.Module, spec: str, images: DataSet) -> nn.Module:
     """The model on the images' device; ValueError unless it maps them to logits of as many classes."""
     from ..attacks import frozen
     from ..data import to_float
-    from ..evaluation.outputs import returning_logits
+    from ..evaluation.inputs import returning_logits
 
     model = model.to(images.y_test.device)
     some = to_float(images.x_test[:2])

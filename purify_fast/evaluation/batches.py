@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..attacks import Attack, AttackContext, GradientHealth
 from ..protocols import Classifier
-from .function_attack import check_adversarial
 from .keep.cache import Batch, PartialRow
+from .specs import check_adversarial
 from .subject import Subject
 
 #: What `GradientHealth` counts.

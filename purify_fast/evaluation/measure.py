@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .batches import attack_in_batches
 from .keep.cache import Batch, PartialRow, RowCache
-from .names import ALONE, clean_name, row_name, threat_name, tried_name
+from .plan import ALONE, clean_name, row_name, threat_name, tried_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
@@ -54,25 +55,14 @@ class Measure:
         subject: what is attacked.
         context: what the attacks are told.
         name: of the model.
-        cache: the folder of finished rows; None: they are not kept.
+        cache: the finished rows.
         progress: counts and shows.
-        revision: the user's name for what the model computes, part of what rows depend on.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        context: AttackContext,
-        name: str,
-        *,
-        cache: RowCache | None,
-        progress: Progress,
-        revision: str | None = None,
-    ):
-        self.subject, self.context, self.name = subject, context, name
-        self.cache, self.progress, self.revision = cache, progress, revision
+    def __init__(self, subject: Subject, context: AttackContext, name: str, cache: RowCache, progress: Progress):
+        self.subject, self.context, self.name, self.cache, self.progress = subject, context, name, cache, progress
         self._clean: dict[Variant, Row] = {}
-        self._targets: list[CountedModel] = []
+        self._targets: dict[int, CountedModel] = {}
         # the last one, whose images may be tried on another variant
         self._search: _Search | None = None
 
@@ -96,7 +86,7 @@ class Measure:
             alive = np.ones_like(alive)
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
         images = {"alive": digest(torch.from_numpy(alive))}
-        row = self._row(settings | images, spec, lambda batches: self._measure_attack(spec, alive, settings, batches))
+        row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, settings))
         # no part of the key: the same attack by any name
         row.attack = self.name_of(spec)
         self.progress.next_row()
@@ -119,9 +109,21 @@ class Measure:
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
-        row = self._row(
-            settings | images, spec, lambda batches: self._measure_tried(spec, alive, standing, settings, batches)
-        )
+
+        def make(unfinished: PartialRow) -> Row:
+            # its images are gone where the attack's own row was kept by an earlier run
+            search, self._search = self._search, None
+            if search is None or search.spec is not spec:
+                search = self._attack(spec, alive, unfinished)
+            begin = time.perf_counter()
+            judged = self.subject.judge(search.images, "random", "judge")
+            # an image falls only by what the attack made of it
+            row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
+            row.transferred = True
+            row.seconds = time.perf_counter() - begin
+            return row
+
+        row = self._row(settings | images, spec, make)
         row.attack = tried_name(self.name_of(spec))
         return row
 
@@ -156,8 +158,7 @@ class Measure:
 
     def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
-        key = None if self.cache is None else self._key(settings, spec)
-        row = make(PartialRow(None)) if self.cache is None else self.cache.row(key, make)
+        row = self.cache.row(self._key(settings, spec), make)
         # these are no part of the key
         row.model = self.name
         row.settings["deterministic"] = not self.subject.is_random
@@ -181,11 +182,10 @@ class Measure:
             "classes": subject.num_classes,
             # which image gets which draws depends on them
             "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
-            "revision": self.revision,
             "attack": attack,
             "settings": settings,
         }
-        return cast(RowCache, self.cache).key(whole, subject.model, other)
+        return self.cache.key(whole, subject.model, other)
 
     def _measure_clean(self, variant: Variant) -> Row:
         begin = time.perf_counter()
@@ -227,9 +227,10 @@ class Measure:
             # of a target that predicts the same every time one draw is enough
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
+            counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             with self.progress.row(label, None if cost is None else cost * len(index)):
                 adversarial, sums = attack_in_batches(
-                    attack, self._counted(target), index, subject=subject, context=context, unfinished=unfinished
+                    attack, counted, index, subject=subject, context=context, unfinished=unfinished
                 )
         if sums.warnings or isinstance(attack, AutoAttack):
             settings["warnings"] = sums.warnings
@@ -254,26 +255,6 @@ class Measure:
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
 
-    def _measure_tried(
-        self,
-        spec: AttackSpec,
-        alive: np.ndarray,
-        standing: np.ndarray,
-        settings: dict[str, Any],
-        unfinished: PartialRow,
-    ) -> Row:
-        # its images are gone where the attack's own row was kept by an earlier run
-        search, self._search = self._search, None
-        if search is None or search.spec is not spec:
-            search = self._attack(spec, alive, unfinished)
-        begin = time.perf_counter()
-        judged = self.subject.judge(search.images, "random", "judge")
-        # an image falls only by what the attack made of it
-        row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
-        row.transferred = True
-        row.seconds = time.perf_counter() - begin
-        return row
-
     def _judged(self, search: _Search, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
         """The row of an attack's images, from the predictions that count."""
         return Row(
@@ -288,14 +269,6 @@ class Measure:
             margins=judged.margins,
             **self._common(judged, right),
         )
-
-    def _counted(self, target: Classifier) -> CountedModel:
-        """The target with a counter around it: the same one whenever it is attacked."""
-        for counted in self._targets:
-            if counted.model is target:
-                return counted
-        self._targets.append(counted_model(target, self.progress))
-        return self._targets[-1]
 
     def _target(self, spec: AttackSpec) -> Classifier:
         """What the attack runs on."""

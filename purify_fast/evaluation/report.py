@@ -277,27 +277,18 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
         self._write(folder)  # before the pictures, whatever becomes of them
+        write_page(self, folder, defence)
         try:
-            write_page(self, folder, defence)
-        except ModuleNotFoundError as error:
-            self.notes.append(f"no HTML page: {error}")
-            self._write(folder)
-        try:
-            plots.require_matplotlib()
+            self._draw(folder, defence or {})
         except ModuleNotFoundError as error:
             self.notes.append(f"no pictures: {error}")
             self._write(folder)
-        else:
-            self._draw(folder, defence or {})
 
     def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
-            mine = [row for row in self.rows if row.model == model and row.threat is None and row.deployed]
-            pictured = [row for row in mine if row.examples is not None and row.is_attack]
-            # the strongest attack's pictures: those of a weaker one would flatter the model
-            row = min(pictured, key=lambda r: r.accuracy, default=None)
-            if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
+            row, _ = plots.pictured_row([row for row in self.rows if row.model == model])
+            if row is not None and row.examples is not None:
                 title = f"{model}: {row.attack}" + (", images that fell" if row.examples.fell.any() else "")
                 slug = "".join(c if c.isalnum() else "_" for c in model)
                 plots.grid(row.examples, folder / f"images_{slug}.png", defences.get(model), title)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._tensors import digest
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
@@ -30,23 +32,20 @@ from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from .alarms.answers import Before
+from .alarms import Evidence, Probes, findings, outlook, probe
+from .alarms.answers import PROBED, Before
 from .alarms.probes import cost as cost_of_probes
-from .conclusion import conclude
-from .function_attack import AttackFunction
-from .images import collect
+from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, collect
 from .keep.cache import RowCache
 from .keep.fingerprint import fingerprint, fingerprint_or_reason
 from .measure import Measure
-from .names import ball_name, threat_name, unusual_radius
-from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
-from .plan import feasible
+from .plan import ball_name, feasible, threat_name, unusual_radius
 from .preparation import notes_of_modules, refresh_stale_copies
 from .progress import Progress
 from .protocols import AttackedModel, ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
 from .rows import Row, worst_rows
-from .specs import AttackSpec, as_specs
+from .specs import AttackFunction, AttackSpec, as_specs
 from .subject import Subject, Variant, device_of, precision_name
 
 logger = logging.getLogger("purify_fast")
@@ -208,17 +207,25 @@ def evaluate(
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
-        cache = None
+        cache = RowCache(None)
         if out is not None:
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
-            cache = stack.enter_context(_row_cache(Path(out), subject, mark[0], others, revision))
-        measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress), revision=revision)
+            # the races that decide who serves stay as they are
+            served = kernel_choices(device)
+            stack.enter_context(pin_kernels(served))
+            cache = RowCache(Path(out), served, revision)
+            cache.know(subject.model, mark[0])
+            for model in others:
+                torch.manual_seed(seed)
+                model(subject.some())
+                cache.know(model, fingerprint(model, revision))
+        measure = Measure(subject, context, name, cache, Progress(name, progress))
         feasible_plan, notes = feasible(plan, subject, context, name)
         report.notes += notes
         _add_rows(report, feasible_plan, measure, 0 if before is None else cost_of_probes(subject, context))
         report.rows += worst_rows(report.rows)
-        conclude(report, measure, before)
+        _conclude(report, measure, before)
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
 
@@ -248,22 +255,6 @@ def _freeze_others(
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.some()[:1])
     return others
-
-
-@contextlib.contextmanager
-def _row_cache(
-    out: Path, subject: Subject, mark: str | None, others: Sequence[Classifier], revision: str | None
-) -> Iterator[RowCache]:
-    """The rows kept in a folder; within the block the races that decide who serves stay as they are."""
-    served = kernel_choices(subject.device)
-    with pin_kernels(served):
-        cache = RowCache(out, served)
-        cache.know(subject.model, mark)
-        for model in others:
-            torch.manual_seed(subject.seed)
-            model(subject.some())
-            cache.know(model, fingerprint(model, revision))
-        yield cache
 
 
 def _protocol_or_attacks(
@@ -298,7 +289,7 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
         threat = threat_name(spec, measure.context)
         before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
         rows = [measure.attacked(spec, before[spec.variant])]
-        source = ", kept by an earlier run" if measure.cache is not None and measure.cache.was_kept else ""
+        source = ", kept by an earlier run" if measure.cache.was_kept else ""
         if spec.variant != "random" and rows[0].is_attack:
             rows.append(measure.tried(spec, before[spec.variant], before["random"]))
         for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
@@ -315,3 +306,56 @@ def _nonfinite(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.nonfinite_predictions
     ]
+
+
+# -- whether the numbers can be believed ------------------------------------------------------------------------------
+
+
+def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
+    """Add to a report the findings of the alarms, the curves of the probes and the outlook; mark what is not believed.
+
+    Args:
+        report: of one model, with all of its rows.
+        measure: what made them.
+        before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
+    """
+    rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
+    subject = measure.subject
+    evidence = Evidence(rows, classes=subject.num_classes, probabilities=subject.has_probabilities)
+    if before is not None:
+        evidence = replace(evidence, probes=_probes(measure, before, evidence))
+    report.findings = [replace(finding, model=measure.name) for finding in findings(evidence)]
+    if evidence.probes is not None:
+        report.curves[measure.name] = evidence.probes.curves()
+    expected = outlook(evidence)
+    if expected is not None:
+        report.outlooks = [replace(expected, model=measure.name)]
+    doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
+    inconsistent = any(finding.of_answers for finding in doubts)
+    for row in report.rows:
+        # what has fallen has fallen: where nothing is left, no attack was stopped by anything
+        headline = row.kind == "worst" and row.threat is None and row.deployed
+        if headline and doubts and (row.accuracy > 0 or inconsistent):
+            row.reliable = False
+            row.settings["doubts"] = [finding.alarm for finding in doubts]
+
+
+def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
+    """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
+    context, subject = measure.context, measure.subject
+    # which of the first images withstood every attack on the model as it is; none without an attack
+    n = min(PROBED, max(row.n for row in evidence.rows))
+    masks = [torch.from_numpy(row.robust[:n]) for row in evidence.attacks() if row.n >= n]
+    left = torch.stack(masks).all(0) if masks else torch.zeros(n, dtype=torch.bool)
+
+    def make() -> dict[str, Any]:
+        with measure.progress.row("probes", cost_of_probes(subject, context)):
+            return asdict(probe(before, context, left, measure.progress))
+
+    settings = {
+        "probes": 2, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
+        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
+        "attacks": [row.attack for row in evidence.rows], "left": digest(left),
+        "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
+    }  # fmt: skip
+    return Probes(**measure.cache.values(measure.cache.key(settings, subject.model), make))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,16 +13,59 @@ from torch import Tensor, nn
 
 from .._tensors import digest
 from ..attacks import margin
-from ..attacks.attacked_model import TRIED_CALLS, TRIED_ROWS, ask, check_leaves_images, differ, drawn_once_per_call
+from ..attacks.attacked_model import (
+    SAME_SIZE,
+    TRIED_CALLS,
+    TRIED_ROWS,
+    ask,
+    check_leaves_images,
+    differ,
+    drawn_once_per_call,
+)
 from ..defences.base import Defence
 from ..protocols import Classifier
 from ..speed.precision import float32_settings
-from .outputs import are_probabilities, returning_logits
-from .variants import DETERMINISTIC, FIXED_NOISE, Fault, find_fault
+from .inputs import are_probabilities, returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
+#: By how much of an image's spread (largest minus smallest logit) its logits may differ through rounding: between
+#: batches of one shape, and between batches of different shapes, for which libraries choose other algorithms.
+SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
+#: The share of the images that may differ by more: an image at the edge of a rounding step tells nothing of the noise.
+FEW = 0.25
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a variant cannot be attacked.
+
+    Args:
+        reason: what is wrong and what to do about it, in a sentence.
+        repeats: whether one and the same call gives the same logits again, so that only the batch matters.
+    """
+
+    reason: str
+    repeats: bool
+
+
+#: By variant: how it is entered, and what to do where two calls in one block differ, where two blocks of the same seed
+#: differ, and where the logits of an image depend on the batch.
+ADVICE = {
+    "fixed": (
+        "fixed_noise(seed)",
+        "start the generator from the seed in every call, not once when the block begins",
+        "make the noise from the seed alone",
+        "give every image the same noise, for example torch.randn(x.shape[1:], generator=generator)",
+    ),
+    "deterministic": (
+        "deterministic()",
+        "turn off everything that is drawn",
+        "turn off everything that is drawn",
+        "let the logits of an image depend on that image alone",
+    ),
+}
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -130,10 +174,9 @@ class Subject:
         if name == "random" or not self.is_random:
             return None
         if name not in self._faults:
-            advice = FIXED_NOISE if name == "fixed" else DETERMINISTIC
             # what is tried takes no draws from what comes after it
             with self._forked_generators():
-                self._faults[name] = find_fault(self.model, self.some(), lambda: self.variant(name), advice)
+                self._faults[name] = find_fault(self.model, self.some(), lambda: self.variant(name), name)
         return self._faults[name]
 
     def judges(self, variant: Variant) -> int:
@@ -186,3 +229,49 @@ def _undecided(logits: Tensor) -> Tensor:
     """
     top = logits.topk(min(2, logits.shape[1]), 1).values
     return logits.isnan().any(1) | ((top[:, 0] == top[:, -1]) & top[:, 0].isinf() & (logits.shape[1] > 1))
+
+
+def find_fault(
+    model: Classifier, x: Tensor, block: Callable[[], contextlib.AbstractContextManager[Any]], variant: Variant
+) -> Fault | None:
+    """The first way in which a variant of a random model is not what its name promises; None where there is none.
+
+    An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
+    mean something only if the draw is the same in every call, for every place in a batch and for every split of the
+    batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
+    parts of the batch.
+    """
+    call, for_calls, for_blocks, for_batches = ADVICE[variant]
+    # the places of a single image can be told apart too
+    x = x if len(x) > 1 else torch.cat([x, x])
+    with block():
+        first, again = model(x), model(x)
+        moved = model(x.roll(1, 0)).roll(-1, 0)
+        parts = torch.cat([model(x[:1]), model(x[1:])])
+    with block():
+        anew = model(x)
+    for what, other, tolerance, what_to_do in (
+        ("two calls give different logits", again, SAME_SHAPE, for_calls),
+        ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
+        ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
+        ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
+    ):
+        count = int(_apart(first, other, tolerance).sum())
+        if count > FEW * len(x):
+            reason = (
+                f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
+                f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
+            )
+            return Fault(reason, repeats=other is not again)
+    return None
+
+
+def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
+    """Which images have logits that differ by more than rounding explains, bool ``[B]``."""
+    one, other = one.double(), other.double()
+    same = (one == other) | (one.isnan() & other.isnan())
+    finite = one.isfinite()
+    spread = one.where(finite, -torch.inf).amax(1) - one.where(finite, torch.inf).amin(1)
+    size = one.where(finite, 0.0).abs().amax(1)
+    allowed = tolerance * spread.clamp(min=0) + SAME_SIZE * size
+    return (~same & ~((one - other).abs() <= allowed[:, None])).any(1)

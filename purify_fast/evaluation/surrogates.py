@@ -213,17 +213,14 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     for name, part in _inside(model, DEPTH):
         if len(parts) == MOST_PARTS:
             break
-        if any(part is other or _contains(other, part) for _, other in parts):
+        inside = (module for _, other in parts if isinstance(other, nn.Module) for module in other.modules())
+        if any(part is module for module in inside):
             continue
         logits = _logits(part, x)
         same = whole is not None and logits is not None and torch.equal(whole, logits)
         if logits is not None and logits.shape == (len(x), num_classes) and not same:
             parts.append((name, part))
     return parts
-
-
-def _contains(whole: Classifier, part: Classifier) -> bool:
-    return isinstance(whole, nn.Module) and any(part is module for module in whole.modules())
 
 
 def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:

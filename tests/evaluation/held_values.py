@@ -5,7 +5,6 @@ import enum
 import functools
 import logging
 import types
-import weakref
 from collections import deque
 
 import numpy as np
@@ -49,63 +48,63 @@ class Part:
         return {}
 
 
-class Scaled(nn.Module):
-    """A linear classifier of images times what ``get`` finds."""
+class Linear(nn.Module):
+    """A classifier with constant weights, which holds a value."""
 
-    def __init__(self):
+    def __init__(self, held=None):
         super().__init__()
-        self.base = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
+        self.base, self._held = nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), held
         for parameter in self.base.parameters():
             nn.init.constant_(parameter, 0.1)
-        self.base[1].weight.data[0, :4], self.base[1].weight.data[1, 4:] = 1, 1
-
-    def get(self):
-        return 1.0
 
     def forward(self, x):
-        return self.base(x * self.get())
-
-
-def scaled(**held):
-    """Makes models that hold what the functions make of a value; ``get`` says how they find the value again."""
-    get = held.pop("get")
-
-    def make(value):
-        class Made(Scaled):
-            pass
-
-        Made.get = get
-        model = Made()
-        for name, of in held.items():
-            setattr(model, name, of(value))
-        return model
-
-    return make
+        return self.base(x)
 
 
 def on_class(value):
-    made = scaled(get=lambda self: self._scale)(value)
-    type(made)._scale = value
-    return made
+    model = type("OnClass", (Linear,), {"__module__": __name__, "_scale": value})()
+    model.forward = lambda x: model.base(x * model._scale)
+    return model
 
 
 def hooked(value):
-    made = Scaled()
-    made.base.register_forward_pre_hook(lambda module, inputs: (inputs[0] * value,))
-    return made
+    model = Linear()
+    model.base.register_forward_pre_hook(lambda module, inputs: (inputs[0] * value,))
+    return model
 
 
 def instance_forward(value):
-    made = Scaled()
-    made.forward = lambda x: made.base(x * value)
-    return made
+    model = Linear()
+    model.forward = lambda x: model.base(x * value)
+    return model
 
 
 def in_a_list(value):
     """A module that PyTorch does not know of."""
-    inner = Scaled()
+    inner = Linear()
     inner.base[1].weight.data.mul_(value)
-    return scaled(nets=lambda _: [inner], get=lambda self: 1 + 0 * self.nets[0].base[1].weight.sum())(value)
+    return Linear([inner])
+
+
+def default(value):
+    def scale(x, factor=value):
+        return x * factor
+
+    return scale
+
+
+def keyword(value):
+    def scale(x, *, factor=value):
+        return x * factor
+
+    return scale
+
+
+def recursive(value):
+    def scale(x):
+        return scale(x - value)
+
+    return scale
 
 
 @functools.lru_cache
@@ -113,38 +112,40 @@ def remembered(x):
     return x in {"a", "bc", "def"} or log.name == x
 
 
-#: By name: makes a model around a value; models of other values are others.
-WAYS = {
-    "private": scaled(_scale=float, get=lambda self: self._scale),
-    "tensor": scaled(scale=torch.tensor, get=lambda self: self.scale),
-    "list of tensors": scaled(scale=lambda v: [torch.tensor(v)], get=lambda self: self.scale[0]),
-    "numpy number": scaled(scale=np.float32, get=lambda self: float(self.scale)),
-    "numpy array": scaled(scale=lambda v: np.full(1, v, np.float32), get=lambda self: float(self.scale[0])),
-    "array of objects": scaled(scale=lambda v: np.array([Settings(v)]), get=lambda self: self.scale[0].scale),
-    "namespace": scaled(config=lambda v: types.SimpleNamespace(scale=v), get=lambda self: self.config.scale),
-    "set": scaled(scale=lambda v: {v}, get=lambda self: next(iter(self.scale))),
-    "deque": scaled(scale=lambda v: deque([v], maxlen=3), get=lambda self: self.scale[0]),
-    "enum": scaled(mode=Mode, get=lambda self: self.mode.value),
-    "dataclass": scaled(settings=Settings, get=lambda self: self.settings.scale),
-    "slots": scaled(settings=Slots, get=lambda self: self.settings.scale),
-    "left out of pickles": scaled(part=Part, get=lambda self: self.part._scale),
-    "weak reference": scaled(
-        kept=lambda v: (made := Settings(v), weakref.ref(made)), get=lambda self: self.kept[1]().scale
-    ),
-    "bound method": scaled(times=lambda v: Settings(v).__eq__, get=lambda self: self.times.__self__.scale),
-    "method in C": scaled(times=lambda v: torch.tensor(v).mul, get=lambda self: self.times(1)),
-    "bytes": scaled(scale=lambda v: bytes([int(v)]), get=lambda self: self.scale[0]),
-    "dictionary of lists": scaled(scale=lambda v: {"a": [[v]]}, get=lambda self: self.scale["a"][0][0]),
-    "generator's seed": scaled(
-        drawn=lambda v: torch.Generator().manual_seed(int(v)), get=lambda self: float(self.drawn.initial_seed())
-    ),
+#: By name: what a model may hold of a value; models that hold what is made of other values are others.
+VALUES = {
+    "private": float,
+    "tensor": torch.tensor,
+    "list of tensors": lambda v: [torch.tensor(v)],
+    "numpy number": np.float32,
+    "numpy array": lambda v: np.full(1, v, np.float32),
+    "array of objects": lambda v: np.array([Settings(v)]),
+    "namespace": lambda v: types.SimpleNamespace(scale=v),
+    "set": lambda v: {v},
+    "deque": lambda v: deque([v], maxlen=3),
+    "enum": Mode,
+    "dataclass": Settings,
+    "slots": Slots,
+    "left out of pickles": Part,
+    "bound method": lambda v: Settings(v).__eq__,
+    "method in C": lambda v: torch.tensor(v).mul,
+    "bytes": lambda v: bytes([int(v)]),
+    "dictionary of lists": lambda v: {"a": [[v]]},
+    "generator's seed": lambda v: torch.Generator().manual_seed(int(v)),
+    "remembered": lambda v: (remembered, functools.partial(remembered, v)),
+    "around a function": lambda v: lambda x: x * v,
+    "default": default,
+    "keyword": keyword,
+    "recursive": recursive,
+    "partial": lambda v: functools.partial(torch.clamp, min=v),
+    "function of a library": lambda v: torch.relu if v else torch.tanh,
+}
+#: By name: makes a model around a value.
+WAYS = {name: lambda v, of=of: Linear(of(v)) for name, of in VALUES.items()} | {
     "class attribute": on_class,
     "hook": hooked,
     "forward of its own": instance_forward,
     "module in a list": in_a_list,
-    "remembered": scaled(
-        scale=lambda v: (remembered, functools.partial(remembered, v)), get=lambda self: self.scale[1].args[0]
-    ),
 }
 
 

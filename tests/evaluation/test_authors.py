@@ -69,16 +69,6 @@ def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
     assert "Nothing attacked this model" not in html_page(kept)
 
 
-@pytest.mark.parametrize("more", [{"target": nn.Flatten()}, {"aggregation": "lse"}, {"survivors_only": True}])
-def test_what_does_not_go_with_a_judge(more):
-    with pytest.raises(ValueError, match="a judge is attacked itself, or judges attacks on the target 'classifier'"):
-        AttackSpec(PGD(), label="as somebody", judge=nn.Flatten(), **more)
-    with pytest.raises(ValueError, match=r"the label says whose evaluation it is: 'as \.\.\.', got None"):
-        AttackSpec(PGD(), judge=nn.Flatten())
-    with pytest.raises(TypeError, match="judge must be a model, got 'me'"):
-        AttackSpec(PGD(), judge="me")
-
-
 def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
     pytest.importorskip("pyautoattack")
     model, x, y = trio

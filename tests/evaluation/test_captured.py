@@ -37,11 +37,3 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
         # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
         assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3
     assert rows[0] == rows[1] and [one.mode for one in made] == ["off", "always"]
-
-
-def test_modes_are_checked():
-    x, y = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="mode must be one of auto, always, off, got 'yes'"):
-        evaluate(SmallCNN(width=4), x, y, eps=0.1, attacks=[], cuda_graphs="yes")
-    with pytest.raises(ValueError, match="mode must be one of auto, on, off, got 'yes'"):
-        evaluate(SmallCNN(width=4), x, y, eps=0.1, attacks=[], cudnn_benchmark="yes")

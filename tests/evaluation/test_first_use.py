@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import purify_fast
 from purify_fast.attacks import PGD
@@ -53,6 +55,20 @@ def trio():
          r" to come last; x.permute\(0, 3, 1, 2\) puts them first"),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
+        (lambda x, y: (x.numpy(), y), TypeError, r"x must be a torch.Tensor, got numpy.ndarray: torch.as_tensor\(x\)"),
+        (lambda x, y: (x, y.numpy()), TypeError, r"y must be a torch.Tensor, got numpy.ndarray: torch.as_tensor\(y\)"),
+        (lambda x, y: (x, y.int()), ValueError, r"int64 \[N\] = \[10\], got torch.int32 \[10\]; y.long\(\) makes them"),
+        (lambda x, y: (x, y.float()), ValueError, r"y must be int64 \[N\] = \[10\], got torch.float32 \[10\]$"),
+        (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
+        (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
+        (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
+        (lambda x, y: ([], None), ValueError, "no batch: a generator can be read only once"),
+        (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got Tensor"),
+        (lambda x, y: ([(x, y), (x, y, y, y)], None), TypeError, "batch 1 must be .*, got 4 values"),
+        (lambda x, y: ([(x, [1])], None), TypeError, "batch 0 must have tensors .*, got Tensor and list"),
+        (lambda x, y: ([(x, y[:3])], None), ValueError, r"got \[10, 3, 6, 7\] and \[3\]"),
+        (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 has .* \[1, 6, 7\], the first has"),
+        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 has torch.float64 images"),
     ],
 )  # fmt: skip
 def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
@@ -60,6 +76,20 @@ def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, cha
     x, y = change(x, y)
     with pytest.raises(error, match=message):
         evaluate(model, x, y, **QUIET)
+
+
+def test_loaders_and_iterables_give_the_same_report(trio):
+    model, x, y = trio
+    plain = evaluate(model, x, y, **QUIET)
+    indexed = [(x[:6], y[:6], torch.arange(6)), (x[6:], y[6:], torch.arange(6, 10))]
+    levels = (x * 255).round().to(torch.uint8)
+    for batches in (DataLoader(TensorDataset(x, y), batch_size=3), indexed, iter(indexed), (pair for pair in indexed)):
+        report = evaluate(model, batches, **QUIET)
+        for row, other in zip(report.rows, plain.rows, strict=True):
+            assert row.attack == other.attack and row.data == other.data and np.array_equal(row.robust, other.robust)
+    whole = evaluate(model, levels, y, **QUIET)
+    parts = evaluate(model, DataLoader(TensorDataset(levels, y), batch_size=4), **QUIET)
+    assert [row.data for row in whole.rows] == [row.data for row in parts.rows]
 
 
 def test_images_whose_channels_come_last_are_taken_where_the_model_takes_them():

@@ -13,7 +13,7 @@ from torch import nn
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, Attack, StAdv
 from purify_fast.attacks.base import BallAttack, ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack, evaluate, lee_kim_2023
-from purify_fast.evaluation.function_attack import check_adversarial
+from purify_fast.evaluation.specs import check_adversarial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,48 +158,6 @@ def test_rows_of_an_attack_that_names_no_revision_are_not_kept(attacked, tmp_pat
     assert all(isinstance(attack.revision(), str) for attack in known)
 
 
-def test_pgd_of_torchattacks(attacked):
-    torchattacks = pytest.importorskip("torchattacks")
-    model, x, y = attacked
-    statistics = model[1].running_mean.clone()
-
-    def attack(model, x, y):
-        return torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=10)(x, y)
-
-    report = evaluate(model, x, y, attacks=[AttackSpec(attack, label="torchattacks PGD"), PGD(steps=10)], **QUIET)
-    theirs, own = report.row("torchattacks PGD"), report.row("PGD-10 ce")
-    assert 0 < theirs.accuracy < 0.9 and abs(theirs.accuracy - own.accuracy) < 0.15
-    assert torch.equal(statistics, model[1].running_mean) and model.training
-
-
-@pytest.mark.parametrize(
-    ("found", "error", "message"),
-    [
-        (lambda x: x.numpy(), TypeError, "'mine' must return a torch.Tensor, got ndarray"),
-        (lambda x: x[:1], ValueError, r"must return torch.float32 images \[4, 3, 8, 8\] on cpu, got .* \[1, 3, 8, 8\]"),
-        (lambda x: x.double(), ValueError, "got torch.float64"),
-        (lambda x: x * torch.nan, ValueError, "768 values that are not finite"),
-        (lambda x: x + 1, ValueError, r"values from 1.4 to 1.6: 0.6 outside the allowed range \[0, 1\]"),
-        (lambda x: x - 1, ValueError, r"0.6 outside the allowed range"),
-        (
-            lambda x: x + 0.03,
-            ValueError,
-            "'mine' left the ball: image 0 of the batch is moved by 0.03 in the norm linf, 0.01 more than the allowed "
-            "eps = 0.02",
-        ),
-    ],
-)
-def test_what_a_function_must_not_return(found, error, message):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    x = torch.full((4, 3, 8, 8), 0.4)
-    x[:, :, :4] = 0.6
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    attack = as_attack(lambda model, x, y: found(x), name="mine")
-    with pytest.raises(error, match=message):
-        evaluate(model, x, y, attacks=[attack], **QUIET)
-
-
 @pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])
 def test_rounding_is_allowed_and_no_more(norm, order):
     x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -229,20 +187,31 @@ def test_what_is_no_attack_is_told(attacked, attacks, message):
         evaluate(model, x, y, attacks=attacks, **QUIET)
 
 
+NOT_WITH_A_JUDGE = "a judge is attacked itself, or judges attacks on the target 'classifier'"
+JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("attack", "options", "error", "message"),
     [
-        ({"variant": "zero"}, ValueError, "variant must be one of random, fixed, deterministic, got 'zero'"),
-        ({"target": "base"}, ValueError, "target must be a model or 'classifier', got 'base'"),
-        ({"target": 3}, TypeError, "target must be a model or 'classifier', got 3"),
-        ({"aggregation": "max"}, ValueError, "aggregation must be one of"),
-        ({"aggregation": "lse", "target": "classifier"}, ValueError, "a target or an aggregation, not both"),
-        ({"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
+        (PGD, {"variant": "zero"}, ValueError, "variant must be one of random, fixed, deterministic, got 'zero'"),
+        (PGD, {"target": "base"}, ValueError, "target must be a model or 'classifier', got 'base'"),
+        (PGD, {"target": 3}, TypeError, "target must be a model or 'classifier', got 3"),
+        (PGD, {"aggregation": "max"}, ValueError, "aggregation must be one of"),
+        (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "a target or an aggregation, not both"),
+        (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
+        (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "the attack fgsm cannot follow the gradients of another"),
+        (APGD, {"gradients_from": nn.Flatten(), "target": nn.Flatten()}, ValueError, "follows the .*, or has a target"),
+        (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
+        (PGD, JUDGE | {"aggregation": "lse"}, ValueError, NOT_WITH_A_JUDGE),
+        (PGD, JUDGE | {"survivors_only": True}, ValueError, NOT_WITH_A_JUDGE),
+        (PGD, {"judge": nn.Flatten()}, ValueError, r"the label says whose evaluation it is: 'as \.\.\.', got None"),
+        (PGD, {"judge": "me"}, TypeError, "judge must be a model, got 'me'"),
     ],
 )
-def test_errors_of_a_spec(options, error, message):
+def test_errors_of_a_spec(attack, options, error, message):
     with pytest.raises(error, match=message):
-        AttackSpec(PGD(), **options)
+        AttackSpec(attack(), **options)
 
 
 def test_attacks_of_one_label_are_refused_on_a_deterministic_model_too():
@@ -301,22 +270,40 @@ class Moves(Attack):
         return self.move(x)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "flow"])
+OUTSIDE = "the attack 'moves' returned values from .* outside the allowed range"
+
+
+@pytest.mark.parametrize("norm", [None, "linf", "l2", "l1", "flow"])
 @pytest.mark.parametrize(
     ("move", "error", "message"),
     [
-        (lambda x: (x + 2 * torch.rand_like(x) - 1) * 3, ValueError, "the attack .moves. returned values from"),
+        (lambda x: (x + 2 * torch.rand_like(x) - 1) * 3, ValueError, OUTSIDE),
+        (lambda x: x - 1, ValueError, OUTSIDE),
         (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned .* not finite"),
-        (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\]"),
+        (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
+        (lambda x: x.double(), ValueError, "got torch.float64"),
         (lambda x: x.numpy(), TypeError, "the attack 'moves' must return a torch.Tensor, got ndarray"),
         # in place: the images that it was given are no witness of how far it went
-        (lambda x: x.mul_(-3), ValueError, "the attack 'moves' returned values from"),
+        (lambda x: x.mul_(-3), ValueError, OUTSIDE),
     ],
-)  # fmt: skip
-def test_what_a_class_of_attacks_returns_is_checked_too(attacked, norm, move, error, message):
+)
+def test_what_an_attack_returns_is_checked(attacked, norm, move, error, message):
+    """That of a class in every ball, and that of a function (None)."""
     model, x, y = attacked
+    function = as_attack(lambda model, x, y: move(x), name="moves")
     with pytest.raises(error, match=message):
-        evaluate(model, x, y, attacks=[Moves(move=move, norm=norm)], **QUIET)
+        evaluate(model, x, y, attacks=[function if norm is None else Moves(move=move, norm=norm)], **QUIET)
+
+
+def test_a_function_that_leaves_the_ball_is_told_by_how_much(attacked):
+    model, x, _ = attacked
+    # of images that are all the same, so that the first one is the one that is named
+    x = torch.full_like(x, 0.4)
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    message = "'far' left the ball: image 0 of the batch is moved by 0.03 in the norm linf, 0.01 more than the allowed"
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, x, y, attacks=[as_attack(lambda model, x, y: x + 0.03, name="far")], **QUIET)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

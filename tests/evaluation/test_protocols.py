@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from digit_nets import EPS, Gated, digits, robust, standard
 
-from purify_fast.attacks import APGD, FGSM, HEADS, PGD
+from purify_fast.attacks import APGD, HEADS, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates
@@ -138,25 +138,6 @@ def test_another_seed_is_another_row():
     assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
 
 
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (
-            {"protocol": "best"},
-            ValueError,
-            "must be one of fast, standard, rand, strong, official, authors, got 'best'",
-        ),
-        ({"protocol": "fast", "attacks": [PGD()]}, ValueError, "a protocol or a list of attacks, not both"),
-        ({"eps": 8}, ValueError, "eps is in image units, at most 1 for linf, got 8: is 8/255 meant?"),
-        ({"x": torch.rand(4, 1, 8, 8) * 255}, ValueError, r"x must be in \[0, 1\].*divide by 255"),
-    ],
-)
-def test_refusals(change, error, message):
-    arguments = {"x": torch.rand(4, 1, 8, 8), "protocol": "fast"} | QUIET | change
-    with pytest.raises(error, match=message):
-        evaluate(standard(), arguments.pop("x"), torch.zeros(4, dtype=torch.int64), **arguments)
-
-
 def test_an_unusual_radius_is_mentioned():
     for dataset, eps, notes in (
         ("cifar10", 8 / 255, []),
@@ -168,15 +149,6 @@ def test_an_unusual_radius_is_mentioned():
             **QUIET | {"eps": eps},
         )  # fmt: skip
         assert report.notes == notes
-
-
-def test_following_gradients_needs_an_attack_that_can():
-    for options, message in (
-        ({"attack": FGSM()}, "the attack fgsm cannot follow the gradients of another model"),
-        ({"attack": APGD(), "target": standard()}, "follows the gradients of another model, or has a target"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            AttackSpec(gradients_from=robust(), **options)
 
 
 def test_models_that_return_other_things_than_logits():

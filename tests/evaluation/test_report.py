@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from purify_fast import zoo
-from purify_fast._files import atomic, write_text
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, evaluate, merge
@@ -105,15 +104,6 @@ def test_a_published_gain_and_its_error():
 def test_small_shares_are_not_rounded_to_none():
     r = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
     assert r.describe_health() == "0.01 % / 0.3 % / -"
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    write_text(path, "one")
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.json"]
 
 
 class Purifier(torch.nn.Module):

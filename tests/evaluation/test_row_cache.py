@@ -1,6 +1,5 @@
 """Which changes throw a finished row away, and which do not."""
 
-import functools
 import importlib
 import importlib.util
 import sys
@@ -12,7 +11,7 @@ from torch import nn
 from purify_fast._files import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation import evaluate, measure
+from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.keep import cache
 from purify_fast.evaluation.keep.fingerprint import fingerprint
 from purify_fast.ops import use_backend
@@ -57,21 +56,15 @@ def model_of(tmp_path, monkeypatch, doc="First.", factor=1.0):
 
 
 @pytest.fixture
-def counted(tmp_path, monkeypatch):
+def counted(tmp_path, made_rows):
     """``evaluate`` into one folder, which tells how many rows it made anew."""
-    made = []
-    for name in ("_measure_clean", "_measure_attack"):
-        original = getattr(measure.Measure, name)
-        monkeypatch.setattr(
-            measure.Measure, name, lambda *args, original=original: made.append(args) or original(*args)
-        )
     x, y = torch.rand(6, 3, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
 
     def run(model, **change):
-        made.clear()
+        made_rows.clear()
         settings = {"eps": 0.1, "attacks": [PGD(steps=2)], "out": tmp_path, "progress": False} | change
         evaluate(model, x if "x" not in settings else settings.pop("x"), y, **settings)
-        return len(made)
+        return len(made_rows)
 
     return run
 
@@ -151,44 +144,6 @@ def test_the_state_of_the_noise_is_part_of_a_fingerprint():
             marks.append(fingerprint(nn.Sequential(defence)[0]))
     assert len(set(marks)) == 4
     assert fingerprint(defence) == marks[0]
-
-
-def test_what_a_function_holds_is_part_of_a_fingerprint():
-    def around(value):
-        return lambda x: x * value
-
-    def default(value):
-        def scale(x, factor=value):
-            return x * factor
-
-        return scale
-
-    def keyword(value):
-        def scale(x, *, factor=value):
-            return x * factor
-
-        return scale
-
-    def recursive(value):
-        def scale(x):
-            return scale(x - value)
-
-        return scale
-
-    def mark(function):
-        module = nn.Identity()
-        module.function = function
-        return fingerprint(module)
-
-    def partial(value):
-        return functools.partial(torch.clamp, min=value)
-
-    for make in (around, default, keyword, recursive, partial, lambda value: functools.partial(torch.mul, value)):
-        assert mark(make(1.0)) == mark(make(1.0)) != mark(make(2.0))
-        assert mark(make(torch.ones(2))) == mark(make(torch.ones(2))) != mark(make(torch.zeros(2)))
-    assert mark(functools.partial(torch.add, 1)) != mark(functools.partial(torch.sub, 1))
-    with torch.random.fork_rng():
-        assert mark(around(nn.Linear(2, 2))) != mark(around(nn.Linear(2, 2)))
 
 
 DEFENCE = """

@@ -21,10 +21,9 @@ from purify_fast.evaluation import (
     evaluate,
     lee_kim_2023,
     merge,
-    names,
     progress,
 )
-from purify_fast.evaluation.keep import cache
+from purify_fast.evaluation.plan import short
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -218,11 +217,6 @@ def test_worst_is_per_image(full):
     assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean" and r.deployed)
 
 
-def test_wrongly_classified_images_are_lost(full):
-    clean = full.row("clean").robust
-    assert not clean.all() and not (full.row("PGD-5 ce").robust & ~clean).any()
-
-
 def test_markdown(full):
     text = full.to_markdown()
     assert "| toy | PGD-5 ce | random | 2 | 128 |" in text
@@ -350,13 +344,6 @@ def test_survivors(toy):
     assert f"{len(x)} ({second.settings['attacked']})" in report.to_markdown()
 
 
-def test_uint8_images(toy):
-    model, x, y = toy
-    levels = (x * 255).round().to(torch.uint8)
-    a, b = (evaluate(model, z, y, steps=2, attacks=[PGD()], **QUIET) for z in (levels, levels.float() / 255))
-    assert np.array_equal(a.row("PGD-2 ce").robust, b.row("PGD-2 ce").robust) and a.rows[0].data == b.rows[0].data
-
-
 def test_paired_by_hand(toy):
     model, x, y = toy
     a = evaluate(model, x, y, steps=1, attacks=[PGD()], name="a", **QUIET)
@@ -424,24 +411,6 @@ def test_resume(tmp_path):
     # another name is the same row
     named, calls = run(name="other")
     assert calls == few and named.models == ["other"]
-    # what decides the numbers makes new rows: seed, eps, weights, a plain attribute, data, a half-written file
-    for change in ({"seed": 1}, {"eps": 0.01}, {"eot_iter": 2}, {"n_eval": 3}):
-        assert run(**change)[1] > few, change
-    with torch.no_grad():
-        model.weight[0, 0] += 1
-    assert run()[1] > few
-    model.samples = 4
-    assert run()[1] > few
-    assert run()[1] == few
-    for path in tmp_path.glob("rows/*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-50])
-    assert run()[1] > few
-
-
-def test_plain_callables_are_never_reused(tmp_path, toy):
-    model, x, y = toy
-    evaluate(lambda z: model(z), x[:8], y[:8], steps=1, attacks=[PGD()], out=tmp_path, **QUIET)
-    assert not list(tmp_path.glob("rows/*"))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
@@ -542,17 +511,18 @@ def test_output_is_quiet(capsys, toy):
     [
         ({"x": torch.rand(4, 768)}, r"x must be \[N, C, H, W\]"),
         ({"x": torch.rand(0, 3, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "at least one image"),
-        ({"x": torch.rand(4, 3, 16, 16) + 1}, r"x must be in \[0, 1\]"),
-        ({"x": torch.full((4, 3, 16, 16), torch.nan)}, "free of NaN"),
-        ({"x": torch.rand(4, 3, 16, 16).double()}, "uint8 or float32"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, "y must be int64"),
         ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
-        ({"eps": -1.0}, "eps must be"),
+        ({"eps": 8}, "eps is in image units, at most 1 for linf, got 8: is 8/255 meant?"),
         ({"norm": "l3"}, "norm must be"),
         ({"steps": 0}, "steps must be"),
         ({"n_eval": 0}, "n_eval must be"),
         ({"max_forward_batch": 0}, "max_forward_batch must be at least 1, got 0"),
         ({"attacks": [PGD(), PGD()]}, "labels of their own.*PGD-100 ce"),
+        ({"protocol": "best"}, "must be one of fast, standard, rand, strong, official, authors, got 'best'"),
+        ({"protocol": "fast"}, "a protocol or a list of attacks, not both"),
+        ({"cuda_graphs": "yes"}, "mode must be one of auto, always, off, got 'yes'"),
+        ({"cudnn_benchmark": "yes"}, "mode must be one of auto, on, off, got 'yes'"),
     ],
 )
 def test_errors(change, message):
@@ -560,15 +530,6 @@ def test_errors(change, message):
     arguments |= change
     with pytest.raises(ValueError, match=message):
         evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
-
-
-def test_without_autoattack_no_attack_is_begun(monkeypatch):
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(PGD, "search", lambda *a: pytest.fail("it was attacked"))
-    x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
-        evaluate(Linear(), x, y, attacks=[PGD(), AutoAttack()], **QUIET)
 
 
 def test_a_saturated_head_still_gets_its_draws():
@@ -579,13 +540,6 @@ def test_a_saturated_head_still_gets_its_draws():
         model, x, y, steps=2, eot_iter=3, attacks=[AttackSpec(PGD(), aggregation="peel_reference")], **QUIET
     )
     assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
-
-
-def test_json_is_plain(full):
-    content = json.loads(full.to_json())
-    row = next(r for r in content["rows"] if r["attack"] == "PGD-5 ce")
-    assert set(row["robust"]) <= {"0", "1"} and len(row["robust"]) == row["n"] == 128
-    assert row["accuracy"] == full.row("PGD-5 ce").accuracy and row["seed"] == 0 and row["standard_error"] > 0
 
 
 def test_l2_and_grey():
@@ -601,42 +555,6 @@ def test_l2_and_grey():
         (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1), axis=1
     )
     assert 0.29 < moved.max() <= 0.3 + 1e-5
-
-
-def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
-    model, x, y = toy
-    common = {"steps": 2, "attacks": [AttackSpec(PGD(), variant="deterministic")], "out": tmp_path, **QUIET}
-    evaluate(model, x, y, **common)
-    made = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
-    evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == made
-    monkeypatch.setattr(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1)
-    evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * made
-
-
-def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
-    from purify_fast.evaluation.keep.fingerprint import fingerprint
-
-    marks = set()
-    for attribute in (
-        torch.relu,
-        torch.tanh,
-        lambda x: x + 1,
-        lambda x: x + 2,
-        [1, 2],
-        [1, 3],
-        {"a": 1},
-        {"a": 2},
-        None,
-    ):
-        module = nn.Linear(2, 2)
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
-        module.extra = attribute
-        marks.add(fingerprint(module))
-    assert len(marks) == 9
-    assert fingerprint(lambda x: x) is None
 
 
 def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
@@ -711,23 +629,6 @@ def test_apgd_with_few_classes(classes, label):
     report = evaluate(model, x, y, steps=2, attacks=APGD_ROWS[2:], **QUIET)
     assert report.attacks == ["clean", label, "worst"]
     assert report.rows[1].settings["n_target_classes"] == (3 if classes == 4 else None)
-
-
-@pytest.mark.parametrize("attack, exact", [(APGD(), True), (APGD(loss="dlr_targeted"), False)])
-def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
-    """The bar's total: exact where nothing falls, the most there can be otherwise."""
-    bars = []
-
-    class Bar(progress.tqdm):
-        def __init__(self, *args, **more):
-            super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
-            bars.append(self)
-
-    monkeypatch.setattr(progress, "tqdm", Bar)
-    model, x, y = toy
-    evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=1e-9 if exact else FAINT)
-    (bar,) = bars
-    assert bar.n == bar.total if exact else bar.total / 9 < bar.n < bar.total
 
 
 class Shattered(nn.Module):
@@ -866,7 +767,7 @@ def test_rows_in_the_l1_ball(toy):
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
 def test_radii_are_short(eps, text):
-    assert names.short(eps) == text
+    assert short(eps) == text
 
 
 def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
@@ -998,8 +899,13 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
     assert first[2].rows[1].attack == "PGD-2 ce, L-inf 0.01"
 
 
-@pytest.mark.parametrize("attack", [BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
-def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
+@pytest.mark.parametrize(
+    ("attack", "eps"),
+    [(BPDA(restarts=2), FAINT), (StAdv(), FAINT), (StAdv(restarts=2), FAINT), (APGD(), 1e-9),
+     (APGD(loss="dlr_targeted"), FAINT)],
+)  # fmt: skip
+def test_a_bar_says_how_much_there_is_to_do(toy, shattered, monkeypatch, attack, eps):
+    """Exact where no image leaves, the most there can be where those that have fallen do."""
     bars = []
 
     class Bar(progress.tqdm):
@@ -1008,7 +914,8 @@ def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, atta
             bars.append(self)
 
     monkeypatch.setattr(progress, "tqdm", Bar)
-    model, x, y = shattered
-    evaluate(model, x[:8], y[:8], steps=3, eot_iter=2, attacks=[attack], eps=FAINT)
+    model, x, y = (Plain(toy[0]), *toy[1:]) if attack.kind == "apgd" else shattered
+    evaluate(model, x, y, steps=3, eot_iter=2, attacks=[attack], eps=eps)
     (bar,) = bars
-    assert bar.n == bar.total > 0
+    exact = attack.kind != "apgd" or eps == 1e-9
+    assert bar.n == bar.total > 0 if exact else bar.total / 9 < bar.n < bar.total

@@ -103,13 +103,6 @@ def test_point_beside_a_straight_line():
 
 
 @needs_scipy
-def test_interpolation():
-    curve = interpolate(*np.array(BENT, dtype=float).T)
-    assert curve([82, 85, 87, 89]) == pytest.approx([54.631410256, 53.580128205, 52.190476190, 48.955357143], abs=5e-10)
-    assert float(curve.integrate(80, 90)) == pytest.approx(527.318376068, abs=5e-10)
-
-
-@needs_scipy
 def test_curves_that_overlap_in_part():
     with pytest.warns(UserWarning, match=r"share only 73 % .*reference 80 to 90, test 82 to 91") as caught:
         assert ar_bd(BENT, OTHER) == pytest.approx(1.2213475994, abs=5e-11)

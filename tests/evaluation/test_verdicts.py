@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
-from purify_fast.evaluation.rows import Row
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.subject import Subject
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reports import MASKED, forms, row
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-HEALTHY = {"gradients": 100, "nonfinite": 0, "zero": 0, "images": 4, "unmoved": 0}
-MASKED = HEALTHY | {"zero": 99}
 
 
 class Noisy(nn.Module):
@@ -70,18 +72,6 @@ def judged(model, attacks, n=12, **more):
     x, y = digits(n)
     options = {"eps": 0.1, "steps": 5, "eot_iter": 2, "n_eval": 3, "progress": False, "name": "m"}
     return evaluate(model, x, y, attacks=attacks, **options | more)
-
-
-def forms(report):
-    return report.to_text(color=False), report.to_markdown(), html_page(report)
-
-
-def row(attack, robust, *, variant="random", health=HEALTHY, **more):
-    robust = np.array(robust, dtype=bool)
-    settings = {"attacked": len(robust), "target": "defence", "deterministic": False} | more.pop("settings", {})
-    measured = {"mean": robust.mean(), "worst": robust.mean(), "n_eval": 1, "seed": 0, "seconds": 1.0, "data": "d"}
-    values = {"kind": "pgd", "health": health, "reliable": health is not MASKED} | measured
-    return Row("m", attack, variant=variant, robust=robust, settings=settings, **values | more)
 
 
 # -- a variant is checked before it is attacked -------------------------------------------------------------------
@@ -226,7 +216,7 @@ def test_the_page_and_its_signs_agree():
     assert "1 of 3 attacks lacked usable gradients; the others had them." in card
     assert "The attacks had usable gradients" not in page and 'class="card"' in card
     assert "none gives a reason to doubt the number; noted: gradient health." in page
-    assert "noted: worth knowing, and no reason to doubt the number;" in page and page.count('class="masked"') == 1
+    assert "noted: worth knowing, and no reason to doubt the number;" in page and page.count('class="bar masked"') == 1
     assert "A hatched bar is unreliable: its attack lacked usable gradients, or" in page
     text = " ".join(report.to_text(color=False).split())
     assert "none gives a reason to doubt the number; noted: gradient health." in text

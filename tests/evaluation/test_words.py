@@ -1,7 +1,9 @@
 """A report is understood from itself: its words, the meaning of its columns, its verdict and its pictures."""
 
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,15 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023
+from purify_fast.evaluation import AttackSpec, Examples, Report, evaluate, lee_kim_2023
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.rows import worst_rows
 from purify_fast.evaluation.show import plots
-from purify_fast.evaluation.show.page import html_page, picture_grid
+from purify_fast.evaluation.show.page import html_page
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reports import forms, row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,16 +31,6 @@ QUIET = {"eps": 0.2, "progress": False, "attacks": [PGD(steps=5)]}
 def digits():
     images = purify_fast.load_dataset("digits")
     return purify_fast.zoo.load("digits-pgd-at"), images.x_test[:24].float() / 255, images.y_test[:24]
-
-
-def row(attack="PGD", robust=(1, 0, 1, 1), kind="pgd", **more):
-    robust = np.array(robust, dtype=bool)
-    values = {"mean": robust.mean(), "worst": robust.mean(), "n_eval": 1, "seed": 0, "seconds": 1.0, "data": "d"}
-    return Row("m", attack, kind, "random", robust, **values | more)
-
-
-def forms(report):
-    return report.to_text(color=False), report.to_markdown(), html_page(report)
 
 
 # -- words --------------------------------------------------------------------------------------------------------
@@ -143,7 +139,7 @@ def test_the_row_worst_has_no_predictions_of_its_own():
     """Two attacks, each withstood nearly always, leave next to nothing image by image: no mean can be told of that."""
     first, second = (np.arange(12) % 2 == one for one in (0, 1))
     weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "settings": {"attacked": 12}}
-    rows = [row("clean", np.ones(12), "clean"), row("a", first, **weak), row("b", second, **weak)]
+    rows = [row("clean", np.ones(12), kind="clean"), row("a", first, **weak), row("b", second, **weak)]
     rows += worst_rows(rows[1:])
     assert rows[-1].accuracy == 0
     for text in forms(Report(rows)):
@@ -240,11 +236,11 @@ def test_the_pictures_are_of_images_that_fell(digits, tmp_path):
         assert np.array_equal(one.labels, y.numpy()[fell][:8]) and one.fell.all()
         said = model(torch.from_numpy(one.adversarial)).argmax(1).numpy()
         assert np.array_equal(one.predicted, said) and (one.predicted != one.labels).all()
-    lines = picture_grid(attacked.examples, model)
+    lines = plots.picture_lines(attacked.examples, model)
     assert lines[0][0].caption == f"true class {one.labels[0]}, predicted {one.labels[0]}"
     assert lines[0][1].caption == f"attacked, predicted {one.predicted[0]}" and lines[0][1].right is False
     # without the model the class after the attack is known all the same
-    assert picture_grid(attacked.examples, None)[0][1].caption == lines[0][1].caption
+    assert plots.picture_lines(attacked.examples, None)[0][1].caption == lines[0][1].caption
 
 
 @pytest.mark.parametrize(
@@ -290,5 +286,5 @@ def test_the_picture_shows_what_the_attack_was_judged_by(tmp_path, monkeypatch):
 
     report.save(tmp_path, always_right)
     titles = [axes.get_title() for axes in drawn[-1].axes]
-    assert titles[0::3] == ["clean 0", "clean 1", "clean 2"]
-    assert titles[1::3] == ["adversarial 1", "adversarial 0", "adversarial no class"]
+    assert titles[0::3] == [f"true class {c}\npredicted {c}" for c in range(3)]
+    assert titles[1::3] == ["attacked\npredicted 1", "attacked\npredicted 0", "attacked\nno class predicted"]

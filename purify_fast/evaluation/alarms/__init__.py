@@ -3,8 +3,7 @@
 A sign passes, is noted or makes the number unreliable, or nothing was measured that could tell (`STATES`).
 """
 
-from .evidence import STATES, Evidence, Finding, Verdict
-from .forecast import Outlook, outlook
+from .evidence import STATES, Evidence, Finding, Outlook, Verdict, outlook
 from .probes import Probes, probe
 from .signs import findings
 

@@ -1,7 +1,7 @@
 """The alarms: signs that an attack was stopped by something else than robustness.
 
 An alarm is a function that returns a verdict, what was measured, and the row or probe that tells; None where it has
-nothing to say of a model. To add one, write it here below `alarm`, or `probe_alarm` if it judges what a probe measured.
+nothing to say of a model. To add one, write it here below `alarm`.
 Alarms are asked in the order in which they stand.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..outputs import INSTEAD_OF_PROBABILITIES
+from ..inputs import INSTEAD_OF_PROBABILITIES
 from ..rows import GRADIENT_FREE, Row
 from .evidence import Evidence, Finding, Verdict
 from .probes import STEPS, Probes
@@ -33,7 +33,6 @@ MORE_THAN_LUCK = 3
 
 #: A verdict, what was measured, and the row or probe that tells.
 Outcome = tuple[Verdict, str, str]
-Judge = Callable[[Evidence], Outcome | None]
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,39 @@ class Alarm:
 
     Args:
         name: what is looked at.
-        judge: says what the evidence shows.
+        judge: says what the evidence, or the evidence and the probes, show.
+        of_probes: whether it judges what a probe measured; it says nothing where there are no probes.
         of_answers: whether it is about a model that gives no answer, or not always the same.
         prominent: whether it is told beside the headline where it is no more than noted.
     """
 
     name: str
-    judge: Judge
+    judge: Callable[..., Outcome | None]
+    of_probes: bool = False
     of_answers: bool = False
     prominent: bool = False
 
+    def finding(self, evidence: Evidence) -> Finding | None:
+        """What the alarm has to say of a model; None where that is nothing."""
+        if self.of_probes and evidence.probes is None:
+            return None
+        outcome = self.judge(evidence, evidence.probes) if self.of_probes else self.judge(evidence)
+        if outcome is None:
+            return None
+        return Finding(self.name, *outcome, of_answers=self.of_answers, prominent=self.prominent)
+
 
 ALARMS: list[Alarm] = []
+
+
+def alarm(name: str, **options: bool) -> Callable[[Callable[..., Outcome | None]], Callable[..., Outcome | None]]:
+    """A decorator of a function that judges evidence; the options are those of `Alarm`."""
+
+    def add(judge: Callable[..., Outcome | None]) -> Callable[..., Outcome | None]:
+        ALARMS.append(Alarm(name, judge, **options))
+        return judge
+
+    return add
 
 
 def findings(evidence: Evidence) -> list[Finding]:
@@ -65,46 +85,15 @@ def findings(evidence: Evidence) -> list[Finding]:
     Args:
         evidence: rows and probes of one model.
     """
-    outcomes = [(each, each.judge(evidence)) for each in ALARMS]
-    every = [
-        Finding(each.name, *outcome, of_answers=each.of_answers, prominent=each.prominent)
-        for each, outcome in outcomes
-        if outcome is not None
-    ]
-    inconsistent = any(finding.verdict == "unreliable" and finding.of_answers for finding in every)
-    if inconsistent or evidence.left() != 0:
+    every = [finding for each in ALARMS if (finding := each.finding(evidence)) is not None]
+    doubts = [finding for finding in every if finding.verdict == "unreliable"]
+    if evidence.left() != 0 or any(finding.of_answers for finding in doubts):
         return every
-    return [
-        replace(finding, verdict="noted", measured=f"{finding.measured}; but no image is left that could fall")
-        if finding.verdict == "unreliable"
-        else finding
-        for finding in every
-    ]
-
-
-def alarm(name: str, *, of_answers: bool = False, prominent: bool = False) -> Callable[[Judge], Judge]:
-    """A decorator of an alarm that looks at the rows, and at what is known of the model without asking it again."""
-
-    def add(judge: Judge) -> Judge:
-        ALARMS.append(Alarm(name, judge, of_answers=of_answers, prominent=prominent))
-        return judge
-
-    return add
-
-
-ProbeJudge = Callable[[Evidence, Probes], Outcome | None]
-
-
-def probe_alarm(name: str, *, of_answers: bool = False) -> Callable[[ProbeJudge], Judge]:
-    """A decorator of an alarm that looks at the probes; it says nothing where there are none."""
-
-    def add(judge: ProbeJudge) -> Judge:
-        def with_probes(evidence: Evidence) -> Outcome | None:
-            return None if evidence.probes is None else judge(evidence, evidence.probes)
-
-        return alarm(name, of_answers=of_answers)(with_probes)
-
-    return add
+    noted = {
+        doubt.alarm: replace(doubt, verdict="noted", measured=f"{doubt.measured}; but no image is left that could fall")
+        for doubt in doubts
+    }
+    return [noted.get(finding.alarm, finding) for finding in every]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -217,7 +206,7 @@ def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
 # -- of probes --------------------------------------------------------------------------------------------------------
 
 
-@probe_alarm("a further attack")
+@alarm("a further attack", of_probes=True)
 def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether a short attack finds what the attacks of the report left."""
     if probes.further is None:
@@ -225,7 +214,7 @@ def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
     return _missed({"the model itself": probes.further}, probes.n)
 
 
-@probe_alarm("parts and softened copies")
+@alarm("parts and softened copies", of_probes=True)
 def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether the gradients of the model's parts and of softened copies find what its own gradients left."""
     if not probes.missed:
@@ -244,7 +233,7 @@ def _missed(missed: dict[str, int], n: int) -> Outcome:
     return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
 
 
-@probe_alarm("huge radius")
+@alarm("huge radius", of_probes=True)
 def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether anything is left where every image may become any other."""
     (radius, accuracy), chance = probes.eps[-1], probes.chance
@@ -255,7 +244,7 @@ def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
     return _verdict(bad), text, f"probe: PGD at eps {radius:.3g}"
 
 
-@probe_alarm("radius sweep")
+@alarm("radius sweep", of_probes=True)
 def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether a larger radius ever leaves more."""
     rises = [(b[1] - a[1], a, b) for a, b in zip(probes.eps, probes.eps[1:], strict=False)]
@@ -267,7 +256,7 @@ def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
     return "passed", f"accuracy falls with the radius: {curve}", ""
 
 
-@probe_alarm("random start")
+@alarm("random start", of_probes=True)
 def random_start(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether it matters where an attack begins."""
     gain = probes.one_start - probes.all_starts
@@ -290,7 +279,7 @@ def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
     return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
 
 
-@probe_alarm("gradients against differences")
+@alarm("gradients against differences", of_probes=True)
 def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether the model changes as its gradients say."""
     row = "probe: small steps in random directions"
@@ -300,7 +289,7 @@ def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
     return _verdict(probes.cosine < WRONG_GRADIENTS, noted=not probes.cosine >= ODD_GRADIENTS), text, row
 
 
-@probe_alarm("batch size", of_answers=True)
+@alarm("batch size", of_probes=True, of_answers=True)
 def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether an image's class depends on the images beside it."""
     changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
@@ -310,7 +299,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
     return _verdict(changes > ROUNDED, noted=changes > 0), text, row
 
 
-@probe_alarm("noise and seeds")
+@alarm("noise and seeds", of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     """Whether an image withstands because predictions are drawn anew, and gradients with them."""
     if probes.sets_seed:
@@ -331,7 +320,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     return verdict, text + weaker, f"probe: gradients over {many:.0f} draws"
 
 
-@probe_alarm("same answer again", of_answers=True)
+@alarm("same answer again", of_probes=True, of_answers=True)
 def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether the model answers otherwise when it is asked often, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"

@@ -38,6 +38,9 @@ logger = logging.getLogger("purify_fast")
 #: one attack raises that attack's own version instead, so that the rows of the others are kept.
 PROTOCOL_VERSION = 1
 
+#: The plain values of a file, and its arrays.
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]
+
 
 def write_file(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Write plain values and arrays with their checksum; the file is whole or absent."""
@@ -49,7 +52,7 @@ def write_file(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.nd
         temporary.write_bytes(content)
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def read_file(path: Path) -> Content | None:
     """What `write_file` wrote; None where the file is absent or damaged."""
     if not path.exists():
         return None
@@ -136,9 +139,10 @@ class RowCache:
     """Finished rows, and the answers to the probes, in ``folder/rows``.
 
     Args:
-        folder: of the whole evaluation.
+        folder: of the whole evaluation; None: nothing is kept.
         served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits,
             so that rows that others would serve are no part of the same evaluation.
+        revision: the user's name for what the model computes, part of what every row depends on.
 
     Attributes:
         was_kept: whether the last row was read from its file.
@@ -146,12 +150,13 @@ class RowCache:
 
     was_kept = False
 
-    def __init__(self, folder: Path, served: dict[str, Any]):
-        self.folder = folder / "rows"
-        self.served = choices_of_bits(served)
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
+        self.folder = None if folder is None else folder / "rows"
+        self.served, self.revision = {} if served is None else choices_of_bits(served), revision
         # a model is read once, not once for each row; it is kept beside its mark, so that its id stays its own
         self._marks: dict[int, tuple[object, str | None]] = {}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
         """The name of a row of these settings, in plain values, on these models.
@@ -165,16 +170,15 @@ class RowCache:
             models: those that took part; None stands for one that did not.
 
         Returns:
-            A file name, or None where a model has no fingerprint: such a row is not kept.
+            A file name, or None where nothing is kept, or where a model has no fingerprint.
         """
-        marks = [self._mark(model) for model in models]
-        if None in marks:
+        if self.folder is None or None in (marks := [self._mark(model) for model in models]):
             return None
         # a block of `use_backend` overrides the variable
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
-        text = json.dumps([PROTOCOL_VERSION, machine, self.served, settings, marks], sort_keys=True)
-        return text_hash(text).hexdigest()
+        whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
+        return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
     def know(self, model: object, mark: str | None) -> None:
         """Let this mark, a `fingerprint`, stand for the model in the names of its rows; with None none are kept."""
@@ -194,23 +198,19 @@ class RowCache:
             key: the name; None: the row is made and not kept.
             make: makes it; is given the batches that an interrupted run finished.
         """
-        self.was_kept = False
-        if key is None:
-            return make(PartialRow(None))
-        path, unfinished = self.folder / f"{key}.safetensors", PartialRow(self.folder / f"{key}.batches")
-        content = read_file(path)
-        self.was_kept = content is not None
-        if content is None:
+        unfinished = PartialRow(None if self.folder is None or key is None else self.folder / f"{key}.batches")
+
+        def content() -> Content:
             row = make(unfinished)
             arrays = {} if row.examples is None else dict(vars(row.examples))
-            arrays |= {} if row.margins is None else {"margins": row.margins}
-            write_file(path, row.to_dict(), arrays)
-        else:
-            row, arrays = Row.from_dict(content[0]), content[1]
-            row.margins = arrays.pop("margins", None)
-            row.examples = Examples(**arrays) if arrays else None
+            return row.to_dict(), arrays | ({} if row.margins is None else {"margins": row.margins})
+
+        values, arrays = self._content(key, content)
         # a run that ended between the two left the batches of a finished row
         unfinished.remove()
+        row = Row.from_dict(values)
+        row.margins = arrays.pop("margins", None)
+        row.examples = Examples(**arrays) if arrays else None
         return row
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -220,12 +220,14 @@ class RowCache:
             key: the name; None: they are made and not kept.
             make: makes them.
         """
-        if key is None:
-            return make()
-        path = self.folder / f"{key}.values.safetensors"
-        content = read_file(path)
-        if content is not None:
-            return content[0]
-        values = make()
-        write_file(path, values, {})
-        return values
+        return self._content(None if key is None else f"{key}.values", lambda: (make(), {}))[0]
+
+    def _content(self, name: str | None, make: Callable[[], Content]) -> Content:
+        path = None if self.folder is None or name is None else self.folder / f"{name}.safetensors"
+        content = None if path is None else read_file(path)
+        self.was_kept = content is not None
+        if content is None:
+            content = make()
+            if path is not None:
+                write_file(path, *content)
+        return content

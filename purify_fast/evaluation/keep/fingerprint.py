@@ -19,7 +19,6 @@ import random
 import sys
 import threading
 import types
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..._tensors import digest, text_hash
 from ...contents import HOOKS, PLAIN, attributes, not_dependencies, variables
-from ..outputs import LogitsOf
+from ..inputs import LogitsOf
 
 #: Values that their text tells apart.
 _PLAIN = (*PLAIN, torch.layout, torch.memory_format)
@@ -38,11 +37,12 @@ _PLAIN = (*PLAIN, torch.layout, torch.memory_format)
 _NAMED = (
     types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
-    logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()),
+    logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()), types.ModuleType,
 )  # fmt: skip
 #: What has a state that no value tells.
 _INCOMPARABLE = (
-    torch.jit.ScriptFunction, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator,
+    torch.jit.ScriptModule, torch.jit.ScriptFunction,
+    random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator,
 )  # fmt: skip
 #: What a class has besides what it computes with.
 _NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
@@ -62,8 +62,12 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     Whoever edits a defence and evaluates it again must not be given the rows of the defence before. Comments,
     docstrings and the place in the file do not count. Attributes count by value, private ones too: tensors and arrays
     with their contents, and modules, functions and objects that are held anywhere inside them with all that these hold.
-    A class names in ``not_dependencies`` the attributes that its predictions do not depend on. Of a random generator
-    the seed counts and not the state.
+    A class names in ``not_dependencies`` the attributes that its predictions do not depend on. Of a torch.Generator the
+    seed counts and not the state.
+
+    A generator of NumPy or of Python's ``random`` does not tell its seed, and `evaluate` sets neither its seed nor its
+    state: a kept row could be of other draws, and nothing would show it. A model that holds one has no fingerprint.
+    Draw from PyTorch's own generator, which `evaluate` seeds, or give a revision.
 
     Args:
         model: what is judged.
@@ -83,8 +87,9 @@ def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[s
     if isinstance(inner, nn.Module):
         marks = _Marks()
         try:
-            hooks = [marks.of(hook, ("hooks of all modules",)) for hook in _hooks_of_all()]
-            return _hash("model", [marks.of(model, ()), *hooks]), ""
+            hooks = [hook for name in _HOOKS_OF_ALL for hook in getattr(nn.modules.module, name).values()]
+            of_all = [marks.of(hook, ("hooks of all modules",)) for hook in hooks]
+            return _hash("model", [marks.of(model, ()), *of_all]), ""
         except _CannotCompareError as error:
             reason = f"holds {error}, which cannot be compared by its value"
         except RecursionError:
@@ -102,11 +107,6 @@ class _CannotCompareError(Exception):
     def __init__(self, value: Any, path: Path):
         place = ".".join(path).replace(".[", "[") or "itself"
         super().__init__(f"{place} ({type(value).__qualname__})")
-
-
-def _hooks_of_all() -> list[Any]:
-    groups = [getattr(nn.modules.module, name, {}) for name in _HOOKS_OF_ALL]
-    return [hook for group in groups for hook in group.values()]
 
 
 def _hash(kind: str, marks: Iterable[str]) -> str:
@@ -185,13 +185,9 @@ class _Marks:
             return "builtin", [_name(value), "" if isinstance(owner, types.ModuleType) else self.of(owner, path)]
         if isinstance(value, _NAMED):
             return "named", [_name(value)]
-        if isinstance(value, types.ModuleType):
-            return "file", [value.__name__]
         if isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
             names = ("fget", "fset", "fdel", "__func__", "func")
             return type(value).__name__, [self.of(getattr(value, name, None), path) for name in names]
-        if isinstance(value, weakref.ref):
-            return "reference", [self.of(value(), path)]
         if isinstance(value, torch.Generator):
             return "generator", [str(value.device), str(value.initial_seed())]
         return "object", self._object(value, path)
@@ -212,12 +208,6 @@ class _Marks:
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
             yield self.of(module._orig_mod, path)
-        elif isinstance(module, torch.jit.ScriptModule):
-            # its code and attributes only its file has
-            try:
-                yield digest(torch.frombuffer(bytearray(module.save_to_buffer()), dtype=torch.uint8))
-            except RuntimeError as error:
-                raise _CannotCompareError(module, path) from error
         else:
             yield from (self.of(type(module), path), str(module.training))
             for group in ("_parameters", "_buffers", "_modules"):
@@ -225,12 +215,9 @@ class _Marks:
                     yield from (group, name, self.of(part, (*path, name)))
             left_out = _ADDED | _computed_once(type(module))
             yield from self._named(((name, part) for name, part in attributes(module) if name not in left_out), path)
-        flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
         for group in HOOKS:
             # a hook's number counts those of the whole process
-            for number, hook in getattr(module, group).items():
-                yield from (group, self.of(hook, (*path, "a hook")))
-                yield str([number in getattr(module, flag, {}) for flag in flags])
+            yield from (group, *(self.of(hook, (*path, "a hook")) for hook in getattr(module, group).values()))
 
     def _tensor(self, tensor: Tensor, path: Path) -> Iterator[str]:
         if is_traceable_wrapper_subclass(tensor):
@@ -254,11 +241,6 @@ class _Marks:
                 yield from self._named(((n, v) for n, v in code.items() if n not in left_out), here)
 
     def _function(self, function: types.FunctionType, path: Path) -> Iterator[str]:
-        # compiled or not, a function computes the same
-        original = getattr(function, "_torchdynamo_orig_callable", None)
-        if original is not None:
-            yield self.of(original, path)
-            return
         yield _name(function)
         library, here = _is_library(_package(function)), (*path, f"{function.__name__}()")
         if library and _is_found_by_name(function):

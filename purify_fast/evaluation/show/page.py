@@ -1,20 +1,18 @@
-"""A report as one HTML page that needs nothing else: styles, drawings and pictures are inside it.
-
-Building it needs jinja2, which comes with PyTorch and with the extra ``report``.
-"""
+"""A report as one HTML page that needs nothing else: styles, drawings and pictures are inside it."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
+import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,8 +21,8 @@ from ..._files import write_text
 from ...protocols import Classifier
 from ..alarms import Evidence, Finding, Outlook
 from ..alarms.answers import PROBED
-from ..rows import AUTHORS, Examples, Row
-from . import drawings, plots
+from ..rows import Examples, Row
+from .plots import picture_lines, pictured_row
 from .tables import COLUMNS, table_of_findings, table_of_rows
 from .text import (
     SIGNS_LEGEND,
@@ -40,10 +38,6 @@ from .text import (
 #: The page's file, in the folder of the report.
 FILE = "report.html"
 _TEMPLATE = "page.html.jinja"
-#: Images of a row that are shown, and what the defence made of each.
-MOST, SAMPLES = 8, 3
-#: How the columns of `purify_fast.evaluation.show.plots.look` are called; one without a name goes on with the last.
-_NAMES = {"transformed": "transformed", "reconstructions": "purified", "": "purified"}
 
 
 class Reported(Protocol):
@@ -77,23 +71,14 @@ def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] |
 
     Returns:
         HTML that loads nothing from anywhere.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is missing; the message names the extra that installs it.
     """
-    try:
-        # optional: it comes with PyTorch, and with the extra report
-        import jinja2
-
-        # jinja2 depends on it
-        from markupsafe import Markup
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the HTML page needs jinja2, which is not installed: pip install 'purify-fast[report]'"
-        ) from error
     source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # every text of the report is escaped; only the drawings, which are made here, are not
+    # every text of the report is escaped
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    asked = (about_variants, about_zero_errors, beside_headline, column_legend, signs, table_of_findings)
+    environment.globals |= {function.__name__: function for function in asked} | {
+        "json": functools.partial(json.dumps, ensure_ascii=False, default=str)
+    }
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
     models = [_model(report, name, known.get(name)) for name in report.models]
     return environment.from_string(source).render(
@@ -103,10 +88,10 @@ def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] |
         ],
         models=models,
         columns=COLUMNS[1:],
+        states=SIGNS_LEGEND,
         notes=report.notes,
         several=len(models) > 1,
         widest=max((len(line) for model in models for line in model["pictures"]), default=3),
-        markup=Markup,
     )
 
 
@@ -127,9 +112,6 @@ def write_page(
 
     Returns:
         The file.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is missing.
     """
     path = page_file(folder)
     write_text(path, html_page(report, defence))
@@ -140,48 +122,33 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     """What the page says of one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
-    attacks = _comparable([row for row in own if row.is_attack])
-    # what had fallen before was not given to an attack on survivors: nothing tells whether it falls to that too
-    whole = [row for row in attacks if not row.of_survivors]
+    attacks = [row for row in own if row.is_attack]
+    # an overlap is of the same images, and what had fallen before was not given to an attack on survivors
+    most = [row for row in attacks if row.n == max(each.n for each in attacks)]
+    whole = [row for row in most if not row.of_survivors]
     lowest = report.headlines.get(name)
-    evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
-    fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
-    # the strongest attack's pictures: those of a weaker one, or of what was left to it, would flatter the model
-    pictured = [(row, count) for row, count in fallen if row.examples is not None]
-    shown, count = max(pictured, key=lambda pair: pair[1], default=(None, 0))
+    fallen = Evidence([row for row in own if row.kind == "clean" or row.is_attack]).fallen()
+    shown, count = pictured_row(rows)
     examples = None if shown is None else shown.examples
+    lines = [] if examples is None else picture_lines(examples, defence)
     findings = [finding for finding in report.findings if finding.model == name]
-    usable = examples is not None and examples.clean.shape[1] in (1, 3)
     return {
         "name": name,
+        "rows": rows,
+        "own": own,
+        "table": list(zip(rows, table_of_rows(rows).body, strict=True)),
         "lowest": lowest,
-        "clean": next((row for row in own if row.kind == "clean" and row.deployed), None),
-        "count": sum(row.deployed for row in attacks),
-        "of_authors": any(row.kind == AUTHORS for row in rows),
-        "rows": [
-            {"cells": cells[1:], "kind": row.kind, "reliable": row.reliable, "json": json.dumps(row.accuracy)}
-            for row, cells in zip(rows, table_of_rows(rows).body, strict=True)
-        ],
-        "legend": column_legend(rows),
-        "bars": drawings.bars(own),
-        "zero_errors": about_zero_errors(rows),
-        "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
-        "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
-        "first": [(row.attack, count) for row, count in fallen if row.of_survivors],
-        "findings": table_of_findings(findings),
         "verdict": "" if lowest is None else _verdict(lowest, findings, own),
-        "variants": about_variants(rows),
-        "signs": signs(findings),
-        "states": SIGNS_LEGEND,
-        "beside": beside_headline(findings),
+        "count": sum(row.deployed for row in most),
+        "findings": findings,
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        "curves": _curves(report.curves.get(name, {})),
-        "pictures": picture_grid(examples, defence) if usable and examples is not None else [],
+        "overlap": _overlap(whole) if len(whole) > 1 else [],
+        "alone": _alone(whole) if len(whole) > 1 else [],
+        "first": [(row.attack, int(fell.sum())) for row, fell in fallen if row.of_survivors],
+        "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
+        "pictures": [[(data_uri(each.image), each.caption, each.right) for each in line] for line in lines],
         "pictured": "" if shown is None else shown.attack,
         "chosen": "" if examples is None else chosen(examples, count),
-        "settings": [(row.attack, json.dumps(row.settings, ensure_ascii=False, default=str)) for row in rows],
-        "seconds": sum(row.seconds for row in rows if row.kind != "worst"),
-        "seed": rows[0].seed,
     }
 
 
@@ -200,80 +167,45 @@ def _verdict(lowest: Row, findings: Sequence[Finding], own: Sequence[Row]) -> st
     return f"{about_gradients(own)} The number is an upper bound: a stronger attack may leave less."
 
 
-def _curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[tuple[str, str]]:
-    """The curves of the probes as drawings, with what each is over."""
+def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The points of a curve, by rising setting, with their places from left (0) to right (1) and standard errors."""
+    settings, accuracies = np.array(points).T
+    # settings that grow by factors, such as steps, stand at equal distances for equal factors
+    scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
+    across = (scale - scale[0]) / (scale[-1] - scale[0])
+    errors = np.sqrt(accuracies * (1 - accuracies) / PROBED)
     return [
-        (name, drawings.curve([(x, y, math.sqrt(y * (1 - y) / PROBED)) for x, y in points], name))
-        for name, points in curves.items()
-        if len(points) > 1
+        {"across": x, "setting": f"{setting:.3g}", "accuracy": accuracy, "error": error}
+        for x, setting, accuracy, error in zip(across, settings, accuracies, errors, strict=True)
     ]
 
 
-def _comparable(rows: Sequence[Row]) -> list[Row]:
-    """The attacks on as many images as most: an overlap is of the same images."""
-    most = max((row.n for row in rows), default=0)
-    return [row for row in rows if row.n == most]
+def _overlap(rows: Sequence[Row]) -> list[tuple[str, list[float | None]]]:
+    """For each attack, of the images that it fools, the share that each attack fools; None where it fools none."""
+    fell = np.stack([~row.robust for row in rows])
+    return [
+        (row.attack, [float(other[one].mean()) if one.any() else None for other in fell])
+        for row, one in zip(rows, fell, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of the grid.
-
-    Args:
-        source: the PNG as a data URI.
-        caption: what is written below it.
-        right: whether the class in the caption is the true one; None where there is none.
-    """
-
-    source: str
-    caption: str
-    right: bool | None = None
+def _alone(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """For each attack, how many images it alone fools."""
+    fell = np.stack([~row.robust for row in rows])
+    return [(row.attack, int((one & (fell.sum(0) == 1)).sum())) for row, one in zip(rows, fell, strict=True)]
 
 
 def data_uri(image: Tensor) -> str:
     """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as a PNG inside a URI."""
-    array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
     file = io.BytesIO()
-    Image.fromarray(array.squeeze(-1) if array.shape[2] == 1 else array).save(file, format="PNG", optimize=True)
+    Image.fromarray(array).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def picture_grid(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
-    """One line per image: clean, adversarial, the difference, and what the defence makes of it.
-
-    Args:
-        examples: attacked images with C = 1 or 3. The classes predicted after the attack are theirs: a random defence
-            that is asked again may say something else.
-        defence: gives the predicted classes, and the purified images if it has ``purify``.
-    """
-    clean, attacked = (torch.from_numpy(part[:MOST]).float() for part in (examples.clean, examples.adversarial))
-    labels = torch.from_numpy(examples.labels[:MOST])
-    (before, _), columns = plots.look(defence, clean, attacked, SAMPLES, 0)
-    after = torch.from_numpy(examples.predicted[:MOST])
-    difference = attacked - clean
-    largest = float(difference.abs().max()) or 1.0
-    lines = []
-    for i, label in enumerate(labels):
-        line = [
-            _classified(f"true class {int(label)}", clean[i], before, i, label),
-            _classified("attacked", attacked[i], after, i, label),
-            Picture(data_uri(0.5 + difference[i] / (2 * largest)), "difference"),
-        ]
-        line += [_classified(_NAMES[name], images[i], classes, i, label) for images, classes, name in columns]
-        lines.append(line)
-    return lines
-
-
-def _classified(what: str, image: Tensor, classes: Tensor | None, i: int, label: Tensor) -> Picture:
-    if classes is None:
-        return Picture(data_uri(image), what)
-    named = f"predicted {int(classes[i])}" if classes[i] >= 0 else "no class predicted"
-    return Picture(data_uri(image), f"{what}, {named}", bool(classes[i] == label))
 
 
 def chosen(examples: Examples, fell: int) -> str:
     """Which images are shown, in a sentence, where so many fell to the attack."""
-    shown = min(MOST, len(examples.labels))
+    shown = len(examples.labels)
     if not examples.fell.any():
         return f"No image fell to this attack. The {shown} shown withstood it."
     if fell > shown:

@@ -6,51 +6,46 @@ matplotlib and adjustText come with the extra ``demo``; both are imported where 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._files import atomic
 from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ..alarms import Evidence
 from ..metrics import check_curve, check_pair, interpolate
 from ..rows import Examples, Row, attack_names, model_names
+from ..subject import device_of
 
-#: Pictures ``[M, C, H, W]``, their predicted classes ``[M]``, and what is written below them.
-_Column = tuple[Tensor, Tensor | None, str]
-
-#: Reconstructions, and transformed images, that are shown of each image at most.
+#: Purified images, and transformed images, that are shown of each image at most.
 SAMPLES = 4
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _RED = "#c62828"
 _GREEN = "#2e7d32"
 _GRAY = "#8a8a8a"
+_BLACK = "#222222"
 
 
-def require_matplotlib() -> None:
-    """ModuleNotFoundError, which names the extra to install, where matplotlib or adjustText is missing."""
+def _new_figure(**options: Any) -> Any:
+    """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
     try:
         import adjustText  # noqa: F401
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError(
             f"pictures need {(error.name or 'matplotlib').partition('.')[0]}, which is not installed: "
             "pip install 'purify-fast[demo]'"
         ) from error
-
-
-def _new_figure(**options: Any) -> Any:
-    """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(**options, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -74,145 +69,152 @@ def bars(rows: Sequence[Row], path: str | Path) -> None:
     groups = [(label, [by_name[label, m] for m in models if (label, m) in by_name]) for label in attack_names(rows)]
     count = sum(len(group) for _, group in groups)
     figure = _new_figure(figsize=(8.5, 1.2 + 0.24 * count + 0.16 * len(groups)))
+    from matplotlib.patches import Patch
+
     axes = figure.add_subplot()
     at, ticks = 0.0, []
     for _, group in groups:
         ticks.append(at + (len(group) - 1) / 2)
         for row in group:
-            _bar(axes, at, row, _color(models.index(row.model)))
+            number, error, color = 100 * row.accuracy, 100 * row.standard_error, _color(models.index(row.model))
+            style = {"color": color} if row.reliable else {"fc": (color, 0.25), "ec": _RED, "hatch": "////"}
+            axes.barh(at, number, 0.86, **style)
+            axes.errorbar(number, at, xerr=error, color=_BLACK, capsize=2, lw=1)
+            told, color = (f"{number:.1f}", _BLACK) if row.reliable else (f"{number:.1f}  unreliable", _RED)
+            axes.text(number + error + 1, at, told, va="center", fontsize=8, color=color)
             at += 1
         at += 0.7
     axes.set_yticks(ticks, [textwrap.fill(label, 34) for label, _ in groups], fontsize=8)
-    axes.set_ylim(at - 1, -0.8)
-    axes.set_xlim(0, 118)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("accuracy, % (± standard error)")
+    axes.set(xlim=(0, 118), ylim=(at - 1, -0.8), xticks=range(0, 101, 20), xlabel="accuracy, % (± standard error)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-    _legend_of_models(figure, models, any(not row.reliable for row in rows))
-    _save(figure, path)
-
-
-def _bar(axes: Any, at: float, row: Row, color: str) -> None:
-    if row.reliable:
-        axes.barh(at, 100 * row.accuracy, 0.86, color=color)
-    else:
-        axes.barh(at, 100 * row.accuracy, 0.86, facecolor=(color, 0.25), edgecolor=_RED, hatch="////")
-    axes.errorbar(100 * row.accuracy, at, xerr=100 * row.standard_error, color="#222222", capsize=2, lw=1)
-    text = f"{100 * row.accuracy:.1f}" + ("" if row.reliable else "  unreliable")
-    place = 100 * (row.accuracy + row.standard_error) + 1
-    axes.text(place, at, text, va="center", fontsize=8, color="#222222" if row.reliable else _RED)
-
-
-def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> None:
-    from matplotlib.patches import Patch
-
     handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
-    if unreliable:
+    if not all(row.reliable for row in rows):
         handles.append(Patch(facecolor="white", edgecolor=_RED, hatch="////", label="unreliable"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+    _save(figure, path)
 
 
 # -- attacked images --------------------------------------------------------------------------------------------------
 
 
-def grid(examples: Examples, path: str | Path, defence: Classifier | None, title: str) -> None:
-    """One line per image: clean, adversarial, the difference, and reconstructions, with the predicted class above.
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a grid.
+
+    Args:
+        image: ``[C, H, W]`` in [0, 1], C = 1 or 3.
+        caption: what is written beside it.
+        right: whether the class in the caption is the true one; None where there is none.
+    """
+
+    image: Tensor
+    caption: str
+    right: bool | None = None
+
+
+def pictured_row(rows: Sequence[Row]) -> tuple[Row | None, int]:
+    """The row whose images are shown, of the attack on the deployed model to which most images fell, and their number.
+
+    The images of a weaker attack, or of what was left to it, would flatter the model.
+
+    Args:
+        rows: of one model.
+    """
+    evidence = Evidence([row for row in rows if row.threat is None and (row.kind == "clean" or row.is_attack)])
+    fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
+    drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
+    return max(drawable, key=lambda pair: pair[1], default=(None, 0))
+
+
+def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
+    """One line per image: clean, attacked, the amplified difference, and what the defence makes of it.
 
     Args:
         examples: attacked images with C = 1 or 3. The classes predicted after the attack are theirs: a random defence
-            that is asked again may answer otherwise.
+            that is asked again may say something else.
+        defence: gives the predicted classes, and the purified images if it has ``purify``.
+    """
+    clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
+    before, columns = _asked(defence, clean, attacked)
+    after, difference = torch.from_numpy(examples.predicted), attacked - clean
+    amplified = 0.5 + difference / (2 * (float(difference.abs().max()) or 1.0))
+    lines = []
+    for i, label in enumerate(examples.labels.tolist()):
+        shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", amplified, None)]
+        line = []
+        for caption, images, classes in (*shown, *columns):
+            guess = None if classes is None else int(classes[i])
+            if guess is not None:
+                caption += f", predicted {guess}" if guess >= 0 else ", no class predicted"
+            line.append(Picture(images[i].clamp(0, 1), caption, None if guess is None else guess == label))
+        lines.append(line)
+    return lines
+
+
+def grid(examples: Examples, path: str | Path, defence: Classifier | None, title: str) -> None:
+    """Draw `picture_lines` into a PNG.
+
+    Args:
+        examples: attacked images with C = 1 or 3.
         path: the PNG.
-        defence: gives the other predictions and the reconstructions, as `look` does; None: there are none.
+        defence: as of `picture_lines`.
         title: above everything.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    x, adv = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
-    labels, after = torch.from_numpy(examples.labels), torch.from_numpy(examples.predicted)
-    (before, _), more = look(defence, x, adv, SAMPLES, 0)
-    columns = 3 + len(more)
-    figure = _new_figure(figsize=(1.25 * columns, 1.45 * len(x) + 0.5))
+    lines = picture_lines(examples, defence)
+    figure = _new_figure(figsize=(1.25 * len(lines[0]), 1.65 * len(lines) + 0.5))
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(len(x), columns, squeeze=False)
-    largest = float((adv - x).abs().max()) or 1.0
-    amplified = 0.5 + (adv - x) / (2 * largest)
-    for i, label in enumerate(labels):
-        shown = [(x[i], before, "clean"), (adv[i], after, "adversarial"), (amplified[i], None, "")]
-        shown += [(images[i], classes, "") for images, classes, _ in more]
-        for axis, (image, guess, what) in zip(axes[i], shown, strict=True):
-            _show_image(axis, image)
-            if guess is not None:
-                text = "no class" if guess[i] < 0 else str(int(guess[i]))
-                color = _GREEN if guess[i] == label else _RED
-                axis.set_title(f"{what} {text}".strip(), fontsize=8, color=color, pad=2)
-        axes[i][2].set_title(f"difference x{0.5 / largest:.1f}", fontsize=8, color="#555555", pad=2)
-        axes[i][0].set_ylabel(f"true {int(label)}", fontsize=8)
-    for axis, (_, _, what) in zip(axes[-1][3:], more, strict=True):
-        axis.set_xlabel(what, fontsize=8)
+    colors = {True: _GREEN, False: _RED, None: "#555555"}
+    all_axes = figure.subplots(len(lines), len(lines[0]), squeeze=False).flat
+    for axes, picture in zip(all_axes, itertools.chain.from_iterable(lines), strict=True):
+        axes.imshow(picture.image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#bbbbbb")
+        axes.set_title(picture.caption.replace(", ", "\n"), fontsize=7, color=colors[picture.right], pad=2)
     _save(figure, path)
 
 
-def _show_image(axis: Any, image: Tensor) -> None:
-    axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_color("#bbbbbb")
-
-
 @torch.no_grad()
-def look(
-    defence: Any, x: Tensor, adv: Tensor, samples: int, seed: int
-) -> tuple[tuple[Tensor | None, Tensor | None], list[_Column]]:
-    """What a defence says of images before and after an attack, and what it makes of the attacked ones.
+def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
+    """The classes of images before an attack, and the columns of what a defence makes of them after it.
 
-    Args:
-        defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
-            ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
-            and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise. None says
-            nothing.
-        x: clean images ``[M, C, H, W]``.
-        adv: the attacked ones, of the same shape.
-        samples: how many reconstructions, and how many transformed images, are made at most.
-        seed: of the noise.
-
-    Returns:
-        The predicted classes of both, and columns of pictures ``[M, C, H, W]`` with their classes ``[M]`` and a name.
+    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. A defence with ``transformed(x)`` shows what
+    it repairs, one with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw ``[B, C, H, W]``, the
+    purified images, and with ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` they share
+    their noise.
     """
     if defence is None:
-        return (None, None), []
-    device = x.device
-    if isinstance(defence, nn.Module):
-        device = next((p.device for p in (*defence.parameters(), *defence.buffers())), device)
+        return None, []
+    device = device_of(defence, x)
 
     def fixed(call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        torch.manual_seed(seed)
-        with defence.fixed_noise(seed) if supports(defence, FixedNoise) else contextlib.nullcontext():
+        torch.manual_seed(0)
+        with defence.fixed_noise(0) if supports(defence, FixedNoise) else contextlib.nullcontext():
             return call(images.to(device)).cpu()
 
-    def columns_of(images: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
-        pictures = images.float()[:, None] if images.dim() == 4 else images.float()[:, :samples]
-        count = pictures.shape[1]
-        known = [None] * count if classes is None else classes.unbind(1)
-        return list(zip(pictures.unbind(1), known, [what] + [""] * (count - 1), strict=True))
+    columns: list[tuple[str, Tensor, Tensor | None]] = []
+
+    def add(name: str, images: Tensor, classes: Tensor | None) -> None:
+        images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
+        for k in range(images.shape[1]):
+            columns.append((name, images[:, k], None if classes is None else classes[:, k]))
 
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
-        predicted = [fixed(defence, images).argmax(1) for images in (x, adv)]
-        columns: list[_Column] = []
+        before = fixed(defence, x).argmax(1)
         if supports(defence, ShowsTransform):
-            columns += columns_of(fixed(defence.transformed, adv), None, "transformed")
-        purifies = supports(defence, Purifies)
-        if purifies or supports(defence, Reconstructs):
-            classes = None
-            if supports(defence, SampleLogits):
-                classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2)
-            purified = fixed(defence.purify if purifies else defence.reconstruct, adv)
-            columns += columns_of(purified, classes, "reconstructions")
-    return (predicted[0], predicted[1]), columns
+            add("transformed", fixed(defence.transformed, attacked), None)
+        if supports(defence, Purifies) or supports(defence, Reconstructs):
+            samples = supports(defence, SampleLogits)
+            classes = fixed(defence.sample_logits, attacked).argmax(2) if samples else None
+            purify = defence.purify if supports(defence, Purifies) else defence.reconstruct
+            add("purified", fixed(purify, attacked), classes)
+    return before, columns
 
 
 # -- trade-offs -------------------------------------------------------------------------------------------------------
