@@ -223,10 +223,13 @@ class Gradients:
         y: labels, as of `Objective.gradient`.
         points: at how many points it will look at most.
         certain: whether it will look at all of them, in one batch.
+        later: how many such runs the attack has to come on the same images.
     """
 
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int, *, certain: bool = False):
-        self._objective, self._y, self._points, self._certain = objective, y, points, certain
+    def __init__(
+        self, objective: Objective, like: Tensor, y: Tensor, points: int, *, certain: bool = False, later: float = 0.0
+    ):
+        self._objective, self._y, self._points, self._certain, self._later = objective, y, points, certain, later
         self._loop: Steps | None = None
         self._looked = 0
         self._run = None if objective.graphs is None else objective.graphs.new_run()
@@ -258,7 +261,7 @@ class Gradients:
         state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
         left = self._points - self._looked
         self._loop = self._objective.graphs.begin(
-            Look(self._objective), state, left, certain=self._certain, run=self._run
+            Look(self._objective), state, left, certain=self._certain, run=self._run, later=self._later
         )
 
 

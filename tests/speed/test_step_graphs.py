@@ -134,6 +134,16 @@ def test_a_run_is_captured_if_those_before_it_say_that_it_pays(graphs, rerun, ta
     assert begin_steps_of_a_run(graphs, model, 100, len(taken)).replays == captured
 
 
+@pytest.mark.parametrize(("to_come", "enough"), [(0.0, 2 * WORTH - 1), (1.0, WORTH - 1)])
+def test_later_runs_count_in_this_batch_and_in_those_to_come(graphs, to_come, enough):
+    """Each run takes one step; twice the cost is expected of this one, of the later ones, and of another batch."""
+    model, graphs.to_come = Scale(), to_come
+    begin_steps_of_a_run(graphs, model, 1, 0).take()
+    for later in (enough - 1, enough):
+        loop = graphs.begin(Grow(model), start(), 1, certain=False, run=1, later=later)
+        assert loop.replays == (later == enough)
+
+
 def test_of_a_first_run_as_much_is_expected_as_it_took(graphs, rerun):
     """Never more than it has left; what is certain counts in full."""
     model, graphs.to_come = Scale(), 0.0

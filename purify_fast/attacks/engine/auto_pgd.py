@@ -181,7 +181,7 @@ class RowSearch(RowState):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
         # the batch may shrink after any of the first steps
-        self.gradients = Gradients(objective, self.point, rows.labels, steps)
+        self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
         self.reach = Reach.of_steps(steps) if give_up else None
         self.health = None if health is None else HealthOfRows(health, self.point)
 

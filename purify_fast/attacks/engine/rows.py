@@ -279,6 +279,7 @@ class ActiveSet:
         felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 where it fell to none.
         correct: bool ``[N]``, which clean images have not fallen by themselves.
         costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
+        waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
     """
 
     def __init__(self, images: Images, *, leave: bool = True):
@@ -289,7 +290,7 @@ class ActiveSet:
         self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by = torch.full_like(y, -1)
         fallen = has_fallen(self.judge.shares(x, y))
-        self.correct = ~fallen
+        self.correct, self.waves_to_come = ~fallen, 0.0
         # what is misclassified as it is needs no attack
         self.fallen = fallen if leave else torch.zeros_like(fallen)
 
@@ -426,6 +427,9 @@ class Waves:
                 runs, images, begin = runs[1:], left, None
             if wave:
                 rows = self._rows(wave)
+                to_come = len(runs) * len(left) - (0 if begin is None else len(left) - len(images) + len(taken))
+                # many images fall in the first wave, so that the next ones have other sizes
+                self.active.waves_to_come = 0.0 if is_first else to_come / len(rows.x)
                 if padded:
                     index = torch.arange(len(rows.x), device=x.device)
                     rows = rows.take(_repeated_to(index, max(len(index), min(bucket(len(index), x.device), fits))))

@@ -65,6 +65,15 @@ class _Refusal(NamedTuple):
     tally: Tally
 
 
+class _Ahead(NamedTuple):
+    """What is known of the loop that begins; see `StepGraphs.begin`."""
+
+    steps: int
+    certain: bool
+    run: int
+    later: float
+
+
 class StepGraphs:
     """The captured steps of one training or evaluation.
 
@@ -113,7 +122,14 @@ class StepGraphs:
         return next(self._runs)
 
     def begin(
-        self, function: StepFunction, state: State, steps: int, *, certain: bool = True, run: int | None = None
+        self,
+        function: StepFunction,
+        state: State,
+        steps: int,
+        *,
+        certain: bool = True,
+        run: int | None = None,
+        later: float = 0.0,
     ) -> Steps:
         """Begin a loop.
 
@@ -123,6 +139,7 @@ class StepGraphs:
             steps: how many will be taken at most.
             certain: whether all of them will be taken.
             run: by `new_run`, the run that the loop belongs to; None: the loop is a run by itself.
+            later: how many runs like it the attack has to come on the same batch.
 
         Returns:
             The loop; replayed if the step is captured, or can be and is worth it.
@@ -132,7 +149,8 @@ class StepGraphs:
         off = self.mode == "off" or device.type != self.capture.kind
         if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        known = self._find(function, state, device, steps, certain, self.new_run() if run is None else run)
+        ahead = _Ahead(steps, certain, self.new_run() if run is None else run, later)
+        known = self._find(function, state, device, ahead)
         if isinstance(known, Captured) and not known.is_in_use():
             return Replays(function, known, state)
         return Steps(function, state, known if isinstance(known, Tally) else None)
@@ -170,7 +188,7 @@ class StepGraphs:
         return work()
 
     def _find(
-        self, function: StepFunction, state: State, device: torch.device, steps: int, certain: bool, run: int
+        self, function: StepFunction, state: State, device: torch.device, ahead: _Ahead
     ) -> Captured | Tally | None:
         """The captured step, captured now if need be; else what counts the steps that are launched, if they count."""
         for key in [key for key, one in self._captured.items() if one.model() is None]:
@@ -201,8 +219,8 @@ class StepGraphs:
             self._captured.move_to_end(key)
             return self._captured[key]
         launched = _remember(self._launched, key, self._launched.get(key) or Tally())
-        launched.begin(run)
-        if self.mode != "always" and not self._pays(launched, steps, certain):
+        launched.begin(ahead.run)
+        if self.mode != "always" and not self._pays(launched, ahead):
             return launched
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
@@ -211,12 +229,13 @@ class StepGraphs:
                 self._captured.popitem(last=False)
         return captured
 
-    def _pays(self, launched: Tally, steps: int, certain: bool) -> bool:
+    def _pays(self, launched: Tally, ahead: _Ahead) -> bool:
         """Whether a capture is worth its cost now; see the module."""
-        sure = steps if certain else 0
+        sure = ahead.steps if ahead.certain else 0
         if self.to_come is None:
             return launched.steps + sure >= self.worth
-        return sure >= self.worth or launched.expected(steps, self.to_come) >= MARGIN * self.worth
+        to_come = ahead.later + self.to_come * (1 + ahead.later)
+        return sure >= self.worth or launched.expected(ahead.steps, to_come) >= MARGIN * self.worth
 
     def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
         """Note that a step cannot be captured, and say why in the log, once for each reason."""
