@@ -28,22 +28,7 @@ def graphs(monkeypatch) -> list[list[object]]:
     torch._dynamo.reset()
 
 
-def region() -> CompiledRegion:
-    def squares(x: Tensor) -> Tensor:
-        return x * x + 1
-
-    return CompiledRegion(squares)
-
-
-def test_on_a_cpu_all_sizes_share_a_graph(graphs):
-    made = region()
-    for size in (20, 5, 1, 33):
-        x = torch.rand(size, 3)
-        assert torch.equal(made(x), x * x + 1)
-    assert len(graphs) == 1 and not made.static
-
-
-def test_on_a_cpu_a_batch_below_eight_is_not_filled_up(graphs):
+def test_on_a_cpu_all_sizes_from_eight_share_a_graph(graphs):
     """Four images that are computed as sixteen made AToP's step slower with the compiler than without."""
     given: list[int] = []
 
@@ -56,14 +41,16 @@ def test_on_a_cpu_a_batch_below_eight_is_not_filled_up(graphs):
         x = torch.rand(size, 3)
         assert torch.equal(made(x), x * x + 1)
     assert given == [1, 4, 7] and graphs == []
-    x = torch.rand(8, 3)
-    assert torch.equal(made(x), x * x + 1)
-    assert len(graphs) == 1
+    made = CompiledRegion(lambda x: x * x + 1)
+    for size in (8, 20, 5, 33):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    assert len(graphs) == 1 and not made.static
 
 
 def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
     monkeypatch.setattr(inference_copy, "keeps_sizes", lambda device: True)
-    made = region()
+    made = CompiledRegion(lambda x: x * x + 1)
     for size in (20, 5, 20, 5, 20):
         x = torch.rand(size, 3)
         assert torch.equal(made(x), x * x + 1)
