@@ -5,10 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast import data
+from purify_fast import data, zoo
 from purify_fast.attacks import stadv
 from purify_fast.attacks.stadv import flow_loss, warp
-from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,18 +153,7 @@ def test_errors(model, batch, change, message):
 
 def test_fools_a_trained_classifier():
     """Digits of 16 x 16: 0.05 is 0.4 of a pixel, 0.1 is 0.8."""
-    pytest.importorskip("sklearn")
-    digits = data.load_dataset("digits")
-    x, y = data.to_float(digits.x_train[:]), digits.y_train
-    torch.manual_seed(0)
-    net = SmallCNN(width=8)
-    optimiser = torch.optim.Adam(net.parameters(), 4e-3)
-    for _ in range(5):
-        for part in torch.randperm(len(x)).split(64):
-            optimiser.zero_grad()
-            F.cross_entropy(net(x[part]), y[part]).backward()
-            optimiser.step()
-    net.eval()
+    net, digits = zoo.load("digits-standard").eval(), data.load_dataset("digits")
     x, y = data.to_float(digits.x_test[:100]), digits.y_test[:100]
 
     def accuracy(images):
