@@ -64,7 +64,7 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
         "2",
     ]
     words = ["--classifier", "my_networks:trained", *carso, "--eps", "0.1", "--steps", "1", "--out", mine / "carso"]
-    code, printed = run("train", "carso", *words, *few, "--kl-delay", "0")
+    code, printed = run("train", "carso", *words, *few, "--kl-delay", "0", "--samples", "2")
     assert code == 0, printed
     defence = purify_fast.load_defence(mine / "carso")
     torch.manual_seed(3)
