@@ -138,18 +138,7 @@ def assert_marked(report, alarm, row):
         (NoisyLogits, "noise and seeds", "probe: gradients over 16 draws"),
         (Counting, "same answer again", "probe: the clean images again, after all attacks"),
     ],
-    ids=[
-        "NaN",
-        "zero",
-        "zero, huge",
-        "detached",
-        "detached, Square",
-        "quantised",
-        "rounded",
-        "PeeL",
-        "noise",
-        "counts",
-    ],
+    ids=["NaN", "zero", "zero, huge", "detached", "Square", "quantised", "rounded", "PeeL", "noise", "counts"],
 )
 def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     report = judged(model())
@@ -235,14 +224,6 @@ def test_a_sharp_gate_is_given_away_by_random_starts():
     assert_marked(report, "random start", "probe: five random starts")
 
 
-def test_a_prediction_that_depends_on_the_batch_is_noticed():
-    def normalised(self, x):
-        logits = self.net(x)
-        return logits - 0.9 * logits.mean(0, keepdim=True)
-
-    assert verdicts(judged(Around(normalised)))["batch size"][0] == "unreliable"
-
-
 def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed():
     cheat = Around(lambda self, x: self.net(x).roll(1, 1) if x.requires_grad else self.net(x))
     verdict, row = verdicts(judged(cheat))["same answer again"]
@@ -262,12 +243,6 @@ def test_the_outlook_says_what_a_stronger_attack_would_take():
     # three attacks that each find images of their own leave some unseen
     several = judged(robust(), [AttackSpec(PGD(steps=2, loss=loss), label=loss) for loss in ("ce", "margin", "dlr")])
     assert any("fell to one attack only" in sentence for sentence in several.outlooks[0].sentences)
-
-
-def test_probes_are_asked_once_and_kept(tmp_path):
-    first = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
-    again = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
-    assert first.to_json() == again.to_json() and len(list((tmp_path / "rows").glob("*.values.safetensors"))) == 1
 
 
 def rounds_to(levels):

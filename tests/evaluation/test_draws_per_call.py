@@ -184,7 +184,6 @@ def test_images_fall_by_as_many_different_draws(batch):
     assert set(shares[0].tolist()) <= {0.0, 1.0} and len(shares[1]) > 2
 
 
-TARGETED = {"loss": "dlr_targeted", "n_target_classes": 2}
 ATTACKS = {
     "pgd": lambda model, x, y, **o: pgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
     "apgd": lambda model, x, y, **o: apgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
@@ -209,20 +208,6 @@ def test_attacks_see_it_by_themselves(batch, attack):
     same = (found[0] - found[1]).flatten(1).abs().amax(1) < 1e-3
     # sums over draws are rounded otherwise, which now and then turns the sign of a step
     assert same.float().mean() > 0.8 and not torch.equal(found[0], x)
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_models_that_draw_for_each_image_are_attacked_as_before(batch, attack, monkeypatch):
-    x, y = batch
-    for model in (SwitchEach(*nets()), NoisyEnsemble(standard(), sigma=0.2)):
-        found = []
-        for asked in (True, False):
-            with monkeypatch.context() as patch:
-                if not asked:
-                    patch.setattr("purify_fast.attacks.base.drawn_once_per_call", lambda *_: False)
-                torch.manual_seed(0)
-                found.append(ATTACKS[attack](model, x, y, max_forward_batch=64))
-        assert torch.equal(*found)
 
 
 def test_a_lucky_draw_is_no_success_of_all_draws(batch):

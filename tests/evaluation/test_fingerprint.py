@@ -82,13 +82,6 @@ def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, where, 
     assert f"out: mine holds {where}, which cannot be compared by its value: its rows are not kept" in caplog.text
 
 
-def test_a_function_that_returns_an_object_is_a_function(images, tmp_path, made_rows):
-    inner = Linear()
-    for rows in (2, 4):
-        evaluate(lambda x: {"logits": inner(x)}, *images, **QUIET, out=tmp_path)
-        assert len(made_rows) == rows
-
-
 def test_objects_inside_each_other_without_end_are_no_trouble():
     def chain(length):
         found = None

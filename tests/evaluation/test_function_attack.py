@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, Attack, StAdv
-from purify_fast.attacks.base import BallAttack, ThreatModel
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack, evaluate, lee_kim_2023
 from purify_fast.evaluation.specs import check_adversarial
 
@@ -134,25 +134,9 @@ def test_rows_of_an_attack_that_names_no_revision_are_not_kept(attacked, tmp_pat
     model, x, y = attacked
     calls = []
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Foreign(BallAttack):
-        kind = "foreign"
-        eps: float | None = None
-        norm: str | None = None
-        eot_iter: int | None = None
-
-        def name(self, context):
-            return "foreign"
-
-        def cost(self, context):
-            return None
-
-        def search(self, target, x, y, context):
-            calls.append(len(x))
-            return x
-
+    foreign = Moves(move=lambda x: calls.append(len(x)) or x)
     for expected in (1, 2):
-        evaluate(model.eval(), x, y, attacks=[Foreign()], out=tmp_path, **QUIET)
+        evaluate(model.eval(), x, y, attacks=[foreign], out=tmp_path, **QUIET)
         assert len(calls) == expected
     known = PGD(), APGD(), FGSM(), BPDA(), StAdv()
     assert all(isinstance(attack.revision(), str) for attack in known)
@@ -212,17 +196,6 @@ JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
 def test_errors_of_a_spec(attack, options, error, message):
     with pytest.raises(error, match=message):
         AttackSpec(attack(), **options)
-
-
-def test_attacks_of_one_label_are_refused_on_a_deterministic_model_too():
-    """One of them would be left out without a word, and it may be the stronger one."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).eval()
-    x = torch.rand(4, 1, 16, 16)
-    y = model(x).argmax(1)
-    pair = [PGD(alpha=1e-4, steps=1), PGD(alpha=0.05, steps=1)]
-    with pytest.raises(ValueError, match="attacks need labels of their own, these share one: PGD-1 ce"):
-        evaluate(model, x, y, eps=0.1, attacks=pair, progress=False)
 
 
 def test_an_attack_cannot_put_the_model_into_training():

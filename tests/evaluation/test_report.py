@@ -101,6 +101,24 @@ def test_a_published_gain_and_its_error():
     assert f"{100 * gain.standard_error:.2f}" == "1.55"
 
 
+def test_what_cannot_be_paired_or_merged_is_refused():
+    both = merge([Report([row("a")]), Report([row("b")])])
+    assert both.models == ["a", "b"] and set(both.headlines) == {"a", "b"}
+    assert "## Comparison" in both.to_markdown() and "| attack | a | b |" in both.to_markdown()
+    paired = Report([row("a")]).paired(Report([row("b", robust=[1, 0, 0, 0])]), "PGD")
+    assert str(paired) == "+50.0 ± 25.0 points (n = 4, paired)"
+    with pytest.raises(ValueError, match="headlines"):
+        _ = both.headline
+    with pytest.raises(KeyError):
+        both.row("PGD")
+    with pytest.raises(ValueError, match="a: PGD"):
+        merge([Report([row("a")]), Report([row("a")])])
+    with pytest.raises(ValueError, match="different images"):
+        Report([row("a")]).paired(Report([row("b", robust=[1, 0], data="e")]), "PGD")
+    with pytest.raises(KeyError, match="PGD"):
+        Report([row("a")]).paired(Report([row("b")]), "no such row")
+
+
 def test_small_shares_are_not_rounded_to_none():
     r = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
     assert r.describe_health() == "0.01 % / 0.3 % / -"
