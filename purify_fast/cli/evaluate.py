@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
@@ -212,32 +212,36 @@ class Evaluate(DataCommand):
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
+        with folder_lock(self.report_folder()):
+            images = self.load_data()
+            self.judge(*self.loaded(images), images)
+
+    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet) -> None:
+        """Attack a model, or a defence with its undefended ``base``; print the report and write it."""
         import torch
 
         from ..defences.base import Defence
+        from ..evaluation import evaluate
+        from ..speed.precision import float32_products
 
-        images = self.load_data()
-        model, base = self.loaded(images)
-        eps, norm = self.ball()
+        out, (eps, norm) = self.report_folder(), self.ball()
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
-        with folder_lock(self.report_folder()):
-            self.judge(model, base, images, eps=eps, norm=norm)
-
-    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, **ball: Any) -> None:
-        """Attack a model, or a defence with its undefended ``base``, within a ball; print the report and write it."""
-        from ..evaluation import evaluate
-        from ..speed.precision import float32_products
-
-        out = self.report_folder()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
             # at once, and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
         options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
-        options |= {**ball, "base": base, "out": out, "name": self.title(), "dataset_name": images.name}
+        options |= {
+            "eps": eps,
+            "norm": norm,
+            "base": base,
+            "out": out,
+            "name": self.title(),
+            "dataset_name": images.name,
+        }
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(model, x, y, **options)
         report.notes += notes
