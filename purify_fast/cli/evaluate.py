@@ -103,6 +103,8 @@ class Evaluate(DataCommand):
             )
         if self.images < 1:
             raise ValueError(f"--images must be at least 1, got {self.images}")
+        if self.own is None and self.folder.suffix == ".py":
+            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
             raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
@@ -183,8 +185,6 @@ class Evaluate(DataCommand):
             model = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
             refuse_other_images(model, images, f"the system in {self.official}")
             return model, model.classifier
-        if self.folder.suffix == ".py":
-            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         folder = saved_folder(self.folder)
         if is_classifier(folder):
             model = load_classifier(folder).to(device)
