@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
@@ -103,6 +103,8 @@ class Evaluate(DataCommand):
             )
         if self.images < 1:
             raise ValueError(f"--images must be at least 1, got {self.images}")
+        if self.own is None and self.folder.suffix == ".py":
+            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
             raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
@@ -183,8 +185,6 @@ class Evaluate(DataCommand):
             model = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
             refuse_other_images(model, images, f"the system in {self.official}")
             return model, model.classifier
-        if self.folder.suffix == ".py":
-            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         folder = saved_folder(self.folder)
         if is_classifier(folder):
             model = load_classifier(folder).to(device)
@@ -212,32 +212,36 @@ class Evaluate(DataCommand):
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
+        with folder_lock(self.report_folder()):
+            images = self.load_data()
+            self.judge(*self.loaded(images), images)
+
+    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet) -> None:
+        """Attack a model, or a defence with its undefended ``base``; print the report and write it."""
         import torch
 
         from ..defences.base import Defence
+        from ..evaluation import evaluate
+        from ..speed.precision import float32_products
 
-        images = self.load_data()
-        model, base = self.loaded(images)
-        eps, norm = self.ball()
+        out, (eps, norm) = self.report_folder(), self.ball()
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
-        with folder_lock(self.report_folder()):
-            self.judge(model, base, images, eps=eps, norm=norm)
-
-    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, **ball: Any) -> None:
-        """Attack a model, or a defence with its undefended ``base``, within a ball; print the report and write it."""
-        from ..evaluation import evaluate
-        from ..speed.precision import float32_products
-
-        out = self.report_folder()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
             # at once, and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
         options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
-        options |= {**ball, "base": base, "out": out, "name": self.title(), "dataset_name": images.name}
+        options |= {
+            "eps": eps,
+            "norm": norm,
+            "base": base,
+            "out": out,
+            "name": self.title(),
+            "dataset_name": images.name,
+        }
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(model, x, y, **options)
         report.notes += notes

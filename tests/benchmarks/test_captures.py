@@ -26,14 +26,6 @@ def test_what_is_counted_anew_on_a_small_model(one_thread):
         assert 1 <= len(found.replays) <= 6 and min(found.replays) >= WORTH and max(found.sizes) == captures.BATCH
 
 
-def test_what_is_committed_was_captured_seldom_and_paid_for_itself():
-    """Of every model, radius and attack; the replays of a capture on average, and of the least used one."""
-    rows = report.read_csv(RESULTS / captures.FILE)
-    assert {(row["model"], row["eps"]) for row in rows} == {(run.model, f"{run.eps:.4g}") for run in captures.RUNS}
-    assert all(int(row["captures"]) <= 6 and int(row["least_replays"] or WORTH) >= WORTH for row in rows)
-    assert sum(int(row["replays"]) for row in rows) >= 100 * sum(int(row["captures"]) for row in rows) > 0
-
-
 #: Operators that one step launches besides the model's gradient, or its forward pass, at most.
 MOST = {"APGD-100 ce": 40, "APGD-T 100": 45, "FAB-T 100": 40, "Square": 12}
 

@@ -126,8 +126,8 @@ def test_what_is_killed_goes_on_where_it_was(section, file, count, tmp_path):
         ]
 
     printed = tmp_path / "printed.txt"
-    with printed.open("w") as file:
-        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file)
+    with printed.open("w") as page:
+        process = subprocess.Popen(command, env=environ, stdout=page, stderr=page)
         while process.poll() is None and not lines():
             time.sleep(0.02)
         process.kill()

@@ -218,7 +218,6 @@ def test_without_timm_it_says_how_to_get_it():
 def test_only_the_first_process_prints(bars, tmp_path, monkeypatch, capsys):
     # what the second of two processes does with a training that is over; the command imports both names when it runs
     monkeypatch.setattr("purify_fast.training.fit", lambda *args, **options: {"loss": 1.0})
-    monkeypatch.setattr("purify_fast.training.distributed.in_turn", lambda load: load())
     monkeypatch.setattr("purify_fast._process.processes", lambda: (1, 2))
     words = ["--data", bars, "--out", str(tmp_path / "out"), "--device", "cpu", "--width", "2", "--epochs", "1"]
     code = cli.main(["train", "classifier", *words, "--steps", "1", "--batch-size", "16", "--eps", "0.1"])

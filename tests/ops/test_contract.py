@@ -207,6 +207,9 @@ def test_compiles_to_one_graph(function, backend, contract, name, request):
     if name == "noisy_replay" and backend == "reference" and torch.__version__ < "2.12":
         reason = "torch 2.11: an id that is negative gets other noise in a CPU graph"
         request.applymarker(pytest.mark.xfail(reason=reason))
+    if name == "stitch" and backend != "reference":
+        reason = "Dynamo loses a quotient of sizes that an autograd.Function is given, if every size is dynamic"
+        request.applymarker(pytest.mark.xfail(reason=reason))
 
     def make(size: int) -> tuple:
         given = function.make(size)

@@ -105,7 +105,7 @@ def test_an_attack_does_not_wait_for_the_device(name):
         assert not waits
     else:
         # asked once, before the first step: how a model of the user draws
-        assert {wait.function for wait in waits} == {"differ", "_apart"} and waits == probe(9, **ATTACKS[name])
+        assert {wait.function for wait in waits} == {"differ", "apart"} and waits == probe(9, **ATTACKS[name])
 
 
 APGD = {norm: {"norm": norm} for norm in ("linf", "l2", "l1")} | {"targets": {"loss": "dlr_targeted"}}

@@ -128,15 +128,15 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
 def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path, capsys, monkeypatch):
     options = ["--init", str(generator), "--cls-delay", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
     assert run("atop", made, tmp_path / "whole", *options) == 0
-    step, calls = AtopTask.training_step, []
+    updates, calls = AtopTask.updates, []
 
     def interrupted(self, batch):
         calls.append(batch.epoch)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return updates(self, batch)
 
-    monkeypatch.setattr(AtopTask, "training_step", interrupted)
+    monkeypatch.setattr(AtopTask, "updates", interrupted)
     assert run("atop", made, tmp_path / "cut", *options) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "model.json").exists()
