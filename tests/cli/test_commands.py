@@ -37,7 +37,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz} --eps 0.1\n" in said
     fine = [*paths[:3], carso + "-fine", "--init", carso, *["--attack-target", "pipeline", "--precision", "bfloat16"]]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
-    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "4", "--steps", "2", "--eot-iter", "2"]
+    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
     rounded = ["--precision", "bfloat16", "--protocol", "fast"]
@@ -49,7 +49,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
-    assert report.row("clean").n == 4 and (written / "report.md").is_file() and (written / "accuracies.png").is_file()
+    assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "accuracies.png").is_file()
     defence = purify_fast.load_defence(carso, load_classifier(classifier))
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]

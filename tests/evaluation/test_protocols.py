@@ -114,9 +114,9 @@ def test_rand_and_official_on_a_random_model():
     pytest.importorskip("pyautoattack")
     _, _, x, y = digits()
     noisy = NoisyEnsemble(robust(), 0.05, samples=2)
-    rand = evaluate(noisy, x[:8], y[:8], protocol="rand", steps=3, n_eval=2, **QUIET)
+    rand = evaluate(noisy, x[:20], y[:20], protocol="rand", steps=3, n_eval=2, **QUIET)
     assert [row.settings.get("eot_iter") for row in rand.rows] == [None, 20, 20, None]
-    strong = evaluate(noisy, x[:4], y[:4], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
+    strong = evaluate(noisy, x[:10], y[:10], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
     heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
     assert [name.rpartition(" ")[2] for name in heads] == list(HEADS)
     assert any("without noise" in row.attack for row in strong.rows)
