@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+# what several folders share
+sys.path.insert(0, str(Path(__file__).parent))
 # verdicts on the kernels under test do not mix with those of the user's own work
 os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[1] / "build" / "verdicts"))
 

@@ -1,11 +1,12 @@
 """Models of a few weights that the code blocks of README and of the documentation are run with."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
 
 from purify_fast.models.wide_resnet import representation_layers
+from purify_fast.training import TrainingAttack
 
 #: Sizes of a recipe of CARSO with a WideResNet of 10 layers.
 SMALL = {
@@ -21,6 +22,13 @@ def smaller(recipe, values=SMALL):
     """A recipe with other values, such as those of a small network."""
     changed = {key: replace(recipe.facts[key], value=value) for key, value in values.items()}
     return replace(recipe, facts={**recipe.facts, **changed})
+
+
+def configured(kind, **options):
+    """A config of a method from its own settings and its attack's, which has 8/255 and 10 steps."""
+    names = {field.name for field in fields(TrainingAttack)}
+    attack = {name: options.pop(name) for name in names & options.keys()}
+    return kind(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 10, **attack}), **options)
 
 
 class Linear(nn.Module):

@@ -206,6 +206,16 @@ class Tally:
     memory: list[int] = field(default_factory=list)
 
 
+def change_bit(path: Path, draw: random.Random) -> tuple[bytes, int]:
+    """Change one bit of a file, anywhere; what was in it, and which bit it is."""
+    whole = path.read_bytes()
+    at = draw.randrange(8 * len(whole))
+    data = bytearray(whole)
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+    return whole, at
+
+
 class Soak:
     """One soak.
 
@@ -269,11 +279,7 @@ class Soak:
         for number in range(BITS):
             folder = folders[number % len(folders)]
             path = folder / (CHECKPOINT, "model.safetensors", "model.json")[number // len(folders) % 3]
-            whole = path.read_bytes()
-            at = self.draw.randrange(8 * len(whole))
-            data = bytearray(whole)
-            data[at // 8] ^= 1 << at % 8
-            path.write_bytes(data)
+            whole, at = change_bit(path, self.draw)
             self.tally.bits["changed"] += 1
             try:
                 if path.name == CHECKPOINT:
@@ -461,11 +467,7 @@ class Soak:
         path = out / "checkpoint.safetensors"
         if not path.is_file():
             return
-        whole = path.read_bytes()
-        at = self.draw.randrange(8 * len(whole))
-        data = bytearray(whole)
-        data[at // 8] ^= 1 << at % 8
-        path.write_bytes(data)
+        whole, at = change_bit(path, self.draw)
         before = (out / "checkpoint.previous.safetensors").is_file()
         code, errors = ended(self.start(command, out))
         self.tally.faults[command.name, "changed bit"] += 1

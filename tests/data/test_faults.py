@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pictures import picture
 from PIL import Image
 
 from purify_fast import cli, data
@@ -18,18 +19,12 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fi
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def picture(path, seed, size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    levels = np.random.RandomState(seed).randint(0, 256, (*size, 3)).astype(np.uint8)
-    Image.fromarray(levels).save(path)
-
-
 @pytest.fixture
 def pets(tmp_path):
     for part, n in (("train", 6), ("val", 3)):
         for label, name in enumerate(("cat", "dog")):
             for i in range(n):
-                picture(tmp_path / "pets" / part / name / f"{i}.png", 100 * label + i + (part == "val") * 50)
+                picture(tmp_path / "pets" / part / name / f"{i}.png", 100 * label + i + (part == "val") * 50, (8, 8))
     return tmp_path / "pets"
 
 
@@ -76,7 +71,7 @@ def test_an_image_of_200_megapixels_is_refused_by_name(pets):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
 def test_links_that_leave_the_folder(pets, tmp_path):
     outside = tmp_path / "outside"
-    picture(outside / "secret.png", 1)
+    picture(outside / "secret.png", 1, (8, 8))
     (pets / "train" / "cat" / "link.png").symlink_to(outside / "secret.png")
     with pytest.raises(ValueError, match=r"link\.png leads out of .*secret\.png.*--follow-links"):
         load(pets)

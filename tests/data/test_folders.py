@@ -12,20 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pictures import picture
 from PIL import Image
 from torchvision import transforms
 
 from purify_fast import data
 from purify_fast._tensors import digest
 from purify_fast.data import StreamedImages, decoding, folders
-
-
-def picture(path, seed, size=(10, 8), mode="RGB"):
-    """A random image of (H, W), PNG or JPEG; returns its pixels as Pillow reads them, [3, H, W]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    levels = np.random.RandomState(seed).randint(0, 256, (*size, 3)).astype(np.uint8)
-    Image.fromarray(levels).convert(mode).save(path)
-    return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
 
 
 def folder(root, train=5, test=2, sizes=((10, 8),), held_out="val", ending="png"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from small_models import SMALL, smaller
 
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
@@ -21,10 +20,6 @@ from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from small_models import SMALL, smaller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Images of the training sets.

@@ -6,7 +6,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 
 def images(n=64):
@@ -15,10 +15,16 @@ def images(n=64):
     return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
 
 
-def task(width=2):
+def task(width=2, **options):
     """The training of a classifier, from the same weights each time."""
     torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), width), ClassifierConfig())
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), width), ClassifierConfig(**options))
+
+
+def same(one, other):
+    """Whether two tasks or state dicts have equal weights."""
+    one, other = (each if isinstance(each, dict) else each.model.state_dict() for each in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def train(folder, epochs=3, **options):
@@ -31,6 +37,13 @@ def train(folder, epochs=3, **options):
 # -- one task of each method, on images of 16 x 16 ---------------------------------------------------------------------
 
 SHAPE, EPS = (1, 16, 16), 0.1
+
+
+def batch(seed=1, n=16):
+    """Images in [0, 1], with labels of ten classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand((n, *SHAPE), generator=generator)
+    return Batch(x, torch.randint(10, (n,), generator=generator), torch.arange(n) + 50 * seed, seed, 0, 10)
 
 
 def attack(**options):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import SHAPE, arrest_task, atop_task, attack, carso_task, classifier_task
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
@@ -16,12 +16,6 @@ from purify_fast.training import Batch, FitConfig, Task, fit
 from purify_fast.training.loop import accelerated_steps, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def batch(seed: int, n: int = 16) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand((n, *SHAPE), generator=generator)
-    return Batch(x, torch.randint(10, (n,), generator=generator), torch.arange(n) + 50 * seed, seed, 0, 10)
 
 
 def arrest(precision: str = "float32", steps: int = 3, norm: str = "linf", **options) -> Task:

@@ -9,33 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import EPS, arrest_task, atop_task, attack, carso_task
+from small_runs import EPS, arrest_task, atop_task, attack, batch, carso_task
 
 import purify_fast
-from purify_fast import data
-from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def batch():
-    digits = data.load_dataset("digits")
-    return Batch(data.to_float(digits.x_train[:16]), digits.y_train[:16], torch.arange(16), 7, 0, 10)
 
 
 def arrest(**options):
     return arrest_task(attack=attack(alpha=EPS / 2), **options)
 
 
-slow = pytest.mark.slow
 #: Of each method: how many breaks there are with PGD-2 (AToP's published attack: FGSM).
 STEPS = [
     pytest.param(arrest, 14, id="ARREST"),
     pytest.param(lambda: arrest(replay=False), 8, id="ARREST, no replay"),
     pytest.param(lambda: carso_task("classifier"), 13, id="CARSO"),
-    pytest.param(lambda: carso_task("pipeline"), 8, id="CARSO, pipeline", marks=slow),
     pytest.param(lambda: atop_task("classifier"), 5, id="AToP"),
-    pytest.param(lambda: atop_task("pipeline"), 8, id="AToP, pipeline", marks=slow),
 ]
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, carso_task
+from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, pgd_and_fgsm, stadv
 from purify_fast.data import crop_flip
@@ -18,15 +18,8 @@ from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.host_syncs import HostSyncs
-from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand((16, *SHAPE), generator=generator)
-    return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
 def arrest(**options):

@@ -66,9 +66,7 @@ def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, trio, t
     close(torch.load(tmp_path / "alone-0"), one)
 
 
-@pytest.mark.parametrize(
-    ("victim", "number", "deaf"), [(1, signal.SIGSTOP, False), (0, signal.SIGSTOP, False), (1, signal.SIGKILL, True)]
-)
+@pytest.mark.parametrize(("victim", "number", "deaf"), [(0, signal.SIGSTOP, False), (1, signal.SIGKILL, True)])
 def test_a_process_without_a_sign_of_life_is_named(trio, tmp_path, victim, number, deaf):
     """Exchanges wait for half an hour here, and would say nothing: the other process ends by itself."""
     # the store is in the first process, and is stopped with it

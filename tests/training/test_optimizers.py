@@ -1,19 +1,14 @@
 """Optimizers: Lookahead and its exact resumption, one kernel for all weights, and convolutions that are raced."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_launches import CudaLaunches
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cuda_launches import CudaLaunches
-
 from purify_fast.speed.precision import raced_convolutions
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Lookahead, fit
+from purify_fast.training import Lookahead
 from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.optimizers import fuse
 
@@ -97,21 +92,6 @@ def test_resumed_from_a_file_it_goes_on_to_the_bit(tmp_path, at):
     optimizer.load_slow()
     resumed.load_slow()
     assert torch.equal(other.weight, model.weight) and resumed.param_groups is resumed.inner.param_groups
-
-
-def test_fit_leaves_the_slow_weights_in_the_model():
-    class Task(ClassifierTask):
-        def __init__(self, model):
-            super().__init__(model, ClassifierConfig())
-            self.optimizer = Lookahead(torch.optim.RAdam(model.parameters()), k=4)
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    task = Task(model)
-    x = torch.randint(0, 256, (48, 1, 4, 4), dtype=torch.uint8)
-    fit(task, x, torch.arange(48) % 2, FitConfig(2, 16))
-    assert task.optimizer.steps == 6  # two fast steps since the last slow one
-    assert all(torch.equal(p, s) for p, s in zip(model.parameters(), task.optimizer._slow, strict=True))
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])

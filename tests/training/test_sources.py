@@ -2,30 +2,16 @@
 
 import pytest
 import torch
-from small_runs import images
+from small_runs import images, same, task
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training import FitConfig, fit
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def task(**options):
-    torch.manual_seed(0)
-    attack = TrainingAttack(eps=0.05, steps=1)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(attack=attack, **options))
-
-
-def weights(trained):
-    return trained.model.state_dict()
-
-
-def same(one, two):
-    return all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
 
 
 def source(config, x, y):

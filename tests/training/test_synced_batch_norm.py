@@ -1,18 +1,12 @@
 """What BatchNorm over several processes launches on CUDA, counted on fake tensors; its values: test_distributed.py."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from cuda_launches import CudaLaunches
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch_functions import register
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cuda_launches import CudaLaunches
 
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 

@@ -4,31 +4,31 @@ import json
 
 import pytest
 import torch
-from small_runs import images
+from small_runs import arrest_task, atop_task, carso_task, images, same
+from small_runs import task as small_task
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import data
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
+#: A training of each kind.
+TASKS = {
+    "carso": lambda: carso_task(optimizer="radam_lookahead", kl_delay=0.0),
+    "pipeline": lambda: carso_task("pipeline"),
+    "atop": lambda: atop_task(gan_grad=True, discriminator_width=1),
+    "arrest": lambda: arrest_task(ema_decay=0.5, awp_gamma=0.01),
+}
 
 
-def task(**options):
-    torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(attack=ATTACK, **options))
+def task():
+    return small_task(4, attack=ATTACK)
 
 
 def weights(trained):
     return {name: value.clone() for name, value in trained.model.state_dict().items()}
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def watched(made):
@@ -143,28 +143,13 @@ def test_held_out_data_of_ones_own():
     assert one == pytest.approx(two) and "validation_accuracy" in three
 
 
-def tasks():
-    torch.manual_seed(0)
-    classifier, shape = SmallCNN(width=2), (1, 16, 16)
-    attack = TrainingAttack(eps=0.1, steps=1)
-    carso = Carso(classifier, ["hidden"], shape, 4, 3, 2, decoder_width=2)
-    atop = Atop(classifier, SmallGenerator(1, width=2), shape, block=4)
-    looking = CarsoConfig(attack=attack, optimizer="radam_lookahead", kl_delay=0.0)
-    return {
-        "carso": lambda: CarsoTask(carso, looking),
-        "pipeline": lambda: CarsoTask(carso, CarsoConfig(attack_target="pipeline", attack=attack)),
-        "atop": lambda: AtopTask(atop, AtopConfig(gan_grad=True, discriminator_width=1, cls_delay=0)),
-        "arrest": lambda: ArrestTask(classifier, ArrestConfig(attack=attack, ema_decay=0.5, awp_gamma=0.01), shape),
-    }
-
-
-@pytest.mark.parametrize("name", ["carso", "pipeline", "atop", "arrest"])
+@pytest.mark.parametrize("name", TASKS)
 def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name):
     digits = data.load_dataset("digits")
     x, y = digits.x_train[:80], digits.y_train[:80]
     found = []
     for every in (1, 9):
-        made = tasks()[name]()
+        made = TASKS[name]()
         config = FitConfig(3, 16, validation_share=0.2, validation_every=every, keep_best="off")
         last = fit(made, x, y, config, progress=False)
         assert last["validation_loss"] == last["validation_loss"]
@@ -218,10 +203,7 @@ def test_carso_is_validated_with_a_last_batch_too_small_to_attack(monkeypatch, t
     x, y = digits.x_train[:53], digits.y_train[:53]
     found = []
     for reduction in ("mean", "sum"):
-        torch.manual_seed(0)
-        defence = Carso(SmallCNN(width=2), ["hidden"], (1, 16, 16), 4, 3, 2, decoder_width=2)
-        attack = TrainingAttack(eps=0.1, steps=1)
-        made = CarsoTask(defence, CarsoConfig(attack=attack, reduction=reduction, learning_rate=0.0, kl_delay=0.0))
+        made = carso_task(reduction=reduction, learning_rate=0.0, kl_delay=0.0)
         held = x[32:], y[32:]  # 16 and 5 images
         found.append(fit(made, x[:32], y[:32], FitConfig(1, 16), tmp_path / reduction, progress=False, validation=held))
         assert (tmp_path / reduction / "checkpoint.safetensors").is_file()

@@ -1,15 +1,9 @@
 """AToP as its authors evaluate it: the model of evaluate.ipynb, faults and all, and the rows with their sources."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from small_models import Linear
+from torch import nn
 
 from purify_fast.evaluation import evaluate
 from purify_fast.methods.atop import Atop

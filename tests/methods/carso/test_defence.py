@@ -1,7 +1,6 @@
 """The defence's contract: finite logits, usable gradients, noise the caller can fix, compilation, files."""
 
 import copy
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -205,7 +204,7 @@ def test_input_gradients_match_finite_differences():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", list(itertools.permutations((1, 7, 64))))
+@pytest.mark.parametrize("order", [(1, 7, 64), (64, 7, 1)])
 def test_compiled_equals_eager_with_two_graphs(order):
     torch._dynamo.reset()
     made = defence()
@@ -220,15 +219,6 @@ def test_compiled_equals_eager_with_two_graphs(order):
 
 
 # -- copies and files -------------------------------------------------------------------------------------------------
-
-
-def test_save_and_load(carso, tmp_path):
-    carso.save(tmp_path / "d")
-    loaded = purify_fast.load_defence(tmp_path / "d", carso.classifier)
-    x = images(4)
-    with carso.fixed_noise(1), loaded.fixed_noise(1):
-        assert torch.equal(carso(x), loaded(x))
-    assert not loaded.training and loaded.arguments == carso.arguments
 
 
 def test_loading_the_wrong_thing_is_refused(carso, tmp_path):

@@ -8,7 +8,7 @@ from torchvision.models import VisionTransformer
 import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.methods.carso import Carso, CarsoConfig
-from purify_fast.methods.carso.networks import Deconvolution
+from purify_fast.methods.carso.networks import Deconvolution, published_decoder
 from purify_fast.methods.carso.task import training_loss
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
@@ -116,14 +116,6 @@ def test_a_transformers_tokens_are_read_as_they_are():
     torch.testing.assert_close(made.read(x)[3], tokens)
 
 
-def test_the_first_version_feeds_latent_and_condition_side_by_side():
-    made = CASES["v1"]().eval()
-    x, z = torch.rand(2, 1, 28, 28), torch.randn(2, 3, 6)
-    h = torch.cat([z, made.condition(x)[:, None].expand(-1, 3, -1)], 2).flatten(0, 1)
-    want = torch.sigmoid(made.decoder.stack(h[:, :, None, None])).unflatten(0, (2, 3))
-    torch.testing.assert_close(made.reconstruct(x, z), want)
-
-
 def test_forms_and_decoders_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="version must be one of v4, v1, got 'v2'"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v2")
@@ -131,3 +123,5 @@ def test_forms_and_decoders_that_do_not_fit_are_refused():
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v1")
     with pytest.raises(ValueError, match=r"end at \(1, 7, 7\), the images are \(1, 16, 16\)"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), decoder=((8, 4, 4), [Deconvolution(1)]))
+    with pytest.raises(ValueError, match=r"not for \(1, 28, 28\)"):
+        published_decoder((1, 28, 28))
