@@ -37,9 +37,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid not in passed]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # with xdist the process that collects all reports writes, and no worker does
-    if PASSED and report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" not in os.environ:
-        with open(PASSED, "a", encoding="utf-8") as file:
-            file.write(f"{report.nodeid}\n")
+class Passed:
+    """Appends every test that passes to the file."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            with open(PASSED, "a", encoding="utf-8") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # with xdist the process that collects all reports writes, and no worker does; the environment does not tell them
+    # apart, since a test of this run may itself be run by a worker
+    if PASSED and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Passed())
