@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as program
 from benchmarks import race, report
@@ -17,15 +16,10 @@ from benchmarks.pipelines import (
     Job,
     arrest_step,
     atop_finetune,
-    carso_inference,
-    carso_training,
     registry,
 )
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
-from purify_fast.methods.atop import AtopTask
-from purify_fast.methods.atop.generators import GatedConv
-from purify_fast.methods.atop.task import attacked
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.ops.dispatch.races import SHIPPED
 from purify_fast.speed.precision import float32_settings
@@ -88,30 +82,6 @@ def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
     assert float32_settings() == before
 
 
-def test_a_gpu_has_a_column_of_tf32(monkeypatch):
-    columns = registry()["carso_inference"](True)
-    assert not [one for case in columns.values() for one in case.contestants.values() if one.tf32]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for case in registry()["carso_inference"](True).values():
-        assert [label for label, one in case.contestants.items() if one.tf32] == ["plain, TF32"]
-
-
-def test_the_published_steps_attack_the_same_images_alike():
-    """The loss that the race compares hardly depends on them: without any attack it moves by 3e-5 here."""
-    plain, seen = carso_training.PlainTraining("classifier", CPU, True, False), []
-    original = plain.purify
-    plain.purify = lambda representation, perturbed, *rest: (
-        seen.append(perturbed) or original(representation, perturbed, *rest)
-    )
-    plain.objective()
-    ours = (
-        registry()["carso_training"](True)["paper's objective"].contestants["ours"].make(CPU, True).parts["attacks"]()
-    )
-    moved = (ours - plain.batch.x).abs() > 1e-4
-    assert 0.3 < moved.float().mean() <= 0.5  # half of the images
-    assert ((ours - seen[0]).abs() > 1e-4).float().mean() < 0.02  # bfloat16 turns a sign now and then
-
-
 class _NoAttention(nn.Module):
     def forward(self, features, mask):
         return torch.zeros_like(features)
@@ -151,15 +121,6 @@ def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch, owner, name, wron
     assert (lean(CPU, True).result() - truth).norm() > 1.2 * chosen.tolerance * truth.norm()
 
 
-def test_the_fine_tuning_steps_attack_the_same_images_alike():
-    """Neither the losses nor the purified image, under noise of 0.25, tell much of it."""
-    plain = atop_finetune.PlainStep(CPU, True, False)
-    task = AtopTask(atop_finetune.defence(CPU, True), atop_finetune.setting("bfloat16"))
-    theirs, ours = plain.adversarial(), attacked(task.defence, plain.batch, task.config)
-    assert ((ours - plain.batch.x).abs() > 1e-4).float().mean() > 0.9
-    assert ((ours - theirs).abs() > 1e-4).float().mean() < 0.1  # bfloat16 turns a sign now and then
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_of_the_images_are_replayed_in_every_run(monkeypatch, compiled, autocast):
@@ -192,28 +153,6 @@ def test_half_of_the_images_are_replayed_in_every_run(monkeypatch, compiled, aut
     assert shares == [0.5] * 3 and not torch.equal(computed[3], computed[5])
 
 
-def test_plain_gates_stay_in_bfloat16():
-    step, seen = atop_finetune.PlainStep(CPU, True, False), []
-    for layer in step.generator.modules():
-        if isinstance(layer, atop_finetune.PlainGate):
-            layer.register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        step.run()
-    gates = sum(isinstance(layer, atop_finetune.PlainGate) for layer in step.generator.modules())
-    assert seen == [torch.bfloat16] * gates and gates > 30  # one pass
-    assert not any(isinstance(layer, GatedConv) for layer in step.generator.modules())
-    assert all(p.grad is None and not p.requires_grad for p in step.classifier.parameters())
-
-
-def test_the_full_cases_are_the_same_contests():
-    for cases in registry().values():
-        small, full = cases(True), cases(False)
-        assert list(small) == list(full)
-        for name, case in full.items():
-            assert list(case.contestants) == list(small[name].contestants) and case.tolerance <= 0.05
-            assert "ours" in case.contestants
-
-
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     program.main(["pipelines", "carso_inference", "--quick", "--out", str(tmp_path)])
     rows = report.read_csv(tmp_path / report.PIPELINES)
@@ -228,27 +167,6 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     (tmp_path / report.PIPELINES_TABLE).unlink()
     program.main(["report", str(tmp_path)])
     assert (tmp_path / report.PIPELINES_TABLE).read_text() == table
-
-
-def test_flops_are_counted_through_an_attack_on_trained_weights():
-    """As torch's own counter has it where that one works, in inference mode too."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
-    x = torch.rand(4, 3, 8, 8)
-
-    def infer():
-        with torch.inference_mode():
-            model(x)
-
-    for call in (lambda: model(x).sum().backward(), infer):
-        with Flops() as ours:
-            call()
-        with FlopCounterMode(display=False) as theirs:
-            call()
-        assert ours.total == theirs.get_total_flops() > 0
-    with Flops() as ours:
-        leaf = x.clone().requires_grad_()
-        torch.autograd.grad(model(leaf).sum(), leaf)
-    assert ours.total > 0
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -296,19 +214,6 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("1500.00", "2.00", "0.167")
     assert right["parts"] == "part:0.500"  # of the step beside it
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
-
-
-def test_the_classifier_is_the_usual_resnet18():
-    """The one that comes with pyautoattack: names, weights from one seed, logits."""
-    theirs = pytest.importorskip("pyautoattack.examples.resnet").ResNet18
-    made = []
-    for kind in (carso_inference.ResNet18, theirs):
-        torch.manual_seed(0)
-        made.append(kind().eval())
-    ours, usual = (model.state_dict() for model in made)
-    assert list(ours) == list(usual) and all(torch.equal(ours[name], usual[name]) for name in ours)
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(made[0](x), made[1](x))
 
 
 def test_pipelines_are_run_with_the_ops_served_as_before_and_as_now(tmp_path, capsys):

@@ -26,7 +26,6 @@ from benchmarks.studies import (
     RESULT,
     Job,
     arrest_mnist,
-    atop_digits,
     atop_mnist,
     carso_digits,
     carso_mnist,
@@ -37,10 +36,8 @@ from benchmarks.studies import (
     run,
 )
 from purify_fast import data
-from purify_fast.attacks import APGD, PGD, AutoAttack
+from purify_fast.attacks import APGD, AutoAttack
 from purify_fast.evaluation import Report, measure
-from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import save_classifier
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,55 +229,6 @@ def test_rows_bring_their_needs():
     assert {job.settings["quick"] for job in made} == {True}
 
 
-def leaves(settings: dict, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
-    found: dict[tuple[str, ...], object] = {}
-    for key, value in settings.items():
-        found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
-    return found
-
-
-def test_a_row_of_atop_changes_the_setting_of_its_name_alone():
-    made = {job.name: job for job in atop_digits.jobs(1, False)}
-    main = leaves(made["pipeline"].settings)
-    changed = {}
-    for name in atop_digits.ABLATIONS:
-        now = leaves(made[f"pipeline, {name}"].settings)
-        changed[name] = {key for key in main.keys() | now.keys() if main.get(key) != now.get(key)}
-        changed[name] -= {("autoattack",)}  # which is for the main rows
-    assert all(len(keys) == 1 for keys in changed.values()) and len(changed) == 5
-    assert changed["sigma 0.25"] == {("defence", "sigma")} and changed["no L1"] == {("stage", "reconstruction_weight")}
-    standard = leaves(made["pipeline, on standard"].settings)
-    assert standard["base",] == "standard" and made["pipeline, on standard"].needs == ("standard", "pre-trained")
-    assert made["pipeline"].needs == ("base",)
-    seeds = [job.seed for job in atop_digits.jobs(3, False) if job.name in ("pipeline", "pipeline, sigma 0.25")]
-    assert sorted(seeds) == [0, 0, 1, 2]
-
-
-def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
-    """As the others are: by the zero attacks alone, and not by what the attacks before them left."""
-    pytest.importorskip("sklearn")
-    images = data.load_dataset("digits")
-    templates = torch.stack([images.x_train[images.y_train == label].float().mean(0) for label in range(10)]) / 255
-    linear = nn.Linear(256, 10)
-    linear.weight.data, linear.bias.data = templates.flatten(1), -templates.flatten(1).square().sum(1) / 2
-    model = nn.Sequential(nn.Flatten(), linear)
-    model.sigma = model.missing = 0.0
-    seen = []
-
-    def attack(self, target, x, y, context):  # the first finds everything, the others nothing
-        steps, eps = self.decided(context).steps, context.eps
-        seen.append((steps, len(x)))
-        target(x)
-        return x + (x.flip(0) - x).clamp(-eps, eps) if steps == 2 else x
-
-    monkeypatch.setattr(PGD, "search", attack)
-    job = Job("row", 0, work, settings={"quick": True, "autoattack": False})
-    found = atop_digits._attacked(model, job)
-    assert set(found) == {"clean", "pgd", "clean_zero", "pgd_zero", "gradients"}
-    assert found["pgd"] < found["clean"] == found["clean_zero"] == found["pgd_zero"]
-    assert seen[0][0] == 2 and seen[0][1] == seen[-1][1] > 20  # the zero attacks had every image
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -407,45 +355,6 @@ def test_arrest_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
         arrest_mnist.FINETUNED: (False, False),
         arrest_mnist.ARREST: (True, True),
     }
-
-
-def test_arrest_on_mnist_trains_all_rows_on_one_attack(small_mnist, tmp_path, monkeypatch):
-    """The steps that the page prints, and one step size: either training has a default of its own."""
-    seen = {}
-
-    def fit(task, x, y, loop, folder):
-        seen[folder.name] = task.config
-        raise KeyboardInterrupt
-
-    for study in (mnist, arrest_mnist):
-        monkeypatch.setattr(study, "fit", fit)
-    budget = replace(arrest_mnist.QUICK, attack_in_training=40)
-    jobs = arrest_mnist.jobs(str(small_mnist), budget=budget)[:4]
-    save_classifier(SmallCNN(1, 10, (28, 28), 4), jobs[0].folder(tmp_path))
-    for job in jobs:
-        with pytest.raises(KeyboardInterrupt):
-            job.work(job, tmp_path / job.name, tmp_path)
-    standard, *others = (seen[name] for name in arrest_mnist.MODELS)
-    attacks = {(a.eps, a.steps, a.step_size(a.eps), a.eps_warmup, a.norm) for a in (c.attack for c in others)}
-    assert len(others) == 3 and attacks == {(0.3, 40, 2 * 0.3 / 40, 0.5, "linf")} and standard.attack.eps == 0
-
-
-def test_settings_of_a_stage_count_for_what_follows_it_alone():
-    def asked(changes: dict) -> dict[str, dict]:
-        budget = atop_mnist.changed(atop_mnist.QUICK, changes)
-        return {job.name: job.asked() for job in atop_mnist.jobs("", budget=budget)}
-
-    before = asked({})
-
-    def changed(part: str, **changes) -> set[str]:
-        return {name for name, now in asked({part: changes}).items() if now != before[name]}
-
-    fine = {atop_mnist.PIPELINE, atop_mnist.ROBUST_PIPELINE}
-    attacked = {f"{name} attacked" for name in atop_mnist.BASES}
-    assert changed(atop_mnist.PIPELINE, steps=2) == fine | {f"{name} attacked" for name in fine}
-    assert changed("attack", steps=9) == attacked
-    assert changed(atop_mnist.OBJECTIVE, epochs=2) == {atop_mnist.OBJECTIVE, f"{atop_mnist.OBJECTIVE} attacked"}
-    assert changed("amount", images=9) == before.keys()
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks import __main__ as program
 from benchmarks import pages, studies
 from benchmarks.studies import RESULT, Job, cifar10
-from benchmarks.studies.cifar10 import candidates, models, plan, table
+from benchmarks.studies.cifar10 import candidates, models, plan
 from benchmarks.studies.cifar10 import results as results_of_study
 from benchmarks.studies.cifar10 import study as names
 from purify_fast.evaluation import Report
@@ -265,15 +265,6 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert all((results / "cifar10" / name).is_file() for name in ("tradeoff.png", "photos.png"))
 
 
-def test_models_of_equal_accuracy_can_be_drawn(tmp_path):
-    reached = (10.0, 5.0, 1.0, 1.0)
-    points = {names.STANDARD: reached, names.BASE: reached, names.share_name(0.5): (20.0, 5.0, 1.0, 1.0)}
-    for count in (1, 2, 3):
-        path = tmp_path / f"{count}.png"
-        table.plot(dict(list(points.items())[:count]), BUDGET, path)
-        assert path.is_file()
-
-
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     with pytest.raises(ValueError, match="holds no model that is judged"):
         cifar10.write(tmp_path, tmp_path / "results", BUDGET)
@@ -376,83 +367,3 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     assert rows == ["model", "---", names.BASE, names.LARGE]
     told = "CARSO, paper's objective, seed 0: left out, for what it began with was trained anew"
     assert told in capsys.readouterr().err
-
-
-def test_rows_that_a_version_does_not_know_are_kept(tmp_path):
-    two = replace(BUDGET, shares=(0.25, 0.5))
-    for name in (names.BASE, names.share_name(0.25)):
-        trained(tmp_path, name)
-        judged(tmp_path, name, 1)
-    cifar10.write(tmp_path, tmp_path / "results", two)
-    page = cifar10.write(tmp_path, tmp_path / "results", replace(BUDGET, shares=(0.5,))).read_text()
-    kept = json.loads((tmp_path / "results" / "cifar10.json").read_text())
-    assert [line["name"] for line in kept] == [names.BASE, "PGD-AT, 0.25 eps"] and "0.25 eps" not in page
-
-
-def test_candidates_alone_make_no_table(tmp_path):
-    fact(tmp_path, names.tried_name(names.BASE), clean=0.7, tried={"share": 0.3, "reliable": True})
-    with pytest.raises(ValueError, match="holds no model that is judged"):
-        cifar10.write(tmp_path, tmp_path / "results", BUDGET)
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize("winner", ["CARSO pipeline, late layers", candidates.MIXED])
-def test_the_best_candidate_is_trained_and_judged_with_a_second_seed(winner, tmp_path, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(count):
-        pixels = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        return pixels, torch.arange(count) % 10
-
-    whole = models.data.DataSet(*drawn(80), *drawn(20), name="cifar10", num_classes=10)
-    monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
-    for name in (candidates.MIXED, *candidates.CANDIDATES):
-        fact(tmp_path, names.tried_name(name), clean=0.5, tried={"share": float(name == winner), "reliable": True})
-    jobs = {(job.name, job.seed): job for job in cifar10.jobs("nowhere", BUDGET)}
-
-    def done(name):
-        job = jobs[name, 1]
-        studies._run(job, tmp_path, 1)
-        return job.result(tmp_path)
-
-    for name in (names.STANDARD, names.BASE, names.CARSO):
-        done(name)
-    trained_again = done(names.BEST)
-    assert trained_again["model"] == winner and trained_again["inference_gflop"] > 0
-    # what is tried later changes nothing: the model that was trained is judged
-    for name in candidates.CANDIDATES:
-        fact(tmp_path, names.tried_name(name), clean=1.0, tried={"share": 1.0, "reliable": True})
-    attacked = []
-
-    def lowest(job, folder, model, name, *_):
-        attacked.append((name, model))
-        return {"share": 0.5, "images": 4, "reliable": True}
-
-    monkeypatch.setattr(plan, "_lowest", lowest)
-    assert done(names.judged_name(names.BEST, "fast"))["model"] == winner
-    ((name, model),) = attacked
-    assert name == winner
-    if winner == candidates.MIXED:
-        assert isinstance(model, candidates.Mixed)
-    else:
-        assert list(model.defence.arguments["layers"]) == list(names.LAYERS[-1:])
-
-
-def test_the_second_seed_of_another_best_candidate_is_left_out(tmp_path, capsys):
-    first, second, *_ = candidates.CANDIDATES
-    one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
-    trained(one, names.BASE)
-    judged(one, names.BASE, 1)
-    trained(one, first)
-    for seed in (0, 1):
-        trained(one, names.BEST, seed)
-        judged(one, first, 1, seed, row_name=names.BEST)
-    page = cifar10.write(one, results, BUDGET).read_text()
-    assert page.count(f"| {names.BEST}: {first} |") == 2
-    # a table that is written again from what was kept has the same rows
-    assert cifar10.write(one, results, BUDGET).read_text() == page
-    trained(other, second)
-    judged(other, second, 1, row_name=names.BEST)
-    page = cifar10.write(other, results, BUDGET).read_text()
-    assert f"| {names.BEST}: {second} |" in page and f"{names.BEST}: {first}" not in page
-    assert f"{names.BEST}, seed 1: left out, for the best one is {second} now" in capsys.readouterr().err

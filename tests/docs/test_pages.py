@@ -41,26 +41,6 @@ def test_values_are_read_from_the_studies():
     assert "-->4.40<!-- end -->" in speed
 
 
-def test_a_typed_number_is_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "<!-- numbers from: carso_digits -->\nIt keeps 28.6 % and 99.97 %, at `0.123` and 8.25.\n\n"
-        "```\n1.234\n```\n<!-- not measured here: 8.25 -->\n"
-    )
-    assert pages.typed_numbers(page, RESULTS) == ["page.md: 99.97 stands in no results that the page names"]
-
-
-def test_a_broken_link_is_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# One, two\n[a](#one-two) [b](#three) [c](gone.md) [d](page.md#one-two) [e](https://example.org)\n"
-    )
-    assert pages.broken_links(page) == [
-        "page.md: #three names no heading of page.md",
-        "page.md: gone.md does not exist",
-    ]
-
-
 def test_the_page_of_the_installation_lists_every_environment_variable():
     sources = [ROOT / "setup.py", *(ROOT / "purify_fast").rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"\bPURIFY_FAST_[A-Z_]*[A-Z]\b", path.read_text())}

@@ -28,7 +28,7 @@ TESTS = {
     "gradients_without_a_direction_move_nothing gradients_of_any_size_have_a_direction nan_in_the_image_propagates "
     "special_radii",
     "philox": "pinned_vector_of_each_stream any_split_gives_the_same_numbers",
-    "random_transform": "gradient_of_the_clip pinned_masks infinities_are_clipped_where_they_are_seen",
+    "random_transform": "gradient_of_the_clip without_noise pinned_masks infinities_are_clipped_where_they_are_seen",
     "reconstruction_loss": "published_values saturated_logits_are_exact target_of_any_dtype_without_a_gradient "
     "non_finite_logits_are_not_hidden",
     "representation_distance": "published_values published_gradient_and_loss where_the_student_is_the_teacher "
@@ -36,6 +36,7 @@ TESTS = {
     "from_the_smallest_to_the_largest_norms layers_are_as_one_by_one layers_of_several_precisions",
     "sample_latent": "published_divergence divergence_near_the_prior_keeps_its_gradient "
     "one_output_alone_has_a_gradient non_finite_parameters_are_not_hidden",
+    "stitch": "only_the_owner_is_read a_block_without_an_owner_is_zero",
     "contract": "any_layout_and_no_mutation a_sample_does_not_depend_on_its_batch empty_batches func_grad",
 }
 

@@ -208,20 +208,3 @@ def test_non_finite_logits_are_not_hidden(backend, method, value):
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
     clean = torch.tensor([0, 2])
     assert torch.equal(out[clean], aggregate(logits[clean], method))
-
-
-def test_tangent_and_its_gradient():
-    """Above 70, exp is continued with its value and its slope: the op's backward is the slope."""
-    q = torch.tensor([69.0, 70.0, 71.0, 500.0], dtype=torch.float64, requires_grad=True)
-    value, slope = op._tangent_exp(q)
-    (gradient,) = torch.autograd.grad(value.sum(), q)
-    torch.testing.assert_close(gradient, slope)
-    torch.testing.assert_close(value[2] - value[1], slope[1])
-    logits = torch.full((1, 2, 3), 90.0, dtype=torch.float64).requires_grad_()
-    weight = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
-    two = [f(logits) for f in (lambda x: op._aggregate(x, 1), lambda x: op.reference(x, 1))]
-    grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in two]
-    torch.testing.assert_close(*grads)
-
-
-# the contract

@@ -121,16 +121,6 @@ def test_half_types_have_wide_scores(backend, dtype):
     assert (out - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_samples_use_their_own_keys(backend):
-    features, valid = inputs(4, 6, 12, 8)
-    whole = contextual_attention(features, valid)
-    for i in range(4):
-        alone = contextual_attention(features[i : i + 1], valid[i : i + 1])
-        torch.testing.assert_close(whole[i : i + 1], alone, rtol=0, atol=2.4e-7 * 4)
-    other = contextual_attention(features, valid[:1].expand(4, -1))
-    assert (other[1:] - whole[1:]).abs().amax((1, 2, 3)).min() > 1e-3
-
-
 def test_invalid_keys_give_nothing_and_take_their_share(backend):
     """At scale 0 the weights are 1/L, and only the valid ones count: no renormalisation."""
     features, _ = inputs(1, 3, 8, 8, dtype=torch.float64)
@@ -159,21 +149,6 @@ def test_non_finite_features_are_not_hidden(backend):
     assert out[0].isfinite().all() and out[1].isnan().all() and not out[2, 2].isfinite().all()
     valid[1] = False
     assert contextual_attention(features, valid)[1].isnan().all()
-
-
-def test_threads_change_nothing():
-    """Of the kernel; the sum over the queries is made in blocks of a fixed size."""
-    arguments = between(3, 4, 26, 22)
-    grad = torch.randn(3, 4, 143, 143, generator=torch.Generator().manual_seed(1))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            spread, weights = op.OP.handle(*arguments)
-            results.append((spread, weights, *op.BACKWARD.handle(grad, *arguments[:2], weights, *arguments[3:])))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def whole(features: torch.Tensor, valid: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -255,18 +230,6 @@ def test_backward_under_autocast_computes_in_the_features_dtype():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_inductor_fuses_the_reference():
-    """Its result; the gradient is traced alike above, and would take the C++ compiler as long again.
-
-    In float64: the scale of 10 before the softmax makes much of float32's rounding.
-    """
-    torch._dynamo.reset()
-    features, valid = inputs(2, 2, 4, 6, dtype=torch.float64)
-    with torch.no_grad():
-        compiled = torch.compile(contextual_attention, fullgraph=True)(features, valid)
-        torch.testing.assert_close(compiled, literal(features, valid), rtol=1e-11, atol=1e-12)
-
-
 def blocks(*missing: tuple[int, int], side: int = 32, size: int = 256) -> torch.Tensor:
     mask = torch.zeros(1, 1, size, size)
     for row, column in missing:
@@ -315,13 +278,6 @@ def test_validity_at_any_resolution(pixels, side, size):
     assert torch.equal(valid, by_hand(mask, size)) and 0 < valid.float().mean() < 1
     assert torch.equal(key_validity(mask.bool(), size), valid)
     assert torch.equal(key_validity(mask.bfloat16(), size), valid)
-
-
-def test_every_small_block_counts():
-    for row in range(8):
-        for column in range(8):
-            valid = key_validity(blocks((row, column), side=4, size=32), (4, 4)).view(4, 4)
-            assert not valid[row // 2, column // 2]
 
 
 def test_validity_compiles(contract):

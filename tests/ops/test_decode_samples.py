@@ -55,13 +55,6 @@ def test_every_sample_is_decoded_under_its_condition(decoder, batch):
             torch.testing.assert_close(out[b, k], decoder(z[b : b + 1, k : k + 1], condition[b : b + 1])[0])
 
 
-def test_permuting_a_batch_permutes_the_images(decoder):
-    condition, z = arguments(5)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    whole = decode_samples(decoder, condition, z)
-    torch.testing.assert_close(decode_samples(decoder, condition[order], z[order]), whole[order])
-
-
 def test_gradients(decoder):
     condition, z = arguments(2)
     leaves = condition.requires_grad_(), z.requires_grad_()
@@ -109,16 +102,6 @@ def packed_arguments(batch: int = 2, dtype: torch.dtype = torch.float64, seed: i
 def opaque(condition, *rest):
     """Through the op and its own backward, as a kernel is called."""
     return op._decode(condition, *rest)
-
-
-def test_packing_is_undone():
-    weight = torch.randn(9, 40, 24)
-    unpacked = op._pack(weight, 32).view(9, 64, 32)
-    assert torch.equal(unpacked[:, :40, :24], weight)
-    assert not unpacked[:, 40:].any() and not unpacked[..., 24:].any()
-    assert op.Geometry.of(GEOMETRY.numbers()) == GEOMETRY
-    *_, packed, biases = packed_arguments()
-    assert GEOMETRY.sizes() == (packed.numel(), biases.numel())
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -176,16 +159,14 @@ def test_decode_prior_compiles(contract):
         ({"packed": torch.zeros(9)}, r"packed must be contiguous, \[\d+\] for Geometry.*, got \[9\]"),
         ({"biases": torch.zeros(1)}, r"biases must be contiguous, \[48\] for Geometry.*, got \[1\]"),
         ({"biases": torch.zeros(96)[::2]}, "biases must be contiguous"),
-        (
-            {"seed": torch.zeros(0, dtype=torch.int64)},
-            r"seed must be an int64 tensor of shape \[1\], got torch.int64 \[0\]",
-        ),
+        ({"seed": torch.zeros(0, dtype=torch.int64)}, r"seed must be .* of shape \[1\], got torch.int64 \[0\]"),
         ({"condition": torch.zeros(2, 23)}, r"condition must be \[B, 24\] and torch.float32, got \[2, 23\]"),
         ({"condition": torch.zeros(2, 24).half()}, r"condition must be .* got \[2, 24\] and torch.float16"),
         ({"biases": torch.zeros(48).double()}, "biases must be torch.float32, got torch.float64"),
         ({"dtype": torch.float16}, "dtype must be float32 or bfloat16"),
         ({"sample_ids": torch.arange(3)}, "sample_ids has 3 entries for a batch of 2"),
         ({"seed": torch.tensor([1.0])}, r"seed must be an int64 tensor of shape \[1\], got torch.float32"),
+        ({"seed": 7}, r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"),
         ({"samples": 0}, r"samples must be at least 1 and below 2\^63, slope at least 0 and finite, got 0"),
         ({"slope": -0.1}, "got 3 and -0.1"),
         ({"slope": float("nan")}, "got 3 and nan"),
@@ -197,12 +178,5 @@ def test_refusals_of_decode_prior(change, message):
     names = "condition", "seed", "sample_ids", "packed", "biases"
     arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
     arguments |= {"geometry": GEOMETRY, "samples": 3}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         decode_prior(**(arguments | change))
-
-
-def test_decode_prior_refuses_a_seed_that_is_no_tensor():
-    names = "condition", "seed", "sample_ids", "packed", "biases"
-    arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
-    with pytest.raises(TypeError, match=r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"):
-        decode_prior(**(arguments | {"geometry": GEOMETRY, "samples": 3, "seed": 7}))

@@ -21,7 +21,7 @@ from purify_fast.cli import installation
 from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, philox, sample_latent
 from purify_fast.ops.dispatch import examples, races, tune, verify
-from purify_fast.ops.dispatch.op import Call, call_of, size_of
+from purify_fast.ops.dispatch.op import Call, size_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -306,20 +306,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, mo
 def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
     assert cli.main(["tune", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_cells_are_named_and_read():
-    for call in (
-        Call(CPU),
-        Call(CPU, "l2"),
-        Call(CPU, "l2", torch.bfloat16, 16),
-        Call(CPU, "", torch.float32, 1000 - 1),
-        Call(CPU, "", torch.float16),
-    ):
-        assert call_of(call.cell, CPU, "eager") == call
-    assert [size_of(bits) for bits in (0, 1, 16, 17, 20, 21, 64)] == [
-        "", "small", "small", "medium", "medium", "large", "large",
-    ]  # fmt: skip
 
 
 PROCESS = """

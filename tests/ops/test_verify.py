@@ -273,18 +273,6 @@ def test_a_folder_that_cannot_be_written(make, folder, caplog):
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
-def test_a_file_that_cannot_be_replaced(make, folder, monkeypatch):
-    def refuse(*_):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(cache._files, "write_text", refuse)
-    kernel = counted(lambda x: x + x)
-    op = make(kernel)
-    assert op.serving(Call(CPU)) == "cpp" and not list(folder.glob("*.json"))
-    registry.forget()
-    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == 3
-
-
 def test_verification_can_be_switched_off(make, folder, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_VERIFY", "off")
     assert make(lambda x: 3 * x).serving(Call(CPU)) == "cpp" and not folder.exists()
