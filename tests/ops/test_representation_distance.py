@@ -55,7 +55,7 @@ def test_published_values(backend, pair, wanted, half_turns, scale):
         assert representation_distance(scale * u, v, kind).item() == pytest.approx(value, abs=1e-9)
         single = representation_distance((scale * u).float(), v.float(), kind)
         # the angle of a cosine that is rounded next to 1
-        slack = 1.2e-4 if kind == "angular" and value in (0, 1) else 5e-7
+        slack = 1.2e-4 if kind == "angular" and value in (0, 1) else 5e-7 if backend == "triton" else 2e-7
         assert single.dtype == torch.float32 and single.item() == pytest.approx(value, abs=slack)
     assert representation_distance(u, v, "l2").item() == pytest.approx(math.dist(*pair), abs=1e-12)
 
@@ -221,6 +221,12 @@ def test_teacher_of_any_dtype(backend, dtype, teacher_dtype):
 # special values
 
 
+def assert_orthogonal(distance, kind, backend):
+    """Three distances are those of orthogonal vectors, exactly; Triton's arc cosine of 0 is half of pi but rounded."""
+    right = torch.full((3,), 0.5 if kind == "angular" else 1.0)
+    torch.testing.assert_close(distance.detach(), right, rtol=0, atol=1e-7 if backend == "triton" else 0)
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_zero_vectors(backend, kind):
     u, v = inputs(4, 6)
@@ -228,14 +234,12 @@ def test_zero_vectors(backend, kind):
     leaf = u.clone().requires_grad_()
     d = representation_distance(leaf, v, kind)
     (grad,) = torch.autograd.grad(d.sum(), leaf)
-    # Triton's arc cosine of 0 is half of pi to the last bit but one
-    right = torch.full((3,), 0.5 if kind == "angular" else 1.0)
-    torch.testing.assert_close(d[:3].detach(), right, rtol=0, atol=1e-7)
+    assert_orthogonal(d[:3], kind, backend)
     assert d[3].isfinite()
     assert (grad[:3] == 0).all() and (grad[3] != 0).any()
     empty = torch.zeros(3, 0, requires_grad=True)
     d = representation_distance(empty, torch.zeros(3, 0), kind)
-    torch.testing.assert_close(d.detach(), right, rtol=0, atol=1e-7)
+    assert_orthogonal(d, kind, backend)
     assert torch.autograd.grad(d.sum(), empty)[0].shape == (3, 0)
 
 
@@ -271,8 +275,7 @@ def test_from_the_smallest_to_the_largest_norms(backend, kind):
         torch.testing.assert_close(d, wanted, rtol=1e-4, atol=1e-6)
         assert torch.autograd.grad(d.sum(), leaf)[0].isfinite().all()
     assert representation_distance(1e25 * u, v, kind).isnan().all()  # not orthogonal: squares overflowed
-    right = torch.full((3,), 0.5 if kind == "angular" else 1.0)
-    torch.testing.assert_close(representation_distance(1e-35 * u, v, kind), right, rtol=0, atol=1e-7)
+    assert_orthogonal(representation_distance(1e-35 * u, v, kind), kind, backend)
 
 
 # layout, batch, modes
