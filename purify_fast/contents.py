@@ -4,7 +4,7 @@
 it. There are two keys. `identity_key` is of the very tensors and objects: a captured step reads the memory that its
 model had when it was captured, and may be replayed while this key is the same. What is written there in place, it sees:
 an optimizer's step, a refreshed inference copy, new running statistics. The other key, by value, tells models of
-different processes apart: `purify_fast.evaluation.keep.fingerprint`.
+different processes apart: `purify_fast.evaluation.fingerprint`.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class Evaluate(DataCommand):
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)
-        print(f"written: {out}/report.html, report.md, report.json and pictures")
+        print(f"written: {out}/report.html, report.md and report.json")
 
 
 def _sign_of_place(spec: str) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import tyro
 
+from .._files import write_text
 from .command import Command
 
 
@@ -52,15 +53,14 @@ class ShowReport(Command):
 
     def run(self) -> None:
         from ..evaluation import Report
-        from ..evaluation.show.page import page_file, write_page
 
         reports = [place / "report.json" for place in (self.folder, self.folder / "evaluation")]
         report = next((path for path in reports if path.is_file()), None)
         if report is None:
             raise FileNotFoundError(f"{self.folder} holds no report.json: `purify-fast evaluate` writes one")
-        page = page_file(report.parent)
+        page = report.with_suffix(".html")
         if not page.is_file():
-            write_page(Report.from_json(report.read_text(encoding="utf-8")), report.parent)
+            write_text(page, Report.from_json(report.read_text(encoding="utf-8")).to_html())
         print(page)
         if self.open:
             webbrowser.open(page.resolve().as_uri())

@@ -31,7 +31,7 @@ NEXT = [
 
 
 def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> dict[str, Report]:
-    """Train, attack, report: ``report.md``, and a folder with JSON and PNG pictures for each method.
+    """Train, attack, report: ``report.md``, and a folder with the page and JSON for each method.
 
     Finished parts are reused. AToP and ARREST are trained beside CARSO, on the core that small batches leave idle, and
     models are attacked there as soon as they are ready.
@@ -79,7 +79,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     head = ["# The demonstration on digits", "", *notes, "", "## Summary", "", *_summary(reports), "", *NEXT, ""]
     write_text(workspace.out / "report.md", "\n".join([*head, *pages]))
     folders = " and ".join(method.folder for method in METHODS.values())
-    say(f"written: {workspace.out}/report.md; report.html, report.json and pictures in {folders} there")
+    say(f"written: {workspace.out}/report.md; report.html and report.json in {folders} there")
     return reports
 
 
@@ -91,7 +91,7 @@ def _train_beside(workspace: Workspace) -> None:
 
 
 def _report(workspace: Workspace, title: str) -> tuple[Report, list[str]]:
-    """One method's report, printed and saved with its pictures, and its part of the page."""
+    """One method's report, printed and saved, and its part of the page."""
     method = METHODS[title]
     # every row is there already
     names = (*method.beside, *method.models)

@@ -1,10 +1,10 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
-from .metrics import Tradeoff, ar_bd, ar_point_dist
-from .report import Examples, Paired, Report, Row, merge
+from .report import Report, merge
+from .rows import Examples, Paired, Row
 from .runner import evaluate
-from .show.plots import plot_tradeoff
 from .specs import AttackSpec, as_attack, lee_kim_2023
+from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
 
 __all__ = [
     "AttackSpec",

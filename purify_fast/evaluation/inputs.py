@@ -79,20 +79,20 @@ def _range(x: Tensor) -> str:
     if bool(x.isnan().any()):
         return f"{int(x.isnan().sum())} values that are NaN"
     least, most = float(x.min()), float(x.max())
-    told = f"values from {least:.3g} to {most:.3g}"
+    advice = ""
     if 1.5 < most <= 255 and least >= 0:
-        return f"{told}; x is in 0..255: divide by 255, or give uint8"
-    if -1 <= least < 0 and most <= 1:
-        return (
-            f"{told}; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model, so "
-            "that eps is a share of the range from black to white"
+        advice = "; x is in 0..255: divide by 255, or give uint8"
+    elif -1 <= least < 0 and most <= 1:
+        advice = (
+            "; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model, so that "
+            "eps is a share of the range from black to white"
         )
-    if least < 0:
-        return (
-            f"{told}; normalized images are wanted as they were before: give x * std + mean, and let the model "
-            "normalize them: lambda x: model((x - mean) / std)"
+    elif least < 0:
+        advice = (
+            "; normalized images are wanted as they were before: give x * std + mean, and let the model normalize "
+            "them: lambda x: model((x - mean) / std)"
         )
-    return told
+    return f"values from {least:.3g} to {most:.3g}{advice}"
 
 
 def looks_channels_last(x: Tensor) -> bool:
@@ -110,6 +110,7 @@ def _read(batches: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}")
     images: list[Tensor] = []
     labels: list[Tensor] = []
+    first: tuple[torch.dtype, list[int]] | None = None
     for i, batch in enumerate(batches):
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             got = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -119,14 +120,12 @@ def _read(batches: Any) -> tuple[Tensor, Tensor]:
             got = f"{type(x).__name__} and {type(y).__name__}"
             hint = _as_tensor("images", x) or _as_tensor("labels", y)
             raise TypeError(f"batch {i} must have tensors as images and labels, got {got}{hint}")
-        if x.dim() != 4 or y.shape != (len(x),):
+        kind = x.dtype, list(x.shape[1:])
+        first = first or kind
+        if x.dim() != 4 or y.shape != (len(x),) or kind != first:
             raise ValueError(
-                f"batch {i} must have images [B, C, H, W] and labels [B], got {list(x.shape)} and {list(y.shape)}"
-            )
-        if images and (x.shape[1:] != images[0].shape[1:] or x.dtype != images[0].dtype):
-            raise ValueError(
-                f"batch {i} has {x.dtype} images {list(x.shape[1:])}, "
-                f"the first has {images[0].dtype} {list(images[0].shape[1:])}"
+                f"batch {i} must have images [B, C, H, W], of the dtype and size of the first {first}, and labels [B], "
+                f"got {x.dtype} {list(x.shape)} and {list(y.shape)}"
             )
         images.append(x)
         labels.append(y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,20 +14,21 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
+from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
-from .batches import attack_in_batches
-from .keep.cache import Batch, PartialRow, RowCache
-from .plan import ALONE, clean_name, row_name, threat_name, tried_name
+from .cache import Batch, PartialRow, RowCache
+from .plan import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
-from .specs import CLASSIFIER, AttackSpec
+from .specs import CLASSIFIER, AttackSpec, check_adversarial
 from .subject import Judgement, Subject, Variant
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
+#: What `GradientHealth` counts.
+COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive))}
         row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, settings))
         # no part of the key: the same attack by any name
-        row.attack = self.name_of(spec)
+        row.attack = row_name(spec, self.context)
         self.progress.next_row()
         return row
 
@@ -124,16 +126,12 @@ class Measure:
             return row
 
         row = self._row(settings | images, spec, make)
-        row.attack = tried_name(self.name_of(spec))
+        row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
         return row
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Which of its images an attack is given, of those that a variant classifies correctly."""
         return (left if spec.survivors_only else self.clean(variant).robust)[: spec.max_images]
-
-    def name_of(self, spec: AttackSpec) -> str:
-        """What an attack's row is called."""
-        return row_name(spec, self.context, len(self.subject.y))
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
@@ -190,30 +188,32 @@ class Measure:
     def _measure_clean(self, variant: Variant) -> Row:
         begin = time.perf_counter()
         judged = self.subject.judge(self.subject.x, variant, "clean")
-        return Row(
+        return self._new_row(
+            judged,
+            judged.right,
             attack=clean_name(variant),
             kind="clean",
             variant=variant,
             robust=judged.right[0],
             seconds=time.perf_counter() - begin,
-            **self._common(judged, judged.right),
         )
 
-    def _common(self, judged: Judgement, right: np.ndarray) -> dict[str, Any]:
-        """What every row says of the model's predictions."""
-        return {
-            "model": self.name,
-            "mean": float(right.mean()),
-            "worst": float(right.all(0).mean()),
-            "n_eval": len(right),
-            "seed": self.subject.seed,
-            "data": self.subject.data,
-            "nonfinite_predictions": judged.nonfinite,
-        }
+    def _new_row(self, judged: Judgement, right: np.ndarray, **fields: Any) -> Row:
+        """A row of the model's predictions, of which these are right."""
+        return Row(
+            model=self.name,
+            mean=float(right.mean()),
+            worst=float(right.all(0).mean()),
+            n_eval=len(right),
+            seed=self.subject.seed,
+            data=self.subject.data,
+            nonfinite_predictions=judged.nonfinite,
+            **fields,
+        )
 
     def _attack(self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow) -> _Search:
         """Run an attack on the images that it is given."""
-        subject, attack, label = self.subject, spec.resolved, self.name_of(spec)
+        subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
         index = torch.from_numpy(alive).nonzero()[:, 0]
         subject.reseed("attack")
         target = self._target(spec)
@@ -257,8 +257,10 @@ class Measure:
 
     def _judged(self, search: _Search, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
         """The row of an attack's images, from the predictions that count."""
-        return Row(
-            attack=self.name_of(search.spec),
+        return self._new_row(
+            judged,
+            right,
+            attack=row_name(search.spec, self.context),
             kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
             variant=settings["variant"],
             robust=np.asarray(right.all(0)),
@@ -267,7 +269,6 @@ class Measure:
             settings=settings | search.settings,
             examples=_examples(self.subject, search.images, search.index, judged),
             margins=judged.margins,
-            **self._common(judged, right),
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
@@ -302,3 +303,79 @@ def _examples(subject: Subject, adversarial: Tensor, index: Tensor, judged: Judg
         fell=np.full(len(shown), len(fallen) > 0),
         predicted=judged.classes[shown.numpy()],
     )
+
+
+# -- one attack, batch by batch ---------------------------------------------------------------------------------------
+
+
+def attack_in_batches(
+    attack: Attack,
+    target: Classifier,
+    index: Tensor,
+    *,
+    subject: Subject,
+    context: AttackContext,
+    unfinished: PartialRow,
+) -> tuple[Tensor, Batch]:
+    """Attack some of the images.
+
+    Random starts are tied to an image's index, so that of a model that predicts the same every time the batches do not
+    matter. The random generators go on from batch to batch, also where an earlier run made some of them.
+
+    Args:
+        attack: the attack.
+        target: what it runs on.
+        index: the images, int64.
+        subject: brings them.
+        context: what the evaluation tells the attack.
+        unfinished: keeps the batches, and has those that an interrupted run finished.
+
+    Returns:
+        All the images, attacked in the places of ``index``, and the sums over the batches.
+
+    Raises:
+        TypeError: the attack returned no tensor.
+        ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
+    """
+    adversarial = subject.x.clone()
+    sums = Batch(adversarial[:0], {}, [], 0.0)
+    health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+    begun = 0
+    for part in index.split(context.batch_size) if len(index) else ():
+        begun += len(part)
+        batch = unfinished.read(part)
+        if batch is None:
+            if context.graphs is not None:
+                context.graphs.to_come = (len(index) - begun) / len(part)
+            batch = _attack(attack, target, part, subject, context)
+            unfinished.keep(part, batch)
+        else:
+            torch.set_rng_state(batch.generators[0])
+            for state in batch.generators[1:]:
+                torch.cuda.set_rng_state(state, subject.device)
+        adversarial[part] = batch.images.to(adversarial.device)
+        sums.seconds += batch.seconds
+        health.update(batch.health)
+        fallen.update(batch.fallen)
+        sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+    sums.health, sums.fallen = dict(health), dict(fallen)
+    return adversarial, sums
+
+
+def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext) -> Batch:
+    begin = time.perf_counter()
+    x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
+
+    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
+        health = GradientHealth()
+        told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
+        # the attack gets a copy, so that what it does to the images cannot hide how far it went
+        return attack.search(target, x.clone(), y, told), told, health
+
+    graphs, device = context.graphs, subject.device
+    images, told, health = search() if graphs is None else graphs.without_if_memory_ends(search, device)
+    check_adversarial(attack.name(context), images, x, attack.threat_model(context))
+    counts = {name: health.count(name) for name in COUNTS}
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    seconds = time.perf_counter() - begin
+    return Batch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.fell_to)

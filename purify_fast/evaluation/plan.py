@@ -8,12 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
-from ..attacks import BPDA, PGD, AttackContext, AutoAttack
+from ..attacks import BPDA, AttackContext, AutoAttack
 from ..protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
-from .subject import Subject, Variant, precision_name
+from .subject import Subject, Variant
 
 logger = logging.getLogger("purify_fast")
 
@@ -48,80 +46,47 @@ def feasible(
     Raises:
         ValueError: two attacks that differ would share a name.
     """
-    images = len(subject.y)
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
+        if spec.max_images is not None and spec.max_images >= len(subject.y):
+            # these are all images
+            spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
         if obstacle is None and (fault := subject.fault(spec.variant)) is not None:
             obstacle = fault.reason
         if obstacle is not None:
-            notes.append(f"{name}: {row_name(spec, context, images)} was left out: {obstacle}")
+            notes.append(f"{name}: {row_name(spec, context)} was left out: {obstacle}")
             if fault is not None:
                 logger.warning(notes[-1])
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-        if not any(_repeats(spec, before, subject, context) for before in plan):
+        # the same attack on the same model and images adds nothing
+        if spec not in plan:
             plan.append(spec)
-    notes += pgd_in_float32(plan, precision_name(subject.model, subject.device), subject.device)
-    # a number of images that there are not more of is in no name, unless it alone tells two attacks apart: a list of
-    # attacks that many images allow is allowed by a few
-    count = Counter(row_name(spec, context, images) for spec in plan)
-    plan = [
-        dataclasses.replace(spec, label=row_name(spec, context)) if count[row_name(spec, context, images)] > 1 else spec
-        for spec in plan
-    ]
-    names = Counter(row_name(spec, context, images) for spec in plan)
+    names = Counter(row_name(spec, context) for spec in plan)
     double = [label for label, times in names.items() if times > 1]
     if double:
         raise ValueError(f"attacks need labels of their own, these share one: {', '.join(double)}")
     return plan, notes
 
 
-def pgd_in_float32(plan: Sequence[AttackSpec], precision: str | None, device: torch.device) -> list[str]:
-    """The note about rows of PGD that take their gradients in float32 on a GPU, which the others need not."""
-    if device.type != "cuda" or precision is not None or not any(isinstance(spec.resolved, PGD) for spec in plan):
-        return []
-    return [
-        "the rows of PGD take their gradients in IEEE float32, which is about 5 times as slow as TF32 in batches of "
-        "250 (an estimate, not measured); --precision tf32 of purify-fast evaluate takes TF32 everywhere"
-    ]
-
-
-def _repeats(spec: AttackSpec, before: AttackSpec, subject: Subject, context: AttackContext) -> bool:
-    """Whether the same model would be attacked on the same images by the same attack again."""
-    images = len(subject.y)
-    same_name = row_name(spec, context, images) == row_name(before, context, images)
-    if not same_name or _on_all(spec, images) != _on_all(before, images):
-        return False
-    # of a random model a repeated entry is a mistake, but not one that only these few images make a repetition
-    return not subject.is_random or spec.max_images != before.max_images
-
-
-def _on_all(spec: AttackSpec, images: int) -> AttackSpec:
-    """The attack without a number of images that there are not more of."""
-    every = spec.max_images is not None and spec.max_images >= images
-    return dataclasses.replace(spec, max_images=None) if every else spec
-
-
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     """Why a model cannot be attacked so, if it cannot."""
     model, attack = subject.model, spec.resolved
-    if isinstance(attack, BPDA) and not is_purifier(model):
-        return "the model has no purify() and classifier"
-    if spec.target == CLASSIFIER and not has_classifier(model):
-        return "the model has no classifier"
-    if spec.aggregation is not None and not supports(model, SampleLogits):
-        return "the model has no sample_logits()"
-    if not subject.is_random:
-        rand = isinstance(attack, AutoAttack) and attack.version == "rand"
-        return "the model is deterministic" if rand else None
-    if spec.variant == "fixed" and not supports(model, FixedNoise):
-        return "the model is randomised and has no fixed_noise()"
-    if spec.variant == "deterministic" and not supports(model, DeterministicMode):
-        return "the model is randomised and has no deterministic()"
-    return None
+    rand = isinstance(attack, AutoAttack) and attack.version == "rand"
+    mode = spec.variant if subject.is_random else "random"
+    random = "the model is randomised and has no"
+    obstacles = [
+        (isinstance(attack, BPDA) and not is_purifier(model), "the model has no purify() and classifier"),
+        (spec.target == CLASSIFIER and not has_classifier(model), "the model has no classifier"),
+        (spec.aggregation and not supports(model, SampleLogits), "the model has no sample_logits()"),
+        (rand and not subject.is_random, "the model is deterministic"),
+        (mode == "fixed" and not supports(model, FixedNoise), f"{random} fixed_noise()"),
+        (mode == "deterministic" and not supports(model, DeterministicMode), f"{random} deterministic()"),
+    ]
+    return next((reason for stands, reason in obstacles if stands), None)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -130,11 +95,6 @@ def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
 def clean_name(variant: Variant) -> str:
     """The name of the row of the clean images."""
     return f"clean{_VARIANTS[variant]}"
-
-
-def tried_name(attack: str) -> str:
-    """The name of the row in which the images of an attack on a variant are tried on the deployed model."""
-    return f"{attack}, tried on the deployed defence"
 
 
 def ball_name(norm: str, eps: float) -> str:
@@ -159,23 +119,16 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     return ball_name(norm, eps)
 
 
-def row_name(spec: AttackSpec, context: AttackContext, images: int | None = None) -> str:
-    """The row's name, the same for a random model and a deterministic one, so that they stand side by side.
-
-    Args:
-        spec: the attack.
-        context: what the evaluation tells it.
-        images: how many there are: an attack on as many at least is one on all of them, and its name says nothing of a
-            number. None: not known.
-    """
-    name = _own_name(spec, context, images) if spec.label is None else spec.label
+def row_name(spec: AttackSpec, context: AttackContext) -> str:
+    """The row's name, the same for a random model and a deterministic one, so that they stand side by side."""
+    name = _own_name(spec, context) if spec.label is None else spec.label
     # a label may say so itself
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
-def _own_name(spec: AttackSpec, context: AttackContext, images: int | None) -> str:
+def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     name = spec.resolved.name(context)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
@@ -185,8 +138,7 @@ def _own_name(spec: AttackSpec, context: AttackContext, images: int | None) -> s
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
-    every = spec.max_images is None or (images is not None and spec.max_images >= images)
-    return name + ("" if every else f", first {spec.max_images}")
+    return name + ("" if spec.max_images is None else f", first {spec.max_images}")
 
 
 def short(eps: float) -> str:

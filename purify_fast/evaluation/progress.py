@@ -36,9 +36,9 @@ class Progress:
         self.began = self.last_line = time.monotonic()
 
     @property
-    def seconds(self) -> float:
-        """Since the evaluation began."""
-        return time.monotonic() - self.began
+    def rate(self) -> float:
+        """Images per second through the model so far."""
+        return self.images / max(time.monotonic() - self.began, 1e-9)
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
@@ -72,45 +72,27 @@ class Progress:
         if self.bar is None:
             return
         self.bar.update(images)
-        now = time.monotonic()
-        if self.lines and now - self.last_line >= LINE_EVERY:
-            self.last_line = now
-            rate = f"{self.rate():,.0f} images/s"
-            print(f"{self.name}: row {self.label}: {rate}, {self.left()}", file=sys.stderr, flush=True)
+        if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
+            self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
 
     def finished(self, result: str) -> None:
         """Give a log the result of a row, in short."""
         if self.lines:
-            self.last_line = time.monotonic()
-            print(f"{self.name}: {result} ({duration(self.seconds)}, {self.left()})", file=sys.stderr, flush=True)
+            self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)}, {self.left()})")
 
-    def rate(self) -> float:
-        """Images per second through the model so far."""
-        return self.images / max(self.seconds, 1e-9)
+    def _print(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     def left(self) -> str:
         """The time that the rows still to be made take at most, in words."""
         costs = self.costs[self.rows :]
         if not costs:
             return "the last row"
-        known = sum(cost for cost in costs if cost is not None)
-        if costs[0] is not None:
-            known -= min(costs[0], self.in_row)
-        if not self.images:
-            return "time left not known yet"
-        if not known and None in costs:
+        if None in costs or not self.images:
             return "time left not known"
-        text = f"{duration(known / self.rate())} left at most"
-        return text if None not in costs else f"{text}, and rows whose length is not known"
-
-
-def duration(seconds: float) -> str:
-    """A time in words, such as ``1 h 4 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+        passes = sum(cost or 0 for cost in costs) - min(costs[0] or 0, self.in_row)
+        return f"{tqdm.format_interval(passes / self.rate)} left at most"
 
 
 class CountedModel(nn.Module):

@@ -1,4 +1,4 @@
-"""Which attacks are run: protocols by name, each a function from what is known of the model to a list of attacks.
+"""Which attacks are run: protocols by name, each a function from the model and the radius to a list of attacks.
 
 To add one, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: what has fallen
 is attacked no more, so that the costly ones see few images.
@@ -7,19 +7,16 @@ is attacked no more, so that the costly ones see few images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
-
-from torch import Tensor
 
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
-from ..attacks.autoattack import implementation
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
 from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
 from .specs import AttackSpec
-from .surrogates import Surrogate, surrogates
+from .subject import Subject
+from .surrogates import WithoutNoise
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 
@@ -31,43 +28,23 @@ RAND_DRAWS = 20
 RESTARTS = 2
 
 
-@dataclass(frozen=True)
-class AttackedModel:
-    """What a protocol may know of the model.
-
-    Args:
-        model: images to logits; any callable.
-        some: a few of the images ``[B, C, H, W]``, on the model's device.
-        num_classes: of its logits.
-        is_random: whether two predictions differ.
-        eps: radius of the report's ball, in image units.
-        base: an undefended classifier to transfer from, if one was given.
-    """
-
-    model: Classifier
-    some: Tensor
-    num_classes: int
-    is_random: bool
-    eps: float
-    base: Classifier | None = None
-
-
-def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
+def protocol_attacks(name: str, subject: Subject, eps: float, base: Classifier | None = None) -> list[AttackSpec]:
     """The attacks of a protocol, in their order.
 
     Args:
         name: of the protocol, one of `ProtocolName`.
-        attacked: what is attacked.
+        subject: what is subject.
+        eps: radius of the report's ball, in image units.
+        base: an undefended classifier to transfer from.
 
     Raises:
         ValueError: another name.
-        ModuleNotFoundError: "official" or "authors" without the package pyautoattack or autoattack.
     """
     check_literal("protocol", name, ProtocolName)
-    attacks = PROTOCOLS[name](attacked)
+    attacks = PROTOCOLS[name](subject, eps)
     # an evaluation of others has no such row
-    if attacked.base is not None and name != "authors":
-        attacks.append(_left(PGD(), "transfer from the base", target=attacked.base))
+    if base is not None and name != "authors":
+        attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
 
 
@@ -76,40 +53,36 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
-def _fast(attacked: AttackedModel) -> list[AttackSpec]:
+def _fast(subject: Subject, eps: float) -> list[AttackSpec]:
     return [_left(APGD(steps=25)), _left(APGD(loss="dlr_targeted", give_up=True))]
 
 
-def _standard(attacked: AttackedModel) -> list[AttackSpec]:
+def _standard(subject: Subject, eps: float) -> list[AttackSpec]:
     four = APGD(give_up=True), APGD(loss="dlr_targeted", give_up=True), FABT(give_up=True), Square(give_up=True)
-    return [_left(attack) for attack in four] + _without_noise(attacked)
+    return [_left(attack) for attack in four] + _without_noise(subject)
 
 
-def _without_noise(attacked: AttackedModel) -> list[AttackSpec]:
+def _without_noise(subject: Subject) -> list[AttackSpec]:
     """For a random model: what its deterministic version falls to, tried on the model itself."""
-    if not (attacked.is_random and supports(attacked.model, DeterministicMode)):
+    if not (subject.is_random and supports(subject.model, DeterministicMode)):
         return []
-    return [_transferred(surrogate) for surrogate in _surrogates(attacked) if surrogate.kind == "without noise"]
+    return [_transferred(*pair) for pair in subject.surrogates() if isinstance(pair[1], WithoutNoise)]
 
 
-def _surrogates(attacked: AttackedModel) -> list[Surrogate]:
-    return surrogates(attacked.model, attacked.some, attacked.num_classes)
-
-
-def _rand(attacked: AttackedModel) -> list[AttackSpec]:
+def _rand(subject: Subject, eps: float) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
     return [_left(APGD(loss=loss, eot_iter=RAND_DRAWS, give_up=True)) for loss in losses]
 
 
-def _strong(attacked: AttackedModel) -> list[AttackSpec]:
+def _strong(subject: Subject, eps: float) -> list[AttackSpec]:
     # every search to its end: what the other protocols give up is looked at here
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
-    if supports(attacked.model, SampleLogits):
-        attacks += [_head(attacked.model, head) for head in HEADS]
-    attacks += [_transferred(surrogate) for surrogate in _surrogates(attacked)]
+    if supports(subject.model, SampleLogits):
+        attacks += [_head(subject.model, head) for head in HEADS]
+    attacks += [_transferred(*pair) for pair in subject.surrogates()]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
@@ -123,30 +96,26 @@ def _head(model: Classifier, head: Head) -> AttackSpec:
     return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
 
 
-def _transferred(surrogate: Surrogate) -> AttackSpec:
-    label = f"APGD-T by the gradients of {surrogate.name}"
-    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate.model)
+def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
+    label = f"APGD-T by the gradients of {name}"
+    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate)
 
 
-def _official(attacked: AttackedModel) -> list[AttackSpec]:
-    # if it is missing, no work is begun
-    implementation()
-    if not attacked.is_random:
+def _official(subject: Subject, eps: float) -> list[AttackSpec]:
+    if not subject.is_random:
         return [AttackSpec(AutoAttack())]
     quiet: list[AttackSpec] = []
-    if supports(attacked.model, FixedNoise):
+    if supports(subject.model, FixedNoise):
         quiet = [AttackSpec(AutoAttack(), "fixed")]
-    elif supports(attacked.model, DeterministicMode):
+    elif supports(subject.model, DeterministicMode):
         quiet = [AttackSpec(AutoAttack(), "deterministic")]
     return [*quiet, AttackSpec(AutoAttack(version="rand"))]
 
 
-def _authors(attacked: AttackedModel) -> list[AttackSpec]:
-    # if it is missing, no work is begun
-    implementation()
-    if supports(attacked.model, AuthorsEvaluation):
-        return list(cast(AuthorsEvaluation, attacked.model).authors_attacks(attacked.eps))
-    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=attacked.model)]
+def _authors(subject: Subject, eps: float) -> list[AttackSpec]:
+    if supports(subject.model, AuthorsEvaluation):
+        return list(cast(AuthorsEvaluation, subject.model).authors_attacks(eps))
+    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.model)]
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
@@ -154,7 +123,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
 
     Args:
         name: of the protocol; None for a list of attacks.
-        model: what was attacked.
+        model: what was subject.
     """
     if name != "authors":
         return []
@@ -171,7 +140,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
 
 
 #: Every protocol by its name.
-PROTOCOLS: dict[str, Callable[[AttackedModel], list[AttackSpec]]] = {
+PROTOCOLS: dict[str, Callable[[Subject, float], list[AttackSpec]]] = {
     "fast": _fast,
     "standard": _standard,
     "rand": _rand,

@@ -13,23 +13,10 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding, Outlook
-from .rows import Examples, Paired, Row, attack_names, model_names
-from .show import plots
-from .show.page import write_page
-from .show.tables import color_is_welcome, comparison, markdown_table, table_of_rows, terminal_table
-from .show.text import (
-    LEGEND,
-    about_variants,
-    about_zero_errors,
-    believable,
-    beside_headline,
-    column_legend,
-    headline,
-    terminal_legend,
-    verdict,
-)
-
-__all__ = ["FORMAT", "Examples", "Paired", "Report", "Row", "merge"]
+from .rows import Paired, Row, attack_names, model_names
+from .show.page import html_page
+from .show.tables import color_is_welcome, comparison, markdown_table
+from .show.text import render
 
 FORMAT = 1
 
@@ -114,7 +101,7 @@ class Report:
                     best[row.model, row.threat] = row
         return best
 
-    def _over_all(self, model: str, threat: str | None) -> Row | None:
+    def over_all(self, model: str, threat: str | None) -> Row | None:
         """The worst over all images, if there is one."""
         mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
         return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
@@ -163,12 +150,18 @@ class Report:
 
     def to_json(self) -> str:
         """All rows with their masks, and each model's headline."""
-        headlines = {model: {"attack": row.attack, "accuracy": row.accuracy} for model, row in self.headlines.items()}
-        content: dict[str, Any] = {"format": FORMAT, "about": self.about, "headlines": headlines, "notes": self.notes}
-        content["findings"] = [asdict(finding) for finding in self.findings]
-        content["outlooks"] = [asdict(outlook) for outlook in self.outlooks]
-        content |= {"curves": self.curves, "threats": self.threats}
-        return json.dumps(content | {"rows": [row.to_dict() for row in self.rows]}, indent=1, allow_nan=False)
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "about": self.about,
+            "headlines": {m: {"attack": row.attack, "accuracy": row.accuracy} for m, row in self.headlines.items()},
+            "notes": self.notes,
+            "findings": [asdict(finding) for finding in self.findings],
+            "outlooks": [asdict(outlook) for outlook in self.outlooks],
+            "curves": self.curves,
+            "threats": self.threats,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+        return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -176,37 +169,34 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report has format {content.get('format')!r}, this version reads {FORMAT}")
-        rows = [Row.from_dict(row) for row in content["rows"]]
         return cls(
-            rows,
-            content["notes"],
-            content.get("about", {}),
-            [Finding(**values) for values in content.get("findings", [])],
-            [Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])],
-            curves=content.get("curves", {}),
-            threats=content.get("threats", {}),
+            rows=[Row.from_dict(values) for values in content["rows"]],
+            findings=[Finding(**values) for values in content["findings"]],
+            outlooks=[Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content["outlooks"]],
+            **{name: content[name] for name in ("notes", "about", "curves", "threats")},
         )
 
     def to_markdown(self) -> str:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
-        lines = [", ".join(["# Robustness", *self._title()]), ""]
-        for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            findings = [finding for finding in self.findings if finding.model == model]
-            lines.append(headline(model, threat, row, self._over_all(model, threat), findings))
-        for model in self.models:
-            lines += [f"- {model}: {text}" for text in about_variants([r for r in self.rows if r.model == model])]
-        if len(self.models) > 1:
-            lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
-        lines += ["", "## Every row", ""]
-        lines += markdown_table(*table_of_rows(self.rows))
-        lines += ["", "\n\n".join(column_legend(self.rows)), "", *LEGEND]
-        lines += ["\n" + text for text in about_zero_errors(self.rows)]
-        lines += believable(self.findings, self.outlooks)
-        if self.notes:
-            lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
-        return "\n".join(lines) + "\n"
+        lowest = sorted(self.lowest.items(), key=lambda item: item[0][1] is not None)
+        return render("report.md.jinja", report=self, lowest=lowest)
 
-    def _title(self) -> list[str]:
+    def to_html(self, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+        """The report as one page that loads nothing from anywhere.
+
+        Args:
+            defence: for the pictures: its predictions, and what it makes of attacked images if it has ``purify``. Of
+                several models, a mapping from their names; those it lacks are shown without.
+
+        Raises:
+            ValueError: one defence for several models.
+        """
+        if callable(defence) and len(self.models) > 1:
+            raise ValueError(f"the report has several models, {self.models}: give a mapping from their names")
+        return html_page(self, defence)
+
+    @property
+    def title(self) -> list[str]:
         """What the numbers are about: threat model, data set, protocol, precision, version, where they are known."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
         named += [f"{what} {self.about[what]}" for what in ("protocol", "precision") if what in self.about]
@@ -222,16 +212,7 @@ class Report:
         Args:
             color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
         """
-        chosen = color_is_welcome() if color is None else color
-        title = [", ".join(["Robustness", *self._title()]), ""] if self.about else []
-        if len(self.models) > 1:
-            return "\n".join([*title, terminal_table(*comparison(self.rows), color=chosen)])
-        lines = [*title, terminal_table(*table_of_rows(self.rows), color=chosen), ""]
-        threat = self.about.get("threat")
-        lines += [verdict(model, row, self.findings, threat) for model, row in self.headlines.items()]
-        lines += [*(f"- {text}" for text in beside_headline(self.findings)), *about_variants(self.rows)]
-        lines += ["", *terminal_legend(self.rows, self.findings)]
-        return "\n".join(lines + (["", "Notes:", *(f"- {note}" for note in self.notes)] if self.notes else []))
+        return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set, protocol or precision into a folder of its own."""
@@ -245,53 +226,31 @@ class Report:
         words = [about[name] for name in named if name in about]
         place = folder / ", ".join(["earlier", *words]).replace("/", "_")
         place.mkdir(exist_ok=True)
-        for path in (*folder.glob("report.*"), *folder.glob("*.png")):
+        for path in folder.glob("report.*"):
             path.replace(place / path.name)
         self.notes.append(f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}")
 
-    def _write(self, folder: Path) -> None:
-        write_text(folder / "report.json", self.to_json())
-        write_text(folder / "report.md", self.to_markdown())
-
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.html``, ``.json``, ``.md``, ``accuracies.png`` and, with examples, ``images_*.png``.
+        """Write ``report.html``, ``report.json`` and ``report.md``, each of which appears whole or not at all.
 
-        Each file appears whole or not at all. A report on another threat model, data set, protocol or precision that is
-        in the folder already is moved into a folder "earlier, ..." in it. What needs a package that is missing is left
-        out, and a note says so.
+        A report on another threat model, data set, protocol or precision that is in the folder already is moved into a
+        folder "earlier, ..." in it.
 
         Args:
             folder: made if it is missing.
-            defence: for the pictures: its predictions, and its reconstructions if it has ``purify``. Of several
-                models, a mapping from their names; those it lacks are shown without.
+            defence: for the pictures, as of `to_html`.
 
         Raises:
             ValueError: one defence for several models.
         """
-        if callable(defence):
-            if len(self.models) > 1:
-                raise ValueError(f"the report has several models, {self.models}: give a mapping from their names")
-            defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
         check_folder("folder", folder)
+        page = self.to_html(defence)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
-        self._write(folder)  # before the pictures, whatever becomes of them
-        write_page(self, folder, defence)
-        try:
-            self._draw(folder, defence or {})
-        except ModuleNotFoundError as error:
-            self.notes.append(f"no pictures: {error}")
-            self._write(folder)
-
-    def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
-        plots.bars(self.rows, folder / "accuracies.png")
-        for model in self.models:
-            row, _ = plots.pictured_row([row for row in self.rows if row.model == model])
-            if row is not None and row.examples is not None:
-                title = f"{model}: {row.attack}" + (", images that fell" if row.examples.fell.any() else "")
-                slug = "".join(c if c.isalnum() else "_" for c in model)
-                plots.grid(row.examples, folder / f"images_{slug}.png", defences.get(model), title)
+        write_text(folder / "report.json", self.to_json())
+        write_text(folder / "report.md", self.to_markdown())
+        write_text(folder / "report.html", page)
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -222,32 +222,19 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     """
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
-    combined = []
+    apart = [row for row in attacks if row.threat is None and not row.deployed and row.n == full]
+    groups: list[tuple[str, list[Row], int]] = []
+    for variant in dict.fromkeys(row.variant for row in apart):
+        of_variant = [row for row in apart if row.variant == variant]
+        groups += [(f"worst, {variant}", of_variant, full)] if len(of_variant) > 1 else []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
-        mine = [row for row in attacks if row.threat == threat]
-        deployed = [row for row in mine if row.deployed]
-        if threat is None:
-            combined += _of_variants([row for row in mine if not row.deployed], full)
+        deployed = [row for row in attacks if row.threat == threat and row.deployed]
         if threat is None or len(deployed) > 1:
-            combined += _of_deployed(deployed, full, "worst" if threat is None else f"worst, {threat}")
-    return combined
-
-
-def _of_variants(rows: Sequence[Row], full: int) -> list[Row]:
-    """One row for each variant with several attacks on all images."""
-    complete = [row for row in rows if row.n == full]
-    variants = dict.fromkeys(row.variant for row in complete)
-    groups = {variant: [row for row in complete if row.variant == variant] for variant in variants}
-    return [_row(f"worst, {variant}", group, full) for variant, group in groups.items() if len(group) > 1]
-
-
-def _of_deployed(rows: Sequence[Row], full: int, name: str) -> list[Row]:
-    """A row over all images, and one for every smaller number of them."""
-    complete = [row for row in rows if row.n == full]
-    combined = [_row(name, complete, full)] if complete else []
-    for n in sorted({row.n for row in rows if row.n < full}, reverse=True):
-        combined.append(_row(f"{name}, first {n}", [row for row in rows if row.n >= n], n))
-    return combined
+            name = "worst" if threat is None else f"worst, {threat}"
+            for n in sorted({row.n for row in deployed}, reverse=True):
+                label = name if n == full else f"{name}, first {n}"
+                groups.append((label, [row for row in deployed if row.n >= n], n))
+    return [_row(*group) for group in groups]
 
 
 def _row(label: str, group: Sequence[Row], n: int) -> Row:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._tensors import digest
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
@@ -35,18 +35,17 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms import Evidence, Probes, findings, outlook, probe
 from .alarms.answers import PROBED, Before
 from .alarms.probes import cost as cost_of_probes
+from .cache import RowCache
+from .fingerprint import fingerprint, fingerprint_or_reason
 from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, collect
-from .keep.cache import RowCache
-from .keep.fingerprint import fingerprint, fingerprint_or_reason
 from .measure import Measure
 from .plan import ball_name, feasible, threat_name, unusual_radius
-from .preparation import notes_of_modules, refresh_stale_copies
 from .progress import Progress
-from .protocols import AttackedModel, ProtocolName, notes_of_protocol, protocol_attacks
+from .protocols import ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
-from .rows import Row, worst_rows
+from .rows import worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
-from .subject import Subject, Variant, device_of, precision_name
+from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 
 logger = logging.getLogger("purify_fast")
 
@@ -67,13 +66,9 @@ def short_interrupts(function: F) -> F:
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or error.args:
                 raise
-            out, model = kwargs.get("out"), args[0] if args else kwargs.get("defence")
-            if out is None:
-                advice = ", and nothing is kept: with out=FOLDER, calling it again would go on from there"
-            elif isinstance(model, nn.Module) or kwargs.get("revision") is not None:
-                advice = f"; what it has finished is kept in {out}: call it again to go on from there"
-            else:
-                advice = ", and of a function nothing is kept: a module and out=FOLDER would go on"
+            advice = ", and nothing is kept: with out=FOLDER, calling it again would go on from there"
+            if (out := kwargs.get("out")) is not None:
+                advice = f"; what it has finished and can keep is in {out}: call it again to go on from there"
             raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
 
     return wrapper  # type: ignore[return-value]
@@ -172,8 +167,8 @@ def evaluate(
     check_folder("out", out)
     images, labels = collect(x, y)
     norm = read_norm(norm)
-    counts = {"steps": steps, "eot_iter": eot_iter, "n_eval": n_eval, "batch_size": batch_size}
-    check_at_least_one(**counts, max_forward_batch=max_forward_batch)
+    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size)
+    check_at_least_one(max_forward_batch=max_forward_batch)
     protocol, given = _protocol_or_attacks(protocol, attacks)
     check_eps(eps, norm)
     if eps == 0 and (given or protocol or probes):
@@ -197,10 +192,7 @@ def evaluate(
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model, revision)
         report.notes += _first_notes(defence, subject, name) + notes_of_protocol(protocol, defence)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
-        known = AttackedModel(
-            subject.model, subject.some(), subject.num_classes, subject.is_random, float(eps), base=base
-        )
-        plan = given if protocol is None else protocol_attacks(protocol, known)
+        plan = given if protocol is None else protocol_attacks(protocol, subject, float(eps), base)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
@@ -226,7 +218,7 @@ def evaluate(
         _add_rows(report, feasible_plan, measure, 0 if before is None else cost_of_probes(subject, context))
         report.rows += worst_rows(report.rows)
         _conclude(report, measure, before)
-    report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
+    report.notes += unusual_radius(dataset_name, norm, eps)
     return report
 
 
@@ -297,15 +289,6 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
             measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
             left[name, threat] = before[name].copy()
             left[name, threat][: row.n] &= row.robust | (not row.is_attack)
-
-
-def _nonfinite(rows: Sequence[Row]) -> list[str]:
-    return [
-        f"{row.model}: {row.nonfinite_predictions} of the {row.n * row.n_eval} predictions of {row.attack} name no "
-        "class, because of a NaN or an infinity among their logits; they count as wrong"
-        for row in rows
-        if row.nonfinite_predictions
-    ]
 
 
 # -- whether the numbers can be believed ------------------------------------------------------------------------------

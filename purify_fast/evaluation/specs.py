@@ -234,20 +234,16 @@ class AttackSpec:
         check_literal("variant", self.variant, Variant)
         check_at_least_one(max_images=self.max_images)
         check_not_negative(seed=self.seed)
-        if isinstance(self.target, str):
-            if self.target != CLASSIFIER:
-                raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
-        elif self.target is not None and not callable(self.target):
+        if self.target is not None and self.target != CLASSIFIER and not callable(self.target):
             raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        options = ("target", "aggregation", "gradients_from")
+        given = [option for option in options if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise ValueError(f"an attack has one of {', '.join(options)}, got {' and '.join(given)}")
         if self.aggregation is not None:
             check_aggregation(self.aggregation)
-            if self.target is not None:
-                raise ValueError("an attack has a target or an aggregation, not both")
-        if self.gradients_from is not None:
-            if self.target is not None or self.aggregation is not None:
-                raise ValueError("an attack follows the gradients of another model, or has a target or an aggregation")
-            if not self.resolved.follows_gradients:
-                raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
+        if self.gradients_from is not None and not self.resolved.follows_gradients:
+            raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
         if self.judge is not None:
             if not callable(self.judge):
                 raise TypeError(f"judge must be a model, got {self.judge!r}")

@@ -1,10 +1,12 @@
-"""The model under evaluation: its variants, and how its predictions are judged."""
+"""The model under evaluation: its variants, how its predictions are judged, and what is looked at before an attack."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +24,16 @@ from ..attacks.attacked_model import (
     differ,
     drawn_once_per_call,
 )
+from ..contents import class_functions, hidden_modules, used_modules
 from ..defences.base import Defence
 from ..protocols import Classifier
+from ..speed.folding.inference_copy import Accelerated
 from ..speed.precision import float32_settings
+from .fingerprint import fingerprint
 from .inputs import are_probabilities, returning_logits
+from .surrogates import surrogates
+
+logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -35,6 +43,8 @@ PHASES = {"clean": 0, "attack": 1, "judge": 2}
 SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
 #: The share of the images that may differ by more: an image at the edge of a rounding step tells nothing of the noise.
 FEW = 0.25
+#: Modules that a note names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,10 @@ class Subject:
         """A copy of a few images, to try models on."""
         return self.x[:8].to(self.device, copy=True)
 
+    def surrogates(self) -> list[tuple[str, Classifier]]:
+        """What a careful attacker attacks in the model's place, by name."""
+        return surrogates(self.model, self.some(), self.num_classes)
+
     def draws(self, model: Classifier) -> bool:
         """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""
         one = model(self.some())
@@ -203,20 +217,17 @@ class Subject:
         """
         model, draws = (self.model, self.judges(variant)) if by is None else (by, 1)
         self.reseed(phase)
-        y = self.y[: len(x)].cpu()
         right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
         with self.variant(variant):
             for _ in range(draws):
-                decided, broken, lead = [], [], []
-                for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-                    logits = ask(model, part.to(self.device, copy=True))
-                    lead.append(-margin(logits.float(), labels.to(logits.device)).cpu())
-                    decided.append(logits.argmax(1).cpu())
-                    broken.append(_undecided(logits).cpu())
-                undecided, leads = torch.cat(broken), leads + torch.cat(lead)
+                parts = x.split(self.batch_size)
+                logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
+                y, undecided = self.y[: len(x)].to(logits.device), _undecided(logits)
+                decided = logits.argmax(1)
+                leads -= margin(logits.float(), y).cpu()
                 nonfinite += int(undecided.sum())
-                right.append(((torch.cat(decided) == y) & ~undecided).numpy())
-                named.append(torch.cat(decided).masked_fill(undecided, -1).numpy())
+                right.append(((decided == y) & ~undecided).cpu().numpy())
+                named.append(decided.masked_fill(undecided, -1).cpu().numpy())
         all_right = np.stack(right)
         told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
         return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
@@ -275,3 +286,110 @@ def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
     size = one.where(finite, 0.0).abs().amax(1)
     allowed = tolerance * spread.clamp(min=0) + SAME_SIZE * size
     return (~same & ~((one - other).abs() <= allowed[:, None])).any(1)
+
+
+# -- before a model is attacked ----------------------------------------------------------------------------------------
+
+
+def notes_of_modules(model: Classifier, name: str) -> list[str]:
+    """Notes about modules in training mode that a model uses and nobody switches, and about those that it hides.
+
+    The mode of a module is switched, and that of its parts; that of a function is not, nor that of a global variable.
+
+    Args:
+        model: what is judged, within `purify_fast.attacks.frozen`.
+        name: how it is called in the report.
+    """
+    if not isinstance(model, nn.Module):
+        training = _in_training_mode(used_modules(model))
+        advice = "give a module in place of the function"
+        return [_note_of_modes(f"{name} is a function, and what it uses", training, advice)] if training else []
+    hidden = hidden_modules(model)
+    switched = {id(part) for whole in (model, *(module for _, module in hidden)) for part in whole.modules()}
+    others = (used for used in used_modules(class_functions(model)) if id(used[1]) not in switched)
+    training, notes = _in_training_mode(others), []
+    if training:
+        advice = "make them attributes of the module that uses them"
+        notes.append(_note_of_modes(f"what {name} uses besides its own modules", training, advice))
+    if hidden:
+        places = _listed([f"{place} ({type(module).__name__})" for place, module in hidden])
+        notes.append(
+            f"{name} holds modules that PyTorch does not know of: {places}. Here they were in evaluation mode, as the "
+            "rest of the model. But to(), parameters() and state_dict() leave them out: hold them as attributes, or in "
+            "nn.ModuleList or nn.ModuleDict"
+        )
+    return notes
+
+
+def _note_of_modes(what: str, modules: list[str], advice: str) -> str:
+    return (
+        f"{what} is in training mode: {_listed(modules)}. The numbers are of the model as it is in training. If that "
+        f"is not meant, call .eval() on these modules before, or {advice}"
+    )
+
+
+def _listed(modules: list[str]) -> str:
+    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+    return ", ".join(modules[:_NAMED]) + more
+
+
+def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Those that behave as in training, each once."""
+    return list(
+        dict.fromkeys(
+            f"{place} ({type(part).__name__})"
+            for place, module in modules
+            for part in module.modules()
+            if part.training and _asks_for_mode(part)
+        )
+    )
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    """Whether a module computes something else in training, as dropout and batch normalization do."""
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            return False
+        codes = (getattr(value, "__code__", None) for value in vars(kind).values())
+        if any(isinstance(code, CodeType) and "training" in code.co_names for code in codes):
+            return True
+    return False
+
+
+def refresh_stale_copies(*models: object) -> None:
+    """Let accelerated defences copy their classifiers again where these are others than when they were copied.
+
+    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow changes in place. Judged with the old
+    ones, a defence would be one that its weights no longer describe. That they were made again is logged.
+
+    Args:
+        models: what is judged or attacked from; any of them may be, hold or use accelerated defences, or be None.
+    """
+    modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
+    for defence in modules.values():
+        if not isinstance(defence, Defence) or defence.fast is None:
+            continue
+        if _contents(defence.fast) != _contents(defence.uncompiled_copies()):
+            logger.warning(
+                "%s is accelerated, and its classifier was changed since: its fast copies were made again, as its "
+                "refresh() does, from the classifier as it is now",
+                type(defence).__name__,
+            )
+            defence.refresh()
+        # weights packed for a kernel are packed again, which takes a moment, when they are next used
+        elif defence.fast.packed is not None:
+            defence.fast.packed_from = None
+
+
+def _wholes(model: object) -> Iterator[nn.Module]:
+    if isinstance(model, nn.Module):
+        yield model
+        yield from (module for _, module in hidden_modules(model))
+    elif model is not None:
+        yield from (module for _, module in used_modules(model))
+
+
+def _contents(copies: Accelerated) -> list[str]:
+    """What stands for the copies of the classifier; of one without a fingerprint its tensors alone."""
+    parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
+    return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

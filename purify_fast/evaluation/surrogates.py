@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +33,6 @@ _SATURATING = {
 }  # fmt: skip
 #: Functions with a gradient of zero everywhere; the identity's gradient takes its place.
 _FLAT = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "sign", "sign_", "fake_quantize"}
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """A model to attack in another's place.
-
-    Args:
-        kind: a part of the model, all parts together, or a copy of the whole: softened, without noise, of few samples.
-        name: what it is, for the row's name.
-        model: images ``[B, C, H, W]`` in [0, 1] to logits.
-    """
-
-    kind: Literal["part", "parts", "softened", "without noise", "fewer samples"]
-    name: str
-    model: Classifier
 
 
 class _Softening(TorchFunctionMode):
@@ -164,8 +148,8 @@ class Together(nn.Module):
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)
 
 
-def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[Surrogate]:
-    """The surrogates that a model has; what does not run, or gives no finite logits, is left out.
+def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
+    """The surrogates that a model has, by name; what does not run, or gives no finite logits, is left out.
 
     Args:
         model: images to logits; any callable.
@@ -174,18 +158,17 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[Surrogate
     """
     with frozen(model):
         parts = [(name, part) for name, part in _parts(model, x, num_classes) if _usable(part, x, num_classes)]
-    candidates = [Surrogate("part", f"{name} alone", part) for name, part in parts]
+    candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
-        candidates.append(Surrogate("parts", "all parts together", Together([part for _, part in parts])))
-    candidates += [Surrogate("softened", f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
+        candidates.append(("all parts together", Together([part for _, part in parts])))
+    candidates += [(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
     if supports(model, DeterministicMode):
-        candidates.append(Surrogate("without noise", "a copy without noise", WithoutNoise(model)))
+        candidates.append(("a copy without noise", WithoutNoise(model)))
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
-        fewer = FewerSamples(model, max(1, samples // 4))
-        candidates.append(Surrogate("fewer samples", "a copy of fewer samples", fewer))
+        candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
     with frozen(model):
-        return [surrogate for surrogate in candidates if _usable(surrogate.model, x, num_classes)]
+        return [(name, candidate) for name, candidate in candidates if _usable(candidate, x, num_classes)]
 
 
 def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:

@@ -11,16 +11,14 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from .._files import OnFull, atomic, with_room, write_text
-from .._tensors import digest, text_hash
+from .._files import OnFull, with_room, write_text
+from .._sealed import read_sealed, write_sealed
+from .._tensors import text_hash
 from .._version import __version__
 
 logger = logging.getLogger("purify_fast")
@@ -28,47 +26,10 @@ logger = logging.getLogger("purify_fast")
 #: The names of a run's last checkpoint, and of the one before it.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
-#: The one entry of a file's metadata: a checksum, a space, and JSON. Several entries would have no fixed order.
-_ENTRY = "purify_fast"
 #: The one key of an object that stands for a tensor in a checkpoint's JSON.
 _TENSOR = "tensor of purify_fast"
 #: The command in the file of options that the command line leaves beside a run.
 _COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
-
-
-# -- files with a checksum --------------------------------------------------------------------------------------------
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    names = sorted(tensors)
-    return text_hash(json.dumps([text, names, digest(*(tensors[name] for name in names))])).hexdigest()
-
-
-def _write(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Path | None = None) -> None:
-    """Write tensors and a JSON value as one safetensors file; ``previous`` is where the file before it goes."""
-    # clone: safetensors refuses tensors that share memory
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(content)
-    data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
-    with atomic(path, previous) as temporary:
-        temporary.write_bytes(data)
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The JSON value and the tensors that `_write` wrote.
-
-    Raises:
-        ValueError: the file is damaged, or something else; the message says what is wrong, without the file's name.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            checksum, _, text = (file.metadata() or {})[_ENTRY].partition(" ")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"it is cut off, damaged, or another program's ({error!r})") from error
-    if checksum != _checksum(text, tensors):
-        raise ValueError("its checksum is not that of its content: it changed after it was written")
-    return json.loads(text), tensors
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -86,7 +47,7 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
         tensors[number] = tensor
         return {_TENSOR: number}
 
-    _write(path, json.loads(json.dumps(tree, default=reference)), tensors, previous)
+    write_sealed(path, json.loads(json.dumps(tree, default=reference)), tensors, previous)
 
 
 def read_tree(path: Path) -> Any:
@@ -96,7 +57,7 @@ def read_tree(path: Path) -> Any:
         ValueError: it is no such file, or changed since; the message names it.
     """
     try:
-        tree, tensors = _read(path)
+        tree, tensors = read_sealed(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
 
@@ -172,7 +133,7 @@ def save_model(
     """
     weights, shown = Path(folder) / "model.safetensors", Path(folder) / "model.json"
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
-    with_room(lambda: _write(weights, facts, state), weights)
+    with_room(lambda: write_sealed(weights, facts, state), weights)
     with_room(lambda: write_text(shown, _facts_text(facts)), shown)
 
 
@@ -223,7 +184,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{shown} is damaged: {error}") from error
     try:
         # the facts of the weights: model.json shows another model if saving was killed between the two files
-        facts, state = _read(weights)
+        facts, state = read_sealed(weights)
         if "kind" not in facts:
             raise ValueError("it says no kind of model")
     except ValueError as error:

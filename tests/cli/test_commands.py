@@ -49,7 +49,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
-    assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "accuracies.png").is_file()
+    assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "report.html").is_file()
     defence = purify_fast.load_defence(carso, load_classifier(classifier))
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]

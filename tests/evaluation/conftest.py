@@ -1,8 +1,14 @@
 """Fixtures of the tests of evaluations."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from purify_fast.evaluation import measure
+
+# the helpers of this folder, and of all tests
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
 @pytest.fixture

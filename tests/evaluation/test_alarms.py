@@ -4,16 +4,11 @@ import html
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from digit_nets import EPS, Gated, digits, net, robust, standard
+from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square, pgd
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
@@ -153,8 +148,8 @@ def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
     model = Gated()
     with torch.no_grad():
         elsewhere = [
-            AttackSpec(DIRECT[1].attack, label=s.name, gradients_from=s.model, survivors_only=True)
-            for s in surrogates(model, x[:4], 10)
+            AttackSpec(DIRECT[1].attack, label=name, gradients_from=surrogate, survivors_only=True)
+            for name, surrogate in surrogates(model, x[:4], 10)
         ]
     report = judged(model, [*DIRECT, *elsewhere], 100, probes=False)
     verdict, row = verdicts(report)["transfer against gradients"]

@@ -1,15 +1,11 @@
 """The protocol "authors" repeats how others evaluate: a model of theirs is attacked and judges, in no headline."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from small_models import Linear
+from torch import nn
 
 from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report, evaluate

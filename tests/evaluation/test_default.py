@@ -39,13 +39,6 @@ def test_the_default_is_standard_with_its_signs(without_autoattack, digits):
         evaluate(model, *digits, eps=0.1, attacks=[AutoAttack()], progress=False)
 
 
-def test_a_list_of_attacks_takes_the_place_of_the_protocol(digits):
-    model = purify_fast.zoo.load("digits-pgd-at")
-    report = evaluate(model, *digits, eps=0.1, attacks=[], progress=False)
-    assert report.attacks == ["clean"] and "protocol" not in report.about
-    assert not any(finding.alarm == "random start" and finding.verdict == "passed" for finding in report.findings)
-
-
 def test_the_command_without_options_runs_the_same(without_autoattack, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -1,17 +1,12 @@
 """Models that draw once per call: each draw of a step, and of a judgement, has to be a call of its own."""
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from digit_nets import digits
 from torch import nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from digit_nets import digits
 
 from purify_fast.attacks import (
     APGD,
@@ -25,7 +20,6 @@ from purify_fast.attacks import (
     stadv,
 )  # fmt: skip
 from purify_fast.attacks.attacked_model import drawn_once_per_call
-from purify_fast.attacks.engine.rows import Judge
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
 
@@ -177,13 +171,6 @@ def test_each_draw_is_a_call_of_its_own(batch):
         torch.testing.assert_close(loss, torch.cat([losses for _, losses in sums]) / 20)
 
 
-def test_images_fall_by_as_many_different_draws(batch):
-    x, y = batch
-    moved = pgd(standard(), x, y, eps=0.15, steps=5)
-    shares = [Judge(Switch(*nets()), 20, apart=apart).shares(moved, y).unique() for apart in (False, True)]
-    assert set(shares[0].tolist()) <= {0.0, 1.0} and len(shares[1]) > 2
-
-
 ATTACKS = {
     "pgd": lambda model, x, y, **o: pgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
     "apgd": lambda model, x, y, **o: apgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
@@ -230,24 +217,3 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
     for seed in range(6):
         report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
         assert not report.rows[0].settings["deterministic"] and report.rows[0].n_eval == 5
-
-
-def test_what_is_tried_is_not_counted(batch):
-    x, _ = batch
-
-    class Counter(Switch):
-        images = 0
-
-        def counted(self):
-            return self.images
-
-        def count(self, images):
-            self.images += images
-
-        def forward(self, x):
-            self.count(len(x))
-            return super().forward(x)
-
-    model = Counter(*nets())
-    model(x)
-    assert drawn_once_per_call(model, x, 5) and model.images == len(x)

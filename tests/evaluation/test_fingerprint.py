@@ -10,21 +10,18 @@ import sys
 import threading
 from pathlib import Path
 
+import held_values
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import held_values
 from held_values import WAYS, Linear, defences
+from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.keep.fingerprint import fingerprint, fingerprint_or_reason
+from purify_fast.evaluation.fingerprint import fingerprint, fingerprint_or_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)], "progress": False}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.preparation import notes_of_modules
+from purify_fast.evaluation.subject import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,8 +67,8 @@ def trio():
         (lambda x, y: ([(x, y), (x, y, y, y)], None), TypeError, "batch 1 must be .*, got 4 values"),
         (lambda x, y: ([(x, [1])], None), TypeError, "batch 0 must have tensors .*, got Tensor and list"),
         (lambda x, y: ([(x, y[:3])], None), ValueError, r"got \[10, 3, 6, 7\] and \[3\]"),
-        (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 has .* \[1, 6, 7\], the first has"),
-        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 has torch.float64 images"),
+        (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 must .*\[3, 6, 7\].* got .*\[10, 1, 6, 7\]"),
+        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got torch.float64"),
     ],
 )  # fmt: skip
 def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
@@ -357,7 +357,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path):
     assert "nothing is kept: with out=FOLDER, calling it again would go on from there" in run.stdout
     lines = run.stderr.strip().splitlines()
     assert lines[-1] == (
-        f"KeyboardInterrupt: evaluate was interrupted; what it has finished is kept in {tmp_path / 'out'}: "
+        f"KeyboardInterrupt: evaluate was interrupted; what it has finished and can keep is in {tmp_path / 'out'}: "
         "call it again to go on from there"
     )
     # the script's own line, and the one that raises again

@@ -18,10 +18,9 @@ from torch import nn
 from purify_fast import ops
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec, cache, evaluate
 from purify_fast.evaluation.alarms import probes
-from purify_fast.evaluation.keep import cache
-from purify_fast.evaluation.keep.cache import read_file
+from purify_fast.evaluation.cache import read_file
 from purify_fast.evaluation.progress import Progress
 from purify_fast.evaluation.surrogates import Softened
 from purify_fast.ops.dispatch import verify
@@ -32,11 +31,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: What is called when the process is killed, and the number of the call.
 MOMENTS = (
     # a batch of the second attack is kept
-    ("purify_fast.evaluation.keep.cache.PartialRow.keep", 4),
+    ("purify_fast.evaluation.cache.PartialRow.keep", 4),
     # the arrays of a row are written, the row is not
-    ("purify_fast.evaluation.keep.cache.write_file", 3),
+    ("purify_fast.evaluation.cache.write_sealed", 3),
     # a row is written, its batches are not gone
-    ("purify_fast.evaluation.keep.cache.PartialRow.remove", 3),
+    ("purify_fast.evaluation.cache.PartialRow.remove", 3),
     # the softened copies are attacked
     ("purify_fast.evaluation.surrogates.Softened.forward", 6),
     # the probes: the sweeps, then the softened copies again, then the answers, then their file
@@ -246,18 +245,18 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
 
 
 def test_the_time_left_is_of_what_is_left():
-    progress = Progress("mine", False, [100, None, 50])
-    assert progress.left() == "time left not known yet"
-    with mock.patch.object(Progress, "rate", lambda self: 10.0):
+    progress = Progress("mine", False, [100, 20, 50])
+    assert progress.left() == "time left not known"
+    with mock.patch.object(Progress, "rate", 10.0):
         with progress.row("first", 100):
             progress.count(60)
-            assert progress.left() == "9 s left at most, and rows whose length is not known"
+            assert progress.left() == "00:11 left at most"
         progress.next_row()
         # kept by an earlier run
         progress.next_row()
-        assert progress.left() == "5 s left at most"
+        assert progress.left() == "00:05 left at most"
         with progress.row("last", 50):
             progress.count(200)
-            assert progress.left() == "0 s left at most"
+            assert progress.left() == "00:00 left at most"
         progress.next_row()
         assert progress.left() == "the last row"

@@ -1,15 +1,9 @@
 """Whether a model draws random numbers is seen from two predictions of it, whatever the size of its logits."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from digit_nets import digits, standard
+from torch import nn
 
 from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ

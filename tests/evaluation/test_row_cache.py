@@ -11,9 +11,8 @@ from torch import nn
 from purify_fast._files import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.keep import cache
-from purify_fast.evaluation.keep.fingerprint import fingerprint
+from purify_fast.evaluation import cache, evaluate
+from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products
 
@@ -76,16 +75,6 @@ def counted(tmp_path, made_rows):
         return len(made_rows)
 
     return run
-
-
-def test_an_edited_docstring_keeps_the_rows(tmp_path, monkeypatch, counted):
-    assert counted(model_of(tmp_path, monkeypatch)) == 2
-    assert counted(model_of(tmp_path, monkeypatch)) == 0
-    assert counted(model_of(tmp_path, monkeypatch, doc="'''Another one,\n    of two lines.'''")) == 0
-    # what the package computes is told by the version of the protocol, not by the text of its sources
-    monkeypatch.setattr(cache, "__doc__", "edited")
-    monkeypatch.setattr(PGD, "__doc__", "edited")
-    assert counted(model_of(tmp_path, monkeypatch)) == 0
 
 
 def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):

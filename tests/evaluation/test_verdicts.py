@@ -2,12 +2,12 @@
 
 import contextlib
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from reports import MASKED, forms, row
 from torch import nn
 
 from purify_fast import load_dataset, zoo
@@ -17,10 +17,6 @@ from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.subject import Subject
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from reports import MASKED, forms, row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,8 +212,5 @@ def test_the_page_and_its_signs_agree():
     assert "1 of 3 attacks lacked usable gradients; the others had them." in card
     assert "The attacks had usable gradients" not in page and 'class="card"' in card
     assert "none gives a reason to doubt the number; noted: gradient health." in page
-    assert "noted: worth knowing, and no reason to doubt the number;" in page and page.count('class="bar masked"') == 1
-    assert "A hatched bar is unreliable: its attack lacked usable gradients, or" in page
-    text = " ".join(report.to_text(color=False).split())
-    assert "none gives a reason to doubt the number; noted: gradient health." in text
-    assert "noted: worth knowing, and no reason to doubt the number." in text
+    assert page.count('class="bar masked"') == 1
+    assert "noted: worth knowing, and no reason to doubt the number." in " ".join(report.to_text(color=False).split())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...attacks import margin
 from ...protocols import Classifier, FixedNoise, supports
-from ..keep.fingerprint import fingerprint
+from ..fingerprint import fingerprint
 from ..subject import Subject, Variant
 
 #: Images that are asked, at most.

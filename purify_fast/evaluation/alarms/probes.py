@@ -14,7 +14,6 @@ from ...attacks.losses import usable_loss
 from ...protocols import Classifier
 from ..progress import Progress, counted_model
 from ..subject import Subject
-from ..surrogates import surrogates
 from . import answers
 from .answers import Before, in_parts
 
@@ -148,10 +147,10 @@ def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, 
         return None, {}
     fell = short.fallen(left, None)
     further, missed = int(fell.sum()), {}
-    for surrogate in surrogates(subject.model, subject.some(), subject.num_classes):
+    for name, surrogate in subject.surrogates():
         left = left & ~fell
-        fell = short.fallen(left, surrogate.model)
-        missed[surrogate.name] = int(fell.sum())
+        fell = short.fallen(left, surrogate)
+        missed[name] = int(fell.sum())
     return further, missed
 
 
@@ -172,12 +171,12 @@ class _Short:
             max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
             **settings,
         )  # fmt: skip
-        right = torch.stack([self._right(attacked, self.y) for _ in range(self.judges)])
-        return right.float().mean(0) > 0.5
+        return self._mostly_right(attacked, self.y)
 
-    def _right(self, x: Tensor, y: Tensor) -> Tensor:
-        logits = in_parts(self.model, self.context.batch_size)(x)
-        return (logits.argmax(1) == y) & logits.isfinite().any(1)
+    def _mostly_right(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = (in_parts(self.model, self.context.batch_size)(x) for _ in range(self.judges))
+        right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
+        return torch.stack(right).float().mean(0) > 0.5
 
     def fallen(self, left: Tensor, gradients_from: Classifier | None) -> Tensor:
         """Which of the images that are left fall to APGD along the model's own or another model's gradients."""
@@ -194,8 +193,7 @@ class _Short:
             gradients_from=gradients_from, seed=context.seed + 1, sample_ids=at,
             max_forward_batch=context.max_forward_batch or context.batch_size,
         )  # fmt: skip
-        wrong = torch.stack([~self._right(attacked, self.y[at]) for _ in range(self.judges)])
-        fell[at] = wrong.float().mean(0) > 0.5
+        fell[at] = ~self._mostly_right(attacked, self.y[at])
         return fell
 
     def accuracy(self, **options: Any) -> float:

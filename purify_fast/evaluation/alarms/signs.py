@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,42 +36,23 @@ MORE_THAN_LUCK = 3
 Outcome = tuple[Verdict, str, str]
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """An alarm with its name.
+#: Every alarm: its name, its function, whether this takes the probes too, and the options of its `Finding`.
+ALARMS: list[tuple[str, Callable[..., Outcome | None], bool, dict[str, Any]]] = []
+
+
+def alarm(
+    name: str, of_probes: bool = False, **options: Any
+) -> Callable[[Callable[..., Outcome | None]], Callable[..., Outcome | None]]:
+    """A decorator of a function that judges evidence.
 
     Args:
         name: what is looked at.
-        judge: says what the evidence, or the evidence and the probes, show.
-        of_probes: whether it judges what a probe measured; it says nothing where there are no probes.
-        of_answers: whether it is about a model that gives no answer, or not always the same.
-        prominent: whether it is told beside the headline where it is no more than noted.
+        of_probes: whether it judges what a probe measured; it is not asked where there are no probes.
+        options: ``of_answers`` and ``prominent`` of its `Finding`.
     """
 
-    name: str
-    judge: Callable[..., Outcome | None]
-    of_probes: bool = False
-    of_answers: bool = False
-    prominent: bool = False
-
-    def finding(self, evidence: Evidence) -> Finding | None:
-        """What the alarm has to say of a model; None where that is nothing."""
-        if self.of_probes and evidence.probes is None:
-            return None
-        outcome = self.judge(evidence, evidence.probes) if self.of_probes else self.judge(evidence)
-        if outcome is None:
-            return None
-        return Finding(self.name, *outcome, of_answers=self.of_answers, prominent=self.prominent)
-
-
-ALARMS: list[Alarm] = []
-
-
-def alarm(name: str, **options: bool) -> Callable[[Callable[..., Outcome | None]], Callable[..., Outcome | None]]:
-    """A decorator of a function that judges evidence; the options are those of `Alarm`."""
-
     def add(judge: Callable[..., Outcome | None]) -> Callable[..., Outcome | None]:
-        ALARMS.append(Alarm(name, judge, **options))
+        ALARMS.append((name, judge, of_probes, options))
         return judge
 
     return add
@@ -85,15 +67,19 @@ def findings(evidence: Evidence) -> list[Finding]:
     Args:
         evidence: rows and probes of one model.
     """
-    every = [finding for each in ALARMS if (finding := each.finding(evidence)) is not None]
+    every: list[Finding] = []
+    for name, judge, of_probes, options in ALARMS:
+        if not of_probes or evidence.probes is not None:
+            outcome = judge(evidence, evidence.probes) if of_probes else judge(evidence)
+            every += [] if outcome is None else [Finding(name, *outcome, **options)]
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if evidence.left() != 0 or any(finding.of_answers for finding in doubts):
         return every
-    noted = {
-        doubt.alarm: replace(doubt, verdict="noted", measured=f"{doubt.measured}; but no image is left that could fall")
-        for doubt in doubts
-    }
-    return [noted.get(finding.alarm, finding) for finding in every]
+    remark = "but no image is left that could fall"
+    return [
+        replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
+        for each in every
+    ]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:

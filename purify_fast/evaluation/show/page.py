@@ -3,168 +3,92 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..._files import write_text
-from ...protocols import Classifier
-from ..alarms import Evidence, Finding, Outlook
+from ...attacks import frozen
+from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ..alarms import Evidence
 from ..alarms.answers import PROBED
 from ..rows import Examples, Row
-from .plots import picture_lines, pictured_row
-from .tables import COLUMNS, table_of_findings, table_of_rows
-from .text import (
-    SIGNS_LEGEND,
-    about_gradients,
-    about_variants,
-    about_zero_errors,
-    beside_headline,
-    column_legend,
-    means,
-    signs,
-)
+from ..subject import device_of
+from .text import render
 
-#: The page's file, in the folder of the report.
-FILE = "report.html"
-_TEMPLATE = "page.html.jinja"
+#: Purified images, and transformed images, that are shown of each image at most.
+SAMPLES = 4
+
+#: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true one;
+#: None where there is none.
+Picture = tuple[Tensor, str, bool | None]
 
 
-class Reported(Protocol):
-    """What the page is made of: a `purify_fast.evaluation.Report`."""
-
-    rows: list[Row]
-    notes: list[str]
-    about: dict[str, str]
-    findings: list[Finding]
-    outlooks: list[Outlook]
-    curves: dict[str, dict[str, list[list[float]]]]
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        ...
-
-    @property
-    def headlines(self) -> dict[str, Row]:
-        """Per model the attack row of lowest accuracy, in the report's own threat model."""
-        ...
-
-
-def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
     """The page of a report.
 
     Args:
-        report: an evaluation of one model, or of several.
+        report: a `purify_fast.evaluation.Report` on one model, or on several.
         defence: for the pictures: its predictions, and what it makes of attacked images if it has ``purify``. Of
             several models, a mapping from their names.
 
     Returns:
         HTML that loads nothing from anywhere.
     """
-    source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # every text of the report is escaped
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    asked = (about_variants, about_zero_errors, beside_headline, column_legend, signs, table_of_findings)
-    environment.globals |= {function.__name__: function for function in asked} | {
-        "json": functools.partial(json.dumps, ensure_ascii=False, default=str)
-    }
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
     models = [_model(report, name, known.get(name)) for name in report.models]
-    return environment.from_string(source).render(
-        titled=[
-            f"{name} {value}" if name in ("protocol", "precision", "seed") else value
-            for name, value in report.about.items()
-        ],
+    return render(
+        "page.html.jinja",
+        report=report,
         models=models,
-        columns=COLUMNS[1:],
-        states=SIGNS_LEGEND,
-        notes=report.notes,
-        several=len(models) > 1,
+        data_uri=data_uri,
+        json=functools.partial(json.dumps, ensure_ascii=False, default=str),
         widest=max((len(line) for model in models for line in model["pictures"]), default=3),
     )
 
 
-def page_file(folder: str | Path) -> Path:
-    """Where the page of a report is: beside ``report.json``."""
-    return Path(folder) / FILE
-
-
-def write_page(
-    report: Reported, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None
-) -> Path:
-    """Write the page into a report's folder; it appears whole or not at all.
-
-    Args:
-        report: as of `html_page`.
-        folder: where ``report.json`` is.
-        defence: as of `html_page`.
-
-    Returns:
-        The file.
-    """
-    path = page_file(folder)
-    write_text(path, html_page(report, defence))
-    return path
-
-
-def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str, Any]:
+def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]:
     """What the page says of one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
+    evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
     attacks = [row for row in own if row.is_attack]
     # an overlap is of the same images, and what had fallen before was not given to an attack on survivors
     most = [row for row in attacks if row.n == max(each.n for each in attacks)]
     whole = [row for row in most if not row.of_survivors]
-    lowest = report.headlines.get(name)
-    fallen = Evidence([row for row in own if row.kind == "clean" or row.is_attack]).fallen()
-    shown, count = pictured_row(rows)
+    fell: Any = np.stack([~row.robust for row in whole]) if len(whole) > 1 else []
+    shown, count = pictured_row(evidence)
     examples = None if shown is None else shown.examples
-    lines = [] if examples is None else picture_lines(examples, defence)
-    findings = [finding for finding in report.findings if finding.model == name]
     return {
         "name": name,
         "rows": rows,
         "own": own,
-        "table": list(zip(rows, table_of_rows(rows).body, strict=True)),
-        "lowest": lowest,
-        "verdict": "" if lowest is None else _verdict(lowest, findings, own),
+        "lowest": report.headlines.get(name),
+        "counted": evidence.with_counted_gradients(),
         "count": sum(row.deployed for row in most),
-        "findings": findings,
+        "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        "overlap": _overlap(whole) if len(whole) > 1 else [],
-        "alone": _alone(whole) if len(whole) > 1 else [],
-        "first": [(row.attack, int(fell.sum())) for row, fell in fallen if row.of_survivors],
+        # for each attack, of the images that it fools, the share that each attack fools; None where it fools none
+        "overlap": [
+            (row.attack, [float(other[one].mean()) if one.any() else None for other in fell])
+            for row, one in zip(whole, fell, strict=False)
+        ],
+        "alone": [
+            (row.attack, int((one & (np.sum(fell, 0) == 1)).sum())) for row, one in zip(whole, fell, strict=False)
+        ],
+        "first": [(row.attack, int(mask.sum())) for row, mask in evidence.fallen() if row.of_survivors],
         "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
-        "pictures": [[(data_uri(each.image), each.caption, each.right) for each in line] for line in lines],
-        "pictured": "" if shown is None else shown.attack,
-        "chosen": "" if examples is None else chosen(examples, count),
+        "pictures": [] if examples is None else picture_lines(examples, defence),
+        "pictured": shown,
+        "fell": count,
     }
-
-
-def _verdict(lowest: Row, findings: Sequence[Finding], own: Sequence[Row]) -> str:
-    """What a reader of the lowest number must know before all."""
-    beside = beside_headline(findings)
-    if not lowest.reliable:
-        doubt = f"Do not believe this number: {means(lowest)}."
-        return f"{doubt} What gives it away:" if beside else f"{doubt} {about_gradients(own)}"
-    if lowest.nothing_to_attack:
-        return "No clean image was classified correctly, so that there was nothing to attack."
-    if beside:
-        return "This number says little:"
-    if lowest.accuracy == 0:
-        return "Every image fell: no attack can leave less."
-    return f"{about_gradients(own)} The number is an upper bound: a stronger attack may leave less."
 
 
 def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
@@ -180,19 +104,80 @@ def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     ]
 
 
-def _overlap(rows: Sequence[Row]) -> list[tuple[str, list[float | None]]]:
-    """For each attack, of the images that it fools, the share that each attack fools; None where it fools none."""
-    fell = np.stack([~row.robust for row in rows])
-    return [
-        (row.attack, [float(other[one].mean()) if one.any() else None for other in fell])
-        for row, one in zip(rows, fell, strict=True)
-    ]
+# -- attacked images --------------------------------------------------------------------------------------------------
 
 
-def _alone(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """For each attack, how many images it alone fools."""
-    fell = np.stack([~row.robust for row in rows])
-    return [(row.attack, int((one & (fell.sum(0) == 1)).sum())) for row, one in zip(rows, fell, strict=True)]
+def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
+    """The row whose images are shown, of the attack on the deployed model to which most images fell, and their number.
+
+    The images of a weaker attack, or of what was left to it, would flatter the model.
+    """
+    fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
+    drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
+    return max(drawable, key=lambda pair: pair[1], default=(None, 0))
+
+
+def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
+    """One line per image: clean, attacked, the amplified difference, and what the defence makes of it.
+
+    Args:
+        examples: attacked images with C = 1 or 3. The classes predicted after the attack are theirs: a random defence
+            that is asked again may say something else.
+        defence: gives the predicted classes, and the purified images if it has ``purify``.
+    """
+    clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
+    before, columns = _asked(defence, clean, attacked)
+    after, difference = torch.from_numpy(examples.predicted), attacked - clean
+    amplified = 0.5 + difference / (2 * (float(difference.abs().max()) or 1.0))
+    lines = []
+    for i, label in enumerate(examples.labels.tolist()):
+        shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", amplified, None)]
+        line: list[Picture] = []
+        for caption, images, classes in (*shown, *columns):
+            guess = None if classes is None else int(classes[i])
+            if guess is not None:
+                caption += f", predicted {guess}" if guess >= 0 else ", no class predicted"
+            line.append((images[i].clamp(0, 1), caption, None if guess is None else guess == label))
+        lines.append(line)
+    return lines
+
+
+@torch.no_grad()
+def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
+    """The classes of images before an attack, and the columns of what a defence makes of them after it.
+
+    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. A defence with ``transformed(x)`` shows what
+    it repairs, one with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw ``[B, C, H, W]``, the
+    purified images, and with ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` they share
+    their noise.
+    """
+    if defence is None:
+        return None, []
+    device = device_of(defence, x)
+
+    def fixed(call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        with defence.fixed_noise(0) if supports(defence, FixedNoise) else contextlib.nullcontext():
+            return call(images.to(device)).cpu()
+
+    columns: list[tuple[str, Tensor, Tensor | None]] = []
+
+    def add(name: str, images: Tensor, classes: Tensor | None) -> None:
+        images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
+        for k in range(images.shape[1]):
+            columns.append((name, images[:, k], None if classes is None else classes[:, k]))
+
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), frozen(defence):
+        before = fixed(defence, x).argmax(1)
+        if supports(defence, ShowsTransform):
+            add("transformed", fixed(defence.transformed, attacked), None)
+        if supports(defence, Purifies) or supports(defence, Reconstructs):
+            samples = supports(defence, SampleLogits)
+            classes = fixed(defence.sample_logits, attacked).argmax(2) if samples else None
+            purify = defence.purify if supports(defence, Purifies) else defence.reconstruct
+            add("purified", fixed(purify, attacked), classes)
+    return before, columns
 
 
 def data_uri(image: Tensor) -> str:
@@ -201,13 +186,3 @@ def data_uri(image: Tensor) -> str:
     file = io.BytesIO()
     Image.fromarray(array).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def chosen(examples: Examples, fell: int) -> str:
-    """Which images are shown, in a sentence, where so many fell to the attack."""
-    shown = len(examples.labels)
-    if not examples.fell.any():
-        return f"No image fell to this attack. The {shown} shown withstood it."
-    if fell > shown:
-        return f"{shown} of the {fell} images that fell to this attack."
-    return "The only image that fell to this attack." if shown == 1 else f"All {shown} images that fell to this attack."

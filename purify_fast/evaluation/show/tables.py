@@ -149,5 +149,5 @@ def table_of_findings(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         doubt = finding.verdict == "unreliable"
         verdict = Cell("", (), unreliable=True, red=True) if doubt else finding.verdict
-        body.append([finding.model, finding.alarm, verdict, finding.measured, finding.row])
+        body.append([finding.model, finding.alarm, verdict, finding.measured, finding.row or "-"])
     return Table(["model", "sign", "verdict", "measured", "row that tells"], body)

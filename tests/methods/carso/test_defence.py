@@ -12,7 +12,8 @@ import purify_fast
 from purify_fast import attacks
 from purify_fast.attacks import AutoAttack
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.protocols import AttackedModel, protocol_attacks
+from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.subject import Subject
 from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -249,7 +250,8 @@ def test_the_published_output_is_attacked_and_judges():
     with torch.no_grad():
         assert not defence.peel_reference(x).isfinite().all()
         y = defence(x).argmax(1)
-    (spec,) = protocol_attacks("authors", AttackedModel(defence, x, 10, is_random=True, eps=0.05))
+        subject = Subject(defence, x, y, batch_size=8, n_eval=1, seed=0)
+    (spec,) = protocol_attacks("authors", subject, 0.05)
     assert spec.label == "as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = 3"
     assert spec.attack == AutoAttack(version="rand")
     # fewer steps and draws than its 100 and 20, which take a minute

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..._tensors import digest, text_hash
-from ...contents import HOOKS, PLAIN, attributes, not_dependencies, variables
-from ..inputs import LogitsOf
+from .._tensors import digest, text_hash
+from ..contents import HOOKS, PLAIN, attributes, not_dependencies, variables
+from .inputs import LogitsOf
 
 #: Values that their text tells apart.
 _PLAIN = (*PLAIN, torch.layout, torch.memory_format)

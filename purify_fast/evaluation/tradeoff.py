@@ -1,19 +1,27 @@
-"""Standard against robust accuracy as one number, of a single model or of curves of models.
+"""Standard against robust accuracy, of a single model or of curves of models: as one number, and as a picture.
 
 `ar_bd` and `ar_point_dist` are this package's own. Like the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki
 et al., arXiv 2308.16454) they are inspired by the Bjontegaard delta of video coding, but they are not that measure: its
 definition was not found, and numbers of the two must not be compared.
+
+matplotlib and adjustText come with the extra ``demo``; both are imported where a picture is drawn.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .._files import atomic
+
+_COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
+_GRAY = "#8a8a8a"
 
 
 @dataclass(frozen=True)
@@ -189,3 +197,144 @@ def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
     r = curve(s)
     best = int(np.argmin(np.hypot(s - x, r - y)))
     return float(s[best]), float(r[best])
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+
+def plot_tradeoff(
+    path: str | Path,
+    points: Mapping[str, Iterable[float]],
+    reference: Iterable[Iterable[float]] | None = None,
+    *,
+    reference_name: str = "reference",
+    title: str = "",
+) -> bool:
+    """A picture of robust over standard accuracy: named models, lines of equal SUM, and the reference curve.
+
+    Args:
+        path: the PNG, which appears whole or not at all.
+        points: from names to (standard %, robust %) or to (standard %, robust %, their two standard errors in points),
+            which become error bars.
+        reference: pairs (standard %, robust %) as of `ar_bd`, drawn with the curve of `ar_point_dist`.
+        reference_name: the curve's name in the legend.
+        title: above everything.
+
+    Returns:
+        False, without a file, if matplotlib or adjustText is missing.
+
+    Raises:
+        ValueError: nothing to show, accuracies not within 0 to 100, negative or infinite standard errors, or a
+            reference that `ar_bd` refuses.
+        ModuleNotFoundError: there is a reference, and scipy is missing.
+    """
+    shown = {name: _with_errors(name, values) for name, values in points.items()}
+    x, y = (np.empty(0), np.empty(0)) if reference is None else check_curve("reference", reference)
+    if not shown and not len(x):
+        raise ValueError(f"points must name at least one model where there is no reference, got {points!r}")
+    try:
+        import adjustText  # noqa: F401
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # more names need more room
+    side = max(1.0, len(shown) / 8) ** 0.5
+    # not a figure of pyplot, so that the user's backend and open figures are left alone
+    figure: Any = Figure(figsize=(7.2 * side, 5.0 * side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    at = np.array([values[:2] for values in shown.values()]).reshape(-1, 2)
+    errors = np.array([values[2:] for values in shown.values()]).reshape(-1, 2)
+    everything = np.concatenate([at - errors, at + errors, np.stack([x, y], 1)])
+    low, high = everything.min(0), everything.max(0)
+    room = np.maximum(0.14 * (high - low), 2.0)
+    # beyond 0 and 100 only what the marks need
+    low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    _lines_of_equal_sum(axes, low, high)
+    traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
+    for i, (center, error) in enumerate(zip(at, errors, strict=True)):
+        if error.any():
+            # a bar of length 0 would still have caps
+            xerr, yerr = (value or None for value in error)
+            axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
+        axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
+    axes.set_xlabel("standard accuracy, %")
+    axes.set_ylabel("robust accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(color="#888888", labelsize=9)
+    if title:
+        axes.set_title(title, fontsize=11, pad=18)
+    _name_points(axes, list(shown), at, errors, traced)
+    with atomic(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return True
+
+
+def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """(standard, robust, standard error, standard error), the errors 0 where none are given."""
+    what, given = f"points[{name!r}]", tuple(values)
+    if len(given) not in (2, 4):
+        raise ValueError(f"{what} must be (standard %, robust %) or these and two standard errors, got {given!r}")
+    errors = given[2:] or (0.0, 0.0)
+    if not all(0 <= error < math.inf for error in errors):
+        raise ValueError(f"{what}: standard errors must be finite and not negative, got {errors!r}")
+    return *check_pair(what, given[:2]), *(float(error) for error in errors)
+
+
+def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
+    """The reference curve with its points; returns where it runs, ``[points, 2]``."""
+    along = np.linspace(x[0], x[-1], 400)
+    traced = np.stack([along, interpolate(x, y)(along)], 1)
+    axes.plot(*traced.T, color=_GRAY, lw=1.6, zorder=2)
+    axes.plot(x, y, "o", ms=4.5, color="white", mec=_GRAY, mew=1.4, zorder=2.5)
+    axes.plot([], [], "o-", color=_GRAY, lw=1.6, ms=4.5, mfc="white", mew=1.4, label=name)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
+    return traced
+
+
+def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
+    """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
+    from matplotlib.ticker import MaxNLocator
+
+    for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
+        axes.plot([low[0], high[0]], [total - low[0], total - high[0]], color="#e4e4e4", lw=0.8, zorder=1)
+        right, top = total - high[0], total - high[1]
+        style = {"fontsize": 7, "color": "#9a9a9a", "annotation_clip": False, "textcoords": "offset points"}
+        if low[1] <= right < high[1]:
+            axes.annotate(f"SUM {total:g}", (high[0], right), (3, 0), va="center", **style)
+        elif low[0] <= top < high[0]:
+            axes.annotate(f"SUM {total:g}", (top, high[1]), (0, 3), ha="center", **style)
+
+
+def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
+    """Write each name beside its point, away from all points, their error bars, the curve and the other names."""
+    from adjustText import adjust_text
+
+    if not names:
+        return
+    # the layout, and with it the place of every point in pixels, is known from here on
+    axes.figure.canvas.draw()
+    texts = [
+        axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
+        for i, (name, point) in enumerate(zip(names, at, strict=True))
+    ]
+    for text in texts:
+        text.set_in_layout(False)
+    # nine points of an error bar and a twentieth of the curve's points stand for them; a number of rounds in place of a
+    # time keeps the picture the same. The forces are the first that keep the names of a study of twenty models free.
+    along = np.linspace(-1, 1, 9)[:, None, None] * errors
+    bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
+    x, y = np.concatenate([*bars, traced[::20]]).T
+    legend = axes.get_legend()
+    adjust_text(
+        texts, x=x, y=y, ax=axes, objects=None if legend is None else [legend], iter_lim=2000,
+        expand=(1.15, 1.35), force_text=(0.8, 1.0), force_explode=(0.2, 0.8),
+        arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
+    )  # fmt: skip
+
+
+def _color(i: int) -> str:
+    return _COLORS[i % len(_COLORS)]

@@ -1,7 +1,7 @@
 """Finished rows on disk, named after all that they depend on, and the finished batches of an unfinished row.
 
-Every file is a safetensors file: its arrays are tensors, its plain values are metadata, with a checksum of both. A
-damaged file is as good as absent: its content is computed again, and a warning says so.
+Every file holds a checksum of its content (`purify_fast._sealed`). A damaged file is as good as absent: its content is
+computed again, and a warning says so.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from ... import _library
-from ..._files import atomic
-from ..._tensors import digest, text_hash
-from ...ops import choices_of_bits
-from ...ops.dispatch.registry import forced_backends
-from ...speed.precision import float32_settings
-from ..rows import Examples, Row
-from .fingerprint import fingerprint
+from .. import _library
+from .._sealed import read_sealed, write_sealed
+from .._tensors import digest, text_hash
+from ..ops import choices_of_bits
+from ..ops.dispatch.registry import forced_backends
+from ..speed.precision import float32_settings
+from .rows import Examples, Row
 
 logger = logging.getLogger("purify_fast")
 
@@ -38,43 +34,18 @@ logger = logging.getLogger("purify_fast")
 #: one attack raises that attack's own version instead, so that the rows of the others are kept.
 PROTOCOL_VERSION = 1
 
-#: The plain values of a file, and its arrays.
-Content = tuple[dict[str, Any], dict[str, np.ndarray]]
-
-
-def write_file(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write plain values and arrays with their checksum; the file is whole or absent."""
-    text = json.dumps(values, allow_nan=False)
-    # one text: safetensors orders several at random, and equal contents are to be equal files
-    sealed = json.dumps({"checksum": _checksum(text, arrays), "values": text})
-    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"sealed": sealed})
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
+#: The plain values of a file, and its tensors.
+Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def read_file(path: Path) -> Content | None:
-    """What `write_file` wrote; None where the file is absent or damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            sealed = json.loads(file.metadata()["sealed"])
-        if sealed["checksum"] == _checksum(sealed["values"], arrays):
-            return json.loads(sealed["values"]), arrays
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        # told below
-        pass
-    logger.warning("%s is damaged: its checksum is not that of its content; what it held is computed again", path)
+    """What `purify_fast._sealed.write_sealed` wrote; None where the file is absent or damaged."""
+    if path.exists():
+        try:
+            return read_sealed(path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged: %s. Its content is computed again", path, error)
     return None
-
-
-def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    checksum = text_hash(text)
-    for name, array in sorted(arrays.items()):
-        checksum.update(f"{name} {array.dtype} {array.shape}".encode())
-        checksum.update(array.tobytes())
-    return checksum.hexdigest()
 
 
 @dataclass
@@ -113,17 +84,17 @@ class PartialRow:
         content = None if self.folder is None else read_file(self._path(ids))
         if content is None:
             return None
-        values, arrays = content
-        images = torch.from_numpy(arrays.pop("images"))
-        return Batch(images, generators=[torch.from_numpy(arrays[name]) for name in sorted(arrays)], **values)
+        values, tensors = content
+        images = tensors.pop("images")
+        return Batch(images, generators=[tensors[name] for name in sorted(tensors)], **values)
 
     def keep(self, ids: Tensor, batch: Batch) -> None:
         """Keep the finished batch of the images with these indices."""
         if self.folder is None:
             return
-        arrays = {f"generator{i}": state.numpy() for i, state in enumerate(batch.generators)}
+        generators = {f"generator{i}": state for i, state in enumerate(batch.generators)}
         values = {name: value for name, value in vars(batch).items() if name not in ("images", "generators")}
-        write_file(self._path(ids), values, arrays | {"images": batch.images.cpu().numpy()})
+        write_sealed(self._path(ids), values, generators | {"images": batch.images})
 
     def remove(self) -> None:
         """Remove the folder: the row is finished."""
@@ -154,7 +125,7 @@ class RowCache:
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = {} if served is None else choices_of_bits(served), revision
         # a model is read once, not once for each row; it is kept beside its mark, so that its id stays its own
-        self._marks: dict[int, tuple[object, str | None]] = {}
+        self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -172,7 +143,8 @@ class RowCache:
         Returns:
             A file name, or None where nothing is kept, or where a model has no fingerprint.
         """
-        if self.folder is None or None in (marks := [self._mark(model) for model in models]):
+        marks = [self._marks[id(model)][1] for model in models]
+        if self.folder is None or None in marks:
             return None
         # a block of `use_backend` overrides the variable
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
@@ -183,13 +155,6 @@ class RowCache:
     def know(self, model: object, mark: str | None) -> None:
         """Let this mark, a `fingerprint`, stand for the model in the names of its rows; with None none are kept."""
         self._marks[id(model)] = model, mark
-
-    def _mark(self, model: object) -> str | None:
-        if model is None:
-            return ""
-        if id(model) not in self._marks:
-            self.know(model, fingerprint(model))
-        return self._marks[id(model)][1]
 
     def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of that name, made and kept if it is not there yet.
@@ -203,12 +168,13 @@ class RowCache:
         def content() -> Content:
             row = make(unfinished)
             arrays = {} if row.examples is None else dict(vars(row.examples))
-            return row.to_dict(), arrays | ({} if row.margins is None else {"margins": row.margins})
+            arrays |= {} if row.margins is None else {"margins": row.margins}
+            return row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-        values, arrays = self._content(key, content)
+        values, tensors = self._content(key, content)
         # a run that ended between the two left the batches of a finished row
         unfinished.remove()
-        row = Row.from_dict(values)
+        row, arrays = Row.from_dict(values), {name: tensor.numpy() for name, tensor in tensors.items()}
         row.margins = arrays.pop("margins", None)
         row.examples = Examples(**arrays) if arrays else None
         return row
@@ -229,5 +195,5 @@ class RowCache:
         if content is None:
             content = make()
             if path is not None:
-                write_file(path, *content)
+                write_sealed(path, *content)
         return content

@@ -1,0 +1,63 @@
+"""Files of tensors and plain values that hold a checksum of their content, in the format of safetensors.
+
+The checksum is compared whenever a file is read: one in which a single bit changed is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ._files import atomic
+from ._tensors import digest, text_hash
+
+#: The one entry of a file's metadata: a checksum, a space, and JSON. Several entries would have no fixed order.
+_ENTRY = "purify_fast"
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return text_hash(json.dumps([text, names, digest(*(tensors[name] for name in names))])).hexdigest()
+
+
+def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Path | None = None) -> None:
+    """Write tensors and a JSON value as one safetensors file, which is whole or absent.
+
+    Args:
+        path: the file.
+        content: the JSON value.
+        tensors: by their names.
+        previous: the name that the file before it gets; None drops it.
+    """
+    # clone: safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(content)
+    data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
+    with atomic(path, previous) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The JSON value and the tensors that `write_sealed` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: the file is damaged, or something else; the message says what is wrong, without the file's name.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            checksum, _, text = (file.metadata() or {})[_ENTRY].partition(" ")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"it is cut off, damaged, or another program's ({error!r})") from error
+    if checksum != _checksum(text, tensors):
+        raise ValueError("its checksum is not that of its content: it changed after it was written")
+    return json.loads(text), tensors
