@@ -19,7 +19,7 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -176,10 +176,9 @@ class _Marks:
             return "function", self._function(value, path)
         if isinstance(value, (set, frozenset)):
             return "set", [self.of(type(value), path), *sorted(self.of(part, path) for part in value)]
-        if type(value) in (list, tuple):
-            return type(value).__name__, [self.of(part, (*path, f"[{i}]")) for i, part in enumerate(value)]
-        if type(value) in (dict, types.MappingProxyType):
-            return "dict", self._items(value, path)
+        if type(value) in (list, tuple, dict, types.MappingProxyType):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            return type(value).__name__, self._items(items, path)
         if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
             owner = getattr(value, "__self__", None)
             return "builtin", [_name(value), "" if isinstance(owner, types.ModuleType) else self.of(owner, path)]
@@ -192,8 +191,8 @@ class _Marks:
             return "generator", [str(value.device), str(value.initial_seed())]
         return "object", self._object(value, path)
 
-    def _items(self, items: Any, path: Path) -> Iterator[str]:
-        for key, part in items.items():
+    def _items(self, items: Iterable[tuple[Any, Any]], path: Path) -> Iterator[str]:
+        for key, part in items:
             yield self.of(key, (*path, "a key"))
             yield self.of(part, (*path, f"[{key!r}]" if type(key) in (str, int) else "[...]"))
 

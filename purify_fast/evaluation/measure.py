@@ -37,14 +37,12 @@ class _Search:
 
     Args:
         spec: the attack.
-        images: all images, attacked or not, ``[n, C, H, W]``.
-        index: which of them were attacked, int64.
-        sums: health and time, over the batches.
+        index: which of the images were attacked, int64.
+        sums: all images, attacked or not, and health and time over the batches.
         settings: what is known of the attack's settings only after it.
     """
 
     spec: AttackSpec
-    images: Tensor
     index: Tensor
     sums: Batch
     settings: dict[str, Any]
@@ -118,7 +116,7 @@ class Measure:
             if search is None or search.spec is not spec:
                 search = self._attack(spec, alive, unfinished)
             begin = time.perf_counter()
-            judged = self.subject.judge(search.images, "random", "judge")
+            judged = self.subject.judge(search.sums.images, "random", "judge")
             # an image falls only by what the attack made of it
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
             row.transferred = True
@@ -156,7 +154,22 @@ class Measure:
 
     def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
-        row = self.cache.row(self._key(settings, spec), make)
+        subject, context = self.subject, self.context
+        key: str | None = None
+        attack = None if spec is None else [spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()]
+        # rows of an attack that names no revision are not kept
+        if attack is None or attack[1] is not None:
+            whole = {
+                "data": subject.data,
+                "seed": subject.seed,
+                "classes": subject.num_classes,
+                # which image gets which draws depends on them
+                "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
+                "attack": attack,
+                "settings": settings,
+            }
+            key = self.cache.key(whole, subject.model, None if spec is None else spec.other_model)
+        row = self.cache.row(key, make)
         # these are no part of the key
         row.model = self.name
         row.settings["deterministic"] = not self.subject.is_random
@@ -164,26 +177,6 @@ class Measure:
         # an attack that left nothing lacked nothing
         row.reliable = row.reliable or not row.robust.any()
         return row
-
-    def _key(self, settings: dict[str, Any], spec: AttackSpec | None) -> str | None:
-        """All that a row depends on, as the name of its file; None where it cannot be kept."""
-        subject, context = self.subject, self.context
-        attack = other = None
-        if spec is not None:
-            revision, other = spec.resolved.revision(), spec.other_model
-            if revision is None:
-                return None
-            attack = [spec.resolved.kind, revision, *spec.resolved.identity()]
-        whole = {
-            "data": subject.data,
-            "seed": subject.seed,
-            "classes": subject.num_classes,
-            # which image gets which draws depends on them
-            "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
-            "attack": attack,
-            "settings": settings,
-        }
-        return self.cache.key(whole, subject.model, other)
 
     def _measure_clean(self, variant: Variant) -> Row:
         begin = time.perf_counter()
@@ -229,14 +222,15 @@ class Measure:
             cost = attack.cost(context)
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             with self.progress.row(label, None if cost is None else cost * len(index)):
-                adversarial, sums = attack_in_batches(
+                sums = attack_in_batches(
                     attack, counted, index, subject=subject, context=context, unfinished=unfinished
                 )
         if sums.warnings or isinstance(attack, AutoAttack):
             settings["warnings"] = sums.warnings
         if sums.fallen:
             settings["fallen to"] = sums.fallen
-        return _Search(spec, adversarial[: len(alive)], index, sums, settings)
+        sums.images = sums.images[: len(alive)]
+        return _Search(spec, index, sums, settings)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
@@ -244,7 +238,7 @@ class Measure:
         search = self._attack(spec, alive, unfinished)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
-        judged = self.subject.judge(search.images, spec.variant, "judge", spec.judge)
+        judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
         # what was not attacked counts as lost
         row = self._judged(search, settings, judged, judged.right & alive)
         health = search.sums.health
@@ -267,7 +261,7 @@ class Measure:
             seconds=0.0,
             reliable=GradientHealth(dict(search.sums.health)).reliable,
             settings=settings | search.settings,
-            examples=_examples(self.subject, search.images, search.index, judged),
+            examples=_examples(self.subject, search.sums.images, search.index, judged),
             margins=judged.margins,
         )
 
@@ -316,7 +310,7 @@ def attack_in_batches(
     subject: Subject,
     context: AttackContext,
     unfinished: PartialRow,
-) -> tuple[Tensor, Batch]:
+) -> Batch:
     """Attack some of the images.
 
     Random starts are tied to an image's index, so that of a model that predicts the same every time the batches do not
@@ -331,14 +325,13 @@ def attack_in_batches(
         unfinished: keeps the batches, and has those that an interrupted run finished.
 
     Returns:
-        All the images, attacked in the places of ``index``, and the sums over the batches.
+        All the images, attacked in the places of ``index``, with the sums over the batches.
 
     Raises:
         TypeError: the attack returned no tensor.
         ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
     """
-    adversarial = subject.x.clone()
-    sums = Batch(adversarial[:0], {}, [], 0.0)
+    sums = Batch(subject.x.clone(), {}, [], 0.0)
     health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
     begun = 0
     for part in index.split(context.batch_size) if len(index) else ():
@@ -353,13 +346,13 @@ def attack_in_batches(
             torch.set_rng_state(batch.generators[0])
             for state in batch.generators[1:]:
                 torch.cuda.set_rng_state(state, subject.device)
-        adversarial[part] = batch.images.to(adversarial.device)
+        sums.images[part] = batch.images.to(subject.x.device)
         sums.seconds += batch.seconds
         health.update(batch.health)
         fallen.update(batch.fallen)
         sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
     sums.health, sums.fallen = dict(health), dict(fallen)
-    return adversarial, sums
+    return sums
 
 
 def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext) -> Batch:

@@ -245,12 +245,12 @@ class Report:
         """
         folder = Path(folder)
         check_folder("folder", folder)
-        page = self.to_html(defence)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
-        write_text(folder / "report.html", page)
+        # last, so that a defence that fails on the pictures loses nothing
+        write_text(folder / "report.html", self.to_html(defence))
 
 
 def merge(reports: Iterable[Report]) -> Report:

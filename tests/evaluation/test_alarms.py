@@ -3,18 +3,16 @@
 import html
 import json
 import math
-import re
 
 import pytest
 import torch
-from digit_nets import EPS, Gated, digits, net, robust, standard
+from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
-from purify_fast.attacks import APGD, PGD, Square, pgd
+from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
-from purify_fast.evaluation.alarms.signs import START_UNRELIABLE
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.surrogates import surrogates
 from purify_fast.ops import aggregate
@@ -191,27 +189,6 @@ def test_how_many_images_a_random_start_must_win(n, images, verdict):
 def test_of_how_many_images_the_class_must_vary(n, images, verdict):
     draws = [(1.0, 0.5), (16.0, 0.5)]
     assert probed(n, eot=draws, varying=images / n)["noise and seeds"] == verdict
-
-
-def test_two_images_near_the_border_make_no_honest_model_unreliable():
-    """The 8 images are chosen: two of which random starts differ much, and six of which they hardly do."""
-    _, _, x, y = digits()
-    # an image's random start depends on its place among the 8, so every image keeps its own
-    x, y, places = x[:96], y[:96], torch.arange(96) % 8
-    model = net(EPS / 2, 15)
-    starts = [
-        pgd(model, x, y, eps=EPS, steps=10, loss="margin", keep_best=True, seed=seed, sample_ids=places)
-        for seed in range(5)
-    ]
-    right = torch.stack([model(points).argmax(1) == y for points in starts])
-    gain = (right.float().mean(0) - right.all(0).float()).view(12, 8)
-    chosen, two = gain.argmin(0), gain.amax(0).topk(2).indices
-    chosen[two] = gain.argmax(0)[two]
-    few = 8 * chosen + torch.arange(8)
-    report = judged(model, [PGD(steps=5)], images=few)
-    finding = next(finding for finding in report.findings if finding.alarm == "random start")
-    left, one = (float(word) / 100 for word in re.findall(r"(\d+) %", finding.measured))
-    assert one - left > START_UNRELIABLE and finding.verdict == "noted" and report.headline.reliable
 
 
 def test_a_sharp_gate_is_given_away_by_random_starts():

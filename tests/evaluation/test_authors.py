@@ -1,7 +1,5 @@
 """The protocol "authors" repeats how others evaluate: a model of theirs is attacked and judges, in no headline."""
 
-import sys
-
 import pytest
 import torch
 from small_models import Linear
@@ -75,11 +73,3 @@ def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
     assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
     assert report.about["protocol"] == "authors" and "defence" not in report.curves
     assert "the model has no authors_attacks()" in report.to_text() and "there is no headline" in report.to_text()
-
-
-def test_it_says_early_what_is_missing(monkeypatch):
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
-        evaluate(lambda x: pytest.fail("it was asked"), torch.rand(2, 3, 4, 4), torch.zeros(2).long(), **QUIET,
-                 protocol="authors")  # fmt: skip

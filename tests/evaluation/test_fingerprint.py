@@ -19,7 +19,6 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.fingerprint import fingerprint, fingerprint_or_reason
 
@@ -154,24 +153,6 @@ def test_rows_of_accelerated_and_random_defences_are_found_again(tmp_path, made_
         evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path, progress=False)
         evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path, progress=False)
     assert len(made_rows) == 2
-
-
-def test_the_thread_that_decides_over_the_noise_is_no_part_of_it():
-    class Noisy(StochasticDefence):
-        samples = 1
-
-    defence, found = Noisy(), []
-
-    def mark():
-        with defence.fixed_noise(1):
-            found.append(fingerprint(defence))
-
-    for _ in "12":
-        thread = threading.Thread(target=mark)
-        thread.start()
-        thread.join()
-    mark()
-    assert len(set(found)) == 1 and None not in found
 
 
 def test_compiled_it_is_the_same_model():

@@ -215,17 +215,6 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
     assert len(seen) - first - whole == whole + 2
 
 
-def test_a_damaged_batch_is_made_again(tmp_path, monkeypatch):
-    whole = plain(evaluated(tmp_path / "whole"))
-    monkeypatch.setattr(cache.PartialRow, "remove", lambda self: None)
-    evaluated(tmp_path / "again")
-    for path in (tmp_path / "again/rows").glob("*.safetensors"):
-        path.unlink()
-    for path in (tmp_path / "again/rows").glob("*.batches/*.safetensors"):
-        path.write_bytes(path.read_bytes()[:100])
-    assert plain(evaluated(tmp_path / "again")) == whole
-
-
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
     monkeypatch.setattr("purify_fast.evaluation.progress.LINE_EVERY", 0.0)

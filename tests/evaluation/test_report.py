@@ -153,6 +153,9 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     examples = report.rows[1].examples
     grey = Examples(*(part[:1, :1] if part.ndim > 1 else part[:1] for part in vars(examples).values()))
     assert Report([row(examples=grey)]).to_html().count("<img ") == 3
+    # of two channels there is no picture
+    two = Examples(*(part[:, :2] if part.ndim > 1 else part for part in vars(examples).values()))
+    assert "<img " not in Report([row(examples=two)]).to_html()
     both = merge([report, Report([row("other", "PGD-2 ce")])])
     with pytest.raises(ValueError, match="mapping"):
         both.save(tmp_path / "two", model)

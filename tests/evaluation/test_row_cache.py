@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import os
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -91,32 +93,25 @@ def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):
     assert counted(model_of(tmp_path, monkeypatch)) == 0
 
 
-def test_versions_and_backends(tmp_path, monkeypatch, counted):
+@pytest.mark.parametrize(
+    ("block", "rows"),
+    [
+        (lambda: mock.patch.object(PGD, "revision", lambda self: "another"), 1),
+        (lambda: mock.patch.object(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1), 2),
+        (lambda: mock.patch.dict(os.environ, PURIFY_FAST_BACKEND="reference"), 2),
+        (lambda: use_backend("reference"), 2),
+        (lambda: float32_products(tf32=True), 2),
+        (float32_products, 0),
+    ],
+    ids=["revision of an attack", "protocol", "backend", "backend of a block", "tf32", "float32"],
+)
+def test_versions_backends_and_precisions_have_rows_of_their_own(tmp_path, monkeypatch, counted, block, rows):
     model = model_of(tmp_path, monkeypatch)
     assert counted(model) == 2
-    with monkeypatch.context() as of_one_attack:
-        of_one_attack.setattr(PGD, "revision", lambda self: "another")
-        assert counted(model) == 1
-    with monkeypatch.context() as of_the_backend:
-        of_the_backend.setenv("PURIFY_FAST_BACKEND", "reference")
-        assert counted(model) == 2
-    monkeypatch.setattr(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1)
-    assert counted(model) == 2
-    assert counted(model) == 0
-
-
-def test_the_backend_and_the_precision_of_a_block_make_rows_anew(tmp_path, monkeypatch, counted):
-    model = model_of(tmp_path, monkeypatch)
-    assert counted(model) == 2
-    with use_backend("reference"):
-        assert counted(model) == 2
-        assert counted(model) == 0
-    with float32_products(tf32=True):
-        assert counted(model) == 2
+    with block():
+        assert counted(model) == rows
         assert counted(model) == 0
     assert counted(model) == 0
-    with float32_products():
-        assert counted(model) == 0
 
 
 class Noisy(StochasticDefence):

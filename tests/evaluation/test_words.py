@@ -165,18 +165,6 @@ def test_verdicts(verdicts, reliable, said):
     assert said in text
 
 
-def test_the_verdict_is_of_one_threat_model(digits):
-    model, x, y = digits
-    wide = PGD(steps=5, norm="l2", eps=9)
-    report = evaluate(model, x, y, **QUIET | {"eps": 0.01, "attacks": [PGD(steps=5), wide]}, name="good")
-    lower = next(row for row in report.rows if row.threat is not None)
-    assert lower.accuracy < report.headline.accuracy and lower.threat == "L2 9"
-    text = report.to_text(color=False)
-    assert (
-        f"good: {100 * report.headline.accuracy:.1f} % of 24 images withstand every attack within L-inf 0.01." in text
-    )
-
-
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
