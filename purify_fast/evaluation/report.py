@@ -171,9 +171,11 @@ class Report:
             raise ValueError(f"the report has format {content.get('format')!r}, this version reads {FORMAT}")
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
-            findings=[Finding(**values) for values in content["findings"]],
-            outlooks=[Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content["outlooks"]],
-            **{name: content[name] for name in ("notes", "about", "curves", "threats")},
+            findings=[Finding(**values) for values in content.get("findings", [])],
+            outlooks=[
+                Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])
+            ],
+            **{name: content[name] for name in ("notes", "about", "curves", "threats") if name in content},
         )
 
     def to_markdown(self) -> str:
