@@ -143,7 +143,7 @@ class RowCache:
         Returns:
             A file name, or None where nothing is kept, or where a model has no fingerprint.
         """
-        marks = [self._marks[id(model)][1] for model in models]
+        marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
         if self.folder is None or None in marks:
             return None
         # a block of `use_backend` overrides the variable
