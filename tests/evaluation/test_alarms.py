@@ -61,6 +61,10 @@ def rounded(self, x):
     return self.net(x + (steps - x).detach())
 
 
+def detached(self, x):
+    return self.net(x.detach())
+
+
 def saturated(self, x):
     return aggregate(30 * self.net(x)[:, None].expand(-1, 4, -1), "peel_reference")
 
@@ -119,12 +123,8 @@ def assert_marked(report, alarm, row):
         (lambda: with_gradient(lambda g: g * torch.nan), "gradient health", "APGD-10 ce"),
         (lambda: with_gradient(torch.zeros_like), "gradient health", "APGD-10 ce"),
         (lambda: with_gradient(torch.zeros_like), "huge radius", "probe: PGD at eps 1"),
-        (lambda: Around(lambda self, x: self.net(x.detach())), "gradient health", "APGD-10 ce"),
-        (
-            lambda: Around(lambda self, x: self.net(x.detach())),
-            "gradient-free against gradients",
-            "Square, 150 queries",
-        ),
+        (lambda: Around(detached), "gradient health", "APGD-10 ce"),
+        (lambda: Around(detached), "gradient-free against gradients", "Square, 150 queries"),
         (lambda: with_gradient(quantised), "gradients against differences", "probe: small steps in random directions"),
         (lambda: Around(rounded), "gradients against differences", "probe: small steps in random directions"),
         (lambda: Around(saturated), "gradient health", "APGD-10 ce"),

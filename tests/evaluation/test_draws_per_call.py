@@ -8,17 +8,7 @@ from digit_nets import digits
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import (
-    APGD,
-    PGD,
-    AttackersHead,
-    apgd,
-    fab_t,
-    input_gradient,
-    pgd,
-    square,
-    stadv,
-)  # fmt: skip
+from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, input_gradient, pgd, square, stadv
 from purify_fast.attacks.attacked_model import drawn_once_per_call
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
@@ -132,15 +122,8 @@ def test_which_models_draw_once_per_call(batch):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     head = AttackersHead(Samples(*nets()), "mean")
-    once = [
-        Switch(*nets()),
-        SharedNoise(),
-        SharedNoise(each=1e-6),
-        lambda x: SharedNoise()(x),
-        Samples(*nets()),
-        head,
-        OwnForward(),
-    ]
+    once = [Switch(*nets()), SharedNoise(), SharedNoise(each=1e-6), lambda x: SharedNoise()(x), Samples(*nets())]
+    once += [head, OwnForward()]
     each = [SwitchEach(*nets()), SwitchLooped(*nets()), SharedNoise(each=0.2), NoisyEnsemble(standard(), sigma=0.1)]
     for models, expected in ((once, True), (each, False), ([standard()], False)):
         for model in models:
