@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from ..attacks import BPDA, AttackContext, AutoAttack
@@ -65,8 +64,8 @@ def feasible(
         # the same attack on the same model and images adds nothing
         if spec not in plan:
             plan.append(spec)
-    names = Counter(row_name(spec, context) for spec in plan)
-    double = [label for label, times in names.items() if times > 1]
+    names = [row_name(spec, context) for spec in plan]
+    double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:
         raise ValueError(f"attacks need labels of their own, these share one: {', '.join(double)}")
     return plan, notes

@@ -328,8 +328,8 @@ def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
     context, subject = measure.context, measure.subject
     # which of the first images withstood every attack on the model as it is; none without an attack
     n = min(PROBED, max(row.n for row in evidence.rows))
-    masks = [torch.from_numpy(row.robust[:n]) for row in evidence.attacks() if row.n >= n]
-    left = torch.stack(masks).all(0) if masks else torch.zeros(n, dtype=torch.bool)
+    robust = evidence.robust(n)
+    left = torch.zeros(n, dtype=torch.bool) if robust is None else torch.from_numpy(robust)
 
     def make() -> dict[str, Any]:
         with measure.progress.row("probes", cost_of_probes(subject, context)):

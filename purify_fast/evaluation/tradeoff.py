@@ -189,8 +189,8 @@ def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
         cubic = np.poly1d(curve.c[:, i] * width ** np.arange(3, -1, -1.0))
         slope = np.poly1d([width**2, width * (curve.x[i] - x)]) + (cubic - y) * cubic.deriv()
         # rounding leaves leading coefficients where there are none, and roots far away that spoil the others
-        kept = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
-        roots = np.roots(slope.c[kept[0] :])
+        leading = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
+        roots = np.roots(slope.c[leading[0] :])
         # real parts of all: a double root may come out as a complex pair, and any point of the piece may be tried
         us[i] = np.concatenate([us[i], np.clip(roots.real, 0, 1)])
     s = np.concatenate([curve.x[i] + u * (curve.x[i + 1] - curve.x[i]) for i, u in enumerate(us)])

@@ -66,7 +66,7 @@ def trio():
         (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got Tensor"),
         (lambda x, y: ([(x, y), (x, y, y, y)], None), TypeError, "batch 1 must be .*, got 4 values"),
         (lambda x, y: ([(x, [1])], None), TypeError, "batch 0 must have tensors .*, got Tensor and list"),
-        (lambda x, y: ([(x, y[:3])], None), ValueError, r"got \[10, 3, 6, 7\] and \[3\]"),
+        (lambda x, y: ([(x, y[:3])], None), ValueError, r"got torch.float32 \[10, 3, 6, 7\] and \[3\]"),
         (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 must .* got .*\[10, 1, 6, 7\]"),
         (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got torch.float64"),
     ],

@@ -509,7 +509,7 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
     def run(attack, **change):
         report = evaluate(model, x[:8], y[:8], attacks=[attack], **settings | change)
         # the clean row is not counted
-        return report.rows[1], len(list(tmp_path.glob("rows/*.safetensors"))) - 1
+        return report.rows[1].to_dict(), len(list(tmp_path.glob("rows/*.safetensors"))) - 1
 
     # they differ in one thing each: no row of one is taken for another's
     plans = [
@@ -521,10 +521,10 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
         assert count == number and run(plan) == (first, number)
     # the same attack by another name, and from a report whose own ball it is, is the same row
     named, count = run(AttackSpec(BPDA(), label="by another name"))
-    assert named.attack == "by another name" and count == len(plans)
+    assert named["attack"] == "by another name" and count == len(plans)
     other, _ = run(PGD(), eps=0.01)
     again, count = run(PGD(eps=0.01), eps=0.01)
-    assert (other.attack, other.threat, count) == ("PGD-2 ce", None, len(plans) + 1) and again == other
+    assert (other["attack"], other["threat"], count) == ("PGD-2 ce", None, len(plans) + 1) and again == other
 
 
 @pytest.mark.parametrize(

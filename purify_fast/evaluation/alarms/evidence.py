@@ -79,10 +79,13 @@ class Evidence:
     def left(self, n: int | None = None) -> float | None:
         """The share of the first n images, or of all, that withstood every attack; None without such an attack."""
         n = max((row.n for row in self.rows), default=0) if n is None else n
-        if n == 0:
-            return None
+        robust = self.robust(n) if n else None
+        return None if robust is None else float(robust.mean())
+
+    def robust(self, n: int) -> np.ndarray | None:
+        """Which of the first n images withstood every attack on as many, bool ``[n]``; None without such an attack."""
         masks = [row.robust[:n] for row in self.attacks() if row.n >= n]
-        return float(np.logical_and.reduce(masks).mean()) if masks else None
+        return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Every attack with the images that fell to it, bool ``[n]``: of survivors, those that it was given."""
