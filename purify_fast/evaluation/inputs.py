@@ -95,15 +95,6 @@ def _range(x: Tensor) -> str:
     return f"values from {least:.3g} to {most:.3g}{advice}"
 
 
-def looks_channels_last(x: Tensor) -> bool:
-    """Whether images ``[N, C, H, W]`` have a size that only ``[N, H, W, C]`` usually has.
-
-    Args:
-        x: images of four dimensions.
-    """
-    return x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
-
-
 def _read(batches: Any) -> tuple[Tensor, Tensor]:
     """All batches of an iterable as one; they may not differ in dtype or in the size of their images."""
     if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
@@ -200,7 +191,8 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
     try:
         return model(some)
     except Exception as error:
-        if not looks_channels_last(some):
+        # a size that only images [N, H, W, C] usually have
+        if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
             raise
         raise ValueError(
             f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "

@@ -224,7 +224,7 @@ class Subject:
                 logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
                 y, undecided = self.y[: len(x)].to(logits.device), _undecided(logits)
                 decided = logits.argmax(1)
-                leads -= margin(logits.float(), y).cpu()
+                leads += -margin(logits.float(), y).cpu()
                 nonfinite += int(undecided.sum())
                 right.append(((decided == y) & ~undecided).cpu().numpy())
                 named.append(decided.masked_fill(undecided, -1).cpu().numpy())
