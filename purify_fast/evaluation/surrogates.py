@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attacks import frozen
+from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, has_classifier, supports
 
 #: How much softer the softened copies are: a gate's slope is divided by these.
@@ -208,17 +209,12 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
 
 def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
     """Callables inside a model: submodules, attributes of an object, variables around a function."""
+    named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
-        for name, module in model.named_modules():
-            if name and name.count(".") < depth:
-                yield name, module
-        return
-    attributes = dict(vars(model)) if not inspect.isroutine(model) and getattr(model, "__dict__", None) else {}
-    if inspect.isfunction(model):
-        attributes = dict(inspect.getclosurevars(model).nonlocals)
-    for name, value in attributes.items():
-        if isinstance(value, nn.Module):
-            yield name, value
+        named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < depth)
+    elif inspect.isfunction(model):
+        named = inspect.getclosurevars(model).nonlocals.items()
+    yield from ((name, value) for name, value in named if isinstance(value, nn.Module))
 
 
 def _logits(model: Classifier, x: Tensor) -> Tensor | None:
