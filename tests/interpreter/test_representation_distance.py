@@ -29,19 +29,3 @@ def test_more_layers_than_a_launch_takes_are_as_each_alone(poisoned, kind):
         alone, own = kernel.forward([u], [v], kind)
         assert torch.equal(alone[:, 0], whole[:, layer]) and torch.equal(own[:, 0], slopes[:, layer])
         assert torch.equal(kernel.backward(grad[:, layer : layer + 1], [u], [v], own)[0], got[layer])
-
-
-def test_arccos():
-    """Of numbers, to a few 1e-7, and exactly at the ends."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def arccos(x_ptr, out_ptr, WIDTH: tl.constexpr):
-        at = tl.arange(0, WIDTH)
-        tl.store(out_ptr + at, kernel._arccos(tl.load(x_ptr + at)))
-
-    x = torch.linspace(-1, 1, 4096)
-    out = torch.empty_like(x)
-    arccos[(1,)](x, out, WIDTH=4096)
-    assert out[-1] == 0 and (out - torch.arccos(x.double())).abs().max() < 4e-7

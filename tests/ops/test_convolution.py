@@ -261,7 +261,7 @@ def test_kernels_refuse_what_does_not_fit():
             wrong()
 
 
-def test_compiles(kernels, contract):
+def test_compiles(kernels, compiles):
     def make(size: int) -> tuple:
         return (normal(size, 6, 8, 10, seed=size, dtype=torch.float32).requires_grad_(),)
 
@@ -271,7 +271,7 @@ def test_compiles(kernels, contract):
         with torch.autocast("cpu", HALF):
             return layer(2 * x).float()
 
-    contract.compiles(function, make)
+    compiles(function, make)
 
 
 def test_the_next_layer_may_change_the_result_in_place(kernels):

@@ -61,7 +61,7 @@ def test_white_pixels_keep_their_gradient(monkeypatch):
     assert gradient.abs().max() > 0
 
 
-def test_decode_prior_compiles(contract):
+def test_decode_prior_compiles(compiles):
     def make(size: int) -> tuple:
         condition, _, ids, *_ = packed_arguments(size, torch.float32)
         return condition.requires_grad_(), ids
@@ -75,7 +75,7 @@ def test_decode_prior_compiles(contract):
             numbers = GEOMETRY.numbers()
             return call(condition, seed, ids, packed, biases, numbers, 3, 0.2, True, False, torch.float32)
 
-        contract.compiles(run, make, (6, 8, 13), compiler="aot_eager")
+        compiles(run, make, (6, 8, 13), compiler="aot_eager")
 
 
 @pytest.mark.parametrize(

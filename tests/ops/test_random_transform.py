@@ -204,14 +204,6 @@ def test_pinned_masks(backend):
     assert torch.equal(shared, zero.expand(1, 3, 4, 4))  # sample word 0, whatever the ids
 
 
-def test_noise_does_not_know_the_mask(backend):
-    x = torch.full((8, 3, 64, 64), 0.5)
-    packed, owners = random_transform(x, SEED, names(8), sigma=0.01, block=4, num_passes=4)
-    t = packed.unflatten(0, (8, 4))[:, :, :3].abs()
-    first, last = (t[:, i][(op.on_pixels(owners, 64, 64)[0] == 3 - i)[:, None].expand_as(t[:, i])] for i in (0, 3))
-    assert abs(first.mean() / last.mean() - 1) < 0.02
-
-
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("num_passes", [None, 3])
 def test_order_and_number_of_draws_change_nothing(backend, num_passes, shared):
