@@ -41,10 +41,10 @@ from purify_fast.kernels import (
     square_proposal,
     stitch,
 )
+from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.methods.carso.networks import published_decoder
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
-from purify_fast.ops.decode_samples import Geometry
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 

@@ -17,8 +17,6 @@ the image adds up what its neighbours give. Programs overlap by the cells that a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +25,11 @@ from torch.nn import functional as F
 
 from . import _common
 from ._common import grid, on, program
+from .decoder_sizes import CHANNEL_TILE, Geometry, Layer, padded
 from .philox import noise
 
-#: The stream of latents and what channels and columns of packed weights are padded to: purify_fast/ops/philox.py and
-#: decode_samples.py.
-LATENT, CHANNEL_TILE, COLUMN_TILE = 1, 32, 16
+#: The stream of latents: purify_fast/ops/philox.py.
+LATENT = 1
 #: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
 MEMORY = 1 << 29
 #: What a launch of `_layer` computes: the first map; one between; an image; the gradient of a map.
@@ -277,10 +275,6 @@ def _last_two(
     tl.store(out_ptr + to, image.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 def _power(columns: int, most: int) -> int:
     """The largest power of two that divides ``columns``, at most ``most``."""
     return min(columns & -columns, most)
@@ -312,42 +306,6 @@ def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, 
     return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A transposed convolution: channels and size of its output, and its kernel."""
-
-    channels: int
-    kernel: int
-    stride: int
-    padding: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A decoder's sizes, of the numbers that the op takes."""
-
-    latent_dim: int
-    start: tuple[int, int, int]
-    layers: tuple[Layer, ...]
-
-    @classmethod
-    def of(cls, numbers: list[int]) -> Geometry:
-        latent_dim, c, h, w, *rest = numbers
-        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
-
-    def products(self) -> list[tuple[int, int, int]]:
-        """(taps, channels in, columns) of every product, padded, the linear layer's first."""
-        channels, h, w = self.start
-        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
-        for layer in self.layers:
-            tile = COLUMN_TILE if layer is self.layers[-1] else CHANNEL_TILE
-            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
-            channels = layer.channels
-        return out
-
-
 class Decoder:
     """A packed decoder's weights and maps, product by product."""
 
@@ -359,7 +317,7 @@ class Decoder:
         sizes = [taps * inputs * columns for taps, inputs, columns in products]
         channels = [self.geometry.start[0], *(layer.channels for layer in self.geometry.layers)]
         transposed = [
-            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
+            taps * padded(outputs, CHANNEL_TILE) * padded(inputs, CHANNEL_TILE)
             for (taps, _, _), inputs, outputs in zip(products[1:], channels, channels[1:], strict=False)
         ]
         parts = packed.split([*sizes, *reversed(transposed)])
@@ -428,8 +386,8 @@ class Decoder:
         # positional because tensors come in the order of the launch
         self._run(
             grad, self.transposed[index], self.biases[index], out,
-            (layer.height, layer.width, _up(layer.channels, CHANNEL_TILE)),
-            replace(layer, channels=columns, height=h, width=w), columns,
+            (layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)),
+            layer._replace(channels=columns, height=h, width=w), columns,
             kind=GRADIENT, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2, entered=entered,
         )  # fmt: skip
 
@@ -476,7 +434,7 @@ class Decoder:
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
     """The latents of ``count`` samples from sample ``first`` on, padded."""
     size = decoder.geometry.latent_dim
-    width = _up(size, CHANNEL_TILE)
+    width = padded(size, CHANNEL_TILE)
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
     groups = min(32, triton.next_power_of_2(width // 4))
     _latents[grid(count, triton.cdiv(width, 4 * groups))](

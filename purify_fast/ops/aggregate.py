@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch.examples import ROWS, examples, normal
-from .dispatch.gradient import cpu_kernel, differentiable, may_save, needs_gradient
+from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
 
 #: Methods with a kernel, by index.
@@ -100,11 +100,6 @@ EXAMPLES = {
     ("peel", (ROWS, 64, 7), 3.0): "",
     ("peel", (ROWS, 8, 12), 60.0): "fb",
 }
-ON_GPU_BACKWARD = EXAMPLES | {
-    ("peel", (ROWS, 8, 10), 3.0): "fh",
-    ("vote", (ROWS, 8, 10), 3.0): "f",
-    ("peel", (ROWS, 8, 12), 60.0): "f",
-}
 RACED = (
     *((method, (ROWS, 8, 10), 3.0) for method in METHODS),
     *((method, (ROWS, 8, 100), 3.0) for method in ("lse", "peel")),
@@ -137,33 +132,14 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
-    on_gpu=ON_GPU_BACKWARD,
     weigh=second_argument,
 )
 
 
 #: Of ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
-SAVING = cpu_kernel(
-    "aggregate_keeping",
-    "(Tensor logits, int method) -> (Tensor, Tensor)",
-    lambda logits, method: (
-        wide(logits).new_empty((logits.shape[0], logits.shape[2])),
-        wide(logits).new_empty((logits.shape[0], 3, logits.shape[2])),
-    ),
-)
-FROM_SAVED = cpu_kernel(
-    "aggregate_from_kept",
-    "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor",
-    lambda grad, logits, saved, method: logits.new_empty(logits.shape),
-)
+SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
+FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
-
-
-def _saves(logits: Tensor, method: str) -> bool:
-    """Whether the kernels that save something stand in for the op's own."""
-    if method not in ("lse", "peel") or logits.shape[2] < SAVED_FROM:
-        return False
-    return may_save(logits) and not BACKWARD.plain(logits.device, logits.dtype, logits.numel(), method)
 
 
 _with_saved = differentiable(
@@ -209,4 +185,6 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         return reference(logits, index)
     if not differentiated:
         return OP.handle(logits, index)
-    return _with_saved(logits, index)[0] if _saves(logits, method) else _aggregate(logits, index)
+    if method in ("lse", "peel") and logits.shape[2] >= SAVED_FROM and saves(BACKWARD, logits, method):
+        return _with_saved(logits, index)[0]
+    return _aggregate(logits, index)

@@ -93,7 +93,7 @@ def apgd_step(
     check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi, NORMS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-    call = reference if OP.plain(x.device, x.dtype, x.numel(), norm) else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
-        return call(x, grad, x_nat, previous, alpha, eps, float(momentum), NORMS.index(norm), float(lo), float(hi))
+        space = NORMS.index(norm), float(lo), float(hi)
+        return OP(x, grad, x_nat, previous, alpha, eps, float(momentum), *space, variant=norm)

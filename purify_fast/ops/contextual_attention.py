@@ -50,28 +50,20 @@ def _both(x: Tensor, dim: int) -> Tensor:
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
 
 
-def _next(x: Tensor, width: int, dim: int) -> Tensor:
-    """Along ``dim``, positions in row-major order: i from its successor in column-major order, 0 after the last."""
-    below, top = x.narrow(dim, width, x.shape[dim] - width), x.narrow(dim, 1, width - 1)
-    return torch.cat((below, top, torch.zeros_like(x.narrow(dim, 0, 1))), dim)
-
-
-def _previous(x: Tensor, width: int, dim: int) -> Tensor:
-    """The same, i from its predecessor."""
-    rest = x.shape[dim] - width
-    above, bottom = x.narrow(dim, 0, rest), x.narrow(dim, rest, width - 1)
-    return torch.cat((torch.zeros_like(x.narrow(dim, 0, 1)), bottom, above), dim)
-
-
 def _fuse_rows(x: Tensor) -> Tensor:
     """The fuse in row-major order, [B, L, L]."""
     return _both(x, 1)
 
 
-def _fuse_columns(x: Tensor, width: int) -> Tensor:
+def _turned(x: Tensor, height: int, width: int) -> Tensor:
+    """x [B, L, L] whose positions, in row-major order, are put into column-major order."""
+    return _grids(x, height, width).permute(0, 2, 1, 4, 3).reshape(x.shape)
+
+
+def _fuse_columns(x: Tensor, height: int, width: int) -> Tensor:
     """The fuse in column-major order, [B, L, L]."""
-    after, before = (move(move(x, width, 1), width, 2) for move in (_next, _previous))
-    return x + after + before
+    turned = _turned(x, height, width)
+    return _turned(turned + _moved(turned, 1, 1) + _moved(turned, -1, 1), width, height)
 
 
 def _patches(x: Tensor, height: int, width: int) -> Tensor:
@@ -101,7 +93,7 @@ def reference(
     """
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
-    weights = v * torch.softmax(scale * v * _fuse_columns(_fuse_rows(scores), width), 2)
+    weights = v * torch.softmax(scale * v * _fuse_columns(_fuse_rows(scores), height, width), 2)
     x = _grids(weights, height, width)
     by_row = [x + _moved(x, step, 1) for step in (-1, 1)]
     by_both = [x + _moved(x, step, 2) for x in by_row for step in (-1, 1)]
@@ -116,7 +108,7 @@ def reference_backward(
     by_row = [x[:, i] + x[:, i + 1] + _moved(x[:, i], 1, 2) + _moved(x[:, i + 1], -1, 2) for i in (0, 2)]
     x = 0.25 * (by_row[0] + by_row[1] + _moved(by_row[0], 1, 1) + _moved(by_row[1], -1, 1)).reshape(weights.shape)
     x = scale * weights * (x - (weights * x).sum(2, keepdim=True))
-    x = _fuse_rows(_fuse_columns(x, width))
+    x = _fuse_rows(_fuse_columns(x, height, width))
     to_inverse = (x * _patches(correlation, height, width)).sum(1)
     return _patches(x * inverse[:, None], height, width), to_inverse
 
@@ -182,44 +174,24 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
-def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
-    """The shape of the four phases of features, as matrices."""
-    batch, channels, height, width = shape
-    cells = height * width // 4
-    return (batch, 4, cells, channels) if last else (batch, 4, channels, cells)
-
-
 #: Four kernels of the whole function, on a CPU in eager calls. Two read and write pixels where they lie: SPLIT makes
 #: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
 #: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
 #: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
-SPLIT = cpu_kernel(
-    "contextual_attention_split",
-    "(Tensor features, bool channels_last) -> Tensor",
-    lambda features, last: features.new_empty(_phases(features.shape, last)),
-)
+SPLIT = cpu_kernel("contextual_attention_split", "(Tensor features, bool channels_last) -> Tensor")
 JOIN = cpu_kernel(
     "contextual_attention_join",
     "(Tensor phases, Tensor? more, SymInt height, SymInt width, bool channels_last) -> Tensor",
-    lambda phases, more, height, width, last: phases.new_empty(
-        (phases.shape[0], phases.shape[3 if last else 2], 2 * height, 2 * width)
-    ).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
 )
 SPREAD = cpu_kernel(
     "contextual_attention_spread",
     "(Tensor correlation, Tensor valid, SymInt height, SymInt width, float scale, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda correlation, valid, height, width, scale, dtype: (
-        correlation.new_empty((valid.shape[0], 4, *correlation.shape[1:]), dtype=dtype),
-        correlation.new_empty(correlation.shape),
-        correlation.new_empty(valid.shape),
-    ),
 )
 SLOPES = cpu_kernel(
     "contextual_attention_slopes",
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
-    lambda grad, correlation, inverse, weights, height, width, scale: correlation.new_empty(correlation.shape),
 )
 #: Whether they are there, and may serve.
 WHOLE = SAVING_KERNELS

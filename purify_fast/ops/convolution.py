@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient
@@ -58,28 +59,20 @@ def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Seq
 
 def reference_input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, *settings: Sequence[int]) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
-    like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
-    gradient = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
-    return _last(gradient).contiguous()
+    size = grad.shape[0], weight.shape[3], height, width
+    return _last(conv2d_input(size, _first(weight), _first(grad), *settings)).contiguous()
 
 
 def reference_weight_gradient(
     grad: Tensor, input: Tensor, kernel: Sequence[int], *settings: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
-    like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
-    _, of_weight, of_bias = _backward((False, True, True), grad, _first(input), like, *settings)
-    return wide(_last(of_weight)).contiguous(), wide(of_bias)
-
-
-def _backward(
-    wanted: tuple[bool, bool, bool], grad: Tensor, input: Tensor, weight: Tensor, *settings: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
+    like, outputs = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel), [grad.shape[3]]
     lists = [list(one) for one in settings]
-    operands = (_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(*operands)
-    return gradients
+    _, of_weight, of_bias = torch.ops.aten.convolution_backward.default(
+        _first(grad), _first(input), like, outputs, *lists, False, [0, 0], 1, [False, True, True]
+    )
+    return wide(_last(of_weight)).contiguous(), wide(of_bias)
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:

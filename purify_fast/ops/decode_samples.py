@@ -3,8 +3,8 @@
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
 CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once
-per image. `decode_samples` takes any decoder and runs its layers. `decode_prior` takes one whose weights are folded and
-packed, a linear layer and transposed convolutions, and is one op with Triton kernels:
+per image. `decode_prior` takes a decoder whose weights are folded and packed, a linear layer and transposed
+convolutions, and is one op with Triton kernels:
 
     a_bk = z_bk W_z + c_b          c: the condition's half of the first layer and its bias, once per image
     a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
@@ -16,8 +16,7 @@ those between the last two in registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,92 +24,18 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .._tensors import check_one_device, without_autocast
+from .._tensors import without_autocast
+from ..kernels.decoder_sizes import CHANNEL_TILE, COLUMN_TILE, Geometry, padded
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
-__all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
-
-#: Channels of maps, and columns of an image, are padded to a multiple of these: what one matrix product takes.
-CHANNEL_TILE, COLUMN_TILE = 32, 16
-
-
-class Layer(NamedTuple):
-    """A transposed convolution.
-
-    Args:
-        channels: of its output.
-        kernel: side of the kernel.
-        stride: in both directions.
-        padding: in both directions.
-        height: of its output.
-        width: of its output.
-    """
-
-    channels: int
-    kernel: int
-    stride: int
-    padding: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A packed decoder's sizes.
-
-    Args:
-        latent_dim: numbers of a latent.
-        start: channels, height and width of the first map.
-        layers: the transposed convolutions, in order.
-    """
-
-    latent_dim: int
-    start: tuple[int, int, int]
-    layers: tuple[Layer, ...]
-
-    def numbers(self) -> list[int]:
-        """As the op takes them."""
-        return [self.latent_dim, *self.start, *(number for layer in self.layers for number in layer)]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Geometry:
-        """The inverse of `numbers`."""
-        latent_dim, c, h, w, *rest = numbers
-        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
-
-    def products(self) -> list[tuple[int, int, int]]:
-        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
-        channels, h, w = self.start
-        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
-        for i, layer in enumerate(self.layers):
-            tile = COLUMN_TILE if i == len(self.layers) - 1 else CHANNEL_TILE
-            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
-            channels = layer.channels
-        return out
-
-    def sizes(self) -> tuple[int, int]:
-        """Numbers of the packed weights, the gradient's among them, and of the biases."""
-        first, *products = self.products()
-        channels = [self.start[0], *(layer.channels for layer in self.layers)]
-        backward = [
-            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
-            for (taps, _, _), inputs, outputs in zip(products, channels, channels[1:], strict=False)
-        ]
-        forward = [taps * inputs * columns for taps, inputs, columns in (first, *products)]
-        return sum(forward) + sum(backward), sum(columns for _, _, columns in products)
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
 
 def _pack(weight: Tensor, columns: int) -> Tensor:
     """[taps, channels, columns], padded, in that order."""
     inputs, outputs = weight.shape[1:]
-    return F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs)).flatten()
+    return F.pad(weight, (0, columns - outputs, 0, padded(inputs, CHANNEL_TILE) - inputs)).flatten()
 
 
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -126,15 +51,15 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         first; one of biases, without the first layer's; zeros where they are padded.
     """
     channels, h, w, dim = first.shape
-    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), _up(channels, CHANNEL_TILE))]
+    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), padded(channels, CHANNEL_TILE))]
     shifts, backward = [], []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         inputs, outputs, k, _ = weight.shape
-        columns = _up(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
+        columns = padded(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
         parts.append(_pack(weight.permute(2, 3, 0, 1).reshape(k * k, inputs, outputs), columns))
         shifts.append(F.pad(bias, (0, columns - outputs)))
         transposed = weight.permute(2, 3, 1, 0).reshape(k * k, outputs, inputs)
-        backward.append(_pack(transposed, _up(inputs, CHANNEL_TILE)))
+        backward.append(_pack(transposed, padded(inputs, CHANNEL_TILE)))
     return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
 
 
@@ -190,26 +115,6 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
         ``[B, samples, latent_dim]``, float32.
     """
     return philox(seed, sample_ids, latent_dim, stream=Stream.LATENT, distribution="normal", draws=samples)
-
-
-def decode_samples(decoder: Callable[[Tensor, Tensor], Tensor], condition: Tensor, z: Tensor) -> Tensor:
-    """Decode K latents per image.
-
-    Args:
-        decoder: maps ``z [B, K, latent_dim]`` and ``condition [B, cond_dim]`` to image logits ``[B * K, C, H, W]``.
-        condition: ``[B, cond_dim]``.
-        z: ``[B, K, latent_dim]``, from `latents`, or any.
-
-    Returns:
-        Image logits (before the sigmoid) ``[B, K, C, H, W]``, in the decoder's dtype; differentiable.
-
-    Raises:
-        ValueError: z is not three-dimensional or its batch is not the condition's.
-    """
-    if z.dim() != 3 or z.shape[0] != condition.shape[0]:
-        raise ValueError(f"z must be [B, K, latent_dim] with B = {condition.shape[0]}, got {list(z.shape)}")
-    out = decoder(z, condition)
-    return out.unflatten(0, (z.shape[0], z.shape[1]))
 
 
 def maps(
@@ -288,7 +193,7 @@ DECODERS = {
 }  # fmt: skip
 #: Decoder, samples, the weights' dtype, and whether images are squashed, with the dtypes that stand for it on a GPU.
 EXAMPLES = {
-    ("tiled", 3, torch.bfloat16, "squashed"): "f",
+    ("tiled", 3, torch.bfloat16, "squashed"): "",
     ("tiled", 3, torch.bfloat16, ""): "b",
     ("one", 5, torch.bfloat16, "squashed"): "",
     ("one", 5, torch.bfloat16, ""): "",
@@ -297,7 +202,6 @@ EXAMPLES = {
     ("wide", 2, torch.float32, "squashed"): "f",
     ("wide", 2, torch.float32, ""): "",
 }
-ON_GPU_BACKWARD = {("tiled", 3, torch.bfloat16, "squashed"): "f", ("wide", 2, torch.float32, ""): "fb"}
 RACED = (("cifar", 8, torch.bfloat16, "squashed"), ("cifar", 8, torch.bfloat16, ""))
 
 
@@ -341,7 +245,6 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     saved=_saved,
-    on_gpu=ON_GPU_BACKWARD,
     # the slope of a LeakyReLU is that of its input's sign
     changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
@@ -409,8 +312,7 @@ def decode_prior(
             raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
-    check_stream(seed, sample_ids, len(condition))
-    check_one_device(condition=condition, seed=seed, packed=packed, biases=biases)
+    check_stream(seed, sample_ids, len(condition), condition=condition, packed=packed, biases=biases)
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "at least 1 and below 2^63, slope at least 0 and finite"
         raise ValueError(f"samples must be {limits}, got {samples} and {slope}")

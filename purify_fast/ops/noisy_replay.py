@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._tensors import check_alike, check_one_device, per_image
+from .._tensors import check_alike, per_image
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import per_sample
@@ -101,12 +101,10 @@ def noisy_replay(
     if drift.shape != x.shape[:1] or not drift.is_floating_point():
         got = f"{drift.dtype} {list(drift.shape)}"
         raise ValueError(f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {got}")
-    check_stream(seed, sample_ids, x.shape[0])
-    check_one_device(x=x, drift=drift, seed=seed)
+    check_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
     if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
-    call = reference if OP.plain(x.device, x.dtype, x.numel()) else OP.handle
     with torch.no_grad():
         drift = wide(drift)
         limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)
-        return call(x, x_adv, drift, limit, radius, seed, sample_ids, float(lo), float(hi))
+        return OP(x, x_adv, drift, limit, radius, seed, sample_ids, float(lo), float(hi))

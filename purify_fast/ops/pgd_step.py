@@ -224,7 +224,7 @@ def pgd_step(
     check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    call = reference if OP.plain(x.device, x.dtype, x.numel(), norm) else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
-        return call(x, grad, x_nat, alpha, eps, NORMS.index(norm), float(lo), float(hi), float(density))
+        space = float(lo), float(hi), float(density)
+        return OP(x, grad, x_nat, alpha, eps, NORMS.index(norm), *space, variant=norm)

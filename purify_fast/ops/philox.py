@@ -124,8 +124,10 @@ OP = define_op(
 )
 
 
-def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None) -> None:
-    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], B the batch if it is given, on one device.
+def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
+    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], on the device of the others.
+
+    B is the batch if that is given.
 
     Raises:
         TypeError: no tensors.
@@ -143,7 +145,7 @@ def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None) -> 
         raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
     if batch is not None and sample_ids.shape[0] != batch:
         raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {batch}")
-    check_one_device(seed=seed, sample_ids=sample_ids)
+    check_one_device(**others, seed=seed, sample_ids=sample_ids)
 
 
 def philox(
@@ -182,5 +184,4 @@ def philox(
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if isinstance(value, int) and value >= 2**63:
             raise ValueError(f"{name} must be below 2^63, got {value}")
-    call = reference if OP.plain(seed.device, torch.float32, sample_ids.numel() * draws * numel) else OP.handle
-    return call(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)
+    return OP(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device, without_autocast
+from .._tensors import without_autocast
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op, wide
@@ -226,8 +226,7 @@ def random_transform(
     dtype = x.dtype if dtype is None else dtype
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(f"x must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}")
-    check_stream(seed, sample_ids, x.shape[0])
-    check_one_device(x=x, seed=seed)
+    check_stream(seed, sample_ids, x.shape[0], x=x)
     height, width = x.shape[2:]
     if block < 1 or height < 1 or width < 1 or height % block or width % block:
         raise ValueError(f"block must be at least 1 and divide the image, got block = {block} for {height} x {width}")

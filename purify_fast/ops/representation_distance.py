@@ -113,7 +113,6 @@ EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for l
     ("abs_cosine", TWO): "bh",
     ("l2", TWO): "f",
 }
-ON_GPU_BACKWARD = {("abs_cosine", ONE): "f", ("l2", TWO): "b", ("angular", THREE): "h"}
 RACED = tuple(
     (kind, layers) for kind in ("abs_cosine", "l2") for layers in (((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,)))
 )
@@ -151,7 +150,6 @@ BACKWARD = define_backward(
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     saved=lambda inputs, outputs: (*inputs[:2], outputs[1]),
     constants=1,
-    on_gpu=ON_GPU_BACKWARD,
     changes={"slack": 0.0},
     weigh=lambda grad, student, *_: _weighed(student),
 )
@@ -159,11 +157,7 @@ BACKWARD = define_backward(
 
 #: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype: of a 16-bit student as
 #: many bytes as the two layers that backward would read.
-SAVING = cpu_kernel(
-    "representation_distance_keeping",
-    "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)",
-    lambda student, teacher, kind: (wide(student).new_empty(student.shape[0]), wide(student).new_empty(student.shape)),
-)
+SAVING = cpu_kernel("representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)")
 
 
 _with_saved = differentiable(SAVING, SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1)

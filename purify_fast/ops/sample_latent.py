@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tensors import check_alike, check_one_device
+from .._tensors import check_alike
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import Launcher, define_backward, define_op, wide
@@ -69,18 +69,11 @@ BACKWARD = define_backward(
 
 #: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
 SAVING = cpu_kernel(
-    "sample_latent_keeping",
-    "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)",
-    lambda mu, logvar, seed, sample_ids: (
-        mu.new_empty(mu.shape),
-        wide(mu).new_empty(mu.shape[0]),
-        wide(mu).new_empty(mu.shape),
-    ),
+    "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
 )
 FROM_SAVED = cpu_kernel(
     "sample_latent_from_kept",
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor deviation) -> (Tensor, Tensor)",
-    lambda grad_z, grad_kl, mu, logvar, deviation: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
 )
 
 
@@ -109,8 +102,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
     check_alike(mu=mu, logvar=logvar)
     if mu.dim() != 2:
         raise ValueError(f"mu and logvar must be [B, D], got {list(mu.shape)}")
-    check_stream(seed, sample_ids, mu.shape[0])
-    check_one_device(mu=mu, seed=seed)
+    check_stream(seed, sample_ids, mu.shape[0], mu=mu)
     if OP.plain(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):

@@ -156,11 +156,6 @@ def _arguments(
     return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
 
 
-def _proposed(x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, *_: object) -> tuple[torch.dtype, int]:
-    """What a call is weighed by: the elements of what it returns."""
-    return x.dtype, x.numel() * numbers.shape[1]
-
-
 OP = define_op(
     "square_proposal",
     "(Tensor x, Tensor x_nat, Tensor eps, Tensor numbers, Tensor? pattern, SymInt edge, int norm, float lo, float hi) "
@@ -172,7 +167,8 @@ OP = define_op(
     triton=Launcher("square_proposal", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
-    weigh=_proposed,
+    # by the elements of what it returns
+    weigh=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),
     differentiable=False,
 )
 
@@ -237,7 +233,6 @@ def square_proposal(
     """
     check({"x": x, "x_nat": x_nat}, norm, lo, hi)
     _check(x, numbers, edge, norm, pattern)
-    call = reference if OP.plain(x.device, *_proposed(x, x_nat, x_nat, numbers), norm) else OP.handle
     with torch.no_grad():
-        radii = per_sample("eps", eps, x)
-        return call(x, x_nat, radii, numbers, pattern, edge, NORMS.index(norm), float(lo), float(hi))
+        radii, index = per_sample("eps", eps, x), NORMS.index(norm)
+        return OP(x, x_nat, radii, numbers, pattern, edge, index, float(lo), float(hi), variant=norm)

@@ -86,7 +86,17 @@ BACKWARD = define_backward(
 )
 
 
-_stitch = differentiable(OP.handle, lambda *given: BACKWARD(*given), lambda inputs, outputs: inputs[1:])
+def _passes(count: int, results: int) -> int:
+    """How many passes an image has, from the number of all images and that of the results; 1 where there are none."""
+    return count // results if results else 1
+
+
+# The number of passes is computed inside: Dynamo loses a quotient of dynamic sizes that it is given.
+_stitch = differentiable(
+    lambda images, owners: OP.handle(images, owners, _passes(images.shape[0], owners.shape[0] * owners.shape[1])),
+    lambda grad, owners, count: BACKWARD(grad, owners, _passes(count, grad.shape[0])),
+    lambda inputs, outputs: (inputs[1], inputs[0].shape[0]),
+)
 
 
 def stitch(images: Tensor, owners: Tensor) -> Tensor:
@@ -118,8 +128,6 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
         raise ValueError(f"owners' grid of {rows} x {columns} blocks must divide the images, {height} x {width}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch}")
-    passes = images.shape[0] // (samples * batch) if images.shape[0] else 1
-    if OP.plain(images.device, images.dtype, images.numel()):
-        return reference(images, owners, passes)
-    call = _stitch if needs_gradient(images) else OP.handle
-    return call(images, owners, passes)
+    if needs_gradient(images) and not OP.plain(images.device, images.dtype, images.numel()):
+        return _stitch(images, owners)
+    return OP(images, owners, _passes(images.shape[0], samples * batch))

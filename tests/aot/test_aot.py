@@ -27,7 +27,6 @@ from benchmarks.ahead import (  # noqa: E402
     CASES,
     DTYPES,
     MODULES,
-    Code,
     code,
     launched,
     name_of,
@@ -98,15 +97,6 @@ def started_by_examples() -> set[str]:
                 for dtype in example.dtypes:
                     op.launch(*example.make(dtype, 0))
     return names
-
-
-@pytest.mark.parametrize(
-    ("case", "launches"),
-    [("abs_cosine", ["_forward"]), ("abs_cosine-chunks", ["_forward", "_add"]), ("backward", ["_backward"])],
-)
-def test_layers_share_their_launches(case, launches):
-    names = run(f"representation_distance-{case}", "bf16", 90, lambda function, *_, **__: function.__name__)
-    assert names == launches
 
 
 #: What adds, and so must be launched the same on every device, or is too small to be launched otherwise.
@@ -311,24 +301,6 @@ def test_machine_code(case, dtype):
         allowed = {of for pattern, of, _why in TWO_BYTES if fnmatch(case, pattern)}
         assert narrow <= allowed, (name, narrow)
         assert one.programs() > 1 or case in ALONE or name in FULL, (name, one.registers, one.threads)
-
-
-def test_machine_code_is_read():
-    sass = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/              @!P0 LDG.E.U16 R2, desc[UR4][R2.64] ;
-        /*0020*/               @P5 BRA `(.L_x_1) ;
-        /*0030*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_u64) ;
-        /*0040*/                   EXIT ;
-.L_x_2:
-        /*0050*/                   BRA `(.L_x_2);
-        /*0060*/                   NOP;
-"""
-    instructions, loops = parsed(sass)
-    assert len(instructions) == 5 and loops == ((1, 3),)
-    one = Code(instructions, loops, registers=96, threads=512)
-    assert (one.executed(), one.executed(4), one.programs()) == (5, 11, 1)
 
 
 #: Most instructions of a warp of sm_90 for the matrix products of one trip of a layer's loop, by the columns of its

@@ -14,9 +14,6 @@ PLAIN, NHWC = torch.contiguous_format, torch.channels_last
 #: batch, channels, height, width, block: planes that are no multiple of 4, several programs for a plane, one pixel
 SHAPES = ((2, 3, 12, 20, 4), (1, 1, 1, 1, 1), (2, 2, 9, 15, 3), (1, 3, 32, 64, 16))
 
-#: sample, two of 1,024 blocks that have one key under seed 0, and how many keys are less
-TIES = ((1037, [84, 843], 648), (5552, [690, 696], 222))
-
 
 def inputs(shape: tuple, dtype=torch.float32) -> tuple:
     x = torch.rand(shape[:4], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
@@ -69,18 +66,6 @@ def test_values_and_gradients(within_budget, poisoned, own_noise, shape, num_pas
         within_budget(got, golden, op.reference_backward(grad, x, owners, seed, ids, sigma, rest[2]))
 
 
-def test_without_noise(poisoned):
-    x, seed, ids = inputs(SHAPES[0])
-    arguments = (x, seed, ids, 0.0, 4, 5, 0, 2, False, torch.float32, False)
-    (packed, owners), same = kernel.forward(*arguments), op.reference(*arguments)
-    assert torch.equal(packed, same[0]) and torch.equal(owners, same[1])
-    grad = torch.randn(packed.shape)
-    ends = x.clone()
-    ends[0, 0, 0], ends[0, 0, 1] = 0, 1
-    got = kernel.backward(grad, ends, owners, seed, ids, 0.0, 0)
-    torch.testing.assert_close(got, op.reference_backward(grad, ends, owners, seed, ids, 0.0, 0))
-
-
 @pytest.mark.parametrize("num_passes", [0, 1, 4, 16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_owners_have_the_same_bits(shared, num_passes):
@@ -91,18 +76,6 @@ def test_owners_have_the_same_bits(shared, num_passes):
         got, images = kernel._assign(SEED, ids, (height, width), **mask), torch.zeros(3, 1, height, width)
         wanted = op.reference(images, SEED, ids, 0.0, 1, *mask.values(), torch.float32, False)[1]
         assert torch.equal(got, wanted)
-
-
-def test_ties_go_by_index(monkeypatch):
-    """Blocks of one key, with the cut between them."""
-    monkeypatch.setattr(kernel, "TILE", 512)  # the interpreter takes as long for a small one
-    for sample, blocks, rank in TIES:
-        for masked_blocks, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
-            owners = kernel._assign(
-                torch.tensor([0]), torch.tensor([sample]), (32, 32),
-                masked_blocks=masked_blocks, num_passes=0, samples=1, shared_mask=False,
-            )  # fmt: skip
-            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
 
 
 def test_offsets_are_64_bit():

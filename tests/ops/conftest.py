@@ -1,4 +1,4 @@
-"""What every op's contract is checked with."""
+"""What every op's contract is checked with: two functions, as fixtures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tensors(value) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-def registered(handle, *inputs: tuple) -> None:
+def _registered(handle, *inputs: tuple) -> None:
     """The schema, the fake and the registrations of an opaque op, for every set of arguments."""
     for arguments in inputs:
         torch.library.opcheck(handle, arguments)
@@ -31,7 +31,7 @@ def registered(handle, *inputs: tuple) -> None:
             assert real.numel() == 0 or real.untyped_storage().data_ptr() not in given, "an output aliases an input"
 
 
-def compiles(
+def _compiles(
     function: Callable,
     make: Callable[[int], tuple],
     sizes: Sequence[int] = (5, 8, 13),
@@ -64,11 +64,10 @@ def compiles(
 
 
 @pytest.fixture
-def contract():
-    """`registered` and `compiles` under one name."""
+def registered() -> Callable:
+    return _registered
 
-    class Contract:
-        registered = staticmethod(registered)
-        compiles = staticmethod(compiles)
 
-    return Contract
+@pytest.fixture
+def compiles() -> Callable:
+    return _compiles

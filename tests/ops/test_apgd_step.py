@@ -4,11 +4,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from purify_fast import _library
-from purify_fast.ops import apgd_step, pgd_step, use_backend
+from purify_fast.ops import apgd_step, pgd_step
 
 op = import_module("purify_fast.ops.apgd_step")
 NORMS = op.NORMS
@@ -79,36 +76,6 @@ def test_the_formula_by_hand(backend, norm):
     torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, 1.0, norm), z)  # the first step
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    size=st.integers(1, 70),
-    alpha=st.floats(0, 2, width=32),
-    eps=st.floats(0, 1, width=32),
-    momentum=st.floats(0, 1),
-    box=st.tuples(st.floats(-1, 1, width=32), st.floats(0, 1, width=32)),
-    norm=st.sampled_from(NORMS),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_step_stays_in_ball_and_box(seed, size, alpha, eps, momentum, box, norm, dtype):
-    x, grad, nat, previous = inputs(3, size, dtype=dtype, seed=seed)
-    lo, hi = box[0], box[0] + box[1]
-    nat = nat.clamp(lo, hi)
-    outputs = []
-    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
-        with use_backend(name):
-            outputs.append(apgd_step(x, grad, nat, previous, alpha, eps, momentum, norm, lo, hi))
-    slack = 2 * torch.finfo(dtype).eps
-    for out in outputs:
-        wide = out.double()
-        assert (wide >= lo - slack).all() and (wide <= hi + slack).all()
-        moved = (wide - nat.double()).flatten(1)
-        length = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
-        assert (length <= eps + slack * (1 if norm == "linf" else size**0.5) * 2).all()
-    if norm == "linf":
-        assert all(torch.equal(out, outputs[0]) for out in outputs)
-
-
 def test_gradients_without_a_direction_move_nothing(backend):
     _, _, nat, _ = (t[:, :4] for t in inputs(5, 8))
     nat = nat.clamp(0.2, 0.8)
@@ -124,16 +91,6 @@ def test_gradients_without_a_direction_move_nothing(backend):
     assert torch.equal(still, nat)
     rolled = apgd_step(nat, torch.zeros_like(nat), nat, nat - 0.04, 0.01, 0.1)  # the momentum alone
     torch.testing.assert_close(rolled, nat + 0.01)
-
-
-@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e10, 1e37])
-def test_gradients_of_any_size_have_a_direction(backend, scale):
-    nat = torch.full((2, 3, 4), 0.5)
-    grad = torch.zeros(2, 3, 4)
-    grad[0, 0, 0], grad[1] = 3, -1
-    step = apgd_step(nat, grad * scale, nat, nat, 0.1, 1.0, 1.0, "l2") - nat
-    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((2,), 0.1), rtol=1e-5, atol=0)
-    assert step[0, 0, 0] > 0 and (step[1] < 0).all()
 
 
 @pytest.mark.parametrize("momentum", [0.75, 1.0])

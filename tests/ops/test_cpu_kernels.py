@@ -16,7 +16,7 @@ from purify_fast.ops import (
     sample_latent,
     use_backend,
 )
-from purify_fast.ops.dispatch.gradient import SAVING_KERNELS, needs_gradient
+from purify_fast.ops.dispatch.gradient import SAVING_KERNELS
 
 loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
@@ -31,34 +31,27 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def served_by_saving(out: torch.Tensor) -> bool:
     functions = [op._with_saved.__self__ for op in (loss_op, latent_op, distance_op, aggregate_op)]
-    return type(out.grad_fn)._forward_cls in functions
+    return getattr(out.grad_fn, "_forward_cls", None) in functions
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_shapes_without_data(dtype):
-    """Every function that saves something, forward and backward, in tensors without data as in real ones."""
-    stream = torch.tensor([5]), torch.arange(3)
-    calls = [
-        ((3, 5, 20), lambda x: aggregate(x, "peel")),
-        ((3, 7), lambda x: reconstruction_loss(x, x.detach().sigmoid())),
-        ((3, 7), lambda x: sample_latent(x, x.detach(), *stream)[0]),
-        ((3, 7), lambda x: representation_distance(x, 2 * x.detach() + 1)),
-    ]
-
-    def results(call, x):
-        out = call(x.requires_grad_())
-        assert served_by_saving(out)
-        return out.detach(), *torch.autograd.grad(out.sum(), x)
-
-    for shape, call in calls:
-        x = normal(*shape).to(dtype)
-        with use_backend("cpp"):
-            wanted = results(call, x.clone())
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                made = results(call, mode.from_tensor(x))
-        found, real = ([(t.shape, t.stride(), t.dtype) for t in those] for those in (made, wanted))
-        assert found == real
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: aggregate(x, "peel"),
+        lambda x: reconstruction_loss(x, x.detach().sigmoid()),
+        lambda x: sample_latent(x[:, 0], x[:, 0].detach(), torch.tensor([5]), torch.arange(3))[0],
+        lambda x: representation_distance(x, 2 * x.detach() + 1),
+    ],
+    ids=["aggregate", "reconstruction_loss", "sample_latent", "representation_distance"],
+)
+def test_tensors_without_data_are_served_by_the_op_itself(call):
+    with use_backend("cpp"):
+        assert served_by_saving(call(normal(3, 5, 20).requires_grad_()))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            out = call(mode.from_tensor(normal(3, 5, 20)).requires_grad_())
+            assert not served_by_saving(out)
+            out.sum().backward()
 
 
 @needs_kernels
@@ -84,17 +77,6 @@ def test_nothing_is_saved_of_several_layers_and_where_the_reference_serves_backw
         assert not served_by_saving(representation_distance([logits, logits], [target, target]))
         monkeypatch.setattr(type(loss_op.BACKWARD), "plain", lambda op, *_: op is loss_op.BACKWARD)
         assert not served_by_saving(reconstruction_loss(logits, target))
-
-
-def test_a_function_is_applied_only_where_a_gradient_may_flow():
-    x = normal(2, 4)
-    assert not needs_gradient(x)
-    x.requires_grad_()
-    assert needs_gradient(x)
-    with torch.no_grad():
-        assert not needs_gradient(x)
-    with torch.autograd.forward_ad.dual_level():
-        assert needs_gradient(x.detach())
 
 
 def test_a_tangent_is_refused_and_not_lost(backend):

@@ -11,7 +11,6 @@ from purify_fast.ops import hyperplane_projection
 op = import_module("purify_fast.ops.hyperplane_projection")
 NORMS = op.NORMS
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
 def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,21 +85,6 @@ def test_ten_thousand_rows_by_bisection(backend, norm):
     meets = (b - (w * x).sum(1)).abs() <= most
     assert 4000 < meets.sum() < 8000
     assert ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_no_shorter_move_reaches_the_plane(backend, norm):
-    """The authors' projection of the same rows: ours are as short, and reach the plane where it meets the box."""
-    theirs = pytest.importorskip("pyautoattack.fab_projections")
-    x, w, b = inputs(200, 50)
-    got = hyperplane_projection(x, w, b, norm)
-    project = {"linf": theirs.projection_linf, "l2": theirs.projection_l2, "l1": theirs.projection_l1}[norm]
-    other = project(x.clone(), w.clone(), b.clone())
-    reached = ((w * (x + got)).sum(1) - b).abs() < 1e-4
-    assert 100 < reached.sum() < 200
-    ours, apart = (torch.linalg.vector_norm(move, ord=ORDERS[norm], dim=1) for move in (got, other))
-    assert (ours <= apart * (1 + 1e-4) + 1e-5)[reached].all()
-    assert (x + got >= -1e-6).all() and (x + got <= 1 + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

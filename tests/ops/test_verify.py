@@ -21,6 +21,7 @@ from purify_fast.ops import REGISTRY, kernel_choices, pin_kernels, resume_choice
 from purify_fast.ops.dispatch import cache, races, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
+from purify_fast.ops.dispatch.tune import Launches
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -372,16 +373,6 @@ def test_the_folder_is_the_platforms(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "purify_fast/Cache"
 
 
-class Counter(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += "view" not in str(function) and "aten.detach" not in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 def most_launches(name: str, variant: str) -> int:
     """The most operators that PyTorch dispatches for an example of an op's variant; 0 if there is no such op."""
     most = 0
@@ -389,9 +380,9 @@ def most_launches(name: str, variant: str) -> int:
         if example.variant == variant:
             for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
                 arguments = example.make(dtype, 0)
-                with use_backend("reference"), torch.no_grad(), Counter() as counter:
+                with use_backend("reference"), torch.no_grad(), Launches() as counter:
                     REGISTRY[name].reference(*arguments)
-                most = max(most, counter.calls)
+                most = max(most, counter.count)
     return most
 
 
@@ -410,28 +401,11 @@ def test_what_serves_unraced_replaces_a_dozen_launches(name, variant):
             assert (variant in REGISTRY[one].serves_unraced("eager")) == (launches >= 12), (one, launches)
 
 
-def test_inside_graphs_fewer_kernels_serve_unraced():
-    """What compilers fuse as well is left to them."""
-    for op in REGISTRY.values():
-        assert set(op.compiler_fuses) <= set(op.replaces_many)
-        assert set(op.serves_unraced("graph")) == set(op.replaces_many) - set(op.compiler_fuses)
-    assert "linf" in REGISTRY["pgd_step"].serves_unraced("eager")
-    assert "linf" not in REGISTRY["pgd_step"].serves_unraced("graph")
-
-
-class FakeDriver:
-    """Stands for the driver's library."""
-
-    def cuDriverGetVersion(self, version) -> int:
-        version._obj.value = 13020
-        return 0
-
-
 def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     """Only what PyTorch says of a GPU is invented here."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(cache.ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.setattr(cache, "_driver", lambda: "13")
     found = cache.machine.__wrapped__(torch.device("cuda", 0))
     assert found.pop("triton") is not None
     assert found == {

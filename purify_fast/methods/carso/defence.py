@@ -23,7 +23,7 @@ from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
-from ...ops.decode_samples import decode_samples, latents
+from ...ops.decode_samples import latents
 from ...speed.folding.inference_copy import Accelerated, pad_batch
 from ..base import save_defence
 from .networks import (
@@ -244,7 +244,7 @@ class Carso(Defence):
 
     def _decode(self, z: Tensor, condition: Tensor) -> Tensor:
         with self._autocast(z.device):
-            return decode_samples(self.decoder, condition, z).to(self.purifier_dtype)
+            return self.decoder(z, condition).unflatten(0, z.shape[:2]).to(self.purifier_dtype)
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x, c), each ``[B, latent_dim]``; training only.

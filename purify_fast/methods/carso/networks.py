@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._tensors import without_autocast
+from ...kernels.decoder_sizes import Geometry, Layer
 from ...models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
 from ...ops import REGISTRY
-from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
+from ...ops.decode_samples import Weights, decode_prior, pack, unpack
 from ...speed.folding.batchnorm import folded
 
 Shape = tuple[int, int, int]

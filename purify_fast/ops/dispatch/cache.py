@@ -166,21 +166,17 @@ def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[st
 
 
 @contextlib.contextmanager
-def locked(kind: Kind, device: torch.device) -> Iterator[bool]:
-    """One process at a time is in the block; gives whether the folder can be written.
+def locked(kind: Kind, device: torch.device) -> Iterator[None]:
+    """One process at a time is in the block.
 
-    The lock ends with its process, however that ends. Where the file system has no locks, the last writer wins.
+    The lock ends with its process, however that ends. Where no file can be created, or the file system has no locks,
+    the last writer wins.
     """
-    path, writable = file_of(kind, device).with_suffix(".lock"), True
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file_of(kind, device).with_suffix(".lock"))
+    with contextlib.suppress(OSError, NotImplementedError):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except NotImplementedError:
-        pass
-    except OSError:
-        writable = False
     try:
-        yield writable
+        yield
     finally:
         lock.release()

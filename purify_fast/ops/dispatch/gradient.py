@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from ... import _library
 from .registry import Op
@@ -110,31 +111,30 @@ def differentiable(
     return apply
 
 
-def cpu_kernel(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The handle of a kernel of the compiled extension that is no op of its own; ``fake`` tells its outputs' shapes."""
+def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
+    """The handle of a kernel of the compiled extension that is no op of its own: it takes tensors with data alone."""
     torch.library.define(f"purify_fast::{name}", schema)
-    torch.library.register_fake(f"purify_fast::{name}", fake)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
 
 
 #: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
-SCALED_ROWS = cpu_kernel(
-    "scaled_rows",
-    "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor",
-    lambda grad, rows, dtype: rows.new_empty(rows.shape, dtype=dtype),
-)
+SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
 #: False where the extension is missing, or was built before these kernels were written.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def may_save(x: Tensor) -> bool:
-    """Whether kernels that only a CPU has can be called: not on a GPU, in compiled graphs or functorch's transforms."""
-    if not SAVING_KERNELS or x.device.type != "cpu":
+    """Whether kernels that only a CPU has can be called.
+
+    They cannot be on a GPU, in compiled graphs, in functorch's transforms, and with subclasses of tensors, such as
+    those without data.
+    """
+    if not SAVING_KERNELS or x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
         return False
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def saves(backward: Op, x: Tensor) -> bool:
+def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
     """Whether a saving kernel stands in for an op that serves forward: its backward must be served by a kernel too."""
-    return may_save(x) and not backward.plain(x.device, x.dtype, x.numel())
+    return may_save(x) and not backward.plain(x.device, x.dtype, x.numel(), variant)

@@ -22,11 +22,6 @@ BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp":
 SIZES = {"small": 17, "medium": 21, "large": 1000}
 
 
-def cell(variant: str, dtype: torch.dtype | None, size: str) -> str:
-    """How a file names the calls of a variant, a dtype and a size."""
-    return " ".join(filter(None, (variant, str(dtype).removeprefix("torch.") if dtype else "", size)))
-
-
 class Call(NamedTuple):
     """What of a call decides who serves it.
 
@@ -46,8 +41,9 @@ class Call(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """Its name in a file of races."""
-        return cell(self.variant, self.dtype, size_of(self.bits))
+        """Its name in a file of races: variant, dtype and size."""
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype else ""
+        return " ".join(filter(None, (self.variant, dtype, size_of(self.bits))))
 
 
 def call_of(name: str, device: torch.device, style: Style) -> Call:

@@ -134,10 +134,8 @@ def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> P
         OSError: the folder cannot be written; the message says how to name another.
     """
     path = cache.file_of("raced", device)
-    with cache.locked("raced", device) as writable:
+    with cache.locked("raced", device):
         try:
-            if not writable:
-                raise OSError("no file can be created there")
             cache.update("raced", device, ops, facts)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error

@@ -240,7 +240,6 @@ def define_backward(
     *,
     saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
     constants: int = 0,
-    on_gpu: dict[tuple, str] | None = None,
     changes: dict[str, Any] | None = None,
     **definition,
 ) -> Op:
@@ -251,7 +250,6 @@ def define_backward(
         schema: its signature.
         saved: what it takes beside the gradients, of the inputs and the outputs of the op; see `differentiable`.
         constants: how many of the last outputs have no gradient.
-        on_gpu: by their settings, the examples that stand for it on a GPU; by default as they stand for the op.
         changes: properties of its examples that are not those of the op's, as `examples` has them.
         **definition: its reference and what else `define_op` takes.
     """
@@ -264,8 +262,7 @@ def define_backward(
             grads = [torch.empty_like(one).copy_(normal(seed + 500 + i, *one.shape)) for i, one in changing]
             return *grads, *saved(inputs, outputs)
 
-        gpu = example.gpu if on_gpu is None else on_gpu.get(example.setting, "")
-        return replace(example, make=make, gpu=gpu, **properties_of(example.setting, changes or {}))
+        return replace(example, make=make, **properties_of(example.setting, changes or {}))
 
     return define_op(
         f"{op.name}_backward",

@@ -16,6 +16,7 @@ import datetime
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -50,8 +51,6 @@ RUN = 1e-3
 #: Times as fast as what ``torch.compile`` makes, for a kernel to serve inside graphs: it is a wall there, whose inputs
 #: and outputs are written and read once more than if they were fused with neighbors that the race does not have.
 IN_GRAPHS = 2.0
-#: Seconds after which rows are written at the latest: a killed run goes on with them.
-PAUSE = 5.0
 
 
 class Launches(TorchDispatchMode):
@@ -90,17 +89,18 @@ class Race:
     size: str
     times: int
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from the other races of its op."""
+        return self.example.name, self.example.variant, str(self.dtype).removeprefix("torch."), self.size
+
     def words(self) -> str:
         """What it is of, as the progress bar says it."""
-        return f"{self.op} {self.example.name} {str(self.dtype).removeprefix('torch.')} {self.size}"
-
-    def keys(self, styles: Iterable[str]) -> set[tuple[str, ...]]:
-        """The keys of its rows of these styles."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {(self.example.name, self.example.variant, dtype, self.size, style) for style in styles}
+        example, _, dtype, size = self.key
+        return f"{self.op} {example} {dtype} {size}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """The times of one race.
 
@@ -109,8 +109,8 @@ class Row:
         variant: the setting by which the op's server is chosen.
         dtype: without PyTorch's name.
         size: the bucket.
-        elements: of the tensor that the op is weighed by.
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
+        elements: of the tensor that the op is weighed by.
         reference_us: microseconds of a call of the reference.
         kernel_us: of the kernel.
         launches: operators that the reference launches where the kernel is one or a few.
@@ -121,8 +121,8 @@ class Row:
     variant: str
     dtype: str
     size: str
-    elements: int
     style: str
+    elements: int
     reference_us: float
     kernel_us: float
     launches: int = 0
@@ -172,10 +172,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
         ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3 / repeats
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    return timeit.timeit(call, number=repeats) / repeats
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
@@ -256,29 +253,19 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
-    times = {"eager": _settled(contestants, device, serves)}
+    seconds = {"eager": _settled(contestants, device, serves)}
     if capture is not None:
-        times["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
+        seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
     if full:
-        times["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
+        seconds["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
+    times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
     return [
-        Row(
-            example=race.example.name,
-            variant=race.example.variant,
-            dtype=str(race.dtype).removeprefix("torch."),
-            size=race.size,
-            elements=elements,
-            style=style,
-            reference_us=round(1e6 * reference, 3),
-            kernel_us=round(1e6 * kernels, 3),
-            launches=launches.count,
-            megabytes=round(moved / 1e6, 3),
-        )
+        Row(*race.key, style, elements, reference, kernels, launches.count, round(moved / 1e6, 3))
         for style, (reference, kernels) in times.items()
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Change:
     """Calls that another backend serves than before the race.
 
@@ -339,34 +326,26 @@ def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
     """What a file tells of an op by the rows of all its races on a device: who serves its calls; and what changes."""
-    kernel, by_call = op.kernel(device.type), dict[Call, list[Row]]()
+    by_call: dict[Call, list[Row]] = {}
     for row in rows:
         by_call.setdefault(row.call(device), []).append(row)
-    winners: dict[Call, Backend] = {
-        call: kernel if _wins(op, call, own) else "reference" for call, own in by_call.items()
-    }
-
-    # what was not raced on its own the kernel serves where it won all that was
     cells: dict[str, dict[str, Backend]] = {}
-    for call, backend in winners.items():
+    changes: list[Change] = []
+    for call, own in by_call.items():
+        before, after = op.wanted(call).backend, op.kernel(device.type) if _wins(op, call, own) else "reference"
+        if before != after:
+            changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
+        # what was not raced on its own the kernel serves where it won all that was
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
-            served[call.style] = "reference" if served.get(call.style) == "reference" else backend
-    by_style = {style: [row for call in by_call if call.style == style for row in by_call[call]]
-                for style in ("eager", "graph")}  # fmt: skip
-    entry = {
+            served[call.style] = "reference" if served.get(call.style) == "reference" else after
+    by_style = {style: [row for row in rows if row.call(device).style == style] for style in ("eager", "graph")}
+    return {
         "sources": op.sources_digest(device.type),
         "cells": dict(sorted(cells.items())),
         "gain": {style: _gain(own) for style, own in by_style.items() if own},
         "rows": [asdict(row) for row in rows],
-    }
-    befores = {call: op.wanted(call).backend for call in winners}
-    changes = [
-        Change(op=op.name, call=call, before=befores[call], after=after,
-               gain=statistics.geometric_mean([row.ratio for row in by_call[call]]))
-        for call, after in winners.items() if befores[call] != after
-    ]  # fmt: skip
-    return entry, changes
+    }, changes
 
 
 def known_rows(op: Op, device: torch.device) -> list[Row]:
@@ -379,9 +358,15 @@ def known_rows(op: Op, device: torch.device) -> list[Row]:
         return []
 
 
-def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """All rows, the new ones in place of the old ones of the same races."""
-    return list({row.key: row for row in (*old, *new)}.values())
+def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
+    """Put rows into the user's file, in place of those of the same races.
+
+    They decide nothing until all races are run, and a run that was killed goes on with them.
+    """
+    digest, entry = op.sources_digest(device.type), races.read(device).get("ops", {}).get(op.name, {})
+    every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
+    own = entry if entry.get("sources") == digest else {}
+    races.write(device, {op.name: {**own, "sources": digest, "rows": [asdict(row) for row in every]}}, facts)
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
@@ -443,31 +428,25 @@ def tune(
     keys = {name: {row.key for row in rows} for name, rows in known.items()}
     styles = {False: ("eager",) if capture is None else ("eager", "replay"), True: ("graph",)}
     work = _ordered([op for name, op in chosen.items() if name not in wrong], device, full)
-    new = [(race, compiled) for race, compiled in work if not race.keys(styles[compiled]) <= keys[race.op]]
-    rows: dict[str, list[Row]] = {}
+    new = [one for one in work if not {(*one[0].key, style) for style in styles[one[1]]} <= keys[one[0].op]]
+    rows: dict[str, dict[tuple[str, ...], Row]] = {}
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    written = time.perf_counter()
-    try:
-        for index, (race, compiled) in enumerate(new):
-            if time.perf_counter() - began > seconds:
-                left_out = [one.words() for one, _ in new[index:]]
-                break
-            tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
-            try:
-                timed = run_race(race, device, compiled, capture)
-            except Exception as error:  # a lack of memory, or a kernel that cannot be captured, ends no other race
-                failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                continue
-            rows[race.op] = merged(rows.get(race.op, []), timed)
-            if device.type == "cuda" and race.size == "large":
-                # what its reference and its graphs took would add up with those of other ops
-                torch.cuda.empty_cache()
-            if time.perf_counter() - written > PAUSE:
-                _keep_rows(rows, device, facts)
-                written = time.perf_counter()
-    finally:
-        _keep_rows(rows, device, facts)
+    for index, (race, compiled) in enumerate(new):
+        if time.perf_counter() - began > seconds:
+            left_out = [one.words() for one, _ in new[index:]]
+            break
+        tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
+        try:
+            timed = run_race(race, device, compiled, capture)
+        except Exception as error:  # a lack of memory, or a kernel that cannot be captured, ends no other race
+            failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        rows.setdefault(race.op, {}).update((row.key, row) for row in timed)
+        _keep_rows(chosen[race.op], timed, device, facts)
+        if device.type == "cuda" and race.size == "large":
+            # what its reference and its graphs took would add up with those of other ops
+            torch.cuda.empty_cache()
     decided = {
         name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))
     }
@@ -476,21 +455,10 @@ def tune(
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,
-        rows=rows,
+        rows={name: list(by_key.values()) for name, by_key in rows.items()},
         changes=[change for _, changes in decided.values() for change in changes],
         known=len(work) - len(new),
         left_out=left_out,
         failed=failed,
         wrong=wrong,
     )
-
-
-def _keep_rows(rows: dict[str, list[Row]], device: torch.device, facts: dict[str, Any]) -> None:
-    """Put rows into the user's file. They decide nothing until all races are run, and a run that is killed goes on."""
-    entries = {}
-    for name, new in rows.items():
-        digest, entry = REGISTRY[name].sources_digest(device.type), races.read(device).get("ops", {}).get(name, {})
-        own = entry if entry.get("sources") == digest else {}
-        every = merged(known_rows(REGISTRY[name], device), new)
-        entries[name] = {**own, "sources": digest, "rows": [asdict(row) for row in every]}
-    races.write(device, entries, facts)

@@ -1,0 +1,81 @@
+"""The sizes of a packed decoder, for the op `decode_samples` and for its kernels; this file needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+#: Channels of maps, and columns of an image, are padded to a multiple of these: what one matrix product takes.
+CHANNEL_TILE, COLUMN_TILE = 32, 16
+
+
+def padded(value: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-value // step) * step
+
+
+class Layer(NamedTuple):
+    """A transposed convolution.
+
+    Args:
+        channels: of its output.
+        kernel: side of the kernel.
+        stride: in both directions.
+        padding: in both directions.
+        height: of its output.
+        width: of its output.
+    """
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A packed decoder's sizes.
+
+    Args:
+        latent_dim: numbers of a latent.
+        start: channels, height and width of the first map.
+        layers: the transposed convolutions, in order.
+    """
+
+    latent_dim: int
+    start: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    def numbers(self) -> list[int]:
+        """As the op takes them."""
+        return [self.latent_dim, *self.start, *(number for layer in self.layers for number in layer)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """The inverse of `numbers`."""
+        latent_dim, c, h, w, *rest = numbers
+        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
+        channels, h, w = self.start
+        out = [(h * w, padded(self.latent_dim, CHANNEL_TILE), padded(channels, CHANNEL_TILE))]
+        for i, layer in enumerate(self.layers):
+            tile = COLUMN_TILE if i == len(self.layers) - 1 else CHANNEL_TILE
+            out.append((layer.kernel**2, padded(channels, CHANNEL_TILE), padded(layer.channels, tile)))
+            channels = layer.channels
+        return out
+
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of the packed weights, the gradient's among them, and of the biases."""
+        first, *products = self.products()
+        channels = [self.start[0], *(layer.channels for layer in self.layers)]
+        backward = [
+            taps * padded(outputs, CHANNEL_TILE) * padded(inputs, CHANNEL_TILE)
+            for (taps, _, _), inputs, outputs in zip(products, channels, channels[1:], strict=False)
+        ]
+        forward = [taps * inputs * columns for taps, inputs, columns in (first, *products)]
+        return sum(forward) + sum(backward), sum(columns for _, _, columns in products)
