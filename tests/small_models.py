@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 from torch import nn
 
-from purify_fast.models.wide_resnet import representation_layers
+from purify_fast.models.classifiers import representation_layers
 from purify_fast.training import TrainingAttack
 
 #: Sizes of a recipe of CARSO with a WideResNet of 10 layers.

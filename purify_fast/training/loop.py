@@ -28,14 +28,13 @@ from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
-from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
+from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import average_, from_first, named_when_lost, report_step, signs_of_life
+from .distributed import average_, from_first, named_when_lost, signs_of_life
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Diverged, LossWatch, Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
-from .validation import Validation
 
 logger = logging.getLogger("purify_fast")
 
@@ -78,7 +77,7 @@ def fit(
             resumed at any step, and the batches before it are read again.
         y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
         config: how long and how. With a loader or a function its batch_size has no effect.
-        folder: for ``checkpoint.safetensors``, ``log.jsonl`` and ``best.safetensors``; None keeps nothing.
+        folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
         title: of the progress bar.
         progress: whether there is a progress bar.
         callbacks: what else listens to the training, see `Callback`.
@@ -107,26 +106,25 @@ def fit(
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config, folder is not None)
     held_out = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, source, folder, held_out.description if held_out and validation is not None else None)
+    run = Run(task, config, source, held_out, folder)
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     with run.locked(), stop_on_sigterm() as stop, contextlib.ExitStack() as stack:
         run.resume()
+        run.write_log()
         if task.tf32:
             stack.enter_context(float32_products(tf32=True))
         stack.enter_context(_pinned_kernels(run))
         bar = ProgressBar(title, run, progress and first)
-        log = [] if folder is None else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
-        listeners = [*log, bar, *callbacks] if first else []
-        validate = None if held_out is None else Validation(run, held_out)
+        listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
         with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
-            _train(run, validate, listeners, stop)
+            _train(run, listeners, stop)
         task.finish()
-        if validate is not None and config.keep_best != "off":
-            validate.load_best()
+        if run.best:
+            task.model.load_state_dict(run.best["model"])
         task.model.eval()
         for listener in listeners:
             listener.on_end(_state(run, 0, run.last, config.epochs - 1))
@@ -151,24 +149,29 @@ def _pinned_kernels(run: Run) -> Iterator[None]:
         yield
 
 
-def _train(run: Run, validate: Validation | None, listeners: Sequence[Callback], stop: Stop) -> None:
+def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     """What is left of a run, epoch by epoch."""
-    if validate is not None and run.step < run.total:
+    if run.step < run.total:
         # before any work is done that a refusal would lose
-        validate.check()
+        run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
         # something to go back to
         run.save()
-    watch = LossWatch(run.source, run.config.seed)
     while run.step < run.total:
+        watch = LossWatch(run.source, run.config.seed)
         try:
             state = _train_epoch(run, listeners, watch, stop)
         except Diverged as error:
             _back_off(run, watch, error)
             continue
-        if validate is not None and validate.due(state.epoch):
-            run.last = {**run.last, **validate()}
+        ended = state.epoch + 1
+        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
+            run.validate()
             state = replace(state, metrics=run.last)
+        row = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
+        row["images_per_second"] = round(state.images_per_second, 1)
+        run.rows.append({**row, **({"acts_from_step": run.terms} if run.terms else {})})
+        run.write_log()
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
@@ -181,11 +184,10 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     for raw in run.source.epoch(epoch, run.step % run.steps):
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
-        report_step(run.step)
         batch = run.batch(raw, run.step, seed)
         rate = run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        with named_when_lost():
+        with named_when_lost(run.step):
             measured = train_step(task, batch)
         run.add(measured)
         watch.add(run.step, measured["loss"], raw)
@@ -233,7 +235,6 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     rate = run.rate * BACK_OFF
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
         raise Diverged(explanation, step) from error
-    watch.forget()
     run.resume()
     run.rate = rate
     if processes()[0] == 0:
@@ -247,7 +248,7 @@ def _learning_rate(run: Run) -> float:
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
     return TrainingState(
         task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
-        metrics=metrics, learning_rate=_learning_rate(run), images_per_second=images_per_second, terms=run.terms,
+        metrics=metrics, learning_rate=_learning_rate(run), images_per_second=images_per_second,
     )  # fmt: skip
 
 

@@ -172,12 +172,10 @@ def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig, 
         if config.validation_share > 0:
             raise ValueError("validation_share is of images: with batches give validation, held-out images or batches")
         return Loader(x, config, next(task.model.parameters()).device, keeps)
-    _check_images(x, y)
-    assert y is not None
-    if len(x):
-        task.check(tuple(x.shape[1:]), int(y.max()) + 1)
     ids = held_out(len(x), config.validation_share, config.seed)[0] if config.validation_share > 0 else None
-    return InMemory(x, y, config, *processes(), ids)
+    source = InMemory(x, y, config, *processes(), ids)  # type: ignore[arg-type]  # None is refused there
+    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+    return source
 
 
 def held_out_source(
@@ -192,8 +190,9 @@ def held_out_source(
         raise ValueError("validation_share goes without validation: give one of them")
     ids = None
     if validation is None:
-        assert isinstance(x, (Tensor, StreamedImages)) and y is not None
-        validation, ids = (x, y), held_out(len(x), config.validation_share, config.seed)[1]
+        # `training_source` has refused a share of anything but images with labels
+        images: Any = x
+        validation, ids = (images, y), held_out(len(images), config.validation_share, config.seed)[1]
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must bring labels: give (images, labels)")
     config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
@@ -229,16 +228,12 @@ def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
 
 def _check_range(images: Tensor) -> None:
     """ValueError for floating-point images that are not in [0, 1]; the message says what is probably meant."""
-    low, high = (float(value) for value in torch.aminmax(images.detach())) if images.numel() else (0.0, 1.0)
-    if low >= 0 and high <= 1:
-        return
-    if low != low or high != high:
-        hint = "some are no number"
-    elif low < 0:
-        hint = "leave out the normalization, which models and defences do themselves"
-    else:
-        hint = "divide by 255, or give uint8" if high > 2 else "clamp them"
-    raise ValueError(f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: {hint}")
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        low, high = images.min(), images.max()
+        raise ValueError(
+            f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: leave normalization to the model, "
+            "divide by 255 or give uint8, and let none be NaN"
+        )
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

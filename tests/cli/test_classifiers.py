@@ -84,7 +84,7 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
         ("my_networks:missing", "has no function or class 'missing'"),
         ("my_networks:nothing", "must return a torch.nn.Module, it returned a int"),
         ("no_such_module:make", "No module named 'no_such_module'"),
-        (":make", "is torchvision:NAME, timm:NAME or package.module:function"),
+        (":make", "a model by name is package.module:function"),
         ("torchvision:resnet18", "has fresh weights: give trained ones with --classifier-weights"),
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)

@@ -141,5 +141,5 @@ def test_the_bar_counts_images_and_goes_at_an_error(capsys):
 
 def test_a_summary_is_a_line_to_read():
     text = summary({"loss": 0.4321987, "accuracy": 0.9125, "validation_accuracy": 0.5, "cross_entropy": math.pi})
-    assert text == "last epoch: loss 0.4322, accuracy 91.2%, validation accuracy 50.0%, cross entropy 3.142"
+    assert text == "last epoch: loss 0.4322, accuracy 0.9125, validation accuracy 0.5, cross entropy 3.142"
     assert summary({}) == "nothing was trained"

@@ -145,7 +145,7 @@ def test_what_ends_the_first_process_ends_the_others(two):
 def test_the_first_process_raises_what_ended_it_whatever_the_others_do(monkeypatch, told):
     """They may be gone, since Ctrl-C reaches all processes of a terminal."""
 
-    def broadcast(head, src, device):
+    def broadcast(head, src):
         if told is not None:
             raise told
 
@@ -153,7 +153,6 @@ def test_the_first_process_raises_what_ended_it_whatever_the_others_do(monkeypat
         raise ended
 
     monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
     # a lambda cannot be pickled
     for ended in (KeyboardInterrupt("first"), ValueError(lambda: 0)):

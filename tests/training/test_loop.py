@@ -131,7 +131,7 @@ def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     x, y = images()
-    for name in (".checkpoint-abc.safetensors", ".model-a1_.json", ".best-x.safetensors", ".log-1.jsonl"):
+    for name in (".checkpoint-abc.safetensors", ".model-a1_.safetensors", ".log-1.jsonl"):
         (tmp_path / name).write_bytes(b"half")
     fit(task(), x, y, FitConfig(1, 16), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}

@@ -32,8 +32,8 @@ def source(config, x, y):
         (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
         (lambda x, y: (x, y - 1), "y must hold labels of at least 0, got -1"),
         (lambda x, y: (x, y + 1), "y: the largest label is 2, but the model has 2 classes, 0 to 1"),
-        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"x: the model does not take images of \[3, 8, 8\]"),
-        (lambda x, y: (x[:, :, :4], y), r"x: the model does not take images of \[1, 4, 8\]"),
+        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"the classifier must map images \[B, 3, 8, 8\] to logits"),
+        (lambda x, y: (x[:, :, :4], y), r"the classifier must map images \[B, 1, 4, 8\] to logits"),
     ],
 )
 def test_wrong_images_and_labels_are_named_before_any_step(tmp_path, change, message):
