@@ -10,6 +10,7 @@ names are those of RobustBench's ``DMWideResNet``, whose state dicts load with `
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
@@ -210,37 +211,6 @@ class _WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class _WideGroup(nn.Module):
-    def __init__(self, blocks: int, inputs: int, outputs: int, stride: int, activation: nn.Module):
-        super().__init__()
-        self.block = nn.Sequential(
-            *(_WideBlock(outputs if i else inputs, outputs, 1 if i else stride, activation) for i in range(blocks))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-
-def representation_layers(depth: int = 28) -> list[str]:
-    """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
-
-    They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the first convolution
-    and the logits are not among them.
-
-    Args:
-        depth: the network's, 6 n + 4.
-
-    Returns:
-        Module paths, 26 for depth 28.
-    """
-    return [
-        f"layer.{g}.block.{b}.{part}"
-        for g in range(3)
-        for b in range((depth - 4) // 6)
-        for part in ("conv_0", "conv_1", *(["shortcut"] if g and not b else []))
-    ]
-
-
 class WideResNet(nn.Module):
     """WRN-depth-width. With SiLU, WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
 
@@ -284,8 +254,11 @@ class WideResNet(nn.Module):
         activation_kind = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
-        blocks = (depth - 4) // 6
-        groups = [_WideGroup(blocks, channels[g], channels[g + 1], 2 if g else 1, activation_kind()) for g in range(3)]
+        groups = []
+        for g, (before, after) in enumerate(pairwise(channels)):
+            act, count = activation_kind(), (depth - 4) // 6
+            blocks = [_WideBlock(after if i else before, after, 2 if g and not i else 1, act) for i in range(count)]
+            groups.append(nn.Sequential(OrderedDict(block=nn.Sequential(*blocks))))
         self.layer = nn.Sequential(*groups)
         self.batchnorm = BatchNorm2d(channels[3])
         self.relu = activation_kind()
@@ -296,8 +269,20 @@ class WideResNet(nn.Module):
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:
-        """`representation_layers` of this depth."""
-        return representation_layers(self.arguments["depth"])
+        """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
+
+        They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the first
+        convolution and the logits are not among them.
+
+        Returns:
+            Module paths, 26 for depth 28.
+        """
+        return [
+            f"layer.{g}.block.{b}.{part}"
+            for g in range(3)
+            for b in range((self.arguments["depth"] - 4) // 6)
+            for part in ("conv_0", "conv_1", *(["shortcut"] if g and not b else []))
+        ]
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {
@@ -321,11 +306,9 @@ def representation_before_pooling(model: nn.Module) -> str:
         ValueError: another model.
     """
     if type(model) not in CLASSIFIERS.values():
-        names = ", ".join(name for name, _ in model.named_modules() if name)
-        raise ValueError(
-            f"layers must be given for a {type(model).__name__}: the module whose output is the last map before "
-            f"pooling, one of {names[:400]}"
-        )
+        names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
+        before = f"layers must be given for a {type(model).__name__}: the module whose output is the last map before"
+        raise ValueError(f"{before} pooling, one of {names}")
     return model.before_pooling  # type: ignore[return-value]
 
 

@@ -211,15 +211,8 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
     return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
 
 
-def _timm() -> ModuleType:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ModuleNotFoundError("timm is not installed: pip install timm") from error
-
-
 def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    timm = _timm()
+    timm = importlib.import_module("timm")
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models() names them")
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
@@ -228,7 +221,7 @@ def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
 def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
     if weights != "pretrained":
         raise ValueError(f"weights of timm:{name} must be a file or 'pretrained', got {weights!r}")
-    config = _timm().get_pretrained_cfg(name)
+    config = importlib.import_module("timm").get_pretrained_cfg(name)
     cache = importlib.import_module("huggingface_hub").try_to_load_from_cache
     path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
     if not isinstance(path, str):

@@ -237,17 +237,11 @@ class _NormalizeByTorch(torch.autograd.Function):
         _all_gather(gathered, own)
         means, inverses, counts = gathered.view(world, -1).split([len(mean), len(mean), 1], 1)
         running_mean, running_var = (None, None) if running is None else running
+        # in the dtype that the function reads them in
+        read = counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype)
         # positional because the function has no names for its arguments in Python
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x,
-            means,
-            inverses,
-            running_mean,
-            running_var,
-            _MOMENTUM,
-            _EPS,
-            # in the dtype that the function reads them in
-            counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype),
+            x, means, inverses, running_mean, running_var, _MOMENTUM, _EPS, read
         )
         ctx.save_for_backward(x, weight, mean, inverse, counts)
         # positional because the function has no names for its arguments in Python

@@ -85,13 +85,9 @@ class TensorBoardLog(Callback):
     """
 
     def __init__(self, folder: str | Path):
-        try:
-            # tensorboard is an optional package, of the extra "log"
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "TensorBoardLog needs tensorboard: pip install 'purify-fast[log]', or pip install tensorboard"
-            ) from error
+        # tensorboard is an optional package, of the extra "log"
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder, self._make = Path(folder), SummaryWriter
         self._writer: SummaryWriter | None = None
 

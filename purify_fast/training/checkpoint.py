@@ -7,7 +7,6 @@ refused. Checksum and JSON stand in the metadata of the safetensors file.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import re
@@ -147,9 +146,7 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
         for bad, why in damaged.items():
             place = ""
             if set_aside:
-                names = (bad.with_name(f"{bad.stem}.damaged-{number}{bad.suffix}") for number in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                place = f"it is set aside as {bad.rename(aside)}, and "
+                place = f"it is set aside as {bad.replace(bad.with_name(f'{bad.stem}.damaged{bad.suffix}'))}, and "
             logger.warning("%s; %sthe checkpoint before it is taken, of step %s", why, place, tree.get("step"))
         return tree
     if damaged:

@@ -314,8 +314,8 @@ def torchrun_group() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        why = f"process {rank} of {world} did not find the others ({error})"
-        raise ProcessLost(f"{why}: see what they say. {_AGAIN}") from error
+        reason = str(error).partition("\n")[0]
+        raise ProcessLost(f"process {rank} of {world} did not find the others ({reason}). {_AGAIN}") from error
     try:
         with contextlib.ExitStack() as silence:
             if rank > 0:
@@ -333,7 +333,12 @@ def torchrun_group() -> Iterator[None]:
     except BaseException as error:
         if rank == 0:
             store.set("failed", "yes")
-        elif _first_failed(store):
+            raise
+        # if the wait fails, the first one is at work, or has ended and taken the store along
+        with contextlib.suppress(Exception):
+            store.wait(["failed"], PATIENCE)
+            # for it to speak and end before torchrun sees this process end
+            time.sleep(2)
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
@@ -369,16 +374,6 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
                 return PrefixStore(name, store)
         time.sleep(0.01)
     raise dist.DistStoreError("the first process did not answer")
-
-
-def _first_failed(store: Store) -> bool:
-    # if this fails, the first one is at work, or has ended and taken the store along
-    with contextlib.suppress(Exception):
-        store.wait(["failed"], PATIENCE)
-        # for it to speak and end before torchrun sees this process end
-        time.sleep(2)
-        return True
-    return False
 
 
 def own_device(device: str) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from .._files import folder_lock
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
@@ -111,7 +112,9 @@ def fit(
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
-    with run.locked(), stop_on_sigterm() as stop, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
+        # several processes are refused together
+        from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
         run.write_log()
         if task.tf32:
@@ -199,15 +202,14 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         if run.step % run.steps:
             run.save_if_due(now=stop.asked)
             if stop.asked:
-                which = "its checkpoint" if run.source.reproducible else "that of its last whole epoch"
-                where = "" if run.folder is None else f"; {which} is in {run.folder}"
-                text = "ended by SIGTERM after step %d of %d%s: run the same again to go on"
-                logger.warning(text, run.step, run.total, where)
+                text = "ended by SIGTERM after step %d of %d: the same again goes on from the last checkpoint, in %s"
+                logger.warning(text, run.step, run.total, run.folder)
                 # 143 is what a shell shows for it
                 raise SystemExit(128 + signal.SIGTERM)
     # the epoch's one wait for the device
     run.last = run.means()
-    run.check_finite()
+    if not run.is_finite():
+        raise Diverged("a loss or a weight is not finite")
     run.sums, run.counts = {}, {}
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
@@ -216,21 +218,15 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     """Return to the last checkpoint with a smaller learning rate; Diverged with an explanation if the run is to end."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
-    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-    means = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
-    recorded = ""
-    if (
-        step is not None
-        and run.folder is not None
-        and processes()[0] == 0
-        and (record := watch.record(step, run.folder))
-    ):
-        recorded = f"; its images, labels and seed are in {record}"
-    by_itself = "; on_nan back_off halves the rate by itself" if run.config.on_nan == "stop" else ""
+    where, record = "a weight is not finite", None
+    if step is not None:
+        where = f"the loss of step {step} is not finite"
+        record = watch.record(step, run.folder) if run.folder is not None and processes()[0] == 0 else None
     explanation = (
-        f"epoch {epoch}: training diverged, {where} (means of the epoch: {means}); the last checkpoint is kept"
-        f"{recorded}. Lower the learning rate ({_learning_rate(run):.3g} here), let eps rise over more epochs "
-        f"(eps_warmup), or train in float32 if this is bfloat16{by_itself}"
+        f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
+        f"{f', and {record} has the images, labels and seed' if record else ''}. Lower the learning rate "
+        f"({run.rate:g} of the method's own here), which on_nan back_off does by itself, let eps rise over more epochs "
+        "(eps_warmup), or train in float32 if this is bfloat16"
     )
     rate = run.rate * BACK_OFF
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
@@ -241,14 +237,11 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
         logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
 
 
-def _learning_rate(run: Run) -> float:
-    return next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
-
-
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
+    rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
     return TrainingState(
         task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
-        metrics=metrics, learning_rate=_learning_rate(run), images_per_second=images_per_second,
+        metrics=metrics, learning_rate=rate, images_per_second=images_per_second,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._files import atomic, folder_lock, with_room, write_text
+from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, to_float
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
@@ -114,9 +114,7 @@ class Run:
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to those of its epoch; a term that does not act yet measures nothing."""
         for key, value in measured.items():
-            wide = torch.promote_types(value.dtype, torch.float32)
-            new = key not in self.sums
-            self.sums[key] = value.to(self.source.device, wide, copy=True) if new else self.sums[key] + value
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.source.device)) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
@@ -124,8 +122,8 @@ class Run:
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()
-    def check_finite(self) -> None:
-        """Raise Diverged unless this epoch's losses and the weights are finite so far; waits for the device once."""
+    def is_finite(self) -> bool:
+        """Whether this epoch's losses and the weights are finite so far; waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         statistics = [
             buffer
@@ -133,8 +131,7 @@ class Run:
             if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
         ]
         checks = [value.isfinite().all() for value in (*self.sums.values(), *weights, *statistics)]
-        if checks and not torch.stack(checks).all():
-            raise Diverged("a loss or a weight is not finite")
+        return bool(torch.stack(checks).all())
 
     # -- checkpoints
 
@@ -145,17 +142,6 @@ class Run:
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
         progress |= {"best": self.best, "rate": self.rate, "rows": self.rows}
         return {**weights, "facts": self.facts, "served": self.served, **progress}
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within the block, no other run writes into the folder; several processes are refused together.
-
-        Raises:
-            FolderInUse: another run does.
-        """
-        with contextlib.ExitStack() as stack:
-            from_first(lambda: stack.enter_context(folder_lock(self.folder)))
-            yield
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
@@ -208,14 +194,11 @@ class Run:
         due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if self.folder is None or not due or not self.source.reproducible:
             return
-        try:
-            self.check_finite()
-        except Diverged:
+        if self.is_finite():
+            self.save()
+        elif processes()[1] == 1:
             # of several processes this one alone knows now: all of them see it when they look at their losses
-            if processes()[1] == 1:
-                raise
-            return
-        self.save()
+            raise Diverged("a loss or a weight is not finite")
 
     def write_log(self) -> None:
         """Write ``log.jsonl`` anew: a kill never leaves half a row, nor one of an epoch that is in no checkpoint."""

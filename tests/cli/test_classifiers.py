@@ -209,12 +209,6 @@ def test_a_network_of_timm(tmp_path):
         build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_without_timm_it_says_how_to_get_it():
-    with pytest.raises(ModuleNotFoundError, match="timm is not installed: pip install timm"):
-        ForeignClassifier("timm:resnet18", 3, 4)
-
-
 def test_only_the_first_process_prints(bars, tmp_path, monkeypatch, capsys):
     # what the second of two processes does with a training that is over; the command imports both names when it runs
     monkeypatch.setattr("purify_fast.training.fit", lambda *args, **options: {"loss": 1.0})

@@ -83,10 +83,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(tmp_path, caplo
     flipped(tmp_path / "run" / CHECKPOINT, 8 * 3000)
     with caplog.at_level(logging.WARNING, "purify_fast"):
         again = train(tmp_path / "run")
-    assert "checkpoint.damaged-1.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
+    assert "checkpoint.damaged.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
-    assert (tmp_path / "run" / "checkpoint.damaged-1.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint.damaged.safetensors").is_file()
 
 
 def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
@@ -228,7 +228,8 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 143, errors
     step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
-    assert f"ended by SIGTERM after step {step} of 320; its checkpoint is in {tmp_path / 'run'}" in errors
+    told = f"ended by SIGTERM after step {step} of 320: the same again goes on from the last checkpoint, in {tmp_path}"
+    assert told in errors
     whole = train(None, epochs=80)
     again = train(tmp_path / "run", epochs=80, checkpoint_seconds=1000)
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
