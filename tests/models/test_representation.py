@@ -24,16 +24,13 @@ LAYERS = ["conv1", "bn1", "layer1.0.bn2", "layer1.0", "layer2.0.downsample", "la
 
 
 def cloned_truth(model, layers, x):
-    found = {}
-    modules = dict(model.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.clone()))
-        for name in layers
-    ]
+    outputs, modules = {}, dict(model.named_modules())
+    for name in layers:
+        modules[name].register_forward_hook(lambda m, a, out, name=name: outputs.__setitem__(name, out.clone()))
     model(x)
-    for hook in hooks:
-        hook.remove()
-    return [found[name] for name in layers]
+    for name in layers:
+        modules[name]._forward_hooks.clear()
+    return [outputs[name] for name in layers]
 
 
 def test_in_place_layers_equal_cloned_truth():

@@ -15,8 +15,6 @@ import torch
 from cuda_launches import CudaLaunches
 
 from purify_fast import cli
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
@@ -161,25 +159,18 @@ def test_the_first_process_raises_what_ended_it_whatever_the_others_do(monkeypat
         assert raised.value is ended
 
 
-def test_positions_draw_the_noise_of_those_images():
-    made = NoisyEnsemble(SmallCNN(width=2), 0.3, 2)
-    x = torch.rand(6, 1, 16, 16)
-    torch.manual_seed(0)
-    whole = made(x)
-    torch.manual_seed(0)
-    with made.noise_ids(torch.tensor([1, 3, 5])):
-        torch.testing.assert_close(made(x[1::2]), whole[1::2])
-        with pytest.raises(ValueError, match="noise_ids are of 3 images, the batch has 6"):
-            made(x)
-    torch.manual_seed(0)
-    assert torch.equal(made(x), whole)
-
-
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, "-m", "purify_fast", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "purify_fast",
+    ]
+    return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow

@@ -16,12 +16,7 @@ from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import retain_freed_memory
-from purify_fast.training import (
-    ClassifierConfig,
-    ClassifierTask,
-    FitConfig,
-    fit,
-)
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.config import TrainingAttack
 
@@ -78,11 +73,8 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(
         assert torch.equal(tensor, killed["model"][name]), name
     assert whole["last"] == killed["last"]
     logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-            for line in path.read_text().splitlines()
-        ]
-        for path in (tmp_path / "whole" / "log.jsonl", tmp_path / "killed" / "log.jsonl")
+        [json.loads(line) | {"images_per_second": 0} for line in (tmp_path / name / "log.jsonl").open()]
+        for name in ("whole", "killed")
     ]
     assert logs[0] == logs[1] and [row["epoch"] for row in logs[0]] == [0, 1, 2, 3]
 
@@ -99,34 +91,27 @@ def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    x, y = images()
-    fit(task(), x, y, FitConfig(1, 16), tmp_path)
-    with pytest.raises(ValueError, match="batch_size: 16 there, 32 now"):
-        fit(task(), x, y, FitConfig(1, 32), tmp_path)
-    with pytest.raises(ValueError, match=r"weight_decay: 0\.0005 there, 0\.1 now"):
-        fit(task(weight_decay=0.1), x, y, FitConfig(1, 16), tmp_path)
+def carso(seed, origin="scratch"):
+    torch.manual_seed(seed)
+    defence = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
+    return CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1), kl_delay=0.0), origin)
 
 
-def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
+def test_another_run_is_refused_by_what_differs(tmp_path):
     x, y = images()
     fit(task(), x, y, FitConfig(1, 16), tmp_path / "a")
-    with pytest.raises(ValueError, match="data: "):
-        fit(task(), 255 - x, y, FitConfig(1, 16), tmp_path / "a")
-    with pytest.raises(ValueError, match="structure: "):
-        wider = ClassifierTask(SmallCNN(1, 2, (8, 8), 8), ClassifierConfig())
-        fit(wider, x, y, FitConfig(1, 16), tmp_path / "a")
-
-    def carso(seed, origin="scratch"):
-        torch.manual_seed(seed)
-        made = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
-        return CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1), kl_delay=0.0), origin)
-
     fit(carso(0), x, y, FitConfig(1, 16), tmp_path / "b")
-    with pytest.raises(ValueError, match="classifier: "):
-        fit(carso(1), x, y, FitConfig(1, 16), tmp_path / "b")
-    with pytest.raises(ValueError, match="origin: 'scratch' there, 'other' now"):
-        fit(carso(0, "other"), x, y, FitConfig(1, 16), tmp_path / "b")
+    for folder, other, pixels, size, message in (
+        ("a", task(), x, 32, "batch_size: 16 there, 32 now"),
+        ("a", task(weight_decay=0.1), x, 16, r"weight_decay: 0\.0005 there, 0\.1 now"),
+        ("a", task(), 255 - x, 16, "data: "),
+        ("a", task(8), x, 16, "structure: "),
+        ("a", carso(0), x, 16, "holds a run of the training 'classifier', and this is one of 'carso'"),
+        ("b", carso(1), x, 16, "classifier: "),
+        ("b", carso(0, "other"), x, 16, "origin: 'scratch' there, 'other' now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(other, pixels, y, FitConfig(1, size), tmp_path / folder)
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):

@@ -14,10 +14,6 @@ from purify_fast.training.sources import InMemory, held_out
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def source(config, x, y):
-    return InMemory(x, y, config, 0, 1)
-
-
 # -- images at the door -----------------------------------------------------------------------------------------------
 
 
@@ -78,7 +74,7 @@ class Indexed(Dataset):
 
 
 def as_batches(epoch, x, y, config):
-    return [(raw, labels, ids) for raw, labels, ids in source(config, x, y).epoch(epoch, 0)]
+    return list(InMemory(x, y, config, 0, 1).epoch(epoch, 0))
 
 
 def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
@@ -87,13 +83,11 @@ def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
     tensors, function, floats = task(), task(), task()
     last = fit(tensors, x, y, config, progress=False)
     assert fit(function, lambda epoch: as_batches(epoch, x, y, config), None, config, progress=False) == last
-    fit(
-        floats,
-        lambda epoch: [(raw.float().div(255), labels, ids) for raw, labels, ids in as_batches(epoch, x, y, config)],
-        None,
-        config,
-        progress=False,
-    )
+
+    def in_floats(epoch):
+        return [(raw.float().div(255), *rest) for raw, *rest in as_batches(epoch, x, y, config)]
+
+    fit(floats, in_floats, None, config, progress=False)
     assert same(tensors, function) and same(tensors, floats)
 
 
@@ -152,21 +146,21 @@ def test_loaders_that_cannot_be_used_are_refused(tmp_path):
     for wrong in (iter([(x, y)]), 3):
         with pytest.raises(TypeError, match="x must be images, batches with a length, such as a DataLoader"):
             fit(task(), wrong, None, FitConfig(1))
-    with pytest.raises(ValueError, match="x gives no batch"):
-        fit(task(), [], None, FitConfig(1))
+
+    class Short(list):
+        def __len__(self):
+            return 2
+
+    for wrong, message in (
+        ([], "x gives no batch"),
+        (Short([(x, y)]), "x gave 1 batches in epoch 0, its length says 2"),
+        ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
+        ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(task(), wrong, None, FitConfig(1), progress=False)
     with pytest.raises(ValueError, match="y must be None with batches"):
         fit(task(), [(x, y)], y, FitConfig(1))
-    with pytest.raises(ValueError, match="x gave 1 batches in epoch 0, its length says 2"):
-
-        class Short(list):
-            def __len__(self):
-                return 2
-
-        fit(task(), Short([(x, y)]), None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match=r"x: labels must be int64 \[B\] = \[64\], got torch.int32"):
-        fit(task(), [(x, y.int())], None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match=r"x: images must be float in \[0, 1\] or uint8"):
-        fit(task(), [(x.long(), y)], None, FitConfig(1), progress=False)
     own = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator())
     with pytest.raises(ValueError, match="DataLoader with a generator of its own, whose state is in no checkpoint"):
         fit(task(), own, None, FitConfig(1), tmp_path)
