@@ -3,7 +3,7 @@
 Each command is run once undisturbed. Then it is run again and again, and disturbed: killed, asked to end, its disk
 full, its memory limited, its clock set, a bit of its checkpoint changed, a second run started beside it. It is started
 again until it ends, and what it wrote must be what the undisturbed run wrote, to the bit. Of ``tune``, which measures
-times, the races must be the same, and what serves after them must be what its file says and be right.
+times, the races must be the same, and its files whole or absent after each fault.
 
 First single bits of the undisturbed runs' files are changed, one at a time: each change must be refused. Between the
 rounds one process trains and attacks everything in turn; its memory must not grow.
@@ -55,14 +55,7 @@ RACED = ("sample_latent", "reconstruction_loss", "noisy_replay")
 
 @dataclass(frozen=True)
 class Command:
-    """What is disturbed.
-
-    Args:
-        name: in the report.
-        words: of the command line, but for where it writes.
-        out: the option behind which that stands; empty for a command that writes where PURIFY_FAST_CACHE says.
-        program: what takes the words.
-    """
+    """What is disturbed."""
 
     name: str
     words: tuple[str, ...]
@@ -196,25 +189,7 @@ def change_bit(path: Path, draw: random.Random) -> tuple[bytes, int]:
 
 
 class Soak:
-    """One soak, and what happened in it.
-
-    Args:
-        folder: for all files.
-        seed: of the moments and kinds of the faults.
-        only: names of commands; all if empty.
-
-    Attributes:
-        counts: how often each fault was brought about, by command and fault.
-        ends: how the disturbed processes ended, by fault and exit status.
-        rounds: disturbed runs that came to their end, by command.
-        losses: what was wrong, in words.
-        bits: of single bits that were changed in files, how many there were, how many were refused, for how many there
-            was a file before the changed one, and how often that was taken.
-        memory: resident bytes of the process that trains all the time, after each round.
-        seconds: that each command takes undisturbed.
-        wanted: what each command comes to undisturbed.
-        worked: seconds of work that the disturbed run has behind it.
-    """
+    """One soak, and what happened in it."""
 
     def __init__(self, folder: Path, seed: int, only: list[str]):
         self.folder, self.draw = folder, random.Random(seed)
@@ -300,13 +275,13 @@ class Soak:
         for kind in chosen:
             self.faults[kind](command, out)
             if not command.out:
-                self.served(out, kind)
+                self.check_whole(out, kind)
         code, errors = ended(start(command, out, self.cache))
         if code:
             self.lost(f"{command.name} after {', '.join(chosen)}: exit status {code}: {errors[-400:]}")
             return
         if not command.out:
-            self.served(out, "its end")
+            self.check_whole(out, "its end")
         found = results(command, out)
         wanted = self.wanted[command.name]
         odd = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
@@ -315,12 +290,13 @@ class Soak:
         self.rounds[command.name] += 1
         self.say(f"{command.name}: {', '.join(chosen)}: {'DIFFERENT' if odd else 'the same'}")
 
-    def served(self, cache: Path, after: str) -> None:
-        """What `tune` left is whole or absent, and a process that reads it is served what it says."""
-        words = [sys.executable, __file__, "served", str(cache)]
-        done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            self.lost(f"tune after {after}: {done.stdout[-300:]} {done.stderr[-600:]}")
+    def check_whole(self, cache: Path, after: str) -> None:
+        """What `tune` left is whole or absent."""
+        for path in cache.glob("*.json"):
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                self.lost(f"tune after {after}: {path.name} is not whole: {error}")
 
     def applies(self, kind: str, command: Command) -> bool:
         """Whether a fault can happen to a command: not all write checkpoints or take the training's options."""
@@ -546,29 +522,6 @@ def small_demo(words: list[str]) -> int:
     return cli.main(words)
 
 
-def served(cache: Path) -> int:
-    """Print what is wrong with the files that `tune` left, or with who serves by them; whether anything is."""
-    import torch
-
-    from purify_fast.ops import REGISTRY
-    from purify_fast.ops.dispatch import op, races
-
-    cpu, wrong = torch.device("cpu"), []
-    for path in cache.glob("*.json"):
-        try:
-            json.loads(path.read_text())
-        except ValueError as error:
-            wrong.append(f"{path.name} is not whole: {error}")
-    for name, entry in races.read(cpu).get("ops", {}).items():
-        for cell, winners in entry.get("cells", {}).items():
-            call = op.call_of(cell, cpu, "eager")
-            serves = REGISTRY[name].serving(call)
-            if call.bits and serves != winners["eager"]:
-                wrong.append(f"{name} {cell} is served by {serves}, and its file says {winners['eager']}")
-    print("; ".join(wrong))
-    return bool(wrong)
-
-
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
@@ -621,7 +574,6 @@ def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | N
 PARTS: dict[str, Callable[[list[str]], int]] = {
     "clock": with_jumping_clock,
     "small": small_demo,
-    "served": lambda words: served(Path(words[0])),
     "steady": lambda words: work(Path(words[0])),
 }
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .._process import processes
 from .._validation import check_literal
-from .layers import BatchNorm1d, BatchNorm2d, Normalize, check_sizes
+from .layers import BatchNorm1d, BatchNorm2d, Normalize, Statistic, check_sizes
 
 Activation = Literal["silu", "relu"]
 
@@ -104,8 +104,8 @@ class FullyConnected(nn.Module):
         num_classes: int = 10,
         image_size: Sequence[int] = (28, 28),
         hidden: Sequence[int] = (200, 80),
-        mean: float | Sequence[float] = 0.1307,
-        std: float | Sequence[float] = 0.3081,
+        mean: Statistic = 0.1307,
+        std: Statistic = 0.3081,
     ):
         super().__init__()
         check_sizes(num_classes, in_channels=in_channels, image_size=min(image_size), hidden=min(hidden, default=0))
@@ -162,12 +162,7 @@ class PreActResNet18(nn.Module):
     before_pooling = "act"
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-        width: int = 64,
+        self, num_classes: int = 10, in_channels: int = 3, mean: Statistic = 0.5, std: Statistic = 0.5, width: int = 64
     ):
         super().__init__()
         check_sizes(num_classes, in_channels=in_channels, width=width)
@@ -238,8 +233,8 @@ class WideResNet(nn.Module):
         width: int = 10,
         num_classes: int = 10,
         *,
-        mean: float | Sequence[float] = CIFAR10_MEAN,
-        std: float | Sequence[float] = CIFAR10_STD,
+        mean: Statistic = CIFAR10_MEAN,
+        std: Statistic = CIFAR10_STD,
         in_channels: int = 3,
         activation: Activation = "silu",
     ):
@@ -320,8 +315,8 @@ def build_classifier(
     width: int | None = None,
     depth: int | None = None,
     activation: Activation | None = None,
-    mean: float | Sequence[float] = 0.5,
-    std: float | Sequence[float] = 0.5,
+    mean: Statistic = 0.5,
+    std: Statistic = 0.5,
 ) -> nn.Module:
     """A classifier with fresh weights, by its name in `CLASSIFIERS`.
 

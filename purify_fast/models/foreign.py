@@ -15,7 +15,7 @@ import pickle
 import sys
 import sysconfig
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
-from .layers import Normalize
+from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
 #: The modules of the user's own that were imported here, by name.
@@ -58,14 +58,7 @@ class ForeignClassifier(nn.Module):
         ModuleNotFoundError: the library or the module is not installed.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        in_channels: int,
-        num_classes: int,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ):
+    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.5, std: Statistic = 0.5):
         super().__init__()
         library, _, name = spec.partition(":")
         self.spec = spec
@@ -99,12 +92,7 @@ class ForeignClassifier(nn.Module):
 
 
 def build_foreign(
-    spec: str,
-    in_channels: int,
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    weights: str | None = None,
+    spec: str, in_channels: int, num_classes: int, mean: Statistic, std: Statistic, weights: str | None = None
 ) -> ForeignClassifier:
     """A classifier by its name, with fresh weights or given ones.
 
@@ -298,13 +286,10 @@ def raised_in(error: BaseException) -> Literal["own", "called by own", "package"
         "own" if that frame is of the user's code, in whichever file; "called by own" if it is of this package, and the
         user's code stands above it; "package" for everything else, and where `made_by` imported nothing.
     """
-    if not _imported_names:
+    owners = [owner for frame, _ in traceback.walk_tb(error.__traceback__) if (owner := _whose(frame)) is not None]
+    if not _imported_names or "own" not in owners:
         return "package"
-    whose = [_whose(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    left = [owner for owner in whose if owner is not None]
-    if not left or "own" not in left:
-        return "package"
-    return "own" if left[-1] == "own" else "called by own"
+    return "own" if owners[-1] == "own" else "called by own"
 
 
 def _whose(frame: FrameType) -> Literal["own", "package"] | None:

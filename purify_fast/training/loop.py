@@ -73,9 +73,9 @@ def fit(
             process gives all of them. **A loader**: a DataLoader or another iterable with a length, of (images, labels)
             or (images, labels, indices), images float in [0, 1] or uint8; every process gives its own share. Its order
             is taken as it comes, so that a run is resumed at the end of its last whole epoch; it is the same order
-            again if it is drawn from torch's global generator, as a shuffling DataLoader's is. **A function** of the
-            epoch that returns such an iterable, in the same order whenever it is called for the same epoch: a run is
-            resumed at any step, and the batches before it are read again.
+            again if it is drawn from torch's global generator or a DataLoader's own, as a shuffling one's is. **A
+            function** of the epoch that returns such an iterable, in the same order whenever it is called for the same
+            epoch: a run is resumed at any step, and the batches before it are read again.
         y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
         config: how long and how. With a loader or a function its batch_size has no effect.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
@@ -105,7 +105,7 @@ def fit(
     folder = None if folder is None else Path(folder)
     if folder is None and config.on_nan == "back_off":
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
-    source = training_source(task, x, y, config, folder is not None)
+    source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder)
     if processes()[1] > 1:

@@ -125,11 +125,8 @@ class Run:
     def is_finite(self) -> bool:
         """Whether this epoch's losses and the weights are finite so far; waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
-        statistics = [
-            buffer
-            for name, buffer in self.task.model.named_buffers()
-            if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
-        ]
+        running = ("running_mean", "running_var")
+        statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
         checks = [value.isfinite().all() for value in (*self.sums.values(), *weights, *statistics)]
         return bool(torch.stack(checks).all())
 

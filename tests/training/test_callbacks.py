@@ -6,9 +6,9 @@ import sys
 import types
 
 import pytest
-from small_runs import images, task
+from small_runs import StopAt, Stopped, images, task
 
-from purify_fast.training import Callback, FitConfig, TensorBoardLog, TrainingState, fit, summary
+from purify_fast.training import FitConfig, TensorBoardLog, TrainingState, fit, summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,15 +83,8 @@ def test_tensorboard_hides_what_a_killed_run_wrote_of_later_epochs(tmp_path, mon
 
 
 def test_the_bar_counts_images_and_goes_at_an_error(capsys):
-    class Stop(Exception):
-        pass
-
-    class Stopping(Callback):
-        def on_epoch(self, state):
-            raise Stop
-
-    with pytest.raises(Stop):
-        fit(task(), *images(), FitConfig(2, 16), title="mine", callbacks=[Stopping()])
+    with pytest.raises(Stopped):
+        fit(task(), *images(), FitConfig(2, 16), title="mine", callbacks=[StopAt(5)])
     shown = capsys.readouterr().err
     assert "mine" in shown and "/128" in shown and "img/s" in shown
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from small_runs import images, task
 
-from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import retain_freed_memory
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import FitConfig, fit
 from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.config import TrainingAttack
 
@@ -144,17 +143,6 @@ def test_the_global_generator_is_left_as_it_was():
     assert torch.equal(torch.rand(3), want)
 
 
-def test_standard_and_adversarial_training_learn_digits():
-    digits = data.load_dataset("digits")
-    x, y = data.to_float(digits.x_test), digits.y_test
-    torch.manual_seed(0)
-    model = SmallCNN()
-    fit(ClassifierTask(model, ClassifierConfig()), digits.x_train, digits.y_train, FitConfig(8, 64))
-    with torch.no_grad():
-        assert (model(x).argmax(1) == y).float().mean() > 0.93
-    assert not model.training
-
-
 def test_trees_round_trip(tmp_path):
     shared = torch.rand(2)
     tree = {"a": [1, None, "x", {2: torch.arange(3)}], "b": shared, "c": shared, "d": torch.zeros(0), "e": 1e-7}
@@ -164,18 +152,5 @@ def test_trees_round_trip(tmp_path):
     assert torch.equal(back["b"], shared) and back["d"].shape == (0,) and back["e"] == 1e-7
 
 
-def test_keep_memory_says_whether_it_took_effect():
+def test_freed_memory_is_retained_on_linux():
     assert retain_freed_memory() is (sys.platform == "linux")
-
-
-@pytest.mark.parametrize(
-    ("make", "name", "value"),
-    [
-        *((FitConfig, name, -1) for name in ("padding", "checkpoint_seconds", "seed")),
-        *((FitConfig, name, 0) for name in ("epochs", "batch_size")),
-        (ClassifierConfig, "learning_rate", 0.0),
-    ],
-)
-def test_a_setting_out_of_range_is_named(make, name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        make(**({"epochs": 1} if make is FitConfig else {}) | {name: value})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import images, same, task
+from small_runs import StopAt, Stopped, images, same, task
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -96,29 +96,11 @@ def test_a_shuffling_loader_is_in_the_same_order_every_time(indices):
     x, y = images(60)
     dataset = Indexed(x, y) if indices else TensorDataset(x, y)
     one, two = task(), task()
-    torch.manual_seed(1)
-    fit(one, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
-    torch.manual_seed(2)
-    fit(two, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
+    for made, seed in ((one, 1), (two, 2)):
+        torch.manual_seed(seed)
+        own = torch.Generator().manual_seed(seed) if indices else None
+        fit(made, DataLoader(dataset, 16, shuffle=True, generator=own), None, FitConfig(2), progress=False)
     assert same(one, two)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def cut(made, step):
-    """Raises in place of a step."""
-    original, taken = made.training_step, []
-
-    def stopping(batch):
-        if len(taken) == step:
-            raise Interrupted
-        taken.append(batch.epoch)
-        return original(batch)
-
-    made.training_step = stopping
-    return made, taken
 
 
 @pytest.mark.parametrize(("form", "again"), [("loader", [1, 1, 1, 1, 2, 2, 2, 2]), ("function", [1, 2, 2, 2, 2])])
@@ -134,14 +116,16 @@ def test_a_loaders_run_is_resumed_at_an_epochs_end_and_a_functions_at_any_step(t
 
     whole = task()
     fit(whole, data, None, config, tmp_path / "whole", progress=False)
-    with pytest.raises(Interrupted):
-        fit(cut(task(), 7)[0], data, None, config, tmp_path / "cut", progress=False)
-    resumed, taken = cut(task(), None)
+    with pytest.raises(Stopped):
+        fit(task(), data, None, config, tmp_path / "cut", progress=False, callbacks=[StopAt(8)])
+    resumed, taken = task(), []
+    step = resumed.training_step
+    resumed.training_step = lambda batch: taken.append(batch.epoch) or step(batch)
     fit(resumed, data, None, config, tmp_path / "cut", progress=False)
     assert taken == again and same(whole, resumed)
 
 
-def test_loaders_that_cannot_be_used_are_refused(tmp_path):
+def test_loaders_that_cannot_be_used_are_refused():
     x, y = images()
     for wrong in (iter([(x, y)]), 3):
         with pytest.raises(TypeError, match="x must be images, batches with a length, such as a DataLoader"):
@@ -161,10 +145,6 @@ def test_loaders_that_cannot_be_used_are_refused(tmp_path):
             fit(task(), wrong, None, FitConfig(1), progress=False)
     with pytest.raises(ValueError, match="y must be None with batches"):
         fit(task(), [(x, y)], y, FitConfig(1))
-    own = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator())
-    with pytest.raises(ValueError, match="DataLoader with a generator of its own, whose state is in no checkpoint"):
-        fit(task(), own, None, FitConfig(1), tmp_path)
-    fit(task(), own, None, FitConfig(1), progress=False)  # nothing is kept, nothing can be resumed
 
 
 def test_a_loaders_last_smaller_batch_is_trained_on():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_runs import arrest_task, atop_task, carso_task, images, same
+from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
 from small_runs import task as small_task
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,17 +44,6 @@ def watched(made):
     made.training_step = lambda batch: trained.append(batch) or step(batch)
     made.validate = see_validation
     return made, trained, validated
-
-
-def test_validation_is_off_by_default_and_changes_no_weight_by_itself():
-    x, y = images(100)
-    kept = FitConfig(2, 16, validation_share=0.2)
-    one, two = task(), task()
-    fit(one, x, y, kept, progress=False)
-    # trained on the same images, validated never but at the end
-    fit(two, x, y, FitConfig(2, 16, validation_share=0.2, validation_every=9), progress=False)
-    assert same(one, two)
-    assert set(fit(task(), x, y, FitConfig(1, 16), progress=False)) == {"loss", "accuracy"}
 
 
 def test_held_out_images_are_validated_with_and_not_trained_on(tmp_path):
@@ -105,18 +94,10 @@ def test_the_best_weights_are_what_remains(tmp_path, scores, best, on_disk):
 def test_the_best_weights_survive_an_interruption(tmp_path):
     config = FitConfig(4, 16, validation_share=0.2, keep_best="loss", checkpoint_seconds=0)
 
-    class Stop(Exception):
-        pass
-
-    class Stopping(Worse):
-        def training_step(self, batch):
-            if batch.epoch == 3:
-                raise Stop
-            return super().training_step(batch)
-
-    first = Stopping()
-    with pytest.raises(Stop):
-        fit(first, *images(100), config, tmp_path, progress=False)
+    first = Worse()
+    with pytest.raises(Stopped):
+        # in the last of four epochs of five steps
+        fit(first, *images(100), config, tmp_path, progress=False, callbacks=[StopAt(18)])
     second = Worse([2.5])
     fit(second, *images(100), config, tmp_path, progress=False)
     assert same(second.model.state_dict(), first.seen[1])
