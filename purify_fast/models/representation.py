@@ -75,7 +75,8 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
         raise ValueError(f"{want}: {error}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
         got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        wrap = ": wrap it in a module that returns the object's .logits" if hasattr(logits, "logits") else ""
+        holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
+        wrap = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
         raise ValueError(f"{want}, it gave {got} for B = {batch}{wrap}")
     if logits.shape[1] < 2:
         raise ValueError(

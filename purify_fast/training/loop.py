@@ -202,8 +202,8 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         if run.step % run.steps:
             run.save_if_due(now=stop.asked)
             if stop.asked:
-                text = "ended by SIGTERM after step %d of %d: the same again goes on from the last checkpoint, in %s"
-                logger.warning(text, run.step, run.total, run.folder)
+                then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
+                logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
                 # 143 is what a shell shows for it
                 raise SystemExit(128 + signal.SIGTERM)
     # the epoch's one wait for the device
