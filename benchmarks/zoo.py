@@ -24,7 +24,7 @@ from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
-from purify_fast.training.checkpoint import read_model, save_model
+from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
 from .studies import Unfit
@@ -38,13 +38,11 @@ PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 IMAGES = 200
 #: Test images of clean accuracy, at most.
 CLEAN = 10_000
-#: What a saved model consists of.
-FILES = ("model.json", "model.safetensors")
 
 
 def size_of(folder: Path) -> int:
     """The size of a saved model, in bytes."""
-    return sum((folder / file).stat().st_size for file in FILES)
+    return (folder / MODEL).stat().st_size
 
 
 def card_of(name: str, source: Path) -> Card:
@@ -75,8 +73,7 @@ def prepare(source: Path, out: Path) -> Path:
         raise Unfit(f"{source} is where the model is put before it is packed: give the folder of a training")
     out.mkdir(parents=True, exist_ok=True)
     if size_of(source) <= LARGEST:
-        for file in FILES:
-            shutil.copyfile(source / file, out / file)
+        shutil.copyfile(source / MODEL, out / MODEL)
         return out
     facts, state = read_model(source)
     extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
@@ -92,7 +89,7 @@ def check_sizes(sources: dict[str, Path], models: Path) -> None:
         sources: the folders of the models as they are to be packed, by name.
         models: the zoo's folder.
     """
-    total = sum(size_of(path.parent) for path in models.glob("*/model.json") if path.parent.name not in sources)
+    total = sum(size_of(path.parent) for path in models.glob(f"*/{MODEL}") if path.parent.name not in sources)
     for source in sources.values():
         size = size_of(source)
         if size > LARGEST:
@@ -112,8 +109,8 @@ def pack(source: Path, card: Card, models: Path) -> None:
     """
     folder = models / card.name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in FILES if source != folder else ():
-        shutil.copyfile(source / file, folder / file)
+    if source != folder:
+        shutil.copyfile(source / MODEL, folder / MODEL)
     write_card(card, folder)
 
 
@@ -230,7 +227,7 @@ def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
         raise ValueError(f"--images must be at least 1, got {chosen.images}")
     for name, source in sources_of(chosen, models).items():
         card = card_of(name, source)
-        if not (source / "model.json").is_file():
+        if not (source / MODEL).is_file():
             raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
         load_dataset(card.data, chosen.data)
 

@@ -5,14 +5,14 @@ from dataclasses import fields, replace
 import torch
 from torch import nn
 
-from purify_fast.models.wide_resnet import representation_layers
+from purify_fast.models.classifiers import WideResNet
 from purify_fast.training import TrainingAttack
 
 #: Sizes of a recipe of CARSO with a WideResNet of 10 layers.
 SMALL = {
     "classifier.depth": 10,
     "classifier.width": 1,
-    "defence.layers": tuple(representation_layers(10)),
+    "defence.layers": tuple(WideResNet(10, 1).representation_layers()),
     "defence.cond_dim": 8,
     "defence.latent_dim": 2,
 }

@@ -3,7 +3,7 @@
 Each command is run once undisturbed. Then it is run again and again, and disturbed: killed, asked to end, its disk
 full, its memory limited, its clock set, a bit of its checkpoint changed, a second run started beside it. It is started
 again until it ends, and what it wrote must be what the undisturbed run wrote, to the bit. Of ``tune``, which measures
-times, the races must be the same, and what serves after them must be what its file says and be right.
+times, the races must be the same, and its files whole or absent after each fault.
 
 First single bits of the undisturbed runs' files are changed, one at a time: each change must be refused. Between the
 rounds one process trains and attacks everything in turn; its memory must not grow.
@@ -30,8 +30,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from jinja2 import Template
 
 from purify_fast import __version__
 from purify_fast._files import write_text
@@ -53,14 +55,7 @@ RACED = ("sample_latent", "reconstruction_loss", "noisy_replay")
 
 @dataclass(frozen=True)
 class Command:
-    """What is disturbed.
-
-    Args:
-        name: in the report.
-        words: of the command line, but for where it writes.
-        out: the option behind which that stands; empty for a command that writes where PURIFY_FAST_CACHE says.
-        program: what takes the words.
-    """
+    """What is disturbed."""
 
     name: str
     words: tuple[str, ...]
@@ -132,9 +127,8 @@ def start(command: Command, out: Path, cache: Path, more: tuple[str, ...] = ()) 
                                start_new_session=True)  # fmt: skip
     process.said = []  # type: ignore[attr-defined]
     # a pipe that nobody empties would stop the process
-    reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)  # type: ignore
-    reader.start()
-    process.reader = reader  # type: ignore[attr-defined]
+    process.reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)  # type: ignore
+    process.reader.start()  # type: ignore[attr-defined]
     return process
 
 
@@ -184,28 +178,6 @@ def results(command: Command, out: Path) -> dict[str, object]:
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """What happened.
-
-    Attributes:
-        faults: how often each fault was brought about, by command and fault.
-        ended: how the disturbed processes ended, by fault and exit status.
-        rounds: disturbed runs that came to their end, by command.
-        losses: what was wrong, in words.
-        bits: of single bits that were changed in files, how many there were, how many were refused, for how many there
-            was a file before the changed one, and how often that was taken.
-        memory: resident bytes of the process that trains all the time, after each round.
-    """
-
-    faults: Counter[tuple[str, str]] = field(default_factory=Counter)
-    ended: Counter[tuple[str, int]] = field(default_factory=Counter)
-    rounds: Counter[str] = field(default_factory=Counter)
-    losses: list[str] = field(default_factory=list)
-    bits: Counter[str] = field(default_factory=Counter)
-    memory: list[int] = field(default_factory=list)
-
-
 def change_bit(path: Path, draw: random.Random) -> tuple[bytes, int]:
     """Change one bit of a file, anywhere; what was in it, and which bit it is."""
     whole = path.read_bytes()
@@ -217,27 +189,22 @@ def change_bit(path: Path, draw: random.Random) -> tuple[bytes, int]:
 
 
 class Soak:
-    """One soak.
-
-    Args:
-        folder: for all files.
-        seed: of the moments and kinds of the faults.
-        only: names of commands; all if empty.
-    """
+    """One soak, and what happened in it."""
 
     def __init__(self, folder: Path, seed: int, only: list[str]):
-        self.folder, self.draw, self.tally = folder, random.Random(seed), Tally()
+        self.folder, self.draw = folder, random.Random(seed)
         self.inputs, self.cache = folder / "undisturbed", folder / "cache"
+        self.counts, self.ends = Counter[tuple[str, str]](), Counter[tuple[str, int]]()
+        self.rounds, self.bits = Counter[str](), Counter[str]()
+        self.losses, self.memory, self.worked = list[str](), list[int](), 0.0
+        self.seconds, self.wanted = dict[str, float](), dict[str, dict[str, object]]()
         make_data(folder / "data.npz")
         every = commands(folder / "data.npz", self.inputs)
         unknown = set(only) - {command.name for command in every}
         if unknown:
             raise ValueError(f"no such command: {', '.join(unknown)}; there are {[c.name for c in every]}")
         self.commands = [c for c in every if not only or c.name in only]
-        self.needed = [c for c in every if not only or c.name in only or c.name.startswith("train ")]
-        self.seconds: dict[str, float] = {}
-        self.worked = 0.0
-        self.wanted: dict[str, dict[str, object]] = {}
+        self.needed = [c for c in every if c in self.commands or c.name.startswith("train ")]
         self.faults: dict[str, Callable[[Command, Path], None]] = {
             "SIGKILL": self.killed,
             "SIGTERM": self.terminated,
@@ -250,18 +217,19 @@ class Soak:
             "second run": self.second,
         }
 
-    def start(self, command: Command, out: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
-        return start(command, out, self.cache, more)
-
     def say(self, text: str) -> None:
         print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
+
+    def lost(self, text: str) -> None:
+        self.losses.append(text)
+        self.say(f"LOSS: {text}")
 
     def undisturbed(self) -> None:
         """Run every command once, and remember what it came to and how long it took."""
         for command in self.needed:
             began = time.monotonic()
             out = self.inputs / command.name
-            code, errors = ended(self.start(command, out))
+            code, errors = ended(start(command, out, self.cache))
             if code:
                 raise RuntimeError(f"{command.name} undisturbed: exit status {code}\n{errors[-3000:]}")
             self.seconds[command.name] = time.monotonic() - began
@@ -271,30 +239,27 @@ class Soak:
     def flip(self) -> None:
         """Change single bits anywhere in checkpoints and saved models, one at a time, and count what is refused."""
         # PyTorch takes seconds to import, and the processes that are started from here do it themselves
-        from purify_fast.training.checkpoint import CHECKPOINT, PREVIOUS, last_checkpoint, read_model, read_tree
+        from purify_fast.training.checkpoint import CHECKPOINT, MODEL, PREVIOUS, last_checkpoint, read_model, read_tree
 
         # it tells of each changed file
         logging.getLogger("purify_fast").setLevel(logging.ERROR)
         folders = [self.inputs / command.name for command in self.needed if command.name.startswith("train ")]
         for number in range(BITS):
             folder = folders[number % len(folders)]
-            path = folder / (CHECKPOINT, "model.safetensors", "model.json")[number // len(folders) % 3]
+            path = folder / (CHECKPOINT, MODEL)[number // len(folders) % 2]
             whole, at = change_bit(path, self.draw)
-            self.tally.bits["changed"] += 1
+            self.bits["changed"] += 1
             try:
-                if path.name == CHECKPOINT:
-                    read_tree(path)
-                else:
-                    read_model(folder)
+                read_tree(path) if path.name == CHECKPOINT else read_model(folder)
                 self.lost(f"bit {at} of {path.relative_to(self.inputs)} changed, and the file was read")
             except ValueError:
-                self.tally.bits["refused"] += 1
+                self.bits["refused"] += 1
             if path.name == CHECKPOINT and (folder / PREVIOUS).is_file():
-                self.tally.bits["had one before"] += 1
+                self.bits["had one before"] += 1
                 taken = last_checkpoint(folder)["step"] == read_tree(folder / PREVIOUS)["step"]
-                self.tally.bits["the one before taken"] += taken
+                self.bits["the one before taken"] += taken
             path.write_bytes(whole)
-        self.say(", ".join(f"{number} {what}" for what, number in self.tally.bits.items()))
+        self.say(", ".join(f"{number} {what}" for what, number in self.bits.items()))
 
     def round(self, command: Command) -> None:
         """Disturb a command until it has had some faults, let it end, and compare."""
@@ -310,31 +275,28 @@ class Soak:
         for kind in chosen:
             self.faults[kind](command, out)
             if not command.out:
-                self.served(out, kind)
-        code, errors = ended(self.start(command, out))
+                self.check_whole(out, kind)
+        code, errors = ended(start(command, out, self.cache))
         if code:
             self.lost(f"{command.name} after {', '.join(chosen)}: exit status {code}: {errors[-400:]}")
             return
         if not command.out:
-            self.served(out, "its end")
+            self.check_whole(out, "its end")
         found = results(command, out)
         wanted = self.wanted[command.name]
         odd = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
         if odd:
             self.lost(f"{command.name} after {', '.join(chosen)}: {', '.join(odd)} differ")
-        self.tally.rounds[command.name] += 1
+        self.rounds[command.name] += 1
         self.say(f"{command.name}: {', '.join(chosen)}: {'DIFFERENT' if odd else 'the same'}")
 
-    def served(self, cache: Path, after: str) -> None:
-        """What `tune` left is whole or absent, and a process that reads it is served what it says, rightly."""
-        words = [sys.executable, __file__, "served", str(cache)]
-        done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            self.lost(f"tune after {after}: {done.stdout[-300:]} {done.stderr[-600:]}")
-
-    def lost(self, text: str) -> None:
-        self.tally.losses.append(text)
-        self.say(f"LOSS: {text}")
+    def check_whole(self, cache: Path, after: str) -> None:
+        """What `tune` left is whole or absent."""
+        for path in cache.glob("*.json"):
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                self.lost(f"tune after {after}: {path.name} is not whole: {error}")
 
     def applies(self, kind: str, command: Command) -> bool:
         """Whether a fault can happen to a command: not all write checkpoints or take the training's options."""
@@ -342,82 +304,61 @@ class Soak:
             return command.name.startswith("train ")
         if kind == "small tmpfs":
             return command.name == "train classifier" and namespaces()
-        if kind == "clock set":
-            return command.program == tuple(PURIFY)
-        return True
-
-    def moment(self, command: Command) -> float:
-        """Seconds after which a fault comes: a quarter of them before the work begins, the others into what is left."""
-        begin = min(BEGIN, 0.5 * self.seconds[command.name])
-        if self.draw.random() < 0.25:
-            return self.draw.uniform(0.05, begin)
-        return begin + self.draw.uniform(0.02, 1.0) * max(self.seconds[command.name] - begin - self.worked, 0.5)
+        return kind != "clock set" or command.program == tuple(PURIFY)
 
     def disturb(
-        self,
-        kind: str,
-        command: Command,
-        process: subprocess.Popen,
-        act: Callable[[], None],
-        after: float | None = None,
-    ) -> tuple[int, str]:
-        """Wait for a random moment, act if the run has not ended by itself, and wait for its end."""
-        began = time.monotonic()
+        self, kind: str, command: Command, out: Path, act: Callable[[subprocess.Popen], object],
+        codes: tuple[int, ...] | None, more: tuple[str, ...] = (),
+    ) -> tuple[int, str]:  # fmt: skip
+        """Start a command, act at a random moment if it has not ended by itself, and wait for its end.
+
+        It must end with one of these exit statuses if any are given, and without a traceback where it ends by itself.
+        """
+        process, began = start(command, out, self.cache, more), time.monotonic()
+        # a quarter of the faults come before the work begins, the others into what is left
+        begin = min(BEGIN, 0.5 * self.seconds[command.name])
+        moment = self.draw.uniform(0.05, begin)
+        if self.draw.random() >= 0.25:
+            moment = begin + self.draw.uniform(0.02, 1) * max(self.seconds[command.name] - begin - self.worked, 0.5)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.moment(command))
+            process.wait(moment)
         # what it has done by now is not done again
         self.worked += max(time.monotonic() - began - BEGIN, 0.0)
-        if process.poll() is None:
-            act()
-            self.tally.faults[command.name, kind] += 1
-            found = ended(process)
-            self.tally.ended[kind, found[0]] += 1
-            return found
-        return ended(process)
-
-    def expect(self, kind: str, command: Command, found: tuple[int, str], codes: tuple[int, ...]) -> None:
-        """A disturbed run must end in a way that is meant, and without a traceback where it ends by itself."""
-        code, errors = found
-        if code not in codes:
+        disturbed = process.poll() is None
+        if disturbed:
+            act(process)
+            self.counts[command.name, kind] += 1
+        code, errors = ended(process)
+        if disturbed:
+            self.ends[kind, code] += 1
+        if codes is not None and (code not in codes or ("Traceback" in errors and code >= 0)):
             self.lost(f"{command.name} under {kind} ended with {code}: {errors[-600:]}")
-        elif "Traceback" in errors and code >= 0:
-            self.lost(f"{command.name} under {kind} ended in a traceback: {errors[-600:]}")
+        return code, errors
 
     def killed(self, command: Command, out: Path) -> None:
-        process = self.start(command, out)
         # with all processes that it started, as when a machine fails
-        found = self.disturb("SIGKILL", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
-        self.expect("SIGKILL", command, found, (-9, 0))
+        self.disturb("SIGKILL", command, out, lambda process: os.killpg(process.pid, signal.SIGKILL), (-9, 0))
 
     def terminated(self, command: Command, out: Path) -> None:
-        process = self.start(command, out)
-        found = self.disturb("SIGTERM", command, process, process.terminate)
-        self.expect("SIGTERM", command, found, (-15, 143, 0))
+        self.disturb("SIGTERM", command, out, lambda process: process.terminate(), (-15, 143, 0))
 
     def full_stop(self, command: Command, out: Path) -> None:
         """From a random moment on, no file can be written that is larger than a few bytes."""
-        process = self.start(command, out)
-        kind = "full disk, stopped"
-        limit = lambda: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))  # noqa: E731
-        found = self.disturb(kind, command, process, limit)
-        self.expect(kind, command, found, (0, 2) if command.name != "demo" else (0, 1, 2))
-        if found[0] == 2 and str(out) not in found[1]:
-            self.lost(f"{command.name} on a full disk names no file: {found[1][-400:]}")
+        codes = (0, 2) if command.name != "demo" else (0, 1, 2)
+        code, errors = self.disturb("full disk, stopped", command, out, fill_disk, codes)
+        if code == 2 and str(out) not in errors:
+            self.lost(f"{command.name} on a full disk names no file: {errors[-400:]}")
 
     def full_wait(self, command: Command, out: Path) -> None:
-        process = self.start(command, out, more=("--on-full", "wait"))
-        kind = "full disk, waited for"
-
-        def full_for_a_while() -> None:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))
+        def full_for_a_while(process: subprocess.Popen) -> None:
+            fill_disk(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(3.0)
             with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
+                fill_disk(process, UNLIMITED)
 
         # what is written before and after the training has no such option
-        found = self.disturb(kind, command, process, full_for_a_while)
-        self.expect(kind, command, found, (0, 2))
+        self.disturb("full disk, waited for", command, out, full_for_a_while, (0, 2), more=("--on-full", "wait"))
 
     def small_disk(self, command: Command, out: Path) -> None:
         """On a disk of 60 KiB, which has no room for two checkpoints; then the disk grows."""
@@ -432,30 +373,26 @@ class Soak:
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
         for path in out.rglob(".purify_fast.*"):
             path.unlink()
-        self.tally.faults[command.name, "small tmpfs"] += 1
-        self.tally.ended["small tmpfs", errors.returncode] += 1
+        self.counts[command.name, "small tmpfs"] += 1
+        self.ends["small tmpfs", errors.returncode] += 1
         if errors.returncode != 2 or "cannot be written, its disk has" not in errors.stderr:
             self.lost(f"{command.name} on a small disk: {errors.returncode}: {errors.stderr[-400:]}")
 
     def little_memory(self, command: Command, out: Path) -> None:
         """From a random moment on, hardly any memory can be had; how a process ends then is not its choice."""
-        process = self.start(command, out)
 
-        def limit() -> None:
+        def limit(process: subprocess.Popen) -> None:
             with contextlib.suppress(OSError, IndexError):
                 pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
                 room = pages * resource.getpagesize() + self.draw.choice((0, 2**18, 2**21))
                 resource.prlimit(process.pid, resource.RLIMIT_AS, (room, UNLIMITED))
 
-        kind = "memory limit"
-        self.disturb(kind, command, process, limit)
+        self.disturb("memory limit", command, out, limit, None)
 
     def clock(self, command: Command, out: Path) -> None:
         """A run whose clock jumps by days at every look, killed at a random moment; its files get times of any year."""
         jumping = replace(command, program=(sys.executable, __file__, "clock"))
-        process = self.start(jumping, out)
-        found = self.disturb("clock set", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
-        self.expect("clock set", command, found, (-9, 0))
+        self.disturb("clock set", jumping, out, lambda process: os.killpg(process.pid, signal.SIGKILL), (-9, 0))
         for path in out.rglob("*"):
             if path.is_file():
                 moment = self.draw.uniform(0, 2**32)
@@ -469,33 +406,34 @@ class Soak:
             return
         whole, at = change_bit(path, self.draw)
         before = (out / "checkpoint.previous.safetensors").is_file()
-        code, errors = ended(self.start(command, out))
-        self.tally.faults[command.name, "changed bit"] += 1
-        self.tally.ended["changed bit", code] += 1
-        if before and (code or "is set aside as" not in errors):
-            self.lost(f"{command.name}: with bit {at} changed and a checkpoint before it: {code}: {errors[-400:]}")
+        code, errors = ended(start(command, out, self.cache))
+        self.counts[command.name, "changed bit"] += 1
+        self.ends["changed bit", code] += 1
+        said, status = ("is set aside as", 0) if before else ("is not a checkpoint", 2)
+        if code != status or said not in errors:
+            self.lost(f"{command.name}: bit {at} changed, with one before it: {before}: {code}: {errors[-400:]}")
         if not before:
-            if code != 2 or "is not a checkpoint" not in errors:
-                self.lost(f"{command.name}: bit {at} of its only checkpoint changed: {code}: {errors[-400:]}")
             path.write_bytes(whole)
 
     def second(self, command: Command, out: Path) -> None:
         """Another run of the same folder, at a random moment: refused while the first is at work."""
-        process = self.start(command, out)
         seen: list[tuple[int, str]] = []
-        folder = command.folder(out)
 
-        def another() -> None:
-            if any(folder.rglob(".purify_fast.lock")):
-                seen.append(ended(self.start(command, out)))
+        def another(process: subprocess.Popen) -> None:
+            if any(command.folder(out).rglob(".purify_fast.lock")):
+                seen.append(ended(start(command, out, self.cache)))
 
-        found = self.disturb("second run", command, process, another)
-        self.expect("second run", command, found, (0, 2))
+        self.disturb("second run", command, out, another, (0, 2))
         # the first may have ended while the second one started
         for code, errors in seen:
             if code == 2 and "is written by another run: process" not in errors:
                 self.lost(f"{command.name}: a second run was refused for another reason: {errors[-400:]}")
-            self.tally.ended["second run, itself", code] += 1
+            self.ends["second run, itself", code] += 1
+
+
+def fill_disk(process: subprocess.Popen, most: int = 100) -> None:
+    """From now on a process can write no file that is larger than so many bytes."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, UNLIMITED))
 
 
 def namespaces() -> bool:
@@ -584,48 +522,6 @@ def small_demo(words: list[str]) -> int:
     return cli.main(words)
 
 
-def wrongly_served(cache: Path) -> list[str]:
-    """What is wrong with the files that `tune` left in a folder, or with who serves by them, in words."""
-    import torch
-
-    from purify_fast.ops import REGISTRY
-    from purify_fast.ops.dispatch import examples, op, races, verify
-
-    cpu, found = torch.device("cpu"), []
-    for path in cache.glob("*.json"):
-        try:
-            json.loads(path.read_text())
-        except ValueError as error:
-            found.append(f"{path.name} is not whole: {error}")
-    for name, entry in races.read(cpu).get("ops", {}).items():
-        for cell, winners in entry.get("cells", {}).items():
-            call = op.call_of(cell, cpu, "eager")
-            serves = REGISTRY[name].serving(call)
-            if call.bits and serves != winners["eager"]:
-                found.append(f"{name} {cell} is served by {serves}, and its file says {winners['eager']}")
-    for name in RACED:
-        raced = REGISTRY[name]
-        for example in raced.examples:
-            for dtype in example.dtypes:
-                arguments = example.make(dtype, 0)
-                served = examples.tensors(raced(*arguments, variant=example.variant))
-                same, golden = (
-                    examples.tensors(raced.reference(*given)) for given in (arguments, examples.double(arguments))
-                )
-                for got, exact, rounded in zip(served, golden, same, strict=True):
-                    error = verify.deviation(got, exact, rounded, example, f"{name} {example.name} {dtype}")
-                    if not error.passed:
-                        found.append(f"{error.case} errs by {error.error:.2g}, {error.budget:.2g} is allowed")
-    return found
-
-
-def served(cache: Path) -> int:
-    """Print what `wrongly_served` says of a folder; whether there is anything."""
-    wrong = wrongly_served(cache)
-    print("; ".join(wrong))
-    return bool(wrong)
-
-
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
@@ -639,51 +535,13 @@ def growth(memory: list[int]) -> float:
 
 def page(soak: Soak, minutes: float) -> str:
     """The report as Markdown."""
-    tally = soak.tally
-    kinds = list(soak.faults)
-    total = sum(tally.faults.values())
-    kills = {command: n for (command, kind), n in tally.faults.items() if kind == "SIGKILL"}
-    bits = tally.bits
-    head = [
-        "# Soak", "",
-        f"purify_fast {__version__}, {platform.machine()}, Python {platform.python_version()}, one thread, "
-        f"{datetime.date.today().isoformat()}; {minutes:.0f} minutes: "
-        f"`python tests/soak.py --minutes {minutes:.0f}`.",
-        "",
-        f"**{total} faults, {sum(tally.rounds.values())} disturbed runs that came to their end, "
-        f"{len(tally.losses)} losses.** A loss is a result that differs from that of the undisturbed run, a run that "
-        "cannot be resumed, or an end that is not meant.", "",
-        f"- {sum(kills.values())} of the faults are SIGKILLs: "
-        + ", ".join(f"{n} of `{name}`" for name, n in sorted(kills.items(), key=lambda one: -one[1])) + ".",
-        f"- {bits['changed']} single bits were changed, anywhere in checkpoints and saved models: {bits['refused']} "
-        f"changed files were refused; for {bits['had one before']} there was a checkpoint before it, which was taken "
-        f"{bits['the one before taken']} times.",
-        "- `demo` is its quick form with less of everything. `tune` races "
-        + ", ".join(f"`{name}`" for name in RACED)
-        + "; it measures times, so that not its figures must be the same but its races, and after each fault its file "
-        "must be whole or absent, and what serves by it be right.", "",
-    ]  # fmt: skip
-    lines = ["| command | undisturbed, s | ended alike | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 3) + "|"]
-    for command in soak.commands:
-        counts = [str(tally.faults[command.name, kind] or "") for kind in kinds]
-        cells = [command.name, f"{soak.seconds[command.name]:.1f}", str(tally.rounds[command.name]), *counts]
-        lines.append("| " + " | ".join(cells) + " |")
-    sums = [str(sum(n for (_, k), n in tally.faults.items() if k == kind)) for kind in kinds]
-    lines.append("| all | | " + " | ".join([str(sum(tally.rounds.values())), *sums]) + " |")
-    ends = [f"- {kind}: " + ", ".join(f"{n} with {code}" for (k, code), n in sorted(tally.ended.items()) if k == kind)
-            for kind in sorted({k for k, _ in tally.ended})]  # fmt: skip
-    memory = tally.memory
-    told = "not measured"
-    if memory:
-        told = (
-            f"{len(memory)} rounds of six commands in one process, of every training and an evaluation: "
-            f"{memory[0] / 2**20:.0f} MiB after the first, {max(memory) / 2**20:.0f} MiB at most, "
-            f"{memory[-1] / 2**20:.0f} MiB after the last; the last third against the second: "
-            f"{100 * growth(memory):+.2f} %"
-        )
-    losses = [f"- {text}" for text in tally.losses] or ["None."]
-    return "\n".join([*head, *lines, "", "How they ended, by exit status (negative: the signal):", "",
-                      *ends, "", "## Resident memory", "", told, "", "## Losses", "", *losses, ""])  # fmt: skip
+    sums = Counter[str]()
+    for (_, kind), number in soak.counts.items():
+        sums[kind] += number
+    facts = {"version": __version__, "machine": platform.machine(), "python": platform.python_version()}
+    facts |= {"date": datetime.date.today().isoformat(), "minutes": round(minutes), "raced": RACED}
+    text = Path(__file__).with_suffix(".jinja").read_text()
+    return Template(text).render(soak=soak, sums=sums, growth=growth(soak.memory), **facts)
 
 
 def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | None) -> bool:
@@ -703,20 +561,19 @@ def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | N
                     if began < until:
                         soak.round(command)
                     spent[command.name] += time.monotonic() - began
-                soak.tally.memory.append(ask())
+                soak.memory.append(ask())
                 write_text(out, page(soak, minutes))
-        if growth(soak.tally.memory) > 0.03:
-            soak.lost(f"resident memory grew by {100 * growth(soak.tally.memory):.1f} %: {soak.tally.memory}")
+        if growth(soak.memory) > 0.03:
+            soak.lost(f"resident memory grew by {100 * growth(soak.memory):.1f} %: {soak.memory}")
         write_text(out, page(soak, minutes))
         print(page(soak, minutes))
-    return not soak.tally.losses
+    return not soak.losses
 
 
 #: What the processes that a soak starts do in place of a soak, by their first word.
 PARTS: dict[str, Callable[[list[str]], int]] = {
     "clock": with_jumping_clock,
     "small": small_demo,
-    "served": lambda words: served(Path(words[0])),
     "steady": lambda words: work(Path(words[0])),
 }
 

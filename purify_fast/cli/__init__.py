@@ -108,7 +108,7 @@ def _bug(error: Exception) -> int:
     """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
     traceback.print_exc()
     # loaded where a model of the user's own was
-    own = sys.modules.get("purify_fast.models.own")
+    own = sys.modules.get("purify_fast.models.foreign")
     whose = "package" if own is None else own.raised_in(error)
     texts = {
         "own": "this error was raised in the code of your own model, in the lines above.",
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # a model of the user's own adds its folder for as long as the command runs
     path = list(sys.path)
-    if (own := sys.modules.get("purify_fast.models.own")) is not None:
+    if (own := sys.modules.get("purify_fast.models.foreign")) is not None:
         # models of an earlier command in this process have no part in this one's errors
         own.forget_imported()
     try:

@@ -54,7 +54,7 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
         ModuleNotFoundError: the module is not installed.
         ValueError: no function that returns a module, or one that does not run on the images.
     """
-    from ..models.own import made_by
+    from ..models.foreign import made_by
 
     if is_of_library(spec):
         raise ValueError(

@@ -15,7 +15,7 @@ from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..training.checkpoint import save_model
 from ..training.config import FitConfig, settings
-from ..training.task import Task, check_labels, check_shape
+from ..training.task import Task, check_labels
 
 D = TypeVar("D", bound=Defence)
 R = TypeVar("R", bound="Recipe")
@@ -172,18 +172,19 @@ class PurifierTask(Task, Generic[D]):
         self.defence.refresh()
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        check_shape(shape, self.defence.image_shape)
+        if tuple(shape) != self.defence.image_shape:
+            raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(self.defence.image_shape)}")
         check_labels(classes, self.defence.num_classes)
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
     """Write the purifier, and a classifier trained with it; `purify_fast.load_defence` reads them back.
 
-    Each file appears whole or not at all. A fingerprint of the classifier is among the facts.
+    The file appears whole or not at all. A fingerprint of the classifier is among the facts.
 
     Args:
         defence: what to write.
-        folder: where to; ``model.safetensors`` and ``model.json`` are written there.
+        folder: where to; ``model.safetensors`` is written there.
     """
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     facts |= {"acts_from_step": defence.acts_from_step}

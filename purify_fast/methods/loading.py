@@ -26,7 +26,7 @@ def load_defence(
     """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode on the classifier's device.
 
     Args:
-        folder: where ``model.safetensors`` and ``model.json`` are.
+        folder: where ``model.safetensors`` is.
         classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
             the defence's copy was trained too, only its architecture counts.
         purifier: of an AToP with a purifier of yours: a module of its architecture.
@@ -34,7 +34,7 @@ def load_defence(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: broken files, no defence, another classifier, or a purifier is needed and not given.
+        ValueError: a broken file, no defence, another classifier, or a purifier is needed and not given.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])

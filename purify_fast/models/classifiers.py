@@ -1,22 +1,31 @@
 """Classifiers that are built, saved and loaded by name; any module from images in [0, 1] to logits takes their place.
 
 Each keeps its constructor's arguments, JSON values, in ``arguments``.
+
+The wide residual networks are DeepMind's (Zagoruyko, Komodakis: BMVC 2016; Gowal et al., arXiv 2010.03593), the
+classifiers of the published CARSO systems: SiLU, pre-activation, "SAME" padding, normalization inside. Their parameter
+names are those of RobustBench's ``DMWideResNet``, whose state dicts load with ``strict=True``.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._process import processes
-from .layers import BatchNorm1d, BatchNorm2d, Normalize, check_sizes
-from .wide_resnet import Activation, WideResNet
+from .._validation import check_literal
+from .layers import BatchNorm1d, BatchNorm2d, Normalize, Statistic, check_sizes
+
+Activation = Literal["silu", "relu"]
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class SmallCNN(nn.Module):
@@ -42,12 +51,8 @@ class SmallCNN(nn.Module):
         if min(image_size) < 8:
             raise ValueError(f"image_size must be at least 8 x 8, got {tuple(image_size)}")
         check_sizes(num_classes, in_channels=in_channels, width=width)
-        self.arguments: dict[str, Any] = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "image_size": list(image_size),
-            "width": width,
-        }
+        sizes = {"in_channels": in_channels, "num_classes": num_classes}
+        self.arguments: dict[str, Any] = {**sizes, "image_size": list(image_size), "width": width}
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv3 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -99,24 +104,19 @@ class FullyConnected(nn.Module):
         num_classes: int = 10,
         image_size: Sequence[int] = (28, 28),
         hidden: Sequence[int] = (200, 80),
-        mean: float | Sequence[float] = 0.1307,
-        std: float | Sequence[float] = 0.3081,
+        mean: Statistic = 0.1307,
+        std: Statistic = 0.3081,
     ):
         super().__init__()
         check_sizes(num_classes, in_channels=in_channels, image_size=min(image_size), hidden=min(hidden, default=0))
         self.normalize = Normalize(mean, std, in_channels)
-        self.arguments: dict[str, Any] = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "image_size": list(image_size),
-            "hidden": list(hidden),
-            **self.normalize.arguments,
-        }
-        sizes = [in_channels * prod(image_size), *hidden]
+        sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": list(image_size)}
+        self.arguments: dict[str, Any] = {**sizes, "hidden": list(hidden), **self.normalize.arguments}
+        widths = [in_channels * prod(image_size), *hidden]
         body: list[nn.Module] = []
-        for before, after in pairwise(sizes):
+        for before, after in pairwise(widths):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
-        self.body = nn.Sequential(*body, nn.Linear(sizes[-1], num_classes), nn.Mish())
+        self.body = nn.Sequential(*body, nn.Linear(widths[-1], num_classes), nn.Mish())
         # there is no pooling: the last hidden Mish
         self.before_pooling = f"body.{len(body) - 3}"
 
@@ -162,32 +162,19 @@ class PreActResNet18(nn.Module):
     before_pooling = "act"
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-        width: int = 64,
+        self, num_classes: int = 10, in_channels: int = 3, mean: Statistic = 0.5, std: Statistic = 0.5, width: int = 64
     ):
         super().__init__()
         check_sizes(num_classes, in_channels=in_channels, width=width)
         self.normalize = Normalize(mean, std, in_channels)
-        self.arguments: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "width": width,
-            **self.normalize.arguments,
-        }
+        sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+        self.arguments: dict[str, Any] = {**sizes, **self.normalize.arguments}
         self.conv = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         channels = [width, width, 2 * width, 4 * width, 8 * width]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(
-                    _Block(channels[i], channels[i + 1], 2 if i else 1), _Block(channels[i + 1], channels[i + 1], 1)
-                )
-                for i in range(4)
-            )
-        )
+        stages = []
+        for i, (before, after) in enumerate(pairwise(channels)):
+            stages.append(nn.Sequential(_Block(before, after, 2 if i else 1), _Block(after, after, 1)))
+        self.stages = nn.Sequential(*stages)
         self.norm = BatchNorm2d(channels[4])
         self.act = nn.ReLU()
         self.head = nn.Linear(channels[4], num_classes)
@@ -195,6 +182,102 @@ class PreActResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.norm(self.stages(self.conv(self.normalize(x)))))
         return self.head(out.mean((2, 3)))
+
+
+class _WideBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+        self.strided = stride == 2
+        self.batchnorm_0 = BatchNorm2d(inputs)
+        self.conv_0 = nn.Conv2d(inputs, outputs, 3, stride, 0 if self.strided else 1, bias=False)
+        self.batchnorm_1 = BatchNorm2d(outputs)
+        self.conv_1 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(self.batchnorm_0(x))
+        out = activated
+        if self.strided:
+            # "SAME" padding: at an even size the one missing row and column come last
+            h, w = x.shape[2:]
+            out = F.pad(out, (1 if w % 2 else 0, 1, 1 if h % 2 else 0, 1))
+        out = self.conv_1(self.activation(self.batchnorm_1(self.conv_0(out))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width. With SiLU, WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
+
+    Args:
+        depth: 6 n + 4 with n blocks in each of the three groups.
+        width: factor on 16, 32 and 64 channels.
+        num_classes: classes of the data, at least 2.
+        mean: what the images are normalized by, a number or one per channel (default: CIFAR-10's).
+        std: likewise, the standard deviations (default: CIFAR-10's).
+        in_channels: channels of the images.
+        activation: "silu", as RobustBench's ``DMWideResNet``, or "relu", as in the paper of Zagoruyko and Komodakis.
+
+    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The output of
+    ``relu`` is the map before pooling.
+
+    Raises:
+        ValueError: a depth that is not 6 n + 4, fewer than 2 classes, counts below 1.
+    """
+
+    before_pooling = "relu"
+
+    def __init__(
+        self,
+        depth: int = 28,
+        width: int = 10,
+        num_classes: int = 10,
+        *,
+        mean: Statistic = CIFAR10_MEAN,
+        std: Statistic = CIFAR10_STD,
+        in_channels: int = 3,
+        activation: Activation = "silu",
+    ):
+        super().__init__()
+        check_literal("activation", activation, Activation)
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth must be 6 n + 4, at least 10, got {depth}")
+        check_sizes(num_classes, in_channels=in_channels, width=width)
+        self.normalize = Normalize(mean, std, in_channels)
+        sizes = {"depth": depth, "width": width, "num_classes": num_classes, "in_channels": in_channels}
+        self.arguments: dict[str, Any] = {**sizes, **self.normalize.arguments, "activation": activation}
+        activation_kind = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.init_conv = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
+        groups = []
+        for g, (before, after) in enumerate(pairwise(channels)):
+            act, count = activation_kind(), (depth - 4) // 6
+            blocks = [_WideBlock(after if i else before, after, 2 if g and not i else 1, act) for i in range(count)]
+            groups.append(nn.Sequential(OrderedDict(block=nn.Sequential(*blocks))))
+        self.layer = nn.Sequential(*groups)
+        self.batchnorm = BatchNorm2d(channels[3])
+        self.relu = activation_kind()
+        self.logits = nn.Linear(channels[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.batchnorm(self.layer(self.init_conv(self.normalize(x)))))
+        return self.logits(out.mean((2, 3)))
+
+    def representation_layers(self) -> list[str]:
+        """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
+
+        They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the first
+        convolution and the logits are not among them.
+
+        Returns:
+            Module paths, 26 for depth 28.
+        """
+        return [
+            f"layer.{g}.block.{b}.{part}"
+            for g in range(3)
+            for b in range((self.arguments["depth"] - 4) // 6)
+            for part in ("conv_0", "conv_1", *(["shortcut"] if g and not b else []))
+        ]
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {
@@ -218,11 +301,9 @@ def representation_before_pooling(model: nn.Module) -> str:
         ValueError: another model.
     """
     if type(model) not in CLASSIFIERS.values():
-        names = ", ".join(name for name, _ in model.named_modules() if name)
-        raise ValueError(
-            f"layers must be given for a {type(model).__name__}: the module whose output is the last map before "
-            f"pooling, one of {names[:400]}"
-        )
+        names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
+        before = f"layers must be given for a {type(model).__name__}: the module whose output is the last map before"
+        raise ValueError(f"{before} pooling, one of {names}")
     return model.before_pooling  # type: ignore[return-value]
 
 
@@ -234,8 +315,8 @@ def build_classifier(
     width: int | None = None,
     depth: int | None = None,
     activation: Activation | None = None,
-    mean: float | Sequence[float] = 0.5,
-    std: float | Sequence[float] = 0.5,
+    mean: Statistic = 0.5,
+    std: Statistic = 0.5,
 ) -> nn.Module:
     """A classifier with fresh weights, by its name in `CLASSIFIERS`.
 

@@ -1,29 +1,40 @@
-"""Classifiers of other libraries and of a user's own, by name.
+"""Classifiers of other libraries and of a user's own, by name, and the modules that a user's own functions return.
 
 - ``torchvision:resnet18``: a model of torchvision.
 - ``timm:resnet18``: a model of timm, if that is installed.
-- ``package.module:function``: what a function or class without arguments returns, for images in [0, 1].
+- ``package.module:function`` and ``path/to/file.py:function``: what a function or class without arguments returns.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.util
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+import sys
+import sysconfig
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
-from .layers import Normalize
-from .own import made_by
+from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-FORMS = "torchvision:NAME, timm:NAME or package.module:function"
+#: The modules of the user's own that were imported here, by name.
+_imported_names: set[str] = set()
+#: Where this package is, and where Python's library is.
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_LIBRARY = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib"))
+#: Folders of these names hold installed packages, inside Python's library or elsewhere.
+_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 
 class ForeignClassifier(nn.Module):
@@ -47,14 +58,7 @@ class ForeignClassifier(nn.Module):
         ModuleNotFoundError: the library or the module is not installed.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        in_channels: int,
-        num_classes: int,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ):
+    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.5, std: Statistic = 0.5):
         super().__init__()
         library, _, name = spec.partition(":")
         self.spec = spec
@@ -69,7 +73,14 @@ class ForeignClassifier(nn.Module):
         elif library == "timm":
             self.model = _timm_model(name, in_channels, num_classes)
         else:
-            self.model = _called(spec)
+            # a saved classifier names its function, and a file of any place is not to be run by loading it
+            if spec.rpartition(":")[0].endswith(".py"):
+                raise ValueError(
+                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}: only "
+                    "`purify-fast evaluate` takes a function by its file. Name it by its module, such as "
+                    f"{Path(spec).stem}:{name}, and start in its folder or put that on PYTHONPATH"
+                )
+            self.model = made_by(spec, fresh=True)
         if library in LIBRARIES:
             normalize = Normalize(mean, std, in_channels)
             self.normalize = normalize
@@ -81,12 +92,7 @@ class ForeignClassifier(nn.Module):
 
 
 def build_foreign(
-    spec: str,
-    in_channels: int,
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    weights: str | None = None,
+    spec: str, in_channels: int, num_classes: int, mean: Statistic, std: Statistic, weights: str | None = None
 ) -> ForeignClassifier:
     """A classifier by its name, with fresh weights or given ones.
 
@@ -170,20 +176,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _torchvision() -> Any:
-    # it takes 1.7 seconds to import, and most classifiers do without it
-    return importlib.import_module("torchvision")
-
-
 def _torchvision_model(name: str, num_classes: int) -> nn.Module:
-    torchvision = _torchvision()
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    # it takes 1.7 seconds to import, and most classifiers do without it
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
         raise ValueError(f"torchvision has no classifier {name!r}; torchvision.models.list_models() names them")
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return models.get_model(name, weights=None, num_classes=num_classes)
 
 
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
-    known = _torchvision().models.get_model_weights(name)
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(name)
     if weights not in known.__members__:
         raise ValueError(f"torchvision's {name} has no weights {weights!r}, only {', '.join(known.__members__)}")
     entry = known[weights]
@@ -194,15 +199,8 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
     return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
 
 
-def _timm() -> ModuleType:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ModuleNotFoundError("timm is not installed: pip install timm") from error
-
-
 def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    timm = _timm()
+    timm = importlib.import_module("timm")
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models() names them")
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
@@ -211,7 +209,7 @@ def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
 def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
     if weights != "pretrained":
         raise ValueError(f"weights of timm:{name} must be a file or 'pretrained', got {weights!r}")
-    config = _timm().get_pretrained_cfg(name)
+    config = importlib.import_module("timm").get_pretrained_cfg(name)
     cache = importlib.import_module("huggingface_hub").try_to_load_from_cache
     path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
     if not isinstance(path, str):
@@ -222,14 +220,124 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
     return Path(path), config.num_classes, tuple(config.mean), tuple(config.std)
 
 
-def _called(spec: str) -> nn.Module:
-    module, _, name = spec.rpartition(":")
-    if not module or not name:
-        raise ValueError(f"a classifier by name is {FORMS}, got {spec!r}")
-    # a saved classifier names its function, and a file of any place is not to be run by loading it
-    if module.endswith(".py"):
-        raise ValueError(
-            f"spec must be {FORMS}, got {spec!r}: only `purify-fast evaluate` takes a function by its file. Name it by "
-            f"its module, such as {Path(module).stem}:{name}, and start in its folder or put that on PYTHONPATH"
-        )
-    return made_by(spec, fresh=True)
+# -- modules of the user's own -----------------------------------------------------------------------------------------
+
+
+def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
+    """What a function or class returns that is called without arguments; nothing else is imported than it says.
+
+    Args:
+        spec: ``package.module:name``, where modules in the working folder are found too, or ``path/to/file.py:name``,
+            where those beside the file are. That folder stays on ``sys.path``, since a model may import more when it
+            runs. A module that exists already, as a variable of that name, is taken as it is.
+        fresh: refuse a module that exists already, since every model of that name would have the same weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: the module, or one that it imports, is not installed.
+        ValueError: there is no such name, it is not callable, it fails, or it returns no module; or `fresh` asks for a
+            new module where one exists already.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"a model by name is package.module:function or path/to/file.py:function, got {spec!r}")
+    # as by ``python -m`` and ``python file.py``: modules of this folder are found first, also later, inside forward
+    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = _imported(spec, place)
+    _imported_names.add(module.__name__)
+    if name not in vars(module):
+        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)])
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"{spec}: {module.__name__} ({module.__file__}) has no function or class {name!r}{hint}")
+    factory = vars(module)[name]
+    if isinstance(factory, nn.Module):
+        if fresh:
+            raise ValueError(
+                f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
+                "module that exists already, and all classifiers of this name would share its weights"
+            )
+        return factory
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+    return model
+
+
+def forget_imported() -> None:
+    """Forget the modules that `made_by` imported, so that `raised_in` judges a later error without them."""
+    _imported_names.clear()
+
+
+def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
+    """Whose code raised an error: the user's own, this package, or this package when the user's code called it.
+
+    Frames of Python's library and of installed packages are passed over: what they raise, their caller asked for.
+    The innermost frame that is left decides.
+
+    Args:
+        error: that was raised.
+
+    Returns:
+        "own" if that frame is of the user's code, in whichever file; "called by own" if it is of this package, and the
+        user's code stands above it; "package" for everything else, and where `made_by` imported nothing.
+    """
+    owners = [owner for frame, _ in traceback.walk_tb(error.__traceback__) if (owner := _whose(frame)) is not None]
+    if not _imported_names or "own" not in owners:
+        return "package"
+    return "own" if owners[-1] == "own" else "called by own"
+
+
+def _whose(frame: FrameType) -> Literal["own", "package"] | None:
+    """Whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
+    file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
+    if file.startswith(_PACKAGE):
+        return "package"
+    # before the installed packages, since the user's may be one of them
+    if name.partition(".")[0] in {imported.partition(".")[0] for imported in _imported_names}:
+        return "own"
+    passed_over = file.startswith(_LIBRARY) or any(folder in file for folder in _INSTALLED)
+    return "own" if os.path.isabs(file) and not passed_over else None
+
+
+def _imported(spec: str, place: str) -> ModuleType:
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).is_file():
+        raise FileNotFoundError(f"{spec}: there is no file {place}")
+    try:
+        return _from_file(Path(place)) if is_file else importlib.import_module(place)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{spec}: {error}") from error
+    except (Exception, SystemExit) as error:
+        advice = '. Put what only belongs to running the file below `if __name__ == "__main__":`'
+        told = f"{_told(error)}{advice if isinstance(error, SystemExit) else ''}"
+        raise ValueError(f"{spec}: {place} cannot be imported: {told}") from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The file as a module of a name of its own, so that it hides no other module."""
+    name = f"own_{path.stem}"
+    place = importlib.util.spec_from_file_location(name, path.resolve())
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    # dataclasses and pickle look a class's module up
+    sys.modules[name] = module
+    place.loader.exec_module(module)
+    return module
+
+
+def _told(error: BaseException) -> str:
+    """An error of the user's code in one line, with the innermost line of that code, or else where it was raised."""
+    # this file and Python's import system, whose files are named <frozen ...>, are no news to the user
+    places = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith((__file__, "<frozen "))
+    ]
+    own = [(frame, line) for frame, line in places if _whose(frame) == "own"]
+    at = "".join(f" ({frame.f_code.co_filename}, line {line})" for frame, line in (own or places)[-1:])
+    return f"{type(error).__name__}: {error}{at}"

@@ -16,7 +16,7 @@ leaves out processes without images, and waits for the device to find them; here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torch.nn import functional as F
 from .._process import processes
 from .._validation import check_counts
 from ..ops.convolution import conv2d
+
+#: Of the images: a number for all channels, or one per channel.
+Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
 class Conv2d(nn.Conv2d):
@@ -82,34 +85,11 @@ def check_sizes(num_classes: int, **counts: int) -> None:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
 
 
-def per_channel(name: str, statistic: float | Sequence[float] | Tensor | np.ndarray, channels: int) -> list[float]:
-    """A statistic of the images as a list of numbers.
-
-    Args:
-        name: what an error calls it.
-        statistic: a number for all channels, or one per channel, as a sequence, a tensor or an array.
-        channels: how many channels there are.
-
-    Returns:
-        1 or ``channels`` numbers.
-
-    Raises:
-        ValueError: another count of numbers.
-    """
-    # not torch.as_tensor, which holds no numbers where modules are made on the meta device
-    if isinstance(statistic, (Tensor, np.ndarray)):
-        statistic = statistic.flatten().tolist()
-    values = [float(value) for value in (statistic if isinstance(statistic, Sequence) else [statistic])]
-    if len(values) not in (1, channels):
-        raise ValueError(f"{name} needs 1 or {channels} numbers, got {len(values)}")
-    return values
-
-
-def normalization(mean: float | Sequence[float], std: float | Sequence[float], channels: int) -> dict[str, list[float]]:
+def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, list[float]]:
     """Mean and standard deviation of the images as lists, as `Normalize` takes and files keep them.
 
     Args:
-        mean: a number, or one per channel, in image units.
+        mean: a number, or one per channel as a sequence, a tensor or an array, in image units.
         std: likewise, above 0.
         channels: how many channels there are.
 
@@ -119,7 +99,13 @@ def normalization(mean: float | Sequence[float], std: float | Sequence[float], c
     Raises:
         ValueError: another count of numbers, or a std that is not above 0.
     """
-    statistics = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
+    statistics = {}
+    for name, given in {"mean": mean, "std": std}.items():
+        # not torch.as_tensor, which holds no numbers where modules are made on the meta device
+        numbers = np.ravel(given.tolist() if isinstance(given, Tensor) else given)
+        statistics[name] = [float(number) for number in numbers]
+        if len(numbers) not in (1, channels):
+            raise ValueError(f"{name} needs 1 or {channels} numbers, got {len(numbers)}")
     if not min(statistics["std"]) > 0:
         raise ValueError(f"std must be above 0, got {statistics['std']}")
     return statistics
@@ -140,7 +126,7 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float], channels: int):
+    def __init__(self, mean: Statistic, std: Statistic, channels: int):
         super().__init__()
         self.arguments = normalization(mean, std, channels)
         for name, values in self.arguments.items():
@@ -251,17 +237,11 @@ class _NormalizeByTorch(torch.autograd.Function):
         _all_gather(gathered, own)
         means, inverses, counts = gathered.view(world, -1).split([len(mean), len(mean), 1], 1)
         running_mean, running_var = (None, None) if running is None else running
+        # in the dtype that the function reads them in
+        read = counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype)
         # positional because the function has no names for its arguments in Python
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x,
-            means,
-            inverses,
-            running_mean,
-            running_var,
-            _MOMENTUM,
-            _EPS,
-            # in the dtype that the function reads them in
-            counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype),
+            x, means, inverses, running_mean, running_var, _MOMENTUM, _EPS, read
         )
         ctx.save_for_backward(x, weight, mean, inverse, counts)
         # positional because the function has no names for its arguments in Python

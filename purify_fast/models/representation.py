@@ -28,12 +28,9 @@ class _Recorder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         owner = self.owner
-        if torch.compiler.is_compiling():
-            if owner.traced is not None:
-                owner.traced[self.index] = output.clone() if owner.overwritten[self.index] else output
-        elif owner.reader == threading.get_ident():
-            # other threads may use the classifier meanwhile, such as to classify what was purified
-            owner.outputs[self.index] = output.clone() if owner.overwritten[self.index] else output
+        outputs = owner.traced if torch.compiler.is_compiling() else owner.outputs.get(threading.get_ident())
+        if outputs is not None:
+            outputs[self.index] = output.clone() if owner.overwritten[self.index] else output
 
 
 def without_recorders(model: nn.Module) -> nn.Module:
@@ -71,14 +68,16 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
     Raises:
         ValueError: it fails, or gives something else than logits of at least two classes.
     """
-    want = f"[B, {', '.join(map(str, image_shape))}] to logits [B, C]"
+    want = f"the classifier must map images [B, {', '.join(map(str, image_shape))}] to logits [B, C]"
     try:
         logits = classify()
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the classifier must map {want}: {error}") from error
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{want}: {error}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the classifier must map {want}, got {got}")
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
+        wrap = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
+        raise ValueError(f"{want}, it gave {got} for B = {batch}{wrap}")
     if logits.shape[1] < 2:
         raise ValueError(
             "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
@@ -88,7 +87,7 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
 
 
 class Representation:
-    """Reads the outputs of ``layers`` in one forward pass of ``model``; several threads may read at once, in turn.
+    """Reads the outputs of ``layers`` in one forward pass of ``model``; several threads may read at once.
 
     Args:
         model: any module from ``[B, *image_shape]`` to logits; it stays the owner of its weights.
@@ -96,9 +95,9 @@ class Representation:
         image_shape: (C, H, W) of the images, for the dry run.
 
     Attributes:
-        reader: the thread whose pass is read; None while no representation is read.
-        outputs: what the hooks kept of the pass that is under way.
-        traced: the same while a graph is traced; None while none is.
+        outputs: what the hooks have read in the passes that are under way, by thread. Other threads may use the
+            classifier meanwhile, such as to classify what was purified: theirs is not read.
+        traced: what the hooks have read while a graph is traced; None while none is.
         shapes: per layer, the shape of its output without the batch.
         overwritten: per layer, whether it is cloned because the model overwrites it later.
         num_classes: size of the model's logits.
@@ -119,11 +118,9 @@ class Representation:
                 near = difflib.get_close_matches(name, modules, 3) or [n for n in modules if n][:5]
                 raise ValueError(f"layers: the classifier has no module {name!r}; near: {', '.join(near)}")
         self.model, self.layers = model, tuple(layers)
-        self.reader: int | None = None
         self.traced: list[Tensor | None] | None = None
-        self._turn = threading.Lock()
+        self.outputs: dict[int, list[Tensor | None]] = {}
         self.overwritten = [False] * len(layers)
-        self.outputs: list[Tensor | None] = [None] * len(layers)
         self.shapes, self.num_classes = self._dry_run(image_shape)
         for index, name in enumerate(layers):
             modules[name].register_forward_hook(_Recorder(self, index))
@@ -174,30 +171,20 @@ class Representation:
         Args:
             x: images ``[B, C, H, W]``.
         """
+        outputs: list[Any] = [None] * len(self.layers)
         if torch.compiler.is_compiling():
-            return self._traced(x)
-        # one thread after the other, since the hooks of all keep what they see in one place
-        with self._turn:
-            self.reader = threading.get_ident()
-            try:
-                logits = self.model(x)
-            finally:
-                # Also after an error: what was read would keep its memory and its graph.
-                self.reader = None
-                outputs, self.outputs = self.outputs, [None] * len(self.layers)
-        return logits, outputs  # type: ignore[return-value]  # the dry run saw that every layer runs
-
-    def _traced(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`with_logits` as a part of a graph, which has no locks; each trace has its own list."""
-        self.traced = [None] * len(self.layers)
-        logits = self.model(x)
-        outputs, self.traced = self.traced, None
-        return logits, outputs  # type: ignore[return-value]
+            self.traced = outputs
+            logits = self.model(x)
+            self.traced = None
+            return logits, outputs
+        thread = threading.get_ident()
+        self.outputs[thread] = outputs
+        try:
+            return self.model(x), outputs
+        finally:
+            # also after an error: what was read would keep its memory and its graph
+            del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which have a lock of their own."""
-        return {**vars(self), "_turn": None, "reader": None, "outputs": [None] * len(self.layers)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._turn = threading.Lock()
+        """For copies and pickles, in which no pass is under way."""
+        return {**vars(self), "outputs": {}}

@@ -8,7 +8,6 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .callbacks import Callback as Callback
-    from .callbacks import JsonlLog as JsonlLog
     from .callbacks import TensorBoardLog as TensorBoardLog
     from .callbacks import TrainingState as TrainingState
     from .callbacks import summary as summary

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from .._files import OnFull, with_room, write_text
 from .task import Task
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ class TrainingState:
             an epoch and at the end the means over the epoch as numbers, with those of a validation.
         learning_rate: of the last step.
         images_per_second: of the epoch, since the start or since it was resumed; 0 after a step.
-        terms: the terms of the loss whose weight is above 0, and the step from which on each acts.
     """
 
     task: Task
@@ -47,7 +44,6 @@ class TrainingState:
     metrics: Mapping[str, Any]
     learning_rate: float
     images_per_second: float = 0.0
-    terms: Mapping[str, int] = field(default_factory=dict)
 
 
 class Callback(Protocol):
@@ -78,45 +74,6 @@ class Callback(Protocol):
         return None
 
 
-class JsonlLog(Callback):
-    """A JSONL file with one row per epoch, which holds exactly the steps that the checkpoint has seen.
-
-    Args:
-        path: the file.
-        step: steps of the checkpoint; rows of later ones, of a run that was killed, are dropped.
-        on_full: whether a full disk ends the run or is waited for.
-    """
-
-    def __init__(self, path: Path, step: int, on_full: OnFull = "stop"):
-        self.path, self.on_full = path, on_full
-        old = path.read_bytes().splitlines() if path.is_file() else []
-        self.rows = [row for row in map(_row, old) if row is not None and row["step"] <= step]
-        self._write()
-
-    def _write(self) -> None:
-        """The whole file anew: it has one short line for each epoch, and a kill never leaves half of one."""
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        with_room(lambda: write_text(self.path, text), self.path, self.on_full)
-
-    def on_epoch(self, state: TrainingState) -> None:
-        place: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
-        speed = {"learning_rate": state.learning_rate, "images_per_second": round(state.images_per_second, 1)}
-        # a run that went back comes to an epoch twice
-        self.rows = [row for row in self.rows if row["step"] < state.step]
-        acts = {"acts_from_step": dict(state.terms)} if state.terms else {}
-        self.rows.append({**place, **state.metrics, **speed, **acts})
-        self._write()
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of a log; None for what a failing disk or another version left in it."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 class TensorBoardLog(Callback):
     """Event files for TensorBoard: every epoch's metrics, learning rate and speed, over the steps.
 
@@ -128,13 +85,9 @@ class TensorBoardLog(Callback):
     """
 
     def __init__(self, folder: str | Path):
-        try:
-            # tensorboard is an optional package, of the extra "log"
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "TensorBoardLog needs tensorboard: pip install 'purify-fast[log]', or pip install tensorboard"
-            ) from error
+        # tensorboard is an optional package, of the extra "log"
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder, self._make = Path(folder), SummaryWriter
         self._writer: SummaryWriter | None = None
 
@@ -156,12 +109,12 @@ class ProgressBar(Callback):
     """A bar on stderr, with the last epoch's metrics."""
 
     def __init__(self, title: str, run: Run, shown: bool):
-        size = run.source.batch_size
-        self.by_images = size is not None
+        images = run.source.batch_size
         self.bar = tqdm(
-            total=run.total * (size or 1),
-            initial=run.step * (size or 1),
-            unit="img" if self.by_images else "step",
+            total=run.total,
+            initial=run.step,
+            unit="img" if images else "step",
+            unit_scale=images or False,
             desc=title,
             smoothing=0.05,
             disable=not shown,
@@ -170,7 +123,7 @@ class ProgressBar(Callback):
         )
 
     def on_step(self, state: TrainingState) -> None:
-        self.bar.update(state.images if self.by_images else 1)
+        self.bar.update()
 
     def on_epoch(self, state: TrainingState) -> None:
         self.bar.set_postfix({key: f"{value:.3g}" for key, value in state.metrics.items()}, refresh=False)
@@ -182,11 +135,5 @@ def summary(metrics: Mapping[str, float]) -> str:
     Args:
         metrics: what `fit` returned.
     """
-    if not metrics:
-        return "nothing was trained"
-    shares = ("accuracy", "replayed")
-    parts = [
-        f"{name.replace('_', ' ')} {value:.1%}" if name.endswith(shares) else f"{name.replace('_', ' ')} {value:.4g}"
-        for name, value in metrics.items()
-    ]
-    return f"last epoch: {', '.join(parts)}"
+    shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
+    return f"last epoch: {', '.join(shown)}" if shown else "nothing was trained"

@@ -1,13 +1,12 @@
 """Checkpoints and saved models: safetensors for tensors, JSON for the rest; each file is whole or absent.
 
 A file holds a checksum of its content, which is compared whenever it is read: a file in which one bit changed is
-refused. In a safetensors file the checksum stands in the metadata.
+refused. Checksum and JSON stand in the metadata of the safetensors file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import re
@@ -16,15 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import OnFull, with_room, write_text
+from .._files import OnFull, with_room
 from .._sealed import read_sealed, write_sealed
-from .._tensors import text_hash
 from .._version import __version__
 
 logger = logging.getLogger("purify_fast")
 
 #: The names of a run's last checkpoint, and of the one before it.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+#: The name of a saved model.
+MODEL = "model.safetensors"
 
 #: The one key of an object that stands for a tensor in a checkpoint's JSON.
 _TENSOR = "tensor of purify_fast"
@@ -106,9 +106,7 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
         for bad, why in damaged.items():
             place = ""
             if set_aside:
-                names = (bad.with_name(f"{bad.stem}.damaged-{number}{bad.suffix}") for number in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                place = f"it is set aside as {bad.rename(aside)}, and "
+                place = f"it is set aside as {bad.replace(bad.with_name(f'{bad.stem}.damaged{bad.suffix}'))}, and "
             logger.warning("%s; %sthe checkpoint before it is taken, of step %s", why, place, tree.get("step"))
         return tree
     if damaged:
@@ -122,7 +120,7 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
 def save_model(
     folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
 ) -> None:
-    """Write ``model.safetensors``, which is complete by itself, and ``model.json``, which shows its facts.
+    """Write ``model.safetensors``: the weights, and in the file's metadata the facts of the model.
 
     Args:
         folder: where to.
@@ -131,16 +129,9 @@ def save_model(
         state: its state dict.
         extra: further facts, JSON values.
     """
-    weights, shown = Path(folder) / "model.safetensors", Path(folder) / "model.json"
+    path = Path(folder) / MODEL
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
-    with_room(lambda: write_sealed(weights, facts, state), weights)
-    with_room(lambda: write_text(shown, _facts_text(facts)), shown)
-
-
-def _facts_text(facts: dict[str, Any]) -> str:
-    """The text of a ``model.json``: the facts and a checksum of them, in one form."""
-    checksum = text_hash(json.dumps(facts, sort_keys=True)).hexdigest()
-    return json.dumps({**facts, "checksum": checksum}, indent=2, sort_keys=True) + "\n"
+    with_room(lambda: write_sealed(path, facts, state), path)
 
 
 def _unfinished(folder: Path) -> str:
@@ -166,27 +157,17 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         The facts, among them the ``kind`` and its ``arguments``, and the state dict.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it, and what the folder holds instead, such as a
+        FileNotFoundError: the file is missing; the message names it, and what the folder holds instead, such as a
             training that has not ended.
-        ValueError: a file is damaged, or changed since it was written.
+        ValueError: the file is damaged, or changed since it was written.
     """
-    folder = Path(folder)
-    weights, shown = folder / "model.safetensors", folder / "model.json"
-    for path in (shown, weights):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {folder} {_unfinished(folder)}")
+    path = Path(folder) / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} {_unfinished(Path(folder))}")
     try:
-        text = shown.read_bytes().decode()
-        facts = json.loads(text)
-        if not isinstance(facts, dict) or text != _facts_text({k: v for k, v in facts.items() if k != "checksum"}):
-            raise ValueError("its checksum is not that of its content: it was edited, or changed on the disk")
-    except ValueError as error:
-        raise ValueError(f"{shown} is damaged: {error}") from error
-    try:
-        # the facts of the weights: model.json shows another model if saving was killed between the two files
-        facts, state = read_sealed(weights)
+        facts, state = read_sealed(path)
         if "kind" not in facts:
             raise ValueError("it says no kind of model")
     except ValueError as error:
-        raise ValueError(f"{folder} holds a broken model: {weights}: {error}") from error
+        raise ValueError(f"{folder} holds a broken model: {path}: {error}") from error
     return facts, state

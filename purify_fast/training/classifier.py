@@ -59,7 +59,7 @@ _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFI
 
 
 def save_classifier(model: nn.Module, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``model.json``.
+    """Write ``model.safetensors``.
 
     Args:
         model: one of this package's classifiers, or a `purify_fast.models.foreign.ForeignClassifier`.
@@ -82,8 +82,8 @@ def is_classifier(folder: str | Path) -> bool:
         folder: where a model was saved.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the files are broken.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is broken.
     """
     return read_model(folder)[0]["kind"] in _KINDS
 
@@ -96,8 +96,8 @@ def load_classifier(folder: str | Path) -> nn.Module:
             imports and calls that function again: load such a folder only if you trust it.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: broken files, or another kind of model.
+        FileNotFoundError: the file is missing.
+        ValueError: a broken file, or another kind of model.
     """
     facts, state = read_model(folder)
     kind = facts["kind"]

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from .task import Batch
 
 Radius = TypeVar("Radius", float, "Tensor")
-KeepBest = Literal["off", "loss", "accuracy"]
-OnNan = Literal["stop", "back_off"]
-FusedOptimizers = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class TrainingAttack:
         ValueError: a setting out of range; the message names it.
     """
 
-    eps: float
+    eps: AtLeast0
     steps: Count
     norm: Norm = "linf"
     alpha: float | None = None
@@ -66,8 +63,6 @@ class TrainingAttack:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not self.eps >= 0:
-            raise ValueError(f"eps must be above 0, got {self.eps}; only 0 itself, for clean images, is as good")
         if self.norm == "linf" and not self.eps <= 1:
             raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
         if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
@@ -188,12 +183,12 @@ class FitConfig:
     checkpoint_seconds: AtLeast0 = 30.0
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
-    keep_best: KeepBest = "off"
+    keep_best: Literal["off", "loss", "accuracy"] = "off"
     on_full: OnFull = "stop"
-    on_nan: OnNan = "stop"
+    on_nan: Literal["stop", "back_off"] = "stop"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
-    fused_optimizers: FusedOptimizers = "auto"
+    fused_optimizers: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -51,12 +51,6 @@ class ProcessLost(ConnectionError):
     """Another process of the training does not answer: it died, or hangs."""
 
 
-def report_step(step: int) -> None:
-    """Tell the other processes how far this one is, so that one that hangs can be named."""
-    if _watch is not None:
-        _watch.step = step
-
-
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
 
@@ -66,30 +60,30 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def named_when_lost() -> Iterator[None]:
+def named_when_lost(step: int | None = None) -> Iterator[None]:
     """Within the block, an exchange that fails says which process is missing.
+
+    Args:
+        step: of the training, for the other processes to know how far this one is; None for the last one that was told.
 
     Raises:
         ProcessLost: another process does not answer.
     """
-    _raise_if_lost()
+    if _watch is None:
+        yield
+        return
+    _watch.step = _watch.step if step is None else step
+    _watch.check()
     try:
         yield
     except RuntimeError as error:
-        if processes()[1] == 1 or not is_lost(error):
+        if not is_lost(error):
             raise
-        who = "another process" if _watch is None else _watch.missing()
-        where = "" if _watch is None else f" in step {_watch.step}"
         raise ProcessLost(
-            f"process {processes()[0]} of {processes()[1]} waited in vain{where} for: {who} "
+            f"process {_watch.rank} of {_watch.world} waited in vain in step {_watch.step} for: {_watch.missing()} "
             f"({str(error).splitlines()[0]}). {_AGAIN}"
         ) from error
-    _raise_if_lost()
-
-
-def _raise_if_lost() -> None:
-    if _watch is not None and _watch.lost:
-        raise ProcessLost(_watch.lost)
+    _watch.check()
 
 
 class _Sign(NamedTuple):
@@ -161,6 +155,11 @@ class _Watch:
             print(f"purify-fast: {self.lost}", file=sys.__stderr__, flush=True)
             os._exit(1)
 
+    def check(self) -> None:
+        """Raise ProcessLost if another process is lost."""
+        if self.lost:
+            raise ProcessLost(self.lost)
+
     def missing(self) -> str:
         """The processes that this one waited for in vain, in words: those that wait too are not the ones."""
         self.state = "waits"
@@ -228,8 +227,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
         same = by_dtype[dtype]
         # in the order of their memory, in which a tensor is a view that one copy can read and write among many
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
-        with named_when_lost():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         flat /= world
         means = flat.split([tensor.numel() for tensor in same])
         torch._foreach_copy_(same, [laid_out_like(mean, one) for mean, one in zip(means, same, strict=True)])
@@ -250,8 +248,6 @@ def from_first(make: Callable[[], Any]) -> Any:
     rank, world = processes()
     if world == 1:
         return make()
-    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # which has no exchange on the CPU
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     message: list[Any] = [None]
     if rank == 0:
         try:
@@ -262,10 +258,10 @@ def from_first(make: Callable[[], Any]) -> Any:
             message = [_sendable(error)]
             # what ended the first process is raised here, even where the others are gone and cannot be told
             with contextlib.suppress(BaseException):
-                dist.broadcast_object_list(message, src=0, device=device)
+                dist.broadcast_object_list(message, src=0)
             raise
     with named_when_lost():
-        dist.broadcast_object_list(message, src=0, device=device)
+        dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], BaseException):
         raise message[0]
     return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
@@ -273,20 +269,11 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 def _sendable(error: BaseException) -> BaseException:
     """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
-    try:
-        read = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a class of the user's raises when it is pickled or made anew
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error if type(read) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def gathered(value: Any) -> list[Any]:
-    """What each process gives, anything that can be pickled, by rank; in every process."""
-    world = processes()[1]
-    values: list[Any] = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
+    # whatever a class of the user's raises when it is pickled or made anew
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 # -- torchrun's processes ----------------------------------------------------------------------------------------------
@@ -321,11 +308,15 @@ def torchrun_group() -> Iterator[None]:
     whole, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    with _looking_for_others(rank, world):
-        store = _of_this_start(whole, rank, world)
     try:
-        with _looking_for_others(rank, world):
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
+        store = _of_this_start(whole, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ProcessLost(f"process {rank} of {world} did not find the others ({reason}). {_AGAIN}") from error
+    try:
         with contextlib.ExitStack() as silence:
             if rank > 0:
                 nowhere = silence.enter_context(open(os.devnull, "w"))
@@ -342,25 +333,15 @@ def torchrun_group() -> Iterator[None]:
     except BaseException as error:
         if rank == 0:
             store.set("failed", "yes")
-        elif _first_failed(store):
+            raise
+        # if the wait fails, the first one is at work, or has ended and taken the store along
+        with contextlib.suppress(Exception):
+            store.wait(["failed"], PATIENCE)
+            # for it to speak and end before torchrun sees this process end
+            time.sleep(2)
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _looking_for_others(rank: int, world: int) -> Iterator[None]:
-    """Within the block, an error by which another process cannot be reached is a ProcessLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        why = str(error).partition("\n")[0] or "no reason given"
-        raise ProcessLost(
-            f"process {rank} of {world} did not find the others ({why}): see what they say, and start the same again "
-            "to go on from the last checkpoint"
-        ) from error
 
 
 def _of_this_start(store: Store, rank: int, world: int) -> Store:
@@ -393,15 +374,6 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
                 return PrefixStore(name, store)
         time.sleep(0.01)
     raise dist.DistStoreError("the first process did not answer")
-
-
-def _first_failed(store: Store) -> bool:
-    try:
-        store.wait(["failed"], PATIENCE)
-    except Exception:  # it is at work, or has ended and taken the store along
-        return False
-    time.sleep(2)  # for it to speak and end before torchrun sees this process end
-    return True
 
 
 def own_device(device: str) -> str:

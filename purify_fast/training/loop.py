@@ -24,18 +24,18 @@ import torch
 from torch import nn
 
 from .. import ops
+from .._files import folder_lock
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
-from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
+from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import average_, from_first, named_when_lost, report_step, signs_of_life
+from .distributed import average_, from_first, named_when_lost, signs_of_life
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Diverged, LossWatch, Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
-from .validation import Validation
 
 logger = logging.getLogger("purify_fast")
 
@@ -73,12 +73,12 @@ def fit(
             process gives all of them. **A loader**: a DataLoader or another iterable with a length, of (images, labels)
             or (images, labels, indices), images float in [0, 1] or uint8; every process gives its own share. Its order
             is taken as it comes, so that a run is resumed at the end of its last whole epoch; it is the same order
-            again if it is drawn from torch's global generator, as a shuffling DataLoader's is. **A function** of the
-            epoch that returns such an iterable, in the same order whenever it is called for the same epoch: a run is
-            resumed at any step, and the batches before it are read again.
+            again if it is drawn from torch's global generator or a DataLoader's own, as a shuffling one's is. **A
+            function** of the epoch that returns such an iterable, in the same order whenever it is called for the same
+            epoch: a run is resumed at any step, and the batches before it are read again.
         y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
         config: how long and how. With a loader or a function its batch_size has no effect.
-        folder: for ``checkpoint.safetensors``, ``log.jsonl`` and ``best.safetensors``; None keeps nothing.
+        folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
         title: of the progress bar.
         progress: whether there is a progress bar.
         callbacks: what else listens to the training, see `Callback`.
@@ -105,28 +105,29 @@ def fit(
     folder = None if folder is None else Path(folder)
     if folder is None and config.on_nan == "back_off":
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
-    source = training_source(task, x, y, config, folder is not None)
+    source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, source, folder, held_out.description if held_out and validation is not None else None)
+    run = Run(task, config, source, held_out, folder)
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
-    with run.locked(), stop_on_sigterm() as stop, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
+        # several processes are refused together
+        from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
+        run.write_log()
         if task.tf32:
             stack.enter_context(float32_products(tf32=True))
         stack.enter_context(_pinned_kernels(run))
         bar = ProgressBar(title, run, progress and first)
-        log = [] if folder is None else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
-        listeners = [*log, bar, *callbacks] if first else []
-        validate = None if held_out is None else Validation(run, held_out)
+        listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
         with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
-            _train(run, validate, listeners, stop)
+            _train(run, listeners, stop)
         task.finish()
-        if validate is not None and config.keep_best != "off":
-            validate.load_best()
+        if run.best:
+            task.model.load_state_dict(run.best["model"])
         task.model.eval()
         for listener in listeners:
             listener.on_end(_state(run, 0, run.last, config.epochs - 1))
@@ -151,24 +152,29 @@ def _pinned_kernels(run: Run) -> Iterator[None]:
         yield
 
 
-def _train(run: Run, validate: Validation | None, listeners: Sequence[Callback], stop: Stop) -> None:
+def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     """What is left of a run, epoch by epoch."""
-    if validate is not None and run.step < run.total:
+    if run.step < run.total:
         # before any work is done that a refusal would lose
-        validate.check()
+        run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
         # something to go back to
         run.save()
-    watch = LossWatch(run.source, run.config.seed)
     while run.step < run.total:
+        watch = LossWatch(run.source, run.config.seed)
         try:
             state = _train_epoch(run, listeners, watch, stop)
         except Diverged as error:
             _back_off(run, watch, error)
             continue
-        if validate is not None and validate.due(state.epoch):
-            run.last = {**run.last, **validate()}
+        ended = state.epoch + 1
+        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
+            run.validate()
             state = replace(state, metrics=run.last)
+        row = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
+        row["images_per_second"] = round(state.images_per_second, 1)
+        run.rows.append({**row, **({"acts_from_step": run.terms} if run.terms else {})})
+        run.write_log()
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
@@ -181,11 +187,10 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     for raw in run.source.epoch(epoch, run.step % run.steps):
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
-        report_step(run.step)
         batch = run.batch(raw, run.step, seed)
         rate = run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        with named_when_lost():
+        with named_when_lost(run.step):
             measured = train_step(task, batch)
         run.add(measured)
         watch.add(run.step, measured["loss"], raw)
@@ -197,15 +202,14 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         if run.step % run.steps:
             run.save_if_due(now=stop.asked)
             if stop.asked:
-                which = "its checkpoint" if run.source.reproducible else "that of its last whole epoch"
-                where = "" if run.folder is None else f"; {which} is in {run.folder}"
-                text = "ended by SIGTERM after step %d of %d%s: run the same again to go on"
-                logger.warning(text, run.step, run.total, where)
+                then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
+                logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
                 # 143 is what a shell shows for it
                 raise SystemExit(128 + signal.SIGTERM)
     # the epoch's one wait for the device
     run.last = run.means()
-    run.check_finite()
+    if not run.is_finite():
+        raise Diverged("a loss or a weight is not finite")
     run.sums, run.counts = {}, {}
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
@@ -214,40 +218,30 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     """Return to the last checkpoint with a smaller learning rate; Diverged with an explanation if the run is to end."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
-    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-    means = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
-    recorded = ""
-    if (
-        step is not None
-        and run.folder is not None
-        and processes()[0] == 0
-        and (record := watch.record(step, run.folder))
-    ):
-        recorded = f"; its images, labels and seed are in {record}"
-    by_itself = "; on_nan back_off halves the rate by itself" if run.config.on_nan == "stop" else ""
+    where, record = "a weight is not finite", None
+    if step is not None:
+        where = f"the loss of step {step} is not finite"
+        record = watch.record(step, run.folder) if run.folder is not None and processes()[0] == 0 else None
     explanation = (
-        f"epoch {epoch}: training diverged, {where} (means of the epoch: {means}); the last checkpoint is kept"
-        f"{recorded}. Lower the learning rate ({_learning_rate(run):.3g} here), let eps rise over more epochs "
-        f"(eps_warmup), or train in float32 if this is bfloat16{by_itself}"
+        f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
+        f"{f', and {record} has the images, labels and seed' if record else ''}. Lower the learning rate "
+        f"({run.rate:g} of the method's own here), which on_nan back_off does by itself, let eps rise over more epochs "
+        "(eps_warmup), or train in float32 if this is bfloat16"
     )
     rate = run.rate * BACK_OFF
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
         raise Diverged(explanation, step) from error
-    watch.forget()
     run.resume()
     run.rate = rate
     if processes()[0] == 0:
         logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
 
 
-def _learning_rate(run: Run) -> float:
-    return next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
-
-
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
+    rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
     return TrainingState(
         task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
-        metrics=metrics, learning_rate=_learning_rate(run), images_per_second=images_per_second, terms=run.terms,
+        metrics=metrics, learning_rate=rate, images_per_second=images_per_second,
     )  # fmt: skip
 
 

@@ -30,18 +30,16 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
     Returns:
         Whether it takes its step in one kernel now.
     """
-    special = any(optimizer.defaults.get(name) for name in ("capturable", "differentiable"))
-    if "fused" not in optimizer.defaults or special:
+    defaults = optimizer.defaults
+    special = isinstance(optimizer, Lookahead) or defaults.get("capturable") or defaults.get("differentiable")
+    if "fused" not in defaults or special:
         return False
     fused = fused and all(weight.is_floating_point() for weight in weights_of(optimizer))
-    for group in optimizer.param_groups:
-        group["fused"] = True if fused else optimizer.defaults["fused"]
-        group["foreach"] = False if fused else optimizer.defaults["foreach"]
-    for weight, state in optimizer.state.items():
-        step = state.get("step")
-        # the kernel counts the steps where the weights are, the other forms on the host
-        if isinstance(step, Tensor):
-            state["step"] = step.to(weight.device if fused else "cpu", torch.float32)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
+    # which also puts the counts of steps where the kernel reads them
+    optimizer.load_state_dict(state)
     return fused
 
 
@@ -94,10 +92,7 @@ class Lookahead(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles; an optimizer's own state leaves out what is added to it."""
-        return {
-            **super().__getstate__(),
-            **{name: vars(self)[name] for name in ("inner", "k", "alpha", "steps", "_slow")},
-        }
+        return vars(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""A run on the way: where it is, what makes it this run and no other, its checkpoints, and its last losses."""
+"""A run on the way: where it is, what makes it this run and no other, its checkpoints, validations and last losses."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -13,28 +14,31 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .._files import atomic, folder_lock
+from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, to_float
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
-from .distributed import from_first, gathered
+from .distributed import from_first
 from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import RawBatch, Source, step_seed
-from .task import Batch, Task
+from .task import Batch, Metrics, Task
 
 #: Settings of the loop that say how a run is carried out, not what comes of it.
 _NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot: half-written ones have a dot and a hyphen around it.
-_WRITTEN = (Path(CHECKPOINT).stem, "best", "diverged", "log", "model", "run")
+_WRITTEN = (Path(CHECKPOINT).stem, "diverged", "log", "model", "run")
 
 #: Steps from one look at the losses to the next: each look waits for the device.
 INTERVAL = 100
 #: Bytes of batches that are remembered of a source that cannot give them again.
 REMEMBERED = 2**28
+#: Images that show what a task measures, before it is trained.
+LOOK = 8
 #: The file with the images, labels and seed of the step whose loss was no number.
 RECORD = "diverged.npz"
 
@@ -59,8 +63,8 @@ class Run:
         task: what is trained.
         config: how.
         source: of its images. A run whose source is not reproducible is resumed at the end of an epoch only.
+        held_out: what it is validated with, all of it in every process; None for nothing.
         folder: for its checkpoints; None keeps none.
-        validation: the description of held-out images that were given.
 
     Attributes:
         facts: what must be equal for a checkpoint to be resumed.
@@ -71,23 +75,25 @@ class Run:
         sums: of the epoch's losses and metrics so far, by name.
         counts: the steps of the epoch that measured each of them.
         last: the last epoch's means.
-        best: the best validation so far: its ``score`` and its ``step``; empty without one.
+        best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty without one.
+        rows: of ``log.jsonl``, one for each epoch that has ended.
         served: what decides which kernels serve, by `purify_fast.ops.kernel_choices` when the run began; None before.
         rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
     """
 
     def __init__(
-        self, task: Task, config: FitConfig, source: Source, folder: Path | None = None, validation: str | None = None
+        self, task: Task, config: FitConfig, source: Source, held_out: Source | None = None, folder: Path | None = None
     ):
-        self.task, self.config, self.source, self.folder, self.steps = task, config, source, folder, source.steps
+        self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
+        self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
-        if validation is not None:
-            self.facts["validation"] = validation
+        if held_out is not None:
+            self.facts["validation"] = held_out.description
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.acts_from_step = task.terms(self.length)
         self.total, self.step, self.rate, self.saved_at = self.length.steps, 0, 1.0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
-        self.last, self.best = dict[str, float](), dict[str, float]()
+        self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.served: dict[str, Any] | None = None
 
     @property
@@ -108,9 +114,7 @@ class Run:
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to those of its epoch; a term that does not act yet measures nothing."""
         for key, value in measured.items():
-            wide = torch.promote_types(value.dtype, torch.float32)
-            new = key not in self.sums
-            self.sums[key] = value.to(self.source.device, wide, copy=True) if new else self.sums[key] + value
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.source.device)) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
@@ -118,17 +122,13 @@ class Run:
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()
-    def check_finite(self) -> None:
-        """Raise Diverged unless this epoch's losses and the weights are finite so far; waits for the device once."""
+    def is_finite(self) -> bool:
+        """Whether this epoch's losses and the weights are finite so far; waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
-        statistics = [
-            buffer
-            for name, buffer in self.task.model.named_buffers()
-            if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
-        ]
+        running = ("running_mean", "running_var")
+        statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
         checks = [value.isfinite().all() for value in (*self.sums.values(), *weights, *statistics)]
-        if checks and not torch.stack(checks).all():
-            raise Diverged("a loss or a weight is not finite")
+        return bool(torch.stack(checks).all())
 
     # -- checkpoints
 
@@ -137,19 +137,8 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
-        progress |= {"best": self.best, "rate": self.rate}
+        progress |= {"best": self.best, "rate": self.rate, "rows": self.rows}
         return {**weights, "facts": self.facts, "served": self.served, **progress}
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within the block, no other run writes into the folder; several processes are refused together.
-
-        Raises:
-            FolderInUse: another run does.
-        """
-        with contextlib.ExitStack() as stack:
-            from_first(lambda: stack.enter_context(folder_lock(self.folder)))
-            yield
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
@@ -160,14 +149,16 @@ class Run:
         saved = from_first(self._read)
         if saved is None:
             return
-        here = differences(saved["facts"], self.facts, "in the first", "there")
-        for rank, difference in enumerate(gathered(here)):
+        by_process = [differences(saved["facts"], self.facts, "in the first", "there")] * processes()[1]
+        if processes()[1] > 1:
+            dist.all_gather_object(by_process, by_process[0])
+        for rank, difference in enumerate(by_process):
             if difference:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name in ("step", "last", "best", "rate", "served", "counts"):
+        for name in ("step", "last", "best", "rate", "rows", "served", "counts"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
 
@@ -200,14 +191,78 @@ class Run:
         due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if self.folder is None or not due or not self.source.reproducible:
             return
-        try:
-            self.check_finite()
-        except Diverged:
+        if self.is_finite():
+            self.save()
+        elif processes()[1] == 1:
             # of several processes this one alone knows now: all of them see it when they look at their losses
-            if processes()[1] == 1:
-                raise
+            raise Diverged("a loss or a weight is not finite")
+
+    def write_log(self) -> None:
+        """Write ``log.jsonl`` anew: a kill never leaves half a row, nor one of an epoch that is in no checkpoint."""
+        if self.folder is not None and processes()[0] == 0:
+            path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
+            with_room(lambda: write_text(path, text), path, self.config.on_full)
+
+    # -- held-out images
+
+    @contextlib.contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within the block, the model is as if the run ended here, in evaluation mode; then it goes on as it was."""
+        state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
+        self.task.finish()
+        self.task.model.eval()
+        try:
+            yield
+        finally:
+            self.task.model.load_state_dict(state)
+
+    def measure(self, raw: RawBatch) -> Metrics:
+        """The loss and metrics of held-out images.
+
+        They are drawn alike every time and attacked as in the last epoch, so that validations can be compared.
+        """
+        seed = step_seed(self.config.seed, 2**31)
+        torch.manual_seed(seed)
+        return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
+
+    def check_best(self) -> None:
+        """Refuse a choice of the best by something that the task does not measure, by a look at a few images.
+
+        Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
+
+        Raises:
+            ValueError: the message names what the task measures.
+        """
+        chosen = self.config.keep_best
+        if self.held_out is None or chosen in ("off", "loss"):
             return
-        self.save()
+        images, labels, ids = next(self.held_out.epoch(0, 0))
+        with self.finished():
+            measured = self.measure((images[:LOOK], labels[:LOOK], ids[:LOOK]))
+        if chosen not in measured:
+            raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
+
+    def validate(self) -> None:
+        """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
+        assert self.held_out is not None
+        sums, count = dict[str, Tensor](), 0
+        with self.finished():
+            for raw in self.held_out.epoch(0, 0):
+                size = len(raw[0])
+                for name, value in self.measure(raw).items():
+                    sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
+                count += size
+            # drawn with the first process's noise, so that all agree on the best
+            means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
+            self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
+            chosen = self.config.keep_best
+            if chosen == "off":
+                return
+            score = -means["loss"] if chosen == "loss" else means[chosen]
+            # a score that is no number is never the best
+            if not math.isnan(score) and (not self.best or score > self.best["score"]):
+                state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
+                self.best = {"score": score, "step": self.step, "model": state}
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
@@ -234,61 +289,47 @@ def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) 
 
 
 class LossWatch:
-    """Keeps the losses of the last steps on the device, and looks at them every `INTERVAL` steps.
+    """Keeps an epoch's last losses on the device, and looks at them every `INTERVAL` steps.
 
     All of several processes see the same means at the same steps, so that they come to the same answer.
     """
 
     def __init__(self, source: Source, seed: int):
         self.source, self.seed = source, seed
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew, as after a return to an earlier step."""
-        self._losses = torch.zeros(INTERVAL, device=self.source.device)
-        self._last = -1
-        self._batches: dict[int, RawBatch] = {}
+        self.losses, self.batches = dict[int, Tensor](), dict[int, RawBatch]()
 
     def add(self, step: int, loss: Tensor, raw: RawBatch) -> None:
         """Add a step's loss, and the step's batch as the source gave it; Diverged if a look finds a loss not finite."""
-        self._losses[step % INTERVAL].copy_(loss.detach())
-        self._last = step
+        self.losses[step] = loss
         if not self.source.reproducible:
-            self._batches[step] = raw
-            size = sum(part.nbytes for part in raw)
-            while len(self._batches) > max(2, min(INTERVAL + 1, REMEMBERED // size)):
-                del self._batches[min(self._batches)]
-        if (step + 1) % INTERVAL == 0 and (bad := self.first_bad()) is not None:
-            raise Diverged(f"the loss of step {bad} is not finite", bad)
+            self.batches[step] = raw
+            if len(self.batches) > max(1, min(INTERVAL, REMEMBERED // sum(part.nbytes for part in raw))):
+                del self.batches[min(self.batches)]
+        if (step + 1) % INTERVAL == 0:
+            if (bad := self.first_bad()) is not None:
+                raise Diverged(f"the loss of step {bad} is not finite", bad)
+            self.losses = {}
 
     def first_bad(self) -> int | None:
-        """The first of the last steps whose loss is not finite, None if there is none; waits for the device."""
-        bad = ~self._losses.cpu().isfinite()
-        steps = range(max(0, self._last + 1 - INTERVAL), self._last + 1)
-        return next((step for step in steps if bad[step % INTERVAL]), None)
+        """The first step since the last look whose loss is not finite, None if there is none; waits for the device."""
+        finite = torch.stack([*self.losses.values()]).isfinite().tolist() if self.losses else []
+        return next((step for step, good in zip(self.losses, finite, strict=True) if not good), None)
 
     def record(self, step: int, folder: Path) -> Path | None:
-        """Write the images, labels, indices and seeds of a step and of the one before it, whose weights it had.
+        """Write the images, labels, indices and seed of a step.
 
         Returns:
             The file; None if the source cannot give its images again, and they are no longer remembered.
         """
-        arrays: dict[str, Any] = {}
-        for prefix, number in (("", step), ("before_", step - 1)):
-            raw = self._batches.get(number)
-            if self.source.reproducible and number >= 0:
-                # closed, so that what reads ahead ends
-                with closing(self.source.epoch(*divmod(number, self.source.steps))) as batches:
-                    raw = next(batches, None)
-            if raw is None:
-                continue
-            parts: dict[str, Any] = dict(
-                zip(("images", "labels", "indices"), (p.cpu().numpy() for p in raw), strict=True)
-            )
-            parts |= {"step": number, "seed": step_seed(self.seed, number), "epoch": number // self.source.steps}
-            arrays |= {prefix + name: value for name, value in parts.items()}
-        if "images" not in arrays:
+        raw = self.batches.get(step)
+        if self.source.reproducible:
+            # closed, so that what reads ahead ends
+            with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
+                raw = next(batches)
+        if raw is None:
             return None
+        images, labels, indices = (part.cpu().numpy() for part in raw)
+        facts: dict[str, Any] = {"step": step, "seed": step_seed(self.seed, step), "epoch": step // self.source.steps}
         with atomic(folder / RECORD) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, images=images, labels=labels, indices=indices, **facts)
         return folder / RECORD

@@ -22,14 +22,14 @@ class RunLength:
     Args:
         epochs: of the whole run.
         steps_per_epoch: steps of an epoch.
-        batch_size: images of a step, of all processes together; None if that is known only when they arrive.
-        images_per_epoch: images of an epoch; None as above.
+        batch_size: images of a step, of all processes together; 0 if that is known only when they arrive.
+        images_per_epoch: images of an epoch; 0 as above.
     """
 
     epochs: int
     steps_per_epoch: int
-    batch_size: int | None = None
-    images_per_epoch: int | None = None
+    batch_size: int = 0
+    images_per_epoch: int = 0
 
     @property
     def steps(self) -> int:
@@ -37,16 +37,12 @@ class RunLength:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def last_batch(self) -> int | None:
-        """Images of an epoch's last step; None if that is known only when they arrive."""
-        if self.batch_size is None or self.images_per_epoch is None:
-            return None
+    def last_batch(self) -> int:
+        """Images of an epoch's last step; 0 if that is known only when they arrive."""
         return self.images_per_epoch - (self.steps_per_epoch - 1) * self.batch_size
 
     def images_before(self, step: int) -> int:
         """Images that the steps before one, counted from 0, have trained on; 0 if the size of a batch is not known."""
-        if self.batch_size is None or self.images_per_epoch is None:
-            return 0
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs * self.images_per_epoch + steps * self.batch_size
 
@@ -64,7 +60,7 @@ class RunLength:
             return -int(-delay // 1)
         if unit == "epochs":
             return -int(-delay // 1) * self.steps_per_epoch
-        if self.batch_size is None or self.images_per_epoch is None:
+        if not self.batch_size:
             raise ValueError(
                 "a delay in images needs images in a tensor: how many a loader's batch holds is known only when it "
                 "arrives; give the delay in steps"
@@ -89,7 +85,7 @@ class RunLength:
         """
         if step < self.steps:
             return step
-        images = "" if self.batch_size is None else f" of {self.batch_size} images"
+        images = f" of {self.batch_size} images" if self.batch_size else ""
         epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         raise ValueError(
             f"{argument} is {value}, and the training has {epochs} of {self.steps_per_epoch} steps{images}: "

@@ -104,24 +104,24 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 class Loader:
     """A DataLoader, another iterable, or a function of the epoch, on the model's device.
 
-    torch's global generator is seeded before an epoch and before each of its batches, so that what a DataLoader draws
-    from it, its order and its workers' seeds among others, is a function of the seed and the epoch.
+    torch's global generator is seeded before an epoch and before each of its batches, and a DataLoader's own before an
+    epoch. So what a DataLoader draws from them, its order and its workers' seeds among others, is a function of the
+    seed and the epoch.
 
     Args:
         x: what gives the batches. Each process has its own share in its own.
         config: the seed.
         device: where the images go.
-        keeps: whether checkpoints of the run are kept.
 
     Raises:
         TypeError: it is neither, or has no length.
-        ValueError: its order cannot be resumed, or there is no batch.
+        ValueError: there is no batch.
     """
 
-    batch_size: int | None = None
-    images: int | None = None
+    # known only when they arrive
+    batch_size, images = 0, 0
 
-    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, keeps: bool):
+    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device):
         self.reproducible = callable(x)
         self.x, self.seed, self.device = x, config.seed, device
         first: Any = x(0) if callable(x) else x
@@ -131,11 +131,6 @@ class Loader:
                 "x must be images, batches with a length, such as a DataLoader or a list, or a function of the epoch "
                 f"that returns such batches, got {type(first).__name__}"
             )
-        if keeps and isinstance(first, DataLoader) and first.generator is not None and not self.reproducible:
-            raise ValueError(
-                "x is a DataLoader with a generator of its own, whose state is in no checkpoint, so that a resumed run "
-                "would see the images in another order: leave the generator out, or give a function of the epoch"
-            )
         if len(first) == 0:
             raise ValueError("x gives no batch")
         self.steps = _cut_off(len(first), config)
@@ -143,6 +138,8 @@ class Loader:
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
+        if isinstance(self.x, DataLoader) and self.x.generator is not None:
+            self.x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
         given, seen = iter(self.x(epoch) if callable(self.x) else self.x), 0
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
@@ -164,20 +161,18 @@ class Loader:
 Source: TypeAlias = InMemory | Loader
 
 
-def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig, keeps: bool) -> Source:
-    """What a run trains on, checked before any work; ``keeps`` says whether checkpoints of the run are written."""
+def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> Source:
+    """What a run trains on, checked before any work."""
     if not isinstance(x, (Tensor, StreamedImages)):
         if y is not None:
             raise ValueError("y must be None with batches, which bring their labels")
         if config.validation_share > 0:
             raise ValueError("validation_share is of images: with batches give validation, held-out images or batches")
-        return Loader(x, config, next(task.model.parameters()).device, keeps)
-    _check_images(x, y)
-    assert y is not None
-    if len(x):
-        task.check(tuple(x.shape[1:]), int(y.max()) + 1)
+        return Loader(x, config, next(task.model.parameters()).device)
     ids = held_out(len(x), config.validation_share, config.seed)[0] if config.validation_share > 0 else None
-    return InMemory(x, y, config, *processes(), ids)
+    source = InMemory(x, y, config, *processes(), ids)  # type: ignore[arg-type]  # None is refused there
+    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+    return source
 
 
 def held_out_source(
@@ -192,15 +187,16 @@ def held_out_source(
         raise ValueError("validation_share goes without validation: give one of them")
     ids = None
     if validation is None:
-        assert isinstance(x, (Tensor, StreamedImages)) and y is not None
-        validation, ids = (x, y), held_out(len(x), config.validation_share, config.seed)[1]
+        # `training_source` has refused a share of anything but images with labels
+        images: Any = x
+        validation, ids = (images, y), held_out(len(images), config.validation_share, config.seed)[1]
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must bring labels: give (images, labels)")
     config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
     if isinstance(validation, tuple):
         images, labels = validation
         return InMemory(images, labels, config, 0, 1, ids=ids)
-    return Loader(validation, config, next(task.model.parameters()).device, keeps=False)
+    return Loader(validation, config, next(task.model.parameters()).device)
 
 
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
@@ -229,16 +225,12 @@ def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
 
 def _check_range(images: Tensor) -> None:
     """ValueError for floating-point images that are not in [0, 1]; the message says what is probably meant."""
-    low, high = (float(value) for value in torch.aminmax(images.detach())) if images.numel() else (0.0, 1.0)
-    if low >= 0 and high <= 1:
-        return
-    if low != low or high != high:
-        hint = "some are no number"
-    elif low < 0:
-        hint = "leave out the normalization, which models and defences do themselves"
-    else:
-        hint = "divide by 255, or give uint8" if high > 2 else "clamp them"
-    raise ValueError(f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: {hint}")
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        low, high = images.min(), images.max()
+        raise ValueError(
+            f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: leave normalization to the model, "
+            "divide by 255 or give uint8, and let none be NaN"
+        )
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import first_tensor
-from ..models.representation import evaluation_mode
+from ..models.representation import count_classes, evaluation_mode
 from ..speed.graphs.step_graphs import StepGraphs
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
@@ -200,28 +200,12 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
         ValueError: the message says what does not fit.
     """
     weight = first_tensor(model)
-    try:
-        with evaluation_mode(model):
-            logits = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"x: the model does not take images of {list(shape)}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
-        got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
-        hint = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
-        raise ValueError(
-            f"the model must map images [B, C, H, W] to logits [B, classes], it gave {got} for B = 1{hint}"
-        )
-    check_labels(classes, logits.shape[1])
+    image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
+    with evaluation_mode(model):
+        check_labels(classes, count_classes(lambda: model(image), shape, 1))
 
 
 def check_labels(classes: int, known: int) -> None:
     """ValueError if ``classes``, one more than the largest label, are more than the model knows."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")
-
-
-def check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """ValueError if images have another shape (C, H, W) than those a defence takes."""
-    if tuple(shape) != tuple(wanted):
-        raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(wanted)}")

@@ -123,8 +123,7 @@ def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo,
 def test_a_classifier_and_its_defence_are_packed_together(small_zoo, monkeypatch):
     """The zoo holds another classifier of that name until both are judged."""
     name, weights = "digits-carso-pipeline", "digits-pgd-at/model.safetensors"
-    for file in zoo.FILES:
-        shutil.copyfile(packed.folder("digits-standard") / file, small_zoo / "digits-pgd-at" / file)
+    shutil.copyfile(packed.folder("digits-standard") / "model.safetensors", small_zoo / weights)
     there = []
     monkeypatch.setattr(
         zoo, "clean_accuracy", lambda *_: there.append((small_zoo / weights).read_bytes()) or Accuracy(0.5, 2)

@@ -84,7 +84,7 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
         ("my_networks:missing", "has no function or class 'missing'"),
         ("my_networks:nothing", "must return a torch.nn.Module, it returned a int"),
         ("no_such_module:make", "No module named 'no_such_module'"),
-        (":make", "is torchvision:NAME, timm:NAME or package.module:function"),
+        (":make", "a model by name is package.module:function"),
         ("torchvision:resnet18", "has fresh weights: give trained ones with --classifier-weights"),
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
@@ -207,12 +207,6 @@ def test_a_network_of_timm(tmp_path):
         ForeignClassifier("timm:resnet", 1, 4)
     with pytest.raises(ValueError, match="must be a file or 'pretrained', got 'best'"):
         build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_without_timm_it_says_how_to_get_it():
-    with pytest.raises(ModuleNotFoundError, match="timm is not installed: pip install timm"):
-        ForeignClassifier("timm:resnet18", 3, 4)
 
 
 def test_only_the_first_process_prints(bars, tmp_path, monkeypatch, capsys):

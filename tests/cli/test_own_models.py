@@ -10,8 +10,8 @@ import torch
 
 from purify_fast import cli
 from purify_fast.cli.evaluate import Evaluate
-from purify_fast.models import own
-from purify_fast.models.own import made_by, raised_in
+from purify_fast.models import foreign
+from purify_fast.models.foreign import made_by, raised_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,12 +105,12 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/needs.py:make", "code/needs.py:make: No module named 'no_such_package'"),
         ("code/odd.py:make", "code/odd.py cannot be imported: SyntaxError: invalid syntax"),
         ("code/my_defence.py:mak", "has no function or class 'mak'; near: make"),
-        ("code/my_defence.py:number", "must be a function or class, it is a int, which cannot be called"),
+        ("code/my_defence.py:number", "failed: TypeError: 'int' object is not callable"),
         ("code/my_defence.py:nothing", "code/my_defence.py:nothing must return a torch.nn.Module, it returned a int"),
         ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
         ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
         ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),
-        ("code/my_defence.py:", "a model of your own is package.module:function or path/to/file.py:function"),
+        ("code/my_defence.py:", "a model by name is package.module:function or path/to/file.py:function"),
         ("torchvision:resnet18", "torchvision:resnet18 has fresh weights, which are not worth an attack"),
         ("code/my_defence.py:make", "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say"),
     ],
@@ -162,10 +162,10 @@ def test_it_is_told_whose_code_raised_an_error(run, bars, mine, fails, said):
 
 def test_an_error_of_the_package_stays_one_beside_a_model_of_the_users_own(mine, monkeypatch):
     assert isinstance(made_by("code/my_defence.py:make"), torch.nn.Module)
-    with pytest.raises(ValueError, match="a model of your own is") as raised:
+    with pytest.raises(ValueError, match="a model by name is") as raised:
         made_by("nothing")
     assert raised_in(raised.value.with_traceback(raised.tb.tb_next)) == "package"
-    monkeypatch.setattr(own, "_imported_names", set())
+    monkeypatch.setattr(foreign, "_imported_names", set())
     assert raised_in(raised.value) == "package"
 
 
@@ -182,8 +182,8 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what reads the"),
-        ("def make():\n    raise SystemExit(3)", "but it ended the program: SystemExit: 3"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what only"),
+        ("def make():\n    raise SystemExit(3)", "but it failed: SystemExit: 3"),
         ("import sys\nsys.path.pop(0)\ndef make():\n    {}['real']", "it failed: KeyError: 'real'"),
     ],
 )
@@ -228,7 +228,7 @@ def test_an_error_after_a_command_with_an_own_model_is_the_packages_again(monkey
     def broken(self):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(own, "_imported_names", {"a_model_of_mine"})
+    monkeypatch.setattr(foreign, "_imported_names", {"a_model_of_mine"})
     monkeypatch.setattr(Info, "run", broken)
     assert cli.main(["info"]) == 1
     assert "this is an error in purify_fast" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,3 +48,19 @@ def together():
         return codes, [(folder / f"errors-{rank}").read_text() for rank in range(world)]
 
     return run
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Starts the command line by torchrun on 40 images: words of torchrun, and words of the command."""
+    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+
+    def start(how, *words, **environment):
+        command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "purify_fast", "train", *words]
+        command += ["--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2]), **environment}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes)
+
+    return start

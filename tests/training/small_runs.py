@@ -87,3 +87,18 @@ class Listener:
 
     def on_end(self, state):
         pass
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(Listener):
+    """Ends a training after a step of it, before that is in a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state):
+        if state.step == self.step:
+            raise Stopped

@@ -1,27 +1,20 @@
 """Several processes train what one trains; BatchNorm over all of them; kills, refusals, and the command by torchrun."""
 
-import os
 import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from cuda_launches import CudaLaunches
 
 from purify_fast import cli
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
 SCRIPT = Path(__file__).with_name("together.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
 KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan")
 NORMS = {  # layer, shape, images of the first process, mean, dtype
     "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
@@ -47,7 +40,6 @@ def two(tmp_path_factory, together):
         *((kind, "weights", (kind, str(folder / f"run-{kind}"))) for kind in KINDS),
         *((f"norm-{name}", "batchnorm", arguments) for name, arguments in NORMS.items()),
         *((f"norm-{name}-as_on_cuda", "batchnorm", (*arguments, True)) for name, arguments in NORMS.items()),
-        *((f"gradients-{free}", "gradients", (free,)) for free in (0.0, 1.001)),
         ("refusals", "refusals", ()),
         ("first fails", "first_fails", ()),
     )
@@ -95,18 +87,6 @@ def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_
         torch.testing.assert_close(got.double(), want, **tolerance)
 
 
-@pytest.mark.parametrize("free", [0.0, 1.001])
-def test_the_published_steps_gradient_is_that_of_the_sum_over_both_shares(two, alone, tmp_path, free):
-    alone["gradients"](tmp_path / "one", free)
-    one = torch.load(tmp_path / "one")
-    a, b = results(two, f"gradients-{free}")
-    assert a["own"] != b["own"] and max(a["own"], b["own"]) > 1.001 * one["kl"]  # that share alone would pay
-    close(a["gradients"], b["gradients"])
-    largest = max(gradient.abs().max() for gradient in one["gradients"].values())
-    scaled = [{name: g / largest for name, g in found["gradients"].items()} for found in (a, one)]
-    close(*scaled)
-
-
 @pytest.mark.slow
 def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, alone, together, tmp_path):
     kind, folder = "pipeline", tmp_path / "run"
@@ -141,64 +121,25 @@ def test_what_ends_the_first_process_ends_the_others(two):
     assert second == ["KeyboardInterrupt: ", "SystemExit: 143", "RuntimeError: Unpicklable: a and b"]
 
 
-@pytest.mark.parametrize("told", [distributed.dist.DistBackendError("gone"), KeyboardInterrupt("again"), None])
-def test_the_first_process_raises_what_ended_it_whatever_the_others_do(monkeypatch, told):
-    """They may be gone, since Ctrl-C reaches all processes of a terminal."""
-
-    def broadcast(head, src, device):
-        if told is not None:
-            raise told
-
-    def make():
-        raise ended
-
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
-    # a lambda cannot be pickled
-    for ended in (KeyboardInterrupt("first"), ValueError(lambda: 0)):
-        with pytest.raises(type(ended)) as raised:
-            distributed.from_first(make)
-        assert raised.value is ended
-
-
-def test_positions_draw_the_noise_of_those_images():
-    made = NoisyEnsemble(SmallCNN(width=2), 0.3, 2)
-    x = torch.rand(6, 1, 16, 16)
-    torch.manual_seed(0)
-    whole = made(x)
-    torch.manual_seed(0)
-    with made.noise_ids(torch.tensor([1, 3, 5])):
-        torch.testing.assert_close(made(x[1::2]), whole[1::2])
-        with pytest.raises(ValueError, match="noise_ids are of 3 images, the batch has 6"):
-            made(x)
-    torch.manual_seed(0)
-    assert torch.equal(made(x), whole)
-
-
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, "-m", "purify_fast", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.slow
-def test_the_command_by_torchrun(tmp_path):
-    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
-    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    common = ["--data", str(tmp_path / "small.npz"), "--device", "cpu", "--epochs", "2"]
-    classifier = ["train", "classifier", "--width", "2", "--out", str(tmp_path / "classifier"), *common]
-    done = torchrun(*classifier, "--batch-size", "20")
-    assert done.returncode == 0, done.stderr
-    printed = [len(re.findall(text, done.stdout)) for text in ("last epoch: loss", "classifier  clean", "saved to")]
-    assert printed == [1, 1, 1], done.stdout
-    carso = ["train", "carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", *common]
-    carso += ["--out", str(tmp_path / "carso"), "--steps", "1", "--kl-delay", "0"]
-    refused = torchrun(*carso, "--batch-size", "21")
-    assert refused.returncode != 0 and "exitcode  : 2" in refused.stderr, refused.stderr
-    said = [line for line in refused.stderr.splitlines() if line.startswith("purify-fast")]
-    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], refused.stderr
+def test_the_command_by_torchrun(torchrun, tmp_path):
+    two = ["--standalone", "--nproc-per-node", "2"]
+    run = torchrun(
+        two, "classifier", "--width", "2", "--epochs", "2", "--batch-size", "20", "--out", tmp_path / "classifier"
+    )
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert [len(re.findall(text, printed)) for text in ("last epoch: loss", "classifier  clean", "saved to")] == [
+        1,
+        1,
+        1,
+    ]
+    carso = ["carso", "--classifier", tmp_path / "classifier", "--layers", "conv2", "--epochs", "2", "--steps", "1"]
+    run = torchrun(two, *carso, "--kl-delay", "0", "--batch-size", "21", "--out", tmp_path / "carso")
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode != 0 and "exitcode  : 2" in errors, errors
+    said = [line for line in errors.splitlines() if line.startswith("purify-fast")]
+    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], errors
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from small_runs import train
+from small_runs import same, train
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
@@ -20,11 +20,11 @@ from purify_fast.training.checkpoint import (
     last_checkpoint,
     read_tree,
     save_checkpoint,
-    save_model,
     write_tree,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def flipped(path, bit):
@@ -36,16 +36,16 @@ def flipped(path, bit):
 
 def refused(read, path, count):
     """How many of ``count`` single-bit changes anywhere in the file are refused."""
-    whole, draw, found = path.read_bytes(), random.Random(0), 0
+    whole, draw, number = path.read_bytes(), random.Random(0), 0
     for _ in range(count):
         flipped(path, draw.randrange(8 * len(whole)))
         try:
             read()
         except ValueError:
-            found += 1
+            number += 1
         path.write_bytes(whole)
     read()
-    return found
+    return number
 
 
 def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_is_taken(tmp_path, caplog):
@@ -61,10 +61,9 @@ def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_
     assert last_checkpoint(tmp_path)["step"] == 8
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
-def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path, name):
+def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path):
     save_classifier(SmallCNN(1, 2, (8, 8), 2), tmp_path)
-    assert refused(lambda: load_classifier(tmp_path), tmp_path / name, 60) == 60
+    assert refused(lambda: load_classifier(tmp_path), tmp_path / "model.safetensors", 60) == 60
 
 
 def test_every_bit_of_a_header(tmp_path):
@@ -85,10 +84,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(tmp_path, caplo
     flipped(tmp_path / "run" / CHECKPOINT, 8 * 3000)
     with caplog.at_level(logging.WARNING, "purify_fast"):
         again = train(tmp_path / "run")
-    assert "checkpoint.damaged-1.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert "checkpoint.damaged.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
+    assert same(whole, again)
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
-    assert (tmp_path / "run" / "checkpoint.damaged-1.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint.damaged.safetensors").is_file()
 
 
 def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
@@ -100,57 +99,49 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
-def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
-    """The weights bring their own facts: model.json still shows those of the model before."""
-    save_model(tmp_path, "SmallCNN", SmallCNN(1, 2, (8, 8), 4).arguments, SmallCNN(1, 2, (8, 8), 4).state_dict())
-    before = (tmp_path / "model.json").read_bytes()
-    new = SmallCNN(1, 3, (8, 8), 2)
-    save_classifier(new, tmp_path)
-    (tmp_path / "model.json").write_bytes(before)
+def test_a_model_whose_saving_was_killed_is_the_one_before(tmp_path, monkeypatch):
+    before = SmallCNN(1, 2, (8, 8), 4)
+    save_classifier(before, tmp_path)
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_classifier(SmallCNN(1, 3, (8, 8), 2), tmp_path)
     loaded = load_classifier(tmp_path)
-    assert loaded.arguments == new.arguments
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in new.state_dict().items())
+    assert loaded.arguments == before.arguments and same(loaded.state_dict(), before.state_dict())
 
 
+#: A training that may not write files larger than 2,000 bytes, which are less than a checkpoint.
 FULL = """
 import resource, sys, torch, types
 from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
 import small_runs as t
 unlimited = resource.RLIM_INFINITY
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited))
 # room comes while the run waits
 room = lambda seconds: resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
 _files.time = types.SimpleNamespace(sleep=room)
-weights = t.train(sys.argv[1], epochs=1, checkpoint_seconds=0, on_full=sys.argv[4])
+weights = t.train(sys.argv[1], epochs=1, checkpoint_seconds=0, on_full=sys.argv[3])
 torch.save(weights, sys.argv[1] + "-weights")
 """
 
 
-def full(folder, how):
-    """A training that may not write files larger than 2,000 bytes, which are less than a checkpoint."""
-    script = [sys.executable, "-c", FULL, str(folder), os.path.dirname(__file__), "2000", how]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
-def test_a_full_disk_ends_a_run_with_the_file_named(tmp_path):
-    done = full(tmp_path / "run", "stop")
-    assert done.returncode != 0
+@pytest.mark.parametrize("how", ["stop", "wait"])
+def test_a_full_disk_ends_a_run_with_the_file_named_or_is_waited_for(tmp_path, how):
+    script = [sys.executable, "-c", FULL, str(tmp_path / "run"), os.path.dirname(__file__), how]
+    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    if how == "wait":
+        assert done.returncode == 0 and done.stderr.count("waiting until there is room") == 1, done.stderr
+        assert same(torch.load(f"{tmp_path}/run-weights"), train(None, epochs=1))
+        return
     last = done.stderr.strip().splitlines()[-1]
     assert f"{tmp_path}/run/{CHECKPOINT} cannot be written, its disk has" in last and "MiB free" in last
-    assert "make room and run the same command again to go on" in last
+    assert done.returncode != 0 and "make room and run the same command again to go on" in last
     assert not list((tmp_path / "run").glob(".checkpoint*"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
-def test_a_full_disk_is_waited_for_and_changes_nothing(tmp_path):
-    done = full(tmp_path / "run", "wait")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("waiting until there is room") == 1
-    found = torch.load(f"{tmp_path}/run-weights")
-    assert all(torch.equal(tensor, found[name]) for name, tensor in train(None, epochs=1).items())
 
 
 def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
@@ -219,8 +210,7 @@ torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     """A run that is asked to end, as by a cluster's scheduler, loses nothing."""
     words = [sys.executable, "-c", LONG, str(tmp_path / "run"), os.path.dirname(__file__)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*words, "80"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*words, "80"], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     while not (tmp_path / "run" / CHECKPOINT).is_file():
         time.sleep(0.01)
@@ -228,7 +218,8 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 143, errors
     step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
-    assert f"ended by SIGTERM after step {step} of 320; its checkpoint is in {tmp_path / 'run'}" in errors
+    told = f"ended by SIGTERM after step {step} of 320: the same again goes on from the last checkpoint, in {tmp_path}"
+    assert told in errors
     whole = train(None, epochs=80)
     again = train(tmp_path / "run", epochs=80, checkpoint_seconds=1000)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert same(whole, again)

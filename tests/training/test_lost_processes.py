@@ -5,13 +5,10 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,16 +16,13 @@ from purify_fast import cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import last_checkpoint, read_tree
 
-SCRIPT = Path(__file__).with_name("together.py")
-# 30 is a multiple of 1, 2 and 3 processes
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "TOGETHER_BATCH": "30"}
 KIND = "convolutional"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def trio(together):
-    """The same with batches that one, two or three processes can share."""
+    """The same with batches of 30, a multiple of one, two and three processes."""
 
     def run(*arguments, timeout="120", **options):
         return together(*arguments, TOGETHER_BATCH="30", TOGETHER_TIMEOUT=timeout, **options)
@@ -156,6 +150,8 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Time
 def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
     """Any error with such a word in it was taken for one."""
     monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "NOTICE", 0)
+    monkeypatch.setattr(distributed, "_watch", distributed._Watch(torch.distributed.HashStore(), "alive"))
     with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
         raise error
     assert isinstance(told.value, distributed.ProcessLost) is lost
@@ -205,55 +201,36 @@ def test_a_patience_that_is_none(monkeypatch, text):
 
 
 @pytest.mark.slow
-def test_two_nodes_on_one_machine(tmp_path):
+def test_two_nodes_on_one_machine(torchrun, tmp_path):
     """Two torchruns of one process each, which meet at one address, as on two machines."""
-    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
-    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    words = ["train", "classifier", "--width", "2", "--data", str(tmp_path / "small.npz"), "--device", "cpu"]
-    words += ["--epochs", "2", "--batch-size", "20", "--out", str(tmp_path / "run")]
-    port = 29500 + os.getpid() % 400
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
-             "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
-             "-m", "purify_fast", *words],
-            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for node in range(2)
-    ]  # fmt: skip
+    words = ["classifier", "--width", "2", "--epochs", "2", "--batch-size", "20", "--out", tmp_path / "run"]
+    port = str(29500 + os.getpid() % 400)
+    how = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank"]
+    nodes = [torchrun([*how, str(node)], *words) for node in range(2)]
     printed = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert [out.count("saved to") for out, _ in printed] == [1, 0]
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 4
 
 
-def workers(launcher):
-    """The processes that torchrun has started, of this machine's kernel."""
-    return [int(one) for one in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not tell a process's children")
-def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(tmp_path):
-    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
-    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    words = ["train", "classifier", "--width", "2", "--data", str(tmp_path / "small.npz"), "--device", "cpu"]
-    words += ["--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
-    launched = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         "-m", "purify_fast", *words, str(tmp_path / "run")],
-        env={**ENVIRONMENT, "PURIFY_FAST_TIMEOUT": "20"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(torchrun, tmp_path):
+    words = ["classifier", "--width", "2", "--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launched = torchrun(how, *words, tmp_path / "run", PURIFY_FAST_TIMEOUT="20")
     while not (tmp_path / "run" / "checkpoint.safetensors").is_file():
         assert launched.poll() is None
         time.sleep(0.01)
-    os.kill(workers(launched.pid)[1], signal.SIGKILL)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
     done = last_checkpoint(tmp_path / "run")["step"]
     out, errors = launched.communicate(timeout=120)
     assert launched.returncode == 0 and done < 120 and out.count("saved to") == 1, errors
     rows = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows == list(range(60))
-    assert cli.main([*words, str(tmp_path / "alone")]) == 0
+    few = ["--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+    assert cli.main(["train", *words, str(tmp_path / "alone"), *few]) == 0
     found, wanted = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("run", "alone"))
     assert found["step"] == wanted["step"] == 120
     for name, tensor in wanted["model"].items():

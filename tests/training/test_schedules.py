@@ -4,26 +4,12 @@ import pytest
 
 from purify_fast.training.schedules import carso_published, carso_v1_published, one_cycle
 
+LONG = {0: 5e-9, 1: 0.00256, 12: 0.03072, 25: 0.064, 50: 0.064, 51: 0.0635734, 125: 0.0320040, 199: 4.34613e-4}
+
 
 @pytest.mark.parametrize(
     ("epochs", "peak", "rates"),
-    [
-        (
-            200,
-            0.064,
-            {
-                0: 5e-9,
-                1: 0.00256,
-                12: 0.03072,
-                25: 0.064,
-                50: 0.064,
-                51: 0.0635734,
-                125: 0.0320040,
-                199: 4.34613e-4,
-            },
-        ),
-        (250, 0.0128, {31: 0.0128, 62: 0.0128, 63: 0.0127319, 249: 6.9677e-5}),
-    ],
+    [(200, 0.064, LONG), (250, 0.0128, {31: 0.0128, 62: 0.0128, 63: 0.0127319, 249: 6.9677e-5})],
 )
 def test_fact_8_learning_rates(epochs, peak, rates):
     for epoch, rate in rates.items():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import Listener
+from small_runs import StopAt, Stopped
 
 from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -23,21 +23,6 @@ pytestmark = [
 ]
 
 
-class Killed(Exception):
-    pass
-
-
-class KilledAfter(Listener):
-    """Ends a training after so many epochs."""
-
-    def __init__(self, epochs: int):
-        self.epochs = epochs
-
-    def on_step(self, state) -> None:
-        if state.epoch == self.epochs:
-            raise Killed
-
-
 def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
     """The weights after three epochs of ARREST, whose distance differs between backends in the last bits."""
     torch.manual_seed(0)
@@ -50,8 +35,8 @@ def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
 
 def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cache, caplog):
     whole = train(tmp_path / "whole")
-    with pytest.raises(Killed):
-        train(tmp_path / "parts", [KilledAfter(1)])
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", [StopAt(3)])
     names = ("representation_distance", "representation_distance_backward", "pgd_step")
     cells = {"": {"eager": "reference"}}
     lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "cells": cells} for name in names}

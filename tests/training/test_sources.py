@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import images, same, task
+from small_runs import StopAt, Stopped, images, same, task
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -12,10 +12,6 @@ from purify_fast.training import FitConfig, fit
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def source(config, x, y):
-    return InMemory(x, y, config, 0, 1)
 
 
 # -- images at the door -----------------------------------------------------------------------------------------------
@@ -32,8 +28,8 @@ def source(config, x, y):
         (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
         (lambda x, y: (x, y - 1), "y must hold labels of at least 0, got -1"),
         (lambda x, y: (x, y + 1), "y: the largest label is 2, but the model has 2 classes, 0 to 1"),
-        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"x: the model does not take images of \[3, 8, 8\]"),
-        (lambda x, y: (x[:, :, :4], y), r"x: the model does not take images of \[1, 4, 8\]"),
+        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"the classifier must map images \[B, 3, 8, 8\] to logits"),
+        (lambda x, y: (x[:, :, :4], y), r"the classifier must map images \[B, 1, 4, 8\] to logits"),
     ],
 )
 def test_wrong_images_and_labels_are_named_before_any_step(tmp_path, change, message):
@@ -78,7 +74,7 @@ class Indexed(Dataset):
 
 
 def as_batches(epoch, x, y, config):
-    return [(raw, labels, ids) for raw, labels, ids in source(config, x, y).epoch(epoch, 0)]
+    return list(InMemory(x, y, config, 0, 1).epoch(epoch, 0))
 
 
 def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
@@ -87,13 +83,11 @@ def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
     tensors, function, floats = task(), task(), task()
     last = fit(tensors, x, y, config, progress=False)
     assert fit(function, lambda epoch: as_batches(epoch, x, y, config), None, config, progress=False) == last
-    fit(
-        floats,
-        lambda epoch: [(raw.float().div(255), labels, ids) for raw, labels, ids in as_batches(epoch, x, y, config)],
-        None,
-        config,
-        progress=False,
-    )
+
+    def in_floats(epoch):
+        return [(raw.float().div(255), *rest) for raw, *rest in as_batches(epoch, x, y, config)]
+
+    fit(floats, in_floats, None, config, progress=False)
     assert same(tensors, function) and same(tensors, floats)
 
 
@@ -102,29 +96,11 @@ def test_a_shuffling_loader_is_in_the_same_order_every_time(indices):
     x, y = images(60)
     dataset = Indexed(x, y) if indices else TensorDataset(x, y)
     one, two = task(), task()
-    torch.manual_seed(1)
-    fit(one, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
-    torch.manual_seed(2)
-    fit(two, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
+    for made, seed in ((one, 1), (two, 2)):
+        torch.manual_seed(seed)
+        own = torch.Generator().manual_seed(seed) if indices else None
+        fit(made, DataLoader(dataset, 16, shuffle=True, generator=own), None, FitConfig(2), progress=False)
     assert same(one, two)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def cut(made, step):
-    """Raises in place of a step."""
-    original, taken = made.training_step, []
-
-    def stopping(batch):
-        if len(taken) == step:
-            raise Interrupted
-        taken.append(batch.epoch)
-        return original(batch)
-
-    made.training_step = stopping
-    return made, taken
 
 
 @pytest.mark.parametrize(("form", "again"), [("loader", [1, 1, 1, 1, 2, 2, 2, 2]), ("function", [1, 2, 2, 2, 2])])
@@ -140,37 +116,35 @@ def test_a_loaders_run_is_resumed_at_an_epochs_end_and_a_functions_at_any_step(t
 
     whole = task()
     fit(whole, data, None, config, tmp_path / "whole", progress=False)
-    with pytest.raises(Interrupted):
-        fit(cut(task(), 7)[0], data, None, config, tmp_path / "cut", progress=False)
-    resumed, taken = cut(task(), None)
+    with pytest.raises(Stopped):
+        fit(task(), data, None, config, tmp_path / "cut", progress=False, callbacks=[StopAt(8)])
+    resumed, taken = task(), []
+    step = resumed.training_step
+    resumed.training_step = lambda batch: taken.append(batch.epoch) or step(batch)
     fit(resumed, data, None, config, tmp_path / "cut", progress=False)
     assert taken == again and same(whole, resumed)
 
 
-def test_loaders_that_cannot_be_used_are_refused(tmp_path):
+def test_loaders_that_cannot_be_used_are_refused():
     x, y = images()
     for wrong in (iter([(x, y)]), 3):
         with pytest.raises(TypeError, match="x must be images, batches with a length, such as a DataLoader"):
             fit(task(), wrong, None, FitConfig(1))
-    with pytest.raises(ValueError, match="x gives no batch"):
-        fit(task(), [], None, FitConfig(1))
+
+    class Short(list):
+        def __len__(self):
+            return 2
+
+    for wrong, message in (
+        ([], "x gives no batch"),
+        (Short([(x, y)]), "x gave 1 batches in epoch 0, its length says 2"),
+        ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
+        ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(task(), wrong, None, FitConfig(1), progress=False)
     with pytest.raises(ValueError, match="y must be None with batches"):
         fit(task(), [(x, y)], y, FitConfig(1))
-    with pytest.raises(ValueError, match="x gave 1 batches in epoch 0, its length says 2"):
-
-        class Short(list):
-            def __len__(self):
-                return 2
-
-        fit(task(), Short([(x, y)]), None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match=r"x: labels must be int64 \[B\] = \[64\], got torch.int32"):
-        fit(task(), [(x, y.int())], None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match=r"x: images must be float in \[0, 1\] or uint8"):
-        fit(task(), [(x.long(), y)], None, FitConfig(1), progress=False)
-    own = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator())
-    with pytest.raises(ValueError, match="DataLoader with a generator of its own, whose state is in no checkpoint"):
-        fit(task(), own, None, FitConfig(1), tmp_path)
-    fit(task(), own, None, FitConfig(1), progress=False)  # nothing is kept, nothing can be resumed
 
 
 def test_a_loaders_last_smaller_batch_is_trained_on():

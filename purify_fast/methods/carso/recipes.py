@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ...models.classifiers import FullyConnected
+from ...models.classifiers import FullyConnected, WideResNet
 from ...models.foreign import load_state, read_weights
-from ...models.wide_resnet import WideResNet
 from ...training.config import TrainingAttack
 from ..base import Recipe, read_recipes
 from .config import CarsoConfig, atom_size

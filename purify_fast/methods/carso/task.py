@@ -285,7 +285,7 @@ class CarsoTask(PurifierTask[Carso]):
     def _check_last_batch(self, length: RunLength) -> None:
         """ValueError where an epoch's last batch is kept, and is too small to be attacked."""
         config, images = self.config, length.last_batch
-        if config.attack_target == "classifier" and images is not None and images != length.batch_size:
+        if config.attack_target == "classifier" and images != length.batch_size:
             try:
                 atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
             except ValueError as error:

@@ -110,7 +110,7 @@ def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
         (["--batch-size", "2000"], "batch_size 2000 is larger than the 1297 training images"),
         (["--model", "gan"], "classifier must be one of small_cnn"),
         (["--classifier", "{standard}", "--depth", "10", "--standard-epochs", "3"], "leave out depth, standard_epochs"),
-        (["--classifier", "nowhere"], "nowhere/model.json is missing"),
+        (["--classifier", "nowhere"], "nowhere/model.safetensors is missing"),
         (["--classifier", "{standard}", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
         (["--width", "4", "--standard-epochs", "1", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
     ],

@@ -606,5 +606,5 @@ def test_layers_that_are_none():
     with pytest.raises(ValueError, match=r"layers must be given for a Given: .*features"):
         arrest(Given(1.0, 2.0))
     arrest(Given(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
-    with pytest.raises(ValueError, match=r"must map \[B, 3, 16, 16\] to logits"):
+    with pytest.raises(ValueError, match=r"must map images \[B, 3, 16, 16\] to logits"):
         arrest(shape=(3, 16, 16))

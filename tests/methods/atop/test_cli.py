@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path,
     monkeypatch.setattr(AtopTask, "updates", interrupted)
     assert run("atop", made, tmp_path / "cut", *options) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
-    assert not (tmp_path / "cut" / "model.json").exists()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert run("atop", made, tmp_path / "cut", *options) == 0
     assert calls == [0] * 4 + [1] * 3 + [1] * 2  # the seventh step was not taken, and is the first of the second run
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
@@ -211,7 +211,8 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
         assert kind in refused(what, "--init", str(made / "classifier"))
     for what in ("generator", "atop", "carso"):
         assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))
-    assert "runs/generator/model.json is missing" in refused("atop")
-    assert f"{tmp_path / 'nowhere' / 'model.json'} is missing" in refused("atop", "--init", str(tmp_path / "nowhere"))
+    assert "runs/generator/model.safetensors is missing" in refused("atop")
+    nowhere = tmp_path / "nowhere"
+    assert f"{nowhere}/model.safetensors is missing" in refused("atop", "--init", str(nowhere))
     assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
-    assert f"{carso / 'classifier' / 'model.json'} is missing" in capsys.readouterr().err
+    assert f"{carso / 'classifier' / 'model.safetensors'} is missing" in capsys.readouterr().err

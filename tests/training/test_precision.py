@@ -1,8 +1,9 @@
-"""precision "tf32": while a task with it is trained, and no longer, float32 products may be rounded on a GPU."""
+"""Precisions: "tf32" rounds float32 products on a GPU while a task is trained; "bfloat16" rounds products alone."""
 
 import pytest
 import torch
-from small_runs import SHAPE, Listener, arrest_task, atop_task, carso_task, classifier_task
+from small_runs import SHAPE, Listener, arrest_task, atop_task, attack, batch, carso_task, classifier_task
+from torch import nn
 
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.training import FitConfig, fit
@@ -40,3 +41,27 @@ def test_joint_training_takes_it():
     assert CarsoConfig(joint=True, attack_target="pipeline", precision="tf32").precision == "tf32"
     with pytest.raises(ValueError, match="joint training needs precision 'float32' or 'tf32', got 'bfloat16'"):
         CarsoConfig(joint=True, attack_target="pipeline", precision="bfloat16")
+
+
+def step(precision, eps):
+    """One step of a classifier's training: the task with its gradients, the loss, and what its convolutions put out."""
+    task, dtypes = classifier_task(attack=attack(eps=eps), precision=precision), set()
+    for layer in task.model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
+    loss, _ = task.training_step(batch())
+    loss.backward()
+    return task, loss.detach(), dtypes
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_products_are_rounded_and_weights_are_not(eps):
+    exact, loss, dtypes = step("float32", eps)
+    task, near, rounded = step("bfloat16", eps)
+    assert dtypes == {torch.float32} and rounded == {torch.bfloat16}
+    assert near.dtype == torch.float32 and near.item() == pytest.approx(loss.item(), rel=0.01)
+    for one, other in zip(task.model.parameters(), exact.model.parameters(), strict=True):
+        assert one.dtype == one.grad.dtype == torch.float32
+        assert torch.equal(one, other)
+        assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0) > 0.9
+    assert task.describe() != exact.describe()
