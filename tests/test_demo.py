@@ -9,8 +9,7 @@ import pytest
 
 from purify_fast.demo import methods, sentences
 from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
-from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS
-from purify_fast.demo.workspace import QUICK, Budget, Workspace
+from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier

@@ -111,6 +111,6 @@ class Info(Command):
     all: bool = False
 
     def run(self) -> None:
-        from .installation import report, summary
+        from .installation import info
 
-        print(report() if self.all else summary())
+        print(info(self.all))

@@ -11,22 +11,20 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from .._files import write_text
 from .._process import end_with_parent, end_workers, worker_pool
+from .._templates import render
 from ..evaluation import Report, Row, Tradeoff, merge, plot_tradeoff
 from ..evaluation.show.tables import percent
 from ..speed import retain_freed_memory
 from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
-from .setting import EPS, digits
-from .workspace import QUICK, Budget, Workspace
+from .setting import EPS, QUICK, Budget, Workspace, digits
 
 __all__ = ["EPS", "QUICK", "Budget", "Workspace", "run"]
 
@@ -60,7 +58,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
         for name, lowest in reports[title].headlines.items():
             clean = next(row for row in reports[title].rows if (row.model, row.kind) == (name, "clean"))
             summary.setdefault(name, (clean, lowest))
-    page = _render("report.md.jinja", quick=quick, summary=summary, sections=sections, percent=percent)
+    page = render(__package__, "report.md.jinja", quick=quick, summary=summary, sections=sections, percent=percent)
     write_text(workspace.out / "report.md", page)
     folders = " and ".join(map(_folder, METHODS))
     print(f"written: {workspace.out}/report.md; report.html, report.json and pictures in {folders} there")
@@ -127,7 +125,9 @@ def _folder(title: str) -> str:
 def sentences(title: str, reports: dict[str, Report], budget: Budget) -> str:
     """What the numbers of a method's models say, by the name of each model."""
     functions = {"share": _share, "against": _against, "tradeoff": _tradeoff}
-    return _render("sentences.md.jinja", title=title, reports=reports, budget=budget, m=methods, **functions)
+    return render(
+        __package__, "sentences.md.jinja", title=title, reports=reports, budget=budget, m=methods, **functions
+    )
 
 
 def _share(report: Report, row: str) -> str:
@@ -146,8 +146,3 @@ def _tradeoff(report: Report) -> Tradeoff:
     """Accuracy under AutoAttack beside the clean accuracy on the same images."""
     auto = report.row(AUTOATTACK)
     return Tradeoff(100 * float(report.row("clean").robust[: auto.n].mean()), 100 * auto.accuracy)
-
-
-def _render(template: str, **values: Any) -> str:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(files(__package__).joinpath(template).read_text(encoding="utf-8")).render(values)

@@ -33,8 +33,7 @@ from ..training import (
     load_classifier,
     save_classifier,
 )
-from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, attacked, ce_then_dlr, digits
-from .workspace import Workspace
+from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, Workspace, attacked, ce_then_dlr, digits
 
 STANDARD, BASE = "standard", "base (PGD-AT)"
 CARSO_OBJECTIVE, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
