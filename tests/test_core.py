@@ -33,9 +33,6 @@ def rows(element, shape):
     return arrays(np.float32, shape, elements=element)
 
 
-shapes = st.tuples(st.integers(1, 9), st.integers(2, 12))
-
-
 @holds(int64, uint32, uint32, uint32, st.sampled_from(list(Stream)))
 def test_philox_words(core, seed, group, draw, sample, stream):
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
@@ -87,50 +84,10 @@ def test_sixteen_bit_rounding(core, x):
         np.testing.assert_array_equal(core.round_half(value), np.float32(np.float16(value)))
 
 
-def step(core, x, grad, natural, alpha, eps, norm):
-    return core.pgd_step(x, grad, natural, alpha, eps, norm, 0.0, 1.0)
-
-
 images = st.integers(1, 40).flatmap(
     lambda n: st.tuples(rows(st.floats(0, 1, width=32), n), rows(st.floats(0, 1, width=32), n), rows(floats, n))
 )
 radii = st.floats(0, 1, width=32)
-
-
-@holds(images, radii, radii, st.sampled_from([0, 1]))
-def test_pgd_step_stays_in_the_ball_and_the_box(core, images, alpha, eps, norm):
-    x, natural, grad = images
-    out = step(core, x, grad, natural, alpha, eps, norm)
-    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
-    distance = np.abs(out.astype(np.float64) - natural)
-    size = distance.max() if norm == 0 else np.sqrt((distance**2).sum())
-    assert size <= eps * (1 + 4 * EPS) + 2 * EPS * np.sqrt(len(x))
-
-
-@holds(images, radii, st.sampled_from([0, 1]), st.sampled_from([0.0, np.nan, np.inf, -np.inf]))
-def test_pgd_step_without_a_usable_gradient_moves_nothing(core, images, alpha, norm, bad):
-    x, _, _ = images
-    np.testing.assert_array_equal(step(core, x, np.full_like(x, bad), x, alpha, 0.5, norm), x)
-
-
-@holds(images, radii, radii, st.floats(2.0**-100, 2.0**60, width=32))
-def test_pgd_step_l2_ignores_the_gradients_scale(core, images, alpha, eps, scale):
-    x, natural, grad = images
-    grad = np.nan_to_num(np.clip(grad, -1e3, 1e3)).astype(np.float32)
-    grad[np.abs(grad) < 1e-3] = 0
-    scale = 2.0 ** np.round(np.log2(scale))  # powers of two scale without rounding
-    a = step(core, x, grad, natural, alpha, eps, 1)
-    b = step(core, x, (grad * scale).astype(np.float32), natural, alpha, eps, 1)
-    np.testing.assert_array_equal(a, b)
-
-
-@holds(images, radii, radii, st.integers(0, 39))
-def test_pgd_step_keeps_nan_where_it_is(core, images, alpha, eps, where):
-    x, natural, grad = images
-    x = x.copy()
-    x[where % len(x)] = np.nan
-    out = step(core, x, np.nan_to_num(grad, posinf=1, neginf=-1), natural, alpha, eps, 0)
-    np.testing.assert_array_equal(np.isnan(out), np.isnan(x))
 
 
 @holds(images, radii, radii, st.integers(1, 40))
@@ -147,113 +104,6 @@ def test_pgd_step_l1_stays_in_the_ball_and_the_box_and_moves_what_it_may(core, i
     length = np.float32(alpha) * (np.float32(1) / np.float32(max(1, allowed.sum())))
     ahead = np.where(allowed, np.where(grad > 0, length, -length), 0)
     np.testing.assert_array_equal(free, np.clip(x + ahead.astype(np.float32), 0, 1))
-
-
-def momentum_step(core, x, grad, natural, previous, alpha, eps, momentum, norm):
-    return core.apgd_step(x, grad, natural, previous, alpha, eps, momentum, norm, 0.0, 1.0)
-
-
-@holds(images, radii, radii, radii, st.sampled_from([0, 1]), st.integers(0, 39))
-def test_apgd_step_stays_in_the_ball_and_the_box(core, images, alpha, eps, momentum, norm, shift):
-    x, natural, grad = images
-    out = momentum_step(core, x, grad, natural, np.roll(x, shift), alpha, eps, momentum, norm)
-    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
-    distance = np.abs(out.astype(np.float64) - natural)
-    size = distance.max() if norm == 0 else np.sqrt((distance**2).sum())
-    assert size <= eps * (1 + 4 * EPS) + 2 * EPS * np.sqrt(len(x))
-
-
-@holds(images, st.floats(-2, 2, width=32), st.sampled_from([0, 1, 2]))
-def test_hyperplane_projection_reaches_the_plane_or_the_corner(core, images, share, norm):
-    x, _, w = images
-    usable = np.where(np.isfinite(w), w, 0).astype(np.float64)
-    usable = usable / max(1.0, np.abs(usable).max())
-    w = np.where(np.isfinite(w), usable, w).astype(np.float32)
-    normal = np.where(np.isfinite(w), w, 0).astype(np.float64)
-    gap = share * np.abs(normal).sum()
-    move = core.hyperplane_projection(x, w, np.float32(normal @ x + gap), norm, 0.0, 1.0).astype(np.float64)
-    z = x + move
-    assert np.isfinite(move).all() and (z >= -EPS).all() and (z <= 1 + EPS).all()
-    assert (move * normal * gap >= 0).all()
-    most = (np.where(normal * gap > 0, 1 - x, x) * np.abs(normal)).sum()
-    assert abs(abs(move @ normal) - min(abs(gap), most)) <= 64 * EPS * len(x)
-
-
-@holds(shapes.flatmap(lambda s: rows(finite(300), s)))
-def test_peel_decides_as_lse(core, logits):
-    lse, peel = core.aggregate(0, logits), core.aggregate(1, logits)
-    assert peel[lse.argmax()] == peel.max()
-    assert (peel <= 0).all()
-
-
-@holds(shapes.flatmap(lambda s: st.tuples(rows(finite(200), s), rows(finite(10), s[1]))))
-def test_lse_gradient_shares_the_upstream_gradient_out(core, data):
-    logits, grad = data
-    out = core.aggregate_backward(0, grad, logits)
-    assert np.isfinite(out).all()
-    assert np.abs(out.astype(np.float64).sum(0) - grad).max() <= 64 * EPS * (1 + np.abs(grad).max())
-
-
-# away from where squares vanish
-feature = st.one_of(st.just(0.0), st.floats(2.0**-8, 16, width=32), st.floats(-16, -(2.0**-8), width=32))
-features = st.integers(1, 100).flatmap(lambda n: st.tuples(rows(feature, n), rows(feature, n)))
-
-
-@holds(features, st.integers(-8, 8), st.sampled_from(range(4)))
-def test_representation_distance_of_parallel_vectors(core, data, power, kind):
-    """Exactly 0, with gradient scale (v - along u) = 0; at any power of two but for l2."""
-    u, _ = data
-    v = u * np.float32(1 if kind == 3 else 2.0**power)
-    distance, scale, along = core.representation_distance(kind, u, v)
-    if not u.any():
-        assert (distance, scale) == ((1, 0), (1, 0), (0.5, 0), (0, 0))[kind]
-        return
-    assert distance == 0 and np.isfinite(scale) and (v - np.float32(along) * u == 0).all()
-    if kind == 0:
-        assert core.representation_distance(kind, u, -v)[0] == 0
-
-
-unit = st.floats(0, 1, width=32)
-
-
-@holds(unit, st.integers(0, 2**24 - 1), unit)
-def test_replayed_pixels_stay_in_the_ball_and_the_box(core, x, word, eps):
-    x, eps, uniform = np.float32(x), np.float32(eps), np.float32(word * 2.0**-24)
-    out = np.float32(core.replayed(x, uniform, eps, 0.0, 1.0))
-    np.testing.assert_array_equal(out, np.clip(x + eps * (2 * uniform - np.float32(1)), np.float32(0), np.float32(1)))
-    assert max(x - eps, np.float32(0)) <= out <= min(x + eps, np.float32(1))
-    for bad in ((np.nan, uniform, eps), (x, uniform, np.nan)):
-        assert np.isnan(core.replayed(*map(np.float32, bad), 0.0, 1.0))
-
-
-grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
-moves = st.tuples(st.integers(-1, 0), st.integers(0, 1), st.integers(-1, 0), st.integers(0, 1))
-
-
-def matrices(grid, seed):
-    """Two of them, of whole numbers, whose sums are exact."""
-    cells = grid[0] * grid[1]
-    return np.random.default_rng(seed).integers(-1000, 1000, (2, cells, cells)).astype(np.float32)
-
-
-@holds(grids, uint32, moves)
-def test_windows_lead_back(core, grid, seed, moves):
-    """<y, window(x)> = <window back(y), x>: what backward rests on; the fuses are their own way back."""
-    x, y = matrices(grid, seed)
-    back = tuple(-m for m in (moves[1], moves[0], moves[3], moves[2]))
-    y = y.astype(np.float64)
-    assert (y * core.window(x, *grid, moves)).sum() == (core.window(y, *grid, back) * x.astype(np.float64)).sum()
-    for by_columns in (False, True):
-        there, back_again = core.fuse(x, *grid, by_columns), core.fuse(y, *grid, by_columns)
-        assert (y * there).sum() == (back_again * x.astype(np.float64)).sum()
-
-
-@holds(grids, uint32)
-def test_fuse_by_columns_is_fuse_by_rows_of_the_turned_grid(core, grid, seed):
-    (height, width), x = grid, matrices(grid, seed)[0]
-    order = np.arange(height * width).reshape(height, width).T.ravel()
-    turned = core.fuse(x[order][:, order], width, height, False)
-    np.testing.assert_array_equal(core.fuse(x, height, width, True)[order][:, order], turned)
 
 
 @holds(st.integers(1, 40), st.integers(1, 255), st.data())

@@ -60,17 +60,17 @@ def test_importing_ops_does_not_import_triton_kernels():
     assert done.returncode == 0, done.stderr
 
 
-def test_an_unknown_backend_in_the_environment_is_refused():
-    done = run("import purify_fast.ops", PURIFY_FAST_BACKEND="bogus")
-    assert done.returncode != 0
-    assert "backend 'bogus' is unknown; there are reference, cpp, triton" in done.stderr
-
-
-def test_a_forced_backend_that_is_missing_raises_and_lists_what_exists():
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bogus", "backend 'bogus' is unknown; there are reference, cpp, triton"),
+        ("cpp", "backend 'cpp' is forced but missing; on cpu there are: reference"),
+    ],
+)
+def test_a_backend_of_the_environment_that_is_not_there_is_refused(name, message):
     code = "import torch; from purify_fast.ops import aggregate; aggregate(torch.zeros(1, 2, 3))"
-    done = run(code, PURIFY_FAST_BACKEND="cpp", PURIFY_FAST_NO_EXTENSION="1")
-    assert done.returncode != 0
-    assert "backend 'cpp' is forced but missing; on cpu there are: reference" in done.stderr
+    done = run(code, PURIFY_FAST_BACKEND=name, PURIFY_FAST_NO_EXTENSION="1")
+    assert done.returncode != 0 and message in done.stderr
 
 
 def test_the_extension_is_one_file_for_every_python():

@@ -18,10 +18,9 @@ import tyro
 from .._files import folder_lock
 from .._version import __version__
 from .command import Command, usable_device
-from .demo import Demo
 from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
-from .show import Info, ShowRecipe, ShowReport, Zoo
+from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
 from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
 from .training import Training

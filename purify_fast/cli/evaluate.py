@@ -209,17 +209,17 @@ class Evaluate(DataCommand):
 
         check_eps(self.eps, self.norm or "linf")
         with folder_lock(self.report_folder()):
-            images = self.load_data()
-            self.judge(*self.loaded(images), images)
+            self.judge(self.load_data())
 
-    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet) -> None:
-        """Attack a model, or a defence with its undefended ``base``; print the report and write it."""
+    def judge(self, images: DataSet) -> None:
+        """Attack the model; print the report and write it."""
         import torch
 
         from ..defences.base import Defence
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 
+        model, base = self.loaded(images)
         out, (eps, norm) = self.report_folder(), self.ball()
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):

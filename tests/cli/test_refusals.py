@@ -1,14 +1,10 @@
 """What cannot be used is refused in one line that says what is meant."""
 
-import errno
-import os
-
 import numpy as np
 import pytest
 import torch
 
 import purify_fast
-from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import read_model, save_model
@@ -168,13 +164,3 @@ def test_arguments_that_no_model_takes(run, bars, saved, change):
     save_model(saved, facts["kind"], facts["arguments"] | change, state)
     code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
     assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed
-
-
-def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device.*model.json"):
-        _files.write_text(tmp_path / "model.json", "{}")
-    assert list(tmp_path.iterdir()) == []

@@ -36,22 +36,17 @@ def test_ranks_take_every_third_image_of_each_batch(n):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("options", "message"),
     [
-        ((0, 1, 0, 0), "n must be"),
-        ((5, 0, 0, 0), "batch_size must be"),
-        ((5, 6, 0, 0), "no step"),
-        ((5, 2, -1, 0), "seed must be"),
-        ((5, 2, 0, -1), "epoch must be"),
+        ({"n": 0}, "n must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": 21}, "no step"),
+        ({"seed": -1}, "seed must be"),
+        ({"epoch": -1}, "epoch must be"),
+        ({"world": 4}, "multiple of the 4"),
+        ({"rank": 2, "world": 2}, "rank must be"),
     ],
 )
-def test_errors(arguments, message):
+def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        batches(*arguments)
-
-
-def test_rank_errors():
-    with pytest.raises(ValueError, match="multiple of the 4"):
-        batches(20, 6, 0, 0, rank=0, world=4)
-    with pytest.raises(ValueError, match="rank must be"):
-        batches(20, 6, 0, 0, rank=2, world=2)
+        batches(**{"n": 20, "batch_size": 6, "seed": 0, "epoch": 0} | options)
