@@ -82,34 +82,3 @@ def test_sixteen_bit_rounding(core, x):
     value = np.float32(x)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(core.round_half(value), np.float32(np.float16(value)))
-
-
-images = st.integers(1, 40).flatmap(
-    lambda n: st.tuples(rows(st.floats(0, 1, width=32), n), rows(st.floats(0, 1, width=32), n), rows(floats, n))
-)
-radii = st.floats(0, 1, width=32)
-
-
-@holds(images, radii, radii, st.integers(1, 40))
-def test_pgd_step_l1_stays_in_the_ball_and_the_box_and_moves_what_it_may(core, images, alpha, eps, k):
-    x, natural, grad = images
-    k = min(k, len(x))
-    out = core.pgd_step_l1(x, grad, natural, alpha, eps, k, 0.0, 1.0)
-    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
-    assert np.abs(out.astype(np.float64) - natural).sum() <= eps * (1 + 4 * EPS) + 2 * EPS * len(x)
-    free = core.pgd_step_l1(x, grad, x, alpha, 1e6, k, 0.0, 1.0)  # no ball: the step and the box alone
-    stopped = ((x == 1) & (grad > 0)) | ((x == 0) & (grad < 0))
-    size = np.where(stopped, 0, np.abs(grad)) if np.isfinite(grad).all() else np.zeros_like(grad)
-    allowed = (size >= np.sort(size)[-k]) & (size > 0)
-    length = np.float32(alpha) * (np.float32(1) / np.float32(max(1, allowed.sum())))
-    ahead = np.where(allowed, np.where(grad > 0, length, -length), 0)
-    np.testing.assert_array_equal(free, np.clip(x + ahead.astype(np.float32), 0, 1))
-
-
-@holds(st.integers(1, 40), st.integers(1, 255), st.data())
-def test_every_part_owns_as_many_blocks(core, each, parts, data):
-    blocks = each * parts
-    owned = [core.owner_of(rank, blocks, 0, parts) for rank in range(blocks)]
-    assert np.bincount(owned).tolist() == [each] * parts
-    missing = data.draw(st.integers(0, blocks - 1))
-    assert sum(core.owner_of(rank, blocks, missing, 0) for rank in range(blocks)) == missing

@@ -9,7 +9,7 @@ import pytest
 
 from purify_fast.demo import methods, sentences
 from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
-from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS, QUICK, Budget, Workspace
+from purify_fast.demo.setting import LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier
@@ -72,15 +72,6 @@ def test_arrests_sentences_follow_the_numbers():
     lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
     text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
     assert all(f"{text} (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)" in each for each in lines[:4])
-
-
-def test_arrest_and_the_base_train_on_one_attack():
-    one, two = methods.ARREST_CONFIG.attack, BASE_TRAINING.attack
-    for epoch in (0, 9):
-        now, same = one.at_epoch(epoch, 10), two.at_epoch(epoch, 10)
-        assert now.eps == same.eps == (EPS / 2 if epoch == 0 else EPS)
-        assert now.step_size(now.eps) == pytest.approx(same.step_size(same.eps)) == pytest.approx(2 * now.eps / 7)
-    assert (one.eps, one.steps, one.eps_warmup, one.norm) == (two.eps, two.steps, two.eps_warmup, two.norm)
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):

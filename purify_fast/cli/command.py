@@ -88,8 +88,8 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        passed_on = ("download", "stream", "cache", "on_bad_image", "follow_links")
-        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
+        names = ("download", "stream", "cache", "on_bad_image", "follow_links")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -23,12 +24,10 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
     """What setup.py recorded beside an extension; empty if there is no record."""
-    if extension is None:
-        return {}
-    try:
-        return json.loads(Path(extension).with_name("_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    # without an extension there is no path
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return json.loads(Path(extension or "").with_name("_build.json").read_text())
+    return {}
 
 
 def _triton() -> str:

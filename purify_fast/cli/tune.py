@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .._files import FolderInUse, folder_lock
+from .._validation import Positive
 from .command import Command, usable_device
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ class Tune(Command):
     full: bool = False
     ops: tuple[str, ...] = ()
     again: bool = False
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, got {self.minutes:g}")
+    minutes: Positive | None = None
 
     def run(self) -> None:
         import torch

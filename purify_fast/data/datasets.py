@@ -185,10 +185,9 @@ def _find(path: Path, root: Path | None) -> Path:
         candidates.append(root / path)
         if path.suffix != ".npz":
             candidates.append(root / f"{path}.npz")
-    for exists in (Path.is_file, Path.is_dir):
-        for candidate in candidates:
-            if exists(candidate):
-                return candidate
+    existing = [path for exists in (Path.is_file, Path.is_dir) for path in candidates if exists(path)]
+    if existing:
+        return existing[0]
     looked = ", ".join(str(candidate.absolute()) for candidate in candidates)
     raise FileNotFoundError(
         f"no data set {str(path)!r}: looked for {looked}. Give 'digits', one of {', '.join(NAMES)}, an .npz file "

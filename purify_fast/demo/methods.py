@@ -134,9 +134,9 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
         return AtopTask(atop, config), budget.generator_epochs, 64
     if name in ATOP_MODELS:
         atop = model(workspace, BEFORE_ATOP)
-        published = replace(ATOP_CONFIG, cls_delay=budget.atop_cls_delay)
-        epochs = budget.atop_objective_epochs if name == ATOP_OBJECTIVE else budget.atop_pipeline_epochs
-        config = published if name == ATOP_OBJECTIVE else THROUGH_ATOP
+        config, epochs = THROUGH_ATOP, budget.atop_pipeline_epochs
+        if name == ATOP_OBJECTIVE:
+            config, epochs = replace(ATOP_CONFIG, cls_delay=budget.atop_cls_delay), budget.atop_objective_epochs
         return AtopTask(atop, config, weights_fingerprint(atop.purifier)), epochs, 64
     defence = Carso(classifier, LAYERS, shape, **SIZES)
     if name == CARSO_OBJECTIVE:

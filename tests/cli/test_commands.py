@@ -139,7 +139,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     assert refusal in capsys.readouterr().err
     other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
     assert cli.main(other) == 2
-    assert "images are 16x16, the classifier in" in capsys.readouterr().err
+    assert "images are 1x16x16, the classifier in" in capsys.readouterr().err
 
 
 def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from purify_fast import cli
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.models import own
 from purify_fast.models.own import made_by, raised_in
@@ -180,6 +179,8 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
     ("text", "message"),
     [
         ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what reads the"),
+        ("def make(width):\n    return width", "missing 1 required positional argument: 'width'"),
+        ("\n\ndef make():\n    return {}['key']", "ends.py, line 4)"),
         ("def make():\n    raise SystemExit(3)", "but it ended the program: SystemExit: 3"),
         ("import sys\nsys.path.pop(0)\ndef make():\n    {}['real']", "it failed: KeyError: 'real'"),
     ],
@@ -190,14 +191,6 @@ def test_what_a_file_does_to_the_program_is_told(run, bars, mine, text, message)
     code, printed = run("evaluate", "code/ends.py:make", "--data", bars, "--device", "cpu", "--eps", "0.1")
     assert code == 2 and "purify-fast: code/ends.py:make" in printed and message in printed, printed
     assert sys.path == path
-
-
-def test_an_error_is_placed_in_the_users_own_code(mine):
-    (mine / "takes.py").write_text("def make(width):\n    return width\n\n\ndef fails():\n    return {}['key']\n")
-    with pytest.raises(ValueError, match=r"missing 1 required positional argument: 'width'$"):
-        made_by("code/takes.py:make")
-    with pytest.raises(ValueError, match=r"KeyError: 'key' \(.*takes.py, line 6\)$"):
-        made_by("code/takes.py:fails")
 
 
 def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
@@ -216,16 +209,3 @@ def test_a_file_hides_no_other_module(mine):
     (mine / "json.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Identity()\n")
     before = sys.modules["json"]
     assert isinstance(made_by("code/json.py:make"), torch.nn.Identity) and sys.modules["json"] is before
-
-
-def test_an_error_after_a_command_with_an_own_model_is_the_packages_again(monkeypatch, capsys):
-    """In one process, such as a notebook, an earlier command's model has no part in it."""
-    from purify_fast.cli.show import Info
-
-    def broken(self):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(own, "_imported_names", {"a_model_of_mine"})
-    monkeypatch.setattr(Info, "run", broken)
-    assert cli.main(["info"]) == 1
-    assert "this is an error in purify_fast" in capsys.readouterr().err

@@ -38,7 +38,7 @@ REFUSED = {
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.json is missing",
     "evaluate {saved} --data {bars} --device gpu --eps 0.1": "--device gpu cannot be used here",
-    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 16x16, the model in {saved} was trained on 28",
+    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, the model in {saved} was trained on",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
 }
@@ -68,7 +68,7 @@ def test_a_radius_in_levels_of_255(run, line, eps):
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):
     for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, "images have 1 channels, the model in {} was trained on 3"),
+        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, the model in {} was trained on 3x16x16"),
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,26 +104,6 @@ def test_what_fails_in_the_thread_is_raised_and_the_thread_ends(streamed):
     next(reader)
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
-
-
-def anonymous():
-    """Bytes of memory that are this process's own, not a file's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_does_not_grow_with_the_set(tmp_path):
-    n, batch = 16384, 128  # 400 MB in a file of holes
-    with (tmp_path / "x.npy").open("wb") as file:
-        shape = (n, 3, 64, 128)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        file.truncate(file.tell() + n * 3 * 64 * 128)
-    x = StreamedImages(tmp_path / "x.npy", "")
-    before, most = anonymous(), 0
-    for _ in read_ahead(x, batches(n, batch, 0, 0)):
-        most = max(most, anonymous() - before)
-    assert most < 64 * 2**20  # 3 batches are 9 MB
 
 
 def task():
