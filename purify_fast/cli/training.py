@@ -110,10 +110,9 @@ class FollowsRecipe(Training):
     def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
-            shape = recipe.image_shape
             raise ValueError(
-                f"--recipe {recipe.name} is for images of shape {shape}; --data {self.data} has {images.image_shape}. "
-                f"Images of {shape[0]} channels fit with --size {shape[1]} {shape[2]}; for others leave out --recipe"
+                f"--recipe {recipe.name} is for images of shape {recipe.image_shape}; --data {self.data} has "
+                f"{images.image_shape}: resize them with --size, or leave out --recipe"
             )
         return images
 

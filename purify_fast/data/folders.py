@@ -88,13 +88,12 @@ def read_folder(
     place = (folder / CACHE if cache is None else cache / folder.resolve().name) / size
     cached = _opened(place, source, splits)
     if cached is None:
+        # Linux tells the CPUs that this process may use
+        cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        count = cpus if workers is None else workers
         with _locked(place):
             # another process may have written it meanwhile
-            cached = _opened(place, source, splits)
-            if cached is None:
-                # Linux tells the CPUs that this process may use
-                cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-                cached = _write(place, source, splits, image_size, workers=cpus if workers is None else workers)
+            cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=count)
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {}
     y: dict[str, Tensor] = {}
