@@ -161,12 +161,8 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
     # a random model is attacked in the only mode that AutoAttack's standard version is for
-    auto = AttackSpec(
-        AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries),
-        variant="deterministic",
-        max_images=budget.autoattack_images,
-        label=AUTOATTACK,
-    )
+    standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
+    auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:
         n, steps = budget.atop_images, budget.atop_steps
         alone = AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n)
@@ -197,14 +193,5 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
             attacks += [AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=label) for loss, label in steady.items()]
         if name != STANDARD:
             attacks.append(auto)
-    return attacked(
-        target,
-        budget.images,
-        attacks,
-        steps=steps,
-        eot_iter=budget.eot,
-        seed=workspace.seed,
-        out=workspace.out / FOLDERS[name],
-        name=name,
-        progress=workspace.progress,
-    )
+    options = {"steps": steps, "eot_iter": budget.eot, "seed": workspace.seed, "progress": workspace.progress}
+    return attacked(target, budget.images, attacks, out=workspace.out / FOLDERS[name], name=name, **options)
