@@ -70,20 +70,14 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{remark}"
+            free = f"its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
+            text = f"{error.strerror}: {path} cannot be written, {free}{remark}"
             if on_full == "stop":
                 raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
             if not waited:
                 logger.warning("%s; waiting until there is room", text)
             waited = True
         time.sleep(PAUSE)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"its disk has {shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
-    except OSError:
-        return "its disk does not say what is free"
 
 
 @contextlib.contextmanager

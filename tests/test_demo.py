@@ -1,21 +1,15 @@
-"""The demonstration: its sentences follow the numbers, its models are attacked alike, and its second process."""
+"""The demonstration: its sentences follow the numbers, and its models are trained and attacked alike."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from purify_fast.demo import methods
-from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, FOLDERS
-from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS
-from purify_fast.demo.workspace import AUTOATTACK, BASE, QUICK, STANDARD, Budget, SecondProcess, Workspace
+from purify_fast.demo import methods, sentences
+from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
+from purify_fast.demo.setting import LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier
@@ -43,11 +37,11 @@ def test_carsos_sentences_follow_the_numbers():
         result[methods.CARSO_OBJECTIVE].row(methods.PEEL).reliable = reliable
         return result
 
-    text = "\n".join(methods.conclude_carso(reports((3, 2), (7, 1), False), Budget()))
+    text = sentences("CARSO", reports((3, 2), (7, 1), False), Budget())
     assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text
     assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
     assert "-12.5 ± 11.7 points (n = 8, paired), no significant difference from its base" in text
-    text = "\n".join(methods.conclude_carso(reports((8, 8), (0, 0), True), Budget()))
+    text = sentences("CARSO", reports((8, 8), (0, 0), True), Budget())
     assert "worse than its base" in text and "believable" in text
 
 
@@ -56,7 +50,7 @@ def test_atops_sentences_follow_the_numbers():
     reports = {
         name: report(name, **{methods.ALONE: alone, methods.ADAPTIVE: adaptive}) for name, (alone, adaptive) in rows
     }
-    before, objective, pipeline, _ = methods.conclude_atop(reports, Budget())
+    before, objective, pipeline, _ = sentences("AToP", reports, Budget()).splitlines()
     assert "25.0 ± 15.3 % when only its classifier is attacked, 12.5 ± 11.7 % when all of it is" in before
     assert "100.0 ± 0.0 % when only" in objective
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in objective
@@ -68,25 +62,16 @@ def test_atops_sentences_follow_the_numbers():
 def test_arrests_sentences_follow_the_numbers():
     rows = zip(COMPARED, ((0, 0), (4, 3), (5, 2), (6, 6), (6, 4)), strict=True)
     reports = {name: report(name, worst=worst, **{AUTOATTACK: auto}) for name, (worst, auto) in rows}
-    scratch, finetuned, whole, carso_on_it, _ = methods.conclude_arrest(reports, Budget())
+    scratch, finetuned, whole, carso_on_it, _ = sentences("ARREST", reports, Budget()).splitlines()
     assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
     assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), no significant difference from base (PGD-AT)" in finetuned
     assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
     assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
     # a sum is of one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
-    sentences = methods.conclude_arrest({name: report(name, **few) for name in COMPARED}, Budget())
+    lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
     text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
-    assert all(f"{text} (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)" in each for each in sentences[:4])
-
-
-def test_arrest_and_the_base_train_on_one_attack():
-    one, two = methods.ARREST_CONFIG.attack, BASE_TRAINING.attack
-    for epoch in (0, 9):
-        now, same = one.at_epoch(epoch, 10), two.at_epoch(epoch, 10)
-        assert now.eps == same.eps == (EPS / 2 if epoch == 0 else EPS)
-        assert now.step_size(now.eps) == pytest.approx(same.step_size(same.eps)) == pytest.approx(2 * now.eps / 7)
-    assert (one.eps, one.steps, one.eps_warmup, one.norm) == (two.eps, two.steps, two.eps_warmup, two.norm)
+    assert all(f"{text} (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)" in each for each in lines[:4])
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
@@ -94,10 +79,10 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     few = {"images": 20, "standard_epochs": 2, "steps": 2, "eot": 2}
     few |= {"autoattack_images": 2, "autoattack_steps": 1, "autoattack_queries": 1}
     workspace = Workspace(tmp_path, replace(QUICK, **few), 0, progress=False)
-    workspace.train_classifier(STANDARD)
+    methods.train(workspace, STANDARD)
     for name in (BASE, methods.FINETUNED, methods.ARREST):
-        save_classifier(workspace.classifier(STANDARD), tmp_path / FOLDERS[name])
-    defence = Carso(workspace.classifier(STANDARD), LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
+        save_classifier(methods.model(workspace, STANDARD), tmp_path / FOLDERS[name])
+    defence = Carso(methods.model(workspace, STANDARD), LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
     folder = tmp_path / FOLDERS[methods.CARSO_ON_ARREST]
     defence.save(folder)
     save_classifier(defence.classifier, folder / "classifier")
@@ -118,71 +103,3 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     row = reports[methods.CARSO_ON_ARREST].row("PGD-2 ce")
     assert row.variant == "random" and row.settings["target"] == "defence" and row.n == 20
     assert "PGD-2 ce" in reports[methods.CARSO_ON_ARREST].row("worst").settings["over"]
-
-
-WORK = """
-import os, time
-
-def leave(workspace, name):
-    (workspace.out / name).write_text(f"{os.getpid()} {workspace.progress}")
-
-def wait(workspace, name):
-    while not (workspace.out / name).exists():
-        time.sleep(0.01)
-
-def fail(workspace):
-    raise FloatingPointError("lost")
-"""
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Functions that a second process can import."""
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "work_of_the_demos_test.py").write_text(WORK)
-    monkeypatch.syspath_prepend(tmp_path / "code")
-    yield import_module("work_of_the_demos_test")
-    sys.modules.pop("work_of_the_demos_test")
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    (tmp_path / "out").mkdir()
-    return Workspace(tmp_path / "out", Budget(), 0)
-
-
-def test_what_the_second_process_has_not_begun_is_done_here(work, workspace):
-    with SecondProcess(workspace) as beside:
-        beside(work.leave, "first")
-        # which only this process can end
-        beside(work.wait, "last")
-        for name in ("second", "third", "last"):
-            beside(work.leave, name)
-        work.wait(workspace, "first")
-        beside.finish()
-    other, quiet = (workspace.out / "first").read_text().split()
-    assert int(other) != os.getpid() and quiet == "False"
-    assert (workspace.out / "last").read_text() == f"{os.getpid()} True"
-    assert {path.name for path in workspace.out.iterdir()} == {"first", "second", "third", "last"}
-
-
-def test_work_that_needs_other_work_waits_for_it(work, workspace):
-    with SecondProcess(workspace) as beside:
-        trained = beside(work.wait, "go")
-        beside(work.leave, "done", after=trained)
-        (workspace.out / "go").touch()
-        beside.finish()
-        assert trained.done() and (workspace.out / "done").exists()
-
-
-def test_the_second_process_fails_and_ends_with_the_first(work, workspace):
-    with pytest.raises(FloatingPointError, match="lost"), SecondProcess(workspace) as beside:
-        beside(work.leave, "never", after=beside(work.fail))
-        beside.finish()
-    assert not (workspace.out / "never").exists() or (workspace.out / "never").read_text().endswith("False")
-    with pytest.raises(KeyboardInterrupt), SecondProcess(workspace) as beside:
-        beside(work.leave, "first")
-        beside(work.wait, "never seen")
-        work.wait(workspace, "first")
-        raise KeyboardInterrupt
-    assert not multiprocessing.active_children()

@@ -27,10 +27,6 @@ def test_every_listed_name_is_there(name):
         module.nothing  # noqa: B018
 
 
-def test_there_are_lazy_packages():
-    assert {"purify_fast", "purify_fast.training", "purify_fast.methods.carso"} <= set(LAZY)
-
-
 def test_the_settings_of_every_training_come_without_pytorch():
     code = (
         "import sys, purify_fast\n"

@@ -27,25 +27,17 @@ EQUAL_ARGUMENTS = {"zip", "max", "min", "save_for_backward"}
 PRIVATE_WORDS = re.compile(r"\b(ours|quicken|untapped|silent|said)\b")
 
 
-def tracked(*patterns: str) -> list[Path]:
-    """The files of the repository that match; the kernels are seen at their own place, not through the link."""
-    found = (path for pattern in patterns for path in ROOT.glob(pattern))
-    return sorted(path for path in found if "purify_fast/kernels" not in path.as_posix())
-
-
 def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def room(path: Path) -> str:
-    """The folder a source is in, methods by their parts; or the file itself, directly in purify_fast."""
-    parts = path.relative_to(ROOT).parts
-    if parts[0] == "kernels":
-        return parts[0]
-    return "/".join(parts[: 3 if parts[:2] == ("purify_fast", "methods") and len(parts) > 3 else 2])
-
-
-PYTHON = tracked("purify_fast/**/*.py", "kernels/*.py")
+#: The kernels are seen at their own place, not through the link.
+PYTHON = sorted(
+    path
+    for pattern in ("purify_fast/**/*.py", "kernels/*.py")
+    for path in ROOT.glob(pattern)
+    if "purify_fast/kernels" not in path.as_posix()
+)
 
 
 def excused(lines: list[str], line: int, why: str) -> bool:
@@ -101,28 +93,13 @@ def sniffing(path: Path) -> Iterator[str]:
             yield f"{named(path)}:{node.lineno} asks hasattr: purify_fast/protocols.py says what an object has"
 
 
-CHECKS = {
-    "long function": (long_functions, PYTHON),
-    "positional call": (positional_calls, PYTHON),
-    "hasattr": (sniffing, PYTHON),
-}
-ROOMS = sorted({room(path) for path in PYTHON})
+def private_words(path: Path) -> Iterator[str]:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if PRIVATE_WORDS.search(line):
+            yield f"{named(path)}:{number} {line.strip()}"
 
 
-def findings(name: str) -> list[str]:
-    return [line for check, paths in CHECKS.values() for path in paths if room(path) == name for line in check(path)]
-
-
-def private_words(name: str) -> list[str]:
-    found = []
-    for path in (path for path in PYTHON if room(path) == name):
-        lines = enumerate(path.read_text().splitlines(), 1)
-        found += [f"{named(path)}:{number} {line.strip()}" for number, line in lines if PRIVATE_WORDS.search(line)]
-    return found
-
-
-@pytest.mark.parametrize("name", ROOMS)
-@pytest.mark.parametrize("check", [findings, private_words])
-def test_structure(check, name):
-    found = check(name)
+@pytest.mark.parametrize("check", [long_functions, positional_calls, sniffing, private_words])
+def test_structure(check):
+    found = [line for path in PYTHON for line in check(path)]
     assert not found, "\n".join(["", *found])

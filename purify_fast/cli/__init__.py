@@ -18,13 +18,11 @@ import tyro
 from .._files import folder_lock
 from .._version import __version__
 from .command import Command, usable_device
-from .demo import Demo
 from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
-from .show import Info, ShowRecipe, ShowReport, Zoo
-from .train_atop import TrainAtop, TrainGenerator
-from .train_carso import TrainCarso
+from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
+from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
 from .training import Training
 from .tune import Tune
 
@@ -70,6 +68,8 @@ def _run(arguments: list[str]) -> None:
     # as torchrun says it
     several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
+        # a model of the user's own adds its folder for as long as the command runs
+        stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
         if several > 1:
             from ..training.distributed import torchrun_group
 
@@ -91,17 +91,6 @@ def _run(arguments: list[str]) -> None:
 def _rank() -> int:
     """The number of this process among several, as torchrun says it."""
     return int(os.environ.get("RANK") or 0)
-
-
-def _is_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says that memory is used up: on a GPU by a class of its own, on a CPU by its text alone."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def _say(text: str) -> None:
-    """Write to stderr, if it can be: it may be a file on a full disk, or closed."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr)
 
 
 def _bug(error: Exception) -> int:
@@ -131,21 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C; 1, with a
         traceback, for an error of this package or of the code of a model of the user's own.
     """
-    # a model of the user's own adds its folder for as long as the command runs
-    path = list(sys.path)
     if (own := sys.modules.get("purify_fast.models.foreign")) is not None:
         # models of an earlier command in this process have no part in this one's errors
         own.forget_imported()
     try:
-        return _status(list(sys.argv[1:] if arguments is None else arguments))
-    finally:
-        sys.path[:] = path
-
-
-def _status(arguments: list[str]) -> int:
-    """Run a command; the exit status, with what there is to say on stderr."""
-    try:
-        _run(arguments)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:
         # Whoever read the output has closed it, such as `head`: there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -153,16 +132,18 @@ def _status(arguments: list[str]) -> int:
     except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # of several processes, another than the first speaks only of an error of its own
         rank = _rank()
-        _say(f"purify-fast{f', process {rank}' if rank else ''}: {error}")
+        # stderr may be a file on a full disk, or closed
+        with contextlib.suppress(OSError, ValueError):
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _is_memory(error):
+    except Exception as error:
+        # of a GPU's memory PyTorch tells by a class of its own, of a CPU's by the text of the error alone
+        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not memory and "can't allocate memory" not in str(error):
             return _bug(error)
         print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
               "give a smaller --batch-size, or --max-forward-batch where there is one", file=sys.stderr)  # fmt: skip
         return 2
-    except Exception as error:
-        return _bug(error)
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

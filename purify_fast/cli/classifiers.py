@@ -129,19 +129,16 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     """
     from ..defences.base import Defence
 
-    channels, *size = images.image_shape
     if isinstance(model, Defence):
-        wanted_channels, *wanted = model.image_shape
-        classes = model.num_classes
+        shape, classes = model.image_shape, model.num_classes
     else:
         # every classifier that is loaded has them
         facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
-        wanted_channels, wanted, classes = facts["in_channels"], facts.get("image_size", size), facts["num_classes"]
-    if list(wanted) != list(size):
-        hint = f"; --size {' '.join(map(str, wanted))} resizes the images"
-        raise ValueError(f"images are {_size(size)}, {what} was trained on {_size(wanted)}{hint}")
-    if wanted_channels != channels:
-        raise ValueError(f"images have {channels} channels, {what} was trained on {wanted_channels}")
+        shape = (facts["in_channels"], *facts.get("image_size", images.image_shape[1:]))
+        classes = facts["num_classes"]
+    if tuple(shape) != images.image_shape:
+        hint = f"; --size {shape[1]} {shape[2]} resizes the images" if shape[0] == images.image_shape[0] else ""
+        raise ValueError(f"images are {_size(images.image_shape)}, {what} was trained on {_size(shape)}{hint}")
     if images.num_classes > classes:
         raise ValueError(f"images are of {images.num_classes} classes, {what} knows {classes}")
 

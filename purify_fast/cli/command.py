@@ -83,31 +83,26 @@ class DataCommand(Command):
     follow_links: bool = False
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is not None and (len(self.size) not in (1, 2) or min(self.size) < 1):
-            raise ValueError(f"--size must be one or two numbers of at least 1, got {' '.join(map(str, self.size))}")
-
     def load_data(self) -> DataSet:
         """The images, on the device."""
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        passed_on = ("download", "stream", "cache", "on_bad_image", "follow_links")
-        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
-        size = None if self.size is None else (self.size[0], self.size[-1])
+        names = ("download", "stream", "cache", "on_bad_image", "follow_links")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 
-    def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
-        """The sentence that names the command that attacks what was trained here: the same images, the same ball."""
+    def attacked_by(self, folder: Path) -> str:
+        """The sentence that names the command that attacks what was trained here, on the same images.
+
+        The folder says in which ball.
+        """
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
-        if self.data_root is not None:
-            words += ["--data-root", str(self.data_root)]
-        if self.size is not None:
-            words += ["--size", *map(str, self.size)]
-        if self.num_classes is not None:
-            words += ["--num-classes", str(self.num_classes)]
-        words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])
+        for name in ("data_root", "size", "num_classes"):
+            value = getattr(self, name)
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         return f"saved to {folder}; attack it with: {shlex.join(words)}"
 
 
@@ -122,14 +117,8 @@ def usable_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        why = "there is no GPU, or no driver for it" if torch.version.cuda else "this build of PyTorch is for CPUs"
-        raise ValueError(f"--device {name}: PyTorch finds no GPU here ({why}); use --device cpu")
-    try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: this machine has none: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {why}; give auto, cpu, cuda or cuda:N") from error
     return name

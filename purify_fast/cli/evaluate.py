@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import warnings
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import tyro
 
 from .._files import folder_lock
-from .._validation import CudaGraphs, CudnnBenchmark, Norm, Precision
+from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
 from .classifiers import is_named, own_model, refuse_other_images, saved_folder, zoo_name
 from .command import DataCommand
 from .run_file import ball_of_run, write_run_file
@@ -65,8 +64,8 @@ class Evaluate(DataCommand):
         precision: tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a
             slightly different function: images are rounded to 8 bits. The report says which it was.
         out: Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation. Of a
-            model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has a sign of its
-            place behind the name.
+            model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has
+            the folder's name in front.
     """
 
     called: ClassVar[str] = "evaluate"
@@ -78,7 +77,7 @@ class Evaluate(DataCommand):
     eps: float | None = None
     norm: Norm | None = None
     protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
-    images: int = 500
+    images: Count = 500
     # from here to the seed, arguments of `purify_fast.evaluation.evaluate`
     steps: int = 100
     eot_iter: int = 5
@@ -93,16 +92,6 @@ class Evaluate(DataCommand):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps is not None and not self.eps > 0:
-            raise ValueError(
-                f"--eps must be above 0, got {self.eps:g}: no image could be moved. Give a radius, such as 8/255"
-            )
-        if self.eps is not None and self.eps > 1 and self.norm in (None, "linf"):
-            raise ValueError(
-                f"--eps is in image units, at most 1 for linf, got {self.eps:g}: is {self.eps:g}/255 meant?"
-            )
-        if self.images < 1:
-            raise ValueError(f"--images must be at least 1, got {self.images}")
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
@@ -129,7 +118,7 @@ class Evaluate(DataCommand):
         if self.out is not None:
             return self.out
         if self.own is not None:
-            return Path("runs/own") / (self.title() + _sign_of_place(self.own)) / "evaluation"
+            return Path("runs/own") / self.title() / "evaluation"
         # the folder of a model of the zoo belongs to the installed package
         place = self.official or self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo
         return place / "evaluation"
@@ -140,8 +129,12 @@ class Evaluate(DataCommand):
             return f"CARSO, its authors' weights, {self.recipe}"
         if self.own is None:
             return self.of_zoo or self.folder.name
-        place, _, function = self.own.rpartition(":")
-        return f"{Path(place).stem if place.endswith('.py') else place}.{function}"
+        source, _, function = self.own.rpartition(":")
+        if source.endswith(".py"):
+            # the place is taken from the working folder, so that both may be moved together
+            file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
+            source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
+        return f"{source}.{function}"
 
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
@@ -212,18 +205,21 @@ class Evaluate(DataCommand):
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
-        with folder_lock(self.report_folder()):
-            images = self.load_data()
-            self.judge(*self.loaded(images), images)
+        from ..attacks.arguments import check_eps
 
-    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet) -> None:
-        """Attack a model, or a defence with its undefended ``base``; print the report and write it."""
+        check_eps(self.eps, self.norm or "linf")
+        with folder_lock(self.report_folder()):
+            self.judge(self.load_data())
+
+    def judge(self, images: DataSet) -> None:
+        """Attack the model; print the report and write it."""
         import torch
 
         from ..defences.base import Defence
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 
+        model, base = self.loaded(images)
         out, (eps, norm) = self.report_folder(), self.ball()
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
@@ -249,15 +245,3 @@ class Evaluate(DataCommand):
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.html, report.md and report.json")
-
-
-def _sign_of_place(spec: str) -> str:
-    """What tells files of one name in two folders apart, such as ``-1f0c2a9b``; empty for one in the working folder.
-
-    The place is taken from the working folder, so that both may be moved together.
-    """
-    place = spec.rpartition(":")[0]
-    file = os.path.relpath(Path(place).resolve(), Path.cwd().resolve())
-    if not place.endswith(".py") or file == Path(file).name:
-        return ""
-    return f"-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"

@@ -70,33 +70,27 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-class _RefusedInItsOwnWords:
+class _Asked:
+    """Marks a dataclass of which tyro's own rule is looked up in the registry, which has the rule below too."""
+
+
+def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:
     """The rule for dataclasses: built as tyro does, but a ValueError becomes `Refused`."""
+    if _Asked in info.markers or not dataclasses.is_dataclass(info.type):
+        return None
+    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _Asked)))
+    if not isinstance(spec, StructConstructorSpec):
+        return None
+    build = spec.instantiate
 
-    def __init__(self) -> None:
-        self.inside = False
-
-    def __call__(self, info: StructTypeInfo) -> StructConstructorSpec | None:
-        if self.inside or not dataclasses.is_dataclass(info.type):
-            return None
-        # tyro's own rule is looked up in the registry, which would come back here
-        self.inside = True
+    @wraps(build)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
         try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            self.inside = False
-        if not isinstance(spec, StructConstructorSpec):
-            return None
-        build = spec.instantiate
+            return build(*args, **kwargs)
+        except ValueError as error:
+            raise Refused(str(error)) from error
 
-        @wraps(build)
-        def refusing(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return build(*args, **kwargs)
-            except ValueError as error:
-                raise Refused(str(error)) from error
-
-        return dataclasses.replace(spec, instantiate=refusing)
+    return dataclasses.replace(spec, instantiate=refusing)
 
 
 def option_types() -> ConstructorRegistry:
@@ -104,7 +98,7 @@ def option_types() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.primitive_rule(_fractions)
     registry.primitive_rule(_choices)
-    registry.struct_rule(_RefusedInItsOwnWords())
+    registry.struct_rule(_refused_in_its_own_words)
     return registry
 
 

@@ -7,9 +7,7 @@ release of this package wrote it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,6 @@ def number(text: str) -> float:
         raise ValueError(f"must be a number or a fraction such as 8/255, got {text!r}") from error
 
 
-def option_names(kind: type) -> Iterator[tuple[str, bool]]:
-    """The name of each option that a run's file may hold, those of the configurations too; whether it is positional."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from option_names(typing.cast(type, hint))
-        elif field.name != "config":
-            yield field.name, tyro.conf.Positional in getattr(hint, "__metadata__", ())
-
-
 def values(command: Any) -> dict[str, Any]:
     """The options of a command and of its configurations, as YAML holds them: text, numbers, lists."""
     options: dict[str, Any] = {}
@@ -55,20 +42,15 @@ def values(command: Any) -> dict[str, Any]:
     return options
 
 
-def run_file(command: Command) -> str:
-    """The text of a run's file."""
-    left_out = {name for names in command.superseded() for name in names}
-    options = {name: value for name, value in values(command).items() if name not in left_out}
-    facts = {"command": command.called, "version": __version__}
-    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
-    return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
-
-
 def write_run_file(command: Command, folder: Path) -> None:
     """Write a run's file beside its log."""
     from .._files import write_text
 
-    write_text(folder / RUN_FILE, run_file(command))
+    left_out = {name for names in command.superseded() for name in names}
+    options = {name: value for name, value in values(command).items() if name not in left_out}
+    facts = {"command": command.called, "version": __version__}
+    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
+    write_text(folder / RUN_FILE, head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True))
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
@@ -105,7 +87,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a table, of another command, or has an option that the command does not have.
+        ValueError: it is not a table, or of another command.
     """
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
@@ -113,18 +95,13 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     command = options.pop("command", name)
     if command != name:
         raise ValueError(f"--config {path} is of `purify-fast {command}`, not of `purify-fast {name}`")
-    known = [option for option, _ in option_names(kind)]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise ValueError(f"--config {path}: `purify-fast {name}` has no option {key!r}{hint}")
     return options
 
 
 def words(options: dict[str, Any], kind: type) -> list[str]:
     """Options, as `options_of` returns them, as the words of a command line, so that both are read alike."""
-    positional = [name for name, is_positional in option_names(kind) if is_positional and name in options]
+    hints = typing.get_type_hints(kind, include_extras=True)
+    positional = [name for name in options if tyro.conf.Positional in getattr(hints.get(name), "__metadata__", ())]
     line = [str(options[name]) for name in positional]
     for name, value in options.items():
         flag = name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""The commands that only show something: ``purify-fast recipe``, ``report``, ``zoo`` and ``info``."""
+"""The commands that show something: ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,32 @@ from typing import ClassVar
 
 import tyro
 
-from .._files import write_text
 from .command import Command
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was.
+
+    Args:
+        out: The folder for models, reports and pictures.
+        quick: The same path in about a minute, with numbers that mean nothing; writes to OUT-quick.
+        seed: Seed of everything random.
+    """
+
+    called: ClassVar[str] = "demo"
+
+    out: Path = Path("runs/demo")
+    quick: bool = False
+    seed: int = 0
+
+    def writes(self) -> Path:
+        return self.out.with_name(self.out.name + "-quick") if self.quick else self.out
+
+    def run(self) -> None:
+        from .. import demo
+
+        demo.run(self.out, self.quick, self.seed)
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class ShowRecipe(Command):
 
 @dataclass(frozen=True)
 class ShowReport(Command):
-    """Write an evaluation's HTML page if it is missing, and open it in a browser.
+    """Open the HTML page of an evaluation in a browser.
 
     Args:
         folder: The folder of a report, or of a run that was evaluated.
@@ -52,15 +76,10 @@ class ShowReport(Command):
     open: bool = True
 
     def run(self) -> None:
-        from ..evaluation import Report
-
-        reports = [place / "report.json" for place in (self.folder, self.folder / "evaluation")]
-        report = next((path for path in reports if path.is_file()), None)
-        if report is None:
-            raise FileNotFoundError(f"{self.folder} holds no report.json: `purify-fast evaluate` writes one")
-        page = report.with_suffix(".html")
-        if not page.is_file():
-            write_text(page, Report.from_json(report.read_text(encoding="utf-8")).to_html())
+        pages = [place / "report.html" for place in (self.folder, self.folder / "evaluation")]
+        page = next((path for path in pages if path.is_file()), None)
+        if page is None:
+            raise FileNotFoundError(f"{self.folder} holds no report.html: `purify-fast evaluate` writes one")
         print(page)
         if self.open:
             webbrowser.open(page.resolve().as_uri())
@@ -111,6 +130,6 @@ class Info(Command):
     all: bool = False
 
     def run(self) -> None:
-        from .installation import report, summary
+        from .installation import info
 
-        print(report() if self.all else summary())
+        print(info(self.all))

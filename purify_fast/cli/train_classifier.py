@@ -10,9 +10,10 @@ import tyro
 
 from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import ClassifierConfig, FitConfig
-from .classifiers import trained_classifier
+from .classifiers import is_named, named_classifier, trained_classifier
+from .command import DataCommand
 from .run_file import write_run_file
-from .training import FollowsRecipe, FreshClassifier, OnClassifier, Training
+from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +21,39 @@ if TYPE_CHECKING:
     from ..data import DataSet
     from ..methods.base import Recipe
     from ..training import Task
+
+
+@dataclass(frozen=True)
+class FreshClassifier(DataCommand):
+    """A command that makes a classifier with fresh weights.
+
+    Args:
+        model: The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+            timm:NAME or package.module:function.
+        width: Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10).
+        depth: Layers of a wide_resnet (28).
+        activation: Activation of a wide_resnet (silu).
+    """
+
+    model: str = "small_cnn"
+    width: int | None = None
+    depth: int | None = None
+    activation: Literal["silu", "relu"] | None = None
+
+    def fresh(self, images: DataSet) -> nn.Module:
+        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
+        from ..data import statistics
+        from ..models.classifiers import build_classifier
+
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
+        if is_named(self.model):
+            for name, value in sizes.items():
+                if value is not None:
+                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
+            return named_classifier(self.model, None, images)
+        mean, std = statistics(images.x_train)
+        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
+        return model.to(images.y_train.device)
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..training import FitConfig
-from .classifiers import is_named, named_classifier, saved_folder, trained_classifier
 from .command import DataCommand
-from .run_file import ball_of_run, write_run_file
+from .run_file import write_run_file
 
 if TYPE_CHECKING:
-    from torch import nn
     from typing_extensions import Self
 
     from ..data import DataSet
-    from ..defences.base import Defence
-    from ..methods.base import PurifierTask, Recipe
-    from ..training import Task, TrainingAttack
+    from ..methods.base import Recipe
+    from ..training import Task
 
 
 @dataclass(frozen=True)
@@ -68,41 +63,7 @@ class Training(DataCommand):
         if processes()[0] == 0:
             print(summary(last))
             self.save(task.result, images)
-            attack = self.method.attack
-            print(self.attacked_by(self.out, attack.eps, attack.norm) if attack.eps > 0 else f"saved to {self.out}")
-
-
-@dataclass(frozen=True)
-class FreshClassifier(DataCommand):
-    """A command that makes a classifier with fresh weights.
-
-    Args:
-        model: The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
-            timm:NAME or package.module:function.
-        width: Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10).
-        depth: Layers of a wide_resnet (28).
-        activation: Activation of a wide_resnet (silu).
-    """
-
-    model: str = "small_cnn"
-    width: int | None = None
-    depth: int | None = None
-    activation: Literal["silu", "relu"] | None = None
-
-    def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
-        from ..data import statistics
-        from ..models.classifiers import build_classifier
-
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
-        if is_named(self.model):
-            for name, value in sizes.items():
-                if value is not None:
-                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
-            return named_classifier(self.model, None, images)
-        mean, std = statistics(images.x_train)
-        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
-        return model.to(images.y_train.device)
+            print(self.attacked_by(self.out) if self.method.attack.eps > 0 else f"saved to {self.out}")
 
 
 @dataclass(frozen=True)
@@ -149,10 +110,9 @@ class FollowsRecipe(Training):
     def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
-            shape = recipe.image_shape
             raise ValueError(
-                f"--recipe {recipe.name} is for images of shape {shape}; --data {self.data} has {images.image_shape}. "
-                f"Images of {shape[0]} channels fit with --size {shape[1]} {shape[2]}; for others leave out --recipe"
+                f"--recipe {recipe.name} is for images of shape {recipe.image_shape}; --data {self.data} has "
+                f"{images.image_shape}: resize them with --size, or leave out --recipe"
             )
         return images
 
@@ -171,67 +131,3 @@ class OnClassifier(Training):
 
     classifier: str | None = None
     classifier_weights: str | None = None
-
-
-@dataclass(frozen=True)
-class TrainPurifier(OnClassifier):
-    """A command that trains a defence's purifier on a classifier, which stays as it is."""
-
-    classifier: str = "runs/classifier"
-
-    @abstractmethod
-    def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
-        """The training of the defence."""
-
-    def task(self, images: DataSet) -> PurifierTask[Any]:
-        import torch
-
-        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
-        if getattr(self.method, "attack_method", None) != "none":
-            say_other_ball(self.classifier, self.method.attack)
-        torch.manual_seed(self.loop.seed)
-        task = self.task_on(classifier, images)
-        if images.image_shape != task.defence.image_shape:
-            raise ValueError(
-                f"--data {self.data}: its images are {images.image_shape}, the purifier's {task.defence.image_shape}"
-            )
-        return task
-
-    def save(self, trained: Any, images: DataSet) -> None:
-        from ..training import save_classifier
-
-        trained.save(self.out)
-        save_classifier(trained.classifier, self.out / "classifier")
-
-
-def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
-    """The defence of a kind in a folder, to start from; ValueError if there is something else."""
-    from ..methods.loading import load_defence
-
-    defence = load_defence(folder, classifier, check=check)
-    if not isinstance(defence, kind):
-        raise ValueError(f"{folder} holds a defence of the kind {type(defence).__name__}, not {kind.__name__}")
-    return defence
-
-
-def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
-    """Tell that a defence is trained at another radius or norm than its classifier was.
-
-    Nothing is told of a classifier by name, of one that was trained on clean images, or where no file says it.
-    """
-    if is_named(classifier):
-        return
-    try:
-        ball = ball_of_run(saved_folder(classifier))
-    except ValueError:
-        # damaged options of the classifier's run keep nobody from training on it
-        return
-    if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
-        return
-    eps, norm = ball
-    same = f"--eps {eps:.6g}" + (f" --norm {norm}" if norm != attack.norm else "")
-    print(
-        f"note: {classifier} was trained at {norm} {eps:.6g}, and this trains at {attack.norm} {attack.eps:.6g}; "
-        f"{same} gives both the same",
-        file=sys.stderr,
-    )

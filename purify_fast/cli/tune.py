@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .._files import FolderInUse, folder_lock
+from .._validation import Positive
 from .command import Command, usable_device
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ class Tune(Command):
     full: bool = False
     ops: tuple[str, ...] = ()
     again: bool = False
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, got {self.minutes:g}")
+    minutes: Positive | None = None
 
     def run(self) -> None:
         import torch
@@ -86,22 +82,9 @@ class Tune(Command):
 
 def text(tuned: Tuned) -> str:
     """What the command prints of the races that were run."""
+    from .._templates import render
     from ..evaluation.show.tables import terminal_table
 
-    races = sum(len(rows) for rows in tuned.rows.values())
-    lines = [f"{races} races of {len(tuned.rows)} ops in {tuned.seconds:.0f} s; kept in {tuned.path}"]
-    if tuned.known:
-        lines.append(f"{tuned.known} races were known already (--again races them once more)")
-    for name, why in tuned.wrong.items():
-        lines.append(f"{name}: its kernel is WRONG on this machine and was not raced: {why}; please report it")
-    for name, why in tuned.failed.items():
-        lines.append(f"not raced, because of an error: {name}: {why}")
-    if tuned.left_out:
-        shown = "; ".join(tuned.left_out[:3])
-        more = f" and {len(tuned.left_out) - 3} others" if len(tuned.left_out) > 3 else ""
-        lines.append(f"not raced for want of time, as before: {shown}{more} (--minutes gives more)")
-    if not tuned.changes:
-        return "\n".join([*lines, "", "Nothing changes: what served before is not behind."])
     groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
     for change in tuned.changes:
         where = "eager calls" if change.call.style == "eager" else "graphs"
@@ -113,4 +96,4 @@ def text(tuned: Tuned) -> str:
         speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
         body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
     head = ["op", "in", "served before", "serves now", "kernel's speed", "calls"]
-    return "\n".join([*lines, "", terminal_table(head, body, color=False)])
+    return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))

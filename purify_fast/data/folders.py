@@ -8,18 +8,23 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import make_dataset
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
 from .._files import atomic, write_text
 from .._tensors import content_hash, text_hash
-from .decoding import decode, first_size
 from .streaming import StreamedImages
 
 logger = logging.getLogger("purify_fast")
@@ -30,6 +35,10 @@ CACHE = ".purify_fast"
 FORMAT = 1
 #: How many files or classes a message names.
 NAMED = 10
+#: Pillow's modes with 8 bits a channel.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+#: How many images a process decodes at a time.
+CHUNK = 32
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
     "val/val_annotations.txt"
@@ -43,18 +52,14 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-class Cached(NamedTuple):
-    """The decoded images of a split, and what is wrong with those left out, by their numbers among its files."""
-
-    images: StreamedImages
-    left_out: dict[int, str]
+#: By split, the decoded images, and what is wrong with those left out, by their numbers among its files.
+Cached = dict[str, tuple[StreamedImages, dict[int, str]]]
 
 
 def read_folder(
     folder: Path,
     image_size: tuple[int, int] | None,
     *,
-    memory: int | None,
     stream: bool,
     cache: Path | None,
     workers: int | None,
@@ -83,54 +88,43 @@ def read_folder(
     place = (folder / CACHE if cache is None else cache / folder.resolve().name) / size
     cached = _opened(place, source, splits)
     if cached is None:
+        # Linux tells the CPUs that this process may use
+        cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        count = cpus if workers is None else workers
         with _locked(place):
             # another process may have written it meanwhile
-            cached = _opened(place, source, splits)
-            if cached is None:
-                # Linux tells the CPUs that this process may use
-                cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-                _write(place, source, splits, image_size, workers=cpus if workers is None else workers)
-                cached = _opened(place, source, splits)
-                assert cached is not None
-    labels = {}
-    for part, split in splits.items():
+            cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=count)
+    memory = available_memory() // 2
+    x: dict[str, Tensor | StreamedImages] = {}
+    y: dict[str, Tensor] = {}
+    # the held-out images first, since evaluation wants them whole
+    for part in ("test", "train"):
         images, left_out = cached[part]
         if left_out:
-            text = f"{len(left_out)} of {len(split.files)} images of {folder} cannot be decoded"
-            names = "; ".join(list(left_out.values())[:NAMED])
-            names += f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+            text = f"{len(left_out)} of {len(splits[part].files)} images of {folder} cannot be decoded"
+            names = "; ".join(list(left_out.values())[:NAMED]) + ("; ..." if len(left_out) > NAMED else "")
             if on_bad_image == "refuse" or not len(images):
                 advice = "replace or remove them, or skip them with on_bad_image (--on-bad-image skip)"
                 raise ValueError(f"{text}, {advice}: {names}")
             logger.warning("%s and are left out: %s", text, names)
-        decoded = torch.ones(len(split.files), dtype=torch.bool)
-        decoded[list(left_out)] = False
-        labels[part] = split.labels[decoded]
-    # the held-out images first, since evaluation wants them whole
-    memory = _available() // 2 if memory is None else memory
-    x: dict[str, Tensor | StreamedImages] = {}
-    for part in ("test", "train"):
-        images = cached[part].images
         needed = images.shape.numel()
-        if stream or needed > memory:
-            x[part] = images
-        else:
-            x[part] = images[:]
-            memory -= needed
-    return x, labels, len(classes)
+        streamed = stream or needed > memory
+        memory -= 0 if streamed else needed
+        x[part] = images if streamed else images[:]
+        y[part] = torch.from_numpy(np.delete(splits[part].labels.numpy(), list(left_out)))
+    return x, y, len(classes)
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes that can still be taken: what Linux calls available, within the control group's limit; elsewhere 8 GiB."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 8 * 2**30
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        # there may be no such group, or "max" in its file
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()))
+    # there may be no such group, or "max" in its file
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free
 
 
@@ -200,18 +194,15 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
 
 def _annotated(path: Path, classes: list[str]) -> Split:
     """tiny-imagenet-200's held-out images: lines of file name, class and a box, separated by tabs."""
-    label = {name: i for i, name in enumerate(classes)}
-    files: list[Path] = []
-    labels: list[int] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in label:
-            raise ValueError(f"{path}, line {number}: expected a file name, a tab and a class of train, got {line!r}")
-        files.append(path.parent / "images" / fields[0])
-        labels.append(label[fields[1]])
-    if not files:
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2 or row[1] not in classes:
+            raise ValueError(f"{path}, line {number}: expected a file name, a tab and a class of train, got {row}")
+    if not rows:
         raise ValueError(f"{path} names no image")
-    return Split(files, torch.tensor(labels))
+    return Split(
+        [path.parent / "images" / row[0] for row in rows], torch.tensor([classes.index(row[1]) for row in rows])
+    )
 
 
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
@@ -232,7 +223,7 @@ def _array(place: Path, part: str, source: str) -> Path:
     return place / f"x_{part}-{source[:16]}.npy"
 
 
-def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Cached] | None:
+def _opened(place: Path, source: str, splits: dict[str, Split]) -> Cached | None:
     """The cached images of exactly these files; None if there are none."""
     try:
         facts = json.loads((place / "set.json").read_text())
@@ -244,7 +235,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Cac
             images = StreamedImages(_array(place, part, source), facts["digests"][part])
             if len(images) + len(left_out) != len(split.files):
                 return None
-            cached[part] = Cached(images, left_out)
+            cached[part] = images, left_out
     except (OSError, ValueError, KeyError):
         return None
     return cached
@@ -261,7 +252,7 @@ def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
 
 def _write(
     place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
-) -> None:
+) -> Cached:
     (place / "set.json").unlink(missing_ok=True)
     # those of other files, or of a killed process
     for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
@@ -271,14 +262,115 @@ def _write(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"{place} has {free} bytes free, the decoded images need {needed}: give another folder as cache")
-    digests, left_out = {}, {}
+    cached: Cached = {}
     for part, split in splits.items():
-        with atomic(_array(place, part, source)) as temporary:
-            resize, title = image_size is not None, f"decode {part} images"
-            left_out[part] = decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
-            array = np.load(temporary, mmap_mode="r")
-            content = content_hash(torch.uint8, array.shape)
-            content.update(array.data)
-            digests[part] = content.hexdigest()
-    facts = {"source": source, "digests": digests, "left_out": left_out}
+        path, resize, title = _array(place, part, source), image_size is not None, f"decode {part} images"
+        with atomic(path) as temporary:
+            left_out = decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
+        array = np.load(path, mmap_mode="r")
+        content = content_hash(torch.uint8, array.shape)
+        content.update(array.data)
+        cached[part] = StreamedImages(path, content.hexdigest()), left_out
+    digests = {part: images.digest for part, (images, _) in cached.items()}
+    facts = {"source": source, "digests": digests, "left_out": {part: out for part, (_, out) in cached.items()}}
     write_text(place / "set.json", json.dumps(facts))
+    return cached
+
+
+# ---- decoding
+
+
+def first_size(files: list[Path]) -> tuple[int, int]:
+    """(H, W) of the first image that can be decoded; ValueError if none can."""
+    for path in files:
+        image = _image(path, None)
+        if not isinstance(image, str):
+            return image.shape[1], image.shape[2]
+    raise ValueError(f"none of the {len(files)} training images can be decoded; the first: {_image(files[0], None)}")
+
+
+def decode(
+    files: list[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
+) -> dict[int, str]:
+    """Decode images into one ``.npy`` file, uint8 ``[N, 3, H, W]``; all of it passes through in chunks.
+
+    Args:
+        files: the images, in the order they are written in.
+        size: (H, W) of every image in the file.
+        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
+        out: the file to write.
+        workers: processes that decode, 0 for none but this.
+        title: what the progress bar says.
+
+    Returns:
+        What is wrong with each image that cannot be decoded and is left out, by its number among the files.
+
+    Raises:
+        ValueError: an image of another size.
+    """
+    bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
+    failed: dict[int, str] = {}
+    images = _decoded(files, size if resize else None, workers)
+    with bar, out.open("wb") as file:
+        _write_header(file, len(files), size)
+        for number, (path, image) in enumerate(zip(files, images, strict=True)):
+            bar.update()
+            if isinstance(image, str):
+                failed[number] = image
+            elif image.shape[1:] != size:
+                got = " x ".join(map(str, image.shape[1:]))
+                raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
+            else:
+                file.write(image.tobytes())
+        file.seek(0)
+        _write_header(file, len(files) - len(failed), size)
+    return failed
+
+
+def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
+    # its length does not depend on the count: numpy leaves room for any
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, *size)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
+    """Every file's image or what is wrong with it, in order; a bounded number wait."""
+    workers = min(workers, len(files) // CHUNK)
+    loader: DataLoader[Path] = DataLoader(
+        files,  # type: ignore[arg-type]  # a list is a data set
+        CHUNK,
+        num_workers=workers,
+        collate_fn=partial(_images, size=size),
+        # a spawned process would import the caller's script again; these touch only Pillow
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        # the loader draws a seed for its processes, which need none
+        generator=torch.Generator(),
+    )
+    for images in loader:
+        yield from images
+
+
+def _images(files: list[Path], size: tuple[int, int] | None) -> list[np.ndarray | str]:
+    return [_image(path, size) for path in files]
+
+
+def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
+    """RGB uint8 [3, H, W], or a sentence that names the file and says what is wrong with it.
+
+    Transparency and a camera's note on orientation are ignored.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode not in MODES:
+                return f"{path}: its mode is {file.mode}, not one of {', '.join(MODES)}"
+            image = file.convert("RGB")
+    # a broken file can raise anything
+    except Exception as error:
+        return f"{path}: {error}"
+    if size is not None:
+        # torchvision's Resize takes the length of the shorter side: it would not cover a target that is not square
+        (height, width), sides = size, (image.height, image.width)
+        wide = height * sides[1] < width * sides[0]
+        covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
+        image = functional.center_crop(functional.resize(image, covering), list(size))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

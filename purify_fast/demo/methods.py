@@ -7,30 +7,41 @@ standard classifier, with its two parts and without them, and has a CARSO on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .._tensors import weights_fingerprint
-from ..attacks import PGD
+from ..attacks import PGD, AutoAttack
 from ..attacks.losses import Loss
-from ..evaluation import AttackSpec, Report, Tradeoff
+from ..evaluation import AttackSpec, Report
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.atop import Atop, AtopConfig, AtopTask
 from ..methods.atop.generators import SmallGenerator
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
 from ..methods.loading import load_defence
-from ..training import Task, TrainingAttack, is_classifier, load_classifier, save_classifier
-from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, ce_then_dlr, digits
-from .workspace import AUTOATTACK, BASE, CLASSIFIERS, STANDARD, Budget, Workspace, autoattack
+from ..models.classifiers import SmallCNN
+from ..training import (
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    Task,
+    TrainingAttack,
+    fit,
+    is_classifier,
+    load_classifier,
+    save_classifier,
+)
+from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, Workspace, attacked, ce_then_dlr, digits
 
+STANDARD, BASE = "standard", "base (PGD-AT)"
 CARSO_OBJECTIVE, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE = "purifier before AToP", "AToP, paper's objective", "AToP pipeline"
 FINETUNED, ARREST, CARSO_ON_ARREST = "AFT", "ARREST", "CARSO on ARREST"
 FOLDERS = {
-    **CLASSIFIERS,
+    STANDARD: "standard",
+    BASE: "base",
     CARSO_OBJECTIVE: "carso_objective",
     CARSO_PIPELINE: "carso_pipeline",
     BEFORE_ATOP: "atop_before",
@@ -43,7 +54,14 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
+#: The models of each method, whose images are shown, and those of others that stand beside them in its tables.
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "CARSO": (CARSO_MODELS, ()),
+    "AToP": (ATOP_MODELS, ()),
+    "ARREST": (ARREST_MODELS, (STANDARD, BASE)),
+}
 #: The rows of attacks that the sentences name.
+AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
 _LOSSES: tuple[Loss, ...] = ("ce", "dlr")
@@ -80,10 +98,11 @@ ARREST_CONFIG = ArrestConfig(
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train one of `FOLDERS` other than the two classifiers; what it starts from is trained already."""
+    """Train one of `FOLDERS`, or go on with it; what it starts from is trained already."""
     task, epochs, batch_size = _task(workspace, name)
-    workspace.train(task, epochs, batch_size, FOLDERS[name])
-    folder, trained = workspace.out / FOLDERS[name], task.result
+    folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
+    fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)
+    trained = task.result
     if isinstance(trained, (Carso, Atop)):
         trained.save(folder)
         save_classifier(trained.classifier, folder / "classifier")
@@ -94,15 +113,19 @@ def train(workspace: Workspace, name: str) -> None:
 def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
     """How a model is trained, for how many epochs, and in batches of how many images."""
     budget, shape = workspace.budget, digits().image_shape
+    torch.manual_seed(workspace.seed)
+    if name == STANDARD:
+        return ClassifierTask(SmallCNN(), ClassifierConfig()), budget.standard_epochs, 64
+    if name == BASE:
+        return ClassifierTask(SmallCNN(), BASE_TRAINING), budget.base_epochs, 64
     if name in (FINETUNED, ARREST):
-        torch.manual_seed(workspace.seed)
         arrest = ARREST_CONFIG if name == ARREST else replace(ARREST_CONFIG, distillation_weight=0.0, replay=False)
-        return ArrestTask(workspace.classifier(STANDARD), arrest, shape), budget.arrest_epochs, 64
+        return ArrestTask(model(workspace, STANDARD), arrest, shape), budget.arrest_epochs, 64
     if name == CARSO_ON_ARREST:
-        torch.manual_seed(workspace.seed)
         defence = Carso(model(workspace, ARREST), LAYERS, shape, **SIZES)
         return CarsoTask(defence, THROUGH_CARSO), budget.arrest_carso_epochs, 128
-    classifier = workspace.classifier(STANDARD if name in ATOP_MODELS else BASE)
+    classifier = model(workspace, STANDARD if name in ATOP_MODELS else BASE)
+    # loading a model draws the weights that it replaces
     torch.manual_seed(workspace.seed)
     if name == BEFORE_ATOP:
         atop = Atop(classifier, SmallGenerator(1), shape)
@@ -111,9 +134,9 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
         return AtopTask(atop, config), budget.generator_epochs, 64
     if name in ATOP_MODELS:
         atop = model(workspace, BEFORE_ATOP)
-        published = replace(ATOP_CONFIG, cls_delay=budget.atop_cls_delay)
-        epochs = budget.atop_objective_epochs if name == ATOP_OBJECTIVE else budget.atop_pipeline_epochs
-        config = published if name == ATOP_OBJECTIVE else THROUGH_ATOP
+        config, epochs = THROUGH_ATOP, budget.atop_pipeline_epochs
+        if name == ATOP_OBJECTIVE:
+            config, epochs = replace(ATOP_CONFIG, cls_delay=budget.atop_cls_delay), budget.atop_objective_epochs
         return AtopTask(atop, config, weights_fingerprint(atop.purifier)), epochs, 64
     defence = Carso(classifier, LAYERS, shape, **SIZES)
     if name == CARSO_OBJECTIVE:
@@ -135,20 +158,22 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     AToP is attacked as in its paper's ablations, and by attacks that see the whole defence. ``constant_step`` adds to
     the base attacks whose step does not shrink.
     """
-    budget, attacked = workspace.budget, model(workspace, name)
-    (ce, dlr), auto = ce_then_dlr(), autoattack(budget)
+    budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
+    ce, dlr = ce_then_dlr()
+    # a random model is attacked in the only mode that AutoAttack's standard version is for
+    standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
+    auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:
-        n = budget.atop_images
+        n, steps = budget.atop_images, budget.atop_steps
         alone = AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n)
         attacks = [alone, replace(ce, max_images=n), replace(dlr, label=ADAPTIVE, max_images=n)]
-        return workspace.attacked(attacked, name, FOLDERS[name], attacks, steps=budget.atop_steps)
-    if isinstance(attacked, Carso):
+    elif isinstance(target, Carso):
         attacks = [
             *ce_then_dlr("deterministic"),
             # cheap, and what falls to it needs no attack through K samples
             AttackSpec(
                 PGD(),
-                target=WithAggregation(attacked, deterministic=True),
+                target=WithAggregation(target, deterministic=True),
                 label=f"PGD-{budget.steps} ce made at z = 0",
             ),
             # on ARREST three draws take a minute longer than one, which averages K samples already
@@ -157,7 +182,7 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
             auto,
         ]
         if name != CARSO_ON_ARREST:
-            attacks.append(AttackSpec(PGD(), target=workspace.classifier(BASE), label="transfer from the base"))
+            attacks.append(AttackSpec(PGD(), target=model(workspace, BASE), label="transfer from the base"))
         if name == CARSO_OBJECTIVE:
             peel = PGD(steps=budget.peel_steps)
             attacks.append(AttackSpec(peel, aggregation="peel_reference", max_images=budget.peel_images, label=PEEL))
@@ -168,108 +193,5 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
             attacks += [AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=label) for loss, label in steady.items()]
         if name != STANDARD:
             attacks.append(auto)
-    return workspace.attacked(attacked, name, FOLDERS[name], attacks)
-
-
-def percent(report: Report, row: str) -> str:
-    """A row's accuracy, as the sentences say it."""
-    return f"{100 * report.row(row).accuracy:.1f} ± {100 * report.row(row).standard_error:.1f} %"
-
-
-def against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference between two models under one attack, and what it is worth."""
-    paired = report.paired(other, row)
-    if abs(paired.difference) <= 2 * paired.standard_error:
-        return f"{paired}, no significant difference from {what} (within two standard errors)"
-    return f"{paired}, {'better' if paired.difference > 0 else 'worse'} than {what} (by more than two standard errors)"
-
-
-def conclude_carso(reports: dict[str, Report], budget: Budget) -> list[str]:
-    """What the numbers of CARSO say."""
-    base, objective, pipeline = reports[BASE], reports[CARSO_OBJECTIVE], reports[CARSO_PIPELINE]
-    peel = objective.row(PEEL)
-    trust = "believable" if peel.reliable else "unreliable: the output has no usable gradients"
-    return [
-        f"The base classifies {percent(base, 'clean')} of the clean images and withstands {percent(base, 'worst')} "
-        f"under PGD, {percent(base, AUTOATTACK)} under AutoAttack.",
-        f"CARSO with the paper's objective seems to withstand {percent(objective, PEEL)} when it is attacked through "
-        f"its own PeeL output ({peel.n} images); that number is {trust}. Through exact gradients it withstands "
-        f"{percent(objective, 'worst')} under PGD, {percent(objective, AUTOATTACK)} under AutoAttack.",
-        f"CARSO fine-tuned through the pipeline classifies {percent(pipeline, 'clean')} of the clean images. It "
-        f"withstands {percent(pipeline, 'worst')} under PGD ({against(pipeline, base, 'worst', 'its base')}) and "
-        f"{percent(pipeline, AUTOATTACK)} under AutoAttack ({against(pipeline, base, AUTOATTACK, 'its base')}).",
-        f"AutoAttack has {budget.autoattack_queries:,} queries for Square, not 5,000.",
-    ]
-
-
-def conclude_atop(reports: dict[str, Report], budget: Budget) -> list[str]:
-    """What the numbers of AToP say."""
-
-    def all_of(name: str) -> str:
-        report = reports[name]
-        return (
-            f"classifies {percent(report, 'clean')} of the clean images and withstands {percent(report, ALONE)} when "
-            f"only its classifier is attacked, {percent(report, ADAPTIVE)} when all of it is"
-        )
-
-    def change(name: str) -> str:
-        gains = [against(reports[name], reports[BEFORE_ATOP], row, "before") for row in (ALONE, ADAPTIVE)]
-        return f"against before: {gains[0]}, and {gains[1]}"
-
-    return [
-        f"Before AToP, the purifier {all_of(BEFORE_ATOP)}.",
-        f"AToP with the paper's objective {all_of(ATOP_OBJECTIVE)} ({change(ATOP_OBJECTIVE)}).",
-        f"AToP through the pipeline {all_of(ATOP_PIPELINE)} ({change(ATOP_PIPELINE)}).",
-        f"The attack is PGD-{budget.atop_steps}, with EOT {budget.eot} on all of it; {budget.atop_images} images.",
-    ]
-
-
-def conclude_arrest(reports: dict[str, Report], budget: Budget) -> list[str]:
-    """What the numbers of ARREST say; of the base and the standard classifier too."""
-
-    def all_of(name: str) -> str:
-        report = reports[name]
-        clean, auto = report.row("clean"), report.row(AUTOATTACK)
-        both = Tradeoff(100 * float(clean.robust[: auto.n].mean()), 100 * auto.accuracy)
-        return (
-            f"classifies {percent(report, 'clean')} of the clean images and withstands {percent(report, 'worst')} "
-            f"under PGD, {percent(report, AUTOATTACK)} under AutoAttack (with clean accuracy on its {auto.n} images: "
-            f"sum {both.sum:.1f}, NRR {both.nrr:.1f})"
-        )
-
-    def change(name: str, other: str) -> str:
-        gains = [against(reports[name], reports[other], row, other) for row in ("clean", AUTOATTACK)]
-        return f"against {other}: clean {gains[0]}; AutoAttack {gains[1]}"
-
-    return [
-        f"Adversarial training from scratch {all_of(BASE)}.",
-        f"The standard classifier finetuned adversarially {all_of(FINETUNED)} ({change(FINETUNED, BASE)}).",
-        f"ARREST {all_of(ARREST)} ({change(ARREST, BASE)}).",
-        f"CARSO through the pipeline, on ARREST, {all_of(CARSO_ON_ARREST)} ({change(CARSO_ON_ARREST, ARREST)}).",
-        f"Finetuning takes {budget.arrest_epochs} epochs, training from scratch {budget.base_epochs}, on the same "
-        "attack.",
-    ]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What the demonstration reports of a method.
-
-    Args:
-        folder: the report's.
-        models: the method's models, whose images are shown.
-        conclude: what their reports say, in sentences.
-        beside: models of other methods in the same tables.
-    """
-
-    folder: str
-    models: tuple[str, ...]
-    conclude: Callable[[dict[str, Report], Budget], list[str]]
-    beside: tuple[str, ...] = ()
-
-
-METHODS = {
-    "CARSO": Method("report_carso", CARSO_MODELS, conclude_carso),
-    "AToP": Method("report_atop", ATOP_MODELS, conclude_atop),
-    "ARREST": Method("report_arrest", ARREST_MODELS, conclude_arrest, beside=(STANDARD, BASE)),
-}
+    options = {"steps": steps, "eot_iter": budget.eot, "seed": workspace.seed, "progress": workspace.progress}
+    return attacked(target, budget.images, attacks, out=workspace.out / FOLDERS[name], name=name, **options)

@@ -1,11 +1,14 @@
 """The setting on digits: images, radius, the classifier that is defended and CARSO's sizes on it.
 
-The demonstration and the studies of `benchmarks` train and attack in this setting alike.
+The demonstration and the studies of `benchmarks` train and attack in this setting alike. The demonstration's budget and
+workspace stand here too.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .. import data
@@ -51,3 +54,96 @@ def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:
     """PGD with cross-entropy, and with DLR on what that left."""
     return [AttackSpec(PGD(), variant), AttackSpec(PGD(loss="dlr"), variant, survivors_only=True)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything, as chosen on digits.
+
+    Args:
+        images: held-out images that are attacked.
+        standard_epochs: of the standard classifier.
+        base_epochs: of the adversarially trained base.
+        objective_epochs: of CARSO with the paper's objective.
+        pipeline_epochs: of CARSO's fine-tuning through the pipeline.
+        steps: of PGD on CARSO, ARREST and their bases.
+        eot: draws of a random defence averaged per step.
+        peel_steps: of PGD through the PeeL output.
+        peel_images: images for the attack through the PeeL output, the first so many.
+        autoattack_images: images for AutoAttack, the first so many.
+        autoattack_steps: of AutoAttack's APGD and FAB.
+        autoattack_queries: of AutoAttack's Square.
+        generator_epochs: of AToP's pre-training.
+        atop_objective_epochs: of AToP with the paper's objective.
+        atop_cls_delay: of these, without the cross-entropy.
+        atop_pipeline_epochs: of AToP's fine-tuning through the pipeline.
+        atop_steps: of PGD on AToP.
+        atop_images: images for the attacks on AToP, the first so many.
+        arrest_epochs: of ARREST, and of adversarial finetuning alone.
+        arrest_carso_epochs: of CARSO's training on ARREST's result.
+    """
+
+    images: int = 500
+    standard_epochs: int = 20
+    base_epochs: int = BASE_EPOCHS
+    # CARSO
+    objective_epochs: int = 30
+    pipeline_epochs: int = 50
+    steps: int = 50
+    eot: int = 3
+    peel_steps: int = 40
+    peel_images: int = 100
+    autoattack_images: int = 200
+    autoattack_steps: int = 100
+    autoattack_queries: int = 1000
+    # AToP
+    generator_epochs: int = 30
+    atop_objective_epochs: int = 30
+    atop_cls_delay: int = 2
+    atop_pipeline_epochs: int = 20
+    atop_steps: int = 40
+    atop_images: int = 200
+    # ARREST
+    arrest_epochs: int = 40
+    arrest_carso_epochs: int = 15
+
+
+QUICK = Budget(
+    images=60,
+    standard_epochs=3,
+    base_epochs=6,
+    objective_epochs=3,
+    pipeline_epochs=3,
+    steps=8,
+    eot=2,
+    peel_steps=8,
+    peel_images=30,
+    autoattack_images=8,
+    autoattack_steps=4,
+    autoattack_queries=20,
+    generator_epochs=2,
+    atop_objective_epochs=2,
+    atop_cls_delay=1,
+    atop_pipeline_epochs=1,
+    atop_steps=4,
+    atop_images=20,
+    arrest_epochs=2,
+    arrest_carso_epochs=1,
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a demonstration keeps its files, how much it does, and whether it shows its progress.
+
+    Args:
+        out: the folder for the files.
+        budget: how much is trained and attacked.
+        seed: of everything random.
+        progress: whether bars are shown.
+    """
+
+    out: Path
+    budget: Budget
+    seed: int
+    progress: bool = True

@@ -10,7 +10,6 @@ A model's card names the protocols that attacked it, on how many images, and wha
 it lower is asked to report how.
 """
 
-from .cards import Accuracy, Card, card
-from .loading import classifier_folder, folder, list, load
+from .cards import Accuracy, Card, card, classifier_folder, folder, list, load
 
 __all__ = ["Accuracy", "Card", "card", "classifier_folder", "folder", "list", "load"]

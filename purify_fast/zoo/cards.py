@@ -1,33 +1,24 @@
-"""What is known of a model of the zoo: how it was trained, and what it withstands."""
+"""The models of the zoo, and their cards: how each was trained, and what it withstands."""
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from .._files import write_text
+from .._templates import render
+from ..methods.loading import load_defence
+from ..training import is_classifier, load_classifier
 
 #: The folder of the models that come with the package.
 MODELS = Path(__file__).parent / "models"
 #: The file of a card, beside the model.
 FILE = "card.json"
-#: What a card asks of a reader who found a stronger attack.
-REPORT = (
-    "Lower? Open an issue with the template 'I got a zoo model or another defence lower', with the attack and the "
-    "seed. The card will carry your number and your name."
-)
-
-
-#: What a protocol of a card runs, in a few words.
-PROTOCOLS = {
-    "fast": "Auto-PGD, untargeted and targeted",
-    "standard": "AutoAttack's four attacks by this package's engine",
-    "rand": "AutoAttack's version for random models by this package's engine",
-    "strong": "every target, restarts, surrogates, and other aggregations of the samples",
-    "official": "AutoAttack itself",
-}
 
 
 @dataclass(frozen=True)
@@ -99,29 +90,7 @@ class Card:
         return min(self.attacked.values(), key=lambda accuracy: accuracy.share)
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.image_shape))
-        lines = [f"{self.name}: {self.title}"]
-        if self.study_only:
-            lines.append(
-                "It was trained with the paper's objective alone. It is here to be studied, not to be relied on."
-            )
-        if self.classifier is not None:
-            lines.append(f"Its classifier is {self.classifier}, a model of the zoo as well.")
-        lines += [
-            f"Images: {self.data}, {size}. Attacks: {self.norm}, eps {self.eps:.4g} in image units.",
-            f"Clean: {self.clean}.",
-            *(f"Attacked by {_protocol(name)}: {accuracy}." for name, accuracy in self.attacked.items()),
-            f"Trained by: {self.training}",
-            f"Judged by: {self.judged} (purify_fast {self.version})",
-            f"Licence of the weights: {self.licence}.",
-            REPORT,
-        ]
-        return "\n".join(lines)
-
-
-def _protocol(name: str) -> str:
-    """A protocol in words."""
-    return f"the protocol {name!r}" + (f" ({PROTOCOLS[name]})" if name in PROTOCOLS else "")
+        return render(__package__, "card.txt.jinja", card=self)
 
 
 def read_card(folder: Path) -> Card:
@@ -158,28 +127,63 @@ def card(name: str) -> Card:
     """What is known of a model of the zoo.
 
     Args:
-        name: one of `purify_fast.zoo.list`.
+        name: one of `list`.
 
     Raises:
         ValueError: there is no such model; the message names those that there are.
     """
-    return read_card(known_folder(name))
+    return read_card(folder(name))
 
 
-def names() -> list[str]:
+def list() -> builtins.list[str]:
     """The names of all models, sorted."""
     return sorted(path.parent.name for path in MODELS.glob(f"*/{FILE}"))
 
 
-def known_folder(name: str) -> Path:
-    """The folder of a model.
+def folder(name: str) -> Path:
+    """The folder that a model was saved in; do not write there, it belongs to the installed package.
+
+    The classifier of a defence is not inside: `classifier_folder` says where it is, and `load` reads both.
 
     Args:
-        name: its name.
+        name: one of `list`.
 
     Raises:
         ValueError: there is no such model; the message names those that there are.
     """
-    if name not in names():
-        raise ValueError(f"name must be a model of the zoo, got {name!r}: there are {', '.join(names())}")
+    if name not in list():
+        raise ValueError(f"name must be a model of the zoo, got {name!r}: there are {', '.join(list())}")
     return MODELS / name
+
+
+def classifier_folder(name: str) -> Path:
+    """The folder of the classifier that stands behind a defence of the zoo.
+
+    Args:
+        name: one of `list`, a defence.
+
+    Raises:
+        ValueError: there is no such model, or it is a classifier itself.
+    """
+    behind = card(name).classifier
+    if behind is None:
+        raise ValueError(f"name must be a defence of the zoo, got {name!r}, whose card names no classifier")
+    return folder(behind)
+
+
+def load(name: str) -> nn.Module:
+    """A trained model, in evaluation mode, on the CPU.
+
+    Args:
+        name: one of `list`.
+
+    Returns:
+        Images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence has its classifier inside.
+
+    Raises:
+        ValueError: there is no such model; the message names those that there are.
+    """
+    path = folder(name)
+    if is_classifier(path):
+        return load_classifier(path)
+    return load_defence(path, load_classifier(classifier_folder(name)))

@@ -51,18 +51,7 @@ def mine(tmp_path, monkeypatch):
 
 def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
-    carso = [
-        "--layers",
-        "model.first",
-        "--cond-dim",
-        "4",
-        "--latent-dim",
-        "2",
-        "--samples",
-        "2",
-        "--decoder-width",
-        "2",
-    ]
+    carso = ["--layers", "model.first", "--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2"]
     words = ["--classifier", "my_networks:trained", *carso, "--eps", "0.1", "--steps", "1", "--out", mine / "carso"]
     code, printed = run("train", "carso", *words, *few, "--kl-delay", "0", "--samples", "2")
     assert code == 0, printed

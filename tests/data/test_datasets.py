@@ -158,22 +158,13 @@ def test_missing_file_says_where_and_what(tmp_path):
     assert re.search(r"looked for .*, .*, ", text)
 
 
-def test_root(tmp_path):
-    saved(tmp_path, **arrays())
-    assert data.load_dataset("set", tmp_path).name == data.load_dataset("set.npz", tmp_path).name == "set"
-
-
 def test_to(tmp_path):
     d = data.load_dataset(saved(tmp_path, **arrays()))
+    assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
     there = d.to("meta")
     assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
     with pytest.raises(AttributeError):
         d.name = "other"
-
-
-def test_its_repr_is_one_line_without_arrays(tmp_path):
-    d = data.load_dataset(saved(tmp_path, **arrays()))
-    assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
 
 
 def test_to_float():

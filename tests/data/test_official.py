@@ -38,18 +38,15 @@ def idx_file(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def write_idx(folder, compressed=False, seed=0):
+def write_idx(folder, compressed=False):
     """Files as MNIST's; returns the arrays."""
     folder.mkdir(parents=True)
-    state, arrays = np.random.RandomState(seed), {}
+    arrays = {}
     for part, n in N.items():
-        arrays[part] = state.randint(0, 256, (n, 5, 4)).astype(np.uint8), (np.arange(n) % 3).astype(np.uint8)
+        arrays[part] = RNG.integers(0, 256, (n, 5, 4), dtype=np.uint8), (np.arange(n) % 3).astype(np.uint8)
         for kind, array in zip(("images-idx3", "labels-idx1"), arrays[part], strict=True):
-            content, name = idx_file(array), f"{part}-{kind}-ubyte"
-            if compressed:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-            else:
-                (folder / name).write_bytes(content)
+            name = f"{part}-{kind}-ubyte" + ".gz" * compressed
+            (folder / name).write_bytes(gzip.compress(idx_file(array)) if compressed else idx_file(array))
     return arrays
 
 
@@ -61,45 +58,38 @@ def same(d, arrays, name):
     assert (d.name, d.num_classes, d.image_shape) == (name, 3, (1, 5, 4))
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize(
-    "name, place", [("mnist", "MNIST/raw"), ("mnist", "mnist"), ("fashion_mnist", "FashionMNIST/raw")]
-)
-def test_idx(tmp_path, name, place, compressed):
-    arrays = write_idx(tmp_path / place, compressed)
+@pytest.mark.parametrize(("name", "place"), [("mnist", "MNIST/raw"), ("fashion_mnist", "FashionMNIST/raw")])
+def test_idx(tmp_path, monkeypatch, name, place):
+    arrays = write_idx(tmp_path / place)
     same(data.load_dataset(name, tmp_path), arrays, name)
+    # the current folder is the default
+    monkeypatch.chdir(tmp_path)
+    same(data.load_dataset(name), arrays, name)
 
 
-def test_an_npz_comes_first_and_mnist_is_not_fashion_mnist(tmp_path):
-    write_idx(tmp_path / "mnist")
-    with pytest.raises(FileNotFoundError, match="no data set 'fashion_mnist'"):
-        data.load_dataset("fashion_mnist", tmp_path)
+def test_an_npz_comes_first(tmp_path):
+    write_idx(tmp_path / "MNIST" / "raw")
     x, y = RNG.integers(0, 256, (4, 2, 2), dtype=np.uint8), np.arange(4) % 2
     np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert data.load_dataset("mnist", tmp_path).image_shape == (1, 2, 2)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_a_damaged_idx_file_is_named(tmp_path, compressed):
-    write_idx(tmp_path / "mnist", compressed)
-    path = tmp_path / "mnist" / ("train-images-idx3-ubyte" + ".gz" * compressed)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
-        data.load_dataset("mnist", tmp_path)
-    path.write_bytes(gzip.compress(b"neither") if compressed else b"neither")
-    with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
+@pytest.mark.parametrize("content", [None, b"neither"])
+def test_a_damaged_idx_file_is_refused(tmp_path, content):
+    write_idx(tmp_path / "MNIST" / "raw")
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(content or path.read_bytes()[:-9])
+    with pytest.raises(FileNotFoundError, match=f"no data set 'mnist': .*{tmp_path} as torchvision lays them out: "):
         data.load_dataset("mnist", tmp_path)
 
 
 def test_labels_are_checked_as_in_an_npz(tmp_path):
-    write_idx(tmp_path / "mnist")
-    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1, 2, 9, 0, 1], np.uint8)))
+    write_idx(tmp_path / "MNIST" / "raw")
+    labels = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(idx_file(np.array([0, 1, 2, 9, 0, 1], np.uint8)))
     with pytest.raises(ValueError, match="labels go up to 9, but no image has label 3"):
         data.load_dataset("mnist", tmp_path)
     assert data.load_dataset("mnist", tmp_path, num_classes=10).num_classes == 10
-    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1], np.uint8)))
-    with pytest.raises(ValueError, match="y_test has 2 labels for the 6 images"):
-        data.load_dataset("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet"])
@@ -107,9 +97,7 @@ def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         data.load_dataset(name, tmp_path)
     text = str(error.value)
-    assert str(tmp_path / f"{name}.npz") in text and str(tmp_path / name) in text
-    wanted = {"cifar10": "data_batch_3", "cifar100": "train", "svhn": "test_32x32.mat", "tiny_imagenet": "val"}
-    assert wanted.get(name, "t10k-labels-idx1-ubyte") in text
+    assert str(tmp_path / f"{name}.npz") in text
     assert ("unzip" if name == "tiny_imagenet" else "download=True") in text
     assert not list(tmp_path.iterdir())
 
@@ -119,7 +107,7 @@ def test_the_command_in_the_message_runs(tmp_path, monkeypatch):
         data.load_dataset("mnist", tmp_path)
     code = str(error.value).split('get it with: python -c "')[1].split('"')[0]
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    with pytest.raises(FileNotFoundError, match=f"mnist could not be downloaded to {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match=r"no data set 'mnist'.*Error downloading train-images"):
         exec(code, {})
 
 
@@ -149,10 +137,9 @@ def write_cifar(folder, monkeypatch, name):
     return made
 
 
-@pytest.mark.parametrize("inside", ["", "own"])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(tmp_path, monkeypatch, name, inside):
-    made = write_cifar(tmp_path / (name if inside else ""), monkeypatch, name)
+def test_cifar(tmp_path, monkeypatch, name):
+    made = write_cifar(tmp_path, monkeypatch, name)
     d = data.load_dataset(name, tmp_path)
     assert np.array_equal(d.x_train.numpy(), made["train_list"][0]) and d.y_train.tolist() == made["train_list"][1]
     assert np.array_equal(d.x_test.numpy(), made["test_list"][0]) and d.y_test.tolist() == made["test_list"][1]
@@ -168,12 +155,9 @@ def test_cifar_with_another_checksum_is_never_unpickled(tmp_path, monkeypatch):
 
     path = tmp_path / "cifar-10-batches-py" / "data_batch_4"
     path.write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(ValueError, match=r"data_batch_4 does not have the checksum of the official file"):
+    with pytest.raises(FileNotFoundError, match=r"no data set 'cifar10'.*not found or corrupted"):
         data.load_dataset("cifar10", tmp_path)
     assert not (tmp_path / "harm").exists()
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"\(cifar-10-batches-py/data_batch_4 missing\)"):
-        data.load_dataset("cifar10", tmp_path)
 
 
 def write_svhn(folder, monkeypatch):
@@ -199,14 +183,14 @@ def test_svhn(tmp_path, monkeypatch):
     assert d.num_classes == 10
     with (tmp_path / "test_32x32.mat").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(ValueError, match=r"test_32x32\.mat does not have the checksum"):
+    with pytest.raises(FileNotFoundError, match=r"no data set 'svhn'.*not found or corrupted"):
         data.load_dataset("svhn", tmp_path)
 
 
 def test_svhn_without_scipy(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
+    with pytest.raises(ModuleNotFoundError, match="scipy"):
         data.load_dataset("svhn", tmp_path)
 
 
@@ -242,9 +226,9 @@ def test_download_of_imagenette_takes_the_archive_for_the_size(tmp_path, monkeyp
 
 def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    with pytest.raises(FileNotFoundError, match=r"mnist could not be downloaded to .*train-images"):
+    with pytest.raises(FileNotFoundError, match=r"no data set 'mnist'.*Error downloading train-images"):
         data.load_dataset("mnist", tmp_path / "root", download=True)
-    with pytest.raises(FileNotFoundError, match=r"tiny_imagenet.*torchvision cannot download it.*unzip"):
+    with pytest.raises(FileNotFoundError, match=r"tiny_imagenet.*torchvision cannot download; .*unzip"):
         data.load_dataset("tiny_imagenet", tmp_path, download=True)
 
 
@@ -252,9 +236,3 @@ def test_download_of_what_has_no_official_files_is_refused():
     for name in ("digits", "my.npz"):
         with pytest.raises(ValueError, match="download goes with the data sets mnist, fashion_mnist"):
             data.load_dataset(name, download=True)
-
-
-def test_the_current_folder_is_the_default_root(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arrays = write_idx(tmp_path / "MNIST" / "raw")
-    same(data.load_dataset("mnist"), arrays, "mnist")

@@ -34,12 +34,6 @@ def test_every_public_name_has_a_page(folder):
     assert "](purify_fast.ops.md)" in (folder / "index.md").read_text()
 
 
-def test_a_page_shows_the_docstring_or_the_comment_of_its_name(folder):
-    assert ".. autofunction:: purify_fast.ops.pgd_step" in (folder / "purify_fast.ops.pgd_step.md").read_text()
-    carso = (folder / "purify_fast.methods.carso.Carso.md").read_text()
-    assert ".. autoclass:: purify_fast.methods.carso.Carso" in carso and "Also `purify_fast.Carso`" in carso
-
-
 def test_pages_of_names_that_are_gone_are_removed(tmp_path):
     (tmp_path / "purify_fast.gone.md").write_text("old")
     api_pages.write(tmp_path)
@@ -74,8 +68,4 @@ def test_the_whole_package_lists_every_public_folder():
     root = Path(purify_fast.__file__).parent
     folders = {path.parent.name for path in root.glob("*/__init__.py")} - {"cli", "demo", "kernels"}
     assert folders <= set(purify_fast.__all__)
-    for name in purify_fast.__all__:
-        assert getattr(purify_fast, name) is not None
-    public = [name for name in api_pages.packages() if name.count(".") == 1]
-    for name in public:
-        assert importlib.import_module(name).__doc__, name
+    assert all(importlib.import_module(name).__doc__ for name in api_pages.packages() if name.count(".") == 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pages
-from purify_fast.training import ClassifierConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,10 +45,3 @@ def test_the_page_of_the_installation_lists_every_environment_variable():
     read = {name for path in sources for name in re.findall(r"\bPURIFY_FAST_[A-Z_]*[A-Z]\b", path.read_text())}
     listed = re.findall(r"^\| `(PURIFY_FAST_[A-Z_]+)", (ROOT / "docs" / "installation.md").read_text(), re.MULTILINE)
     assert read == set(listed) and listed == sorted(listed)
-
-
-def test_the_page_on_commands_tells_what_a_classifier_is_trained_on_by_default():
-    """It is trained on clean images: the default radius is 0."""
-    page = (ROOT / "docs" / "command_line.md").read_text()
-    line = next(line for line in page.splitlines() if line.startswith("| `purify-fast train classifier`"))
-    assert ClassifierConfig().attack.eps == 0 and "on clean images by default" in line
