@@ -15,7 +15,7 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..defences.aggregation import WithAggregation
+from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .batches import attack_in_batches
 from .keep.cache import Batch, PartialRow, RowCache

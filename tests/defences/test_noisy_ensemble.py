@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from purify_fast.attacks import PGD, GradientHealth, pgd
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate

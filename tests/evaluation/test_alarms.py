@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digit_nets import EPS, Gated, digits, net, robust, standard
 
 from purify_fast.attacks import APGD, PGD, Square, pgd
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import START_UNRELIABLE

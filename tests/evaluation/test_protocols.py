@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digit_nets import EPS, Gated, digits, robust, standard
 
 from purify_fast.attacks import APGD, HEADS, PGD
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates
 

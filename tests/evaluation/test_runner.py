@@ -15,7 +15,7 @@ from torch import nn
 from purify_fast import Carso
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AutoAttack, StAdv
 from purify_fast.attacks.autoattack import parts
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import (
     AttackSpec,
     Report,

@@ -15,7 +15,7 @@ import torch
 from cuda_launches import CudaLaunches
 
 from purify_fast import cli
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree

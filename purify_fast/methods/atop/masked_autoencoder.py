@@ -18,18 +18,6 @@ from torch.nn import functional as F
 
 from ..._validation import check_counts
 
-#: DMAE's ViT-B/16, for images of 224 x 224, as arguments of `MaskedAutoencoder`.
-VIT_B16 = {
-    "image_shape": (3, 224, 224),
-    "patch": 16,
-    "width": 768,
-    "depth": 12,
-    "heads": 12,
-    "decoder_width": 512,
-    "decoder_depth": 8,
-    "decoder_heads": 16,
-}
-
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed positions of a grid of patches: sines and cosines of the row, then of the column.
@@ -88,7 +76,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_heads: of the decoder's attention.
 
-    The default sizes were chosen for 16 x 16 to 32 x 32; `VIT_B16` has DMAE's.
+    The default sizes were chosen for 16 x 16 to 32 x 32. DMAE's are those of ViT-B/16, in this order: (3, 224, 224),
+    16, 768, 12, 12, 512, 8, 16.
 
     ``forward(transformed, mask)``: transformed ``[B, C, H, W]`` in [-1, 1], 0 where hidden; mask ``[B, 1, H, W]``, 1
     where hidden -> the whole image ``[B, C, H, W]`` in [-1, 1].
