@@ -87,7 +87,7 @@ class MaskedAutoencoder(nn.Module):
     the paper), since blocks smaller than a patch hide part of it. A class token is always read.
 
     Raises:
-        ValueError: sizes that do not fit, at construction or call.
+        ValueError: sizes that do not fit.
     """
 
     positions: Tensor
@@ -115,7 +115,7 @@ class MaskedAutoencoder(nn.Module):
             if size % 4 or size % parts:
                 raise ValueError(f"{name} must be a multiple of 4 and of its {parts} heads, got {size}")
         self.arguments = {"image_shape": [channels, h, w], **sizes}
-        self.image_shape, self.patch = (channels, h, w), patch
+        self.patch = patch
         grid = h // patch, w // patch
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.register_buffer("decoder_positions", sincos_positions(grid, decoder_width), persistent=False)
@@ -140,13 +140,7 @@ class MaskedAutoencoder(nn.Module):
         return F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
 
     def forward(self, transformed: Tensor, mask: Tensor) -> Tensor:
-        c, h, w = self.image_shape
-        b = transformed.shape[0]
-        if tuple(transformed.shape[1:]) != (c, h, w) or tuple(mask.shape) != (b, 1, h, w):
-            raise ValueError(
-                f"need transformed [B, {c}, {h}, {w}] and mask [B, 1, {h}, {w}], got {list(transformed.shape)} and "
-                f"{list(mask.shape)}"
-            )
+        b, _, h, w = transformed.shape
         mask = mask.to(transformed.dtype)
         tokens = self.embed(self._patches(torch.cat([transformed, mask], 1))) + self.positions
         hidden = self._patches(mask).amin(2) > 0
