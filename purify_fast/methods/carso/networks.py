@@ -407,7 +407,7 @@ class PackedDecoder(nn.Module):
             shifts.append(bias.double())
             part = Deconvolution.of(layer)
             h, w = part.size(h, w)
-            sizes.append(Layer(part.channels, part.kernel, part.stride, part.padding, h, w))
+            sizes.append(Layer(part.channels, part.kernel, part.stride, part.padding, height=h, width=w))
         self.geometry = Geometry(latent_dim, start, tuple(sizes))
         packed, biases = pack(joint[..., :latent_dim], weights, shifts)
         real = torch.float64 if dtype == torch.float64 else torch.float32
