@@ -202,7 +202,7 @@ class PlainStep:
     def result(self) -> Tensor:
         """Under the noise and masks of ours."""
         x, b = self.adversarial(), self.batch
-        packed, _ = self.made.draw(x, seed=torch.full((1,), b.seed, device=x.device), ids=b.sample_ids)
+        packed, _ = self.made.draw(x, noise=(torch.full((1,), b.seed, device=x.device), b.sample_ids))
         return compared(*self.losses(x, packed.contiguous(), packed[:, -1:].contiguous()))
 
 

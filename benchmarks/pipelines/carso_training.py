@@ -139,9 +139,7 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
         return task.training_step(batch)[0].detach()
 
     def attacks() -> Tensor:
-        return balanced_batch(
-            made.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
-        )
+        return balanced_batch(made.frozen_classifier, batch, config)
 
     parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
     job = Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})

@@ -16,8 +16,7 @@ from torch import nn
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import PGD
-from purify_fast.defences.aggregation import WithAggregation
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble, WithAggregation
 from purify_fast.demo.setting import LAYERS, SIZES
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask

@@ -198,9 +198,7 @@ class Ablate(FreshClassifier):
         from ..methods.arrest import ablate
 
         images = self.load_data()
-        table, *others = ablate(
-            lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out
-        )
+        written = ablate(lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out)
         write_run_file(self, self.out)
-        print(table.read_text())
-        print(f"written: {table}, {' and '.join(path.name for path in others)} beside it; rows in folders there")
+        print(written[0].read_text())
+        print(f"written: {' and '.join(map(str, written))}; each row is in a folder beside")

@@ -1,8 +1,6 @@
 """What every defence is made of: control over its randomness, aggregation, a frozen classifier behind a purifier."""
 
-from .aggregation import WithAggregation
 from .base import Defence
-from .noisy_ensemble import NoisyEnsemble
-from .stochastic import StochasticDefence
+from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation
 
 __all__ = ["Defence", "NoisyEnsemble", "StochasticDefence", "WithAggregation"]

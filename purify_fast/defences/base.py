@@ -199,31 +199,9 @@ class Defence(StochasticDefence):
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As ``nn.Module.to``; the accelerated copies move along, and keep their dtype.
-
-        Args:
-            args: as ``nn.Module.to`` takes them.
-            kwargs: as ``nn.Module.to`` takes them.
-        """
-        super().to(*args, **kwargs)
-        return self._move_copies()
-
-    def cuda(self, device: int | torch.device | None = None) -> Self:
-        """As ``nn.Module.cuda``; the accelerated copies move along.
-
-        Args:
-            device: which GPU; None for the current one.
-        """
-        super().cuda(device)
-        return self._move_copies()
-
-    def cpu(self) -> Self:
-        """As ``nn.Module.cpu``; the accelerated copies move along."""
-        super().cpu()
-        return self._move_copies()
-
-    def _move_copies(self) -> Self:
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``cuda`` and ``cpu`` call: the accelerated copies move along, and keep their dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fast is not None:
             self.fast.to(first_tensor(self.classifier).device)
         return self

@@ -1,17 +1,23 @@
-"""What every randomized defence shares: K sets of logits per image, aggregated, and control over the noise."""
+"""What every randomized defence shares: K sets of logits per image, aggregated, and control over the noise.
+
+`NoisyEnsemble` is what a purifier has to beat: the same classifier and the same aggregation, with nothing purified.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
+from ..ops.philox import Stream, philox
+from ..protocols import Classifier, DrawsSampleLogits
 
 
 class StochasticDefence(nn.Module):
@@ -61,7 +67,7 @@ class StochasticDefence(nn.Module):
         """
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {seed}")
-        with self._switch("fixed"):
+        with self._control(_noise="fixed"):
             before = self._noise_seed.clone()
             self._noise_seed.fill_(seed)
             try:
@@ -72,27 +78,22 @@ class StochasticDefence(nn.Module):
     @contextlib.contextmanager
     def deterministic(self) -> Iterator[StochasticDefence]:
         """Within the block, no noise and one prediction per image: no randomness at all."""
-        with self._switch("off"):
+        with self._control(_noise="off"):
             yield self
 
     @contextlib.contextmanager
-    def _switch(self, noise: str) -> Iterator[None]:
-        with self._by_this_thread():
-            before, self._noise = self._noise, noise
-            try:
-                yield
-            finally:
-                self._noise = before
-
-    @contextlib.contextmanager
-    def _by_this_thread(self) -> Iterator[None]:
-        """Within the block, the calls of other threads are refused: they would draw what this thread chose."""
+    def _control(self, **state: Any) -> Iterator[None]:
+        """Within the block, the attributes have these values, and the calls of other threads are refused."""
         self._refuse_other_threads()
-        before, self._noise_owner = self._noise_owner, threading.get_ident()
+        state["_noise_owner"] = threading.get_ident()
+        before = {name: getattr(self, name) for name in state}
+        for name, value in state.items():
+            setattr(self, name, value)
         try:
             yield
         finally:
-            self._noise_owner = before
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def _refuse_other_threads(self) -> None:
         if torch.compiler.is_compiling():
@@ -113,18 +114,13 @@ class StochasticDefence(nn.Module):
         Args:
             ids: int64 ``[B]``.
         """
-        with self._by_this_thread():
-            yield from self._with_ids(ids)
-
-    def _with_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        before = self._noise_ids
-        # A captured step reads the ids where they lay when it was captured: they are written there again.
-        kept = self._kept_ids.setdefault((len(ids), ids.device), ids.clone()) if before is None else ids.clone()
-        self._noise_ids = kept.copy_(ids)
-        try:
+        self._refuse_other_threads()
+        memory = ids.clone()
+        if self._noise_ids is None:
+            # A captured step reads the ids where they lay when it was captured: they are written there again.
+            memory = self._kept_ids.setdefault((len(ids), ids.device), memory)
+        with self._control(_noise_ids=memory.copy_(ids)):
             yield self
-        finally:
-            self._noise_ids = before
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the draws of this call are made from.
@@ -215,23 +211,107 @@ class StochasticDefence(nn.Module):
         """
         return torch.softmax(self.forward(x), 1)
 
-    def peel(self, x: Tensor) -> Tensor:
-        """The paper's aggregated log-probabilities, ``[B, classes]``, computed stably: finite where its code is not.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return aggregate(self.sample_logits(x), "peel")
-
-    def peel_reference(self, x: Tensor) -> Tensor:
-        """The output as the official code returns it, ``[B, classes]``: +-inf, with NaN gradients. For study only.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return aggregate(self.sample_logits(x), "peel_reference")
-
 
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
     """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""
     return defence(repeat_batch(x, draws)).unflatten(0, (draws, -1))
+
+
+class WithAggregation(nn.Module):
+    """A defence seen through one aggregation, and without noise if asked: something to attack or to compare.
+
+    Args:
+        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if ``deterministic`` is asked for,
+            ``deterministic()``. Its ``draw_sample_logits`` is used if it has one (`StochasticDefence` has all three).
+        aggregation: a method of `purify_fast.ops.aggregate`.
+        deterministic: whether the defence is run without noise.
+    """
+
+    def __init__(self, defence: nn.Module, aggregation: str = "lse", deterministic: bool = False):
+        super().__init__()
+        self.defence, self.aggregation, self.without_noise = defence, aggregation, deterministic
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
+        with self._mode():
+            return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            draws: number of calls.
+        """
+        if not isinstance(self.defence, DrawsSampleLogits):
+            return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
+        with self._mode():
+            logits = self.defence.draw_sample_logits(x, draws)
+            return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
+        """The same view of another defence.
+
+        Args:
+            replace: makes that defence of the one inside.
+        """
+        # a copy of this object, which may be of a subclass and have hooks
+        other = copy.copy(self)
+        other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
+        return other
+
+    def _mode(self) -> contextlib.AbstractContextManager[Any]:
+        return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]
+
+
+class NoisyEnsemble(StochasticDefence):
+    """A classifier on K noisy copies of the image, aggregated as CARSO aggregates its K reconstructions.
+
+        x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
+
+    Args:
+        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits; it is copied and frozen.
+        sigma: standard deviation in image units, at least 0.
+        samples: K, at least 1.
+
+    The noise comes from the Philox stream TRANSFORM_NOISE, draw index k. `deterministic` classifies the image itself.
+    """
+
+    def __init__(self, classifier: nn.Module, sigma: float, samples: int = 8):
+        super().__init__()
+        if not sigma >= 0 or samples < 1:
+            raise ValueError(f"need sigma >= 0 and samples >= 1, got {sigma} and {samples}")
+        self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.sigma, self.samples = float(sigma), samples
+
+    def train(self, mode: bool = True) -> NoisyEnsemble:
+        """Set the mode; the classifier always stays in evaluation mode.
+
+        Args:
+            mode: True for training.
+        """
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def sample_logits(self, x: Tensor) -> Tensor:
+        """Logits ``[B, K, classes]``; K = 1, of the image itself, without noise.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        copies = x[:, None]
+        if not self.noise_is_off:
+            noise = philox(
+                *self.noise(len(x), x.device),
+                x[0].numel(),
+                stream=Stream.TRANSFORM_NOISE,
+                distribution="normal",
+                draws=self.samples,
+            )
+            copies = torch.clamp(copies + self.sigma * noise.view(-1, self.samples, *x.shape[1:]), 0, 1)
+        return self.classifier(copies.flatten(0, 1)).float().unflatten(0, (len(x), -1))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..defences.aggregation import WithAggregation
+from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .cache import Batch, PartialRow, RowCache
 from .plan import ALONE, clean_name, row_name, threat_name

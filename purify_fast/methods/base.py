@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
+from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..training.checkpoint import save_model
 from ..training.config import FitConfig, settings
-from ..training.task import Task, check_labels
+from ..training.task import Batch, Task, check_labels
 
 D = TypeVar("D", bound=Defence)
 R = TypeVar("R", bound="Recipe")
@@ -57,6 +60,9 @@ class Recipe:
         not_reproduced: what this package does otherwise, a sentence each.
     """
 
+    #: the method's config
+    settings: ClassVar[Any]
+
     name: str
     title: str
     facts: Mapping[str, Fact]
@@ -83,6 +89,15 @@ class Recipe:
             for key, fact in self.facts.items()
             if key.startswith(f"{prefix}.")
         }
+
+    def config(self, official_code: bool = False) -> Any:
+        """The settings of the training, an object of the method's config.
+
+        Args:
+            official_code: reproduce what the authors' code does otherwise than it says or surely means.
+        """
+        attack = replace(self.settings.attack, **self.part("attack", official_code))
+        return self.settings(attack=attack, **self.part("method", official_code))
 
     def loop(self, official_code: bool = False) -> FitConfig:
         """Epochs, batches and augmentation.
@@ -175,6 +190,17 @@ class PurifierTask(Task, Generic[D]):
         if tuple(shape) != self.defence.image_shape:
             raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(self.defence.image_shape)}")
         check_labels(classes, self.defence.num_classes)
+
+
+def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, the defence's noise is that of the images in the batch of all processes.
+
+    Args:
+        defence: whose noise it is.
+        batch: this process's share of the batch.
+    """
+    rank, world = processes()
+    return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:

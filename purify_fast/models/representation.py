@@ -107,7 +107,7 @@ class Representation:
             or [B, F].
     """
 
-    def __init__(self, model: nn.Module, layers: list[str] | tuple[str, ...], image_shape: tuple[int, int, int]):
+    def __init__(self, model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]):
         modules = dict(model.named_modules(remove_duplicate=False))
         if isinstance(layers, str):
             raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from purify_fast import zoo
-from purify_fast.defences.aggregation import WithAggregation
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble, WithAggregation
 from purify_fast.evaluation.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)

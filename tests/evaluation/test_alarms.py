@@ -10,7 +10,7 @@ from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.show.page import html_page

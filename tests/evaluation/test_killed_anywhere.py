@@ -17,7 +17,7 @@ from torch import nn
 
 from purify_fast import ops
 from purify_fast.attacks import APGD, PGD
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, cache, evaluate
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.cache import read_file

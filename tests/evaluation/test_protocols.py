@@ -7,7 +7,7 @@ from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
 from purify_fast.attacks import APGD, HEADS, PGD
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from purify_fast import load_dataset, zoo
 from purify_fast.attacks import APGD, PGD
-from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
 from purify_fast.evaluation.show.page import html_page

@@ -8,7 +8,6 @@ import torch
 
 from purify_fast import attacks, ops
 from purify_fast.kernels.decoder_sizes import Geometry
-from purify_fast.methods.arrest import AblationConfig
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.ops.decode_samples import pack
 from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack
@@ -62,11 +61,3 @@ def test_labels_on_another_device():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     with pytest.raises(ValueError, match="x is on cpu, y on meta: they must agree"):
         attacks.pgd(model, torch.rand(2, 1, 2, 2), torch.arange(2, device="meta"), eps=0.1, alpha=0.1, steps=1)
-
-
-@pytest.mark.parametrize("name", ["standard_learning_rate", "scratch_learning_rate"])
-@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
-def test_the_rates_of_an_ablation(name, rate):
-    """They were accepted, and the training diverged."""
-    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite"):
-        AblationConfig(**{name: rate})

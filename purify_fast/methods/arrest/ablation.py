@@ -5,12 +5,10 @@ Finished rows are kept: the same call goes on where it was.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +17,7 @@ from ..._files import write_text
 from ...attacks import PGD, AutoAttack
 from ...attacks.autoattack import implementation
 from ...data import DataSet
-from ...evaluation import AttackSpec, Report, Row, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
+from ...evaluation import AttackSpec, Report, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ...evaluation.show.tables import markdown_table
 from ...models.classifiers import representation_before_pooling
 from ...training import (
@@ -77,7 +75,7 @@ def ablate(
     out: str | Path,
     progress: bool = True,
 ) -> list[Path]:
-    """Train and attack every row, and write ``ablation.md``, ``ablation.csv`` and, with matplotlib, ``ablation.png``.
+    """Train and attack every row, and write ``ablation.md`` and, with matplotlib, ``ablation.png``.
 
     Args:
         make: makes a fresh classifier, one of `purify_fast.models.CLASSIFIERS`, on the images' device; torch is seeded
@@ -110,7 +108,7 @@ def ablate(
     what = replace(what, images=n, autoattack=min(what.autoattack, n))
     attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
-    results: dict[str, Result] = {}
+    results: dict[str, list[Accuracies]] = {}
 
     def folder(name: str) -> Path:
         return out / name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
@@ -134,13 +132,12 @@ def ablate(
             progress=progress,
         )
         report.save(folder(name))
-        results[name] = _result(report, what)
+        results[name] = [_accuracies(report, label) for label in ([ROBUST, AUTO] if what.autoattack else [ROBUST])]
 
     for name, share in scratch.items():
         classifier_config = ClassifierConfig(
             # the step is given, since the two tasks' own defaults differ
             attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
-            learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
         torch.manual_seed(loop.seed)
         epochs = what.scratch_epochs if share else what.standard_epochs
@@ -159,28 +156,16 @@ def _attacks(what: AblationConfig) -> list[AttackSpec]:
     return attacks
 
 
-class Accuracies(NamedTuple):
-    """Clean and robust accuracy on the same images, in percent, with their standard errors."""
-
-    point: Tradeoff
-    errors: tuple[float, float]
+#: Clean and robust accuracy on the same images, in percent, and their standard errors.
+Accuracies = tuple[float, float, float, float]
 
 
-#: What one row of the table is made of: the accuracies under PGD and, where it ran, under AutoAttack on its images.
-#: SUM and the other trade-offs are of the last.
-Result = list[Accuracies]
-
-
-def _result(report: Report, what: AblationConfig) -> Result:
-    """The accuracies of a report."""
-
-    def accuracies(robust: Row) -> Accuracies:
-        clean = report.row("clean")
-        clean = replace(clean, robust=clean.robust[: robust.n])
-        errors = (100 * clean.standard_error, 100 * robust.standard_error)
-        return Accuracies(Tradeoff(100 * clean.accuracy, 100 * robust.accuracy), errors)
-
-    return [accuracies(report.row(label)) for label in (ROBUST, AUTO)[: 2 if what.autoattack else 1]]
+def _accuracies(report: Report, label: str) -> Accuracies:
+    """Those of the attack's row, and of as many clean images."""
+    robust, clean = report.row(label), report.row("clean")
+    clean = replace(clean, robust=clean.robust[: robust.n])
+    values = (clean.accuracy, robust.accuracy, clean.standard_error, robust.standard_error)
+    return tuple(100 * value for value in values)  # type: ignore[return-value]
 
 
 def best_points(points: Sequence[Tradeoff]) -> list[Tradeoff]:
@@ -193,22 +178,26 @@ def best_points(points: Sequence[Tradeoff]) -> list[Tradeoff]:
 
 
 def write(
-    out: Path, results: Mapping[str, Result], reference: Sequence[str], attack: TrainingAttack, what: AblationConfig
+    out: Path,
+    results: Mapping[str, list[Accuracies]],
+    reference: Sequence[str],
+    attack: TrainingAttack,
+    what: AblationConfig,
 ) -> list[Path]:
-    """Write the table and, with matplotlib, the picture; the rows that ``reference`` names make the curve."""
-    curve = best_points([results[name][-1].point for name in reference])
+    """Write the table and, with matplotlib, the picture.
+
+    ``results`` are the accuracies under PGD and, where it ran, under AutoAttack on its images; SUM and the other
+    trade-offs are of the last. The rows that ``reference`` names make the curve.
+    """
+    curve = best_points([Tradeoff(*results[name][-1][:2]) for name in reference])
     auto = what.autoattack > 0
     head = ["model", "standard", "robust"] + (["standard, AutoAttack's images", "AutoAttack"] if auto else [])
     head += ["SUM", "mean", "NRR", "ar_point_dist"]
     table: list[list[str]] = []
     for name, result in results.items():
-        point = result[-1].point
+        point = Tradeoff(*result[-1][:2])
         far = f"{ar_point_dist(curve, point):+.2f}" if len(curve) > 1 and name not in reference else "-"
-        cells = [
-            f"{value:.1f} ± {error:.1f}"
-            for accuracies in result
-            for value, error in zip(accuracies.point, accuracies.errors, strict=True)
-        ]
+        cells = [f"{one[i]:.1f} ± {one[i + 2]:.1f}" for one in result for i in (0, 1)]
         table.append([name, *cells, *(f"{value:.2f}" for value in (point.sum, point.mean, point.nrr)), far])
     robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
     text = [
@@ -222,14 +211,10 @@ def write(
         "",
         *markdown_table(head, table),
     ]
-    written = [out / "ablation.md", out / "ablation.csv"]
-    write_text(written[0], "\n".join(text) + "\n")
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([head, *table])
-    write_text(written[1], file.getvalue())
-    points = {name: (*result[-1].point, *result[-1].errors) for name, result in results.items()}
+    write_text(out / "ablation.md", "\n".join(text) + "\n")
+    points = {name: result[-1] for name, result in results.items()}
     shown = curve if len(curve) > 1 else None
     drawn = plot_tradeoff(
         out / "ablation.png", points, shown, reference_name="trained from scratch", title=f"robust: {robust}"
     )
-    return [*written, out / "ablation.png"] if drawn else written
+    return [out / "ablation.md", *([out / "ablation.png"] if drawn else [])]

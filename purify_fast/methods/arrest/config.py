@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from math import cos, radians
 from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Count, Precision, Range, Share, ShareBelow1, check_types
+from ..._validation import AtLeast0, Count, Positive, Precision, Range, Share, ShareBelow1, check_types
 from ...training.config import TrainingAttack
-
-Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
-DriftMode = Literal["eval", "train"]
-Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["published", "one_cycle", "constant"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +54,18 @@ class ArrestConfig:
 
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
     distillation_weight: AtLeast0 = 50.0
-    distance: Distance = "abs_cosine"
+    distance: Literal["abs_cosine", "cosine", "angular", "l2"] = "abs_cosine"
     pooled: bool = False
     replay: bool = True
     angle: Annotated[float, Range(0, 90, unit=" degrees")] = 30.0
     tau: AtLeast0 | None = None
     replay_share: Share = 0.5
-    drift_mode: DriftMode = "eval"
-    optimizer: Optimizer = "sgd"
+    drift_mode: Literal["eval", "train"] = "eval"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: AtLeast0 = 0.025
     momentum: ShareBelow1 = 0.9
     weight_decay: AtLeast0 = 5e-4
-    schedule: Schedule = "published"
+    schedule: Literal["published", "one_cycle", "constant"] = "published"
     ema_decay: ShareBelow1 = 0.0
     awp_gamma: AtLeast0 = 0.0
     precision: Precision = "float32"
@@ -121,8 +115,6 @@ class AblationConfig:
             eps they make the reference curve.
         standard_epochs: epochs of the standard classifier.
         scratch_epochs: epochs of adversarial training from scratch.
-        standard_learning_rate: the highest rate of the standard classifier's one cycle of AdamW.
-        scratch_learning_rate: the highest rate of the one cycle of AdamW from scratch.
         attack_steps: steps of PGD when attacking, with cross-entropy, then with DLR.
         images: the first so many held-out images are attacked.
         autoattack: the first so many of these are attacked by AutoAttack (standard) as well, where PGD failed; 0 for
@@ -133,29 +125,20 @@ class AblationConfig:
         ValueError: a setting out of range; the message names it.
     """
 
-    weights: tuple[float, ...] = (50.0,)
+    weights: tuple[Positive, ...] = (50.0,)
     angles: tuple[float, ...] = (30.0,)
     taus: tuple[float, ...] = ()
-    shares: tuple[float, ...] = (0.5,)
+    shares: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = (0.5,)
     standard_epochs: Count = 100
     scratch_epochs: Count = 100
-    standard_learning_rate: float = 3e-3
-    scratch_learning_rate: float = 3e-3
     attack_steps: Count = 50
     images: Count = 1000
     autoattack: Annotated[int, Range(0)] = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("standard_learning_rate", "scratch_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
             # the rows are named with six digits
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different in six digits, got {values}")
-        if not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights must be above 0, got {self.weights}")
-        if not all(0 < share < 1 for share in self.shares):
-            raise ValueError(f"shares must be between 0 and 1, got {self.shares}")

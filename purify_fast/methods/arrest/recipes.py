@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from ...models.classifiers import build_classifier
-from ...training.config import TrainingAttack
 from ..base import Recipe, read_recipes
 from .config import ArrestConfig
 from .task import ArrestTask
@@ -21,7 +20,13 @@ from .task import ArrestTask
 
 @dataclass(frozen=True)
 class ArrestRecipe(Recipe):
-    """A published ARREST training."""
+    """A published ARREST training.
+
+    With ``official_code`` it is that of the re-implementation: PGD starts from 0.001 times a normal draw, the drift is
+    looked at in training mode, and the representation is pooled.
+    """
+
+    settings = ArrestConfig
 
     def build_classifier(self, width: int | None = None) -> nn.Module:
         """The recipe's network with fresh weights; ARREST begins with one that was trained on clean images.
@@ -35,16 +40,6 @@ class ArrestRecipe(Recipe):
         # the sources do not say how images are normalized: the data set's statistics
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         return build_classifier(name, shape, classes, mean=mean, std=std, **options)
-
-    def config(self, official_code: bool = False) -> ArrestConfig:
-        """The settings of the finetuning.
-
-        Args:
-            official_code: as the re-implementation: PGD starts from 0.001 times a normal draw, the drift is looked at
-                in training mode, and the representation is pooled.
-        """
-        attack = TrainingAttack(**self.part("attack", official_code))
-        return ArrestConfig(attack=attack, **self.part("method", official_code))
 
     def task(self, classifier: nn.Module, official_code: bool = False) -> ArrestTask:
         """The finetuning of a classifier in place, for `purify_fast.training.fit`.

@@ -120,8 +120,6 @@ class ArrestTask(Task):
             # what is trained together is one checkpoint
             self.model = nn.ModuleDict({"model": model, "average": self._average})
         weights = [p for p in model.parameters() if p.requires_grad]
-        if not weights:
-            raise ValueError("model has no parameters to train")
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":

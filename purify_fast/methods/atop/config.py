@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ..._validation import AtLeast0, Count, Precision, Range, check_types
+from ..._validation import AtLeast0, Count, Precision, Range, ShareBelow1, check_types
 from ...training.config import TrainingAttack
 from ...training.schedules import DelayUnit
-
-AttackMethod = Literal["fgsm", "pgd", "none"]
-AttackTarget = Literal["classifier", "pipeline"]
-ReconstructionTarget = Literal["adversarial", "clean"]
-GanFake = Literal["refined", "pasted"]
-ClassifierRange = Literal["unit", "doubled"]
-Masks = Literal["blocks", "free_form"]
-Schedule = Literal["constant", "one_cycle"]
 
 
 @dataclass(frozen=True)
@@ -61,37 +53,33 @@ class AtopConfig:
         ValueError: a setting out of range, or one that would have no effect; the message names it.
     """
 
-    attack_method: AttackMethod = "fgsm"
-    attack_target: AttackTarget = "classifier"
+    attack_method: Literal["fgsm", "pgd", "none"] = "fgsm"
+    attack_target: Literal["classifier", "pipeline"] = "classifier"
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
-    reconstruction_target: ReconstructionTarget = "adversarial"
+    reconstruction_target: Literal["adversarial", "clean"] = "adversarial"
     cls_weight: AtLeast0 = 0.05
     cls_delay: Annotated[int, Range(0)] = 10_000
     cls_delay_unit: DelayUnit = "images"
-    classifier_range: ClassifierRange = "unit"
+    classifier_range: Literal["unit", "doubled"] = "unit"
     reconstruction_weight: AtLeast0 = 1.0
     gan_weight: AtLeast0 = 1.0
     discriminator_width: Count = 64
     gan_grad: bool = False
-    gan_fake: GanFake = "refined"
-    masks: Masks = "blocks"
+    gan_fake: Literal["refined", "pasted"] = "refined"
+    masks: Literal["blocks", "free_form"] = "blocks"
     precision: Precision = "float32"
-    schedule: Schedule = "constant"
+    schedule: Literal["constant", "one_cycle"] = "constant"
     learning_rate: AtLeast0 = 1e-4
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.5, 0.999)
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._check_attack()
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         gan = ("gan_weight", "discriminator_width", "gan_fake")
         if not self.gan_grad and (odd := [name for name in gan if getattr(self, name) != getattr(type(self), name)]):
             raise ValueError(
                 f"{odd[0]} {getattr(self, odd[0])!r} goes with gan_grad: without it there is no discriminator"
             )
 
-    def _check_attack(self) -> None:
         attack, default = self.attack, type(self).attack
         if self.attack_method != "none" and not attack.eps > 0:
             raise ValueError(f"eps must be above 0, got {attack.eps}; attack_method='none' trains without attacks")
@@ -102,12 +90,8 @@ class AtopConfig:
             )
         if self.attack_method == "none" and self.attack_target == "pipeline":
             raise ValueError("attack_target 'pipeline' needs an attack: fgsm or pgd")
-        if self.attack_method == "pgd":
-            return
-        if (attack.steps, attack.alpha) != (default.steps, default.alpha):
-            raise ValueError(f"steps and alpha go with attack_method='pgd', got {attack.steps} and {attack.alpha}")
-        for name in ("relative_alpha", "random_start", "start_std"):
-            if getattr(attack, name) != getattr(default, name):
+        for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
+            if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):
                 raise ValueError(f"{name} goes with attack_method='pgd', got {getattr(attack, name)}")
 
     @classmethod

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class SpectralConv(nn.Conv2d):
         return self._conv_forward(input, weight, self.bias)
 
 
-def patch_depth(image_size: tuple[int, int]) -> int:
+def patch_depth(image_size: Sequence[int]) -> int:
     """The most layers of `PatchDiscriminator`, at most 6, that leave 2 x 2 patches of an image.
 
     That is 6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16. The paper has 256 x 256 only.
@@ -111,7 +112,6 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         check_counts(in_channels=in_channels, width=width)
         Range(1, len(WIDTHS)).check("depth", depth)
-        self.arguments = {"in_channels": in_channels, "width": width, "depth": depth}
         channels = [in_channels, *(width * factor for factor in WIDTHS[:depth])]
         for i in range(depth):
             convolution = SpectralConv(channels[i], channels[i + 1], 5, 2, 2)
@@ -123,15 +123,15 @@ class PatchDiscriminator(nn.Module):
         return x.flatten(1)
 
 
-#: At most so many strokes, of so many segments; each stroke takes 6 random numbers, each segment 3, the box 4.
+#: At most so many strokes, of so many segments; the box takes 4 random numbers, the number of strokes 1, each stroke 6,
+#: and each segment 3.
 STROKES, SEGMENTS = 3, 11
-_PER_STROKE = 6 + 3 * SEGMENTS
-_NUMBERS = 4 + 1 + STROKES * _PER_STROKE
+_NUMBERS = 4 + 1 + STROKES * (6 + 3 * SEGMENTS)
 _ANGLE, _ANGLE_RANGE = 2 * math.pi / 5, 2 * math.pi / 15
 
 
 def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
-    """A hole for each image, drawn from the stream of masks.
+    """A hole for each image, a box and strokes, drawn from the stream of masks.
 
     Args:
         size: (H, W) of the images.
@@ -141,71 +141,41 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
     Returns:
         float32 ``[B, 1, H, W]``: 1 where the image is hidden, 0 elsewhere.
     """
-    u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0]
-    hidden = _box(size, u[:, :4]) | _strokes(size, u[:, 4], u[:, 5:].unflatten(1, (STROKES, _PER_STROKE)))
-    return hidden[:, None].float()
-
-
-def _grid(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The row and the column of each pixel, ``[1, H, 1]`` and ``[1, 1, W]``."""
-    rows, cols = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
-    return rows[None, :, None], cols[None, None, :]
-
-
-def _box(size: tuple[int, int], u: Tensor) -> Tensor:
-    """A rectangle in each image, bool ``[B, H, W]``; u: uniform numbers, ``[B, 4]``."""
-    inside = torch.ones((1, 1, 1), dtype=torch.bool, device=u.device)
-    for axis, place in enumerate(_grid(size, u.device)):
+    u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0, :, None, None]  # [B, numbers, 1, 1]
+    height, width = size
+    rows = torch.arange(height, device=u.device, dtype=torch.float32)[None, :, None]
+    cols = torch.arange(width, device=u.device, dtype=torch.float32)[None, None, :]
+    boxes = []
+    for axis, place in enumerate((rows, cols)):
         side, most = size[axis] // 2, size[axis] // 16
         margin = (u[:, 2 + axis] * (most + 1)).floor()
         first = (u[:, axis] * (size[axis] - side)).floor() + margin
-        last = first + side - 2 * margin
-        inside = inside & (place >= first[:, None, None]) & (place < last[:, None, None])
-    return inside
-
-
-def _strokes(size: tuple[int, int], number: Tensor, u: Tensor) -> Tensor:
-    """Brush strokes in each image, bool ``[B, H, W]``.
-
-    Args:
-        size: (H, W).
-        number: uniform numbers, ``[B]``, which say how many strokes there are.
-        u: uniform numbers, ``[B, STROKES, _PER_STROKE]``.
-    """
-    rows, cols = _grid(size, u.device)
-    height, width = size
+        boxes.append((place >= first) & (place < first + side - 2 * margin))
+    hidden = boxes[0] & boxes[1]
     radius = math.hypot(height, width) / 8
-    hidden = torch.zeros((len(u), height, width), dtype=torch.bool, device=u.device)
-    strokes = (number * STROKES).floor() + 1
-    for k in range(STROKES):
-        head, tail = u[:, k, :6], u[:, k, 6:].unflatten(1, (SEGMENTS, 3))
-        segments = 4 + (head[:, 0] * (SEGMENTS - 3)).floor()
-        row, col = head[:, 1] * height, head[:, 2] * width
+    strokes = (u[:, 4] * STROKES).floor() + 1
+    for k, of_stroke in enumerate(u[:, 5:].chunk(STROKES, 1)):
+        head, tail = of_stroke[:, :6].unbind(1), of_stroke[:, 6:].unflatten(1, (SEGMENTS, 3)).unbind(1)
+        segments = 4 + (head[0] * (SEGMENTS - 3)).floor()
+        row, col = head[1] * height, head[2] * width
         # widths of 12 to 40 pixels at 256
-        half = (12 + 28 * head[:, 3]) * height / 512
-        low, high = _ANGLE - head[:, 4] * _ANGLE_RANGE, _ANGLE + head[:, 5] * _ANGLE_RANGE
-        for i in range(SEGMENTS):
-            angle = low + (high - low) * tail[:, i, 0]
+        half = (12 + 28 * head[3]) * height / 512
+        low, high = _ANGLE - head[4] * _ANGLE_RANGE, _ANGLE + head[5] * _ANGLE_RANGE
+        for i, (turn, away, phase) in enumerate(part.unbind(1) for part in tail):
+            angle = low + (high - low) * turn
             if i % 2 == 0:
                 angle = 2 * math.pi - angle
-            normal = torch.sqrt(-2 * torch.log1p(-tail[:, i, 1])) * torch.cos(2 * math.pi * tail[:, i, 2])
+            normal = torch.sqrt(-2 * torch.log1p(-away)) * torch.cos(2 * math.pi * phase)
             length = (radius + radius / 2 * normal).clamp(0, 2 * radius)
             next_row = (row + length * angle.sin()).clamp(0, height)
             next_col = (col + length * angle.cos()).clamp(0, width)
-            drawn = (k < strokes) & (i < segments)
-            near = _distance(rows, cols, (row, col), (next_row, next_col)) <= half[:, None, None]
-            hidden |= near & drawn[:, None, None]
+            down, right = next_row - row, next_col - col
+            # the point of the segment that is nearest to each pixel, as a share of the segment
+            share = (((rows - row) * down + (cols - col) * right) / (down**2 + right**2).clamp(min=1e-6)).clamp(0, 1)
+            near = torch.hypot(rows - row - share * down, cols - col - share * right) <= half
+            hidden = hidden | (near & (k < strokes) & (i < segments))
             row, col = next_row, next_col
-    return hidden
-
-
-def _distance(rows: Tensor, cols: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> Tensor:
-    """How far each pixel is from a segment of its image, ``[B, H, W]``; start and end: rows and columns, ``[B]``."""
-    first_row, first_col = (value[:, None, None] for value in start)
-    across, along = (end[0] - start[0])[:, None, None], (end[1] - start[1])[:, None, None]
-    square = (across**2 + along**2).clamp(min=1e-6)
-    share = (((rows - first_row) * across + (cols - first_col) * along) / square).clamp(0, 1)
-    return torch.hypot(rows - first_row - share * across, cols - first_col - share * along)
+    return hidden[:, None].float()
 
 
 def hide_free_form(x: Tensor, seed: Tensor, ids: Tensor, shared: bool = False) -> tuple[Tensor, Tensor]:

@@ -146,35 +146,30 @@ class Atop(Defence):
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
-    def draw(
-        self, x: Tensor, draws: int = 1, seed: Tensor | None = None, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def draw(self, x: Tensor, draws: int = 1, noise: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The random transforms of images, as the current mode draws them.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: as many for each of the S samples.
-            seed: int64 ``[1]`` to draw from instead; goes with ids.
-            ids: sample ids, int64 ``[B]``, to draw from instead; goes with seed.
+            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``, to draw from instead of the defence's own.
 
         Returns:
             ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`; T = draws
             S B, times N with rt3, sample by sample. Differentiable to x.
 
         Raises:
-            ValueError: images of another shape, or a seed without ids.
+            ValueError: images of another shape.
         """
         self.check_images(x)
-        if (seed is None) != (ids is None):
-            raise ValueError("seed and ids go together: give both or neither")
         sigma, samples = self.sigma, draws * self.samples
-        if seed is None or ids is None:
-            if self.noise_is_off:
-                sigma, samples = 0.0, draws
-                seed, ids = torch.zeros_like(self._noise_seed), x.new_zeros(1, dtype=torch.int64)
-            else:
-                seed, ids = self.noise(len(x), x.device)
-        narrow = self.fast is not None and self.purifier_dtype == torch.float32
+        if noise is None and self.noise_is_off:
+            sigma, samples = 0.0, draws
+            noise = torch.zeros_like(self._noise_seed), x.new_zeros(1, dtype=torch.int64)
+        seed, ids = self.noise(len(x), x.device) if noise is None else noise
+        dtype = self.purifier_dtype
+        if self.fast is not None and dtype == torch.float32:
+            dtype = self.fast.dtype
         return random_transform(
             x.to(self.purifier_dtype),
             seed,
@@ -185,7 +180,7 @@ class Atop(Defence):
             num_passes=self.num_passes,
             samples=samples,
             shared_mask=self.shared_mask,
-            dtype=self.fast.dtype if narrow and self.fast is not None else self.purifier_dtype,
+            dtype=dtype,
             channels_last=self.purifier_uses_channels_last,
         )
 

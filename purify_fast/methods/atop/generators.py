@@ -16,7 +16,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,49 +52,26 @@ class GatedConv(nn.Module):
         self.conv = Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
         self.relu = relu
         nn.init.kaiming_uniform_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        assert self.conv.bias is not None
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv(x)
-        if self.relu:
-            a, b = h.chunk(2, 1)
-            return F.relu(a) * torch.sigmoid(b)
-        return gated_elu(h)
+        if not self.relu:
+            return gated_elu(h)
+        a, b = h.chunk(2, 1)
+        return F.relu(a) * torch.sigmoid(b)
 
 
-class Upsample(nn.Module):
-    """Each pixel fourfold, then a gated 3 x 3 convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the result.
-    """
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv = GatedConv(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(inputs: int, outputs: int) -> nn.Sequential:
+    """Each pixel fourfold, then a gated convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``."""
+    return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2.0), conv=GatedConv(inputs, outputs)))
 
 
-class ToImage(nn.Module):
-    """A plain 3 x 3 convolution before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``; its bias starts at 0.
-
-    Args:
-        inputs: channels of the input.
-        channels: channels of the image.
-    """
-
-    def __init__(self, inputs: int, channels: int):
-        super().__init__()
-        self.conv = Conv2d(inputs, channels, 3, 1, 1)
-        assert self.conv.bias is not None
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+def _to_image(inputs: int, channels: int) -> nn.Sequential:
+    """A plain convolution before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``; its bias starts at 0."""
+    conv = Conv2d(inputs, channels, 3, 1, 1)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return nn.Sequential(OrderedDict(conv=conv))
 
 
 def _down(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -106,8 +82,7 @@ def _down(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 def _up(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Twice the size, then a convolution."""
-    parts = {"conv1_upsample": Upsample(inputs, hidden), "conv2": GatedConv(hidden, outputs)}
-    return nn.Sequential(OrderedDict(parts))
+    return nn.Sequential(OrderedDict(conv1_upsample=_upsample(inputs, hidden), conv2=GatedConv(hidden, outputs)))
 
 
 class _Attention(nn.Module):
@@ -133,7 +108,7 @@ def _coarse_stage(in_channels: int, channels: int, width: int) -> nn.Sequential:
         parts[f"conv_bn{i}"] = GatedConv(double, double, dilation=dilation)
     parts["up_block1"] = _up(double, width, width)
     parts["up_block2"] = _up(width, half, width // 4)
-    parts["conv_to_rgb"] = ToImage(width // 4, channels)
+    parts["conv_to_rgb"] = _to_image(width // 4, channels)
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -157,7 +132,7 @@ class _Refined(nn.Module):
         self.conv_bn7 = GatedConv(double, double)
         self.up_block1 = _up(double, width, width)
         self.up_block2 = _up(width, half, width // 4)
-        self.conv_to_rgb = ToImage(width // 4, channels)
+        self.conv_to_rgb = _to_image(width // 4, channels)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         dilated = self.conv_down_block2(self.conv_down_block1(self.conv_conv1(x)))
@@ -169,27 +144,14 @@ class _Refined(nn.Module):
         return torch.tanh(self.conv_to_rgb(self.up_block2(self.up_block1(x))))
 
 
-def check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) -> None:
-    """Refuse a packed input and a mask that a generator cannot take.
-
-    Args:
-        packed: should be floating point ``[B, channels + 2, H, W]``.
-        mask: should be ``[B, 1, H, W]``.
-        channels: of the generator's images.
-        multiple: what H and W must be multiples of.
-
-    Raises:
-        ValueError: anything else; it names both shapes.
-    """
-    if packed.dim() != 4 or packed.shape[1] != channels + 2 or not packed.is_floating_point():
+def _check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) -> None:
+    """ValueError unless a generator can take a packed input and its mask."""
+    b, inputs, h, w = packed.shape
+    if inputs != channels + 2 or tuple(mask.shape) != (b, 1, h, w) or h % multiple or w % multiple:
         raise ValueError(
-            f"packed must be floating point [B, {channels + 2}, H, W], got {packed.dtype} {list(packed.shape)}"
+            f"packed must be [B, {channels + 2}, H, W] and mask [B, 1, H, W], H and W multiples of {multiple}, got "
+            f"{list(packed.shape)} and {list(mask.shape)}"
         )
-    b, _, h, w = packed.shape
-    if h % multiple or w % multiple or min(h, w) == 0:
-        raise ValueError(f"H and W must be multiples of {multiple}, got packed {list(packed.shape)}")
-    if tuple(mask.shape) != (b, 1, h, w):
-        raise ValueError(f"mask must be {[b, 1, h, w]} as packed is {list(packed.shape)}, got {list(mask.shape)}")
 
 
 class DeepFillGenerator(nn.Module):
@@ -229,7 +191,7 @@ class DeepFillGenerator(nn.Module):
         self.stage2 = _Refined(self.channels, width)
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        check_packed(packed, mask, self.channels, 8)
+        _check_packed(packed, mask, self.channels, 8)
         coarse = torch.tanh(self.stage1(packed))
         hidden = mask.to(packed.dtype)
         return coarse, self.stage2(coarse * hidden + packed[:, : self.channels] * (1 - hidden), mask)
@@ -256,25 +218,18 @@ class DeepFillGenerator(nn.Module):
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
         # checkpoints older than that buffer lack it
-        identity = generator.state_dict()[CONSTANT]
-        if not torch.equal(state.setdefault(CONSTANT, identity).to(identity), identity):
-            raise ValueError(f"{path}: {CONSTANT} is {state[CONSTANT].tolist()}, must be the identity")
+        state.setdefault(CONSTANT, generator.state_dict()[CONSTANT])
         load_state(generator, state, f"{path} is not a generator of deepfillv2-pytorch")
         return generator.eval()
 
     def save_official(self, path: str | Path) -> None:
-        """Write what `from_official` reads, the file whole or absent.
+        """Write ``{"G": state dict}``, which `from_official` reads; the file is whole or absent.
 
         Args:
-            path: a ``.safetensors`` file, or any other, which holds ``{"G": state dict}``.
+            path: such as ``mine.pth``.
         """
-        path = Path(path)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic(path) as temporary:
-            if path.suffix == ".safetensors":
-                save_file(state, temporary)
-            else:
-                torch.save({"G": state}, temporary)
+        with atomic(Path(path)) as temporary:
+            torch.save({"G": self.state_dict()}, temporary)
 
 
 #: Of a residual generator: how much of its base image the zero correction keeps.
@@ -303,9 +258,9 @@ class _SmallCoarse(nn.Module):
         self.down1 = GatedConv(width, 2 * width, stride=2)
         self.down2 = GatedConv(2 * width, 4 * width, stride=2)
         self.middle = nn.Sequential(GatedConv(4 * width, 4 * width, dilation=2), GatedConv(4 * width, 4 * width))
-        self.up1 = Upsample(4 * width, 2 * width)
-        self.up2 = Upsample(2 * width, width)
-        self.to_image = ToImage(width, channels)
+        self.up1 = _upsample(4 * width, 2 * width)
+        self.up2 = _upsample(2 * width, width)
+        self.to_image = _to_image(width, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         full = self.enter(x)
@@ -325,8 +280,8 @@ class _SmallRefined(nn.Module):
         self.dilated = nn.Sequential(GatedConv(double, double, dilation=2), GatedConv(double, double, dilation=4))
         self.attention = _SmallAttention(double) if attention else None
         self.join = GatedConv(2 * double if attention else double, double)
-        self.up = Upsample(double, width)
-        self.to_image = ToImage(width, channels)
+        self.up = _upsample(double, width)
+        self.to_image = _to_image(width, channels)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         full = self.enter(x)
@@ -368,10 +323,10 @@ class SmallGenerator(nn.Module):
         self.refined = _SmallRefined(2 * channels + 1, channels, width, attention)
         if residual:
             for head in (self.coarse.to_image, self.refined.to_image):
-                nn.init.zeros_(head.conv.weight)
+                nn.init.zeros_(head.get_parameter("conv.weight"))
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        check_packed(packed, mask, self.channels, 4)
+        _check_packed(packed, mask, self.channels, 4)
         image, mask = packed[:, : self.channels], mask.to(packed.dtype)
         coarse = self._finish(self.coarse(packed), image)
         refined = self.refined(torch.cat([coarse, image, mask], 1), mask)

@@ -18,18 +18,6 @@ from torch.nn import functional as F
 
 from ..._validation import check_counts
 
-#: DMAE's ViT-B/16, for images of 224 x 224, as arguments of `MaskedAutoencoder`.
-VIT_B16 = {
-    "image_shape": (3, 224, 224),
-    "patch": 16,
-    "width": 768,
-    "depth": 12,
-    "heads": 12,
-    "decoder_width": 512,
-    "decoder_depth": 8,
-    "decoder_heads": 16,
-}
-
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed positions of a grid of patches: sines and cosines of the row, then of the column.
@@ -88,7 +76,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_heads: of the decoder's attention.
 
-    The default sizes were chosen for 16 x 16 to 32 x 32; `VIT_B16` has DMAE's.
+    The default sizes were chosen for 16 x 16 to 32 x 32. DMAE's are those of ViT-B/16, in this order: (3, 224, 224),
+    16, 768, 12, 12, 512, 8, 16.
 
     ``forward(transformed, mask)``: transformed ``[B, C, H, W]`` in [-1, 1], 0 where hidden; mask ``[B, 1, H, W]``, 1
     where hidden -> the whole image ``[B, C, H, W]`` in [-1, 1].
@@ -98,7 +87,7 @@ class MaskedAutoencoder(nn.Module):
     the paper), since blocks smaller than a patch hide part of it. A class token is always read.
 
     Raises:
-        ValueError: sizes that do not fit, at construction or call.
+        ValueError: sizes that do not fit.
     """
 
     positions: Tensor
@@ -126,7 +115,7 @@ class MaskedAutoencoder(nn.Module):
             if size % 4 or size % parts:
                 raise ValueError(f"{name} must be a multiple of 4 and of its {parts} heads, got {size}")
         self.arguments = {"image_shape": [channels, h, w], **sizes}
-        self.image_shape, self.patch = (channels, h, w), patch
+        self.patch = patch
         grid = h // patch, w // patch
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.register_buffer("decoder_positions", sincos_positions(grid, decoder_width), persistent=False)
@@ -151,13 +140,7 @@ class MaskedAutoencoder(nn.Module):
         return F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
 
     def forward(self, transformed: Tensor, mask: Tensor) -> Tensor:
-        c, h, w = self.image_shape
-        b = transformed.shape[0]
-        if tuple(transformed.shape[1:]) != (c, h, w) or tuple(mask.shape) != (b, 1, h, w):
-            raise ValueError(
-                f"need transformed [B, {c}, {h}, {w}] and mask [B, 1, {h}, {w}], got {list(transformed.shape)} and "
-                f"{list(mask.shape)}"
-            )
+        b, _, h, w = transformed.shape
         mask = mask.to(transformed.dtype)
         tokens = self.embed(self._patches(torch.cat([transformed, mask], 1))) + self.positions
         hidden = self._patches(mask).amin(2) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +33,8 @@ def build_purifier(
         residual: of a ``small_generator``: it corrects the image in place of painting one.
 
     Raises:
-        ValueError: an unknown name, sizes the network does not take, or residual for another network.
+        ValueError: sizes the network does not take, or residual for another network.
     """
-    if name not in PURIFIERS:
-        raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":
         raise ValueError(f"residual goes with small_generator, not with {name}")
     options: dict[str, Any] = ({} if width is None else {"width": width}) | ({"residual": True} if residual else {})
@@ -60,15 +57,9 @@ def rebuilt_purifier(facts: dict[str, Any], given: nn.Module | None, folder: str
         if facts["kind"] not in PURIFIERS:
             raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
         return PURIFIERS[facts["kind"]](**facts["arguments"])
-    actual = json.loads(json.dumps(description(given)))
-    if actual != facts:
-        raise ValueError(f"purifier: {folder} holds {_signature(facts)}, got {_signature(actual)}")
+    if description(given) != facts:
+        raise ValueError(f"purifier: {folder} holds {facts}, got {description(given)}")
     return given
-
-
-def _signature(facts: dict[str, Any]) -> str:
-    sizes = facts["arguments"] or {}
-    return f"{facts['kind']}({', '.join(f'{name}={value!r}' for name, value in sorted(sizes.items()))})"
 
 
 class PurifierAdapter(nn.Module):
@@ -76,31 +67,26 @@ class PurifierAdapter(nn.Module):
 
     Args:
         module: what repairs images; used as it is, not copied. Either ``module(transformed, mask)``, transformed
-            ``[N, C, H, W]`` in [-1, 1] and 0 where hidden, mask ``[N, 1, H, W]``, 1 where hidden; or, if it takes
-            packed images, ``module(packed, mask)``. It returns the purified image ``[N, C, H, W]``, or a tuple of such
-            images with the purified one last (DeepFillv2: coarse, refined). **Range: [-1, 1]**, as its input; values
-            beyond it are passed on as they are.
+            ``[N, C, H, W]`` in [-1, 1] and 0 where hidden, mask ``[N, 1, H, W]``, 1 where hidden; or, if its attribute
+            ``takes_packed`` says so, ``module(packed, mask)``. It returns the purified image ``[N, C, H, W]``, or a
+            tuple of such images with the purified one last (DeepFillv2: coarse, refined). **Range: [-1, 1]**, as its
+            input; values beyond it are passed on as they are.
         image_shape: (C, H, W).
-        takes_packed: what the module takes first; None asks its attribute of that name, False without one.
 
     ``forward(packed [N, C + 2, H, W])``: transformed image, a plane of ones, mask -> tuple of images ``[N, C, H, W]``
     in packed's dtype; the last is the purified one.
 
     Raises:
-        ValueError: at construction, a module that does not run on two images, or returns something else; it names the
-            module, what it returned and what is allowed. At call, images of another shape.
+        ValueError: a module that does not run on two images, or returns something else; it names the module, what it
+            returned and what is allowed.
 
     The dry run is made in evaluation mode; the module's modes stay.
     """
 
-    def __init__(self, module: nn.Module, image_shape: Sequence[int], takes_packed: bool | None = None):
+    def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
-        channels, h, w = (int(size) for size in image_shape)
-        if min(channels, h, w) < 1:
-            raise ValueError(f"image_shape must be (C, H, W), at least 1 each, got {tuple(image_shape)}")
-        self.module, self.image_shape = module, (channels, h, w)
-        self.takes_packed = bool(getattr(module, "takes_packed", False)) if takes_packed is None else takes_packed
-        self._overwrites = False  # a module that writes into its input gets a copy
+        self.module, self.image_shape = module, image_shape
+        self.takes_packed = bool(getattr(module, "takes_packed", False))
         self._dry_run()
 
     def _dry_run(self) -> None:
@@ -113,15 +99,13 @@ class PurifierAdapter(nn.Module):
         given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
         try:
             with evaluation_mode(self.module), torch.no_grad():
-                version = packed._version
                 images = self._run(packed)
-                self._overwrites = packed._version != version
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
         want = [2, channels, h, w]
         actual = [(list(image.shape), image.dtype) if isinstance(image, Tensor) else type(image) for image in images]
-        fit = [isinstance(image, Tensor) and list(image.shape) == want for image in images]
-        if not images or not all(fit) or not all(i.is_floating_point() and i.isfinite().all() for i in images):
+        shaped = all(isinstance(image, Tensor) and list(image.shape) == want for image in images)
+        if not images or not shaped or not all(i.is_floating_point() and i.isfinite().all() for i in images):
             raise ValueError(
                 f"purifier: {name} must return a finite floating-point image {want} of images {given}, or a tuple of "
                 f"such with the purified one last; it returned {actual}"
@@ -129,15 +113,13 @@ class PurifierAdapter(nn.Module):
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]
-        mask = packed[:, channels + 1 :]
-        given = packed if self.takes_packed else packed[:, :channels]
-        images = self.module(given.clone() if self._overwrites else given, mask.clone() if self._overwrites else mask)
+        if not self.takes_packed:
+            # a module may write into its input
+            packed = packed.clone()
+        images = self.module(packed if self.takes_packed else packed[:, :channels], packed[:, channels + 1 :])
         return tuple(images) if isinstance(images, (tuple, list)) else (images,)
 
     def forward(self, packed: Tensor) -> tuple[Tensor, ...]:
-        channels, h, w = self.image_shape
-        if tuple(packed.shape[1:]) != (channels + 2, h, w):
-            raise ValueError(f"packed must be [N, {channels + 2}, {h}, {w}], got {list(packed.shape)}")
         return tuple(image.to(packed.dtype) for image in self._run(packed))
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from ...training.config import TrainingAttack
 from ..base import Recipe, read_recipes
 from .config import AtopConfig
 from .defence import Atop
@@ -23,18 +22,13 @@ from .task import AtopTask
 
 @dataclass(frozen=True)
 class AtopRecipe(Recipe):
-    """A published AToP training."""
+    """A published AToP training.
 
-    def config(self, official_code: bool = False) -> AtopConfig:
-        """The settings of the training.
+    With ``official_code`` it is that of the notebooks: the classifier is given purified images in [-1, 1] in the
+    cross-entropy, and the gradient of the GAN term is cut off.
+    """
 
-        Args:
-            official_code: as the notebooks: the classifier is given purified images in [-1, 1] in the cross-entropy,
-                and the gradient of the GAN term is cut off.
-        """
-        # FGSM has no steps; the config wants its own default there
-        attack = TrainingAttack(steps=AtopConfig.attack.steps, **self.part("attack"))
-        return AtopConfig(attack=attack, **self.part("method", official_code))
+    settings = AtopConfig
 
     def defence(
         self, classifier: nn.Module, purifier: nn.Module | None = None, official_code: bool = False, **changes: Any

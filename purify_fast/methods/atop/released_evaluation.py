@@ -64,18 +64,15 @@ class ReleasedEvaluation(nn.Module):
         """
         defence: Any = self.defence
         x = x.to(defence.purifier_dtype)
-        mask = self._mask(x) if self.hides else torch.zeros_like(x[:, :1])
+        mask = torch.zeros_like(x[:, :1])
+        if self.hides:
+            seed, ids = defence.noise(len(x), x.device)
+            hides = {"block": defence.block, "mask_ratio": 1 / PARTS, "shared_mask": True}
+            drawn, _ = random_transform(x.detach(), seed, ids.expand(len(x)), sigma=0.0, **hides)
+            mask = drawn[:, -1:]
         packed = torch.cat([x * (1 - mask), torch.ones_like(mask), mask], 1)
         images = (defence.stages(packed)[-1] + 1) / 2
         return defence.classify(images[:, None])[:, 0]
-
-    def _mask(self, x: Tensor) -> Tensor:
-        """Which pixels are hidden, ``[B, 1, H, W]``: 1 where they are."""
-        defence: Any = self.defence
-        seed, ids = defence.noise(len(x), x.device)
-        hides = {"block": defence.block, "mask_ratio": 1 / PARTS, "shared_mask": True}
-        packed, _ = random_transform(x.detach(), seed, ids.expand(len(x)), sigma=0.0, **hides)
-        return packed[:, -1:]
 
 
 def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._process import processes
-from ..._validation import Precision
 from ...attacks import fgsm
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.schedules import RunLength, one_cycle
 from ...training.task import Batch, Metrics, Update
-from ..base import PurifierTask
-from .config import AtopConfig, GanFake
+from ..base import PurifierTask, noise_of
+from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, hide_free_form, patch_depth
 from .defence import Atop
 
@@ -46,14 +44,9 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     """
     if config.attack_method == "none":
         return batch.x
-    model: nn.Module = defence.frozen_classifier
-    noise: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if config.attack_target == "pipeline":
-        rank, world = processes()
-        # where the images stand in the batch of all processes
-        global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
-        model, noise = defence, defence.noise_ids(global_positions)
-    with noise:
+    pipeline = config.attack_target == "pipeline"
+    model = defence if pipeline else defence.frozen_classifier
+    with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
         if config.attack_method == "pgd":
             return config.attack.run(model, batch, graphs=graphs)
         now = config.attack.at_epoch(batch.epoch, batch.epochs)
@@ -69,16 +62,15 @@ class Passes:
         metrics: detached scalars.
         target: what each image is to be rebuilt as, in [-1, 1], ``[T, C, H, W]``.
         refined: the purifier's images, differentiable, ``[T, C, H, W]``.
-        mask: 1 where an image was hidden, ``[T, 1, H, W]``.
-        visible: the transformed images t that the purifier saw, ``[T, C, H, W]``.
+        packed: the transformed images t that the purifier saw, a plane of ones, and the mask, 1 where an image was
+            hidden, ``[T, C + 2, H, W]``.
     """
 
     loss: Tensor
     metrics: Metrics
     target: Tensor
     refined: Tensor
-    mask: Tensor
-    visible: Tensor
+    packed: Tensor
 
 
 def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
@@ -100,27 +92,24 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         adversarial = attacked(defence, batch, config, graphs)
         rebuild = rebuild if both else adversarial
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-    num_passes = 1 if defence.num_passes is None else defence.num_passes
     if config.masks == "free_form":
-        num_passes = 1
         seen = rebuild.to(defence.purifier_dtype)
         packed, owners = hide_free_form(seen, seed, batch.sample_ids, shared=defence.shared_mask)
     else:
-        packed, owners = defence.draw(rebuild, seed=seed, ids=batch.sample_ids)
-    rows, classified = len(packed), owners
+        packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
+    rows = len(packed)
     if both:  # the same noise and mask
-        packed = torch.cat([packed, defence.draw(adversarial, seed=seed, ids=batch.sample_ids)[0]])
+        packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
     images = defence.stages(packed)
-    channels = rebuild.shape[1]
     target = (2 * rebuild - 1).to(images[-1].dtype)
-    passes_per_image = rows // len(rebuild)
     # sample by sample, N passes for each image of it
-    target = target.repeat_interleave(num_passes, 0).repeat(passes_per_image // num_passes, 1, 1, 1)
+    samples = len(owners)
+    target = target.repeat_interleave(rows // (samples * len(rebuild)), 0).repeat(samples, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if weight > 0:
-        purified = defence.join(images[-1][-rows:], classified)  # [S, B, C, H, W]
+        purified = defence.join(images[-1][-rows:], owners)  # [S, B, C, H, W]
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1
         logits = defence.classify(purified).flatten(0, 1)
@@ -129,15 +118,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         loss = loss + weight * cross_entropy
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    head = packed[:rows]
-    return Passes(
-        loss=loss,
-        metrics=metrics,
-        target=target,
-        refined=images[-1][:rows],
-        mask=head[:, -1:],
-        visible=head[:, :channels],
-    )
+    return Passes(loss, metrics, target, refined=images[-1][:rows], packed=packed[:rows])
 
 
 def training_loss(
@@ -155,34 +136,28 @@ def training_loss(
         The loss to minimize, and detached metrics.
 
     Raises:
-        ValueError: the config's ``gan_grad``, whose discriminator is `AtopTask`'s, or a precision that is not the
-            defence's.
+        ValueError: the config's ``gan_grad``, whose discriminator is `AtopTask`'s.
     """
     config = AtopConfig() if config is None else config
-    if config.precision.replace("tf32", "float32") != computed_precision(defence):
-        raise ValueError(
-            f"precision {config.precision!r} needs a defence so accelerated; this computes in "
-            f"{computed_precision(defence)}"
-        )
     if config.gan_grad:
         raise ValueError("gan_grad needs a discriminator, which is trained with the purifier: use AtopTask")
     one_pass = passes(defence, batch, config, graphs)
     return one_pass.loss, one_pass.metrics
 
 
-def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: GanFake) -> Tensor:
+def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
     """L_D: real images are the targets; no gradient reaches the purifier.
 
     Args:
         discriminator: images and masks to scores.
         one_pass: the batch's passes.
-        gan_fake: what it sees as fake.
+        gan_fake: what it sees as fake, as `AtopConfig` has it.
     """
     fake = one_pass.refined.detach()
+    mask = one_pass.packed[:, -1:]
     if gan_fake == "pasted":
-        fake = torch.where(one_pass.mask > 0, fake, one_pass.visible)
-    masks = one_pass.mask.repeat(2, 1, 1, 1)
-    real, false = discriminator(torch.cat([torch.cat([one_pass.target, fake]), masks], 1)).chunk(2)
+        fake = torch.where(mask > 0, fake, one_pass.packed[:, :-2])
+    real, false = discriminator(torch.cat([torch.cat([one_pass.target, fake]), mask.repeat(2, 1, 1, 1)], 1)).chunk(2)
     return hinge(real, false)
 
 
@@ -195,7 +170,7 @@ def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
     """
     discriminator.requires_grad_(False)
     try:
-        return -discriminator(torch.cat([one_pass.refined, one_pass.mask], 1)).mean()
+        return -discriminator(torch.cat([one_pass.refined, one_pass.packed[:, -1:]], 1)).mean()
     finally:
         discriminator.requires_grad_(True)
 
@@ -208,15 +183,6 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
         fake: scores of fake images.
     """
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
-
-
-def computed_precision(defence: Atop) -> Precision:
-    """In what a defence computes, as a config names it.
-
-    Args:
-        defence: the defence.
-    """
-    return "bfloat16" if defence.fast is not None and defence.fast.dtype == torch.bfloat16 else "float32"
 
 
 class AtopTask(PurifierTask[Atop]):
@@ -236,22 +202,19 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        # one that computes so already stays as it was made, compiled perhaps
-        if computed_precision(defence) != config.precision.replace("tf32", "float32"):
-            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
+        rounds = config.precision == "bfloat16"
+        # a defence that computes so already stays as it was made, compiled perhaps
+        if rounds != (defence.fast is not None and defence.fast.dtype == torch.bfloat16):
+            defence.accelerate(torch.bfloat16 if rounds else None)
         defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
         trained = [p for p in defence.purifier.parameters() if p.requires_grad]
-        if not trained:
-            raise ValueError("the purifier has no parameters to train")
         options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "foreach": True}
         self._optimizers: dict[str, torch.optim.Optimizer] = {"purifier": torch.optim.Adam(trained, **options)}
         if config.gan_grad:
-            channels, height, width = defence.image_shape
-            discriminator = PatchDiscriminator(
-                channels + 1, config.discriminator_width, patch_depth((height, width))
-            ).to(trained[0].device)
-            self.discriminator = discriminator
+            channels, *size = defence.image_shape
+            discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
+            self.discriminator = discriminator.to(trained[0].device)
             # what is trained together is one checkpoint
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
             self._optimizers["discriminator"] = torch.optim.Adam(discriminator.parameters(), **options)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ...defences.aggregation import WithAggregation as WithAggregation
+    from ...defences.stochastic import WithAggregation as WithAggregation
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
     from .layer_ranking import rank_layers as rank_layers

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Count, Precision, Share, check_types
+from ..._validation import AtLeast0, Count, Precision, Range, Share, check_types
 from ...training.config import TrainingAttack
 from ...training.schedules import DelayUnit
-
-AttackTarget = Literal["classifier", "pipeline"]
-EpsMode = Literal["paper", "official_code"]
-Reduction = Literal["mean", "sum"]
-Optimizer = Literal["adamw", "radam_lookahead"]
-Schedule = Literal["one_cycle", "published", "published_v1"]
-Targets = Literal["labels", "classifier"]
-KlDelayUnit = Literal["share", "epochs", "steps", "images"]
 
 
 @dataclass(frozen=True)
@@ -71,59 +62,53 @@ class CarsoConfig:
         ValueError: a setting out of range, or one that would have no effect; the message names it.
     """
 
-    attack_target: AttackTarget = "classifier"
+    attack_target: Literal["classifier", "pipeline"] = "classifier"
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=40)
-    eps_mode: EpsMode = "paper"
+    eps_mode: Literal["paper", "official_code"] = "paper"
     adversarial_fraction: Share = 0.5
     allow_no_adversarial: bool = False
-    kl_delay: float = 0.125
-    kl_delay_unit: KlDelayUnit = "share"
+    kl_delay: Annotated[float, Range(0, below=True)] = 0.125
+    kl_delay_unit: Literal["share", "epochs", "steps", "images"] = "share"
     beta: AtLeast0 = 1.0
     free_bits: AtLeast0 = 0.0
     train_samples: Count = 1
-    targets: Targets = "labels"
+    targets: Literal["labels", "classifier"] = "labels"
     reconstruction_weight: AtLeast0 = 0.02
     joint: bool = False
-    reduction: Reduction = "mean"
-    optimizer: Optimizer = "adamw"
+    reduction: Literal["mean", "sum"] = "mean"
+    optimizer: Literal["adamw", "radam_lookahead"] = "adamw"
     lookahead_steps: Count = 6
-    lookahead_alpha: float = 0.8
-    schedule: Schedule = "one_cycle"
+    lookahead_alpha: Annotated[float, Range(0, 1, above=True)] = 0.8
+    schedule: Literal["one_cycle", "published", "published_v1"] = "one_cycle"
     precision: Precision = "float32"
     learning_rate: AtLeast0 = 2e-3
     weight_decay: AtLeast0 = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
-        pipeline, attack, in_share = self.attack_target == "pipeline", self.attack, self.kl_delay_unit == "share"
+        pipeline, attack = self.attack_target == "pipeline", self.attack
         for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
             if pipeline and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
-        refusals = {
-            "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions": (
-                self.targets == "classifier" and not pipeline
-            ),
-            "targets 'classifier' needs a frozen classifier: leave out joint, or take targets 'labels'": (
-                self.targets == "classifier" and self.joint
-            ),
-            f"eps must be above 0, got {attack.eps}: the purifier is never trained without attacks": not attack.eps > 0,
-            "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
-            "uniformly in the ball": not (pipeline or (attack.random_start and attack.start_std is None)),
-            "joint training needs attack_target='pipeline': the published loss does not see the labels": (
-                self.joint and not pipeline
-            ),
-            f"joint training needs precision 'float32' or 'tf32', got {self.precision!r}: no frozen copy serves it": (
-                self.joint and self.precision == "bfloat16"
-            ),
-            f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}": not 0 < self.lookahead_alpha <= 1,
-            f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}": (
-                in_share and not 0 <= self.kl_delay < 1
-            ),
-            f"kl_delay must be at least 0, and finite, got {self.kl_delay}": not 0 <= self.kl_delay < inf,
-        }
-        for message, refused in refusals.items():
-            if refused:
-                raise ValueError(message)
+        if not attack.eps > 0:
+            raise ValueError(f"eps must be above 0, got {attack.eps}: the purifier is never trained without attacks")
+        if not pipeline and not (attack.random_start and attack.start_std is None):
+            raise ValueError(
+                "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
+                "uniformly in the ball"
+            )
+        if not pipeline and (self.joint or self.targets == "classifier"):
+            raise ValueError(
+                "joint training and targets 'classifier' need attack_target='pipeline': the published loss sees "
+                "neither labels nor predictions"
+            )
+        if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
+            raise ValueError(
+                "joint training has no frozen classifier: it goes with targets 'labels' and precision 'float32' or "
+                f"'tf32', got {self.targets!r} and {self.precision!r}"
+            )
+        if self.kl_delay_unit == "share" and self.kl_delay >= 1:
+            raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
         """How long the KL term is left out of a run, and the unit of that.
@@ -159,11 +144,8 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
     """
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
-        advice = "it must be above 0"
-        if adversarial_fraction > 0:
-            advice = f"use at least {ceil(4 / adversarial_fraction)} images per batch and process"
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
-            f"four attacks: {advice}"
+            "four attacks: it needs at least 4 / adversarial_fraction images per batch and process"
         )
     return atom

@@ -28,6 +28,8 @@ from ...speed.folding.inference_copy import Accelerated, pad_batch
 from ..base import save_defence
 from .networks import (
     NETWORKS,
+    Decoder,
+    DecoderV1,
     Deconvolution,
     PackedDecoder,
     Plan,
@@ -76,6 +78,7 @@ class Carso(Defence):
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
     """
 
+    decoder: Decoder | DecoderV1
     mean: Tensor
     std: Tensor
 
@@ -97,8 +100,6 @@ class Carso(Defence):
     ):
         super().__init__(classifier, image_shape)
         check_literal("version", version, Version)
-        if isinstance(layers, str):
-            raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         sizes["encoder_depth"] = encoder_depth
         check_counts(**sizes)
@@ -120,7 +121,7 @@ class Carso(Defence):
             "version": version,
         }
         self.latent_dim, self.samples = latent_dim, samples
-        self.representation = Representation(self.classifier, tuple(layers), self.image_shape)
+        self.representation = Representation(self.classifier, layers, self.image_shape)
         self.num_classes = self.representation.num_classes
         condition_encoder, posterior_encoder, decoder_kind = NETWORKS[version]
         self.condition_encoder = condition_encoder(self.representation.shapes, cond_dim, encoder_depth)
@@ -273,7 +274,7 @@ class Carso(Defence):
         """
         # a prediction does without the package that judges it
         from ...attacks import AutoAttack
-        from ...defences.aggregation import WithAggregation
+        from ...defences.stochastic import WithAggregation
         from ...evaluation import AttackSpec
 
         label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {self.samples}"
@@ -289,7 +290,7 @@ class Carso(Defence):
     @property
     def _last_bias(self) -> Tensor:
         # The decoder's last tensor stands for all: they share a dtype, and training changes it with the others.
-        return self.decoder.stack[-1].bias  # type: ignore[index, union-attr]
+        return self.decoder.stack[-1].get_parameter("bias")
 
     def _reader(self) -> Representation:
         return self.representation

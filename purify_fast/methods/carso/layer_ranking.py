@@ -55,7 +55,6 @@ def rank_layers(
     norm: Norm = "linf",
     steps: int = 20,
     seed: int = 0,
-    max_features: int = 2048,
 ) -> list[LayerScore]:
     """Score each layer on images attacked on the classifier alone; the best probe first.
 
@@ -67,8 +66,7 @@ def rank_layers(
         eps: radius of the PGD attack in image units.
         norm: of the attack.
         steps: of the attack.
-        seed: of the attack and of the projections.
-        max_features: features beyond so many are projected to that many at random before the regressions.
+        seed: of the attack.
 
     Raises:
         ValueError: unknown layers, or fewer than 4 images.
@@ -87,21 +85,12 @@ def rank_layers(
     for layer, before, after in zip(layers, clean, moved, strict=True):
         near = (after - before).norm(dim=1).mean()
         far = (before - before.roll(1, 0)).norm(dim=1).mean()
-        narrow = _projected(torch.stack([before, after]), max_features, seed).double()
-        predicted = _held_out(narrow[0], narrow[1], torch.cat([labels, pixels], 1))
+        predicted = _held_out(before.double(), after.double(), torch.cat([labels, pixels], 1))
         votes, images = predicted.split([labels.shape[1], pixels.shape[1]], 1)
         probe = (votes.argmax(1) == y).double().mean()
         error = (images - pixels).square().sum() / (pixels - pixels.mean(0)).square().sum()
         scores.append(LayerScore(layer, float(probe), float(1 - error), float(near / far), before.shape[1]))
     return sorted(scores, key=lambda score: -score.probe)
-
-
-def _projected(features: Tensor, largest: int, seed: int) -> Tensor:
-    size = features.shape[-1]
-    if size <= largest:
-        return features
-    matrix = torch.randn(size, largest, generator=torch.Generator().manual_seed(seed))
-    return features @ matrix.to(features.device) / largest**0.5
 
 
 def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0.1) -> Tensor:

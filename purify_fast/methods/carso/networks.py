@@ -13,7 +13,7 @@ no BatchNorm. `PackedDecoder` is a trained decoder as one op, `purify_fast.ops.d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
@@ -47,31 +47,15 @@ def linear_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs, bias=False), BatchNorm1d(outputs), LeakyReLU())
 
 
-class TokenEncoder(nn.Module):
-    """``depth`` linear blocks D -> D/2 -> ... on every token; ``[B, T, D] -> [B, T * features]``. Ours.
-
-    The blocks are shared by the tokens, as a convolution's weights are by its positions; BatchNorm's statistics are
-    taken over batch and tokens, and which token is which is left to the joint layer that follows.
-    """
-
-    runs_in_order = True
-
-    def __init__(self, dim: int, depth: int):
-        super().__init__()
-        sizes = [ceil(dim / 2**i) for i in range(depth + 1)]
-        self.features = sizes[-1]
-        self.blocks = nn.Sequential(*(linear_block(a, b) for a, b in pairwise(sizes)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x.flatten(0, 1)).reshape(x.shape[0], -1)
-
-
 def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
     """One layer's pre-encoder and the number of features it gives.
 
     A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
-    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged. Tokens (T, D) go through
-    ``depth`` linear blocks that halve D (rounded up), the same for every token; that is not in the paper.
+    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged.
+
+    Tokens (T, D) go through ``depth`` linear blocks that halve D (rounded up); that is not in the paper. The blocks are
+    shared by the tokens, as a convolution's weights are by its positions. BatchNorm's statistics are taken over batch
+    and tokens, and which token is which is left to the joint layer that follows.
 
     Args:
         shape: of the layer's output without the batch: (C, H, W), (T, D) or (F,).
@@ -80,8 +64,11 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
     if len(shape) == 1:
         return nn.Identity(), shape[0]
     if len(shape) == 2:
-        encoder = TokenEncoder(shape[1], depth)
-        return encoder, shape[0] * encoder.features
+        tokens, dim = shape
+        sizes = [ceil(dim / 2**i) for i in range(depth + 1)]
+        linear = [linear_block(a, b) for a, b in pairwise(sizes)]
+        parts = [nn.Flatten(0, 1), *linear, nn.Unflatten(0, (-1, tokens)), nn.Flatten()]
+        return nn.Sequential(*parts), tokens * sizes[-1]
     channels, h, w = shape
     blocks: list[nn.Module] = []
     for i in range(depth):
@@ -193,6 +180,11 @@ def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     return (min(width << depth, 8 * width), h, w), layers
 
 
+#: Of the published decoders, by the shape of their images: side of the start, output padding of all layers but the
+#: last, and the last one's kernel. The sides are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
+PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 64): (4, 1, 3)}
+
+
 def published_decoder(image_shape: Shape) -> Plan:
     """Start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
 
@@ -202,27 +194,21 @@ def published_decoder(image_shape: Shape) -> Plan:
     Raises:
         ValueError: another image_shape, for which nothing is published; `decoder_plan` makes a decoder for it.
     """
-    widths = (256, 128, 64, 32)
-    if tuple(image_shape) == (3, 32, 32):  # 3 - 5 - 9 - 17 - 33 - 32
-        return (256, 3, 3), [*(Deconvolution(width) for width in widths), Deconvolution(3, kernel=2, stride=1)]
-    if tuple(image_shape) == (3, 64, 64):  # 4 - 8 - 16 - 32 - 64 - 64
-        doubling = [Deconvolution(width, output_padding=(1, 1)) for width in widths]
-        return (256, 4, 4), [*doubling, Deconvolution(3, stride=1)]
-    raise ValueError(f"decoders are published for 3 x 32 x 32 and 3 x 64 x 64, not for {tuple(image_shape)}")
+    channels, h, w = image_shape
+    if (channels, h, w) not in PUBLISHED:
+        raise ValueError(f"decoders are published for 3 x 32 x 32 and 3 x 64 x 64, not for {tuple(image_shape)}")
+    side, padding, kernel = PUBLISHED[channels, h, w]
+    hidden = [Deconvolution(width, output_padding=(padding, padding)) for width in (256, 128, 64, 32)]
+    return (256, side, side), [*hidden, Deconvolution(channels, kernel, stride=1)]
 
 
 def deconvolution_stack(
-    start: Shape,
-    layers: Sequence[Deconvolution],
-    image_shape: Shape,
-    after: Callable[[int], Sequence[nn.Module]],
-    *,
-    bias: bool,
+    start: Shape, layers: Sequence[Deconvolution], image_shape: Shape, batch_norm: bool = True
 ) -> nn.Sequential:
     """The transposed convolutions of a decoder, from a map ``start`` to ``image_shape``.
 
-    ``after`` gives the modules that follow each convolution but the last, by its number of channels. The last
-    convolution has a bias, the others if ``bias`` says so.
+    BatchNorm and LeakyReLU(0.2) follow each but the last, which alone has a bias; without ``batch_norm`` all have one,
+    and LeakyReLU(0.01) follows.
 
     Raises:
         ValueError: the layers do not end at image_shape.
@@ -231,14 +217,10 @@ def deconvolution_stack(
     channels, h, w = start
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
-        options: dict[str, Any] = {
-            "stride": layer.stride,
-            "padding": layer.padding,
-            "output_padding": layer.output_padding,
-        }
-        stack.append(nn.ConvTranspose2d(channels, layer.channels, layer.kernel, bias=last or bias, **options))
+        form = (layer.kernel, layer.stride, layer.padding, layer.output_padding)
+        stack.append(nn.ConvTranspose2d(channels, layer.channels, *form, bias=last or not batch_norm))
         if not last:
-            stack += after(layer.channels)
+            stack += [BatchNorm2d(layer.channels), LeakyReLU()] if batch_norm else [_LeakyReLU()]
         channels, (h, w) = layer.channels, layer.size(h, w)
     if (channels, h, w) != tuple(image_shape):
         raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
@@ -271,9 +253,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.latent_dim, self.start = latent_dim, start
         self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
-        self.stack = deconvolution_stack(
-            start, layers, image_shape, lambda channels: [BatchNorm2d(channels), LeakyReLU()], bias=False
-        )
+        self.stack = deconvolution_stack(start, layers, image_shape)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         # the condition's half of the adapter once per image, not once per sample
@@ -356,8 +336,7 @@ class DecoderV1(nn.Module):
     the layers, no BatchNorm, no adapter.
 
     Raises:
-        ValueError: at construction, a start that is not latent_dim + cond_dim numbers, or layers that do not end at
-            image_shape.
+        ValueError: at construction, layers that do not end at image_shape.
     """
 
     runs_in_order = True
@@ -367,10 +346,8 @@ class DecoderV1(nn.Module):
         self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
     ):
         super().__init__()
-        if prod(start) != latent_dim + cond_dim:
-            raise ValueError(f"the decoder starts with {latent_dim + cond_dim} numbers, its start is {tuple(start)}")
         self.latent_dim, self.start = latent_dim, tuple(start)
-        self.stack = deconvolution_stack(start, layers, image_shape, lambda channels: [_LeakyReLU()], bias=True)
+        self.stack = deconvolution_stack(start, layers, image_shape, batch_norm=False)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)
@@ -378,7 +355,7 @@ class DecoderV1(nn.Module):
 
 
 #: Of each version of the method: condition encoder, posterior encoder, decoder.
-NETWORKS: dict[str, tuple[type[nn.Module], ...]] = {
+NETWORKS: dict[str, tuple[Any, ...]] = {
     "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
     "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
 }
@@ -395,7 +372,7 @@ class PackedDecoder(nn.Module):
         dtype: of the products, bfloat16 (all that a GPU multiplies fast), float32 or float64; float32 sums (float64).
 
     Raises:
-        ValueError: another kind of decoder or dtype, or one in training mode.
+        ValueError: a decoder in training mode.
     """
 
     packed: Tensor
@@ -404,12 +381,8 @@ class PackedDecoder(nn.Module):
     bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, decoder: Decoder | DecoderV1, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        if not isinstance(decoder, (Decoder, DecoderV1)):
-            raise ValueError(f"decoder must be a Decoder or a DecoderV1, got {type(decoder).__name__}")
-        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"dtype must be bfloat16, float32 or float64, got {dtype}")
         if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
             raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
         layers: list[Any] = list(decoder.stack)
@@ -423,22 +396,21 @@ class PackedDecoder(nn.Module):
             start = tuple(joint.shape[:3])
             shift = first.bias.double().view(-1, 1, 1).expand(start)
         latent_dim, self.slope = decoder.latent_dim, decoder.slope
-        pairs: list[tuple[Tensor, Tensor]] = []
-        (_, h, w), sizes = start, []
+        weights, shifts, sizes = [], [], []
+        _, h, w = start
         for layer, norm in zip(layers, [*layers[1:], None], strict=True):
             if not isinstance(layer, nn.ConvTranspose2d):
                 continue
-            if isinstance(norm, BatchNorm2d):
-                pairs.append(folded(layer, norm))
-            else:
-                assert layer.bias is not None
-                pairs.append((layer.weight.double(), layer.bias.double()))
+            weight, bias = (
+                folded(layer, norm) if isinstance(norm, BatchNorm2d) else (layer.weight, layer.get_parameter("bias"))
+            )
+            weights.append(weight.double())
+            shifts.append(bias.double())
             part = Deconvolution.of(layer)
             h, w = part.size(h, w)
-            options = {"kernel": part.kernel, "stride": part.stride, "padding": part.padding}
-            sizes.append(Layer(channels=part.channels, height=h, width=w, **options))
+            sizes.append(Layer(part.channels, part.kernel, part.stride, part.padding, height=h, width=w))
         self.geometry = Geometry(latent_dim, start, tuple(sizes))
-        packed, biases = pack(joint[..., :latent_dim], *map(list, zip(*pairs, strict=True)))
+        packed, biases = pack(joint[..., :latent_dim], weights, shifts)
         real = torch.float64 if dtype == torch.float64 else torch.float32
         by_pixel = joint[..., latent_dim:].permute(1, 2, 0, 3).flatten(0, 2)
         shift = shift.permute(1, 2, 0).flatten()
@@ -454,7 +426,7 @@ class PackedDecoder(nn.Module):
         return Weights(weights.first.contiguous(), layers, weights.biases)
 
     @torch.no_grad()
-    def refill(self, decoder: nn.Module) -> None:
+    def refill(self, decoder: Decoder | DecoderV1) -> None:
         """Take the weights that a decoder has now, in the memory of the old ones.
 
         Args:
@@ -471,17 +443,7 @@ class PackedDecoder(nn.Module):
         layers = self._layers
         return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
 
-    def forward(
-        self,
-        condition: Tensor,
-        seed: Tensor,
-        sample_ids: Tensor,
-        samples: int,
-        *,
-        squash: bool = True,
-        channels_last: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def forward(self, condition: Tensor, seed: Tensor, sample_ids: Tensor, samples: int, **options: Any) -> Tensor:
         """Images in (0, 1), or their logits, ``[B, K, C, H, W]``.
 
         Args:
@@ -489,18 +451,11 @@ class PackedDecoder(nn.Module):
             seed: int64 ``[1]``, on the condition's device.
             sample_ids: int64 ``[B]``, on the condition's device.
             samples: K.
-            squash: whether to end with a sigmoid.
-            channels_last: whether the images are laid out so.
-            dtype: of the images, as `purify_fast.ops.decode_prior` takes it.
+            options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
 
         Raises:
-            ValueError: a condition of another shape; what `decode_prior` refuses.
+            ValueError: what `decode_prior` refuses.
         """
-        if condition.dim() != 2 or condition.shape[1] != self.weight.shape[1] or not condition.is_floating_point():
-            raise ValueError(
-                f"condition must be floating point [B, {self.weight.shape[1]}], got {condition.dtype} "
-                f"{list(condition.shape)}"
-            )
         with without_autocast(condition.device):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
         if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
@@ -515,10 +470,8 @@ class PackedDecoder(nn.Module):
             geometry=self.geometry,
             samples=samples,
             slope=self.slope,
-            squash=squash,
-            channels_last=channels_last,
-            dtype=dtype,
             weights=self._layers,
+            **options,
         )
 
 

@@ -7,7 +7,7 @@ mnist_v1, is in earlier commits of the repository (8dadfc8, 5f65f97).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.foreign import load_state, read_weights
-from ...training.config import TrainingAttack
 from ..base import Recipe, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
@@ -28,6 +27,8 @@ from .task import CarsoTask
 class CarsoRecipe(Recipe):
     """A published CARSO system."""
 
+    settings = CarsoConfig
+
     def build_classifier(self) -> nn.Module:
         """The system's classifier, with fresh weights; the published ones are not part of this package."""
         channels, *size = self.image_shape
@@ -36,12 +37,6 @@ class CarsoRecipe(Recipe):
         if self["classifier.name"] == "wide_resnet":
             return WideResNet(self["classifier.depth"], self["classifier.width"], **options)
         return FullyConnected(image_size=size, **options)
-
-    def arguments(self) -> dict[str, Any]:
-        """What `Carso` takes beside the classifier."""
-        decoder = published_decoder(self.image_shape) if self["defence.version"] == "v4" else None
-        data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
-        return {**self.part("defence"), **data, "decoder": decoder}
 
     def config(self, official_code: bool = False) -> CarsoConfig:
         """The settings of the training.
@@ -52,12 +47,12 @@ class CarsoRecipe(Recipe):
         Args:
             official_code: reproduce both.
         """
-        settings = self.part("method", official_code)
-        if official_code:
-            local = self["loop.batch_size"] // self["run.processes"]
-            fraction = 4 * atom_size(local, settings["adversarial_fraction"], allow_none=True) / local
-            settings |= {"adversarial_fraction": fraction, "allow_no_adversarial": fraction == 0}
-        return CarsoConfig(attack=TrainingAttack(**self.part("attack")), **settings)
+        config: CarsoConfig = super().config(official_code)
+        if not official_code:
+            return config
+        local = self["loop.batch_size"] // self["run.processes"]
+        fraction = 4 * atom_size(local, config.adversarial_fraction, allow_none=True) / local
+        return replace(config, adversarial_fraction=fraction, allow_no_adversarial=fraction == 0)
 
     def defence(self, classifier: nn.Module, **changes: Any) -> Carso:
         """The defence with a fresh purifier.
@@ -65,17 +60,10 @@ class CarsoRecipe(Recipe):
         Args:
             classifier: as `build_classifier` makes it, with weights of yours.
             changes: arguments of `Carso` that take the place of the recipe's.
-
-        Raises:
-            ValueError: a classifier with other layers or another number of classes.
         """
-        defence = Carso(classifier, **{**self.arguments(), **changes})
-        if defence.num_classes != self["data.num_classes"]:
-            raise ValueError(
-                f"classifier: it has {defence.num_classes} classes, {self.name} ({self['data.name']}) has "
-                f"{self['data.num_classes']}"
-            )
-        return defence
+        decoder = published_decoder(self.image_shape) if self["defence.version"] == "v4" else None
+        data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
+        return Carso(classifier, **{**self.part("defence"), **data, "decoder": decoder, **changes})
 
     def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
         """The system with its authors' weights, in evaluation mode.
@@ -94,8 +82,6 @@ class CarsoRecipe(Recipe):
             published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
             raise ValueError(f"recipe must be a system whose weights were published, {published}, got {self.name!r}")
         folder = Path(directory)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: it must hold the published files of CARSO")
         classifier = self.build_classifier()
         path = Path(classifier_weights or self._classifier_file(folder))
         load_state(
@@ -113,17 +99,14 @@ class CarsoRecipe(Recipe):
         files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
         weights = self["start.classifier"].partition(":")[0]
         chosen = [path for path in files if path.stem == weights] or files
-        if len(chosen) == 1:
-            return chosen[0]
-        if not chosen:
-            raise FileNotFoundError(
-                f"{folder} lacks the classifier that this system purifies for: put its weights there, which its "
-                f"authors call {weights} ({', '.join(endings)}), or name the file (--classifier-weights)"
+        if len(chosen) != 1:
+            names = ", ".join(path.name for path in chosen) or "none"
+            raise (ValueError if chosen else FileNotFoundError)(
+                f"{folder} must hold the weights of the classifier that this system purifies for, which its authors "
+                f"call {weights}, in one file ({', '.join(endings)}), or name the file (--classifier-weights); there "
+                f"are: {names}"
             )
-        names = ", ".join(path.name for path in chosen)
-        raise ValueError(
-            f"{folder} holds several files that may be the classifier's, {names}: name it (--classifier-weights)"
-        )
+        return chosen[0]
 
     def task(self, defence: Carso, official_code: bool = False) -> CarsoTask:
         """The training of a defence, for `purify_fast.training.fit`.

@@ -34,7 +34,7 @@ from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics
-from ..base import PurifierTask
+from ..base import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 
@@ -53,14 +53,7 @@ def kl_weight(position: float, delay: float) -> float:
 
 
 def balanced_batch(
-    classifier: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    config: CarsoConfig,
-    *,
-    seed: int,
-    sample_ids: Tensor,
-    graphs: StepGraphs | None = None,
+    classifier: Callable[[Tensor], Tensor], batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
@@ -72,39 +65,36 @@ def balanced_batch(
 
     Args:
         classifier: what is attacked, images to logits.
-        x: images ``[B, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[B]``.
+        batch: the images, and the seed of the random starts.
         config: the attack, and the share of the images that is attacked.
-        seed: of the random starts.
-        sample_ids: index of each image, int64 ``[B]``, for the random starts.
         graphs: captures the attack's steps, if given.
 
     Returns:
-        The images, shape and dtype of x.
+        Images, shape and dtype of the batch's.
 
     Raises:
         ValueError: a batch too small to hold adversarial examples.
     """
+    x, attack = batch.x, config.attack
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     if atom == 0:
         return x
-    clean = len(x) - 4 * atom
-    attack = config.attack
+    attacked = slice(len(x) - 4 * atom, None)
     eps = torch.full((2 * atom,), attack.eps, device=x.device)
     eps[:atom] /= 2
     adversarial = pgd_and_fgsm(
         classifier,
-        x[clean:],
-        y[clean:],
+        x[attacked],
+        batch.y[attacked],
         eps=eps.repeat(2),
         alpha=attack.step_size(eps),
         steps=attack.steps,
         norm=attack.norm,
-        seed=seed,
-        sample_ids=sample_ids[clean:],
+        seed=batch.seed,
+        sample_ids=batch.sample_ids[attacked],
         graphs=graphs,
     )
-    return torch.cat([x[:clean], adversarial])
+    return torch.cat([x[: attacked.start], adversarial])
 
 
 def published_step(
@@ -123,10 +113,7 @@ def published_step(
     """
     config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
     config = config.for_statistics(defence.arguments["std"])
-    perturbed = balanced_batch(
-        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids,
-        graphs=graphs,
-    )  # fmt: skip
+    perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
     with torch.no_grad():  # the representation is data to the purifier
         representation = defence.read(perturbed)
     condition = defence.encode(representation)
@@ -159,11 +146,8 @@ def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[No
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
-    rank, world = processes()
-    # where the images stand in the batch of all processes
-    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
     try:
-        with defence.noise_ids(global_positions):
+        with noise_of(defence, batch):
             yield
     finally:
         defence.samples = samples

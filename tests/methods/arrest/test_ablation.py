@@ -1,6 +1,5 @@
 """The ablation: which rows there are, that each is trained and attacked once, and the table they make."""
 
-import csv
 import math
 import time
 from types import SimpleNamespace
@@ -10,9 +9,8 @@ import torch
 
 import purify_fast.methods.arrest.ablation as module
 from purify_fast import data
-from purify_fast.evaluation import Tradeoff
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask, ablate
-from purify_fast.methods.arrest.ablation import Accuracies, best_points, rows, write
+from purify_fast.methods.arrest.ablation import rows, write
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, load_classifier
 from purify_fast.training.config import TrainingAttack
@@ -31,6 +29,12 @@ FINETUNED = ["AFT", "AFT + RGKD, lambda 50", "AFT + NR, phi 30", "ARREST, lambda
 def images():
     digits = data.load_dataset("digits")
     return data.DataSet(digits.x_train[:64], digits.y_train[:64], digits.x_test[:16], digits.y_test[:16], "few", 10)
+
+
+def table(path):
+    """The rows of a Markdown table, each by its column."""
+    head, _, *body = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("|")]
+    return [dict(zip(head, cells, strict=True)) for cells in body]
 
 
 def run(images, out, what=None, config=CONFIG):
@@ -75,15 +79,10 @@ def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkey
     pytest.importorskip("matplotlib")
     taken = counted(monkeypatch)
     made = run(images, tmp_path)
-    table = made[0]
-    assert made == [tmp_path / f"ablation.{kind}" for kind in ("md", "csv", "png")]
+    assert made == [tmp_path / f"ablation.{kind}" for kind in ("md", "png")] and made[1].stat().st_size > 1000
     assert taken == {ClassifierTask: 3 * 4, ArrestTask: 4 * 4}
-    assert table == tmp_path / "ablation.md" and (tmp_path / "ablation.png").stat().st_size > 1000
-    with (tmp_path / "ablation.csv").open() as file:
-        written = list(csv.DictReader(file))
-    assert [row["model"] for row in written] == SCRATCH + FINETUNED
-    text = table.read_text()
-    assert all(f"| {name} | " in text for name in SCRATCH + FINETUNED) and "not, the paper's ARDist" in text
+    written, text = table(made[0]), made[0].read_text()
+    assert [row["model"] for row in written] == SCRATCH + FINETUNED and "not, the paper's ARDist" in text
     assert "the first 16 test images, linf eps 0.2; robust: PGD-2" in text and "AutoAttack" not in text
     assert "SUM, mean, NRR and ar_point_dist: of standard accuracy and PGD-2." in text
     x = data.to_float(images.x_test)
@@ -106,60 +105,47 @@ def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkey
     # only what is new is trained
     run(images, tmp_path, AblationConfig(**FEW, weights=(50.0, 5.0), angles=(), shares=()))
     assert taken == {ClassifierTask: 0, ArrestTask: 4}
-    assert "| AFT + RGKD, lambda 5 | " in table.read_text()
+    assert "AFT + RGKD, lambda 5" in [row["model"] for row in table(made[0])]
     with pytest.raises(ValueError, match=r"holds a run with other settings \(.*steps: 2 there, 3 now"):
         run(images, tmp_path, config=ArrestConfig(attack=TrainingAttack(eps=0.2, steps=3, alpha=0.1)))
 
 
-def test_finetuning_starts_from_the_standard_classifier_and_its_teacher_is_that(images, tmp_path, monkeypatch):
+def test_what_each_row_starts_from_and_is_trained_on(images, tmp_path, monkeypatch):
+    """Scratch rows begin with the same weights, at shares of eps; finetuning from the standard one, its teacher."""
     starts = []
 
-    class Task(ArrestTask):
-        def __init__(self, model, *arguments):
-            super().__init__(model, *arguments)
-            read = None if self.teacher is None else self.teacher.reader.model.state_dict()
-            starts.append((self.config, {k: v.clone() for k, v in model.state_dict().items()}, read))
+    def copied(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
-    monkeypatch.setattr(module, "ArrestTask", Task)
-    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: None)
-    run(images, tmp_path, AblationConfig(**FEW, shares=()))
-    standard = load_classifier(tmp_path / "standard").state_dict()
-    assert [config for config, _, _ in starts] == list(rows(CONFIG, AblationConfig()).values())
-    for _, start, teacher in starts:
-        assert all(torch.equal(value, standard[name]) for name, value in start.items())
-        assert teacher is None or all(torch.equal(value, standard[name]) for name, value in teacher.items())
-    assert not (tmp_path / "AT_from_scratch_eps_x_0.5").exists()
+    def recorded(kind):
+        def make(model, config, *arguments):
+            task = kind(model, config, *arguments)
+            teacher = getattr(task, "teacher", None)
+            starts.append((config, copied(model), teacher and copied(teacher.reader.model)))
+            return task
 
+        return make
 
-def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monkeypatch):
-    seen = []
-
-    class Task(ClassifierTask):
-        def __init__(self, model, config):
-            super().__init__(model, config)
-            seen.append((config, model.conv1.weight.detach().clone()))
-
-    class Enough(Exception):
-        pass
-
-    monkeypatch.setattr(module, "ClassifierTask", Task)
+    for kind in (ClassifierTask, ArrestTask):
+        monkeypatch.setattr(module, kind.__name__, recorded(kind))
     monkeypatch.setattr(module, "evaluate", lambda *a, **k: SimpleNamespace(save=lambda folder: None))
-    monkeypatch.setattr(module, "_result", lambda *a: result(0, 0))
-    monkeypatch.setattr(module, "load_classifier", lambda folder: (_ for _ in ()).throw(Enough))
-    what = AblationConfig(**FEW, shares=(0.5, 0.25), scratch_learning_rate=2e-3, standard_learning_rate=1e-3)
-    with pytest.raises(Enough):
-        run(images, tmp_path, what)
-    configs, weights = zip(*seen, strict=True)
-    assert [c.attack.eps for c in configs] == pytest.approx([0, 0.05, 0.1, 0.2])
-    assert [c.attack.alpha for c in configs] == pytest.approx([0, 0.025, 0.05, 0.1])
-    assert [c.learning_rate for c in configs] == [1e-3, 2e-3, 2e-3, 2e-3] and {c.attack.steps for c in configs} == {2}
-    assert all(torch.equal(w, weights[0]) for w in weights)  # all begin with the same weights
-    assert {c.attack.eps_warmup for c in configs} == {0.0}
+    monkeypatch.setattr(module, "_accuracies", lambda *a: (0, 0, 0, 0))
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: None)
+    run(images, tmp_path, AblationConfig(**FEW, shares=(0.5, 0.25)))
+    scratch, finetuned = starts[:4], starts[4:]
+    assert [c.attack.eps for c, _, _ in scratch] == pytest.approx([0, 0.05, 0.1, 0.2])
+    assert [c.attack.alpha for c, _, _ in scratch] == pytest.approx([0, 0.025, 0.05, 0.1])
+    assert {(c.attack.steps, c.attack.eps_warmup) for c, _, _ in scratch} == {(2, 0.0)}
+    assert [config for config, _, _ in finetuned] == list(rows(CONFIG, AblationConfig()).values())
+    standard = load_classifier(tmp_path / "standard").state_dict()
+    for group, want in ((scratch, scratch[0][1]), (finetuned, standard)):
+        for weights in (one for _, *both in group for one in both if one is not None):
+            assert all(torch.equal(value, want[name]) for name, value in weights.items())
 
 
 def result(standard, robust, auto=None):
-    pgd = Accuracies(Tradeoff(standard, robust), (1.0, 2.0))
-    return [pgd] if auto is None else [pgd, Accuracies(Tradeoff(*auto), (3.0, 4.0))]
+    pgd = (standard, robust, 1.0, 2.0)
+    return [pgd] if auto is None else [pgd, (*auto, 3.0, 4.0)]
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch):
@@ -191,25 +177,14 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     assert options["title"] == "robust: AutoAttack, first 5 images"
 
 
-def test_only_what_was_written_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_and_with_a_curve_of_one_point(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)  # as without matplotlib
     (tmp_path / "ablation.png").touch()  # of another time
-    found = {"standard": result(90, 40), "AT from scratch": result(80, 30)}
-    made = write(tmp_path, found, list(found), ArrestConfig().attack, AblationConfig())
-    assert made == [tmp_path / "ablation.md", tmp_path / "ablation.csv"]
-
-
-def test_the_curve_is_of_models_that_no_other_beats():
-    points = [Tradeoff(*p) for p in ((90, 10), (80, 40), (80, 30), (70, 40), (60, 50), (60, 50), (50, 50))]
-    assert [tuple(p) for p in best_points(points)] == [(60, 50), (80, 40), (90, 10)]
-    assert best_points([Tradeoff(1, 1), Tradeoff(1, 1)]) == [Tradeoff(1, 1)]
-
-
-def test_a_curve_of_one_point_gives_no_distance(tmp_path):
-    pytest.importorskip("matplotlib")
     found = {"standard": result(90, 40), "AT from scratch": result(80, 30), "AFT": result(85, 35)}
-    text = write(tmp_path, found, list(found)[:2], ArrestConfig().attack, AblationConfig())[0].read_text()
-    assert "| AFT | 85.0 ± 1.0 | 35.0 ± 2.0 | 120.00 | 60.00 | 49.58 | - |" in text
+    made = write(tmp_path, found, list(found)[:2], ArrestConfig().attack, AblationConfig())
+    assert made == [tmp_path / "ablation.md"]
+    # no distance to a single point
+    assert "| AFT | 85.0 ± 1.0 | 35.0 ± 2.0 | 120.00 | 60.00 | 49.58 | - |" in made[0].read_text()
 
 
 @pytest.mark.parametrize(
@@ -219,8 +194,8 @@ def test_a_curve_of_one_point_gives_no_distance(tmp_path):
         ({"autoattack": -1}, "autoattack must be at least 0, got -1"),
         ({"weights": (5.0, 5.0000001)}, r"weights must be different in six digits, got \(5.0, 5.0000001\)"),
         ({"angles": (1.0, 1.0)}, r"angles must be different in six digits, got \(1.0, 1.0\)"),
-        ({"weights": (0.0,)}, r"weights must be above 0, got \(0.0,\)"),
-        ({"shares": (1.0,)}, r"shares must be between 0 and 1, got \(1.0,\)"),
+        ({"weights": (0.0,)}, "each of weights must be above 0 and finite, got 0.0"),
+        ({"shares": (1.0,)}, r"each of shares must be in \(0, 1\), got 1.0"),
     ],
 )
 def test_settings_that_cannot_be_used(options, message):
@@ -266,10 +241,9 @@ def test_autoattack_is_a_column_of_its_own(images, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("pyautoattack")
     few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
-    text = run(images, tmp_path, AblationConfig(**few, autoattack=2))[0].read_text()
-    assert "the first 16 test images" in text and "on the first 2." in text  # there are no 100
-    with (tmp_path / "ablation.csv").open() as file:
-        written = list(csv.DictReader(file))
+    made = run(images, tmp_path, AblationConfig(**few, autoattack=2))[0]
+    assert "the first 16 test images" in made.read_text() and "on the first 2." in made.read_text()  # there are no 100
+    written = table(made)
     assert [row["model"] for row in written] == ["standard", "AT from scratch", "AFT"]
     x, y = data.to_float(images.x_test[:2]), images.y_test[:2]
     for row in written:

@@ -58,8 +58,6 @@ def test_every_network_by_its_name(name, channels):
 def test_defaults_and_refusals():
     assert build_purifier("small_generator", (1, 16, 16)).arguments == SmallGenerator(1).arguments
     assert build_purifier("masked_autoencoder", (1, 16, 16)).arguments == MaskedAutoencoder((1, 16, 16)).arguments
-    with pytest.raises(ValueError, match=r"one of deepfill, small_generator, masked_autoencoder, got 'gan'"):
-        build_purifier("gan", (1, 16, 16))
     assert build_purifier("small_generator", (1, 16, 16), residual=True).arguments["residual"]
     with pytest.raises(ValueError, match="residual goes with small_generator, not with deepfill"):
         build_purifier("deepfill", (3, 16, 16), residual=True)
@@ -79,7 +77,6 @@ def test_a_users_two_stage_module():
     lists = PurifierAdapter(of(lambda t, m: [t, t * (1 - m)]), (3, 16, 16))(x)
     assert isinstance(lists, tuple) and torch.equal(lists[0], x[:, :3])
     whole = of(lambda p, m: p[:, :3] * p[:, 3:4])
-    assert torch.equal(PurifierAdapter(whole, (3, 16, 16), takes_packed=True)(x)[0], x[:, :3])
     whole.takes_packed = True
     assert torch.equal(PurifierAdapter(whole, (3, 16, 16))(x)[0], x[:, :3])
 
@@ -113,17 +110,12 @@ def test_modules_that_are_no_purifiers_are_refused(function, message):
 
 
 def test_a_network_for_other_images_is_refused():
-    with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*\[B, 3, H, W\]"):
+    with pytest.raises(
+        ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H, W\]"
+    ):
         PurifierAdapter(SmallGenerator(1), (3, 16, 16))
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
         PurifierAdapter(SmallGenerator(3), (3, 18, 16))
-    with pytest.raises(ValueError, match=r"image_shape must be \(C, H, W\), at least 1 each"):
-        PurifierAdapter(Paste(), (3, 0, 16))
-
-
-def test_images_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"packed must be \[N, 5, 16, 16\], got \[2, 5, 20, 20\]"):
-        PurifierAdapter(Paste(), (3, 16, 16))(packed(size=20))
 
 
 def test_the_original_loss_is_the_modules_own_or_deepfills():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -120,33 +121,22 @@ def test_fact_14_one_shared_pass_equals_two(parts):
 
 
 def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
-    made, rows = defence(), []
+    made, rows, attacks = defence(), [], []
     run = made.stages
+    module = sys.modules["purify_fast.methods.atop.task"]
+    monkeypatch.setattr(module, "fgsm", lambda *a, **k: attacks.append(rows) or fgsm(*a, **k))
     monkeypatch.setattr(made, "stages", lambda packed: rows.append(packed) or run(packed))
     config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), reconstruction_target="clean")
     passes(made, batch(), config)
     passes(made, batch(), dataclasses.replace(config, reconstruction_target="adversarial"))
-    passes(made, batch(epoch=0), config)  # warm-up: lambda is 0, and no one looks at adversarial images
-    assert [len(packed) for packed in rows] == [16, 8, 8]
+    assert len(attacks) == 2
+    passes(made, batch(epoch=1), config)  # warm-up: lambda is 0, and no one looks at adversarial images
+    assert len(attacks) == 2 and [len(packed) for packed in rows] == [16, 8, 8]
     clean, adversarial = rows[0].chunk(2)
     assert torch.equal(clean[:, 1:], adversarial[:, 1:]) and not torch.equal(clean, adversarial)
     difference = (clean - adversarial)[:, :1]
     assert difference.abs().max() <= 2 * 0.1 + 1e-6  # the noise is the same: only the attack differs
     assert torch.equal(rows[2], clean)
-
-
-def test_warm_up_with_a_clean_target_attacks_nothing(monkeypatch):
-    import purify_fast.methods.atop.task as module
-
-    def attack(*arguments, **options):
-        raise AssertionError("attacked")
-
-    monkeypatch.setattr(module, "fgsm", attack)
-    passes(defence(), batch(epoch=1), AtopConfig(reconstruction_target="clean"))
-    with pytest.raises(AssertionError, match="attacked"):
-        passes(defence(), batch(epoch=2), AtopConfig(reconstruction_target="clean"))
-    with pytest.raises(AssertionError, match="attacked"):
-        passes(defence(), batch(epoch=1), AtopConfig())
 
 
 def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
@@ -226,7 +216,7 @@ def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, tar
     ).metrics
     adversarial = fgsm(Rows(), x, y, eps=eps)
     rebuilt = 2 * (x if target == "clean" else adversarial) - 1
-    owners = made.draw(x, seed=torch.tensor([7]), ids=torch.arange(3))[1]  # [S, B, 4, 4]
+    owners = made.draw(x, noise=(torch.tensor([7]), torch.arange(3)))[1]  # [S, B, 4, 4]
     l1, losses = [], []
     for blocks in owners:
         hidden = blocks.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -286,12 +276,12 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
         ({"attack_method": "none", "attack_target": "pipeline"}, "needs an attack"),
         ({"cls_weight": -1.0}, "cls_weight must be at least 0, got -1.0"),
-        ({"betas": (0.5, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.5, 1.0\)"),
+        ({"betas": (0.5, 1.0)}, r"each of betas must be in \[0, 1\), got 1.0"),
         ({"gan_weight": 0.5}, "gan_weight 0.5 goes with gan_grad"),
         ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
-        ({"steps": 7}, "steps and alpha go with attack_method='pgd', got 7 and None"),
-        ({"attack_method": "none", "alpha": 0.1}, "steps and alpha go with attack_method='pgd', got 10 and 0.1"),
+        ({"steps": 7}, "steps goes with attack_method='pgd', got 7"),
         ({"masks": "free_form"}, "masks 'free_form' is for pre-training"),
+        ({"attack_method": "none", "alpha": 0.1}, "alpha goes with attack_method='pgd', got 0.1"),
     ],
 )
 def test_settings_that_cannot_be_used(options, message):
@@ -302,10 +292,3 @@ def test_settings_that_cannot_be_used(options, message):
 def test_what_needs_the_task_says_so():
     with pytest.raises(ValueError, match="gan_grad needs a discriminator"):
         training_loss(defence(), batch(), AtopConfig(gan_grad=True))
-    with pytest.raises(ValueError, match="no parameters to train"):
-
-        class Nothing(nn.Module):
-            def forward(self, image, mask):
-                return image
-
-        AtopTask(defence(Nothing()), AtopConfig())

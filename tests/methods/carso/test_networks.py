@@ -1,7 +1,5 @@
 """The networks of CARSO's purifier: published sizes, any image, the first version, a decoder as one op."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -94,9 +92,9 @@ def test_tokens_are_encoded_one_by_one_and_kept_in_order():
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(encoder(x[:, order]), out.unflatten(1, (5, 2))[:, order].flatten(1))
     encoder.train()(x)  # BatchNorm's statistics: over batch and tokens, per feature
-    assert encoder.blocks[0][1].running_mean.shape == (6,)
-    want = 0.9 + 0.1 * encoder.blocks[0][0](x).flatten(0, 1).var(0)
-    torch.testing.assert_close(encoder.blocks[0][1].running_var, want)
+    linear, norm, _ = encoder[1]
+    assert norm.running_mean.shape == (6,)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * linear(x).flatten(0, 1).var(0))
 
 
 MNIST = (1, 28, 28)
@@ -149,8 +147,6 @@ def test_the_decoder_takes_the_latent_before_the_condition():
 
 
 def test_sizes_that_do_not_meet_are_refused():
-    with pytest.raises(ValueError, match=r"starts with 9 numbers, its start is \(16, 1, 1\)"):
-        DecoderV1(3, 6, MNIST, *decoder_plan_v1(1, 16))
     with pytest.raises(ValueError, match=r"end at \(1, 28, 28\), the images are \(1, 32, 32\)"):
         DecoderV1(10, 6, (1, 32, 32), *decoder_plan_v1(1, 16))
 
@@ -196,42 +192,8 @@ def test_the_same_images_and_gradient_as_the_layers(form):
     torch.testing.assert_close(got, wanted, **close)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16(dtype, channels_last):
-    decoder = make("general")
-    condition = condition_of(decoder, torch.float32)
-    exact = PackedDecoder(copy.deepcopy(decoder).double(), torch.float64)(condition.double(), SEED, IDS, 2)
-    packed = PackedDecoder(decoder)
-    images = packed(condition, SEED, IDS, 2, dtype=dtype, channels_last=channels_last)
-    assert images.dtype == dtype and images.shape == (3, 2, 2, 13, 22)
-    assert images.flatten(0, 1).is_contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
-    assert (images - exact).abs().max() < 0.03
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(packed(condition, SEED, IDS, 2, dtype=dtype), images)
-    assert packed.state_dict() == {}  # a copy of another's weights
-
-
-def test_any_split_and_number_gives_the_same_images():
-    packed = PackedDecoder(make("general"), torch.float64)
-    condition = condition_of(make("general"), torch.float64)
-    whole = packed(condition, SEED, IDS, 3)
-    torch.testing.assert_close(packed(condition[1:], SEED, IDS[1:], 3), whole[1:])
-    torch.testing.assert_close(packed(condition, SEED, IDS, 1), whole[:, :1])
-    assert packed(condition[:0], SEED, IDS[:0], 3).shape == (0, 3, 2, 13, 22)
-
-
 def test_refusals():
     decoder = make("general")
-    with pytest.raises(ValueError, match="decoder must be a Decoder or a DecoderV1, got Linear"):
-        PackedDecoder(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="dtype must be bfloat16"):
-        PackedDecoder(decoder, torch.float16)
-    for condition in (torch.zeros(3, 9), torch.zeros(10), torch.zeros(3, 10, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"condition must be floating point \[B, 10\], got torch"):
-            PackedDecoder(decoder)(condition, SEED, IDS, 2)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         PackedDecoder(decoder.train())
 
