@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from ..attacks import Attack, AttackContext, GradientHealth
+from ..attacks import Attack, GradientHealth, Run
 from ..protocols import Classifier
 from .keep.cache import Batch, PartialRow
 from .specs import check_adversarial
@@ -24,7 +24,7 @@ def attack_in_batches(
     index: Tensor,
     *,
     subject: Subject,
-    context: AttackContext,
+    context: Run,
     unfinished: PartialRow,
 ) -> tuple[Tensor, Batch]:
     """Attack some of the images.
@@ -74,11 +74,11 @@ def attack_in_batches(
     return adversarial, sums
 
 
-def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext) -> Batch:
+def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: Run) -> Batch:
     begin = time.perf_counter()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
-    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
+    def search() -> tuple[Tensor, Run, GradientHealth]:
         health = GradientHealth()
         told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
         # the attack gets a copy, so that what it does to the images cannot hide how far it went

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
+from ..attacks import AttackersHead, AutoAttack, GradientHealth, Run, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
@@ -59,7 +59,7 @@ class Measure:
         progress: counts and shows.
     """
 
-    def __init__(self, subject: Subject, context: AttackContext, name: str, cache: RowCache, progress: Progress):
+    def __init__(self, subject: Subject, context: Run, name: str, cache: RowCache, progress: Progress):
         self.subject, self.context, self.name, self.cache, self.progress = subject, context, name, cache, progress
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}

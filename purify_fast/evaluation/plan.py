@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..attacks import BPDA, PGD, AttackContext, AutoAttack
+from ..attacks import BPDA, PGD, AutoAttack, Run
 from ..protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Subject, Variant, precision_name
@@ -33,7 +33,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 
 
 def feasible(
-    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
+    specs: Sequence[AttackSpec], subject: Subject, context: Run, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
     """The attacks this model allows, with notes on the others; for a deterministic model every variant is itself.
 
@@ -89,7 +89,7 @@ def pgd_in_float32(plan: Sequence[AttackSpec], precision: str | None, device: to
     ]
 
 
-def _repeats(spec: AttackSpec, before: AttackSpec, subject: Subject, context: AttackContext) -> bool:
+def _repeats(spec: AttackSpec, before: AttackSpec, subject: Subject, context: Run) -> bool:
     """Whether the same model would be attacked on the same images by the same attack again."""
     images = len(subject.y)
     same_name = row_name(spec, context, images) == row_name(before, context, images)
@@ -151,7 +151,7 @@ def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
     return [f"{ball_name(norm, eps)} is unusual on {dataset}, where most numbers are about {usual}"]
 
 
-def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
+def threat_name(spec: AttackSpec, context: Run) -> str | None:
     """The attack's threat model in words, None where it is the report's; ValueError where it has no such norm."""
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
@@ -159,7 +159,7 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     return ball_name(norm, eps)
 
 
-def row_name(spec: AttackSpec, context: AttackContext, images: int | None = None) -> str:
+def row_name(spec: AttackSpec, context: Run, images: int | None = None) -> str:
     """The row's name, the same for a random model and a deterministic one, so that they stand side by side.
 
     Args:
@@ -175,7 +175,7 @@ def row_name(spec: AttackSpec, context: AttackContext, images: int | None = None
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
-def _own_name(spec: AttackSpec, context: AttackContext, images: int | None) -> str:
+def _own_name(spec: AttackSpec, context: Run, images: int | None) -> str:
     name = spec.resolved.name(context)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"

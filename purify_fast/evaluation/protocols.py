@@ -61,7 +61,7 @@ def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
 
     Raises:
         ValueError: another name.
-        ModuleNotFoundError: "official" or "authors" without the package pyautoattack or autoattack.
+        ModuleNotFoundError: "official" or "authors" without the package pyautoattack.
     """
     check_literal("protocol", name, ProtocolName)
     attacks = PROTOCOLS[name](attacked)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import digest
-from ..attacks import margin
 from ..attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
@@ -22,6 +21,7 @@ from ..attacks.attacked_model import (
     differ,
     drawn_once_per_call,
 )
+from ..attacks.losses import margin
 from ..defences.base import Defence
 from ..protocols import Classifier
 from ..speed.precision import float32_settings

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 
 from digit_nets import digits
+from input_gradients import input_gradient
 
 from purify_fast.attacks import (
     APGD,
@@ -19,7 +20,6 @@ from purify_fast.attacks import (
     AttackersHead,
     apgd,
     fab_t,
-    input_gradient,
     pgd,
     square,
     stadv,

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from digit_nets import EPS, Gated, digits, robust, standard
 
-from purify_fast.attacks import APGD, HEADS, PGD
+from purify_fast.attacks import APGD, PGD
+from purify_fast.attacks.heads import HEADS
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates
