@@ -32,8 +32,7 @@ from purify_fast.evaluation import evaluate, measure
 from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.tune import Launches
 from purify_fast.speed.graphs.host_syncs import HostSyncs
-from purify_fast.speed.graphs.loops import State, StepFunction, Steps
-from purify_fast.speed.graphs.step_graphs import WORTH, CudaGraphs, StepGraphs
+from purify_fast.speed.graphs.step_graphs import WORTH, CudaGraphs, State, StepFunction, StepGraphs, Steps
 
 from . import RESULTS, report
 from .launches import Replays

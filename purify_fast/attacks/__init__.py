@@ -6,23 +6,11 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 from .apgd import APGD, apgd
 from .attacked_model import frozen
 from .autoattack import AutoAttack
-from .ball import Ball, sample_in_ball
-from .base import Attack, AttackContext, Run, ThreatModel
+from .base import Attack, Run
 from .bpda import BPDA, BpdaModel
 from .fab import FABT, fab_t
-from .heads import HEADS, AttackersHead
-from .losses import (
-    LOSSES,
-    TARGETED,
-    cross_entropy,
-    dlr,
-    dlr_targeted,
-    margin,
-    margin_targeted,
-    scaled_margin,
-)
-from .objective import input_gradient
-from .pgd import FGSM, PGD, fgsm, pgd, pgd_and_fgsm
+from .heads import AttackersHead
+from .pgd import FGSM, PGD, fgsm, pgd
 from .search import GradientHealth
 from .square import Square, square
 from .stadv import StAdv, stadv
@@ -32,35 +20,20 @@ __all__ = [
     "BPDA",
     "FABT",
     "FGSM",
-    "HEADS",
-    "LOSSES",
     "PGD",
-    "TARGETED",
     "Attack",
-    "AttackContext",
     "AttackersHead",
     "AutoAttack",
-    "Ball",
     "BpdaModel",
     "GradientHealth",
     "Run",
     "Square",
     "StAdv",
-    "ThreatModel",
     "apgd",
-    "cross_entropy",
-    "dlr",
-    "dlr_targeted",
     "fab_t",
     "fgsm",
     "frozen",
-    "input_gradient",
-    "margin",
-    "margin_targeted",
     "pgd",
-    "pgd_and_fgsm",
-    "sample_in_ball",
-    "scaled_margin",
     "square",
     "stadv",
 ]

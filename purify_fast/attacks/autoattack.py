@@ -1,15 +1,13 @@
-"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``, whichever is installed.
+"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack``.
 
-Both draw from torch's global generator, and both trace Python calls once: the caller forks the generator, the trace is
-put back here.
+It draws from torch's global generator and traces Python calls once: the caller forks the generator, the trace is put
+back here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
-import inspect
 import io
 import logging
 import sys
@@ -24,25 +22,25 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import ball_around, projected
-from .base import AttackContext, BallAttack, Run
-from .objective import input_gradient
+from .base import BallAttack, Run
+from .objective import Objective
 from .pgd import PGD
 
 Version = Literal["standard", "rand"]
 #: Its authors' own steps of APGD and FAB, draws of the version "rand", and queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
-def implementation() -> type:
-    """The class ``AutoAttack`` of the package that is installed; ModuleNotFoundError says how to get one."""
-    for package in ("pyautoattack", "autoattack"):
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(package).AutoAttack
-    raise ModuleNotFoundError(
-        "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard runs "
-        "its four attacks without it"
-    )
+def implementation() -> Any:
+    """The class ``AutoAttack`` of the package; ModuleNotFoundError says how to get it."""
+    try:
+        import pyautoattack
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard "
+            "runs its four attacks without it"
+        ) from None
+    return pyautoattack.AutoAttack
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
@@ -79,7 +77,7 @@ class AutoAttack(BallAttack):
     steps: Count | None = None
     n_queries: Count = QUERIES
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         name = f"AutoAttack {self.version}"
         if self.steps not in (None, STEPS):
             name += f", {self.steps} steps"
@@ -95,17 +93,14 @@ class AutoAttack(BallAttack):
 
     def revision(self) -> str:
         """That of this class, and the installed package with its version."""
-        package = implementation().__module__.partition(".")[0]
-        # an installation without metadata, such as a folder on the path, has no version
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            package += f" {importlib.metadata.version(package)}"
-        return f"2, {package}"
+        implementation()
+        return f"2, pyautoattack {importlib.metadata.version('pyautoattack')}"
 
-    def settings(self, context: AttackContext) -> dict[str, Any]:
+    def settings(self, context: Run) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)
         return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         """Attack what `target` gave, batch by batch; `Run.warnings` gets AutoAttack's own.
 
         Args:
@@ -132,34 +127,31 @@ class AutoAttack(BallAttack):
             if health is not None:
                 for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, points, y)), strict=True):
                     for point in (a, b):
-                        health.see_gradient(input_gradient(target, point, c)[0])
+                        health.see_gradient(Objective(target).direction(point, c))
         return points
 
-    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         """What the installed package finds."""
-        make, (norm, eps) = implementation(), self.threat_model(context)
+        norm, eps = self.threat_model(context)
         steps, draws, _ = self.decided(context)
         with _listening(context.warnings):
-            own: dict[str, Any] = {"eps": eps, "seed": context.seed, "version": self.version, "device": x.device}
-            if "verbose" in inspect.signature(make.__init__).parameters:  # type: ignore[misc]
-                own["verbose"] = False
-            adversary = make(target, norm=_NORMS[norm], **own)
+            adversary = implementation()(
+                target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
+            )
             adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
             targets = min(9, context.num_classes - 1)
             adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
             for part in (adversary.apgd, adversary.apgd_targeted):
-                _set_steps(part, steps)
+                part.n_iter = part.n_iter_orig = steps
+                # APGD derives its checkpoints from the number of steps when it is made
+                part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
             adversary.fab.n_iter = steps
             adversary.square.n_queries = self.n_queries
             if self.version == "rand":
                 adversary.apgd.eot_iter = draws
-            evaluate = adversary.run_standard_evaluation
-            size = "batch_size" if "batch_size" in inspect.signature(evaluate).parameters else "bs"
-            result = evaluate(x, y, **{size: context.batch_size})
-        # the package autoattack returns the images alone
-        return result[0] if isinstance(result, tuple) else result
+            return adversary.run_standard_evaluation(x, y, batch_size=context.batch_size)[0]
 
-    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
+    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: Run) -> Tensor:
         """The points that succeed, or where they do not what PGD on the margin finds."""
         steps, draws, _ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
@@ -175,12 +167,6 @@ class AutoAttack(BallAttack):
                 wrong = target(stronger).argmax(1) != y[part]
             points[part[wrong]] = stronger[wrong]
         return points
-
-
-def _set_steps(part: Any, steps: int) -> None:
-    """APGD derives its checkpoints from the number of steps when it is made."""
-    part.n_iter = part.n_iter_orig = steps
-    part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    eps: Tensor
+    #: No part of what makes two steps the same: it is a part of their state.
+    eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0
     clip_max: float = 1.0

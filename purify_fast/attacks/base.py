@@ -1,16 +1,16 @@
 """What an attack is, and what it is told.
 
 An attack is a small frozen dataclass of its own options, and its only definition: the function of the same name runs
-it without an evaluation. Whatever the options leave open comes from a `Run`; an evaluation's is an `AttackContext`.
+it without an evaluation. Whatever the options leave open comes from a `Run`, which an evaluation makes of its report's
+settings.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ from .arguments import NormName, check_at_least_one, check_eps, check_images, re
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import ActiveSet, Goals, Images, Judge, Rows, Waves
+from .engine.rows import ActiveSet, Goals, Judge, Rows, waves
 from .losses import Loss, usable_loss
 from .objective import Objective
-from .search import GradientHealth, worst_of_restarts
+from .search import GradientHealth, better_of
 
 #: A radius in image units: one number, or one for each image, ``[B]``.
 Radius = float | Tensor
@@ -49,7 +49,7 @@ class Run:
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
-        num_classes: classes of the model; None: not known, so that no loss is replaced by one for fewer classes.
+        num_classes: classes of the model; 0: not known, so that no loss is replaced by one for fewer classes.
         steps: steps of an attack that does not say how many.
         eot_iter: draws averaged per step by an attack that does not say how many.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
@@ -77,7 +77,7 @@ class Run:
     norm: NormName = "linf"
     clip_min: float = 0.0
     clip_max: float = 1.0
-    num_classes: int | None = None
+    num_classes: int = 0
     steps: int = 100
     eot_iter: int = 1
     draws_differ: bool = True
@@ -101,25 +101,6 @@ class Run:
     def judges(self, draws: int) -> int:
         """Fresh predictions by which an image falls, where so many draws are averaged per step."""
         return (self.judge_draws or draws) if self.draws_differ else 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackContext(Run):
-    """What an evaluation tells an attack: the report's ball, steps and draws, the seed, and the sizes of batches.
-
-    Args:
-        num_classes: classes of the model.
-        eps: radius of the report's ball in image units.
-        eot_iter: draws averaged per step by an attack that does not say how many.
-        judge_draws: fresh draws by which an image of a random model falls.
-        batch_size: images that an attack takes together at most; it is given no more at once.
-    """
-
-    num_classes: int
-    eps: float
-    eot_iter: int = 5
-    judge_draws: int = 5
-    batch_size: int = 250
 
 
 class Decided(NamedTuple):
@@ -151,11 +132,11 @@ class Attack(abc.ABC):
     eot_iter: Count | None = None
 
     @abc.abstractmethod
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     @abc.abstractmethod
-    def threat_model(self, context: AttackContext) -> ThreatModel:
+    def threat_model(self, context: Run) -> ThreatModel:
         """The attack's own ball, or the report's."""
 
     def draws(self, run: Run) -> int:
@@ -168,12 +149,12 @@ class Attack(abc.ABC):
         steps = getattr(self, "steps", None) or self.usual_steps or run.steps
         return Decided(steps, self.draws(run), usable_loss(loss, run.num_classes))
 
-    def cost(self, context: AttackContext) -> int | None:
+    def cost(self, context: Run) -> int | None:
         """Forward passes per image at most; None where that cannot be known before, as of a search that ends early."""
         return None
 
     @abc.abstractmethod
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         """Attack what `target` gave.
 
         Args:
@@ -202,11 +183,7 @@ class Attack(abc.ABC):
         """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""
         return model
 
-    def run(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Adversarial images for a model: `search` on what `target` gives."""
-        return self.search(self.target(model), x, y, context)
-
-    def settings(self, context: AttackContext) -> dict[str, Any]:
+    def settings(self, context: Run) -> dict[str, Any]:
         """The options as plain values, with what the context decided in the place of every None it replaced."""
         options = asdict(self)
         decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
@@ -245,11 +222,9 @@ class BallAttack(Attack):
         eps = run.eps if self.eps is None else self.eps
         return ball_around(x, eps, self.norm or run.norm, run.clip_min, run.clip_max)
 
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
-        norm, eps = read_norm(self.norm or context.norm), context.eps if self.eps is None else float(self.eps)
-        check_eps(eps, norm)
-        return ThreatModel(norm, eps)
+    def threat_model(self, context: Run) -> ThreatModel:
+        """Norm and radius of the attack's own ball, or of the report's."""
+        return ThreatModel(self.norm or context.norm, float(context.eps if self.eps is None else self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +249,11 @@ class RestartedAttack(Attack):
     keep_best: bool = True
     restarts: Count = 1
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         steps, _, loss = self.decided(context)
         return f"{self.label}-{steps} {loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: Run) -> int:
         steps, draws, _ = self.decided(context)
         # the last point, under several draws also the best one, and the clean image, whose prediction health needs
         at_the_end = draws * (2 if draws > 1 else 1) + 1
@@ -291,16 +266,30 @@ class RestartedAttack(Attack):
     def worst(
         self, attack: Callable[[Objective, int], Tensor], model: Classifier, x: Tensor, y: Tensor, run: Run
     ) -> Tensor:
-        """The worst of the runs of an attack, a function of what is raised and of the number of the run from 0."""
+        """The run after which an image is misclassified in most draws, and of these the one of largest margin.
+
+        A prediction that names no class is misclassified, and its margin is larger than any other: a further run never
+        takes a success away. The attack is a function of what is raised and of the number of the run from 0.
+        """
         _, draws, loss = self.decided(run)
-        most = run.max_forward_batch
-
-        def once(number: int) -> Tensor:
-            apart = drawn_once_per_call(model, x, draws, most)
-            return attack(Objective(model, loss, draws, most, run.graphs, apart=apart), number)
-
         with frozen(model):
-            return worst_of_restarts(once, model, y, restarts=self.restarts, eot_iter=draws)
+            apart = drawn_once_per_call(model, x, draws, run.max_forward_batch)
+            objective = Objective(model, loss, draws, run.max_forward_batch, run.graphs, apart=apart)
+            best = attack(objective, 0)
+            if self.restarts == 1:
+                return best
+            # one draw of every image in a pass
+            judge = Objective(model, "margin", draws, max(1, len(y)), apart=apart)
+
+            def score(points: Tensor) -> Tensor:
+                wrong, margins = judge.score(points, y)
+                return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
+
+            best_score = score(best)
+            for number in range(1, self.restarts):
+                points = attack(objective, number)
+                best, best_score = better_of(best, best_score, points, score(points))
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,34 +315,34 @@ class EngineAttack(BallAttack):
     precision: GradientPrecision = "auto"
     give_up: bool = False
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         ball = self.ball(x, y, context)
         if len(x) == 0:
             return x.clone()
         x = x.detach().clone()
         ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
-        draws, most = self.draws(context), context.max_forward_batch
-        judges = context.judges(draws)
+        _, draws, loss = self.decided(context)
+        judges, most = context.judges(draws), context.max_forward_batch
+        source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
-            judge = Judge(target, judges, most, drawn_once_per_call(target, x, max(judges, draws), most))
-            return self.explore(Images(x, y, ball, judge, ids), context)
+            apart = drawn_once_per_call(target, x, max(judges, draws), most)
+            active = ActiveSet(x, y, ball, Judge(target, judges, most, apart), ids)
+            if source is None:
+                source = gradient_copy(target, x[:COMPARED], self.precision, context.copies)
+            with frozen(source):
+                if source is context.gradients_from:
+                    apart = drawn_once_per_call(source, x, draws, most)
+                objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
+                self.explore(active, objective, context)
+        return active.best
 
     @abc.abstractmethod
-    def explore(self, images: Images, run: Run) -> Tensor:
-        """Adversarial images of one batch, shape and dtype of its clean ones; within `frozen`."""
+    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+        """Search adversarial images for the clean ones of one batch; within `frozen`.
 
-    @contextlib.contextmanager
-    def objective(self, images: Images, run: Run, loss: str) -> Iterator[Objective]:
-        """The loss that the search raises, on what it follows: another model, a fast copy, or the model itself."""
-        draws, most, apart = self.draws(run), run.max_forward_batch, images.judge.apart
-        source = run.gradients_from if self.follows_gradients else None
-        followed = source is not None
-        if source is None:
-            source = gradient_copy(images.judge.model, images.x[:COMPARED], self.precision, run.copies)
-        with frozen(source):
-            if followed:
-                apart = drawn_once_per_call(source, images.x, draws, most)
-            yield Objective(source, loss, draws, most, run.graphs, apart=apart)
+        The objective is the loss that the search raises, on what it follows: another model, a fast copy, or the model
+        itself.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,18 +371,16 @@ class TargetedAttack(EngineAttack):
             name += f", {'all' if count is None else count} targets"
         return name + times(self.restarts)
 
-    def targets(self, context: AttackContext) -> int | None:
+    def targets(self, context: Run) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""
         return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
 
-    def settings(self, context: AttackContext) -> dict[str, Any]:
+    def settings(self, context: Run) -> dict[str, Any]:
         return super().settings(context) | {"n_target_classes": self.targets(context)}
 
     def waves(self, active: ActiveSet, goals: Goals, run: Run, at_image: bool = False) -> Iterator[Rows]:
-        """The rows of the runs towards some goals; afterwards it is noted how many images fell to each."""
-        waves = Waves(active, goals, self.restarts, seed=run.seed, most=run.batch_size, at_image=at_image)
-        yield from waves
-        waves.add_counts(run.fell_to)
+        """The rows of the runs towards some goals."""
+        return waves(active, goals, self.restarts, run.fell_to, seed=run.seed, most=run.batch_size, at_image=at_image)
 
 
 # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
@@ -406,7 +393,7 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         own -= {"eps", "norm"}
     chosen = attack(**{name: value for name, value in options.items() if name in own})
     run = Run(**{name: value for name, value in options.items() if name not in own})
-    return chosen.search(model, x, y, cast(AttackContext, run))
+    return chosen.search(model, x, y, run)
 
 
 def times(restarts: int) -> str:

@@ -1,6 +1,6 @@
 """BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): around a purifier whose gradient is missing or useless.
 
-    forward: classifier(purify(x));   backward: as if purify were h,   h(x) = x unless another substitute is given
+    forward: classifier(purify(x));   backward: as if purify(x) were x
 
 The classifier's gradient is taken at the purified image and handed to x, which is sensible as far as purify(x) is about
 x. A purifier with a usable gradient is attacked harder through that gradient; against one, BPDA is a check on it.
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.aggregate import METHODS, UNSAFE, aggregate
+from .._validation import check_literal
+from ..ops.aggregate import aggregate
 from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
-from .base import AttackContext
+from .base import Run
 from .pgd import PGD
+
+#: The methods of `purify_fast.ops.aggregate`.
+Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference", "vote_reference"]
 
 
 def classifier_of(defence: HasClassifier) -> nn.Module:
@@ -26,45 +30,36 @@ def classifier_of(defence: HasClassifier) -> nn.Module:
     return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
 
 
-def check_aggregation(aggregation: str) -> None:
-    """ValueError unless the op `purify_fast.ops.aggregate` knows the method."""
-    if aggregation not in (*METHODS, *UNSAFE):
-        raise ValueError(f"aggregation must be one of {', '.join(METHODS + UNSAFE)}, got {aggregation!r}")
-
-
 class BpdaModel(nn.Module):
     """A purifier and a classifier as something that any gradient attack can run on; the draws are the attack's.
 
-    The forward pass is exactly the defence's. With the identity, the gradient at x is exactly the classifier's at
-    purify(x), summed over the draws.
+    The forward pass is exactly the defence's. The gradient at x is exactly the classifier's at purify(x), summed over
+    the draws.
 
     Args:
         purify: images ``[B, ...]`` to purified ones of the same shape, or to K draws of each, ``[B, K, ...]``; never
             differentiated.
         classifier: purified images to logits ``[B, classes]``.
-        substitute: differentiable, images to what has one purified image's shape; only its gradient is used. None: the
-            identity.
         aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function of
             them, ``[B, K, classes] -> [B, classes]``.
         modules: those whose methods the callables above are; they are frozen along with this one (`frozen`), as are
             callables that are modules themselves.
 
     Raises:
-        ValueError: an unknown aggregation; in the forward pass, a substitute of another shape.
+        ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
     """
 
     def __init__(
         self,
         purify: Callable[[Tensor], Tensor],
         classifier: Callable[[Tensor], Tensor],
-        substitute: Callable[[Tensor], Tensor] | None = None,
         aggregation: str | Callable[[Tensor], Tensor] = "lse",
         modules: Sequence[nn.Module] = (),
     ):
         super().__init__()
         if isinstance(aggregation, str):
-            check_aggregation(aggregation)
-        self.purify, self.classifier, self.substitute, self.aggregation = purify, classifier, substitute, aggregation
+            check_literal("aggregation", aggregation, Aggregation)
+        self.purify, self.classifier, self.aggregation = purify, classifier, aggregation
         self.owners = nn.ModuleList(modules)
 
     @classmethod
@@ -84,16 +79,14 @@ class BpdaModel(nn.Module):
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
         with torch.no_grad():
             purified = self.purify(x).detach()
-        smooth = x if self.substitute is None else self.substitute(x)
-        several = purified.dim() == smooth.dim() + 1
-        one = purified[:, 0] if several else purified
-        if one.shape != smooth.shape:
+        several = purified.dim() == x.dim() + 1
+        if (purified[:, 0] if several else purified).shape != x.shape:
             raise ValueError(
-                f"purify gave {list(purified.shape)}, its substitute (the identity, unless given) {list(smooth.shape)}:"
-                " they must agree, but for K draws [B, K, ...]"
+                f"purify gave {list(purified.shape)} for images {list(x.shape)}: it must give one of the same shape "
+                "for each, or K of them, [B, K, ...]"
             )
-        # zero, with the substitute's gradient
-        change = (smooth - smooth.detach()).to(purified.dtype)
+        # zero, with the gradient of x
+        change = (x - x.detach()).to(purified.dtype)
         if not several:
             return self.classifier(purified + change)
         logits = self.classifier((purified + change[:, None]).flatten(0, 1).contiguous())
@@ -115,14 +108,9 @@ class BPDA(PGD):
     kind: ClassVar[str] = "bpda"
     label: ClassVar[str] = "BPDA"
 
-    aggregation: str | None = None
+    aggregation: Aggregation | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.aggregation is not None:
-            check_aggregation(self.aggregation)
-
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
 
     def target(self, model: Classifier) -> BpdaModel:

@@ -20,10 +20,9 @@ from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
 from ..protocols import Classifier
 from .ball import projected
-from .base import AttackContext, Radius, Run, TargetedAttack, run_alone
-from .engine.auto_pgd import RowSearch, shrinks_after
-from .engine.rows import ActiveSet, Images, Rows, has_fallen, likeliest_wrong, some_of
-from .objective import Gradient
+from .base import Radius, Run, TargetedAttack, run_alone
+from .engine.rows import ActiveSet, Rows, RowSearch, has_fallen, likeliest_wrong, shrinks_after
+from .objective import Gradient, Objective
 
 #: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
 #: border is drawn back.
@@ -44,11 +43,12 @@ class FABT(TargetedAttack):
 
     kind: ClassVar[str] = "fab"
     usual_steps: ClassVar[int | None] = STEPS
+    loss: ClassVar[str] = "margin_targeted"
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         return self.full_name(f"FAB-T {self.decided(context).steps}")
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: Run) -> int:
         # at the end the last point is looked at, and the nearest one is tried and judged
         steps, draws, _ = self.decided(context)
         runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
@@ -57,14 +57,12 @@ class FABT(TargetedAttack):
     def revision(self) -> str:
         return "5"
 
-    def explore(self, images: Images, run: Run) -> Tensor:
-        active = ActiveSet(images)
-        goals = likeliest_wrong(images.judge.logits(images.x), images.y, self.n_target_classes)
+    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+        active.judge_clean_images()
+        goals = likeliest_wrong(active.judge.logits(active.x), active.y, self.n_target_classes)
         steps = self.decided(run).steps
-        with self.objective(images, run, "margin_targeted") as objective:
-            for rows in self.waves(active, goals, run, at_image=True):
-                _Search(objective, active, rows, steps, health=run.health, give_up=self.give_up).run()
-        return active.best
+        for rows in self.waves(active, goals, run, at_image=True):
+            _Search(objective, active, rows, steps, health=run.health, give_up=self.give_up).run()
 
 
 def fab_t(
@@ -107,8 +105,7 @@ class _Search(RowSearch):
         """Take all steps, or as many as there are rows for."""
         for i in range(self.steps):
             gradient = self.gradients.at(self.point)
-            if self.health is not None:
-                self.health.see_gradient(gradient.image)
+            self.see_gradient(gradient.image)
             if self.objective.eot_iter > 1:
                 gradient = gradient._replace(image=gradient.image / self.objective.eot_iter)
             across, moved = has_fallen(gradient.wrong), self.point - self.rows.x
@@ -137,13 +134,11 @@ class _Search(RowSearch):
         judged, fell = self.active.settle(rows.owner, self.nearest, inside, rows.run)
         # the search goes on for what the model refuses
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
-        lost = None if self.reach is None else self.reach.lost(step, self.distance - rows.ball.eps)
-        lost = None if lost is None else some_of(lost & ~self.active.fallen[rows.owner])
+        lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:
             index = lost.nonzero()[:, 0]
             self._offer(rows.take(index), self.nearest[index])
-            if self.health is not None:
-                self.health.give_up(index, self.steps)
+            self.see_given_up(index)
         staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
         if staying is not None:
             self.take(staying)

@@ -25,7 +25,6 @@ HEADS: tuple[Head, ...] = get_args(Head)
 
 def head_logits(samples: Tensor, head: Head) -> Tensor:
     """What an attacker sees of the samples' logits, ``[B, K, classes]`` -> ``[B, classes]``, by a name of `HEADS`."""
-    check_literal("head", head, Head)
     if head == "one_sample":
         return samples[:, 0]
     if head == "margins":

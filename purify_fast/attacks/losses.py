@@ -96,11 +96,11 @@ TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 
-def usable_loss(loss: AnyLoss, num_classes: int | None) -> AnyLoss:
+def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:
     """The loss itself, or the margin where it needs more classes than there are.
 
     Args:
         loss: a name of `LOSSES` or `TARGETED`.
-        num_classes: classes of the model; None: not known.
+        num_classes: classes of the model; 0: not known.
     """
-    return "margin" if num_classes is not None and num_classes < FEWEST_CLASSES.get(loss, 2) else loss
+    return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.graphs.loops import State, Steps
-from ..speed.graphs.step_graphs import StepGraphs
-from .attacked_model import drawn_once_per_call, logits_of_draws
-from .losses import LOSSES, TARGETED, Loss
+from ..speed.graphs.step_graphs import State, StepGraphs, Steps
+from .attacked_model import logits_of_draws
+from .losses import LOSSES, TARGETED
 
 #: After how many gradients without a graph it is asked again whether there is one by now.
 ASKED_AGAIN = 10
@@ -47,7 +46,7 @@ class Objective:
 
     Args:
         model: images ``[B, ...]`` to logits ``[B, classes]``; within `purify_fast.attacks.frozen`.
-        loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
+        loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`.
         eot_iter: draws of a random model that are averaged.
         max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
         apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
@@ -61,6 +60,10 @@ class Objective:
     #: No part of what is computed.
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
+
+    def __call__(self, state: State) -> State:
+        """A step that can be captured: the gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
+        return self.gradient(state["point"], state["y"])._asdict()
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images ``[B, ...]``, and their score.
@@ -192,26 +195,6 @@ def _even(images: int, most: int) -> int:
     return -(-images // passes) if passes else most
 
 
-@dataclass(frozen=True)
-class Look:
-    """`Objective.gradient` as a step, so that it can be captured.
-
-    Args:
-        objective: the loss that an attack raises.
-    """
-
-    objective: Objective
-
-    @property
-    def model(self) -> Classifier:
-        """What is attacked."""
-        return self.objective.model
-
-    def __call__(self, state: State) -> State:
-        """The gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
-        return self.objective.gradient(state["point"], state["y"])._asdict()
-
-
 class Gradients:
     """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
 
@@ -229,10 +212,11 @@ class Gradients:
     def __init__(
         self, objective: Objective, like: Tensor, y: Tensor, points: int, *, certain: bool = False, later: float = 0.0
     ):
-        self._objective, self._y, self._points, self._certain, self._later = objective, y, points, certain, later
+        self._objective, self._y, self._points = objective, y, points
         self._loop: Steps | None = None
         self._looked = 0
-        self._run = None if objective.graphs is None else objective.graphs.new_run()
+        if objective.graphs is not None:
+            self._ahead: dict[str, Any] = {"certain": certain, "later": later, "run": objective.graphs.new_run()}
         self._begin(like)
 
     def now_of(self, like: Tensor, y: Tensor) -> None:
@@ -260,38 +244,4 @@ class Gradients:
         zeros = torch.zeros(len(like), device=like.device)
         state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
         left = self._points - self._looked
-        self._loop = self._objective.graphs.begin(
-            Look(self._objective), state, left, certain=self._certain, run=self._run, later=self._later
-        )
-
-
-def input_gradient(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    loss: Loss = "ce",
-    eot_iter: int = 1,
-    max_forward_batch: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient to the input of the loss summed over the draws, exact whatever ``max_forward_batch``.
-
-    Args:
-        model: images to logits; call within `purify_fast.attacks.frozen`.
-        x: images, floating point ``[B, ...]``.
-        y: labels, int64 ``[B]``.
-        loss: "ce", "margin" or "dlr".
-        eot_iter: draws of a random model: in one batch, or each in a call of its own where the model draws once per
-            call.
-        max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
-
-    Returns:
-        The gradient, shape of x (zero where the logits do not depend on x), and the mean loss over the draws, ``[B]``.
-
-    Raises:
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: the model writes to its input.
-    """
-    apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
-    gradient = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
-    return gradient.image, gradient.loss
+        self._loop = self._objective.graphs.begin(self._objective, state, left, **self._ahead)

@@ -17,15 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Norm
+from .._validation import AtLeast0
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.graphs.loops import State
-from ..speed.graphs.step_graphs import StepGraphs, begin_steps
-from .arguments import NormName, check_at_least_one, check_images, check_not_negative
+from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
+from .arguments import NormName, check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
+from .base import BallAttack, Radius, RestartedAttack, Run, run_alone
 from .losses import Loss
 from .objective import Objective
 from .search import Search, noted, remembers
@@ -40,9 +39,7 @@ class Ascent:
 
     Args:
         objective: what is raised.
-        norm: the ball's: "linf", "l2" or "l1".
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
+        ball: its norm and its box; the radii are those of the state.
         density: of "l1", the share of the coordinates that move. None, where it changes from step to step: the
             gradient is returned in place of the new point, and `move` takes the step.
 
@@ -51,9 +48,7 @@ class Ascent:
     """
 
     objective: Objective
-    norm: Norm
-    clip_min: float
-    clip_max: float
+    ball: Ball
     density: float | None
 
     @property
@@ -75,30 +70,22 @@ class Ascent:
 
     def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
         """The next point, by the gradient at this one, of its shape and dtype."""
-        bounds: dict[str, Any] = {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
         x, alpha, eps = state["x"], state["alpha"], state["eps"]
-        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **bounds)
+        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **self.ball.bounds)
 
 
 def ascend(
-    objective: Objective,
-    ball: Ball,
-    state: State,
-    *,
-    steps: int,
-    first: int = 0,
-    falls: bool = False,
-    density: float | None = None,
+    objective: Objective, ball: Ball, state: State, *, steps: int, first: int = 0, density: float | None = None
 ) -> State:
     """Take the steps of PGD.
 
     Args:
         objective: what is raised; its graphs capture the step.
         ball: the ball around each image.
-        state: what `Ascent` begins with, but for eps; without ``alpha`` if it falls.
+        state: what `Ascent` begins with, but for eps. Without ``alpha`` the length of a step falls geometrically from
+            eps to a hundredth of it.
         steps: how many steps the whole attack has.
         first: the step to begin with, from 0.
-        falls: whether the length of a step falls geometrically from eps to a hundredth of it.
         density: of "l1", the share of the coordinates that move; None: it falls.
 
     Returns:
@@ -106,10 +93,9 @@ def ascend(
     """
     share = density_at(ball.norm, first, steps) if density is None else density
     changes = ball.norm == "l1" and density is None and steps - first > 1
-    ascent = Ascent(objective, ball.norm, ball.clip_min, ball.clip_max, None if changes else share)
-    state = {**state, "eps": ball.eps}
-    if falls:
-        state["alpha"] = ball.eps
+    ascent = Ascent(objective, ball, None if changes else share)
+    falls = "alpha" not in state
+    state = {"alpha": ball.eps, **state, "eps": ball.eps}
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
     loop = begin_steps(objective.graphs, ascent, state, steps - first)
@@ -158,7 +144,7 @@ class PGD(RestartedAttack, BallAttack):
         check_not_negative(alpha=self.alpha)
         super().__post_init__()
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         ball, steps = self.ball(x, y, context), self.decided(context).steps
         if len(x) == 0:
             return x.clone()
@@ -168,15 +154,14 @@ class PGD(RestartedAttack, BallAttack):
         def attack(objective: Objective, run: int) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
             point = x
-            if (self.random_start or run > 0) and self.start_std is not None:
-                point = normal_in_ball(x, ball, self.start_std, **seeds)
-            elif self.random_start or run > 0:
-                point = sample_in_ball(x, ball, **seeds)
+            if self.random_start or run > 0:
+                std = self.start_std
+                point = sample_in_ball(x, ball, **seeds) if std is None else normal_in_ball(x, ball, std, **seeds)
             search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
             begin: State = {"point": point, "x": x, "y": y, **search.memory}
             if alpha is not None:
                 begin["alpha"] = alpha
-            last = ascend(objective, ball, begin, steps=steps, falls=alpha is None)
+            last = ascend(objective, ball, begin, steps=steps)
             search.recall(last, steps)
             return search.result(x, last["point"])
 
@@ -227,17 +212,17 @@ class FGSM(BallAttack):
 
     loss: Loss = "ce"
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         return f"FGSM {self.decided(context).loss}"
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: Run) -> int:
         # the gradient's draws, and the clean image, whose prediction health needs
         return self.draws(context) + 1
 
     def revision(self) -> str:
         return "2"
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         step = context.eps if self.eps is None else self.eps
         check_not_negative(eps=step)
         one = PGD(steps=1, alpha=step, random_start=False, keep_best=False, **asdict(self))
@@ -306,8 +291,6 @@ def pgd_and_fgsm(
     """
     check_images(x, y, 0.0)
     ball = ball_around(x, eps, norm)
-    check_at_least_one(steps=steps)
-    check_not_negative(alpha=alpha)
     half = len(x) // 2
     if len(x) != 2 * half:
         raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")

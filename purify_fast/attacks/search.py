@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ..protocols import Classifier
-from ..speed.graphs.loops import State
-from .attacked_model import drawn_once_per_call, frozen
+from ..speed.graphs.step_graphs import State
 from .objective import Gradient, Objective
 
 #: Above these an attack's number measures the gradients, not the defence.
@@ -41,27 +38,20 @@ class GradientHealth:
 
     _counts: dict[str, Tensor | int] = field(default_factory=dict)
 
-    def _add(self, **amounts: Tensor | int) -> None:
+    def add(self, **amounts: Tensor | int) -> None:
+        """Count what was looked at elsewhere: ``gradients``, one for each image and step, and so on, as in `count`."""
         for name, amount in amounts.items():
             self._counts[name] = self._counts.get(name, 0) + amount
 
     def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
         """Count one gradient [B, ...]; ``fooled`` [B], bool: where the attack needs none, so that zero is no fault."""
         nonfinite, zero = faults(grad, fooled)
-        self.add(len(grad), nonfinite.sum(), zero.sum())
-
-    def add(self, gradients: int, nonfinite: Tensor, zero: Tensor) -> None:
-        """Count gradients that were looked at elsewhere, one for each image and step, by `faults`."""
-        self._add(gradients=gradients, nonfinite=nonfinite, zero=zero)
+        self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
         """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
         still = (start == end).flatten(1).all(1)
-        self._add(images=correct.sum(), unmoved=(still & correct).sum())
-
-    def see_fallen(self, images: int) -> None:
-        """Count images that left the attack because they had fallen: they needed no movement."""
-        self._add(images=images)
+        self.add(images=correct.sum(), unmoved=(still & correct).sum())
 
     def count(self, name: str) -> int:
         """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
@@ -167,7 +157,8 @@ class Search:
         The best one is the last if that is better, by fresh draws of both.
         """
         if self.health is not None:
-            self.health.add(self.points * len(self.begin), self.memory["nonfinite"], self.memory["zero"])
+            nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]
+            self.health.add(gradients=self.points * len(self.begin), nonfinite=nonfinite, zero=zero)
             with torch.no_grad():
                 correct = self.objective.model(x).argmax(1) == self.y
             self.health.see_move(self.begin, last, correct)
@@ -179,38 +170,3 @@ class Search:
             # the highest of many noisy scores is high by luck
             best_score = self.objective.score(best, self.y)
         return better_of(best, best_score, last, last_score)[0]
-
-
-def worst_of_restarts(
-    attack: Callable[[int], Tensor], model: Classifier, y: Tensor, *, restarts: int, eot_iter: int
-) -> Tensor:
-    """The run of an attack after which an image is misclassified in most draws, and of these the one of largest margin.
-
-    A prediction that names no class is misclassified, and its margin is larger than any other: a further run never
-    takes a success away.
-
-    Args:
-        attack: a run, of its number from 0, to adversarial images ``[B, ...]``.
-        model: images to logits, which judges the runs.
-        y: labels, int64 ``[B]``.
-        restarts: how many runs; the only run is not judged.
-        eot_iter: draws of a random model that judge a run.
-    """
-    best = attack(0)
-    if restarts == 1:
-        return best
-    most = max(1, len(y))
-
-    def score(points: Tensor) -> Tensor:
-        wrong, margins = judge.score(points, y)
-        return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
-
-    with frozen(model), torch.no_grad():
-        apart = drawn_once_per_call(model, best, eot_iter, most)
-        # one draw of every image in a pass
-        judge = Objective(model, "margin", eot_iter, most, apart=apart)
-        best_score = score(best)
-        for restart in range(1, restarts):
-            points = attack(restart)
-            best, best_score = better_of(best, best_score, points, score(points))
-    return best

@@ -24,8 +24,8 @@ from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
 from .ball import Ball, philox_key, projected
-from .base import AttackContext, EngineAttack, Radius, Run, run_alone, times
-from .engine.rows import ActiveSet, Images, Reach, RowState, some_of
+from .base import EngineAttack, Radius, Run, run_alone, times
+from .engine.rows import ActiveSet, Reach, RowState, some_of
 from .objective import Objective
 
 #: The authors' own number of queries.
@@ -60,9 +60,11 @@ class Square(EngineAttack):
 
     kind: ClassVar[str] = "square"
 
+    loss: ClassVar[str] = "margin"
+
     n_queries: Count = QUERIES
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
         return f"Square{queries}{times(self.restarts)}"
 
@@ -76,16 +78,14 @@ class Square(EngineAttack):
         return ball
 
     @torch.no_grad()
-    def explore(self, images: Images, run: Run) -> Tensor:
-        active = ActiveSet(images)
-        with self.objective(images, run, "margin") as objective:
-            for restart in range(self.restarts):
-                left = active.left()
-                if len(left) == 0:
-                    break
-                search = _Search(objective, active, left, run.seed + restart)
-                search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
-        return active.best
+    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+        active.judge_clean_images()
+        for restart in range(self.restarts):
+            left = active.left()
+            if len(left) == 0:
+                break
+            search = _Search(objective, active, left, run.seed + restart)
+            search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
 
 
 def square(
@@ -120,13 +120,13 @@ class _Search(RowState):
     """
 
     def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
-        images = active.images
         self.objective, self.active, self.owner = objective, active, left
-        self.x, self.y, self.ids, self.ball = images.x[left], images.y[left], images.ids[left], images.ball.take(left)
+        self.x, self.y, self.ids, self.ball = active.x[left], active.y[left], active.ids[left], active.ball.take(left)
         self.random = partial(philox, philox_key(seed, left.device), stream=Stream.SQUARES)
-        self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), self.ball.norm)
-        first = self.random(self.ids, self.propose.first_numbers)[:, 0]
-        self.numbers, self.point = first, self.propose.begin(self.x, self.ball, first)
+        channels, width = self.x.shape[1], self.x.shape[3]
+        count = channels * width if self.ball.norm == "linf" else TILES**2 * (1 + channels)
+        self.numbers = self.random(self.ids, count)[:, 0]
+        self.point = self._begin(self.numbers)
         self.reach: Reach | None = None
         self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
@@ -136,6 +136,28 @@ class _Search(RowState):
     def _once_for_all_queries(self) -> None:
         self.labels = self.y.repeat(max(TOGETHER.values()))
         self.row = torch.arange(len(self.y), device=self.y.device)
+
+    def _begin(self, numbers: Tensor) -> Tensor:
+        """Where the search begins: stripes (linf) or a grid of patterns, by numbers uniform in [0, 1), ``[R, n]``."""
+        x, ball, (channels, height, width) = self.x, self.ball, self.x.shape[1:]
+        if ball.norm == "linf":
+            stripes = signs(numbers).view(len(x), channels, 1, width)
+            return (x + per_image(ball.eps, x) * stripes).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
+        edge = max(1, min(height, width) // TILES)
+        shapes = pattern(edge, ball.norm, x.device).to(numbers)
+        delta = torch.zeros_like(x)
+        turned, sign = numbers[:, : TILES**2], numbers[:, TILES**2 :].view(len(x), TILES**2, channels)
+        top = (height - edge * TILES) // 2 if edge > 1 else 0
+        left = (width - edge * TILES) // 2 if edge > 1 else 0
+        for i in range(TILES**2):
+            row, column = top + i // TILES * edge, left + i % TILES * edge
+            tile = shapes[(turned[:, i] < 0.5).long()][:, None] * signs(sign[:, i])[:, :, None, None]
+            place = delta[:, :, row : row + edge, column : column + edge]
+            place += tile[:, :, : place.shape[2], : place.shape[3]].to(x.dtype)
+        if ball.norm == "l1":
+            return projected(x, (x + delta).to(x.dtype), ball)
+        length = delta.square().sum((1, 2, 3), keepdim=True).sqrt() + TINY
+        return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
     def take(self, index: Tensor) -> None:
         super().take(index)
@@ -148,7 +170,7 @@ class _Search(RowState):
         while query < n_queries:
             if query % BLOCK == 0:
                 # the first draw is that of the beginning
-                self.numbers = self.random(self.ids, self.propose.numbers, draws=BLOCK, first_draw=query + 1)
+                self.numbers = self.random(self.ids, PLACES + self.x.shape[1], draws=BLOCK, first_draw=query + 1)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
             # no round reaches into the next block
             together = min(together, BLOCK - query % BLOCK)
@@ -170,7 +192,11 @@ class _Search(RowState):
 
     def _round(self, query: int, numbers: Tensor) -> None:
         """Judge some proposals for each image, and keep the best where it is better than what is known."""
-        points = self.propose.next(query, self.x, self.point, self.ball, numbers)
+        norm, (height, width) = self.ball.norm, self.x.shape[2:]
+        edge = side(query, height, width, 1 if norm == "linf" else 3)
+        shapes = None if norm == "linf" else pattern(edge, norm, self.x.device)
+        # the first proposal of every row, then the second of every row, ...
+        points = square_proposal(self.point, self.x, self.ball.eps, numbers, edge, **self.ball.bounds, pattern=shapes)
         share, margin = self._scored(points)
         if numbers.shape[1] > 1:
             margin, best = margin.view(-1, len(self.owner)).max(0)
@@ -243,51 +269,3 @@ def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
             part[top : middle[0] + ring + 1, left : middle[1] + ring + 1] += sign / (ring + 1) ** decay
     both = torch.stack([half, half.T]).flatten(1)
     return (both / both.abs().pow(power).sum(1, keepdim=True).pow(1 / power)).unflatten(1, (edge, edge)).to(device)
-
-
-class Proposals:
-    """Where Square begins, and where it tries to go.
-
-    Args:
-        shape: of an image, (C, H, W).
-        norm: "linf", "l2" or "l1".
-    """
-
-    def __init__(self, shape: tuple[int, int, int], norm: str):
-        self.channels, self.height, self.width = shape
-        self.norm = norm
-        #: Random numbers of a proposal, and of the beginning.
-        self.numbers = PLACES + self.channels
-        tiles = TILES**2 * (1 + self.channels)
-        self.first_numbers = self.channels * self.width if norm == "linf" else tiles
-
-    def begin(self, x: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
-        """Stripes (linf) or a grid of patterns, by numbers uniform in [0, 1), ``[R, first_numbers]``."""
-        if self.norm == "linf":
-            stripes = signs(numbers).view(len(x), self.channels, 1, self.width)
-            return (x + per_image(ball.eps, x) * stripes).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
-        edge = max(1, min(self.height, self.width) // TILES)
-        shapes = pattern(edge, self.norm, x.device).to(numbers)
-        delta = torch.zeros_like(x)
-        turned, sign = numbers[:, : TILES**2], numbers[:, TILES**2 :].view(len(x), TILES**2, self.channels)
-        top = (self.height - edge * TILES) // 2 if edge > 1 else 0
-        left = (self.width - edge * TILES) // 2 if edge > 1 else 0
-        for i in range(TILES**2):
-            row, column = top + i // TILES * edge, left + i % TILES * edge
-            tile = shapes[(turned[:, i] < 0.5).long()][:, None] * signs(sign[:, i])[:, :, None, None]
-            place = delta[:, :, row : row + edge, column : column + edge]
-            place += tile[:, :, : place.shape[2], : place.shape[3]].to(x.dtype)
-        if self.norm == "l1":
-            return projected(x, (x + delta).to(x.dtype), ball)
-        length = delta.square().sum((1, 2, 3), keepdim=True).sqrt() + TINY
-        return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
-
-    def next(self, query: int, x: Tensor, point: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
-        """Several proposals for each row, ``[T * R, C, H, W]``: the first of every row, then the second of every row.
-
-        Of the rows' best points so far, ``[R, C, H, W]``, after so many queries; the numbers are uniform in [0, 1),
-        ``[R, T, numbers]``.
-        """
-        edge = side(query, self.height, self.width, least=1 if self.norm == "linf" else 3)
-        shapes = None if self.norm == "linf" else pattern(edge, self.norm, x.device)
-        return square_proposal(point, x, ball.eps, numbers, edge, **ball.bounds, pattern=shapes)

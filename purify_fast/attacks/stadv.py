@@ -23,7 +23,7 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_images, check_not_negative
 from .ball import Ball, sample_in_ball
-from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
+from .base import RestartedAttack, Run, ThreatModel, run_alone
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import Search
@@ -124,10 +124,10 @@ class StAdv(RestartedAttack):
         check_not_negative(eps=self.eps)
         check_types(self)
 
-    def threat_model(self, context: AttackContext) -> ThreatModel:
+    def threat_model(self, context: Run) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         check_images(x, y)
         if x.dim() != 4:
             raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
+from ..attacks import Attack, AttackersHead, AutoAttack, GradientHealth, Run, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
@@ -59,7 +59,7 @@ class Measure:
         progress: counts and shows.
     """
 
-    def __init__(self, subject: Subject, context: AttackContext, name: str, cache: RowCache, progress: Progress):
+    def __init__(self, subject: Subject, context: Run, name: str, cache: RowCache, progress: Progress):
         self.subject, self.context, self.name, self.cache, self.progress = subject, context, name, cache, progress
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
@@ -308,7 +308,7 @@ def attack_in_batches(
     index: Tensor,
     *,
     subject: Subject,
-    context: AttackContext,
+    context: Run,
     unfinished: PartialRow,
 ) -> Batch:
     """Attack some of the images.
@@ -355,11 +355,11 @@ def attack_in_batches(
     return sums
 
 
-def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext) -> Batch:
+def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: Run) -> Batch:
     begin = time.perf_counter()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
-    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
+    def search() -> tuple[Tensor, Run, GradientHealth]:
         health = GradientHealth()
         told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
         # the attack gets a copy, so that what it does to the images cannot hide how far it went

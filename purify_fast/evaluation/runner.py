@@ -23,7 +23,7 @@ from torch import Tensor
 from .._tensors import digest
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
-from ..attacks import Attack, AttackContext, AutoAttack, frozen
+from ..attacks import Attack, AutoAttack, Run, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.autoattack import implementation
@@ -194,9 +194,9 @@ def evaluate(
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, subject, float(eps), base)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
-        context = AttackContext(
+        context = Run(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
+            judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
         cache = RowCache(None)

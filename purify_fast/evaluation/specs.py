@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .._validation import Norm, check_literal
-from ..attacks import BPDA, PGD, Attack, AttackContext, Run, ThreatModel, frozen
+from ..attacks import BPDA, PGD, Attack, Run, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ..attacks.base import BallAttack
-from ..attacks.bpda import check_aggregation
+from ..attacks.base import BallAttack, ThreatModel
+from ..attacks.bpda import Aggregation
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
 from .subject import Variant
@@ -92,14 +92,14 @@ class FunctionAttack(BallAttack):
             raise ValueError("the name of an attack must not be empty")
         super().__post_init__()
 
-    def name(self, context: AttackContext) -> str:
+    def name(self, context: Run) -> str:
         return self.row_name
 
     def draws(self, run: Run) -> int:
         """1: the function asks the model as often as it likes."""
         return 1
 
-    def settings(self, context: AttackContext) -> dict[str, Any]:
+    def settings(self, context: Run) -> dict[str, Any]:
         norm, eps = self.threat_model(context)
         return {"norm": norm, "eps": eps}
 
@@ -114,7 +114,7 @@ class FunctionAttack(BallAttack):
         named = function if inspect.isroutine(function) else type(function)
         return [str(named.__module__), named.__qualname__]
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
         """Call the function on one batch and check what it returns.
 
         Args:
@@ -241,7 +241,7 @@ class AttackSpec:
         if len(given) > 1:
             raise ValueError(f"an attack has one of {', '.join(options)}, got {' and '.join(given)}")
         if self.aggregation is not None:
-            check_aggregation(self.aggregation)
+            check_literal("aggregation", self.aggregation, Aggregation)
         if self.gradients_from is not None and not self.resolved.follows_gradients:
             raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
         if self.judge is not None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import digest
-from ..attacks import margin
 from ..attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
@@ -24,6 +23,7 @@ from ..attacks.attacked_model import (
     differ,
     drawn_once_per_call,
 )
+from ..attacks.losses import margin
 from ..contents import class_functions, hidden_modules, used_modules
 from ..defences.base import Defence
 from ..protocols import Classifier

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.attacks import APGD, FABT, AttackContext, Ball, GradientHealth, Square, apgd, fab_t, square
+from purify_fast.attacks import APGD, FABT, GradientHealth, Run, Square, apgd, fab_t, square
+from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine import gradient_copy as copies
-from purify_fast.attacks.engine.rows import ActiveSet, Images, Judge, has_fallen
+from purify_fast.attacks.engine.rows import ActiveSet, Judge, has_fallen
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
@@ -62,7 +63,7 @@ def test_a_lucky_draw_fells_nothing(attack):
     """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
     model, x, y = Noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
     torch.manual_seed(0)
-    context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
+    context = Run(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
     found = attack.search(model, x, y, context)
     with torch.no_grad():
         lucky = sum((model(x).argmax(1) != y) for _ in range(20)) > 0
@@ -152,7 +153,8 @@ def test_every_success_is_the_models_own(attack):
             return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
 
     judge = Judge(Sees(), 1)
-    active = ActiveSet(Images(x, y, Ball(torch.full((24,), 0.01)), judge, torch.arange(24)))
+    active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, torch.arange(24))
+    active.judge_clean_images()
     share, fell = active.settle(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()
 
@@ -190,36 +192,6 @@ def test_what_draws_share_is_computed_once():
     net.draw_logits = lambda z, draws: net.second(net.first(z).mean((2, 3)).expand(draws, -1, -1))
     whole, part = (Objective(net, "ce", 5, most).gradient(x.double(), y) for most in (None, 12))
     assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
-
-
-def test_memory_is_flat_in_the_draws():
-    """What a gradient keeps for its backward pass, counted, does not grow with the draws once they come in parts."""
-    net, x, y = convolutional(), torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
-    noisy = lambda z: net(z + 0.1 * torch.randn_like(z))  # noqa: E731
-
-    def peak(draws: int, most: int | None) -> int:
-        alive, highest = {}, 0
-
-        def keep(tensor):
-            nonlocal highest
-            held = Held(tensor)
-            alive[id(held)] = held.size
-            highest = max(highest, sum(alive.values()))
-            return held
-
-        class Held:
-            def __init__(self, tensor):
-                self.tensor, self.size = tensor, tensor.numel()
-
-            def __del__(self):
-                alive.pop(id(self), None)
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
-            Objective(noisy, "ce", draws, most).gradient(x, y)
-        return highest
-
-    one = peak(1, 4)
-    assert one > 0 and peak(20, 4) == one and peak(20, None) > 15 * one
 
 
 # -- FAB-T ----------------------------------------------------------------------------------------------------------

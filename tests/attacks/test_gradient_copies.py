@@ -115,23 +115,16 @@ def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkey
         assert copies.gradient_copy(defence, x, "bfloat16", kept) is defence
 
 
-def test_the_draws_of_a_comparison_are_the_same_and_move_nothing(defence):
-    """Noise as large as rt2's would let no copy pass otherwise, and the generator stands where it stood."""
-    x = torch.rand(8, *SHAPE)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    assert copies.gradient_copy(defence, x, "bfloat16") is not defence
-    assert torch.equal(torch.get_rng_state(), before) and defence.noise_is_fresh
-
-
 def test_what_is_compared_does_not_depend_on_when_the_copy_was_made(defence, monkeypatch):
     """An evaluation that goes on after an interruption makes its copies at other moments."""
     x, kept, drawn, original = torch.rand(8, *SHAPE), copies.GradientCopies(), [], copies._run
     makes = copies._made
     monkeypatch.setattr(copies, "_made", lambda *given: torch.rand(3) is None or makes(*given))
     monkeypatch.setattr(copies, "_run", lambda *given: drawn.append(torch.get_rng_state()) or original(*given))
+    before = torch.get_rng_state()
     for _ in range(2):
-        copies.gradient_copy(defence, x, "bfloat16", kept)
+        assert copies.gradient_copy(defence, x, "bfloat16", kept) is not defence
+    assert torch.equal(torch.get_rng_state(), before) and defence.noise_is_fresh
     assert len(drawn) == 12 and all(torch.equal(state, drawn[0]) for state in drawn)
 
 

@@ -13,20 +13,20 @@ from purify_fast.attacks import (
     BPDA,
     FGSM,
     PGD,
-    AttackContext,
     AutoAttack,
-    BpdaModel,
     GradientHealth,
+    Run,
     StAdv,
     apgd,
     fab_t,
     fgsm,
-    margin,
     pgd,
     square,
     stadv,
 )
 from purify_fast.attacks.arguments import check_images
+from purify_fast.attacks.losses import margin
+from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +56,7 @@ def model():
 
 
 def context(**options):
-    return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
+    return Run(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,11 @@ def test_names(attack, classes, name):
 @pytest.mark.parametrize("attack", [PGD(), PGD(restarts=3), FGSM(), BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
 @pytest.mark.parametrize("draws_differ", [False, True])
 def test_the_cost_is_what_is_computed(model, batch, attack, draws_differ):
-    x, y = batch
-    target = attack.target(model)
-
-    class Counter:
-        images = 0
-
-        def counted(self):
-            return self.images
-
-        def count(self, images):
-            self.images += images
-
-        def __call__(self, z):
-            self.count(len(z))
-            return target(z)
-
-    told, counter = context(draws_differ=draws_differ, health=GradientHealth()), Counter()
-    attack.search(counter, x, y, told)
-    assert counter.images == len(x) * attack.cost(told)
+    told, progress = context(draws_differ=draws_differ, health=GradientHealth()), Progress()
+    with progress.row("attack", None):
+        counter = counted_model(attack.target(model), progress)
+        attack.search(counter, *batch, told)
+        assert counter.counted() == len(batch[0]) * attack.cost(told)
 
 
 def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
@@ -124,26 +110,6 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
     assert AutoAttack().cost(context()) is None
 
 
-def test_each_runs_its_function(model, batch):
-    x, y = batch
-    ids = torch.arange(100, 109)
-    told = context(seed=7, sample_ids=ids, max_forward_batch=4)
-    common = {"max_forward_batch": 4}
-    seeded = common | {"seed": 7, "sample_ids": ids}
-    around = BpdaModel.of(model)
-    for attack, want in (
-        (PGD(loss="dlr"), pgd(model, x, y, eps=EPS, steps=5, loss="dlr", keep_best=True, **seeded)),
-        (PGD(alpha=0.01, steps=3, random_start=False, eps=0.5, norm="L2"),
-         pgd(model, x, y, eps=0.5, norm="l2", alpha=0.01, steps=3, random_start=False, keep_best=True, **seeded)),
-        (FGSM(), fgsm(model, x, y, eps=EPS, **common)),
-        (APGD(rho=0.5, restarts=2), apgd(model, x, y, eps=EPS, steps=5, rho=0.5, restarts=2, **seeded)),
-        (BPDA(), pgd(around, x, y, eps=EPS, steps=5, keep_best=True, **seeded)),
-        (StAdv(rate=0.02, smoothness=0.0), stadv(model, x, y, steps=5, rate=0.02, smoothness=0.0, keep_best=True,
-                                                 **seeded)),
-    ):  # fmt: skip
-        assert torch.equal(attack.run(model, x, y, told), want), attack
-
-
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
     x, y = batch
     for attack, runs in (
@@ -154,7 +120,7 @@ def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
             stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
         ]),
     ):  # fmt: skip
-        found = attack.run(model, x, y, context())
+        found = attack.search(model, x, y, context())
         with torch.no_grad():
             got, *each = (margin(model(images), y) for images in (found, *runs))
         assert torch.equal(got, torch.stack(each).amax(0)) and not torch.equal(each[0], each[1])
@@ -181,13 +147,15 @@ def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model
     """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
     sizes = set()
     with model.classifier.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0]))):
-        attack().run(model, *batch, context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True))
+        attack().search(
+            attack().target(model), *batch, context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True)
+        )
     assert (attack().revision(), sizes) == (revision, {3})
 
 
-def test_bpda_needs_a_purifier(batch):
+def test_bpda_needs_a_purifier():
     with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
-        BPDA().run(nn.Flatten(), *batch, context())
+        BPDA().target(nn.Flatten())
 
 
 @pytest.mark.parametrize(
@@ -200,6 +168,7 @@ def test_bpda_needs_a_purifier(batch):
         (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
         (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
         (PGD, {"steps": 0}, "steps must be at least 1, got 0"),
+        (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
         (BPDA, {"aggregation": "max"}, "aggregation must be one of lse"),
         (StAdv, {"rate": -1.0}, "rate must be at least 0, got -1.0"),
         (AutoAttack, {"version": "plus"}, "version must be one of standard, rand, got 'plus'"),
@@ -233,6 +202,11 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"y": y + 6}, ValueError, r"y must be in 0 .. 5, the model's classes, got y\[0\] = \d+"),
         ({"y": y - 100}, ValueError, r"y must be class numbers from 0, got -\d+"),
         ({"norm": "Linfinity"}, ValueError, "norm must be one of linf, l2.*, got 'Linfinity'"),
+        ({"x": (255 * x).byte()}, ValueError, "x must be floating point"),
+        ({"eps": float("nan")}, ValueError, "must be at least 0, got nan"),
+        ({"eps": torch.zeros(3)}, ValueError, r"must be a number or a tensor \[B\]"),
+        ({"eot_iter": 0}, ValueError, "eot_iter must be at least 1"),
+        ({"max_forward_batch": 0}, ValueError, "max_forward_batch must be at least 1"),
     ):
         arguments = {"x": x, "y": y, "eps": EPS} | change
         with pytest.raises(kind, match=message):
@@ -294,7 +268,7 @@ def test_a_further_restart_takes_no_success_away(attack, value):
     assert len(x) > 20 and bool((y == 0).any()), "argmax of a row of NaN is class 0"
     judged = []
     for restarts in (1, 2, 4):
-        found = attack(loss="margin", steps=4, restarts=restarts).run(model, x, y, context(eps=0.01, num_classes=3))
+        found = attack(loss="margin", steps=4, restarts=restarts).search(model, x, y, context(eps=0.01, num_classes=3))
         judged.append(failed(model, found, y))
     one, two, four = judged
     assert bool(one.any()) and not bool((one & ~two).any()) and not bool((two & ~four).any())

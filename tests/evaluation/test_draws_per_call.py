@@ -5,10 +5,11 @@ import functools
 import pytest
 import torch
 from digit_nets import digits
+from input_gradients import input_gradient
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, input_gradient, pgd, square, stadv
+from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
 from purify_fast.attacks.attacked_model import drawn_once_per_call
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate

@@ -6,7 +6,8 @@ import torch
 from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
-from purify_fast.attacks import APGD, HEADS, PGD
+from purify_fast.attacks import APGD, PGD
+from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates

@@ -20,7 +20,7 @@ from torch_functions import register
 
 from purify_fast.models import PreActResNet18, layers
 from purify_fast.speed.folding import batchnorm as folding
-from purify_fast.speed.folding.inference_copy import LiveInferenceCopy, convert_to_channels_last
+from purify_fast.speed.folding.inference_copy import InferenceCopy, convert_to_channels_last
 from purify_fast.training import distributed
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
@@ -110,7 +110,7 @@ def test_a_refresh_is_at_most_ten_launches():
     torch.manual_seed(0)
     model = PreActResNet18().to(DEVICE)
     convert_to_channels_last(model, (3, 32, 32))
-    view, exact = LiveInferenceCopy(model, (3, 32, 32)), LiveInferenceCopy(model, (3, 32, 32), torch.float32)
+    view, exact = InferenceCopy(model, (3, 32, 32)), InferenceCopy(model, (3, 32, 32), torch.float32)
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
             tensor.add_(0.01 * torch.rand_like(tensor))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purify_fast.attacks import apgd, fgsm, pgd, pgd_and_fgsm
+from purify_fast.attacks import apgd, fgsm, pgd
+from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -17,7 +18,8 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.folding.inference_copy import LiveInferenceCopy
+from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.graphs import step_graphs
 from purify_fast.training import Batch, FitConfig, Task
 from purify_fast.training.config import TrainingAttack
 from purify_fast.training.loop import accelerated_steps, fuse, train_step
@@ -68,7 +70,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("norm", SIZES)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_replayed_pgd_and_fgsm(graphs, norm, precision):
-    model, (x, y) = LiveInferenceCopy(classifier(), SHAPE, precision), images()
+    model, (x, y) = InferenceCopy(classifier(), SHAPE, precision), images()
     eps = SIZES[norm]
     attacks: list[Callable[[StepGraphs | None], Tensor]] = [
         lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, graphs=g),
@@ -88,7 +90,7 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
 
 
 def test_new_weights_and_the_last_batch(graphs):
-    view, other = LiveInferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
+    view, other = InferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
     for n in (12, 5, 12, 5):
         x, y = images(n, n)
         close(pgd(view, x, y, eps=0.1, steps=20, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20))
@@ -206,8 +208,9 @@ def test_trainings_with_captured_attacks(graphs, name):
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="memory of a CUDA device")
-def test_memory_does_not_grow(rerun):
-    graphs, model = StepGraphs("always", limit=2), classifier()
+def test_memory_does_not_grow(monkeypatch):
+    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
+    graphs, model = StepGraphs("always"), classifier()
 
     def attacks() -> int:
         for n in (8, 12, 16, 20):

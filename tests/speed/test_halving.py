@@ -37,28 +37,26 @@ ROWS = [
 @pytest.mark.parametrize("width", [10, 2 * halving.WIDEST_ROW])
 @pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
 def test_the_same_result_and_gradient(layer, width):
-    layer = layer.double().requires_grad_(False)
-    fast = (RowByRow if layer in ROWS else Resizing)(layer, torch.float64)
+    """Channels last both ways, whatever the layout of what comes in; the next layer would copy anything else."""
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    fast = replacement_of(layer)(layer, torch.float64)
     x = torch.randn(3, layer.in_channels, 6, width, dtype=torch.float64, requires_grad=True)
+    seen = []
+    x.register_hook(lambda gradient: seen.append(gradient.is_contiguous(memory_format=torch.channels_last)))
     want, got = layer(x), fast(x)
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(want)
     (one,), (other,) = (torch.autograd.grad((out * weight).sum(), x) for out in (want, got))
-    assert (
-        torch.allclose(other, one, rtol=1e-12, atol=1e-12) and fast.weight is layer.weight and fast.bias is layer.bias
-    )
-
-
-@pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
-def test_results_and_gradients_are_laid_out_alike(layer):
-    """Channels last both ways, whatever the layout of what comes in; the next layer would copy anything else."""
-    fast = (RowByRow if layer in ROWS else Resizing)(layer.requires_grad_(False), torch.float32)
-    x = torch.randn(3, layer.in_channels, 6, 10, requires_grad=True)
-    seen = []
-    x.register_hook(lambda gradient: seen.append(gradient.is_contiguous(memory_format=torch.channels_last)))
-    out = fast(x)
-    out.sum().backward()
-    assert out.is_contiguous(memory_format=torch.channels_last) and seen == [True]
+    assert torch.allclose(other, one, rtol=1e-12, atol=1e-12)
+    # wide images go through the layer itself
+    if isinstance(fast, Resizing) or width == 10:
+        assert got.is_contiguous(memory_format=torch.channels_last) and seen[-1]
+    assert fast.weight is layer.weight and fast.bias is layer.bias
+    # an image without a batch, and a batch without images
+    assert torch.equal(fast(x[0]), layer(x[0]))
+    none = x[:0].detach().requires_grad_()
+    assert fast(none).shape == want[:0].shape
+    assert torch.autograd.grad(fast(none).sum(), none)[0].shape == none.shape
 
 
 def test_an_activation_keeps_its_layout_and_gradient():
@@ -104,7 +102,8 @@ DOWN = nn.Conv2d(2, 3, 3, stride=2, padding=1)
 def test_results_may_be_changed_in_place(layers, width):
     model = copy.deepcopy(nn.Sequential(*layers)).double().requires_grad_(False)
     fast = copy.deepcopy(model)
-    assert replace_resizing(fast, torch.float64) >= 1
+    replace_resizing(fast, torch.float64)
+    assert any(isinstance(part, (Resizing, RowByRow)) for part in fast.modules())
     x = torch.randn(3, layers[0].in_channels, 6, width, dtype=torch.float64, requires_grad=True)
     want, got = model(x), fast(x)
     weight = torch.randn_like(want)
@@ -117,7 +116,8 @@ def test_a_change_that_spoils_a_gradient_is_noticed():
     """The gradient of ReLU is computed from its result: changed in place, it must be refused rather than wrong."""
     model = nn.Sequential(DOWN, Added(nn.ReLU())).requires_grad_(False)
     fast = copy.deepcopy(model)
-    assert replace_resizing(fast, torch.float32) == 1 and isinstance(fast[1].layer, SameLayout)
+    replace_resizing(fast, torch.float32)
+    assert isinstance(fast[0], Resizing) and isinstance(fast[1].layer, SameLayout)
     for each in (model, fast):
         x = torch.randn(3, 2, 6, 10, requires_grad=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -128,18 +128,6 @@ def test_images_that_cannot_be_halved_go_through_the_layer():
     layer = nn.Conv2d(2, 3, 3, stride=2, padding=1)
     x = torch.randn(2, 2, 7, 6)
     assert torch.equal(Resizing(layer, torch.float32)(x), layer(x))
-
-
-@pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
-def test_an_image_without_a_batch_and_a_batch_without_images(layer):
-    layer = layer.float().requires_grad_(False)
-    fast = (RowByRow if layer in ROWS else Resizing)(layer, torch.float32)
-    x = torch.randn(2, layer.in_channels, 6, 10)
-    assert torch.equal(fast(x[0]), layer(x[0]))
-    none = x[:0].requires_grad_()
-    out = fast(none)
-    assert out.shape == layer(x)[:0].shape
-    assert torch.autograd.grad(out.sum(), none)[0].shape == none.shape
 
 
 def test_which_layers_it_stands_for():
@@ -161,12 +149,14 @@ def test_which_layers_it_stands_for():
     hooked = nn.Conv2d(3, 5, 3, stride=2, padding=1)
     hooked.register_forward_hook(lambda *_: None)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Sequential(hooked, nn.Conv2d(4, 4, 3)))
-    assert replacement_of(hooked) is None and replace_resizing(model, torch.float32) == 1
-    assert replace_resizing(model, torch.float32) == 0 and isinstance(model[0], Resizing)
+    assert replacement_of(hooked) is None
+    for _ in range(2):
+        replace_resizing(model, torch.float32)
+        assert isinstance(model[0], Resizing) and type(model[0].layer) is nn.Conv2d and model[1][0] is hooked
     watched = nn.SiLU()
     watched.register_forward_hook(lambda *_: None)
     model = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.SiLU(), watched)
-    assert replace_resizing(model, torch.float32) == 1
+    replace_resizing(model, torch.float32)
     assert [type(layer) for layer in model] == [RowByRow, SameLayout, nn.SiLU]
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task
 
-from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, pgd_and_fgsm, stadv
+from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
+from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.data import crop_flip
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
@@ -110,7 +111,7 @@ def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
     staying = [probe(steps, apgd, leave_when_fallen=False, **options) for steps in (10, 40)]
     assert staying[0] == staying[1], "a step waits"
     # once for each wave of runs, to know which images are left, where its best points go, and how its gradients were
-    assert {wait.function for wait in staying[0]} <= {"left", "offer", "likeliest_wrong", "add_counts"}
+    assert {wait.function for wait in staying[0]} <= {"left", "offer", "likeliest_wrong", "waves"}
     leaving = probe(40, apgd, **options) - staying[1]
     # after the first few steps and then every five, to know which images have fallen
     runs = 9 if name == "targets" else 1

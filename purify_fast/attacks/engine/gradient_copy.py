@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,18 +53,6 @@ REMEMBERED = 2
 WRAPPERS = 8
 
 
-class _Remembered(NamedTuple):
-    """A copy, or None where there is none, and what its model was at that time.
-
-    While the identities are there (the model, its tensors, and the objects whose ids are in the key), no other object
-    gets an id or a memory address of theirs. The values are what the tensors contained.
-    """
-
-    copy: Classifier | None
-    identities: tuple[Any, ...]
-    values: list[Tensor]
-
-
 class GradientCopies:
     """The copies of an evaluation's models; each serves as long as its model is the same.
 
@@ -74,7 +62,9 @@ class GradientCopies:
     """
 
     def __init__(self) -> None:
-        self._copies: OrderedDict[Hashable, _Remembered] = OrderedDict()
+        #: The copy of a model, or None where there is none; the identities of the model at that time, which keep its
+        #: ids and memory addresses from being given to other objects; and what its tensors contained.
+        self._copies: OrderedDict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = OrderedDict()
         self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
@@ -95,17 +85,17 @@ class GradientCopies:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
             known = self._copies.get(key)
-            same = known is not None and all(map(torch.equal, tensors, known.values))
+            same = known is not None and all(map(torch.equal, tensors, known[2]))
             values = [] if same else [tensor.detach().clone() for tensor in tensors]
         except (TypeError, RuntimeError):
             # a tensor without a memory of its own, or a setting that cannot be hashed
             return make()
         if known is None or not same:
-            known = self._copies[key] = _Remembered(make(), (model, objects, tensors), values)
+            known = self._copies[key] = make(), (model, objects, tensors), values
             if len(self._copies) > REMEMBERED:
                 self._copies.popitem(last=False)
         self._copies.move_to_end(key)
-        return known.copy
+        return known[0]
 
 
 def gradient_copy(
@@ -215,13 +205,12 @@ def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]
 
 def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
     """A mode of a model in which it repeats itself, whatever it draws from."""
-    if isinstance(model, StochasticDefence):
-        # its seeds are from PyTorch's generators, and other threads may be calling it, which a mode would refuse
-        return contextlib.nullcontext()
-    if supports(model, FixedNoise):
-        return cast(FixedNoise, model).fixed_noise(0)
-    if supports(model, DeterministicMode):
-        return cast(DeterministicMode, model).deterministic()
+    # the seeds of such a one are PyTorch's generators', and other threads may be calling it, which a mode would refuse
+    if not isinstance(model, StochasticDefence):
+        if supports(model, FixedNoise):
+            return cast(FixedNoise, model).fixed_noise(0)
+        if supports(model, DeterministicMode):
+            return cast(DeterministicMode, model).deterministic()
     return contextlib.nullcontext()
 
 

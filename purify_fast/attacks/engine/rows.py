@@ -17,6 +17,7 @@ experience and no law: a search that stands still is given up too, although it m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from ...protocols import Classifier
 from ..attacked_model import ask
 from ..ball import Ball, sample_in_ball
-from ..objective import Objective
+from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 
@@ -46,6 +47,9 @@ SMALLEST, FINER_FROM = 16, 128
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: Shorter runs are not judged by their pace.
 FEWEST_STEPS = 50
+#: After which of the first steps the batch may shrink; later every `SHRINK_EVERY` steps. Each of these waits for the
+#: device once.
+SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 
 
 def takes_every_size(device: torch.device) -> bool:
@@ -115,25 +119,6 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of one attack.
-
-    Args:
-        x: clean images ``[N, ...]``.
-        y: labels, int64 ``[N]``.
-        ball: around the images.
-        judge: the model under attack.
-        ids: int64 ``[N]``; an image's random numbers depend on a seed and its id alone.
-    """
-
-    x: Tensor
-    y: Tensor
-    ball: Ball
-    judge: Judge
-    ids: Tensor
-
-
-@dataclass(frozen=True)
 class Rows:
     """What is searched at once; every field is by row.
 
@@ -181,34 +166,6 @@ def _taken(value: Any, index: Tensor) -> Any:
     return value
 
 
-class HealthOfRows(RowState):
-    """Counts the gradients of a run whose rows, which begin at ``begin``, may be given up before its end.
-
-    A row that is given up counts as if it had taken every step, with as large a share of faulty gradients as before.
-    Otherwise the rows that are searched to the end, as those without gradients are, would count more than others.
-    Nothing here waits for the device.
-    """
-
-    by_column = ("faulty",)
-
-    def __init__(self, health: GradientHealth, begin: Tensor):
-        self.health, self.steps = health, 0
-        #: How many gradients of each row were not finite, and how many zero.
-        self.faulty = torch.zeros((2, len(begin)), device=begin.device)
-
-    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients of one step, as `GradientHealth.see_gradient` does."""
-        faulty = torch.stack(faults(grad, fooled))
-        self.faulty, self.steps = self.faulty + faulty, self.steps + 1
-        self.health.add(len(grad), *faulty.sum(1))
-
-    def give_up(self, rows: Tensor, steps: int) -> None:
-        """Count the gradients that some rows, int64, will not take of the steps of the whole run."""
-        left = steps - self.steps
-        nonfinite, zero = (self.faulty[:, rows].sum(1) * left / self.steps).round().long()
-        self.health.add(len(rows) * left, nonfinite, zero)
-
-
 class Reach(RowState):
     """Watches how far each row is from its border.
 
@@ -223,11 +180,6 @@ class Reach(RowState):
         #: When the distances were noted for a check, and what they were.
         self.notes: dict[int, tuple[int, Tensor]] = {}
         self.last_step = 0
-
-    @classmethod
-    def of_steps(cls, steps: int) -> Reach | None:
-        """For a run of an attack by gradients; None where the run is too short."""
-        return cls([round(share * steps) for share in SHARES], steps, TIMES) if steps >= FEWEST_STEPS else None
 
     def due(self, step: int) -> bool:
         """Whether `lost` would note or decide anything; a search that takes short steps need not call it where not."""
@@ -268,11 +220,15 @@ class ActiveSet:
     """The images of one attack: which have fallen, and the best point known of each.
 
     Args:
-        images: what is attacked.
-        leave: whether fallen images leave. If not, every image is attacked to the end, and keeps the point that is
-            misclassified in most draws, then the one of highest loss.
+        x: clean images ``[N, ...]``.
+        y: labels, int64 ``[N]``.
+        ball: around the images.
+        judge: the model under attack.
+        ids: int64 ``[N]``; an image's random numbers depend on a seed and its id alone.
 
     Attributes:
+        leave: whether fallen images leave. If not, every image is attacked to the end, and keeps the point that is
+            misclassified in most draws, then the one of highest loss.
         best: the best point known of each image, ``[N, ...]``; x at first.
         score: its share of misclassified draws and its loss, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, which have fallen; none where they do not leave.
@@ -282,17 +238,16 @@ class ActiveSet:
         waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
     """
 
-    def __init__(self, images: Images, *, leave: bool = True):
-        x, y = images.x, images.y
-        self.images, self.y, self.judge, self.leave = images, y, images.judge, leave
-        self.costly = self.judge.is_costly()
-        self.best = x.clone()
-        self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
-        self.felled_by = torch.full_like(y, -1)
-        fallen = has_fallen(self.judge.shares(x, y))
-        self.correct, self.waves_to_come = ~fallen, 0.0
-        # what is misclassified as it is needs no attack
-        self.fallen = fallen if leave else torch.zeros_like(fallen)
+    def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
+        self.x, self.y, self.ball, self.judge, self.ids, self.leave = x, y, ball, judge, ids, True
+        self.costly = judge.is_costly()
+        self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
+        self.felled_by, self.waves_to_come = torch.full_like(y, -1), 0.0
+
+    def judge_clean_images(self) -> None:
+        """Begin: what is misclassified as it is needs no attack."""
+        fallen = has_fallen(self.judge.shares(self.x, self.y))
+        self.correct, self.fallen = ~fallen, fallen if self.leave else torch.zeros_like(fallen)
 
     def left(self) -> Tensor:
         """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
@@ -375,89 +330,69 @@ class ActiveSet:
 Goals = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Waves:
-    """Makes the rows of an attack, wave by wave.
+def waves(
+    active: ActiveSet,
+    goals: Goals,
+    restarts: int,
+    fell_to: dict[str, int],
+    *,
+    seed: int,
+    most: int | None = None,
+    at_image: bool = False,
+) -> Iterator[Rows]:
+    """The rows of an attack, one wave after the other, of the images that are left by then.
+
+    The first wave has one run, because most images fall to any. Later ones have as many rows as fit: on a CPU whole
+    runs; elsewhere also a part of a run, and copies of the first rows up to the size that `bucket` says, so that most
+    waves are of one size. Waits for the device a few times for each wave.
 
     Args:
         active: the images.
         goals: the target of each run, int64 ``[N]``; None for a run without one.
-        restarts: how often all of these runs are made.
+        restarts: how often all of these runs are taken.
+        fell_to: it is added to the name of each target and restart how many images fell to it.
         seed: of the random starts; each run has its own.
         most: rows at once; None: `FEWEST_ROWS`, or as many as there are images, if those are more.
         at_image: whether the first run for each target begins at the images themselves.
     """
-
-    active: ActiveSet
-    goals: Goals
-    restarts: int
-    seed: int
-    most: int | None = None
-    at_image: bool = False
-
-    def __iter__(self) -> Iterator[Rows]:
-        """The rows of one wave after the other, of the images that are left by then.
-
-        The first wave has one run, because most images fall to any. Later ones have as many rows as fit: on a CPU whole
-        runs; elsewhere also a part of a run, and copies of the first rows up to the size that `bucket` says, so that
-        most waves are of one size. Waits for the device once or twice for each wave.
-        """
-        runs = list(enumerate(goal for _ in range(self.restarts) for goal in self.goals))
-        x = self.active.images.x
-        padded = not takes_every_size(x.device)
-        most = max(FEWEST_ROWS, len(x)) if self.most is None else self.most
-        # of the first of these runs, the images before this one were searched
-        begin: Tensor | None = None
-        is_first = True
-        while runs:
-            left = self.active.left()
-            if len(left) == 0:
-                return
-            fits = max(most, len(left)) if padded else max(1, most // len(left)) * len(left)
-            room = len(left) if is_first else fits
-            images, wave = left if begin is None else left[left >= begin], []
-            while runs and room:
-                taken = images[:room]
-                if len(taken):
-                    wave.append((*runs[0], taken))
-                room -= len(taken)
-                if len(taken) < len(images):
-                    begin = images[len(taken)]
-                    break
-                runs, images, begin = runs[1:], left, None
-            if wave:
-                rows = self._rows(wave)
-                to_come = len(runs) * len(left) - (0 if begin is None else len(left) - len(images) + len(taken))
-                # many images fall in the first wave, so that the next ones have other sizes
-                self.active.waves_to_come = 0.0 if is_first else to_come / len(rows.x)
-                if padded:
-                    index = torch.arange(len(rows.x), device=x.device)
-                    rows = rows.take(_repeated_to(index, max(len(index), min(bucket(len(index), x.device), fits))))
-                yield rows
-            is_first = False
-
-    def add_counts(self, fell_to: dict[str, int]) -> None:
-        """Add to the name of each target and restart how many images fell to it, after the attack."""
-        felled_by = self.active.felled_by
-        for number in felled_by[felled_by >= 0].tolist():
-            restart, goal = divmod(number, len(self.goals))
-            name = f"restart {restart + 1}" if self.goals[goal] is None else f"target {goal + 1}"
-            if self.goals[goal] is not None and self.restarts > 1:
-                name += f", restart {restart + 1}"
-            fell_to[name] = fell_to.get(name, 0) + 1
-
-    def _rows(self, wave: list[tuple[int, Tensor | None, Tensor]]) -> Rows:
-        """The rows of some runs: the number, the goal and the images of each."""
-        every, begins, labels = self.active.images, [], []
-        for number, goal, images in wave:
-            x, ball, ids = every.x[images], every.ball.take(images), every.ids[images]
-            at_image = self.at_image and number < len(self.goals)
-            begins.append(x if at_image else sample_in_ball(x, ball, seed=self.seed + number, sample_ids=ids))
-            labels.append(every.y[images] if goal is None else torch.stack([every.y, goal], 1)[images])
-        owner = torch.cat([images for _, _, images in wave])
-        run = torch.cat([torch.full_like(images, number) for number, _, images in wave])
-        ball = every.ball.take(owner)
-        return Rows(owner, every.x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=run)
+    x, y, count = active.x, active.y, len(active.x)
+    padded = not takes_every_size(x.device)
+    most = max(FEWEST_ROWS, count) if most is None else most
+    # a row has the number run * count + image
+    firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
+    is_first, following = True, 0
+    while len(left := active.left()):
+        rows_left = (firsts + left).flatten()
+        rows_left = rows_left[rows_left >= following]
+        if len(rows_left) == 0:
+            break
+        fits = max(most, len(left)) if padded else max(1, most // len(left)) * len(left)
+        wave = rows_left[: len(left) if is_first else fits]
+        numbers = wave.tolist()
+        following, to_come = numbers[-1] + 1, len(rows_left) - len(wave)
+        # many images fall in the first wave, so that the next ones have other sizes
+        active.waves_to_come = 0.0 if is_first else to_come / len(wave)
+        owner, runs = wave % count, Counter(number // count for number in numbers)
+        begins, labels = [], []
+        for run, images in zip(runs, owner.split(list(runs.values())), strict=True):
+            clean, goal = x[images], goals[run % len(goals)]
+            if not (at_image and run < len(goals)):
+                clean = sample_in_ball(clean, active.ball.take(images), seed=seed + run, sample_ids=active.ids[images])
+            begins.append(clean)
+            labels.append(y[images] if goal is None else torch.stack([y, goal], 1)[images])
+        ball = active.ball.take(owner)
+        rows = Rows(owner, x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=wave // count)
+        if padded:
+            size = max(len(wave), min(bucket(len(wave), x.device), fits))
+            rows = rows.take(_repeated_to(torch.arange(len(wave), device=x.device), size))
+        yield rows
+        is_first = False
+    for number in active.felled_by[active.felled_by >= 0].tolist():
+        restart, target = divmod(number, len(goals))
+        name = f"restart {restart + 1}" if goals[target] is None else f"target {target + 1}"
+        if goals[target] is not None and restarts > 1:
+            name += f", restart {restart + 1}"
+        fell_to[name] = fell_to.get(name, 0) + 1
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
@@ -465,3 +400,73 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
+
+
+def shrinks_after(step: int) -> bool:
+    """Whether the batch may shrink after so many steps."""
+    return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
+
+
+class RowSearch(RowState):
+    """One run of a search by gradients over a batch of rows, which leave it as their images fall.
+
+    Args:
+        objective: the loss, on what gradients are taken from.
+        active: the images; what falls is noted there, and the best points of the others are offered to it.
+        rows: what is searched.
+        steps: of the run.
+        health: counts gradients and movement, if given. A row that is given up counts as if it had taken every step,
+            with as large a share of faulty gradients as before: otherwise the rows that are searched to the end, as
+            those without gradients are, would count more than others.
+        give_up: whether rows leave that are out of reach.
+    """
+
+    by_column = ("faulty", "score")
+
+    def __init__(
+        self,
+        objective: Objective,
+        active: ActiveSet,
+        rows: Rows,
+        steps: int,
+        *,
+        health: GradientHealth | None = None,
+        give_up: bool = False,
+    ):
+        self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
+        self.point = rows.begin
+        # the batch may shrink after any of the first steps
+        self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
+        judged = give_up and steps >= FEWEST_STEPS
+        self.reach = Reach([round(share * steps) for share in SHARES], steps, TIMES) if judged else None
+        #: How many gradients of each row were not finite, and how many zero, of so many.
+        self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
+
+    def take(self, index: Tensor) -> None:
+        super().take(index)
+        if len(index):
+            self.gradients.now_of(self.point, self.rows.labels)
+
+    def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients of one step, as `GradientHealth.see_gradient` does; waits for nothing."""
+        if self.health is not None:
+            faulty = torch.stack(faults(gradient, fooled))
+            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
+            nonfinite, zero = faulty.sum(1)
+            self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
+
+    def see_given_up(self, index: Tensor) -> None:
+        """Count the gradients that some rows, int64, will not take; waits for nothing."""
+        if self.health is not None:
+            left = self.steps - self.counted
+            nonfinite, zero = (self.faulty[:, index].sum(1) * left / self.counted).round().long()
+            self.health.add(gradients=len(index) * left, nonfinite=nonfinite, zero=zero)
+
+    def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
+        """Those rows that are given up, bool ``[R]``; None if there are none. The arguments are those of `Reach`."""
+        lost = None if self.reach is None else self.reach.lost(step, missing)
+        return None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
+
+    def may_end(self) -> Tensor | bool:
+        """Which rows may be given up, bool ``[R]``."""
+        return True

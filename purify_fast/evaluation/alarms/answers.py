@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attacks import margin
+from ...attacks.losses import margin
 from ...protocols import Classifier, FixedNoise, supports
 from ..fingerprint import fingerprint
 from ..subject import Subject, Variant

@@ -32,7 +32,7 @@ from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import (
-    LiveInferenceCopy,
+    InferenceCopy,
     autocast_to,
     convert_to_channels_last,
     prepare_for_inference,
@@ -102,7 +102,7 @@ class ArrestTask(Task):
         self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
-        self._view: LiveInferenceCopy | None = None
+        self._view: InferenceCopy | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
@@ -112,7 +112,7 @@ class ArrestTask(Task):
         if self.dtype != torch.float32:
             self._uses_channels_last = convert_to_channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
-            self._view = LiveInferenceCopy(model, image_shape, self.dtype, compile)
+            self._view = InferenceCopy(model, image_shape, self.dtype, compile=compile)
         self._average: AveragedModel | None = None
         self.model: nn.Module = model
         if config.ema_decay > 0:
@@ -156,7 +156,7 @@ class ArrestTask(Task):
 
     @property
     def attacked(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as the attack sees it; `LiveInferenceCopy.refresh` brings an accelerated copy up to date."""
+        """The classifier as the attack sees it; `InferenceCopy.refresh` brings an accelerated copy up to date."""
         return self.classifier if self._view is None else self._view
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:

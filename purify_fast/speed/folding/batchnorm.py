@@ -9,6 +9,7 @@ comparing the folded model with the original in float64: pairs that change it ar
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ TOLERANCE = 1e-9
 SPREAD_ON = ("cuda",)
 
 
-def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
+def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Fold every BatchNorm that can be, in place; it is replaced by ``nn.Identity``.
 
     Args:
@@ -37,16 +38,12 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
         example: a few inputs of the kind it gets, on its device; better random than constant.
 
     Returns:
-        How many were folded. Output, input gradient and what hooks see equal the original's to 1e-9 in float64.
+        The names of what was folded, (layer, BatchNorm). Output, input gradient and what hooks see equal the original's
+        to 1e-9 in float64.
 
     Raises:
         ValueError: a module in training mode, or a model that does not run in float64.
     """
-    return len(fold_pairs(model, example))
-
-
-def fold_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """`fold_batchnorm`, returning the names of what was (layer, BatchNorm)."""
     _check_evaluation_mode(model)
     original = copy.deepcopy(model).double()
     try:
@@ -78,7 +75,7 @@ def _check_evaluation_mode(model: nn.Module) -> None:
         raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
 
 
-def fold_sequential(model: nn.Module) -> int:
+def fold_sequential(model: nn.Module) -> None:
     """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place; transposed convolutions too.
 
     The order of a Sequential says what follows what, so no example is needed. It is for a part that takes more than one
@@ -90,48 +87,37 @@ def fold_sequential(model: nn.Module) -> int:
     Args:
         model: any module, in evaluation mode.
 
-    Returns:
-        How many were folded.
-
     Raises:
         ValueError: a module in training mode.
     """
     _check_evaluation_mode(model)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    done = 0
-    for parent in _in_order(model):
+    for parent in list(_in_order(model)):
         for name, following in pairwise(list(parent._modules)):
             layer, norm = parent._modules[name], parent._modules[following]
             foldable = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
             if not (foldable and isinstance(norm, _Norm) and norm.running_mean is not None):
                 continue
             alone = places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1
-            if alone and not _hooked(layer) and not _hooked(norm):
+            if alone and not hooked(layer) and not hooked(norm):
                 _fold(parent, name, following)
-                done += 1
-    return done
 
 
-def _in_order(model: nn.Module) -> list[nn.Sequential]:
+def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
     """The Sequentials whose layers are called one after the other, as the class that they belong to says."""
-    in_order: dict[int, nn.Sequential] = {}
-
-    def look(parts: nn.Module) -> None:
-        for part in parts.children():
-            # a subclass may call its children in another order
-            if type(part) is nn.Sequential:
-                in_order[id(part)] = part
-            if type(part) in (nn.Sequential, nn.ModuleList):
-                look(part)
-
     for owner in model.modules():
-        if vars(type(owner)).get("runs_in_order") is True:
-            look(owner)
-    return list(in_order.values())
+        parts = list(owner.children()) if vars(type(owner)).get("runs_in_order") is True else []
+        for part in parts:
+            # a subclass may call its children in another order
+            if type(part) in (nn.Sequential, nn.ModuleList):
+                parts += part.children()
+            if type(part) is nn.Sequential:
+                yield part
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether something looks at what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -143,17 +129,14 @@ def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
         if isinstance(output, Tensor):
             seen.append(output.detach().clone())
 
-    handles = [module.register_forward_hook(see, prepend=True) for module in model.modules() if _hooked(module)]
-    try:
-        with torch.enable_grad():
-            leaf = example.detach().clone().requires_grad_()
-            output = model(leaf)
-            generator = torch.Generator().manual_seed(0)
-            weight = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
-            gradient = torch.autograd.grad((output * weight).sum(), leaf)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        for module in [module for module in model.modules() if hooked(module)]:
+            stack.enter_context(module.register_forward_hook(see, prepend=True))
+        leaf = example.detach().clone().requires_grad_()
+        output = model(leaf)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
+        gradient = torch.autograd.grad((output * weight).sum(), leaf)[0]
     return [output.detach(), gradient, *seen]
 
 
@@ -179,21 +162,16 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         if layer is not None and args[0]._version == version:
             pairs.append((layer, module))
 
-    handles = []
-    for module in names:
-        if _hooked(module):
-            continue
-        plain = isinstance(module._parameters.get("weight"), Tensor)  # not computed, as under weight normalisation
-        if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
-            handles.append(module.register_forward_hook(after))
-        elif isinstance(module, _Norm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before))
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in names:
+            if hooked(module):
+                continue
+            plain = isinstance(module._parameters.get("weight"), Tensor)  # not computed, as under weight normalisation
+            if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
+                stack.enter_context(module.register_forward_hook(after))
+            elif isinstance(module, _Norm) and module.running_mean is not None:
+                stack.enter_context(module.register_forward_pre_hook(before))
+        model(example)
     return [(names[a], names[b]) for a, b in pairs if runs[a] == runs[b] == 1 and len(a.weight) == b.num_features]
 
 
@@ -238,18 +216,23 @@ class FoldedPairs:
 
     Args:
         model: the model that is trained.
-        pairs: the names of (layer, BatchNorm), as `fold_pairs` gives them; one or more.
+        pairs: the names of (layer, BatchNorm), as `fold_batchnorm` gives them; one or more.
         layout: a model whose layers have the same names and shapes, and lie in memory as the trained ones mostly do.
     """
 
     def __init__(self, model: nn.Module, pairs: list[tuple[str, str]], layout: nn.Module):
         self.layers, self.norms = [layer for layer, _ in pairs], [norm for _, norm in pairs]
         norms: list[Any] = [model.get_submodule(name) for name in self.norms]
-        self._eps, self._channels = [norm.eps for norm in norms], [norm.num_features for norm in norms]
+        self._eps = [norm.eps for norm in norms]
+        ones = {f"{name}.weight": torch.ones(norm.num_features) for (_, name), norm in zip(pairs, norms, strict=True)}
+        zeros = {
+            f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
+        }
+        #: By name, what stands for a parameter that a module does not have.
+        self._defaults = ones | zeros
         weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
         self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]
         self._tables: dict[torch.device, Tensor] = {}
-        self._constants: dict[tuple[float, torch.device], list[Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,24 +244,21 @@ class FoldedPairs:
         Returns:
             The same by the names of the layers, float32.
         """
-        means = [tensors[f"{name}.running_mean"].float() for name in self.norms]
-        scales = list(torch._foreach_add([tensors[f"{name}.running_var"].float() for name in self.norms], self._eps))
+        device = tensors[f"{self.norms[0]}.running_mean"].device
+        self._defaults = {name: value.to(device) for name, value in self._defaults.items()}
+        known = self._defaults | tensors
+
+        def each(modules: list[str], part: str) -> list[Tensor]:
+            return [known[f"{name}.{part}"].float() for name in modules]
+
+        scales = list(torch._foreach_add(each(self.norms, "running_var"), self._eps))
         torch._foreach_rsqrt_(scales)
-        torch._foreach_mul_(scales, self._or(1.0, tensors, self.norms, "weight"))
-        centered = torch._foreach_sub(self._or(0.0, tensors, self.layers, "bias"), means)
-        biases = torch._foreach_addcmul(self._or(0.0, tensors, self.norms, "bias"), centered, scales)
-        weights = self._scaled([tensors[f"{name}.weight"].float() for name in self.layers], scales)
+        torch._foreach_mul_(scales, each(self.norms, "weight"))
+        centered = torch._foreach_sub(each(self.layers, "bias"), each(self.norms, "running_mean"))
+        biases = torch._foreach_addcmul(each(self.norms, "bias"), centered, scales)
+        weights = self._scaled(each(self.layers, "weight"), scales)
         names = [f"{name}.{part}" for part in ("weight", "bias") for name in self.layers]
         return dict(zip(names, [*weights, *biases], strict=True))
-
-    def _or(self, missing: float, tensors: dict[str, Tensor], modules: list[str], name: str) -> list[Tensor]:
-        """A parameter of each module, ``[C]``; where it has none, that number for every channel."""
-        key = missing, tensors[f"{self.norms[0]}.running_mean"].device
-        if key not in self._constants:
-            self._constants[key] = [torch.full((count,), missing, device=key[1]) for count in self._channels]
-        given = [tensors.get(f"{module}.{name}") for module in modules]
-        pairs = zip(given, self._constants[key], strict=True)
-        return [constant if one is None else one.float() for one, constant in pairs]
 
     def _scaled(self, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
         """The weights times the factors of their channels, ``[C]`` each."""

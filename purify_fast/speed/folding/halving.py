@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._tensors import without_autocast
+from .batchnorm import hooked
 
 #: Input and output channels up to which this is faster: beyond it the libraries' own kernels are.
 MOST_CHANNELS = 32
@@ -255,34 +256,29 @@ class SameLayout(nn.Module):
         return out
 
 
-def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:
-    """Inputs and outputs of a 3 x 3 convolution of padding 1, without hooks, whose formula is known; None of others."""
+def replacement_of(layer: nn.Module) -> type[Resizing | RowByRow] | None:
+    """What computes a layer faster on a CPU: `Resizing`, or `RowByRow` where images are narrow; None: nothing.
+
+    It is a 3 x 3 convolution of padding 1, without hooks, whose formula is known.
+    """
     # a subclass may compute something of its own
     if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
         return None
+    stride, channels = layer.stride[0], (layer.in_channels, layer.out_channels)
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    more = stride - 1
-    doubling = not isinstance(layer, nn.ConvTranspose2d) or layer.output_padding == (more, more)
-    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
-    known = shape == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros") and doubling and not hooked
-    return (layer.in_channels, layer.out_channels) if known else None
+    known = shape == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros") and not hooked(layer)
+    if isinstance(layer, nn.ConvTranspose2d):
+        known = known and layer.output_padding == (stride - 1, stride - 1)
+    if not known or max(channels) > MOST_CHANNELS:
+        return None
+    return {2: Resizing, 1: RowByRow if min(channels) == 1 else None}.get(stride)
 
 
-def replacement_of(layer: nn.Module) -> type[Resizing | RowByRow] | None:
-    """What computes a layer faster on a CPU: `Resizing`, or `RowByRow` where images are narrow; None: nothing."""
-    for kind, stride in ((Resizing, 2), (RowByRow, 1)):
-        channels = _channels(layer, stride)
-        if channels is not None and max(channels) <= MOST_CHANNELS and (stride == 2 or min(channels) == 1):
-            return kind
-    return None
-
-
-def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
+def replace_resizing(model: nn.Module, dtype: torch.dtype) -> None:
     """Put `Resizing`, `RowByRow` and `SameLayout` in the place of layers of a frozen copy on a CPU, in place.
 
-    They compute in ``dtype``. Returned is how many convolutions were replaced.
+    They compute in ``dtype``.
     """
-    done = 0
     for parent in list(model.modules()):
         if isinstance(parent, (_Replacement, SameLayout)):
             continue
@@ -290,7 +286,5 @@ def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
             kind = replacement_of(layer)
             if kind is not None:
                 setattr(parent, name, kind(layer, dtype))  # type: ignore[arg-type]
-                done += 1
-            elif type(layer) in _ACTIVATIONS and not (layer._forward_hooks or layer._forward_pre_hooks):
+            elif type(layer) in _ACTIVATIONS and not hooked(layer):
                 setattr(parent, name, SameLayout(layer))
-    return done

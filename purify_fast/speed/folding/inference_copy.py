@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
-from .batchnorm import FoldedPairs, fold_pairs
+from .batchnorm import FoldedPairs, fold_batchnorm
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: PyTorch chooses another CPU convolution for batches below this size, for which a compiler makes another graph.
@@ -64,26 +64,21 @@ class CompiledRegion:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.function(*inputs)
-        batch = len(inputs[0])
-        static = self._static(batch, inputs[0].device)
-        if static is not None:
-            return static(*(x.clone(memory_format=torch.contiguous_format) for x in inputs))
-        if not keeps_sizes(inputs[0].device) and 2 * batch < SMALL_BATCH:
-            return self.function(*inputs)
-        if batch < SMALL_BATCH:
+        batch, device = len(inputs[0]), inputs[0].device
+        if not keeps_sizes(device):
+            if 2 * batch < SMALL_BATCH:
+                return self.function(*inputs)
+        elif (batch, device) not in self.static and len(self.static) < STATIC_SIZES:
+            self.static[batch, device] = torch.compile(self.function, dynamic=False)
+        static = self.static.get((batch, device))
+        if static is None and batch < SMALL_BATCH:
             inputs = tuple(pad_batch(x) for x in inputs)
         inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        if static is not None:
+            return static(*inputs)
         for x in inputs:
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return self.compiled(*inputs)[:batch]
-
-    def _static(self, batch: int, device: torch.device) -> Callable[..., Tensor] | None:
-        """What is compiled for this batch size alone; None if all share what is."""
-        if not keeps_sizes(device):
-            return None
-        if (batch, device) not in self.static and len(self.static) < STATIC_SIZES:
-            self.static[batch, device] = torch.compile(self.function, dynamic=False)
-        return self.static.get((batch, device))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # When a region is copied or pickled, a bound method takes its object along, and the copy compiles for itself.
@@ -120,25 +115,22 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
     return True
 
 
-class _ConvolvesImages(nn.Conv2d):
-    """A convolution that computes in float32 under an autocast, and whose results have the autocast's dtype."""
+class _InFloat32(nn.Module):
+    """A layer that computes in float32 under an autocast, and whose results have the autocast's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _in_float32(super().forward, input)
+        kind = input.device.type
+        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        with without_autocast(input.device):
+            return super().forward(input.float()).to(wanted)
 
 
-class _MapsImages(nn.Linear):
-    """The same of a linear layer."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _in_float32(super().forward, input)
+class _ConvolvesImages(_InFloat32, nn.Conv2d):
+    pass
 
 
-def _in_float32(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    kind = x.device.type
-    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    with without_autocast(x.device):
-        return layer(x.float()).to(wanted)
+class _MapsImages(_InFloat32, nn.Linear):
+    pass
 
 
 def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
@@ -190,7 +182,7 @@ def prepare_for_inference(
     pairs: list[tuple[str, str]] = []
     if fold:
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
-        pairs = fold_pairs(model, example.to(first_tensor(model).device))
+        pairs = fold_batchnorm(model, example.to(first_tensor(model).device))
     uses_channels_last = convert_to_channels_last(model, image_shape)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
@@ -203,7 +195,7 @@ class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks on it: images ``[B, *image_shape]`` -> float32 logits.
 
     It has none of the hooks of a `Representation`, and no parameter that needs a gradient. Later changes of the
-    classifier's weights do not reach it.
+    classifier's weights reach it by `refresh` alone, as where an attack needs a copy of what is trained.
 
     Args:
         classifier: images in [0, 1] to logits; it is copied.
@@ -221,6 +213,9 @@ class InferenceCopy(nn.Module):
         ValueError: as `prepare_for_inference`.
     """
 
+    #: What `refresh` reads; captured steps read what it writes.
+    not_dependencies = frozenset({"_folding"})
+
     def __init__(
         self,
         classifier: nn.Module,
@@ -236,6 +231,7 @@ class InferenceCopy(nn.Module):
         self._pairs, self.uses_channels_last = prepare_for_inference(self.classifier, image_shape, dtype, fold, fine)
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
+        self._folding: FoldedPairs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self._logits(x) if self.region is None else self.region(x)
@@ -243,30 +239,6 @@ class InferenceCopy(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         with autocast_to(x.device, self.dtype):
             return self.classifier(x.float() if self.uses_channels_last else x.float().contiguous()).float()
-
-
-class LiveInferenceCopy(InferenceCopy):
-    """An `InferenceCopy` of a classifier that is being trained, for attacks on it.
-
-    Args:
-        classifier: the classifier in training; `refresh` reads its weights.
-        image_shape: (C, H, W).
-        dtype: of the matrix products, float32 or bfloat16.
-        compile: whether the copy is a `CompiledRegion`.
-    """
-
-    #: What `refresh` reads; captured steps read what it writes.
-    not_dependencies = frozenset({"_folding"})
-
-    def __init__(
-        self,
-        classifier: nn.Module,
-        image_shape: tuple[int, ...],
-        dtype: torch.dtype = torch.bfloat16,
-        compile: bool = False,
-    ):
-        super().__init__(classifier, image_shape, dtype, compile=compile)
-        self._folding = FoldedPairs(classifier, self._pairs, self.classifier) if self._pairs else None
 
     @torch.no_grad()
     def refresh(self, classifier: nn.Module) -> None:
@@ -280,7 +252,8 @@ class LiveInferenceCopy(InferenceCopy):
         # under all of their names, of which the copy's may be any
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
-        if self._folding is not None:
+        if self._pairs:
+            self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
             theirs |= self._folding(theirs)
         # tensors of one dtype into those of one dtype are one launch on CUDA
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))

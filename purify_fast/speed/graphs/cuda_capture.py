@@ -39,7 +39,7 @@ class CudaCapture:
             yield
         caller.wait_stream(stream)
 
-    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
         """Seconds until the host had launched everything that a function launches, and until the device was done.
 
         What the function allocates and chooses at its first call is then done.

@@ -1,5 +1,9 @@
 """A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
 
+A step is a function from tensors to tensors, by name: what it returns takes the place of what it was given. Eagerly a
+loop simply goes on with the new tensors. Captured, the state lies in buffers that stay where they are, and the step
+ends by writing its results there. Both run the same function, so that there is one formula of an attack.
+
 A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
 replayed only while everything that its model computes with is the same (`purify_fast.contents.identity_key`). Weights
 that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
@@ -14,24 +18,28 @@ to be expected, going by the runs before, would pay for twice the capture.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
+import random
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...contents import identity_key
+from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, PreparesReplay
+from ..precision import float32_settings
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
-from .loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
-from .trial import first_replay_agrees, host_generators, no_trace, numerics, same_draws_again
 
 logger = logging.getLogger("purify_fast")
 
@@ -49,20 +57,209 @@ LEAST_SHARE = 0.7
 TIMINGS = 3
 #: After how many launched steps it is tried again whether a step can be captured that could not.
 RETRIED_AFTER = 1000
+#: How many graphs there are at most.
+MOST_GRAPHS = 32
 #: How many steps are remembered that were not captured.
 REMEMBERED = 64
+#: The error that is allowed, relative to the largest value, and the share of the values that may err by more.
+ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
-class _Refusal(NamedTuple):
-    """Why a step is not captured, and how many steps were launched since.
+State = dict[str, Tensor]
+
+
+class StepFunction(Protocol):
+    """One step; it can be hashed, and two that are equal compute the same from the same state."""
+
+    @property
+    def model(self) -> Any:
+        """What it computes with besides its state: a module, if it is to be captured."""
+
+    def __call__(self, state: State) -> State:
+        """The new values of some of the state's tensors, each of the old one's shape and dtype.
+
+        Args:
+            state: tensors by name; they are not written to.
+        """
+
+
+@dataclass
+class Tally:
+    """How many steps were launched operator by operator, in all and in each run of an attack.
 
     Args:
-        reason: for the log.
-        tally: counts those steps.
+        steps: so far.
+        runs: how many runs took such steps.
+        run: the number of the latest of these runs; -1 before the first.
+        before: how many steps the runs before it took.
+        refusal: why the step is not captured, whatever it would save; "" where nothing is against it.
     """
 
-    reason: str
-    tally: Tally
+    steps: int = 0
+    runs: int = 0
+    run: int = -1
+    before: int = 0
+    refusal: str = ""
+
+    def begin(self, run: int) -> None:
+        """Count the next steps for a run; runs have different numbers."""
+        if run != self.run:
+            self.run, self.runs, self.before = run, self.runs + 1, self.steps
+
+    def expected(self, left: int, to_come: float) -> float:
+        """How many more steps are to be expected: for this run what earlier ones took, and as much for each later run.
+
+        Of the first run it is expected that it goes on for as long as it went on so far.
+
+        Args:
+            left: how many steps this run has left at most.
+            to_come: how many runs will follow this one.
+        """
+        done = self.steps - self.before
+        usual = self.before / (self.runs - 1) if self.runs > 1 else done + min(done, left)
+        return max(0.0, min(left, usual - done)) + to_come * usual
+
+
+class Steps:
+    """A loop over a step function, run eagerly.
+
+    Args:
+        function: the step.
+        state: tensors by name; they are not written to.
+        tally: counts the steps, if given.
+
+    Attributes:
+        state: the tensors as they are now; not for keeping, `values` gives those.
+    """
+
+    #: Whether steps are replayed.
+    replays = False
+
+    def __init__(self, function: StepFunction, state: State, tally: Tally | None = None):
+        self.function, self.state, self.tally = function, dict(state), tally
+
+    def take(self) -> None:
+        """Take a step."""
+        self.state |= self.function(self.state)
+        if self.tally is not None:
+            self.tally.steps += 1
+
+    def put(self, **values: Tensor) -> None:
+        """Give the state other values.
+
+        Args:
+            values: by name, each of the old one's shape and dtype.
+        """
+        self.state |= values
+
+    def values(self, *names: str) -> State:
+        """The state as it is now, in tensors that nothing writes to.
+
+        Args:
+            names: which tensors; none for all.
+        """
+        return {name: self.state[name] for name in names or self.state}
+
+
+class Replays(Steps):
+    """The same loop over a captured step.
+
+    Args:
+        function: the step.
+        captured: the same, captured.
+        state: tensors by name; they are not written to.
+    """
+
+    replays = True
+
+    def __init__(self, function: StepFunction, captured: Captured, state: State):
+        super().__init__(function, captured.buffers)
+        self.captured = captured
+        self.counters = list(zip(parts_of(function.model, CountsImages), captured.counts, strict=True))
+        captured.loop = weakref.ref(self)
+        self.put(**state)
+
+    def take(self) -> None:
+        self.captured.replay()
+        for counter, images in self.counters:
+            counter.count(images)
+
+    def put(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            if value is not self.state[name]:
+                self.state[name].copy_(value)
+
+    def values(self, *names: str) -> State:
+        return {name: value.clone() for name, value in super().values(*names).items()}
+
+
+@dataclass
+class Captured:
+    """A captured step.
+
+    Args:
+        model: what it computes with; the graph goes when the model does.
+        buffers: where its state lies.
+        replay: launches it.
+        counts: how many images the parts of its model that count them count in a step.
+        objects: what it depends on by identity.
+        loop: the last loop over it, which has its state in the buffers until it is gone.
+    """
+
+    model: weakref.ref[nn.Module]
+    buffers: State
+    replay: Callable[[], None]
+    counts: list[int]
+    objects: list[Any]
+    loop: weakref.ref[Replays] | None = None
+
+    def is_in_use(self) -> bool:
+        """Whether there still is a loop that may go on."""
+        return self.loop is not None and self.loop() is not None
+
+
+def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
+    """The modules of a model that have the methods of a protocol.
+
+    Args:
+        model: any module.
+        protocol: of `purify_fast.protocols`.
+    """
+    return [part for part in model.modules() if issubclass(type(part), protocol)]
+
+
+def write(values: State, buffers: State) -> None:
+    """Write a step's results to the buffers that it read from; a result that is another buffer is read before that.
+
+    Args:
+        values: what the step returned.
+        buffers: the state, by name.
+    """
+    storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
+    ready = {}
+    for name, value in values.items():
+        if value is not buffers[name]:
+            ready[name] = value.clone() if value.untyped_storage().data_ptr() in storages else value
+    for name, value in ready.items():
+        buffers[name].copy_(value)
+
+
+def weak_key(value: Any) -> Hashable:
+    """A key that is equal for equal values, and keeps no module alive.
+
+    Args:
+        value: a module, a dataclass of such values, or anything that can be hashed.
+
+    Raises:
+        TypeError: something in it cannot be hashed.
+    """
+    if isinstance(value, nn.Module):
+        return weakref.ref(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = (weak_key(getattr(value, field.name)) for field in fields(value) if field.compare)
+        return (type(value), *parts)
+    hash(value)
+    return value
 
 
 class _Ahead(NamedTuple):
@@ -80,7 +277,6 @@ class StepGraphs:
     Args:
         mode: "auto" captures steps whose launches take longer than what they compute, once that pays; "always" captures
             whatever can be, at once; "off" captures nothing.
-        limit: graphs that are kept; the least recently used one goes first. All share one pool of memory.
         capture: what makes graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
@@ -90,16 +286,15 @@ class StepGraphs:
         to_come: how many batches of the attack are to follow the present one, 0.5 for half a batch; None: nobody knows.
 
     Raises:
-        ValueError: an unknown mode, or a limit below 1.
+        ValueError: an unknown mode.
 
-    A model is held weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
+    Graphs share one pool of memory; beyond `MOST_GRAPHS` the least recently used one goes first. A model is held
+    weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: CudaCapture | None = None):
+    def __init__(self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None):
         check_literal("mode", mode, CudaGraphs)
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
-        self.mode, self.limit = mode, limit
+        self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self.worth = WORTH
@@ -107,7 +302,7 @@ class StepGraphs:
         self._runs = itertools.count()
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._launched: OrderedDict[Hashable, Tally] = OrderedDict()
-        self._refused: OrderedDict[Hashable, _Refusal] = OrderedDict()
+        self._refused: OrderedDict[Hashable, Tally] = OrderedDict()
         self._told: set[str] = set()
 
     def __len__(self) -> int:
@@ -115,7 +310,7 @@ class StepGraphs:
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # a copy of what is trained or attacked captures for itself
-        return StepGraphs(self.mode, self.limit, self.capture)
+        return StepGraphs(self.mode, self.capture)
 
     def new_run(self) -> int:
         """A number for a run of an attack, which may begin several loops."""
@@ -202,9 +397,9 @@ class StepGraphs:
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
         refused = self._refused.get(base)
-        if refused is not None and refused.tally.steps < RETRIED_AFTER:
-            self.refusal = refused.reason
-            return refused.tally
+        if refused is not None and refused.steps < RETRIED_AFTER:
+            self.refusal = refused.refusal
+            return refused
         self.refusal = None
         for part in parts_of(model, PreparesReplay):
             part.prepare_replay()
@@ -225,7 +420,7 @@ class StepGraphs:
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
             self._captured[key] = captured
-            if len(self._captured) > self.limit:
+            if len(self._captured) > MOST_GRAPHS:
                 self._captured.popitem(last=False)
         return captured
 
@@ -243,7 +438,7 @@ class StepGraphs:
         if reason not in self._told:
             self._told.add(reason)
             logger.info("an attack runs without a CUDA graph: %s", reason)
-        return None if base is None else _remember(self._refused, base, _Refusal(reason, Tally())).tally
+        return None if base is None else _remember(self._refused, base, Tally(refusal=reason))
 
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
@@ -265,15 +460,21 @@ class StepGraphs:
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
-                launching, whole = self._timed(lambda: _drop(function(buffers)), device)
-                reason = reason or self._busy(launching, whole)
+                launching, whole = self._timed(lambda: function(buffers), device)
+                if reason is None and self.mode != "always" and launching < LEAST_SHARE * whole:
+                    reason = (
+                        f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes "
+                        f"{launching * 1e3:.3g} ms, so that a graph would gain nothing"
+                    )
                 if reason is not None:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
-                self._set_worth(self.capture.now(device) - begun, whole - self._timed(replay, device)[1])
+                cost, saved = self.capture.now(device) - begun, whole - self._timed(replay, device)[1]
+                if saved > 0:
+                    self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
         except Exception as error:
             # whatever a user's model raises in a trial is no reason to end an attack that runs without graphs
             first = (str(error).strip().splitlines() or [""])[0]
@@ -284,29 +485,10 @@ class StepGraphs:
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
 
-    def _timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    def _timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
         """Seconds until the host had launched everything, and until the device was done; the least of some tries."""
         launching, whole = zip(*(self.capture.timed(run, device) for _ in range(TIMINGS)), strict=True)
         return min(launching), min(whole)
-
-    def _set_worth(self, cost: float, saved: float) -> None:
-        """Note for how many steps a capture pays.
-
-        Args:
-            cost: of the capture, in seconds.
-            saved: by a replay, in seconds.
-        """
-        if saved > 0:
-            self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
-
-    def _busy(self, launching: float, whole: float) -> str | None:
-        """Say so if the device is busy for so long that launching costs nothing, and that matters."""
-        if self.mode == "always" or launching >= LEAST_SHARE * whole:
-            return None
-        return (
-            f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes {launching * 1e3:.3g} ms, "
-            "so that a graph would gain nothing"
-        )
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""
@@ -341,10 +523,6 @@ def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State,
     return Steps(function, state) if graphs is None else graphs.begin(function, state, steps)
 
 
-def _drop(values: State) -> None:
-    """Nothing: what a warm-up computes is not used."""
-
-
 def _remember(table: OrderedDict[Hashable, Result], key: Hashable, value: Result) -> Result:
     table[key] = value
     table.move_to_end(key)
@@ -355,3 +533,94 @@ def _remember(table: OrderedDict[Hashable, Result], key: Hashable, value: Result
 
 def _name(model: Any) -> str:
     return getattr(model, "__qualname__", None) or type(model).__qualname__
+
+
+def numerics(device: torch.device) -> tuple[Any, ...]:
+    """The settings of the process that decide what an operator computes on a device; they can be hashed."""
+    older, newer = float32_settings()
+    return (
+        older,
+        tuple(newer),
+        forced_backends(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@contextlib.contextmanager
+def no_trace(device: torch.device) -> Iterator[None]:
+    """Within the block a step is tried and captured: no generator has moved after it, and no autocast keeps a weight.
+
+    Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
+    which do not follow the weights.
+    """
+    python, array = random.getstate(), np.random.get_state()
+    cached = torch.is_autocast_cache_enabled()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        torch.set_autocast_cache_enabled(False)
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+def same_draws_again(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's generators, that of the device among them, back where they are now."""
+    host = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again() -> None:
+        torch.set_rng_state(host)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return again
+
+
+def host_generators(device: torch.device) -> tuple[Any, ...]:
+    """The states of the generators that no graph follows; it follows the device's own."""
+    array: Any = np.random.get_state()
+    # on a CPU torch's generator of the host is that of the device
+    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
+
+
+def first_replay_agrees(
+    step: Callable[[], Mapping[str, Tensor]],
+    buffers: Mapping[str, Tensor],
+    replay: Callable[[], None],
+    device: torch.device,
+) -> bool:
+    """Whether a replay gives what the step gives, from the same state and the same generator; waits for the device.
+
+    Args:
+        step: computes new values of some of the buffers, and writes to none.
+        buffers: the state, by name; holds what the replay gave afterwards.
+        replay: launches the captured step.
+        device: where the buffers are.
+    """
+    again = same_draws_again(device)
+    # what is a buffer itself is overwritten by the replay
+    wanted = {name: value.clone() for name, value in step().items()}
+    again()
+    replay()
+    return all(alike(buffers[name], value) for name, value in wanted.items() if value.is_floating_point())
+
+
+def alike(got: Tensor, wanted: Tensor) -> bool:
+    """Whether two results of a step are the same, but for sums that a library adds in another order; waits.
+
+    Where a gradient is nearly 0 another order gives another sign, and the step goes the other way.
+    """
+    if not wanted.numel():
+        return True
+    finite = torch.where(wanted.isfinite(), wanted, 0.0)
+    close = (got - wanted).abs() <= ROUNDING * finite.abs().amax()
+    same = (got == wanted) | (got.isnan() & wanted.isnan()) | close
+    return bool(same.float().mean() >= 1 - OTHER_SIGNS)

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import purify_fast
-from purify_fast import attacks
 from purify_fast.attacks import AutoAttack
+from purify_fast.attacks.losses import LOSSES
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.protocols import protocol_attacks
 from purify_fast.evaluation.subject import Subject
@@ -182,7 +182,7 @@ def test_logits_are_finite_and_gradients_usable_at_any_margin(samples, margin):
         logits = made(x)
         y = logits.argmax(1)
         assert torch.isfinite(logits).all()
-        for name, loss in attacks.LOSSES.items():
+        for name, loss in LOSSES.items():
             gradient = torch.autograd.grad(loss(logits, y).sum(), x, retain_graph=True)[0]
             assert torch.isfinite(gradient).all(), name
             if name != "ce" or margin <= 80:

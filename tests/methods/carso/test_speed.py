@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from input_gradients import input_gradient
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import purify_fast
-from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
+from purify_fast.attacks import fgsm, pgd
+from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
