@@ -191,7 +191,6 @@ def test_rows_bring_their_needs():
         ("carso_digits --seeds 0", "--seeds: must be at least 1, got 0"),
         ("carso_digits --full", "unrecognized arguments: --full"),
         ("carso_mnist --seeds 2", "unrecognized arguments: --seeds 2"),
-        ("cifar10 --width 0", "--width: must be at least 1, got 0"),
         ("cifar10 --device gpu", "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("carso_mnist --data nowhere", "no data set 'mnist'"),
     ],

@@ -228,7 +228,6 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     shares = [50 + 25 * (places[name] % 2) for name in (names.PEEL, names.CARSO, names.BASE)]
     whole = f"| {shares[0]:.1f} **unreliable** | {shares[1]:.1f} | {shares[2]:.1f} | {shares[1] - shares[0]:+.1f} ±"
     assert f"| {names.PEEL} {whole}" in page
-    assert "| standard | 90.0 ± 6.7 | 50.0 ± 25.0 | 50.0 ± 35.4 | 33.3 ± 27.2 | 140.0 | 64.3 | 0.70 |" in page
     assert "Trained with seed 1:" in page and page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
     # the second image of all, and the third of every other one, withstood the first protocol alone
     count = len(names.rows(BUDGET)) + 1
@@ -280,8 +279,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     page = cifar10.write(other, results, BUDGET).read_text()
     assert "- PGD-AT, AWP minus PGD-AT, `fast`: -25.0 ± " in page
     assert "- ARREST, moving average minus PGD-AT, `fast`: -25.0 ± " in page.split("Trained with seed 1:")[1]
-    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
-    assert "| 89.0 ± 7.0 | 75.0 ± 21.7 |" in page and "| 85.0 ± 8.0 | 75.0 ± 21.7 |" in lines[names.STANDARD]
+    assert "| PGD-AT | 89.0 ± 7.0 | 75.0 ± 21.7 |" in page and "| standard | 85.0 ± 8.0 | 75.0 ± 21.7 |" in page
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
     # the same once more: nothing changes
     assert cifar10.write(other, results, BUDGET).read_text() == page
