@@ -7,17 +7,23 @@ stands in ``job.json`` beside it: a folder that was begun with other settings is
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any, ClassVar
 
+import jinja2
 import torch
+import yaml
 
 from purify_fast._files import write_text
 from purify_fast._process import end_workers, worker_pool
@@ -33,6 +39,11 @@ class Unfit(ValueError):
 def folder_of(root: Path, name: str, seed: int) -> Path:
     """Where a row of a study keeps what it trained and found."""
     return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
+
+
+def result_of(root: Path, name: str, seed: int) -> dict[str, Any]:
+    """What a row's job found; FileNotFoundError if it is not done."""
+    return json.loads((folder_of(root, name, seed) / RESULT).read_text())
 
 
 #: ``work(job, folder, root)`` -> numbers for the table.
@@ -76,12 +87,12 @@ class Job:
 
     def result(self, root: Path, name: str | None = None) -> dict:
         """What this job found, or that of another row of the same seed; FileNotFoundError if it is not done."""
-        return json.loads((self.folder(root, name) / RESULT).read_text())
+        return result_of(root, name or self.name, self.seed)
 
     def asked(self) -> dict:
         """What must be equal for its folder to be used again, as JSON has it; where it runs is no part of it."""
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
-        plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=asdict)
+        plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)
         return json.loads(plain)
 
 
@@ -156,6 +167,76 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
                 minutes = (time.monotonic() - began) / 60
                 print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
     return [job.result(root) for job in jobs]
+
+
+@functools.cache
+def settings_of(study: str) -> dict[str, Any]:
+    """How much a study trains and attacks, or which rows it has: its part of settings.yaml."""
+    return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
+
+
+def positive(text: str) -> int:
+    """A number of the command line that must be at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+class Study:
+    """A study, as the command line sees it.
+
+    Attributes:
+        name: of the study, of its part of settings.yaml and of its page.
+        dataset: what it trains and attacks on.
+        workers: jobs side by side, where the command line does not say.
+        amounts: how much of everything there can be.
+        uses_autoattack: whether the package with the official AutoAttack must be there.
+    """
+
+    name: str
+    dataset: str
+    workers = 2
+    amounts: ClassVar[dict[str, str]] = {
+        "full": "the full budgets, days rather than an hour",
+        "quick": "the same path in a minute or two, no numbers",
+    }
+    uses_autoattack = True
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Options of this study alone."""
+        parser.add_argument("--data", default="data", help="the folder that holds the images; data by default")
+
+    def check(self, chosen: argparse.Namespace, results: Path) -> None:
+        """ValueError or FileNotFoundError for options that would stop the study, or its table, later."""
+        self.jobs(chosen)
+
+    def variant(self, chosen: argparse.Namespace) -> str:
+        """What the folder of the runs is called behind the study's name, so that different budgets lie apart."""
+        return "" if chosen.amount == "default" else f"-{chosen.amount}"
+
+    def is_whole(self, chosen: argparse.Namespace) -> bool:
+        """Whether the table is the one that is committed."""
+        return not self.variant(chosen)
+
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        """All trainings and attacks."""
+        raise NotImplementedError
+
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        """The page of tables, and the results behind it in ``folder``, from what the jobs left in ``root``."""
+        raise NotImplementedError
+
+
+def write_page(folder: Path, name: str, **values: Any) -> Path:
+    """``name.md`` in ``folder``, from its template and the values that stand there."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["paragraph"] = lambda text: " ".join(text.split())
+    text = environment.get_template(f"{name}.md.jinja").render(values)
+    write_text(folder / f"{name}.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return folder / f"{name}.md"
 
 
 def over_seeds(values: Sequence[float]) -> str:

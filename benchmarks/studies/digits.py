@@ -1,39 +1,44 @@
-"""What the studies on digits share: the classifier that is defended, how a model is attacked, which rows are run."""
+"""Studies on digits: many rows, over seeds, each beside the classifier that is defended."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
+from purify_fast import load_defence
 from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.evaluation.subject import Variant
 from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierTask, FitConfig, fit, save_classifier
+from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
-from . import Job, over_seeds
+from . import Job, Study, Work, over_seeds, positive, result_of, settings_of, write_page
 
-EPS, EPS_L2 = setting.EPS, 1.0
-BASE_EPOCHS = setting.BASE_EPOCHS
+EPS = setting.EPS
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 AUTO = "AutoAttack"
-#: The row of a purifier whose targets and loss are the paper's; its networks, rates and epochs are this package's.
-OBJECTIVE = "paper's objective"
+SEEDS, ABLATION_SEEDS = 3, 1
 
 
 def effort(quick: bool) -> tuple[int, int, int, int, int]:
     """Images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
     return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
+
+
+def first_steps_and_draws(quick: bool) -> tuple[int, int]:
+    """Steps of a PGD with one draw, and draws per step of the others after it, on a model that draws."""
+    return (2, 2) if quick else (20, 4)
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
@@ -71,15 +76,15 @@ def attacked(
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """A classifier, adversarially trained unless it is to be ``standard``: {width, epochs, norm, standard}."""
+    """A classifier, adversarially trained unless it is ``standard``: {epochs, width, norm, eps, standard, rank}."""
     s = job.settings
-    norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
+    norm, eps = s.get("norm", "linf"), s.get("eps", EPS)
     digits = setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
     trained = 0.0 if s.get("standard") else eps
     config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, eps=trained, norm=norm))
-    epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
+    epochs = 2 if s["quick"] else s["epochs"]
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)
     attacks, rows = zero_attacks(False, s["quick"])
@@ -91,16 +96,24 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     return result | {"parameters": count(model)}
 
 
+def with_samples(job: Job, root: Path) -> nn.Module:
+    """The defence that another row trained, with other draws when it predicts: {base, start, samples}."""
+    s = job.settings
+    defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
+    defence.samples = s["samples"]
+    return defence
+
+
 def count(model: nn.Module) -> int:
     """Parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def select(made: list[Job], rows: Sequence[str] | None) -> list[Job]:
+def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
     """All jobs, or those of some rows and what they need; ValueError for a row that no job has."""
     if rows is None:
-        return made
-    names = {job.name for job in made}
+        return jobs
+    names = {job.name for job in jobs}
     unknown = set(rows) - names
     if unknown:
         raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
@@ -108,81 +121,74 @@ def select(made: list[Job], rows: Sequence[str] | None) -> list[Job]:
     more = set(rows)
     while more:
         wanted |= more
-        more = {need for job in made if job.name in wanted for need in job.needs} - wanted
-    return [job for job in made if job.name in wanted]
+        more = {need for job in jobs if job.name in wanted for need in job.needs} - wanted
+    return [job for job in jobs if job.name in wanted]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A digits study's columns: keys of the results and their heads.
+class DigitsStudy(Study):
+    """A study on digits, whose rows are in settings.yaml.
 
     Attributes:
-        main: accuracies that every row has.
-        compared: those of them whose differences to the base are shown.
-        more: accuracies that some rows have.
-        numbers: of other kinds, with their decimals.
+        works: what is done with a row, by the name that it has there.
     """
 
-    main: dict[str, str]
-    compared: dict[str, str]
-    more: dict[str, str]
-    numbers: dict[str, tuple[str, int]]
+    dataset = "digits"
+    amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
+    works: ClassVar[dict[str, Work]]
 
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"trainings of each row; {SEEDS} by default")
+        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and their needs")
 
-def _by_row(results: Sequence[dict]) -> dict[str, dict[int, dict]]:
-    rows: dict[str, dict[int, dict]] = {}
-    for result in results:
-        rows.setdefault(result["name"], {})[result["seed"]] = result
-    return rows
+    def is_whole(self, chosen: argparse.Namespace) -> bool:
+        return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        """All rows, or some and what they need; those with all seeds first."""
+        table, jobs = settings_of(self.name), []
+        more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
+        for part, seeds in (("rows", chosen.seeds), ("ablations", more)):
+            for seed in range(seeds):
+                for name, row in table[part].items():
+                    needs = tuple(row[key] for key in ("base", "start") if key in row)
+                    settings = row | {"quick": chosen.amount == "quick"}
+                    jobs.append(Job(name, seed, self.works[row["work"]], needs, settings))
+        return select(jobs, chosen.rows)
 
-def _base(name: str) -> str:
-    return "base, L2" if name.endswith("L2") else "base"
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        """``NAME.json`` with every number, and ``NAME.md``."""
+        results = [result_of(root, job.name, job.seed) for job in self.jobs(chosen)]
+        write_text(folder / f"{self.name}.json", json.dumps(results, indent=1) + "\n")
+        return self.write_table(results, folder, chosen.amount == "quick")
 
+    def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
+        """``NAME.md``: one line for each row; differences are to the base of the same seed."""
+        rows: dict[str, dict[int, dict]] = {}
+        for result in results:
+            rows.setdefault(result["name"], {})[result["seed"]] = result
 
-def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> str:
-    """One line per row of the study; differences are to the base of the same seed."""
-    rows = _by_row(results)
-    numbers = [head for head, _ in layout.numbers.values()]
-    heads = (layout.main, layout.compared, layout.more)
-    head = ["model", *(title for some in heads for title in some.values()), *numbers, "seeds"]
-    body = []
-    for name, seeds in rows.items():
-        got = list(seeds.values())
-        base = rows.get(_base(name), {})
-        both = [s for s in seeds if s in base and name != _base(name)]
-        changes = {key: [seeds[s][key] - base[s][key] for s in both] for key in layout.compared}
+        def mean(name: str, key: str) -> str:
+            values = [result[key] for result in rows[name].values() if key in result]
+            return over_seeds(values) if values else "-"
 
-        def mean(key, places, got=got):
-            known = [result[key] for result in got if key in result]
-            return f"{statistics.fmean(known):,.{places}f}" if known else "-"
+        def to_base(name: str, key: str) -> str:
+            base = "base, L2" if name.endswith("L2") else "base"
+            before = rows.get(base, {}) if name != base else {}
+            changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
+            return over_seeds(changes) if changes else "-"
 
-        bad = any(r.get("gradients") == "BAD" for r in got)
-        cells = [
-            name + (" (gradients unhealthy)" if bad else ""),
-            *(over_seeds([r[key] for r in got]) for key in layout.main),
-            *(over_seeds(change) if both else "-" for change in changes.values()),
-        ]
-        cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in layout.more]
-        cells += [mean(key, places) for key, (_, places) in layout.numbers.items()] + [str(len(got))]
-        body.append(cells)
-    lines = [*notes, "", *markdown_table(head, body)]
-    ranked = [result for result in results if "layers" in result]
-    if ranked:
-        layers = []
-        names = [score["layer"] for score in ranked[0]["layers"]]
-        for name in names:
-            own = [next(score for score in r["layers"] if score["layer"] == name) for r in ranked]
-            cells = [over_seeds([score[key] for score in own]) for key in ("probe", "image")]
-            drift = statistics.fmean(score["drift"] for score in own)
-            layers.append([name, *cells, f"{drift:.2f}", str(own[0]["features"])])
-        head = ["layer", "probe, attacked", "image explained, attacked", "drift", "features"]
-        lines += ["", *markdown_table(head, layers)]
-    return "\n".join(lines).strip() + "\n"
+        def number(name: str, key: str, places: int) -> str:
+            values = [result[key] for result in rows[name].values() if key in result]
+            return f"{statistics.fmean(values):,.{places}f}" if values else "-"
 
-
-def write(results: Sequence[dict], folder: Path, name: str, notes: Sequence[str], layout: Layout) -> Path:
-    """``name.json`` and ``name.md`` in ``folder``."""
-    write_text(folder / f"{name}.json", json.dumps(list(results), indent=1) + "\n")
-    write_text(folder / f"{name}.md", markdown(results, notes, layout))
-    return folder / f"{name}.md"
+        layers: dict[str, list[dict]] = {}
+        for result in results:
+            for score in result.get("layers", ()):
+                layers.setdefault(score["layer"], []).append(score)
+        n, steps, auto_steps, queries, draw_steps = effort(quick)
+        first_steps, eot = first_steps_and_draws(quick)
+        return write_page(
+            folder, self.name, rows=rows, mean=mean, to_base=to_base, number=number, layers=layers,
+            over_seeds=over_seeds, quick=quick, n=n, steps=steps, auto_steps=auto_steps, queries=queries,
+            draw_steps=draw_steps, first_steps=first_steps, eot=eot,
+        )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -11,13 +10,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from torch import nn
+from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
@@ -27,65 +24,24 @@ from benchmarks.studies import (
     Job,
     arrest_mnist,
     atop_mnist,
-    carso_digits,
-    carso_mnist,
     command,
-    digits,
-    mnist,
     over_seeds,
     run,
 )
+from benchmarks.studies.cifar10.study import Budget, Training
 from purify_fast import data
-from purify_fast.attacks import APGD, AutoAttack
-from purify_fast.evaluation import Report, measure
+from purify_fast.evaluation import Report
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# the jobs run in other processes, which import their work from a file
-WORK = """
-import json, time
-from dataclasses import dataclass
-from benchmarks.studies import RESULT
-
-
-@dataclass(frozen=True)
-class Budget:
-    epochs: int = 3
-
-
-def work(job, folder, root):
-    with (root / "log").open("a") as log:
-        log.write(f"{job.name} {job.seed}\\n")
-    if job.settings.get("fail") and not (root / "mended").exists():
-        raise RuntimeError("no luck")
-    time.sleep(job.settings.get("wait", 0))
-    return {"saw": [json.loads((job.folder(root, need) / RESULT).read_text())["name"] for need in job.needs]}
-"""
-
-
-def work(job: Job, folder: Path, root: Path) -> dict:
-    raise AssertionError("it was run")
-
-
-@pytest.fixture
-def elsewhere(tmp_path_factory, monkeypatch) -> ModuleType:
-    """A module with jobs' work: what ran is written to a file; it fails, or waits, if its settings say so."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "some_work.py").write_text(WORK)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "some_work", raising=False)
-    return importlib.import_module("some_work")
-
-
-def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, capfd, elsewhere):
-    work, Budget = elsewhere.work, elsewhere.Budget
+def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, capfd):
     jobs = [
         Job("last", 0, work, ("first/of all", "bad")),
         Job("bad", 0, work, ("first/of all",), {"fail": True}),
-        Job("first/of all", 0, work, settings={"budget": Budget(), "data": "here"}),
+        Job("first/of all", 0, work, settings={"budget": Training(), "data": "here"}),
     ]
     with pytest.raises(RuntimeError, match="no luck"):
         run(jobs, tmp_path, workers=1)
@@ -97,10 +53,10 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     assert got[0]["saw"] == ["first/of all", "bad"] and got[1]["seed"] == 0 and got[2]["minutes"] >= 0
     log = (tmp_path / "log").read_text()
     assert log.splitlines() == ["first/of all 0", "bad 0", "bad 0", "last 0"]
-    moved = replace(jobs[2], settings={"budget": Budget(), "data": "there"})  # the same data, moved
+    moved = replace(jobs[2], settings={"budget": Training(), "data": "there"})  # the same data, moved
     assert run([*jobs[:2], moved], tmp_path, workers=1) == got and (tmp_path / "log").read_text() == log
-    other = replace(jobs[2], settings={"budget": Budget(4)})
-    with pytest.raises(ValueError, match=r"'first/of all' with other settings \(budget: .*3.* there, .*4.* now\)"):
+    other = replace(jobs[2], settings={"budget": Training(width=4)})
+    with pytest.raises(ValueError, match=r"'first/of all' with other settings \(budget: .*16.* there, .*4.* now\)"):
         run([*jobs[:2], other], tmp_path)
     assert (tmp_path / "log").read_text() == log
 
@@ -112,10 +68,7 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
         ([Job("a", 0, work), Job("a", 0, work)], "names of their own"),
         ([Job("a b", 0, work), Job("a-b", 0, work)], "names of their own"),  # they would share a folder
         ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "a needs 'b' of seed 0, which the study has not"),
-        (
-            [Job("x", 0, work), Job("a", 0, work, ("b",)), Job("b", 0, work, ("a",))],
-            "need each other: [ab], [ab], [ab]",
-        ),
+        ([Job("a", 0, work, ("b",)), Job("b", 0, work, ("a",))], "need each other: [ab], [ab], [ab]"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, jobs, message):
@@ -124,16 +77,14 @@ def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, jobs, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_an_interrupted_study_ends_at_once(tmp_path, elsewhere):
-    script = (
-        "from pathlib import Path; from benchmarks.studies import Job, run; from some_work import work\n"
+def test_an_interrupted_study_ends_at_once(tmp_path):
+    (tmp_path / "study.py").write_text(
+        "from pathlib import Path; from benchmarks.studies import Job, run; from study_work import work\n"
         f"if __name__ == '__main__': run([Job('long', 0, work, settings={{'wait': 600}})], Path({str(tmp_path)!r}), 1)"
     )
-    where = os.pathsep.join([str(ROOT), str(Path(elsewhere.__file__).parent)])
-    (tmp_path / "study.py").write_text(script)
     study = subprocess.Popen(
         [sys.executable, str(tmp_path / "study.py")],
-        env=os.environ | {"PYTHONPATH": where},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         stderr=subprocess.DEVNULL,
         # a suite started in the background ignores the signal, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -149,40 +100,29 @@ def test_an_interrupted_study_ends_at_once(tmp_path, elsewhere):
         study.kill()
 
 
-def result(name: str, seed: int, clean: float, robust: float, **more) -> dict:
-    return {"name": name, "seed": seed, "clean": clean, "pgd": robust + 0.1, "autoattack": robust, **more}
-
-
 def lines_of(text: str) -> dict[str, list[str]]:
     """Rows of the Markdown tables by their first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return {row[0]: row[1:] for row in rows}
+    return {row[0]: row[1:] for row in rows if row[0] != "---"}
 
 
-def test_tables_by_hand(tmp_path):
-    layer = {"layer": "conv", "probe": 0.5, "image": 0.25, "drift": 0.1, "features": 8}
-    results = [
-        result("base", 0, 0.9, 0.3, gradients="healthy", parameters=1000, layers=[layer]),
-        result("base", 1, 0.8, 0.2, gradients="healthy", parameters=1000, layers=[layer | {"probe": 0.7}]),
-        result("pipeline", 1, 0.7, 0.25, gradients="BAD", kl=1.5, clean_draws=0.6, pgd_draws=0.35, parameters=2000),
-        result("base, L2", 1, 0.5, 0.4),
-        result("pipeline, L2", 1, 0.5, 0.45),
-    ]
-    assert over_seeds([0.1, 0.3]) == "20.0 ± 10.0" and over_seeds([0.1]) == "10.0"
-    text = digits.markdown(results, ["What it is."], carso_digits.LAYOUT)
-    assert text.startswith("What it is.\n\n| model |")
-    rows = lines_of(text)
-    widths = {len(row) for row in rows.values()}
-    assert widths == {9, 4}  # no cell beyond the head's: a renderer would drop it
-    assert rows["base"][:4] == ["85.0 ± 5.0", "35.0 ± 5.0", "25.0 ± 5.0", "-"] and rows["base"][-1] == "2"
-    # against the base of the same seed, not against the mean of all
-    assert rows["pipeline (gradients unhealthy)"] == [
-        "70.0", "35.0", "25.0", "5.0", "60.0", "35.0", "1.50", "2,000", "1",
-    ]  # fmt: skip
+def test_differences_are_to_the_base_of_the_same_seed(tmp_path):
+    accuracies = [("base", 0, 0.3), ("base", 1, 0.2), ("pipeline", 1, 0.25)]
+    accuracies += [("base, L2", 1, 0.4), ("pipeline, L2", 1, 0.45)]
+    results = [{"name": name, "seed": seed, "clean": 0.5, "autoattack": robust} for name, seed, robust in accuracies]
+    results[2] |= {"gradients": "BAD"}
+    rows = lines_of(command.STUDIES["carso_digits"].write_table(results, tmp_path, False).read_text())
+    assert rows["base"][2:4] == ["25.0 ± 5.0", "-"] and rows["base"][-1] == "2" and over_seeds([0.1]) == "10.0"
+    assert rows["pipeline (gradients unhealthy)"][2:] == ["25.0", "5.0", "-", "-", "-", "-", "1"]
     assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
-    assert rows["conv"] == ["60.0 ± 10.0", "25.0 ± 0.0", "0.10", "8"]
-    path = digits.write(results, tmp_path, "study", ["What it is."], carso_digits.LAYOUT)
-    assert path.read_text() == text and json.loads((tmp_path / "study.json").read_text()) == results
+
+
+@pytest.mark.parametrize("name", ["carso_digits", "atop_digits"])
+def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path):
+    results = json.loads((command.RESULTS / f"{name}.json").read_text())
+    page = command.STUDIES[name].write_table(results, tmp_path, False).read_text()
+    committed = (command.RESULTS / f"{name}.md").read_text()
+    assert lines_of(page) == lines_of(committed) and page.partition("|")[0] == committed.partition("|")[0]
 
 
 @pytest.mark.parametrize(
@@ -206,46 +146,53 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch):
         program.main([*arguments[:2], *options])
 
 
-def test_some_rows_or_fewer_seeds_leave_the_committed_table_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(command, "run", lambda jobs, *rest: [result(job.name, job.seed, 0.9, 0.4) for job in jobs])
+def chosen(*words: str):
+    parser = program.argparse.ArgumentParser()
+    command.arguments(parser)
+    return parser.parse_args(words)
 
-    def written(*options: str) -> Path:
-        parser = program.argparse.ArgumentParser()
-        command.arguments(parser)
-        return command.written(parser.parse_args(["carso_digits", "--out", str(tmp_path / "runs"), *options]))
 
-    for options in (["--quick"], ["--rows", "base"], ["--seeds", "2"]):
-        assert written(*options) == tmp_path / "runs" / "carso_digits.md"
-    assert written() == tmp_path / "results" / "carso_digits.md"
-    text = written("--seeds", "4").read_text()
-    assert "AutoAttack standard (100 steps, 1,000 queries" in text and "PGD-100 with" in text
+@pytest.mark.parametrize(
+    "options, root, committed",
+    [
+        ("carso_digits", "carso_digits", True),
+        ("carso_digits --seeds 4", "carso_digits", True),
+        ("carso_digits --seeds 2", "carso_digits", False),
+        ("carso_digits --rows base", "carso_digits", False),
+        ("carso_digits --quick", "carso_digits-quick", False),
+        ("carso_mnist --full", "carso_mnist-full", False),
+        ("cifar10 --width 32", "cifar10-width-32", False),
+        ("cifar10 --full --width 16", "cifar10-full-width-16", False),
+        ("cifar10 --base cifar10-pgd-at-w16", "cifar10-on-cifar10-pgd-at-w16", True),
+    ],
+)
+def test_other_budgets_some_rows_or_fewer_seeds_leave_the_committed_table_alone(options, root, committed):
+    runs = Path("runs/studies") / root
+    assert command.places(chosen(*options.split())) == (runs, command.RESULTS if committed else runs)
+
+
+def test_wider_networks_keep_their_proportions():
+    wider = Budget().of_width(32).training
+    assert (wider.width, wider.large_width) == (32, 56) and Budget().of_width(16) == Budget()
 
 
 def test_rows_bring_their_needs():
-    made = carso_digits.jobs(2, True, ["pipeline, hidden alone"])
+    options = chosen("carso_digits", "--quick", "--seeds", "2", "--rows", "pipeline, hidden alone")
+    jobs = command.STUDIES["carso_digits"].jobs(options)
     names = ["base", "paper's objective, hidden alone", "pipeline, hidden alone"]
-    assert sorted((job.seed, job.name) for job in made) == sorted((seed, name) for seed in range(2) for name in names)
-    assert {job.settings["quick"] for job in made} == {True}
+    assert sorted((job.seed, job.name) for job in jobs) == sorted((seed, name) for seed in range(2) for name in names)
+    assert {job.settings["quick"] for job in jobs} == {True}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ("carso_digits --rows bass", "no such rows: bass; there are base, base, L2"),
-        ("carso_digits --rows", "expected at least one argument"),
-        ("carso_digits --seeds 0", "--seeds must be at least 1, got 0"),
-        ("carso_digits --full", "--full does not go with carso_digits"),
-        ("carso_digits --data here", "--data does not go with carso_digits"),
-        ("carso_digits --full --quick", "not allowed with"),
-        ("carso_mnist --seeds 2", "--seeds does not go with carso_mnist"),
-        ("atop_mnist --rows base", "--rows does not go with atop_mnist"),
-        ("carso_mnist --workers 0", "--workers must be at least 1, got 0"),
-        ("cifar10 --workers 0", "--workers must be at least 1, got 0"),
+        ("carso_digits --seeds 0", "--seeds: must be at least 1, got 0"),
+        ("carso_digits --full", "unrecognized arguments: --full"),
+        ("carso_mnist --seeds 2", "unrecognized arguments: --seeds 2"),
         ("cifar10 --device gpu", "--device gpu cannot be used here"),
-        ("carso_mnist --device cpu", "--device does not go with carso_mnist"),
         ("carso_mnist --data nowhere", "no data set 'mnist'"),
-        ("carso_resnet18 --data nowhere", "no data set 'cifar10'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_any_work(options, message, capsys, monkeypatch):
@@ -260,59 +207,40 @@ def test_without_autoattack_nothing_is_trained(capsys, monkeypatch):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(command, "main", lambda chosen: pytest.fail("it was run"))
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["study", "carso_digits"])
-    assert "AutoAttack is not installed" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):  # this one does not use it
-        program.main(["study", "atop_mnist", "--data", "nowhere"])
-    assert "no data set 'mnist'" in capsys.readouterr().err
-
-
-def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
-    """One classifier under all four names: no row is made anew for the table, and no group takes from another."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
-    x = torch.rand(24, 1, 8, 8).mul(255).to(torch.uint8)
-    with torch.no_grad():
-        y = model(x.float() / 255).argmax(1)
-    images = data.DataSet(x, y, x, y, "mnist", 10)
-    monkeypatch.setattr(mnist, "load", lambda *a: images)
-    monkeypatch.setattr(carso_mnist, "_model", lambda *a: model)
-    monkeypatch.setattr(mnist, "EPS", 0.02)
-    monkeypatch.setattr(carso_mnist, "PEEL", "another")  # a head is for models that draw
-    for kind in (AutoAttack, APGD):  # finds nothing
-        monkeypatch.setattr(kind, "search", lambda self, target, x, y, context: x.clone())
-    budget = replace(carso_mnist.QUICK, images=24, steps=5, eot=1)
-    made = [job for job in carso_mnist.jobs("", budget=budget) if job.work is carso_mnist.attack]
-    found = {(j.settings["model"], j.settings["group"]): j.work(j, j.folder(tmp_path), tmp_path) for j in made}
-    monkeypatch.setattr(measure.Measure, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
-    whole = carso_mnist.report(tmp_path)
-    for (name, _), rows in found.items():
-        for label, accuracy in rows.items():
-            if not label.startswith("worst"):
-                assert whole.row(label, name).accuracy == accuracy
-    one = {label: whole.row(label, carso_mnist.CLASSIFIER).accuracy for label in whole.attacks}
-    assert one["APGD ce + APGD-T, z = 0"] == one["clean"] == 1 > one["PGD-5 ce + dlr, EOT 1"] == one["worst"] > 0
+    # AToP on MNIST does not use it
+    for words, message in (("carso_digits", "AutoAttack is not"), ("atop_mnist --data nowhere", "no data set 'mnist'")):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(["study", *words.split()])
+        assert message in capsys.readouterr().err
 
 
 @pytest.fixture
-def small_mnist(tmp_path) -> Path:
-    """A folder with digits as mnist.npz."""
+def quick(tmp_path, capsys, monkeypatch):
+    """Runs a study of MNIST, for which digits stand in: the rows of its page's tables, and its text and report."""
     pytest.importorskip("sklearn")
-    found = data.load_dataset("digits")
-    arrays = {name: getattr(found, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    digits = data.load_dataset("digits")
+    arrays = {name: getattr(digits, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
-    return tmp_path
-
-
-def test_atop_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    runs = tmp_path / "runs"
-    options = ["--data", str(small_mnist), "--workers", "1", "--out", str(runs)]
-    program.main(["study", "atop_mnist", "--quick", *options])
-    text = capsys.readouterr().out
-    rows = lines_of(text)
+
+    def run_study(name: str) -> tuple[dict[str, list[str]], str, Report]:
+        runs = tmp_path / "runs"
+        program.main(["study", name, "--quick", "--data", str(tmp_path), "--workers", "1", "--out", str(runs)])
+        text = capsys.readouterr().out
+        report = Report.from_json((runs / name / "report.json").read_text())
+        attacks = [job for job in command.STUDIES[name].jobs(chosen(name, "--quick")) if "group" in job.settings]
+        for job in attacks:  # the table is what the jobs found
+            for label, accuracy in job.result(runs).items():
+                if label in report.attacks and not label.startswith("worst"):
+                    assert report.row(label, job.settings["model"]).accuracy == accuracy
+        return lines_of(text), text, report
+
+    return run_study
+
+
+def test_atop_on_mnist_end_to_end(quick):
+    rows, text, report = quick("atop_mnist")
     assert all(len(rows[label]) == len(atop_mnist.BASES) for label in ("clean", "then PGD-2 dlr, EOT 2", "worst"))
     weak = next(label for label in rows if label.startswith("weak protocol"))
     assert "not adaptive" in weak and [cell == "-" for cell in rows[weak]] == [
@@ -320,68 +248,55 @@ def test_atop_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
     ]
     assert f"| {atop_mnist.PIPELINE} | then PGD-2 ce, EOT 2 | 2 | " in text and "/20 |" in text
     assert text.count("(n = 20, paired)") == 3
-    left = Report.from_json((runs / "atop_mnist" / "report.json").read_text())
-    for name in left.models:  # each attack goes on from where the one before it ended
-        taken = [left.row(label, name).accuracy for label in left.attacks if label.startswith(("PGD", "then PGD"))]
-        assert taken == sorted(taken, reverse=True) and left.row("worst", name).accuracy == taken[-1]
-    # the same purifier stands before both classifiers
-    jobs = {job.name: job for job in atop_mnist.jobs("", budget=atop_mnist.QUICK)}
-    pipeline, robust = (jobs[name] for name in (atop_mnist.PIPELINE, atop_mnist.ROBUST_PIPELINE))
-    assert pipeline.needs[1:] == robust.needs[1:] == (atop_mnist.PRETRAINED,)
-    weights = [safetensors.torch.load_file(job.folder(runs) / "model.safetensors") for job in (pipeline, robust)]
-    assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
+    for name in report.models:  # each attack goes on from where the one before it ended
+        taken = [report.row(label, name).accuracy for label in report.attacks if label.startswith(("PGD", "then PGD"))]
+        assert taken == sorted(taken, reverse=True) and report.row("worst", name).accuracy == taken[-1]
 
 
-def test_arrest_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
+def test_carso_on_mnist_end_to_end(quick):
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    runs = tmp_path / "runs"
-    options = ["--data", str(small_mnist), "--workers", "1", "--out", str(runs)]
-    program.main(["study", "arrest_mnist", "--quick", *options])
-    text = capsys.readouterr().out
-    rows = lines_of(text)
+    rows, _, report = quick("carso_mnist")
+    labels = ("PGD-2 ce + dlr, EOT 2", "APGD ce + APGD-T, z = 0", "AutoAttack rand (classifier: standard), first 4")
+    assert all(len(rows[label]) == 4 for label in labels)
+    for name in report.models:  # groups that were attacked apart have one worst
+        withstood = report.row(labels[0], name).robust & report.row(labels[1], name).robust
+        assert report.row("worst", name).robust.tolist() == withstood.tolist()
+
+
+def test_arrest_on_mnist_end_to_end(quick, tmp_path):
+    pytest.importorskip("pyautoattack")
+    rows, text, report = quick("arrest_mnist")
     labels = ("clean", "PGD-2 ce", "then PGD-2 dlr", "then AutoAttack standard, first 4", "worst")
-    assert all(len(rows[label]) == len(arrest_mnist.MODELS) for label in labels)
-    assert text.count("(n = 20, paired)") == text.count("(n = 4, paired)") == len(arrest_mnist.MODELS) - 2
-    left = Report.from_json((runs / "arrest_mnist" / "report.json").read_text())
-    for name in arrest_mnist.MODELS:
-        clean, worst = (100 * left.row(row, name).accuracy for row in ("clean", "worst"))
+    assert all(len(rows[label]) == 4 for label in labels)
+    assert text.count("(n = 20, paired)") == text.count("(n = 4, paired)") == 2
+    for name in report.models:
+        clean, worst = (100 * report.row(row, name).accuracy for row in ("clean", "worst"))
         assert f"| {name} | {clean + worst:.1f} | " in text
-    assert (runs / "arrest_mnist" / "tradeoff.png").is_file()
-    made = {name: arrest_mnist.config(arrest_mnist.Budget(), name) for name in arrest_mnist.MODELS[2:]}
-    assert {name: (c.distillation_weight > 0, c.replay) for name, c in made.items()} == {
-        arrest_mnist.FINETUNED: (False, False),
-        arrest_mnist.ARREST: (True, True),
-    }
+    assert (tmp_path / "runs" / "arrest_mnist" / "tradeoff.png").is_file()
+    budget = command.STUDIES["arrest_mnist"].budget(chosen("arrest_mnist"))
+    for name, whole in ((arrest_mnist.FINETUNED, False), (arrest_mnist.ARREST, True)):
+        config = arrest_mnist.config(budget, name)
+        assert (config.distillation_weight > 0, config.replay) == (whole, whole)
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
-    cases = {name: {"big": None, "small": None} for name in ("one", "two")}
-    monkeypatch.setattr(pipelines, "registry", lambda: {n: (lambda quick, c=c: c) for n, c in cases.items()})
+    cases = {"big": None, "small": None}
+    monkeypatch.setattr(pipelines, "registry", lambda: dict.fromkeys(("one", "two"), lambda quick: cases))
     monkeypatch.setattr(report, "report_pipelines", lambda out: None)
+    milliseconds = iter("11112")
 
-    def right(pipeline: str, case: str, ms: str) -> list[dict]:
+    def raced(pipeline: str, case: str, *_) -> list[dict]:
+        ms = next(milliseconds, None)
+        if ms is None:
+            raise KeyboardInterrupt
         return [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
 
-    monkeypatch.setattr(race, "race", lambda pipeline, case, *a: right(pipeline, case, ms))
-
-    def rows() -> set[tuple[str, ...]]:
-        return {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
-
-    ms, cpu = "1", torch.device("cpu")
-    running.run_pipelines(["one", "two"], cpu, True, tmp_path)
-    calls: list[str] = []
-
-    def breaks(pipeline, case, *a):
-        calls.append(case)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return right(pipeline, case, "2")
-
-    monkeypatch.setattr(race, "race", breaks)
+    monkeypatch.setattr(race, "race", raced)
+    running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        running.run_pipelines(["one", "two"], cpu, True, tmp_path)
-    assert rows() == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
+        running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
+    rows = {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
+    assert rows == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
 
 
 def test_report_of_an_empty_folder_is_refused(tmp_path, capsys):

@@ -30,7 +30,8 @@ def test_jobs_run_on_the_device(tmp_path):
     images = generator.integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(80) % 10
     np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
-    budget = replace(cifar10.QUICK, training=replace(cifar10.QUICK.training, train_images=32))
+    quick = names.budget_of("quick")
+    budget = replace(quick, training=replace(quick.training, train_images=32))
     root, seen = tmp_path / "runs", []
     for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)):
         if job.name not in WANTED:

@@ -40,9 +40,8 @@ from purify_fast.training.config import TrainingAttack
 
 from ...launches import Flops
 from .. import Job
-from ..job_folders import save_whole
 from . import study
-from .candidates import CandidateTask, Mixed, TradesTask
+from .candidates import Candidate, CandidateTask, Mixed, TradesTask
 from .study import Training
 
 
@@ -135,6 +134,12 @@ def inference_flops(model: nn.Module, images: data.DataSet) -> float:
     return counter.total / 2
 
 
+def save_whole(defence: Carso | Atop, folder: Path) -> None:
+    """Write a defence, and its classifier into ``classifier`` inside."""
+    defence.save(folder)
+    save_classifier(defence.classifier, folder / "classifier")
+
+
 def _costs(task: Task, model: nn.Module, images: data.DataSet) -> dict[str, float]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -155,9 +160,9 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
     model = fresh(job, images, budget.width)
     convert_to_channels_last(model, images.image_shape)
     task = ClassifierTask(model, ClassifierConfig(learning_rate=3e-3, precision="bfloat16"))
-    found = _fitted(job, folder, task, model, budget.standard_epochs, images)
+    facts = _fitted(job, folder, task, model, budget.standard_epochs, images)
     save_classifier(model, folder)
-    return found
+    return facts
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
@@ -173,12 +178,12 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     kind = TradesTask if how.get("trades") else ArrestTask
     config = adversarial(budget, how.get("share", 1.0), how.get("awp", False))
     task = kind(model, config, images.image_shape)
-    found = _fitted(job, folder, task, task.result, epochs, images)
+    facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
         # what the same training is without the average costs nothing more
         save_classifier(task.classifier, folder / study.LIVE)
-    return found
+    return facts
 
 
 def take_base(job: Job, folder: Path, root: Path) -> dict:
@@ -203,8 +208,8 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
     task = ArrestTask(model, config, images.image_shape)
-    held = loop(job, budget.search_epochs, validation_share=0.1)
-    last = fit(task, images.x_train, images.y_train, held, folder, title=job.name)
+    fitting = loop(job, budget.search_epochs, validation_share=0.1)
+    last = fit(task, images.x_train, images.y_train, fitting, folder, title=job.name)
     return {key: value for key, value in last.items() if key.startswith("validation")}
 
 
@@ -228,10 +233,10 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
     weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, study.STANDARD)
     task = ArrestTask(model, finetuning(budget, weight, angle), images.image_shape)
-    found = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
+    facts = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
     save_classifier(task.result, folder)
     save_classifier(task.classifier, folder / study.LIVE)
-    return found | {"weight": weight, "angle": angle}
+    return facts | {"weight": weight, "angle": angle}
 
 
 def best(job: Job, root: Path) -> str:
@@ -246,11 +251,11 @@ def best(job: Job, root: Path) -> str:
     """
     first = replace(job, seed=0)
 
-    def found(name: str) -> tuple[bool, float, float]:
+    def merit(name: str) -> tuple[bool, float, float]:
         result = first.result(root, study.tried_name(name))
         return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
 
-    return max(study.ELIGIBLE, key=found)
+    return max(study.ELIGIBLE, key=merit)
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
@@ -277,41 +282,31 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """CARSO with the paper's objective, or from there through the pipeline."""
-    images, budget = images_of(job), job.settings["budget"]
-    defence = _fresh_carso(job, root, images, study.LAYERS)
-    origin, epochs = "scratch", budget.objective_epochs
-    config = CarsoConfig(attack=TrainingAttack(eps=study.EPS, steps=budget.carso_steps), precision="bfloat16")
-    if job.name != study.CARSO:
-        origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
-        config = CarsoConfig(
-            attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
-        )
-    found = _fitted(job, folder, CarsoTask(defence, config, origin), defence, epochs, images)
-    save_whole(defence, folder)
-    return found
-
-
-def train_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; a mixture is not trained."""
+    """CARSO with the paper's objective; from there through the pipeline, as it is, as one of `CANDIDATES`, or as the
+    best of these. A mixture is not trained."""
     name = best(job, root) if job.name == study.BEST else job.name
     if name == study.MIXED:
         return mix(job, folder, root) | {"model": name}
-    images, budget, how = images_of(job), job.settings["budget"], study.CANDIDATES[name]
+    images, budget = images_of(job), job.settings["budget"]
+    how = study.CANDIDATES.get(name, Candidate("the study's own row"))
     defence = _fresh_carso(job, root, images, study.LAYERS[-1:] if how.late else study.LAYERS)
-    origin = _from_objective(job, root, defence)
-    # a classifier that is trained has no frozen copy, which bfloat16 needs
-    precision = "float32" if how.joint else "bfloat16"
-    rate = 1e-4 if how.joint else 1e-3
-    config = CarsoConfig(
-        attack_target="pipeline", attack=attack_of(budget), learning_rate=rate, joint=how.joint, precision=precision
-    )
-    if how.loss == "distilled":
-        config = replace(config, targets="classifier", reconstruction_weight=0.0)
-    task = CandidateTask(defence, config, origin, how.loss)
-    found = _fitted(job, folder, task, defence, budget.pipeline_epochs, images)
+    if name == study.CARSO:
+        config = CarsoConfig(attack=TrainingAttack(eps=study.EPS, steps=budget.carso_steps), precision="bfloat16")
+        task, epochs = CarsoTask(defence, config), budget.objective_epochs
+    else:
+        config = CarsoConfig(
+            attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-4 if how.joint else 1e-3,
+            joint=how.joint,
+            # a classifier that is trained has no frozen copy, which bfloat16 needs
+            precision="float32" if how.joint else "bfloat16",
+        )  # fmt: skip
+        if how.loss == "distilled":
+            config = replace(config, targets="classifier", reconstruction_weight=0.0)
+        origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
+        task = CandidateTask(defence, config, origin, how.loss)
+    facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)
-    return found | {"model": name}
+    return facts | {"model": name}
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
@@ -349,9 +344,9 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
                 precision="bfloat16",
             )  # fmt: skip
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
-    found = _fitted(job, folder, task, defence, epochs, images)
+    facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)
-    return found
+    return facts
 
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:

@@ -27,7 +27,6 @@ from .models import (
     take_standard,
     train_atop,
     train_base,
-    train_candidate,
     train_carso,
     train_standard,
 )
@@ -59,7 +58,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         return [
             *every,
             job(study.ARREST_EMA, finetune, study.STANDARD, *((search, 0) for search in searches)),
-            job(study.BEST, train_candidate, study.STANDARD, study.BASE, study.CARSO, *tried),
+            job(study.BEST, train_carso, study.STANDARD, study.BASE, study.CARSO, *tried),
         ]
     return [
         *every,
@@ -69,7 +68,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.CARSO_ARREST, train_carso, study.BASE, study.ARREST_EMA, study.CARSO),
         job(study.ATOP_ZERO, train_atop, study.BASE, study.GENERATOR),
         job(study.MIXED, mix, study.STANDARD, study.BASE),
-        *(job(name, train_candidate, study.BASE, study.CARSO) for name in study.CANDIDATES),
+        *(job(name, train_carso, study.BASE, study.CARSO) for name in study.CANDIDATES),
         *(job(study.share_name(share), train_base, how={"share": share}) for share in budget.shares),
         job(study.LARGE, train_base, how={"large": True}),
         job(study.AWP, train_base, how={"awp": True}),
@@ -123,16 +122,15 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     ]
 
 
-def jobs(path: str, budget: Budget | None = None, device: str = "cpu", base: str | None = None) -> list[Job]:
+def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
     """All jobs, each as early as it can be: a model is judged when it is trained, so that the table grows row by row.
 
     Args:
         path: the folder of CIFAR-10.
-        budget: how much of everything; the default one by default.
+        budget: how much of everything.
         device: where models are trained and judged, as torch names it.
         base: the name in the zoo of a base to stand on, for `ON_GIVEN` alone; None trains and judges everything.
     """
-    budget = budget or Budget()
     shared = {"data": path, "device": device, "budget": budget.training} | ({} if base is None else {"base": base})
     ordered: list[Job] = []
     for seed in range(budget.seeds):
@@ -185,7 +183,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if name == study.BEST:
         # with further seeds it is what its training took
         name = best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
-    model, held = attacked(job, root, name), (images.x_test, images.y_test)
+    model, samples = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
     result: dict = {"model": name}
     how: dict = {"protocol": protocol}
@@ -196,26 +194,32 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
         # each image stands for several samples and draws: fewer at once need less memory
         how = {"attacks": attacks, "steps": job.settings["budget"].carso_steps, "max_forward_batch": 250}
-    return result | {protocol: _lowest(job, folder, model, name, held, getattr(counts, protocol), how)}
+    return result | {protocol: _lowest(job, folder, model, name, samples, getattr(counts, protocol), how)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     """A way to get ahead of the base, on training images that were held out."""
     counts, name = job.settings["judging"], job.settings["model"]
-    model, held = attacked(job, root, name), held_out(job, counts.held_out)
+    model, samples = attacked(job, root, name), held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
     return {
-        "clean": clean_accuracy(model, *held),
-        "tried": _lowest(job, folder, model, name, held, counts.candidates, {"protocol": counts.tried}),
+        "clean": clean_accuracy(model, *samples),
+        "tried": _lowest(job, folder, model, name, samples, counts.candidates, {"protocol": counts.tried}),
     }
 
 
 def _lowest(
-    job: Job, folder: Path, model: nn.Module, name: str, held: tuple[torch.Tensor, torch.Tensor], count: int, how: dict
+    job: Job,
+    folder: Path,
+    model: nn.Module,
+    name: str,
+    samples: tuple[torch.Tensor, torch.Tensor],
+    count: int,
+    how: dict,
 ) -> dict:
     """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
     report = evaluate(
-        model, held[0][:count], held[1][:count], eps=study.EPS, seed=job.seed, out=folder, name=name,
+        model, samples[0][:count], samples[1][:count], eps=study.EPS, seed=job.seed, out=folder, name=name,
         dataset_name="cifar10", progress=False, **how,
     )  # fmt: skip
     report.save(folder, model)

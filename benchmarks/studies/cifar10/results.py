@@ -1,7 +1,7 @@
-"""What the study on CIFAR-10 has found, as plain numbers: read from the folders of its jobs, and kept with the results.
+"""The numbers of the study on CIFAR-10: read from the folders of its jobs, and stored with the results.
 
-The folders hold models and are large; they may be gone, or lie on another machine. So what they say is kept beside the
-table, and a table is written from both: what a folder has replaces what was kept.
+The folders hold models and are large; they may be gone, or lie on another machine. So what they say is stored beside
+the table, and a table is written from both: what a folder has replaces what was stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
-from .. import ASKED, RESULT, Job, Unfit, folder_of
+from .. import ASKED, RESULT, Job, Unfit, folder_of, result_of
 from . import study
 from .plan import trainings
 from .study import Budget, Judging
@@ -36,7 +36,7 @@ class OtherBudget(Unfit):
 
 
 @dataclass(frozen=True)
-class Found:
+class SeedFolders:
     """What the jobs of one seed left, as far as they are done.
 
     Attributes:
@@ -52,7 +52,7 @@ class Found:
 
     def needed(self, name: str) -> dict[str, Any]:
         """What a job found that must be done; FileNotFoundError if it is not."""
-        return json.loads((folder_of(self.root, name, self.seed) / RESULT).read_text())
+        return result_of(self.root, name, self.seed)
 
     def report(self, name: str, protocol: str) -> Report:
         """What a protocol left of a model that it has judged."""
@@ -107,6 +107,10 @@ class Results:
     def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
         """A line; None if nothing of it is judged."""
         return self.lines.get((name, seed))
+
+    def known(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The lines of those rows that have one, with the first seed."""
+        return [self.lines[name, 0] for name in names if (name, 0) in self.lines]
 
     def judged(self, names: Sequence[str], seed: int = 0) -> list[str]:
         """Those of the rows that have a line."""
@@ -270,48 +274,48 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
             raise OtherBudget(f"{path.parent} is of another budget: give the study's own --full, --quick and --width")
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
-        found = Found(root, seed)
-        for name in found.judged([*study.rows(budget), study.BEST] if names is None else names, main):
-            results.lines[name, seed] = _row_line(found, name, budget)
-            results.reports[name, seed] = found.report(name, main)
-    for line in [*_candidate_lines(Found(root)), *_authors_lines(Found(root), budget.judging)]:
+        folders = SeedFolders(root, seed)
+        for name in folders.judged([*study.rows(budget), study.BEST] if names is None else names, main):
+            results.lines[name, seed] = _row_line(folders, name, budget)
+            results.reports[name, seed] = folders.report(name, main)
+    for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
         results.lines[line["name"], 0] = line
     return results
 
 
-def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
+def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]:
     """The accuracies and costs of a model that is judged."""
     counts = budget.judging
-    judged = found.needed(study.judged_name(name, counts.main))
-    facts = found.needed(study.trained_as(judged["model"], found.seed))
-    protocols = [protocol for protocol in counts.protocols() if found.judged([name], protocol)]
-    rows = {protocol: found.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
-    line = {"name": name, "seed": found.seed, "model": judged["model"], "clean": judged["clean"]}
+    judged = folders.needed(study.judged_name(name, counts.main))
+    facts = folders.needed(study.trained_as(judged["model"], folders.seed))
+    protocols = [protocol for protocol in counts.protocols() if folders.judged([name], protocol)]
+    rows = {protocol: folders.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
+    line = {"name": name, "seed": folders.seed, "model": judged["model"], "clean": judged["clean"]}
     line |= {protocol: row.accuracy for protocol, row in rows.items()}
     if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
         line["unreliable"] = unreliable
     if "strong" in protocols and counts.main != "strong":
-        kept = (first(found.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main))
-        line["strong_more"] = int(np.subtract(*kept))
-    if (official := found.result(study.judged_name(name, "official"))) is not None:
+        right = [first(folders.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main)]
+        line["strong_more"] = int(right[0] - right[1])
+    if (official := folders.result(study.judged_name(name, "official"))) is not None:
         line["official"] = official["official"]["share"]
         line["beside_official"] = {
-            protocol: float(first(found.report(name, protocol), counts.official).mean())
-            for protocol in protocols
-            if counts.protocols()[protocol] >= counts.official
+            protocol: float(first(folders.report(name, protocol), counts.official).mean())
+            for protocol in counts.beside_official()
+            if protocol in protocols
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
-    line["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
-    if acts := found.acts_from_step(judged["model"]):
+    line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
+    if acts := folders.acts_from_step(judged["model"]):
         line["acts_from_step"] = acts
     if name == study.ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}
     return line
 
 
-def _candidate_lines(found: Found) -> list[dict[str, Any]]:
+def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
     """The candidates that are judged on held-out training images."""
-    tried = {name: found.result(study.tried_name(name)) for name in study.TRIED}
+    tried = {name: folders.result(study.tried_name(name)) for name in study.TRIED}
     return [
         {"name": study.tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
         | ({} if result["tried"]["reliable"] else {"unreliable": ["tried"]})
@@ -320,11 +324,11 @@ def _candidate_lines(found: Found) -> list[dict[str, Any]]:
     ]
 
 
-def _authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
+def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]]:
     """Models under the attacks of their authors, beside what compares models, on the same images.
 
     Args:
-        found: what the jobs left.
+        folders: what the jobs left.
         counts: how many images each protocol has.
 
     Returns:
@@ -334,14 +338,14 @@ def _authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
         models = study.TRAINED_AS[name], study.BEHIND[study.TRAINED_AS[name]]
-        if not found.judged([name], study.AUTHORS) or len(found.judged(models, counts.main)) < len(models):
+        if not folders.judged([name], study.AUTHORS) or len(folders.judged(models, counts.main)) < len(models):
             continue
-        judged = found.needed(study.judged_name(name, study.AUTHORS))
-        whole, classifier = (first(found.report(it, counts.main), counts.authors).astype(float) for it in models)
-        gained = whole - first(found.report(name, study.AUTHORS), counts.authors)
+        judged = folders.needed(study.judged_name(name, study.AUTHORS))
+        whole, classifier = (first(folders.report(it, counts.main), counts.authors).astype(float) for it in models)
+        gained = whole - first(folders.report(name, study.AUTHORS), counts.authors)
         lines.append(
             {
-                "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[study.AUTHORS]["share"],
+                "name": name, "seed": folders.seed, "clean": judged["clean"], "authors": judged[study.AUTHORS]["share"],
                 "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[study.AUTHORS]["reliable"],
                 "gained": gained.mean(), "gained_error": gained.std() / len(gained) ** 0.5,
             }

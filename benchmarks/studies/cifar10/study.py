@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .. import settings_of
 from .candidates import CANDIDATES, ELIGIBLE, MIXED
 
 
 @dataclass(frozen=True)
 class Training:
-    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as in `FULL`."""
+    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as with --full."""
 
     width: int = 16
     #: of the base that has at least as many parameters as base and purifier together
@@ -66,6 +67,10 @@ class Judging:
         counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
         return {name: count for name, count in counts.items() if count > 0}
 
+    def beside_official(self) -> list[str]:
+        """The protocols that attack all images that the official AutoAttack attacks."""
+        return [name for name, count in self.protocols().items() if count >= self.official]
+
     @property
     def candidates(self) -> int:
         """The number of held-out training images on which candidates are attacked."""
@@ -108,25 +113,11 @@ class Budget:
         return replace(self, training=replace(amount, width=width, large_width=large))
 
 
-DEFAULT = Budget()
-FULL = Budget(
-    Training(
-        width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
-        arrest_epochs=30, search_epochs=5,
-        objective_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
-    ),
-    Judging(fast=0, standard=1000, strong=200, official=1000, authors=1000),
-    shares=(0.25, 0.5, 0.75),
-)  # fmt: skip
-QUICK = Budget(
-    Training(
-        width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
-        search_epochs=1, objective_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
-        train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,), angles=(30.0,), samples=2,
-    ),
-    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),
-    seeds=1,
-)  # fmt: skip
+def budget_of(amount: str) -> Budget:
+    """The budget by its name in settings.yaml."""
+    other = dict(settings_of("cifar10")[amount])
+    training, judging = Training(**other.pop("training", {})), Judging(**other.pop("judging", {}))
+    return Budget(training, judging, **other)
 
 
 EPS = 8 / 255

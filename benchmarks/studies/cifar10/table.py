@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from purify_fast._files import write_text
 from purify_fast.evaluation import Tradeoff, plot_tradeoff
-from purify_fast.evaluation.show.tables import markdown_table
 
 from ... import style
-from .. import Unfit
+from .. import Unfit, write_page
 from . import study
 from .results import GIVEN, STEM, Results, collect
 from .study import Budget, Judging
@@ -21,105 +19,20 @@ class NothingJudged(Unfit):
     """A table was asked for, and there is no row for it yet."""
 
 
-def table(results: Results, names: Sequence[str], budget: Budget, seed: int = 0) -> list[str]:
-    """One line for each model: accuracies, trade-offs, costs.
-
-    Args:
-        results: of the study.
-        names: of rows whose models are judged.
-        budget: how much of everything there is.
-        seed: of the trainings.
-    """
-    counts = budget.judging
-    protocols = {
-        protocol: count
-        for protocol, count in counts.protocols().items()
-        if any(protocol in results.lines[name, seed] for name in names)
-    }
-    body = []
-    for name in names:
-        line = results.lines[name, seed]
-        both = Tradeoff(100 * line["clean"], 100 * line[counts.main])
-        body.append(
-            [
-                name if name == line["model"] else f"{name}: {line['model']}",
-                _percent(line["clean"], counts.clean),
-                *(_attacked(line, protocol, count) for protocol, count in protocols.items()),
-                f"{both.sum:.1f}",
-                f"{both.nrr:.1f}",
-                f"{line['parameters'] / 1e6:.2f}",
-                f"{line['inference_gflop']:.3f}",
-                f"{line['training_gflop']:.2f}",
-                f"{line['hours']:.2f}" if line["hours"] else "-",
-            ]
-        )
-    head = ["model", "clean", *(f"`{name}` ({count:,})" for name, count in protocols.items()), "SUM", "NRR"]
-    costs = ["million parameters", "GFLOP a prediction", "GFLOP a training image", "hours of training"]
-    return markdown_table([*head, *costs], body)
-
-
 def _error(share: float, images: int) -> float:
     """The binomial standard error of a share, in percent points."""
     return 100 * (share * (1 - share) / images) ** 0.5
 
 
-def _percent(share: float, images: int) -> str:
+def percent(share: float, images: int) -> str:
     """A share in percent, with its standard error."""
     return f"{100 * share:.1f} ± {_error(share, images):.1f}"
 
 
-def _attacked(line: dict[str, Any], protocol: str, images: int) -> str:
-    """The cell of a protocol."""
-    if protocol not in line:
-        return "-"
-    return _marked(_percent(line[protocol], images), protocol not in line.get("unreliable", ()))
-
-
-def _marked(text: str, reliable: bool) -> str:
-    """A number, and whether it can be believed."""
-    return text if reliable else f"{text} **unreliable**"
-
-
-def candidates_table(results: Results, counts: Judging) -> list[str]:
-    """The candidates on held-out training images."""
-    body = [
-        [name, source, _percent(line["clean"], counts.held_out), _attacked(line, "tried", counts.candidates)]
-        for name, source in study.TRIED.items()
-        if (line := results.line(study.tried_name(name))) is not None
-    ]
-    return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
-
-
-def authors_table(results: Results, counts: Judging) -> list[str]:
-    """Models under the attacks of their authors, beside what compares models, on the same images.
-
-    Args:
-        results: of the study.
-        counts: how many images each protocol has.
-    """
-    body = [
-        [
-            name,
-            _marked(f"{100 * line['authors']:.1f}", line["reliable"]),
-            f"{100 * line['whole']:.1f}",
-            f"{100 * line['classifier']:.1f}",
-            f"{100 * line['gained']:+.1f} ± {100 * line['gained_error']:.1f}",
-        ]
-        for name in study.AS_AUTHORS
-        if (line := results.line(name)) is not None
-    ]
-    head = ["model", "the attack of its authors", f"`{counts.main}`", f"its classifier alone, `{counts.main}`"]
-    return markdown_table([*head, "second minus first"], body) if body else []
-
-
-def authors_caption(budget: Budget) -> str:
-    """What stands above `authors_table`."""
-    return (
-        "With noise, through PeeL, or on the classifier alone as AToP's notebooks do while they train (code: "
-        f"cifar-miss-gau-adv.ipynb:130-133): PGD-{budget.training.carso_steps} with two losses, five draws a step, "
-        f"on the first {budget.judging.authors:,} test images. An image counts if each of five predictions is right. "
-        "The other columns are without noise, on the same images:"
-    )
+def protocols_of(results: Results, names: Sequence[str], seed: int, counts: Judging) -> dict[str, int]:
+    """The protocols that have judged any of the rows, each with its number of images."""
+    lines = [results.lines[name, seed] for name in names]
+    return {name: count for name, count in counts.protocols().items() if any(name in line for line in lines)}
 
 
 def differences(
@@ -166,49 +79,6 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     return text + (f"; the others: {'; '.join(others)}." if others else ".")
 
 
-def official_table(results: Results, counts: Judging) -> list[str]:
-    """The official AutoAttack beside this package's protocols, on the same images."""
-    protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
-    body = []
-    for name in study.OFFICIAL:
-        line = results.line(name) or {}
-        beside = line.get("beside_official", {})
-        if all(protocol in beside for protocol in protocols) and "official" in line:
-            shares = [*(beside[protocol] for protocol in protocols), line["official"]]
-            body.append([name, str(counts.official), *(f"{100 * share:.1f}" for share in shares)])
-    head = ["model", "images", *(f"`{name}`" for name in protocols), "the official AutoAttack"]
-    return markdown_table(head, body) if body else []
-
-
-def settings(results: Results, budget: Budget, elsewhere: Sequence[str] = ()) -> str:
-    """What was trained and judged, and how much of it.
-
-    Args:
-        results: of the study.
-        budget: how much of everything there is.
-        elsewhere: rows that stand in the table of a base that was given.
-    """
-    amount, counts = budget.training, budget.judging
-    text = (
-        f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
-        "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
-        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent). Models are trained "
-        f"on the first {amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
-        f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one; the "
-        f"longer one is the base after {amount.long_epochs - amount.base_epochs} more), "
-        f"{amount.arrest_epochs} of PGD-{amount.steps} for ARREST and AFT, "
-        f"{amount.objective_epochs} of CARSO with the paper's objective, "
-        f"and {amount.pipeline_epochs} of AToP with the paper's objective and of all that is trained through the "
-        "pipeline; ARREST, AFT and the bases keep a moving average of their weights; with seed 0 where nothing else is "
-        "said. Hours of training are as they passed, with other jobs beside, on one to four threads: GFLOP compare "
-        "costs. Both are of a row's last stage."
-    )
-    if (line := results.line(study.ARREST_EMA)) is not None:
-        pair = f"lambda {line['weight']:g} and phi {line['angle']:g}"
-        text += f" On training images that the search left out {pair} were chosen for ARREST."
-    return "\n\n".join([text, *not_judged(results, budget, elsewhere)])
-
-
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
     """A sentence for each part of the study that has not ended; none when all is done.
 
@@ -249,57 +119,27 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
     return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
 
 
-def write_given(root: Path, folder: Path, base: str, budget: Budget | None = None) -> Path:
+def write_given(root: Path, folder: Path, base: str, budget: Budget) -> Path:
     """``cifar10_given.md`` and its numbers and reports in ``folder``, of every row of `ON_GIVEN` that is judged.
 
     Args:
         root: of the study on the base that was given.
         folder: of the results.
         base: its name in the zoo.
-        budget: how much of everything there is; the default one by default.
+        budget: how much of everything there is.
 
     Raises:
         NothingJudged: ``root`` holds nothing that is judged.
         OtherBudget: ``root`` or ``folder`` is of another budget.
     """
-    budget = budget or Budget()
-    counts, amount = budget.judging, budget.training
     results = collect(root, budget, study.ON_GIVEN).over(Results.read(folder, budget, GIVEN))
     if not results.lines:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget, GIVEN)
-    lines = [
-        f"CIFAR-10, L-inf 8/255. PGD-AT is `{base}` of the zoo, trained with seed 1; the standard classifier was "
-        f"trained anew with seed 0, for {amount.standard_epochs} epochs. All purifiers stand on these two, whatever "
-        f"their own seed. AToP has the paper's objective for {amount.pipeline_epochs} epochs in batches of "
-        f"{amount.batch_size}, and its cross-entropy acts after {amount.atop_delay_images:,} images. The rest is as in "
-        "the first table."
-    ]
-    if results.judged([study.ARREST, study.ARREST_EMA]):
-        lines[0] += (
-            f" ARREST has {amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {study.CHOSEN[0]:g} and phi "
-            f"{study.CHOSEN[1]:g}; both of its rows are one training, with the moving average of the weights and "
-            "without it."
-        )
-    for seed in range(budget.seeds):
-        if judged := results.judged(study.ON_GIVEN, seed):
-            lines += ["", f"Seed {seed}:", "", *table(results, judged, budget, seed)]
-            if between := differences(results, counts, seed, study.GIVEN_PAIRS, shared=(study.BASE, study.STANDARD)):
-                lines += ["", *between]
-    acts = [
-        f"{name}, seed {seed}: {', '.join(f'{term} from step {step}' for term, step in line['acts_from_step'].items())}"
-        for (name, seed), line in sorted(results.lines.items(), key=lambda item: item[0][1])
-        if "acts_from_step" in line
-    ]
-    if acts:
-        lines += ["", f"The terms of the loss that acted, by the logs of the trainings. {'; '.join(acts)}."]
-    if authors := authors_table(results, counts):
-        lines += ["", authors_caption(budget), "", *authors]
-    write_text(folder / f"{GIVEN}.md", "\n".join(lines) + "\n")
-    return folder / f"{GIVEN}.md"
+    return write_tables(folder, GIVEN, results, budget, base=base)
 
 
-def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
+def write(root: Path, folder: Path, budget: Budget) -> Path:
     """``cifar10.md`` and its numbers, reports and pictures in ``folder``, of every model that is judged.
 
     What ``folder`` holds already, of the same budget, stays where ``root`` has nothing in its place: a study can be
@@ -308,42 +148,40 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     Args:
         root: of the study.
         folder: of the results.
-        budget: how much of everything there is; the default one by default.
+        budget: how much of everything there is.
 
     Raises:
         NothingJudged: ``root`` holds nothing that is judged, or there is no row of the first seed.
         OtherBudget: ``root`` or ``folder`` is of another budget.
     """
-    budget = budget or Budget()
-    counts, wanted = budget.judging, [*study.rows(budget), study.BEST]
     new = collect(root, budget)
     results = new.over(Results.read(folder, budget))
-    names = results.judged(wanted)
+    names = results.judged([*study.rows(budget), study.BEST])
     if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget)
-    given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
-    lines = [settings(results, budget, sorted(given)), "", *table(results, names, budget), ""]
-    lines += differences(results, counts)
-    if beside := strong_beside_main(results, names, counts):
-        lines += ["", beside]
-    for seed in range(1, budget.seeds):
-        if judged := results.judged(study.COMPARED, seed):
-            lines += ["", f"Trained with seed {seed}:", "", *table(results, judged, budget, seed)]
-            if between := differences(results, counts, seed):
-                lines += ["", *between]
-    if tried := candidates_table(results, counts):
-        where = f"{counts.candidates:,} training images that no model was trained on"
-        lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
-    if authors := authors_table(results, counts):
-        lines += ["", authors_caption(budget), "", *authors]
-    if official := official_table(results, counts):
-        lines += ["", "The official AutoAttack on the same images:", "", *official]
-    reached = {name: reached_by(results.lines[name, 0], counts) for name in names}
+    reached = {name: reached_by(results.lines[name, 0], budget.judging) for name in names}
     plot(reached, budget, folder / STEM / "tradeoff.png")
     picture(reached, folder / STEM / "photos.png")
-    write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
-    return folder / "cifar10.md"
+    given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
+    return write_tables(folder, STEM, results, budget, given=given)
+
+
+def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
+    """The page of the study, or of its rows on a base that is given, from its numbers.
+
+    Args:
+        folder: where to.
+        name: of the page.
+        results: of the study.
+        budget: how much of everything there is.
+        more: ``given``, the names of the rows that have a table of their own, or ``base``, the name of what was given.
+    """
+    functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
+    return write_page(
+        folder, name, results=results, study=study, budget=budget, training=budget.training, counts=budget.judging,
+        **{function.__name__: function for function in functions}, **more,
+    )  # fmt: skip
 
 
 #: Clean and robust accuracy in percent, and the standard error of each.

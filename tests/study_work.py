@@ -1,0 +1,16 @@
+"""The work of a study's job, for processes of its own to import."""
+
+import time
+from pathlib import Path
+
+from benchmarks.studies import Job
+
+
+def work(job: Job, folder: Path, root: Path) -> dict:
+    """What ran is written to a file. It fails, or waits, if its settings say so."""
+    with (root / "log").open("a") as log:
+        log.write(f"{job.name} {job.seed}\n")
+    if job.settings.get("fail") and not (root / "mended").exists():
+        raise RuntimeError("no luck")
+    time.sleep(job.settings.get("wait", 0))
+    return {"saw": [job.result(root, need)["name"] for need in job.needs]}
