@@ -42,15 +42,20 @@ def values(command: Any) -> dict[str, Any]:
     return options
 
 
-def write_run_file(command: Command, folder: Path) -> None:
-    """Write a run's file beside its log."""
-    from .._files import write_text
-
+def run_file(command: Command) -> str:
+    """The text of a run's file."""
     left_out = {name for names in command.superseded() for name in names}
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
-    write_text(folder / RUN_FILE, head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True))
+    return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+
+
+def write_run_file(command: Command, folder: Path) -> None:
+    """Write a run's file beside its log."""
+    from .._files import write_text
+
+    write_text(folder / RUN_FILE, run_file(command))
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:

@@ -16,7 +16,7 @@ from mangling import NUMBERS, fuzzed, named
 from purify_fast import attacks
 from purify_fast.cli import _KINDS
 from purify_fast.cli.parsing import Refused, parse
-from purify_fast.cli.run_file import option_names, run_file
+from purify_fast.cli.run_file import run_file, values
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
@@ -57,7 +57,7 @@ VALUES = ("", "0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", 
 
 def options_of(kind) -> list[str]:
     """Every option of a command, by its name on the command line."""
-    return [name.replace("_", "-") for name, positional in option_names(kind) if not positional]
+    return [name.replace("_", "-") for name in values(kind())]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
