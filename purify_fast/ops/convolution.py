@@ -69,9 +69,8 @@ def reference_weight_gradient(
     """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like, outputs = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel), [grad.shape[3]]
     lists = [list(one) for one in settings]
-    _, of_weight, of_bias = torch.ops.aten.convolution_backward.default(
-        _first(grad), _first(input), like, outputs, *lists, False, [0, 0], 1, [False, True, True]
-    )
+    operands = (_first(grad), _first(input), like, outputs, *lists, False, [0, 0], 1, [False, True, True])
+    _, of_weight, of_bias = torch.ops.aten.convolution_backward.default(*operands)
     return wide(_last(of_weight)).contiguous(), wide(of_bias)
 
 

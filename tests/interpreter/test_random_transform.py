@@ -78,6 +78,14 @@ def test_owners_have_the_same_bits(shared, num_passes):
         assert torch.equal(got, wanted)
 
 
+def test_ties_go_by_index(monkeypatch):
+    """Under seed 0 two of 1,024 blocks of this sample have one key, and 648 blocks have smaller ones."""
+    monkeypatch.setattr(kernel, "TILE", 512)  # the interpreter takes as long for a small one
+    mask = {"masked_blocks": 649, "num_passes": 0, "samples": 1, "shared_mask": False}
+    owners = kernel._assign(torch.tensor([0]), torch.tensor([1037]), (32, 32), **mask)
+    assert owners.flatten()[[84, 843]].tolist() == [1, 0] and owners.sum() == 649
+
+
 def test_offsets_are_64_bit():
     import triton
     import triton.language as tl
