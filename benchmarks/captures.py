@@ -350,18 +350,9 @@ def chapter(results: Path) -> list[str]:
         cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-", was.get("captures", "-")]
         cells += [was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]
         body.append([*cells, row["launches_eager"], row["launches_captured"], row["waits_per_100_steps"]])
-    heads = [
-        "model",
-        "eps",
-        "attack",
-        "captures",
-        "replays",
-        "per capture",
-        "least used",
-        "before: captures",
-        "replays",
-    ]
-    heads += ["batch sizes", "operators of a step: of the model", "launched", "beside a graph", "waits in 100 steps"]
+    heads = ["model", "eps", "attack", "captures", "replays", "per capture", "least used"]
+    heads += ["before: captures", "replays", "batch sizes", "operators of a step: of the model", "launched"]
+    heads += ["beside a graph", "waits in 100 steps"]
     return [
         "## What an evaluation captures",
         "",

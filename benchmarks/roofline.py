@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,14 +199,12 @@ def write(results: Path) -> Path:
     Args:
         results: the folder.
     """
-    made: list[tuple[str, float, Callable[[int], Count]]] = []
-    for name in ATTACKS:
-        made.append((name, BFLOAT16, lambda size, name=name: of_attack(name, size)))
-    for name, make in TRAININGS.items():
-        made.append((name, TF32, lambda size, make=make: of_training(make, size)))
+    steps: list[tuple[str, float, Callable[[int], Count]]]
+    steps = [(name, BFLOAT16, partial(of_attack, name)) for name in ATTACKS]
+    steps += [(name, TF32, partial(of_training, make)) for name, make in TRAININGS.items()]
     rows = []
     with served("by rule"):
-        for name, rate, count in tqdm(made, desc="roofline", unit=" steps"):
+        for name, rate, count in tqdm(steps, desc="roofline", unit=" steps"):
             counts = count(COUNTED[0]), count(COUNTED[1])
             rows += [row_of(name, continued(counts, size), size, rate) for size in BATCHES]
     path = results / FILE
