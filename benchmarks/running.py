@@ -41,7 +41,7 @@ class Budget:
     """How long a run may take, and how it goes on: without one, an error ends it and nothing is left out.
 
     Attributes:
-        seconds: nothing is begun that would end later, if it took as long as the others did on average.
+        seconds: nothing is begun that would end later, if it took as long as the longest before it.
         resume: keep what has been measured already.
         failed: tracebacks by name, if errors are to be collected.
         tell: is told the share that is done, and the next name.
@@ -55,11 +55,12 @@ class Budget:
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
         """Run all of ``work``, by name, within the budget."""
-        start = time.monotonic()
+        start, spent, longest = time.monotonic(), 0.0, 0.0
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
-                spent = time.monotonic() - start
-                if spent + spent / max(1, index) > self.seconds:
+                before, spent = spent, time.monotonic() - start
+                longest = max(longest, spent - before)
+                if spent + longest > self.seconds:
                     self.left_out += [name for name, _ in work[index:]]
                     return
                 progress.set_description(name, refresh=True)
