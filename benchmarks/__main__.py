@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from purify_fast._files import FolderInUse
 
@@ -16,10 +17,12 @@ from . import (
     gpu_check,
     instructions,
     pages,
+    pipelines,
     roofline,
     running,
     zoo,
 )
+from .ops import registry
 from .studies import Unfit
 from .studies import command as studies
 
@@ -43,50 +46,33 @@ class Command:
 
 COMMANDS = {
     "ops": Command(
-        "the ops against their references", running.ops_command, running.ops_arguments, running.check_device_and_names
+        "the ops against their references", running.ops_command, partial(running.arguments, known=registry("cuda"))
     ),
     "pipelines": Command(
         "what users run end to end, against a plain implementation",
         running.pipelines_command,
-        running.pipelines_arguments,
-        running.check_device_and_names,
+        partial(running.arguments, known=pipelines.registry()),
     ),
     "convolutions": Command(
-        "the layers of AToP's generator, ours against PyTorch's",
-        convolutions.main,
-        convolutions.arguments,
-        convolutions.check,
+        "the layers of AToP's generator, ours against PyTorch's", convolutions.main, convolutions.arguments
     ),
     "evaluation": Command(
-        "our attacks against the official AutoAttack: strength and time",
-        evaluation.main,
-        evaluation.arguments,
-        evaluation.check,
+        "our attacks against the official AutoAttack: strength and time", evaluation.main, evaluation.arguments
     ),
     "study": Command(
         "what makes a defence robust: trains and attacks models", studies.main, studies.arguments, studies.check
     ),
     "gpu_check": Command(
-        "what only a GPU can tell: three commands of nine minutes, resumably",
-        gpu_check.main,
-        gpu_check.arguments,
-        gpu_check.check,
+        "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments
     ),
     "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
-    "captures": Command(
-        "what an evaluation captures on a GPU, counted without one", captures.main, captures.arguments, captures.check
-    ),
+    "captures": Command("what an evaluation captures on a GPU, counted without one", captures.main, captures.arguments),
     "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),
     "ship": Command(
-        "let what purify-fast tune found on this machine ship with the package",
-        pages.ship,
-        pages.ship_arguments,
-        pages.check_ship,
+        "let what purify-fast tune found on this machine ship with the package", pages.ship, pages.ship_arguments
     ),
     "zoo": Command("pack trained models into the zoo, and write their cards", zoo.main, zoo.arguments, zoo.check),
-    "report": Command(
-        "the tables and pictures again, from the CSV files", pages.main, pages.arguments, pages.check_folders
-    ),
+    "report": Command("the tables and pictures again, from the CSV files", pages.main, pages.arguments),
 }
 
 

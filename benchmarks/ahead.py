@@ -11,10 +11,11 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -23,36 +24,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from purify_fast.kernels import (
-    _common,
-    aggregate,
-    apgd_step,
-    contextual_attention,
-    decode_samples,
-    gated_elu,
-    hyperplane_projection,
-    noisy_replay,
-    pgd_step,
-    philox,
-    random_transform,
-    reconstruction_loss,
-    representation_distance,
-    sample_latent,
-    square_proposal,
-    stitch,
-)
+from purify_fast.kernels import _common
 from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.methods.carso.networks import published_decoder
+from purify_fast.ops import REGISTRY
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 
-MODULES = (
-    aggregate, apgd_step, contextual_attention, decode_samples, gated_elu, hyperplane_projection, noisy_replay,
-    pgd_step, philox, random_transform, reconstruction_loss, representation_distance, sample_latent, square_proposal,
-    stitch,
-)  # fmt: skip
+#: The modules of kernels, each by the name of its file.
+MODULES = {
+    path.stem: import_module(f"purify_fast.kernels.{path.stem}")
+    for path in sorted(Path(_common.__file__).parent.glob("[a-z]*.py"))
+}
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Triton brings its own disassemblers.
@@ -67,75 +52,75 @@ def x(*shape: int, last: bool = False) -> Callable:
     return lambda dtype: torch.empty(shape, dtype=dtype, memory_format=_common.memory_format(last))
 
 
-def _made(arguments: list, dtype: torch.dtype) -> list:
+def _made(arguments: Sequence, dtype: torch.dtype) -> list:
     return [_made(a, dtype) if isinstance(a, list) else a(dtype) if callable(a) else a for a in arguments]
 
 
 def _cases() -> dict[str, tuple]:
-    """By name: a launcher and its arguments."""
+    """The arguments of each launcher, by names that begin with that of the op; "-backward" means its backward."""
     image, latent, rows = x(4, 3, 64, 64), x(4, 1024), one(4)
     cases = {
-        "sample_latent-forward": (sample_latent.forward, latent, latent, SEED, IDS),
-        "sample_latent-backward": (sample_latent.backward, latent, rows, latent, latent, SEED, IDS),
-        "reconstruction_loss-forward": (reconstruction_loss.forward, image, image),
-        "reconstruction_loss-backward": (reconstruction_loss.backward, rows, image, image),
-        "noisy_replay": (noisy_replay.forward, image, image, rows, one(1), rows, SEED, IDS, 0.0, 1.0),
+        "sample_latent-forward": (latent, latent, SEED, IDS),
+        "sample_latent-backward": (latent, rows, latent, latent, SEED, IDS),
+        "reconstruction_loss-forward": (image, image),
+        "reconstruction_loss-backward": (rows, image, image),
+        "noisy_replay": (image, image, rows, one(1), rows, SEED, IDS, 0.0, 1.0),
     }
     for kind, name in enumerate(("bits", "uniform", "normal")):
-        cases[f"philox-{name}"] = (philox.philox, SEED, IDS, 4096, 2, kind)
+        cases[f"philox-{name}"] = (SEED, IDS, 4096, 2, kind)
     for norm, name in enumerate(NORMS):
-        whole = [4096, pgd_step.WHOLE[norm]] if norm else []
+        whole = [4096, MODULES["pgd_step"].WHOLE[norm]] if norm else []
         shapes = {"": (3, 128, 128)} | {f"-whole-{size}": (size,) for size in whole}
         for kind, shape in shapes.items():
-            cases[f"pgd_step-{name}{kind}"] = (
-                pgd_step.forward, *[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05
-            )  # fmt: skip
+            cases[f"pgd_step-{name}{kind}"] = (*[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05)
         pattern = one(2, 10, 10) if norm else None
-        cases[f"square_proposal-{name}"] = (
-            square_proposal.forward, image, image, rows, one(4, 8, 8), pattern, 10, norm, 0.0, 1.0
-        )  # fmt: skip
-        cases[f"hyperplane_projection-{name}"] = (hyperplane_projection.forward, image, image, rows, norm, 0.0, 1.0)
+        cases[f"square_proposal-{name}"] = (image, image, rows, one(4, 8, 8), pattern, 10, norm, 0.0, 1.0)
+        cases[f"hyperplane_projection-{name}"] = (image, image, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
-            cases[f"apgd_step-{name}"] = (apgd_step.forward, *[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
+            cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):
         logits = x(4, 8, 1024)
-        cases[f"aggregate-{name}-forward"] = (aggregate.forward, logits, method)
+        cases[f"aggregate-{name}-forward"] = (logits, method)
         if name != "vote":  # has no gradient
-            cases[f"aggregate-{name}-backward"] = (aggregate.backward, one(4, 1024), logits, method)
+            cases[f"aggregate-{name}-backward"] = (one(4, 1024), logits, method)
 
     wide, narrow = x(4, 8, 64, 64), x(4, 4, 64, 64)
-    cases["gated_elu-forward"] = (gated_elu.forward, wide, 1)
-    cases["gated_elu-backward"] = (gated_elu.backward, narrow, wide, 1)
+    cases["gated_elu-forward"] = (wide, 1)
+    cases["gated_elu-backward"] = (narrow, wide, 1)
     wide, narrow = x(4, 64, 64, 64), x(4, 64, 64, 32)
-    cases["gated_elu-forward-channels_last"] = (gated_elu.forward, wide, 3)
-    cases["gated_elu-backward-channels_last"] = (gated_elu.backward, narrow, wide, 3)
+    cases["gated_elu-forward-channels_last"] = (wide, 3)
+    cases["gated_elu-backward-channels_last"] = (narrow, wide, 3)
 
     pairs, norms, grid = one(2, 1024, 1024), one(2, 1024), (32, 32, 10.0)
-    cases["contextual_attention-forward"] = (contextual_attention.forward, pairs, norms, x(2, 1024), *grid)
+    cases["contextual_attention-forward"] = (pairs, norms, x(2, 1024), *grid)
     grad = x(2, 4, 1024, 1024)
-    cases["contextual_attention-backward"] = (contextual_attention.backward, grad, pairs, norms, pairs, *grid)
+    cases["contextual_attention-backward"] = (grad, pairs, norms, pairs, *grid)
 
     owners, quarters = (torch.zeros((1, 4, n, n), dtype=torch.uint8) for n in (8, 2))
     for last, layout in ((False, ""), (True, "-channels_last")):
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
             mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
-            cases[f"random_transform-forward-{mask}{layout}"] = (
-                random_transform.forward, one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out
-            )  # fmt: skip
+            cases[f"random_transform-forward-{mask}{layout}"] = (one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out)
         cases[f"random_transform-backward{layout}"] = (
-            random_transform.backward, x(4, 5, 64, 64, last=last), one(4, 3, 64, 64), owners, SEED, IDS, 0.25, 0
-        )  # fmt: skip
-        cases[f"stitch-forward{layout}"] = (stitch.forward, x(16, 3, 64, 64, last=last), quarters, 4)
-        cases[f"stitch-backward{layout}"] = (stitch.backward, x(4, 3, 64, 64, last=last), quarters, 4)
+            x(4, 5, 64, 64, last=last),
+            one(4, 3, 64, 64),
+            owners,
+            SEED,
+            IDS,
+            0.25,
+            0,
+        )
+        cases[f"stitch-forward{layout}"] = (x(16, 3, 64, 64, last=last), quarters, 4)
+        cases[f"stitch-backward{layout}"] = (x(4, 3, 64, 64, last=last), quarters, 4)
 
     few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]  # one and several chunks
     for kind, name in enumerate(KINDS):
-        cases[f"representation_distance-{name}"] = (representation_distance.forward, few, few, kind)
+        cases[f"representation_distance-{name}"] = (few, few, kind)
         if name in ("abs_cosine", "l2"):  # products and squares
-            cases[f"representation_distance-{name}-chunks"] = (representation_distance.forward, many, many, kind)
+            cases[f"representation_distance-{name}-chunks"] = (many, many, kind)
     slopes = one(4, 3, 2)
     cases |= _decoders()
-    cases["representation_distance-backward"] = (representation_distance.backward, one(4, 3), many, many, slopes)
+    cases["representation_distance-backward"] = (one(4, 3), many, many, slopes)
     return cases
 
 
@@ -159,10 +144,10 @@ def _decoders() -> dict[str, tuple]:
             numbers += [layer.channels, layer.kernel, layer.stride, layer.padding, h, w]
         weights, shifts = Geometry.of(numbers).sizes()
         drawn = (one(4, math.prod(start)), SEED, IDS, no_half(weights), one(shifts), numbers, 16, 0.2, True)
-        cases[f"decode_samples-{name}-forward"] = (decode_samples.forward, *drawn, False, lambda dtype: _no_half(dtype))
+        cases[f"decode_samples-{name}-forward"] = (*drawn, False, lambda dtype: _no_half(dtype))
         if side == 32:
             pictures = no_half(64, 3, side, side)
-            cases[f"decode_samples-{name}-backward"] = (decode_samples.backward, pictures, pictures, *drawn)
+            cases[f"decode_samples-{name}-backward"] = (pictures, pictures, *drawn)
     return cases
 
 
@@ -188,9 +173,9 @@ class Device:
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
     """What ``start`` makes of every launch of the case, on such a device."""
     results: list = []
-    launch, *arguments = CASES[case]
+    op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
-        launch(*_made(arguments, DTYPES[dtype]))
+        REGISTRY[op].launch(*_made(CASES[case], DTYPES[dtype]))
     return results
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.ops import REGISTRY
 
-from . import report
+from . import options, report
+from .studies import Unfit
 
 IMAGES, SIDE = 4, 128
 DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_gradient")
@@ -118,22 +119,22 @@ def table(layers: dict[Layer, int], runs: int) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks convolutions``."""
-    parser.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
-
-
-def check(chosen: argparse.Namespace) -> None:
-    """ValueError if there is nothing to measure: no runs, or no kernel."""
-    if chosen.runs < 1:
-        raise ValueError(f"--runs must be at least 1, got {chosen.runs}")
-    if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
-        raise ValueError(
-            "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
-            "AVX512-BF16 and without AMX"
-        )
+    parser.add_argument(
+        "--runs", type=options.at_least_one, default=15, help="how often every contestant runs; 15 by default"
+    )
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """The table of all layers, in Markdown. The process has one thread from then on."""
+    """The table of all layers, in Markdown. The process has one thread from then on.
+
+    Raises:
+        Unfit: there is no kernel.
+    """
+    if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
+        raise Unfit(
+            "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
+            "AVX512-BF16 and without AMX"
+        )
     torch.set_num_threads(1)
     with torch.no_grad():
         return "\n".join(table(layers_of_generator(), chosen.runs))

@@ -37,7 +37,7 @@ from purify_fast.demo.setting import EPS, digits
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 
-from . import RESULTS, measure
+from . import RESULTS, measure, options
 from .studies import carso_resnet18
 
 #: The results, as data and as the table that a page shows.
@@ -248,9 +248,8 @@ def contest(name: str, folder: Path | None, amount: Amount, known: Sequence[dict
         known: the rows of a contest that was interrupted; its runs are not made again.
     """
     make, contestants = CONTESTS[name]
-    subject = make(folder)
-    if amount.images is not None:
-        subject = replace(subject, x=subject.x[: amount.images], y=subject.y[: amount.images])
+    whole = make(folder)
+    subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
     shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": judged(subject, subject.x)[0]}
     shared |= {"amount": asdict(amount)} | measure.environment(torch.device("cpu"))
     rows: dict[str, dict] = {row["contestant"]: row for row in known}
@@ -271,7 +270,7 @@ def contest(name: str, folder: Path | None, amount: Amount, known: Sequence[dict
             yield [rows[one] for one in contestants if one in rows]
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict]) -> list[str]:
     """The table of all contests.
 
     Args:
@@ -293,29 +292,21 @@ def markdown(rows: list[dict]) -> str:
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
     machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
-    return "\n".join([f"{machines}.", "", *markdown_table(head, body)]) + "\n"
+    return [f"{machines}.", "", *markdown_table(head, body)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks evaluation``."""
-    parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"which contests; all by default: {'; '.join(CONTESTS)}"
-    )
+    which = f"which contests; all by default: {'; '.join(CONTESTS)}"
+    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(CONTESTS), help=which)
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz or the official files, for the ResNet-18")
-    parser.add_argument("--images", type=int, help="at most so many images of each contest")
-    parser.add_argument("--rounds", type=int, default=1, help="how often every contestant runs; 1 by default")
+    parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
+    parser.add_argument(
+        "--rounds", type=options.at_least_one, default=1, help="how often every contestant runs; 1 by default"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
     parser.add_argument("--redo", action="store_true", help="also what is done already")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/studies by default")
-
-
-def check(chosen: argparse.Namespace) -> None:
-    """ValueError for an unknown contest, or nothing to run."""
-    if unknown := set(chosen.names) - set(CONTESTS):
-        raise ValueError(f"no such contest: {', '.join(sorted(unknown))}; there are {'; '.join(CONTESTS)}")
-    for name, value in (("--images", chosen.images), ("--rounds", chosen.rounds)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def main(chosen: argparse.Namespace) -> str:
@@ -336,7 +327,7 @@ def main(chosen: argparse.Namespace) -> str:
             every = [row for row in read(out) if row["contest"] != name] + rows
             every.sort(key=lambda row: order.index(row["contest"]))
             write_text(out / FILE, json.dumps(every, indent=1) + "\n")
-    table = markdown(read(out))
+    table = "\n".join(markdown(read(out))) + "\n"
     write_text(out / TABLE, table)
     return table
 

@@ -12,31 +12,19 @@ from .report import PIPELINES, ROWS, ops_sentence, read_csv
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
+#: That of the studies of ARREST.
+LAST = "then AutoAttack standard, first 300"
 #: Lines of the table of results: title, study, the model's name in its report, and the row that counts.
+PAPER = "CARSO with the paper's objective, attacked through"
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
-    (
-        "CARSO with the paper's objective, attacked through its own output",
-        "carso_mnist",
-        "CARSO, paper's objective, through PeeL",
-        WORST,
-    ),
-    (
-        "CARSO with the paper's objective, attacked through exact gradients",
-        "carso_mnist",
-        "CARSO, paper's objective",
-        WORST,
-    ),
+    (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST),
+    (f"{PAPER} exact gradients", "carso_mnist", "CARSO, paper's objective", WORST),
     ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST),
-    (
-        "AToP with the paper's objective, on a standard classifier",
-        "atop_mnist",
-        "AToP, paper's objective",
-        WORST,
-    ),
+    ("AToP with the paper's objective, on a standard classifier", "atop_mnist", "AToP, paper's objective", WORST),
     ("AToP trained through the pipeline, on a standard classifier", "atop_mnist", "AToP pipeline", WORST),
-    ("adversarial training from scratch", "arrest_mnist", "AT from scratch", "then AutoAttack standard, first 300"),
-    ("ARREST", "arrest_mnist", "ARREST", "then AutoAttack standard, first 300"),
+    ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
+    ("ARREST", "arrest_mnist", "ARREST", LAST),
 ]
 #: Columns of the table of speeds: title, and the pipeline and case in pipelines.csv.
 CASES = [
@@ -45,8 +33,6 @@ CASES = [
     ("AToP training step", "atop_finetune", "fine-tuning step"),
     ("ARREST training step", "arrest_step", "all attacked"),
 ]
-#: Darker than the style's gray: it is the color of words too.
-_PLAIN = "#6e7781"
 
 
 def _row(results: Path, study: str, model: str, attack: str) -> Row:
@@ -55,7 +41,7 @@ def _row(results: Path, study: str, model: str, attack: str) -> Row:
     return found
 
 
-def results_table(results: Path) -> str:
+def results_table(results: Path) -> list[str]:
     """The models that README compares, on MNIST.
 
     Args:
@@ -67,10 +53,10 @@ def results_table(results: Path) -> str:
         verdict = "yes" if attacked.reliable else "**no**: the attack had no usable gradients"
         body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
     head = ["model", "clean, %", "under attack, %", "attacked images", "can the number be believed?"]
-    return "\n".join(markdown_table(head, body))
+    return markdown_table(head, body)
 
 
-def speed_table(results: Path) -> str:
+def speed_table(results: Path) -> list[str]:
     """Times of whole predictions and training steps on a CPU, with the rival to beat.
 
     Args:
@@ -80,35 +66,19 @@ def speed_table(results: Path) -> str:
     body = []
     for title, pipeline, case in CASES:
         own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
-        first, times = own[0], {row["contestant"]: float(row["ms"]) for row in own}
+        times = {row["contestant"]: float(row["ms"]) for row in own}
+        plain = float(own[0]["ms"])
         compiled = min(ms for name, ms in times.items() if name.startswith("torch.compile"))
-        ours = [row for row in own if row["contestant"].startswith("ours")]
-        best = min(ours, key=lambda row: float(row["ms"]))
-        ms = float(best["ms"])
-        body.append(
-            [
-                title,
-                f"{float(first['ms']):,.0f} ms",
-                f"{compiled:,.0f} ms",
-                f"**{ms:,.0f} ms**",
-                f"{float(first['ms']) / ms:.1f}",
-                f"{compiled / ms:.1f}",
-                f"{100 * float(best['share_of_matrix_rate']):.0f} %",
-            ]
-        )
-    head = [
-        "on a CPU",
-        "plain PyTorch",
-        "best `torch.compile`",
-        "purify_fast",
-        "times plain",
-        "times `torch.compile`",
-        "of the matrix rate",
-    ]
-    return "\n".join([*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)])
+        best = min((row for row in own if row["contestant"].startswith("ours")), key=lambda row: float(row["ms"]))
+        ms, share = float(best["ms"]), float(best["share_of_matrix_rate"])
+        cells = [title, f"{plain:,.0f} ms", f"{compiled:,.0f} ms", f"**{ms:,.0f} ms**"]
+        body.append([*cells, f"{plain / ms:.1f}", f"{compiled / ms:.1f}", f"{100 * share:.0f} %"])
+    head = ["on a CPU", "plain PyTorch", "best `torch.compile`", "purify_fast", "times plain", "times `torch.compile`"]
+    head += ["of the matrix rate"]
+    return [*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)]
 
 
-def attacks_sentence(results: Path) -> str:
+def attacks_sentence(results: Path) -> list[str]:
     """This package's attacks beside the official AutoAttack, on the same images and models.
 
     Args:
@@ -119,11 +89,11 @@ def attacks_sentence(results: Path) -> str:
         contests.setdefault(row["contest"], []).append(row)
     leads = [rows[0]["robust"] - rows[1]["robust"] for rows in contests.values()]
     times = [min(rows[0]["cpu_seconds"]) / min(rows[1]["cpu_seconds"]) for rows in contests.values()]
-    return (
+    return [
         f"This package's own attacks leave {min(leads):.1f} to {max(leads):.1f} points less than the official "
         f"AutoAttack on {len(contests)} models, and are {min(times):.1f} to {max(times):.1f} times faster: "
         "[all contests](docs/evaluation.md)."
-    )
+    ]
 
 
 def picture(results: Path, path: Path) -> bool:
@@ -137,48 +107,20 @@ def picture(results: Path, path: Path) -> bool:
     if figure is None:
         return False
     bars = [
-        ("The classifier alone, trained adversarially", "classifier", _PLAIN),
-        (
-            "CARSO with the paper's objective, as its authors attack it",
-            "CARSO, paper's objective, through PeeL",
-            style.ALARM,
-        ),
-        ("The same defence, attacked with exact gradients", "CARSO, paper's objective", style.ALARM),
-        ("The defence trained by purify_fast through the pipeline", "CARSO pipeline", style.OURS),
+        ("The classifier alone,\ntrained adversarially", "classifier", style.PLAIN),
+        ("CARSO, paper's objective,\nas its authors attack it", "CARSO, paper's objective, through PeeL", style.ALARM),
+        ("The same defence, attacked\nwith exact gradients", "CARSO, paper's objective", style.ALARM),
+        ("Trained by purify_fast\nthrough the pipeline", "CARSO pipeline", style.OURS),
     ]
-    axis = figure.add_subplot()
-    for line, (title, model, color) in enumerate(bars):
-        row = _row(results, "carso_mnist", model, WORST)
-        value = 100 * row.accuracy
-        masked = not row.reliable
-        axis.barh(
-            line,
-            value,
-            height=0.42,
-            color="white" if masked else color,
-            edgecolor=color,
-            hatch="////" if masked else None,
-            linewidth=1.4,
-        )
-        axis.text(0, line - 0.3, title, fontsize=10.5, color=style.INK, va="bottom", weight="bold")
-        said = f"{value:.1f} %"
-        if masked:
-            said += "   ALARM: the attack had no gradients"
-        axis.text(
-            value / 2 if masked else value + 0.8,
-            line,
-            said,
-            fontsize=10.5,
-            color=color,
-            va="center",
-            ha="center" if masked else "left",
-            weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2.5} if masked else None,
-        )
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 118), yticks=[], xticks=range(0, 101, 20))
-    axis.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [_row(results, "carso_mnist", model, WORST) for _, model, _ in bars]
+    texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
+    axes = figure.add_subplot()
+    titles, _, colors = (list(column) for column in zip(*bars, strict=True))
+    widths = [100 * row.accuracy for row in rows]
+    for bar, row in zip(style.bars(axes, titles, widths, colors, texts, 100), rows, strict=True):
+        if not row.reliable:
+            bar.set(facecolor="white", edgecolor=style.ALARM, hatch="////")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
     style.save(figure, path)
     return True

@@ -39,9 +39,10 @@ from tqdm import tqdm
 from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import cache, tune
 
-from . import RESULTS, pages, performance, report, shipping
+from . import RESULTS, options, pages, performance, report, shipping
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 from .running import folder
+from .studies import Unfit
 
 #: Seconds beyond its limit until a section is ended, on a GPU and in the rehearsal.
 GRACE = (20.0, 5.0)
@@ -77,13 +78,12 @@ def _work(pipe, name: str, context: tuple, parent: int) -> None:
     with (out / "gpu_check" / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    tell = lambda share, what: pipe.send(("tell", share, what))  # noqa: E731
     try:
-        outcome = SECTIONS[name].run(Context(out, device, dry, seconds, tell, data))
-        pipe.send(("done", dataclasses.asdict(outcome), ""))
+        outcome = SECTIONS[name].run(Context(out, device, dry, seconds, lambda *progress: pipe.send(progress), data))
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
-        pipe.send(("done", dataclasses.asdict(Outcome(FAILED, summary)), traceback.format_exc()))
+        outcome = Outcome(FAILED, summary, traceback=traceback.format_exc())
+    pipe.send(outcome)
 
 
 def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell, data: Path | None) -> dict:
@@ -94,18 +94,18 @@ def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: 
     process = context.Process(target=_work, args=(theirs, name, (out, device, dry, seconds, data), os.getpid()))
     process.start()
     theirs.close()
-    outcome, trace = None, ""
+    outcome = None
     try:
         while outcome is None and time.monotonic() - began < seconds + grace:
             if mine.poll(0.5):
-                kind, *rest = mine.recv()
-                if kind == "tell":
-                    tell(*rest)
+                message = mine.recv()
+                if isinstance(message, Outcome):
+                    outcome = message
                 else:
-                    outcome, trace = rest
+                    tell(*message)
     except EOFError:
         process.join()
-        outcome = dataclasses.asdict(Outcome(FAILED, f"its process ended with exit status {process.exitcode}"))
+        outcome = Outcome(FAILED, f"its process ended with exit status {process.exitcode}")
     finally:
         assert process.pid is not None
         if outcome is not None:
@@ -115,8 +115,8 @@ def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: 
         process.kill()  # it may have had no time to lead a group
         process.join()
     if outcome is None:
-        outcome = dataclasses.asdict(Outcome(FAILED, f"ended {grace:.0f} s after its limit of {seconds:.0f} s"))
-    return {"section": name, **outcome, "traceback": trace, "seconds": round(time.monotonic() - began, 1)}
+        outcome = Outcome(FAILED, f"ended {grace:.0f} s after its limit of {seconds:.0f} s")
+    return {"section": name, **dataclasses.asdict(outcome), "seconds": round(time.monotonic() - began, 1)}
 
 
 def done(path: Path, mark: dict) -> dict | None:
@@ -192,7 +192,7 @@ def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
     if redo or not begun.exists() or json.loads(begun.read_text()) != mark:
         for file in SECTIONS[name].files:
             (out / file).unlink(missing_ok=True)
-        for path in (out / "gpu_check").glob(f"{name}-*.passed*"):
+        for path in (out / "gpu_check").glob(f"{name}.outcomes*"):
             path.unlink()
         shutil.rmtree(out / "gpu_check" / name, ignore_errors=True)
         write_text(begun, json.dumps(mark))
@@ -246,32 +246,26 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks gpu_check``."""
     parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"which of {parts}; all in turn by default")
+    which = f"which of {parts}; all in turn by default"
+    parser.add_argument("parts", nargs="*", metavar="part", type=options.one_of(PARTS), help=which)
     parser.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     only = f"which; all by default: {sections}"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
     parser.add_argument("--redo", action="store_true", help="also what is done already")
-    parser.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
-    parser.add_argument("--total", type=float, help="seconds for all of them; 540 for each of the three by default")
+    parser.add_argument("--seconds", type=options.seconds, help="the limit of each section in place of its own")
+    parser.add_argument(
+        "--total", type=options.seconds, help="seconds for all of them; 540 for each of the three by default"
+    )
     parser.add_argument(
         "--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default"
     )
 
 
-def check(chosen: argparse.Namespace) -> None:
-    """ValueError for unknown parts, no time, or no device."""
-    for name, value in (("--seconds", chosen.seconds), ("--total", chosen.total)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value:g}")
-    if unknown := set(chosen.parts) - set(PARTS):
-        raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if not chosen.dry and not torch.cuda.is_available():
-        raise ValueError(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
-
-
 def main(chosen: argparse.Namespace) -> bool:
     """``python -m benchmarks gpu_check``; whether all passed that was asked for."""
+    if not chosen.dry and not torch.cuda.is_available():
+        raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")
     out = (chosen.out or folder(device, chosen.dry)).resolve()  # pytest runs in another folder
     lacking = cache.missing_compiler()

@@ -11,25 +11,22 @@ Five measurements come first, each in a file of its own: what decides whether gr
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as xml
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -55,7 +52,7 @@ from purify_fast.speed.precision import float32_products
 from . import evaluation, limits, measure, pipelines, report, shipping
 from .launches import Replays
 from .ops import registry
-from .pipelines.carso_inference import ResNet18
+from .pipelines.carso_inference import classifier
 from .running import Budget, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +97,9 @@ class Context:
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.started)
 
+    def budget(self) -> Budget:
+        return Budget(self.left, resume=True, failed={}, tell=self.tell)
+
 
 @dataclass
 class Outcome:
@@ -107,9 +107,10 @@ class Outcome:
     summary: str
     details: dict = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    traceback: str = ""
 
 
-def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> tuple[list[dict], Outcome]:
+def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> Outcome:
     """Measure what a file lacks, one part after the other, and write the file after each of them.
 
     Args:
@@ -118,29 +119,27 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict
         work: by the name of a part, which its rows have in the column ``part``, what measures it.
 
     Returns:
-        All rows, and what became of the parts: those that fail end no other, those that the time does not suffice for
-        are left out.
+        What became of the parts: those that fail end no other, those that the time does not suffice for are left out.
     """
-    path, errors, left_out = context.out / file, {}, []
-    here = measure.environment(context.device)
+    path, here = context.out / file, measure.environment(context.device)
     rows: list[dict] = list(report.rows_of(path))
     there = {row["part"] for row in rows}
-    for index, (part, run) in enumerate(work.items()):
-        if part in there:
-            continue
-        if context.left < 0:
-            left_out.append(part)
-            continue
-        context.tell(index / len(work), part)
-        try:
-            rows += [{"part": part, **row, **here} for row in run()]
-        except Exception as error:
-            errors[part] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            continue
+
+    def run(part: str) -> None:
+        rows.extend({"part": part, **row, **here} for row in work[part]())
         report.write_csv(path, rows)
-    done = len({row["part"] for row in rows})
-    summary = f"{done} of {len(work)} parts measured, {len(errors)} with an error, {len(left_out)} left out"
-    return rows, Outcome(PASSED if done and not errors else FAILED, summary, {"errors": errors}, left_out)
+
+    budget = context.budget()
+    with float32_products():
+        budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
+    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows))
+
+
+def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
+    """Passed if something was measured, and nothing has an error or a wrong result."""
+    errors = {**(budget.failed or {}), **(wrong or {})}
+    summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
+    return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
 def fingerprint(device: torch.device, dry: bool) -> dict:
@@ -181,7 +180,7 @@ class _SignStep:
 def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
     """What the capture of one step costs, and what a step takes with and without it."""
     torch.manual_seed(0)
-    model = (PreActResNet18(width=4) if context.dry else ResNet18()).eval().to(context.device)
+    model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
     x = torch.rand(images, 3, 32, 32, device=context.device)
     source = gradient_copy(model, x[:16], precision)
     step, runs = _SignStep(source), 2 if context.dry else RUNS
@@ -215,34 +214,24 @@ def capture_cost(context: Context) -> Outcome:
         for precision in ("float32", "bfloat16")
         for images in sizes
     }
-    with float32_products():
-        return measured(context, CAPTURE_COST, work)[1]
+    return measured(context, CAPTURE_COST, work)
 
 
 def _one_verdict(context: Context, name: str) -> list[dict]:
-    """The verdict on an op, made now or kept, and how long its kernels took to compile."""
-    compiling, compile_ = [0.0], verify._compile
-
-    def timed(*given: Any) -> None:
-        began = time.perf_counter()
-        compile_(*given)
-        compiling[0] += time.perf_counter() - began
-
-    with mock.patch.object(verify, "_compile", timed):
-        verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
-    made = asdict(verdict) | {"compile_seconds": f"{compiling[0]:.2f}"}
-    return [{"op": name, **made}]
+    """The verdict on an op, reached now or before, with the seconds that it took, most of them for compiling."""
+    verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
+    return [{"op": name, **asdict(verdict), "passed": verdict.passed}]
 
 
 def verdicts(context: Context) -> Outcome:
     """Every kernel against the definition in float64."""
     names = [name for name, op in REGISTRY.items() if op.kernel(context.device.type) != "reference"]
-    work = {name: partial(_one_verdict, context, name) for name in names}
-    rows, outcome = measured(context, VERDICTS, work)
-    wrong = {row["op"]: row["case"] for row in rows if str(row["passed"]) != "True"}
-    outcome.summary += f"; {len(wrong)} wrong, {sum(float(row['compile_seconds']) for row in rows):.0f} s of compiling"
+    outcome = measured(context, VERDICTS, {name: partial(_one_verdict, context, name) for name in names})
+    rows = report.rows_of(context.out / VERDICTS)
+    wrong = {row["op"]: row["case"] for row in rows if row["passed"] != "True"}
+    outcome.summary += f"; {len(wrong)} kernels wrong, {sum(float(row['seconds']) for row in rows):.0f} s"
     outcome.details["errors"].update(wrong)
-    outcome.state = outcome.state if not wrong else "failed"
+    outcome.state = FAILED if wrong else outcome.state
     return outcome
 
 
@@ -258,6 +247,13 @@ def _subject(context: Context) -> evaluation.Subject:
     return evaluation.Subject(zoo.load("cifar10-pgd-at-w16").eval().to(context.device), x, y, 8 / 255)
 
 
+def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
+    """What an attack left, beside what it left without graphs."""
+    other = int((robust != without_graphs).sum())
+    row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
+    return row | {"other_than_off": other}
+
+
 def _evaluated(context: Context, subject: evaluation.Subject, mode: Any) -> list[dict]:
     """The rows of an evaluation, and whether its robust images are those of the one without graphs."""
     folder = context.out / "gpu_check" / "standard"
@@ -267,32 +263,20 @@ def _evaluated(context: Context, subject: evaluation.Subject, mode: Any) -> list
     )  # fmt: skip
     robust = {row.attack: np.asarray(row.robust) for row in report.rows}
     np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)
-    reference = np.load(folder / "off.npz")
-    return [
-        {
-            "attack": row.attack,
-            "seconds": f"{row.seconds:.2f}",
-            "robust": int(robust[row.attack].sum()),
-            "images": len(subject.y),
-            "other_than_off": int((robust[row.attack] != reference[row.attack]).sum()),
-        }
-        for row in report.rows
-    ]
+    off = np.load(folder / "off.npz")
+    return [_compared(row.attack, row.seconds, robust[row.attack], off[row.attack]) for row in report.rows]
 
 
 def _official(context: Context, subject: evaluation.Subject) -> list[dict]:
     """The official AutoAttack on the same images, judged by the model itself."""
     began = time.perf_counter()
-    amount = evaluation.QUICK if context.dry else evaluation.Amount()
-    images = evaluation.official("standard")(subject, amount)
+    images = evaluation.official("standard")(subject, evaluation.QUICK if context.dry else evaluation.Amount())
     seconds = time.perf_counter() - began
     with torch.no_grad():
         robust = torch.cat([subject.model(part).argmax(1) for part in images.split(evaluation.BATCH)]) == subject.y
     off = np.load(context.out / "gpu_check" / "standard" / "off.npz")
     left = np.logical_and.reduce([off[name] for name in off.files])
-    other = int((robust.cpu().numpy() != left).sum())
-    return [{"attack": "AutoAttack", "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust),
-             "other_than_off": other}]  # fmt: skip
+    return [_compared("AutoAttack", seconds, robust.cpu().numpy(), left)]
 
 
 def standard(context: Context) -> Outcome:
@@ -300,20 +284,15 @@ def standard(context: Context) -> Outcome:
     subject = _subject(context)
     work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto", "always")}
     work["AutoAttack"] = partial(_official, context, subject)
-    with float32_products():
-        return measured(context, STANDARD, work)[1]
+    return measured(context, STANDARD, work)
 
 
-def _device_seconds(run: Callable[[], object], device: torch.device) -> float | None:
-    """Seconds that the device computes, by PyTorch's profiler; None where it cannot tell."""
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+def _device_seconds(run: Callable[[], object]) -> float:
+    """Seconds that a GPU computes, by PyTorch's profiler; 0 where it cannot tell."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-        torch.cuda.synchronize(device)
-    total = sum(event.self_device_time_total for event in profile.key_averages())
-    return total / 1e6 or None
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> list[dict]:
@@ -325,9 +304,9 @@ def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> li
     capture = _capture(context.device)
     times = [capture.timed(job.run, context.device) for _ in range(runs)]
     launching, whole = (statistics.median(column) for column in zip(*times, strict=True))
-    computing = _device_seconds(job.run, context.device)
+    computing = 0.0 if context.dry else _device_seconds(job.run)
     return [{"pipeline": pipeline, "case": case, "contestant": contestant, "host_ms": _ms(launching),
-             "all_ms": _ms(whole), "device_ms": "" if computing is None else _ms(computing)}]  # fmt: skip
+             "all_ms": _ms(whole), "device_ms": _ms(computing) if computing else ""}]  # fmt: skip
 
 
 def training_steps(context: Context) -> Outcome:
@@ -343,8 +322,7 @@ def training_steps(context: Context) -> Outcome:
         f"{pipeline}, {case}: {contestant}": partial(_one_step, context, pipeline, case, contestant)
         for pipeline, case, contestant in chosen
     }
-    with float32_products():
-        return measured(context, STEPS, work)[1]
+    return measured(context, STEPS, work)
 
 
 def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
@@ -377,22 +355,16 @@ def replays(context: Context) -> Outcome:
         for race in tune.races_of(op, context.device, (torch.bfloat16,)) or tune.races_of(op, context.device):
             if race.size == size:
                 work[race.words()] = partial(_one_replay, context, race, copied)
-    return measured(context, REPLAYS, work)[1]
-
-
-def tail(text: str, lines: int = 30) -> str:
-    return "\n".join(text.strip().splitlines()[-lines:])
+    return measured(context, REPLAYS, work)
 
 
 def extension(context: Context) -> Outcome:
     """The one that is loaded, else one built aside; it has the kernels of the CPU."""
-    path = Path(_library.path) if _library.loaded() and _library.path else None
-    how = "loaded"
-    if path is None:
-        how, path = "built", _build(context)
+    loaded = _library.path if _library.loaded() else None
+    path = Path(loaded) if loaded else _build(context)
     known = facts(path)
-    summary = f"{how}: torch {known.get('torch', 'unknown')}"
-    return Outcome(PASSED, summary, {"path": str(path), "how": how, **known})
+    summary = f"{'loaded' if loaded else 'built'}: torch {known.get('torch', 'unknown')}"
+    return Outcome(PASSED, summary, {"path": str(path), **known})
 
 
 def _build(context: Context) -> Path:
@@ -400,12 +372,8 @@ def _build(context: Context) -> Path:
     environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
     context.tell(0.1, "building")
-    run = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=context.left)
-    print(run.stdout, run.stderr, sep="\n")
-    built = sorted(place.glob("purify_fast/_C*.so"))
-    if run.returncode or not built:
-        raise RuntimeError(f"the build failed, exit status {run.returncode}:\n{tail(run.stdout + run.stderr)}")
-    return built[0]
+    subprocess.run(command, cwd=ROOT, env=environ, timeout=context.left, check=True)
+    return next(place.glob("purify_fast/_C*.so"))
 
 
 def measured_limits(context: Context) -> Outcome:
@@ -413,78 +381,33 @@ def measured_limits(context: Context) -> Outcome:
     return Outcome(PASSED, "; ".join(f"{row['limit']} {float(row['median']):,.0f} {row['unit']}" for row in rows))
 
 
-@dataclass
-class Cases:
-    """Tests by outcome: names, and for the others than passed why."""
-
-    passed: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def read(self, path: Path) -> None:
-        for case in xml.parse(path).getroot().iter("testcase"):
-            name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-            bad, skipped = case.find("failure"), case.find("skipped")
-            bad = case.find("error") if bad is None else bad
-            if bad is not None:
-                self.failed[name] = f"{bad.get('message')}\n{tail(bad.text or '', 15)}"
-            elif skipped is not None:
-                self.skipped[name] = skipped.get("message") or ""
-            else:
-                self.passed.append(name)
-
-
 def tests(context: Context) -> Outcome:
     """tests/gpu: the small tensors side by side, then large ones one at a time; none that has passed already."""
-    before = _passed(context)
-    Path(f"{before}.known").write_text(before.read_text() if before.exists() else "")
-    cases = Cases(passed=before.read_text().splitlines() if before.exists() else [])
-    rounds = [("kernels", ["-m", "not large"], 0.8), ("large tensors", ["-m", "large"], 1.0)]
-    for index, (name, arguments, share) in enumerate(rounds):
+    path = context.out / "gpu_check" / "tests.outcomes"
+    cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
+    rounds = [("kernels", "not large", 0.8, cores), ("large tensors", "large", 1.0, 0)]
+    for index, (name, mark, share, workers) in enumerate(rounds):
         context.tell(index / len(rounds), name)
-        seconds = share * context.left
-        cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 1
-        cores = 1 if "large" in arguments else cores
-        _pytest(context, cases, name, arguments, cores, seconds)
-    late = [test for test, why in cases.skipped.items() if "left out" in why]
-    skipped = len(cases.skipped) - len(late)
-    summary = f"{len(cases.passed)} passed, {len(cases.failed)} failed, {skipped} skipped, {len(late)} left out"
-    good = cases.passed and not cases.failed and not late
-    return Outcome(PASSED if good else FAILED, summary, dataclasses.asdict(cases), late)
-
-
-def _passed(context: Context) -> Path:
-    """The file of the tests that passed, with these sources on this device."""
-    mark = json.dumps(fingerprint(context.device, context.dry), sort_keys=True)
-    return context.out / "gpu_check" / f"tests-{hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()}.passed"
-
-
-def _pytest(context: Context, cases: Cases, name: str, arguments: list[str], cores: int, seconds: float) -> None:
-    path = context.out / "gpu_check" / "tests.xml"
-    path.unlink(missing_ok=True)
-    environ = {
-        **os.environ,
-        "PURIFY_FAST_TEST_DEVICE": context.device.type,
-        "PURIFY_FAST_TEST_PASSED": str(_passed(context)),
-        "PURIFY_FAST_TEST_SECONDS": str(max(1.0, seconds)),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", *TESTS, "-v", f"--junitxml={path}", "-p", "no:cacheprovider"]
-    if cores > 1:
-        command += ["-n", str(cores)]
-    command += ["--show-capture=no", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        last: list[str] = []
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = [*last, line][-30:]
-            share = re.search(r"\[ *(\d+)%\]", line)
-            if share:
-                context.tell(int(share[1]) / 100, name)
-    if not path.exists():
-        raise RuntimeError(f"pytest ended with exit status {process.returncode} and no report:\n{''.join(last)}")
-    cases.read(path)
+        environ = {
+            **os.environ,
+            "PURIFY_FAST_TEST_DEVICE": context.device.type,
+            "PURIFY_FAST_TEST_OUTCOMES": str(path),
+            "PURIFY_FAST_TEST_SECONDS": str(max(1.0, share * context.left)),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
+        command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
+        status = subprocess.run(command, cwd=ROOT, env=environ).returncode
+        # all passed, some failed, none was left to run
+        if status not in (0, 1, 5):
+            raise RuntimeError(f"pytest ended with exit status {status}")
+    outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
+    why: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}, "left out": {}}
+    for test, line in outcomes.items():
+        why["left out" if "left out" in line["why"] else line["outcome"]][test] = line["why"]
+    summary = ", ".join(f"{len(some)} {state}" for state, some in why.items())
+    good = why["passed"] and not why["failed"] and not why["left out"]
+    return Outcome(PASSED if good else FAILED, summary, why, list(why["left out"]))
 
 
 def sanitizer(context: Context) -> Outcome:
@@ -493,25 +416,18 @@ def sanitizer(context: Context) -> Outcome:
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=max(1.0, context.left)
-            )
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"{' '.join(command)} took longer than {error.timeout:.0f} s") from None
+        timeout = max(1.0, context.left)
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
         print(done.stdout, done.stderr, sep="\n")
         return done
 
     context.tell(0.1, "the ops without it")
     alone = run(script)
-    if alone.returncode:
-        raise RuntimeError(f"exit status {alone.returncode} without the sanitizer:\n{tail(alone.stderr)}")
-    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    tool = shutil.which("compute-sanitizer") or next(
-        (str(p) for home in (*homes, Path("/usr/local/cuda/bin")) if (p := home / "compute-sanitizer").exists()), None
-    )
+    alone.check_returncode()
     if context.device.type != "cuda":
         return Outcome(NOT_AVAILABLE, f"compute-sanitizer needs a CUDA device; {alone.stdout.strip()} without it")
+    homes = [f"{os.environ.get(name, '/usr/local/cuda')}/bin" for name in ("CUDA_HOME", "CUDA_PATH")]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *homes]))
     if tool is None:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
     tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
@@ -521,20 +437,19 @@ def sanitizer(context: Context) -> Outcome:
     commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in kinds.items()}
     control = run([*commands["memcheck"], *tiny])
     if control.returncode or clean["memcheck"] not in control.stdout:
-        said = tail(control.stdout + control.stderr, 8)
-        return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": said})
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": control.stdout})
     said, left_out, state = {}, [], PASSED
     for index, (kind, command) in enumerate(commands.items()):
         context.tell(0.3 + 0.3 * index, kind)
         try:
             done = run([*command, *script])
-        except TimeoutError as error:
-            left_out.append(f"{kind}: {error}")
+        except subprocess.TimeoutExpired as error:
+            left_out.append(f"{kind}: it took longer than {error.timeout:.0f} s")
             continue
-        said[kind] = tail(done.stdout, 12)
+        said[kind] = (done.stdout.strip() or "silent").splitlines()[-1].strip("= ")
         if done.returncode or clean[kind] not in done.stdout:
             state = FAILED
-    words = [f"{kind}: {(text or 'silent').splitlines()[-1].strip('= ')}" for kind, text in said.items()]
+    words = [f"{kind}: {line}" for kind, line in said.items()]
     return Outcome(state if said else FAILED, "; ".join(words) or "no tool ended in time", said, left_out)
 
 
@@ -549,44 +464,37 @@ def races(context: Context) -> Outcome:
     shipping.take(device, context.out)
     raced = [tune.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
     ratios = [row.ratio for rows in raced for row in rows]
-    ahead = sum(ratio > 1 for ratio in ratios)
-    summary = (
-        f"{len(ratios)} races, {ahead} won by the kernel, {len(tuned.changes)} calls served by another than before"
-    )
     problems = {**tuned.failed, **tuned.wrong}
-    details = {"errors": problems, "changes": [dataclasses.asdict(one) for one in tuned.changes]}
-    state = PASSED if ratios and not problems else FAILED
-    return Outcome(state, f"{summary}, {len(problems)} with a problem", details, tuned.left_out)
+    summary = (
+        f"{len(ratios)} races, {sum(ratio > 1 for ratio in ratios)} won by the kernel, {len(tuned.changes)} calls "
+        f"served by another than before, {len(problems)} with a problem"
+    )
+    details = {"errors": problems, "changes": [asdict(one) for one in tuned.changes]}
+    return Outcome(PASSED if ratios and not problems else FAILED, summary, details, tuned.left_out)
 
 
 def ops(context: Context) -> Outcome:
     """`python -m benchmarks ops`."""
     retain_freed_memory()
-    budget = Budget(context.left, True, {}, tell=context.tell)
+    budget = context.budget()
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
-    rows = report.rows_of(context.out / report.ROWS)
-    wrong = [" ".join(row[k] for k in ("op", "variant", "shape", "dtype")) for row in rows if row["verdict"] == "wrong"]
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("best", "level", "behind")}
-    summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}, {len(wrong)} wrong"
-    return _measured(budget, bool(rows), summary, wrong)
+    return _judged(budget, context.out / report.ROWS, ("op", "variant", "shape", "dtype"))
 
 
 def raced_pipelines(context: Context) -> Outcome:
     """`python -m benchmarks pipelines`."""
-    budget = Budget(context.left, True, {}, tell=context.tell)
+    budget = context.budget()
     run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
-    rows = report.rows_of(context.out / report.PIPELINES)
-    wrong = [f"{row['pipeline']} {row['case']}: {row['contestant']}" for row in rows if row["verdict"] == "wrong"]
-    cases = {(row["pipeline"], row["case"]) for row in rows}
-    return _measured(budget, bool(rows), f"{len(cases)} cases, {len(rows)} contestants, {len(wrong)} wrong", wrong)
+    return _judged(budget, context.out / report.PIPELINES, ("pipeline", "case", "contestant"))
 
 
-def _measured(budget: Budget, some: bool, summary: str, wrong: list[str]) -> Outcome:
-    """Passed if there are some rows, and none with an error or a wrong result."""
-    assert budget.failed is not None
-    summary += f", {len(budget.failed)} with an error, {len(budget.left_out)} left out"
-    state = PASSED if some and not wrong and not budget.failed else FAILED
-    return Outcome(state, summary, {"wrong": wrong, "errors": budget.failed}, budget.left_out)
+def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
+    """How many rows of a file have which verdict; those that are wrong by the columns that name them."""
+    rows = report.rows_of(path)
+    wrong = {" ".join(row[name] for name in columns): "wrong" for row in rows if row["verdict"] == "wrong"}
+    counts = Counter(row["verdict"] for row in rows)
+    summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}"
+    return outcome_of(budget, summary, bool(rows), wrong)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import purify_fast.ops.convolution  # noqa: F401  (registers the ops that are counted below)
@@ -47,27 +49,38 @@ def _batch() -> Batch:
     return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
-def _arrest(steps: int) -> ArrestTask:
-    attack = TrainingAttack(eps=EPS, steps=steps, alpha=EPS / min(4, steps))
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack), SHAPE)
+def arrest(
+    steps: int, network: Callable[[], nn.Module], shape: tuple[int, ...] = SHAPE, eps: float = EPS, **options: Any
+) -> ArrestTask:
+    """A training by ARREST with attacks of so many steps, and further options of its settings."""
+    attack = TrainingAttack(eps=eps, steps=steps, alpha=eps / min(4, steps))
+    return ArrestTask(network(), ArrestConfig(attack=attack, **options), shape)
 
 
 def _carso(target: str, steps: int) -> CarsoTask:
-    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    made = Carso(_small(), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
     return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=steps)))
 
 
-def _atop(target: str, steps: int) -> AtopTask:
-    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    attack = TrainingAttack(eps=EPS, steps=steps)
+def atop(target: str, steps: int, defence: Atop, eps: float = EPS) -> AtopTask:
+    """A fine-tuning by AToP, against FGSM on the classifier or PGD of so many steps through the pipeline."""
+    attack = TrainingAttack(eps=eps, steps=steps)
     method = "fgsm" if target == "classifier" else "pgd"
-    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
+    return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
+
+
+def _small() -> SmallCNN:
+    return SmallCNN(width=4)
+
+
+def _atop(target: str, steps: int) -> AtopTask:
+    return atop(target, steps, Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1))
 
 
 #: By training, what makes its task, with the steps of its attack; the one step of FGSM has no such number.
 TRAININGS: dict[str, Callable[[], Any]] = {
-    "ARREST, PGD-2": lambda: _arrest(2),
-    "ARREST, PGD-10": lambda: _arrest(10),
+    "ARREST, PGD-2": lambda: arrest(2, _small),
+    "ARREST, PGD-10": lambda: arrest(10, _small),
     "CARSO, paper's objective, PGD-2": lambda: _carso("classifier", 2),
     "CARSO, paper's objective, PGD-10": lambda: _carso("classifier", 10),
     "CARSO, pipeline, PGD-2": lambda: _carso("pipeline", 2),
@@ -231,3 +244,30 @@ class Flops(FlopCounterMode):
     def total(self) -> int:
         """How many there were."""
         return self.get_total_flops()
+
+
+class Moved(Launches):
+    """Counts launches, and the bytes that they read and write.
+
+    Attributes:
+        bytes: how many, as if no cache held anything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.count
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.count > before:
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def counted(run: Callable[[], object]) -> tuple[int, int, int]:
+    """The launches of a call, the bytes that they read and write, and the FLOP of its products."""
+    with Flops() as flops, Moved() as moved:
+        run()
+    return moved.count, moved.bytes, flops.total

@@ -13,18 +13,21 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import platform
 import statistics
 import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops.dispatch import cache
+from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.ops.dispatch.tune import Launches
 
 from .ops import Case
@@ -46,8 +49,6 @@ class Effort:
     steady: float = 1.15  # the largest p80 / p20 that needs no other attempt
 
 
-#: Every row in a third of the time: the compiler's work is what is left of it.
-FAST = Effort(runs=9, seconds=2e-3, attempts=1)
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
@@ -60,31 +61,15 @@ def backend_of(op: str, device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = ""
+    machine = cache.machine(device)
+    name = machine["device"] if device.type == "cuda" else f"{machine['device']} {machine['capability']}"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": version,
+        "triton": import_module("triton").__version__ if find_spec("triton") else "",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return f"{line.split(':')[1].strip()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.processor() or 'cpu'} {platform.machine()}"
-
-
-def tensors(value) -> tuple[Tensor, ...]:
-    return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def _function(case: Case, style: str) -> Callable:
@@ -125,9 +110,6 @@ class Contestant:
             outputs = tensors(function(*inputs))
         gradients = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-    def run(self) -> tuple[Tensor, ...]:
-        return self.calls[0]()
 
     @contextlib.contextmanager
     def mode(self):
@@ -211,25 +193,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
 
 
 #: A backward that is run again keeps its buffers.
-_again = functorch_config.patch(donated_buffer=False)
-
-
-@_again
-def prepare(
-    op: str, case: Case, direction: str, style: str, device: torch.device, contestants: tuple[str, ...]
-) -> tuple[dict[str, Contestant], dict[str, tuple[Tensor, ...]]]:
-    """The contestants of a row, compiled, and their results."""
-    torch._dynamo.reset()
-    sets = _sets(case, direction, device)
-    entries = {k: Contestant(case, style, direction, k, op, sets) for k in contestants}
-    results = {}
-    for kind, entry in entries.items():
-        with entry.mode():
-            results[kind] = entry.run()
-    return entries, results
-
-
-@_again
+@functorch_config.patch(donated_buffer=False)
 def measure(
     op: str,
     case: Case,
@@ -241,11 +205,17 @@ def measure(
     bandwidth: float | None = None,
 ) -> dict:
     """A row of the table; a contestant whose result is wrong has no number. ``bandwidth``: of a copy, in bytes/s."""
-    entries, results = prepare(op, case, direction, style, device, contestants)
+    torch._dynamo.reset()
+    sets = _sets(case, direction, device)
+    entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in contestants}
+    results = {}
+    for kind, entry in entries.items():
+        with entry.mode():
+            results[kind] = entry.calls[0]()
     right = {k: agree(r, results["eager"], case.dtype, style, case.slack) for k, r in results.items()}
     del results
     with entries["eager"].mode(), Launches() as counted:
-        entries["eager"].run()
+        entries["eager"].calls[0]()
     launched = counted.count  # of the reference, where ours is one or a few
     repeats = {}
     for kind, entry in entries.items():

@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
@@ -29,6 +27,7 @@ from . import (
     front_page,
     instructions,
     launches,
+    options,
     performance,
     report,
     roofline,
@@ -36,6 +35,7 @@ from . import (
     shipping,
     zoo,
 )
+from .studies import Unfit
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,28 +51,7 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def ops_served(results: Path) -> str:
-    """Who serves each op on a CPU, and how far ahead or behind our kernel is.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
-    rows = report.read_csv(results / "cpu" / report.VERDICTS)
-    names = {
-        "op": "op",
-        "direction": "direction",
-        "eager_calls": "serves eager calls",
-        "in_graphs": "serves in graphs",
-        "behind_eager": "behind, eager",
-        "behind_graph": "behind, graph",
-        "gain_on_eager": "gain",
-        "worst_ratio": "worst ratio",
-        "worst_row": "where",
-    }
-    return "\n".join(markdown_table(list(names.values()), [[row[key] for key in names] for row in rows]))
-
-
-def pipelines(results: Path, *wanted: str) -> str:
+def pipelines(results: Path, *wanted: str) -> list[str]:
     """The contestants of some pipelines, one column for each case.
 
     Args:
@@ -91,10 +70,10 @@ def pipelines(results: Path, *wanted: str) -> str:
         body.append(line)
     heads = [f"{case}: {shape}" for _, case, shape in cases]
     machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
-    return "\n".join([f"{machines}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)])
+    return [f"{machines}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
 
 
-def contests(results: Path) -> str:
+def contests(results: Path) -> list[str]:
     """Our attacks against the official AutoAttack.
 
     Args:
@@ -106,31 +85,27 @@ def contests(results: Path) -> str:
     rows = evaluation.read(results / "studies")
     if not rows:
         raise FileNotFoundError(results / "studies" / evaluation.FILE)
-    return evaluation.markdown(rows).strip()
+    return evaluation.markdown(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
+#: What makes the lines of each table.
+TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": contests,
-    "ops_served": ops_served,
+    "ops_served": lambda results: report.verdicts_table(report.read_csv(results / "cpu" / report.ROWS)),
+    "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
+    "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
     "front_attacks": front_page.attacks_sentence,
-    "zoo": lambda _: zoo.markdown([packed.card(name) for name in packed.list()]),
-    "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
-    **{
-        name: lambda results, lines=lines: "\n".join(lines(results))
-        for name, lines in {
-            "performance_devices": performance.devices,
-            "ops_counted": lambda _: performance.counted(),
-            "instructions": instructions.table,
-            "launches": launches.table,
-            "roofline": roofline.table,
-            "captures": captures.chapter,
-            "measured": performance.chapters,
-        }.items()
-    },
+    "zoo": lambda _: zoo.table([packed.card(name) for name in packed.list()]),
+    "performance_devices": performance.devices,
+    "measured": performance.chapters,
+    "instructions": instructions.table,
+    "launches": launches.table,
+    "roofline": roofline.table,
+    "captures": captures.chapter,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"
@@ -145,7 +120,7 @@ def table(name: str, results: Path) -> str | None:
     """
     try:
         if name in TABLES:
-            return TABLES[name](results)
+            return "\n".join(TABLES[name](results))
         return (results / "studies" / f"{name}.md").read_text().strip()
     except FileNotFoundError:
         return None
@@ -328,15 +303,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_folders(chosen: argparse.Namespace) -> None:
-    """ValueError for a folder without results."""
-    for path in chosen.folders:
-        if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
-            raise ValueError(f"{path} holds neither {report.ROWS} nor {report.PIPELINES}")
-
-
 def main(chosen: argparse.Namespace) -> bool | None:
     """``python -m benchmarks report``; if that is asked for, whether README and docs agree with the results."""
+    for path in chosen.folders:
+        if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
+            raise Unfit(f"{path} holds neither {report.ROWS} nor {report.PIPELINES}")
     if chosen.check:
         problems = check(RESULTS)
         print("\n".join(problems) or "README and docs agree with the results files; their local links lead somewhere")
@@ -365,19 +336,15 @@ def publish() -> None:
 
 def ship_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks ship``."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-
-
-def check_ship(chosen: argparse.Namespace) -> None:
-    """ValueError without the device; FileNotFoundError if nothing was raced there."""
-    running.check_device(chosen)
-    shipping.raced_here(torch.device(chosen.device))
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
 
 
 def ship(chosen: argparse.Namespace) -> Path:
     """``python -m benchmarks ship``."""
-    device = torch.device(chosen.device)
-    path = shipping.take(device, running.folder(device, False))
+    try:
+        path = shipping.take(chosen.device, running.folder(chosen.device, False))
+    except FileNotFoundError as error:
+        raise Unfit(str(error)) from error
     publish()
     return path
 

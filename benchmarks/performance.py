@@ -45,10 +45,8 @@ def limit(case: Case, direction: str, copied: float | None, multiplied: float | 
 
 
 def _counted(case: Case, what: str, direction: str) -> tuple[str, str]:
-    """The formula, or nothing, and the number in millions."""
-    formula = getattr(case, what)[direction]
-    text = f"`{formula.replace('*', ' ')}`" if isinstance(formula, str) else ""
-    return text, f"{case.count(what, direction) / 1e6:,.1f}"
+    """The formula, and the number in millions."""
+    return f"`{case.formula(what, direction).replace('*', ' ')}`", f"{case.count(what, direction) / 1e6:,.1f}"
 
 
 def _shape(case: Case) -> str:

@@ -69,7 +69,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
                 "in_graphs": backend if _ahead(graph) else "reference",
                 "behind_eager": f"{len(lost['eager'])}/{len(eager)}",
                 "behind_graph": f"{len(lost['graph'])}/{len(graph)}",
-                "gain_on_eager": f"{_mean(gains):.2f}",
+                "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",
                 "worst_ratio": worst["ratio"],
                 "worst_row": " ".join(filter(None, (worst["variant"], worst["shape"], worst["dtype"]))),
             }
@@ -97,15 +97,12 @@ def races(rows: list[dict]) -> dict:
     first = next(row for row in rows if row["device"] == usual)
     kind = "cpu" if first["backend"] == "cpp" else "cuda"
     decided: dict[str, dict] = {}
-    for row in rows:
-        name = row["op"] if row["direction"] == "forward" else f"{row['op']}_backward"
-        own = [one for one in rows if (one["op"], one["direction"]) == (row["op"], row["direction"])]
-        if name in decided:
-            continue
-        variants = {one["variant"]: [r for r in own if r["variant"] == one["variant"]] for one in own}
-        decided[name] = {
-            "cells": {"": _winners(own)} | {name: _winners(part) for name, part in variants.items() if name}
-        }
+    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
+        cells = {"": _winners(own)}
+        for variant in dict.fromkeys(row["variant"] for row in own if row["variant"]):
+            cells[variant] = _winners([row for row in own if row["variant"] == variant])
+        decided[op if direction == "forward" else f"{op}_backward"] = {"cells": cells}
     device, _, capability = first["device"].partition(" x86_64 ")
     capability = f"x86_64 {capability}" if capability else ""
     machine = {"kind": kind, "device": device, "capability": capability, "torch": first["torch"]}
@@ -117,10 +114,6 @@ def _winners(rows: list[dict]) -> dict[str, str]:
     """The backends of eager calls and inside graphs, by rows of one op and direction."""
     (line,) = verdicts(rows)
     return {"eager": line["eager_calls"], "graph": line["in_graphs"]}
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values) if values else 0.0
 
 
 def _machines(rows: list[dict], kind: str) -> str:
@@ -135,11 +128,16 @@ def _machines(rows: list[dict], kind: str) -> str:
     return f"Measured on several machines: {'; '.join(parts)}."
 
 
+def verdicts_table(rows: list[dict]) -> list[str]:
+    """Who serves each op, and how far ahead or behind our kernel is."""
+    head = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
+    return table([*head, "where"], (line.values() for line in verdicts(rows)))
+
+
 def markdown(rows: list[dict]) -> str:
     """The page of the ops: who serves, and all rows."""
     gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
     kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
-    decided = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
     heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
     body = []
     for row in rows:
@@ -166,7 +164,7 @@ def markdown(rows: list[dict]) -> str:
         "fast in every row, or in every one of a variant, which is then served on its own. Gain: ours over the "
         "uncompiled reference, geometric mean of the eager rows.",
         "",
-        *table([*decided, "where"], (line.values() for line in verdicts(rows))),
+        *verdicts_table(rows),
         "",
         "## All rows",
         "",
@@ -218,8 +216,7 @@ def pipelines_markdown(rows: list[dict]) -> str:
         "other, weight gradients computed, glibc's allocator untouched. `torch.compile of plain`: its networks "
         "compiled, allocator raised. `bfloat16`: under `torch.autocast`, allocator raised. `ours`: `accelerate()`, "
         "allocator raised; `compiled`: with `compile=True`. "
-        "pre_encoders: `ours` runs them one after the other; `grouped`, same shapes in one convolution, is not "
-        "shipped. Each one's result is compared with the first one's. Share: the arithmetic that ours does "
+        "Each one's result is compared with the first one's. Share: the arithmetic that ours does "
         "(`torch.utils.flop_counter`), over the time, over the best rate of a large bfloat16 matrix product or "
         "convolution in the same run.",
     ]
@@ -257,18 +254,11 @@ def plot_pipelines(rows: list[dict], path: Path) -> bool:
     for axes, ((pipeline, case), group) in zip(panels[:, 0], cases.items(), strict=True):
         times = [float(row["speed_up"]) for row in group]
         names = [row["contestant"].replace("ours", "purify_fast") for row in group]
-        axes.barh(range(len(group)), times, height=0.72, color=[_colour(row["contestant"]) for row in group])
-        for at, (row, factor) in enumerate(zip(group, times, strict=True)):
-            text = f"{factor:.2f}   {float(row['ms']):,.0f} ms"
-            card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
-            axes.text(factor + 0.012 * most, at, text, va="center", fontsize=8, color=style.INK, bbox=card, zorder=4)
+        texts = [f"{factor:.2f}   {float(row['ms']):,.0f} ms" for row, factor in zip(group, times, strict=True)]
+        style.bars(axes, names, times, [_colour(row["contestant"]) for row in group], texts, most)
         rivals = [factor for row, factor in zip(group, times, strict=True) if "torch.compile" in row["contestant"]]
         if rivals:
             axes.axvline(max(rivals), color=style.RIVAL, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(group)), names)
-        axes.set_ylim(len(group) - 0.4, -0.6)
-        axes.set_xlim(0, 1.25 * most)
-        style.plain_axes(axes)
         style.title(axes, f"{pipeline}: {case} ({group[0]['device']})")
     panels[-1, 0].set_xlabel(
         "times as fast as the plain form; dashed: the best torch.compile, the one to beat", fontsize=8.5

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from purify_fast.attacks.attacked_model import frozen
-from purify_fast.attacks.objective import Objective
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.atop import Atop, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
@@ -32,8 +29,8 @@ from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
 from . import RESULTS, report
-from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, per_step
-from .launches import Flops, Replays, served
+from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, of_model, per_step
+from .launches import Replays, arrest, atop, counted, served
 
 FILE = "roofline.csv"
 #: Assumed of the device: bytes moved in a second, FLOP in a second in both precisions, and the share of those that
@@ -47,26 +44,6 @@ COUNTED, BATCHES = (4, 8), (16, 64, 250)
 SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
 #: ARREST's threshold beyond any drift, so that every image is attacked.
 NEVER_REPLAYED = 10.0
-
-
-class Moved(Launches):
-    """Counts launches, and the bytes that they read and write.
-
-    Attributes:
-        bytes: how many, as if no cache held anything.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.count
-        result = super().__torch_dispatch__(function, types, args, kwargs)
-        if self.count > before:
-            leaves = tree_leaves((args, kwargs, result))
-            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
-        return result
 
 
 class Half(nn.Module):
@@ -101,21 +78,6 @@ class Count(NamedTuple):
     flop: float
 
 
-def _counted(run: Callable[[], object]) -> tuple[int, int, int]:
-    with Flops() as flops, Moved() as moved:
-        run()
-    return moved.count, moved.bytes, flops.total
-
-
-def _of_model(name: str, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
-    """What an attack asks of a model in a step: a gradient of its loss, of Square a forward pass."""
-    with frozen(model), torch.no_grad():
-        labels = model(x).topk(2, 1).indices
-        if name == "Square":
-            return _counted(lambda: model(x))
-        return _counted(lambda: Objective(model, "margin_targeted").gradient(x, labels))
-
-
 def of_attack(name: str, size: int) -> Count:
     """One step of an attack on a ResNet-18 that none of the images falls to.
 
@@ -128,14 +90,14 @@ def of_attack(name: str, size: int) -> Count:
     torch.manual_seed(0)
     x, attack = torch.rand(size, *SHAPE), ATTACKS[name]
     tiny = SmallCNN(SHAPE[0], CLASSES, SHAPE[1:], 4).eval()
-    large = Half(PreActResNet18(num_classes=CLASSES))
+    large = Half(_network())
     y = tiny(x).argmax(1)
     with kernels_serve():
         beside, _ = per_step(tiny, x, attack, True)
         short, long = (
-            _counted(lambda steps=steps: attack(tiny, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS
+            counted(lambda steps=steps: attack(tiny, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS
         )
-        models = _of_model(name, tiny, x), _of_model(name, large, x)
+        models = of_model(name, tiny, x), of_model(name, large, x)
     steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
     launches, moved, flop = (
         (b - a) / steps - small + big for a, b, small, big in zip(short, long, *models, strict=True)
@@ -144,25 +106,22 @@ def of_attack(name: str, size: int) -> Count:
     return Count(launches, launches if name == "Square" else beside, moved, flop)
 
 
-def _arrest() -> ArrestTask:
-    attack = TrainingAttack(eps=EPS, steps=10, alpha=EPS / 4)
-    return ArrestTask(PreActResNet18(num_classes=CLASSES), ArrestConfig(attack=attack, tau=NEVER_REPLAYED), SHAPE)
+def _network() -> nn.Module:
+    return PreActResNet18(num_classes=CLASSES)
 
 
 def _carso() -> CarsoTask:
-    made = Carso(PreActResNet18(num_classes=CLASSES), ["stages.1", "stages.3"], SHAPE, 128, 128, 8)
-    return CarsoTask(made, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=10)))
+    defence = Carso(_network(), ["stages.1", "stages.3"], SHAPE, 128, 128, 8)
+    return CarsoTask(defence, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=10)))
 
 
 def _atop() -> AtopTask:
-    made = Atop(PreActResNet18(num_classes=CLASSES), SmallGenerator(SHAPE[0]), SHAPE, block=4, sigma=0.1)
-    attack = TrainingAttack(eps=EPS, steps=10)
-    return AtopTask(made, AtopConfig(attack_method="fgsm", attack_target="classifier", attack=attack, cls_delay=0))
+    return atop("classifier", 10, Atop(_network(), SmallGenerator(SHAPE[0]), SHAPE, block=4, sigma=0.1), EPS)
 
 
 #: A step of each training, of a ResNet-18 and what goes with it, in float32 (TF32 where it multiplies).
 TRAININGS: dict[str, Callable[[], Any]] = {
-    "ARREST, PGD-10": _arrest,
+    "ARREST, PGD-10": lambda: arrest(10, _network, SHAPE, EPS, tau=NEVER_REPLAYED),
     "CARSO, pipeline, PGD-10": _carso,
     "AToP, paper's objective, FGSM": _atop,
 }
@@ -181,7 +140,7 @@ def of_training(make: Callable[[], Any], size: int) -> Count:
     task, replays = make(), Replays()
     task.model.train()
     task.training_step(batch)[0].backward()
-    launches, moved, flop = _counted(lambda: task.training_step(batch)[0].backward())
+    launches, moved, flop = counted(lambda: task.training_step(batch)[0].backward())
     task.graphs = StepGraphs("always", capture=replays)
     task.training_step(batch)[0].backward()
     replays.replayed = 0
@@ -240,14 +199,12 @@ def write(results: Path) -> Path:
     Args:
         results: the folder.
     """
-    made: list[tuple[str, float, Callable[[int], Count]]] = []
-    for name in ATTACKS:
-        made.append((name, BFLOAT16, lambda size, name=name: of_attack(name, size)))
-    for name, make in TRAININGS.items():
-        made.append((name, TF32, lambda size, make=make: of_training(make, size)))
+    steps: list[tuple[str, float, Callable[[int], Count]]]
+    steps = [(name, BFLOAT16, partial(of_attack, name)) for name in ATTACKS]
+    steps += [(name, TF32, partial(of_training, make)) for name, make in TRAININGS.items()]
     rows = []
     with served("by rule"):
-        for name, rate, count in tqdm(made, desc="roofline", unit=" steps"):
+        for name, rate, count in tqdm(steps, desc="roofline", unit=" steps"):
             counts = count(COUNTED[0]), count(COUNTED[1])
             rows += [row_of(name, continued(counts, size), size, rate) for size in BATCHES]
     path = results / FILE

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import os
 import re
 import sys
 import time
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from purify_fast.speed import retain_freed_memory
 
-from . import RESULTS, limits, measure, pipelines, race, report
+from . import RESULTS, limits, measure, options, pipelines, race, report
 from .ops import Case, registry
 
 #: What tells the rows of ops.csv apart.
@@ -43,7 +41,7 @@ class Budget:
     """How long a run may take, and how it goes on: without one, an error ends it and nothing is left out.
 
     Attributes:
-        seconds: nothing is begun that would end later, if it took as long as the others did on average.
+        seconds: nothing is begun that would end later, if it took as long as the longest before it.
         resume: keep what has been measured already.
         failed: tracebacks by name, if errors are to be collected.
         tell: is told the share that is done, and the next name.
@@ -57,11 +55,12 @@ class Budget:
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
         """Run all of ``work``, by name, within the budget."""
-        start = time.monotonic()
+        start, spent, longest = time.monotonic(), 0.0, 0.0
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
-                spent = time.monotonic() - start
-                if spent + spent / max(1, index) > self.seconds:
+                before, spent = spent, time.monotonic() - start
+                longest = max(longest, spent - before)
+                if spent + longest > self.seconds:
                     self.left_out += [name for name, _ in work[index:]]
                     return
                 progress.set_description(name, refresh=True)
@@ -72,11 +71,6 @@ class Budget:
                     if self.failed is None:
                         raise
                     self.failed[name] = traceback.format_exc()
-
-
-def _registry(device: torch.device, quick: bool) -> dict[str, Callable[[], list[Case]]]:
-    """The cases for a device; to be quick those for a CPU, where there are any."""
-    return registry(device.type) | (registry("cpu") if quick else {})
 
 
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
@@ -95,40 +89,14 @@ def key(op: str, case: Case, direction: str, style: str, backend: str = "") -> t
     return op, case.variant, "x".join(map(str, case.shape)), dtype, direction, style, backend
 
 
-def _compile(op: str, index: int, direction: str, style: str, quick: bool, device: torch.device) -> None:
-    """Fill the compiler's cache on disk with what a row needs; in a process of its own."""
-    case = _registry(device, quick)[op]()[index]
-    measure.prepare(op, case, direction, style, device, ("compile", "ours"))
-
-
-def _compile_ahead(work: list[tuple], ops: dict, quick: bool, device: torch.device, seconds: float) -> float:
-    """Compile for the first rows of ``work`` on all cores, as a budget has no time for it one by one; seconds spent."""
-    began = time.monotonic()
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    if device.type == "cuda":  # each holds the inputs and results of a row
-        workers = max(1, min(workers, torch.cuda.mem_get_info(device)[0] // (8 << 30)))
-    positions = {name: {key(name, case, "", ""): i for i, case in enumerate(ops[name]())} for name in ops}
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # what works at the end of the block is ended
-        jobs = [
-            pool.apply_async(_compile, (op, positions[op][key(op, case, "", "")], direction, style, quick, device))
-            for op, case, direction, style in work
-        ]
-        for job in jobs:  # an error shows again when the row is measured
-            job.wait(max(0.0, began + seconds - time.monotonic()))
-    return time.monotonic() - began
-
-
 def run_ops(
     names: list[str],
     device: torch.device,
     quick: bool,
     out: Path,
     budget: Budget | None = None,
-    *,
-    effort: measure.Effort | None = None,
-    styles: tuple[str, ...] = measure.STYLES,
 ) -> None:
-    """Measure, and write after every row; rows of ops and styles that are not asked for stay.
+    """Measure, and write after every row; rows of ops that are not asked for stay.
 
     Args:
         names: of the ops.
@@ -136,16 +104,15 @@ def run_ops(
         quick: whether one small case of each variant is enough.
         out: the folder of the results.
         budget: how long it may take; as long as it does by default.
-        effort: how often rows are timed; by default as ``quick`` has it.
-        styles: which rows, of ``eager`` and ``graph``.
     """
     budget = budget or Budget()
-    effort = effort or (measure.QUICK if quick else measure.Effort())
-    ops = _registry(device, quick)
+    effort = measure.QUICK if quick else measure.Effort()
+    # the cases for the device; to be quick those for a CPU, where there are any
+    ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / report.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in report.rows_of(path)}
     if not budget.resume:
-        kept = {at: row for at, row in kept.items() if at[0] not in names or at[5] not in styles}
+        kept = {at: row for at, row in kept.items() if at[0] not in names}
     order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
     backends = {}
     for name in names:
@@ -157,7 +124,7 @@ def run_ops(
             budget.failed[name] = str(error)
     names = list(backends)
     bandwidth = limits.read(out).get((measure.environment(device)["device"], limits.COPY))
-    work = [row for row in _rows(ops, names, quick) if row[4] in styles and key(*row[1:], backends[row[1]]) not in kept]
+    work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
     if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others
         work.sort(key=lambda row: (row[0], measure.STYLES.index(row[4]), row[3] == "backward"))
 
@@ -168,8 +135,6 @@ def run_ops(
         kept[key(*row, backends[row[0]])] = measure.measure(*row, device, effort, contestants, bandwidth)
         report.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at[:-1], len(order)))])
 
-    if budget.seconds < math.inf:
-        budget.seconds -= _compile_ahead([row[1:] for row in work], ops, quick, device, 0.3 * budget.seconds)
     try:
         budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row)) for row in work], "row")
     finally:
@@ -201,73 +166,33 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
 
 
-def _arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which; all by default: {', '.join(known)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """The options that ``python -m benchmarks`` has for ops and for pipelines.
+
+    Args:
+        parser: of the command.
+        known: the names of what can be measured.
+    """
+    which = f"which; all by default: {', '.join(known)}"
+    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(known), help=which)
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
     parser.add_argument(
         "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
     )
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
 
 
-def ops_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks ops``."""
-    _arguments(parser, registry("cuda"))
-    parser.add_argument("--fast", action="store_true", help="every row, timed once in place of up to three times")
-    styles = "only calls from Python (eager) or only those inside a compiled graph; both by default"
-    parser.add_argument("--style", choices=measure.STYLES, help=styles)
-
-
-def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks pipelines``."""
-    _arguments(parser, pipelines.registry())
-    earlier = "a file of shipped races: run each pipeline on the CPU with the ops served as it says and as now, in turn"
-    parser.add_argument("--before", type=Path, metavar="FILE", help=earlier)
-
-
-def check_device(chosen: argparse.Namespace) -> None:
-    """ValueError if there is no such device."""
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available")
-
-
-def check_device_and_names(chosen: argparse.Namespace) -> None:
-    """ValueError for ops or pipelines that do not exist, or without the device."""
-    known = registry(chosen.device) if chosen.command == "ops" else pipelines.registry()
-    if unknown := set(chosen.names) - set(known):
-        kind = chosen.command.removesuffix("s")
-        raise ValueError(f"no such {kind}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    check_device(chosen)
-    if chosen.command == "pipelines" and chosen.before:
-        if chosen.device != "cpu":
-            raise ValueError("--before compares on the CPU alone")
-        race.read_races(chosen.before)
-
-
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops; who serves each of them, and the table's file."""
-    device = torch.device(chosen.device)
-    out = chosen.out or folder(device, chosen.quick)
+    device, out = chosen.device, chosen.out or folder(chosen.device, chosen.quick)
     retain_freed_memory()
-    effort = measure.FAST if chosen.fast and not chosen.quick else None
-    styles = (chosen.style,) if chosen.style else measure.STYLES
-    run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out, effort=effort, styles=styles)
-    lines = [
-        f"{line['op']} {line['direction']}, eager calls on {device.type}: served by {line['eager_calls']} "
-        f"({line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']})"
-        for line in report.read_csv(out / report.VERDICTS)
-    ]
+    run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
     rows = report.read_csv(out / report.ROWS)
-    if device.type == "cpu" and any(row["style"] == "eager" and row["ratio"] for row in rows):
-        lines.append(report.ops_sentence(out / report.ROWS))
-    return "\n".join([*lines, str(out / report.TABLE)])
+    return "\n".join([*report.verdicts_table(rows), "", str(out / report.TABLE)])
 
 
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Race pipelines; their table."""
-    device = torch.device(chosen.device)
-    out = chosen.out or folder(device, chosen.quick)
-    if chosen.before:
-        return race.compare_served(chosen.before, chosen.names or list(pipelines.registry()), chosen.quick, out)
-    run_pipelines(chosen.names or list(pipelines.registry()), device, chosen.quick, out)
+    out = chosen.out or folder(chosen.device, chosen.quick)
+    run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
     return (out / report.PIPELINES_TABLE).read_text()

@@ -58,8 +58,8 @@ def write_races(results: Path) -> Path:
     return races.SHIPPED
 
 
-def raced_here(device: torch.device) -> dict[str, Any]:
-    """What `purify-fast tune` found on a device that is here.
+def take(device: torch.device, folder: Path) -> Path:
+    """Copy what `purify-fast tune` found on a device that is here into a folder of results.
 
     Raises:
         FileNotFoundError: there is no such file, or it is of other sources or versions.
@@ -69,10 +69,5 @@ def raced_here(device: torch.device) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{cache.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
         )
-    return raced
-
-
-def take(device: torch.device, folder: Path) -> Path:
-    """Copy what `raced_here` says into a folder of results."""
-    write_text(folder / FILE, json.dumps(raced_here(device), indent=1) + "\n")
+    write_text(folder / FILE, json.dumps(raced, indent=1) + "\n")
     return folder / FILE

@@ -20,8 +20,6 @@ RIVAL = "#2457a6"
 PLAIN = "#9aa4ae"
 ALARM = "#c62828"
 GRID = "#dde2e7"
-#: Marks that differ in shape as well, for readers who do not tell the colors apart.
-MARKS = {"clean": (PLAIN, "o"), "second": (RIVAL, "s"), "third": (INK, "D")}
 
 
 def new_figure(**options: Any) -> Any:
@@ -31,13 +29,10 @@ def new_figure(**options: Any) -> Any:
         options: of matplotlib's Figure.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    made = Figure(facecolor="white", layout="constrained", **options)
-    FigureCanvasAgg(made)
-    return made
+    return Figure(facecolor="white", layout="constrained", **options)
 
 
 def plain_axes(axes: Any) -> None:
@@ -51,6 +46,27 @@ def plain_axes(axes: Any) -> None:
     axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=INK)
     axes.grid(axis="x", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], texts: list[str], most: float) -> Any:
+    """Horizontal bars from top to bottom, each with a text at its end; returns matplotlib's bars.
+
+    Args:
+        axes: matplotlib's.
+        names: at the left.
+        widths: of the bars.
+        colors: of the bars.
+        texts: at their ends.
+        most: the largest width of all axes that are compared.
+    """
+    container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
+    card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+    axes.bar_label(container, texts, padding=4, fontsize=8.5, color=INK, bbox=card)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.25 * most)
+    plain_axes(axes)
+    return container
 
 
 def title(axes: Any, text: str) -> None:

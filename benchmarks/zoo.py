@@ -27,6 +27,7 @@ from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
+from . import options
 from .studies import Unfit
 from .studies.cifar10 import clean_accuracy as share_correct
 
@@ -179,7 +180,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
     )
 
 
-def markdown(models: Sequence[Card]) -> str:
+def table(models: Sequence[Card]) -> list[str]:
     """The models of the zoo as a table for a page.
 
     Args:
@@ -192,7 +193,7 @@ def markdown(models: Sequence[Card]) -> str:
         cells = [_cell(card.clean), *(_cell(card.attacked.get(name)) for name in protocols)]
         body.append([f"`{card.name}`", card.title, eps, *cells])
     head = ["model", "what it is", "eps", "clean", *(f"`{name}`" for name in protocols)]
-    return "\n".join(markdown_table(head, body))
+    return markdown_table(head, body)
 
 
 def _cell(accuracy: Accuracy | None) -> str:
@@ -208,7 +209,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in PROTOCOLS.items()).replace("%", "%%")
     images = f"how many held-out images are attacked: {shares}; {IMAGES} by default"
-    parser.add_argument("--images", type=int, default=IMAGES, help=images)
+    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
     parser.add_argument(
         "--data", default="data", help="of MNIST and CIFAR-10: the folder that holds them; data by default"
     )
@@ -222,9 +223,7 @@ def sources_of(chosen: argparse.Namespace, models: Path) -> dict[str, Path]:
 
 
 def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
-    """ValueError for an unknown name or no images; FileNotFoundError for a model or data that are not there."""
-    if chosen.images < 1:
-        raise ValueError(f"--images must be at least 1, got {chosen.images}")
+    """ValueError for an unknown name; FileNotFoundError for a model or data that are not there."""
     for name, source in sources_of(chosen, models).items():
         card = card_of(name, source)
         if not (source / MODEL).is_file():

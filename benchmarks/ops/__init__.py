@@ -1,17 +1,29 @@
 """The ops' benchmarks: one file per op, each a list of the inputs that users have.
 
-A file has ``cases(shapes=SHAPES)``, and for GPUs, which these would not fill, other shapes in LARGE, the largest first.
-DEVICES are those that have a kernel, if not all do.
+A file has SHAPES, and for GPUs, which these would not fill, other shapes in LARGE, the largest first. It has a function
+``case(shape, dtype, variant)``, which is called with every shape and with every pair in KINDS; a file without KINDS has
+no variants. Where not every shape has every kind, the file has a function ``cases(shapes)`` in their place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+#: The ops that are measured, in the order of the tables; some have a kernel on a GPU alone.
+OPS = (
+    "philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step", "apgd_step", "random_transform",
+    "stitch", "gated_elu", "contextual_attention", "representation_distance", "noisy_replay", "decode_samples",
+    "hyperplane_projection", "square_proposal",
+)  # fmt: skip
+CUDA_ONLY = ("decode_samples", "square_proposal")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -21,15 +33,14 @@ class Case:
     Attributes:
         inputs: tensors on torch's default device; the first is what a surrounding graph feeds.
         slack: how many times the usual error contestants may differ by.
-        bytes, flops: by direction; formulas of ``symbols``, or numbers.
+        work: by direction the bytes and the FLOP, as formulas of ``symbols``, the elements n and the bytes s of each.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     inputs: Callable[[], tuple[Tensor, ...]]
     call: Callable[..., Tensor | tuple[Tensor, ...]]  # the public function
-    bytes: Mapping[str, str | int]
-    flops: Mapping[str, str | int]
+    work: Mapping[str, tuple[str, str]]
     variant: str = ""
     differentiable: tuple[int, ...] = field(default=())  # positions of the inputs that get a gradient
     symbols: Mapping[str, int] = field(default_factory=dict)
@@ -41,51 +52,45 @@ class Case:
 
     def count(self, what: str, direction: str) -> int:
         """``bytes`` or ``flops`` as a number."""
-        formula = getattr(self, what)[direction]
-        return formula if isinstance(formula, int) else int(eval(formula, {"__builtins__": {}}, dict(self.symbols)))
+        symbols = {"n": math.prod(self.shape), "s": self.dtype.itemsize, **self.symbols}
+        return int(eval(self.formula(what, direction), {"__builtins__": {}}, symbols))
+
+    def formula(self, what: str, direction: str) -> str:
+        """Of ``bytes`` or ``flops``."""
+        return self.work[direction][("bytes", "flops").index(what)]
+
+
+def kinds(*variants: str) -> tuple[tuple[torch.dtype, str], ...]:
+    """Every variant in every dtype."""
+    return tuple((dtype, variant) for variant in variants for dtype in DTYPES)
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
-def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=_generator(0)) * scale).to(dtype)
+def arranged(x: Tensor, layout: str) -> Tensor:
+    """The same tensor, in the memory format ``channels_last`` if that is its layout."""
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0, layout: str = "") -> Tensor:
+    return arranged((torch.randn(shape, generator=_generator(0)) * scale).to(dtype), layout)
 
 
 def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=_generator(seed)).to(dtype)
 
 
+def _cases(name: str, kind: str) -> list[Case]:
+    module = import_module(f".{name}", __name__)
+    shapes = getattr(module, "LARGE", module.SHAPES) if kind == "cuda" else module.SHAPES
+    if hasattr(module, "cases"):
+        return module.cases(shapes)
+    every = getattr(module, "KINDS", [(dtype,) for dtype in DTYPES])
+    return [module.case(shape, *one) for one in every for shape in shapes]
+
+
 def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
     """By op, what makes the cases for devices of a kind, cpu or cuda."""
-    from . import (
-        aggregate,
-        apgd_step,
-        contextual_attention,
-        decode_samples,
-        gated_elu,
-        hyperplane_projection,
-        noisy_replay,
-        pgd_step,
-        philox,
-        random_transform,
-        reconstruction_loss,
-        representation_distance,
-        sample_latent,
-        square_proposal,
-        stitch,
-    )
-
-    modules = (
-        philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay, decode_samples, hyperplane_projection,
-        square_proposal,
-    )  # fmt: skip
-    return {
-        module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)
-        if kind == "cuda" and hasattr(module, "LARGE")
-        else module.cases
-        for module in modules
-        if kind in getattr(module, "DEVICES", ("cpu", "cuda"))
-    }
+    return {name: partial(_cases, name, kind) for name in OPS if kind == "cuda" or name not in CUDA_ONLY}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from purify_fast.ops import aggregate
+from purify_fast.ops.aggregate import METHODS
 
-from . import Case, normal
+from . import DTYPES, Case, normal
 
 SHAPES = ((32, 8, 10), (256, 8, 10), (256, 8, 100), (64, 64, 10), (512, 8, 200))
 LARGE = ((65536, 8, 100), (1024, 8, 10))
@@ -20,17 +21,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, method: str) -> Case:
         dtype,
         lambda: (normal(b, k, c, dtype=dtype, scale=3.0),),
         lambda logits: aggregate(logits, method),
-        {"forward": "B*K*C*s + 4*B*C", "backward": "2*B*K*C*s + 4*B*C"},
-        {"forward": f"{work}*B*K*C", "backward": f"{2 * work}*B*K*C"},
+        {"forward": ("B*K*C*s + 4*B*C", f"{work}*B*K*C"), "backward": ("2*B*K*C*s + 4*B*C", f"{2 * work}*B*K*C")},
         method,
         (0,) if method != "vote" else (),
-        {"B": b, "K": k, "C": c, "s": dtype.itemsize},
+        {"B": b, "K": k, "C": c},
     )
 
 
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    every = [case(shape, torch.float32, "lse") for shape in shapes]
-    every += [case(shape, torch.bfloat16, "lse") for shape in shapes]
+def cases(shapes: tuple) -> list[Case]:
+    every = [case(shape, dtype, "lse") for dtype in DTYPES for shape in shapes]
     two = sorted({shapes[1], max(shapes)})
-    every += [case(shape, torch.float32, m) for m in ("peel", "mean", "mean_sigmoid", "vote") for shape in two]
-    return every
+    return every + [case(shape, torch.float32, m) for m in METHODS if m != "lse" for shape in two]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from purify_fast.ops import apgd_step
 
-from . import Case, normal, uniform
+from . import Case, kinds, normal, uniform
 from .pgd_step import LARGE, SHAPES
 
-__all__ = ["LARGE", "SHAPES", "cases"]
+__all__ = ["LARGE", "SHAPES", "case"]
+KINDS = kinds("linf", "l2")
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
@@ -26,13 +25,6 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=2),
         ),
         lambda x, grad, nat, previous: apgd_step(x, grad, nat, previous, alpha, eps, 0.75, norm),
-        {"forward": "5*n*s"},
-        {"forward": {"linf": "18*n", "l2": "27*n"}[norm]},
+        {"forward": ("5*n*s", {"linf": "18*n", "l2": "27*n"}[norm])},
         norm,
-        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in shapes]

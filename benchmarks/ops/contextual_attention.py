@@ -14,15 +14,16 @@ from . import Case, normal, uniform
 
 SHAPES = ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8))
 LARGE = ((32, 96, 64, 64), (256, 96, 8, 8))
+#: Each takes minutes of compilation.
+KINDS = ((torch.float32, ""), (torch.bfloat16, "channels_last"))
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     batch, channels, height, width = shape
     cells = height * width // 4
-    memory_format = torch.channels_last if variant else torch.contiguous_format
 
     def inputs() -> tuple[Tensor, ...]:
-        values = normal(*shape, dtype=dtype, scale=0.05).to(memory_format=memory_format)
+        values = normal(*shape, dtype=dtype, scale=0.05, layout=variant)
         return values, uniform(batch, cells, dtype=torch.float32) > 0.25
 
     return Case(
@@ -30,16 +31,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
         dtype,
         inputs,
         contextual_attention,
-        {"forward": "8*B*C*L*s", "backward": "12*B*C*L*s"},
         # the products of pixels (one) and with the weights (four), then of their gradients
-        {"forward": "10*B*C*L*L", "backward": "20*B*C*L*L"},
+        {"forward": ("8*B*C*L*s", "10*B*C*L*L"), "backward": ("12*B*C*L*s", "20*B*C*L*L")},
         variant,
         (0,),
-        {"B": batch, "C": channels, "L": cells, "s": dtype.itemsize},
+        {"B": batch, "C": channels, "L": cells},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    # minutes of compilation each
-    every = [case(shape, torch.float32) for shape in shapes]
-    return every + [case(shape, torch.bfloat16, "channels_last") for shape in shapes]

@@ -5,6 +5,7 @@ The others run the same folded layers in bfloat16 and channels_last, their weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -14,31 +15,28 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-DEVICES = ("cuda",)
 #: images, samples of each; side of the images
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
 #: By the side: the preset, its condition and latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
-class Decoding:
-    """The call that is timed, and its inputs; the decoder is made where they are."""
+def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
+    """What makes the inputs, with the decoder where they are, and the call that is timed."""
+    _, width, latent = SIZES[side]
+    shape = (3, side, side)
+    decoders: list[PackedDecoder] = []
 
-    def __init__(self, batch: int, samples: int, side: int):
-        self.batch, self.samples, self.side = batch, samples, side
-        self.decoder: PackedDecoder | None = None
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        _, condition, latent = SIZES[self.side]
-        shape = (3, self.side, self.side)
+    def inputs() -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        self.decoder = PackedDecoder(Decoder(latent, condition, shape, *published_decoder(shape)).eval())
-        return normal(self.batch, condition, dtype=torch.float32), torch.tensor([7]), torch.arange(self.batch)
+        decoders[:] = [PackedDecoder(Decoder(latent, width, shape, *published_decoder(shape)).eval())]
+        return normal(batch, width, dtype=torch.float32), torch.tensor([7]), torch.arange(batch)
 
-    def __call__(self, condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
-        assert self.decoder is not None
-        images = self.decoder(condition, seed, ids, self.samples, channels_last=True, dtype=torch.bfloat16)
+    def call(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
+        images = decoders[0](condition, seed, ids, samples, channels_last=True, dtype=torch.bfloat16)
         return images.flatten(0, 1)
+
+    return inputs, call
 
 
 def macs(side: int) -> tuple[int, int, int]:
@@ -56,24 +54,21 @@ def macs(side: int) -> tuple[int, int, int]:
 
 def case(batch: int, samples: int, side: int) -> Case:
     sample, image, weights = macs(side)
-    pixels = 3 * side * side
-    decoding = Decoding(batch, samples, side)
+    pixels, first = 3 * side * side, image // SIZES[side][1]
     return Case(
         (batch, samples, 3, side, side),
         torch.bfloat16,
-        decoding.inputs,
-        decoding,
+        *decoding(batch, samples, side),
         # bfloat16 images and weights; of the condition its half of the first map
         {
-            "forward": f"2*{pixels}*B*K + 2*{weights} + {4 * image // SIZES[side][1]}*B",
-            "backward": f"4*{pixels}*B*K + 4*{weights} + {8 * image // SIZES[side][1]}*B",
+            "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
+            "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),
         },
-        {"forward": f"2*{sample}*B*K + 2*{image}*B", "backward": f"4*{sample}*B*K + 2*{image}*B"},
         SIZES[side][0],
         differentiable=(0,),
         symbols={"B": batch, "K": samples},
     )
 
 
-def cases() -> list[Case]:
-    return [case(*shape) for shape in SHAPES]
+def cases(shapes: tuple) -> list[Case]:
+    return [case(*shape) for shape in shapes]

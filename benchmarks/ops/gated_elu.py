@@ -8,7 +8,7 @@ import torch
 
 from purify_fast.ops import gated_elu
 
-from . import Case, normal
+from . import Case, kinds, normal
 
 # the first convolution, then those of the middle; one image and four; 32 px with a training batch
 SHAPES = (
@@ -22,25 +22,17 @@ SHAPES = (
     (64, 192, 8, 8),
 )
 LARGE = ((32, 48, 256, 256), (64, 192, 32, 32))
+KINDS = ((torch.float32, ""), *kinds("channels_last"))
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
-    memory_format = torch.channels_last if variant else torch.contiguous_format
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     return Case(
         shape,
         dtype,
-        lambda: (normal(*shape, dtype=dtype, scale=2.0).to(memory_format=memory_format),),
+        lambda: (normal(*shape, dtype=dtype, scale=2.0, layout=variant),),
         gated_elu,
-        {"forward": "3*n*s", "backward": "5*n*s"},
-        {"forward": "10*n", "backward": "20*n"},
+        {"forward": ("3*n*s", "10*n"), "backward": ("5*n*s", "20*n")},
         variant,
         (0,),
-        {"n": math.prod(shape) // 2, "s": dtype.itemsize},
+        {"n": math.prod(shape) // 2},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    every = [case(shape, torch.float32) for shape in shapes]
-    return every + [
-        case(shape, dtype, "channels_last") for dtype in (torch.float32, torch.bfloat16) for shape in shapes
-    ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from purify_fast.ops import hyperplane_projection
 from purify_fast.ops.pgd_step import NORMS
 
-from . import Case, normal, uniform
+from . import Case, kinds, normal, uniform
 
 SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
 LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
+KINDS = kinds(*NORMS)
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
@@ -28,15 +27,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         dtype,
         inputs,
         lambda x, w, b: hyperplane_projection(x, w, b, norm),
-        {"forward": "3*n*s"},
-        {"forward": {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm]},  # were the number t of a row known
+        # were the number t of a row known
+        {"forward": ("3*n*s", {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm])},
         norm,
         # in l1 one coordinate takes the rounding of the sum over all
         slack=300.0 if norm == "l1" and dtype == torch.float32 else 1.0,
-        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in NORMS for dtype in dtypes for shape in shapes]

@@ -8,16 +8,16 @@ import torch
 
 from purify_fast.ops import noisy_replay
 
-from . import Case, uniform
+from . import Case, kinds, uniform
 
 SHAPES = ((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64))
 LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
+KINDS = kinds("quarter", "all")
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     pixels, batch = math.prod(shape), shape[0]
     threshold = 0.75 if variant == "quarter" else -1.0  # of drifts spread over [0, 1)
-    noisy = pixels // 4 if variant == "quarter" else pixels
     return Case(
         shape,
         dtype,
@@ -29,13 +29,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        {"forward": "2*n*s"},  # of the two, each sample's one is read
-        {"forward": "32*r"},  # of what is replayed; as `philox` counts a uniform, and five more
+        # of the two, each sample's one is read; of what is replayed, a uniform as `philox` counts it, and five more
+        {"forward": ("2*n*s", "32*r")},
         variant,
-        symbols={"n": pixels, "s": dtype.itemsize, "r": noisy},
+        symbols={"r": pixels // 4 if variant == "quarter" else pixels},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, variant) for variant in ("quarter", "all") for dtype in dtypes for shape in shapes]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from purify_fast.ops import pgd_step
 
-from . import Case, normal, uniform
+from . import Case, kinds, normal, uniform
 
 SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
 LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
+KINDS = kinds("linf", "l2", "l1")
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
@@ -25,13 +24,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=1),
         ),
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
-        {"forward": "4*n*s"},
-        {"forward": {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm]},  # of l1, were its two thresholds known
+        # of l1, were its two thresholds known
+        {"forward": ("4*n*s", {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm])},
         norm,
-        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in ("linf", "l2", "l1") for dtype in dtypes for shape in shapes]

@@ -6,14 +6,16 @@ import torch
 
 from purify_fast.ops import random_transform
 
-from . import Case, uniform
+from . import Case, kinds, uniform
 
 #: shape, side of a block
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
+KINDS = kinds("rt2", "rt3", "rt1")
 
 
-def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -> Case:
+def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, variant: str) -> Case:
+    shape, block = sizes
     b, c, h, w = shape
     num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
@@ -33,14 +35,11 @@ def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -
             dtype=dtype,
             channels_last=dtype == torch.bfloat16,
         )[0],
-        {"forward": "4*B*C*P + N*B*(C + 2)*P*s", "backward": "8*B*C*P + N*B*C*P*s"},
-        {"forward": f"{noise + 6}*B*C*P", "backward": f"({noise + 4} + N)*B*C*P"},
+        {
+            "forward": ("4*B*C*P + N*B*(C + 2)*P*s", f"{noise + 6}*B*C*P"),
+            "backward": ("8*B*C*P + N*B*C*P*s", f"({noise + 4} + N)*B*C*P"),
+        },
         variant,
         differentiable=(0,),
-        symbols={"B": b, "C": c, "P": h * w, "N": num_passes or 1, "s": dtype.itemsize},
+        symbols={"B": b, "C": c, "P": h * w, "N": num_passes or 1},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(*shape, variant, dtype) for variant in ("rt2", "rt3", "rt1") for dtype in dtypes for shape in shapes]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from purify_fast.ops import reconstruction_loss
@@ -20,12 +18,6 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         dtype,
         lambda: (normal(*shape, dtype=dtype, scale=3.0), uniform(*shape, dtype=dtype)),
         reconstruction_loss,
-        {"forward": "2*n*s", "backward": "3*n*s"},
-        {"forward": "8*n", "backward": "5*n"},
+        {"forward": ("2*n*s", "8*n"), "backward": ("3*n*s", "5*n")},
         differentiable=(0,),
-        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    return [case(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]

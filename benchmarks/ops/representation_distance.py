@@ -6,17 +6,14 @@ formula of the op.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from purify_fast.ops import REGISTRY, representation_distance
 
-from . import Case, normal
+from . import Case, arranged, kinds, normal
 
-NHWC = torch.channels_last
 SHAPES = ((128, 512), (128, 512, 4, 4), (128, 640, 8, 8), (64, 128, 7, 7))
 LARGE = ((1024, 640, 8, 8), (1024, 512))
 
@@ -29,25 +26,23 @@ def distance(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float()).abs()
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Case:
+def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         teacher = normal(*shape, dtype=torch.float32)
         student = teacher + 0.5 * teacher.flip(0)
-        return tuple(x.to(dtype).contiguous(memory_format=memory_format) for x in (student, teacher))
+        return tuple(arranged(x.to(dtype), layout) for x in (student, teacher))
 
     return Case(
         shape,
         dtype,
         inputs,
         distance,
-        {"forward": "2*n*s", "backward": "3*n*s"},
-        {"forward": "6*n", "backward": "3*n"},
-        "channels_last" if memory_format == NHWC else "",
+        {"forward": ("2*n*s", "6*n"), "backward": ("3*n*s", "3*n")},
+        layout,
         differentiable=(0,),
-        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
 
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    kinds = [(dtype, layout) for layout in (torch.contiguous_format, NHWC) for dtype in (torch.float32, torch.bfloat16)]
-    return [case(shape, *kind) for kind in kinds for shape in shapes if kind[1] != NHWC or len(shape) == 4]
+def cases(shapes: tuple) -> list[Case]:
+    every = kinds("", "channels_last")
+    return [case(shape, *kind) for kind in every for shape in shapes if kind[1] == "" or len(shape) == 4]

@@ -9,15 +9,16 @@ import torch
 from purify_fast.attacks.square import pattern
 from purify_fast.ops import square_proposal
 
-from . import Case, uniform
+from . import Case, kinds, uniform
 
-DEVICES = ("cuda",)
 #: Shape, and proposals for each image.
 SHAPES = (((128, 3, 32, 32), 1), ((128, 3, 32, 32), 8), ((16, 3, 224, 224), 1))
 LARGE = (((64, 3, 224, 224), 8), ((1024, 3, 32, 32), 8), ((1024, 3, 32, 32), 1))
+KINDS = kinds("linf", "l2", "l1")
 
 
-def case(shape: tuple[int, ...], draws: int, dtype: torch.dtype, norm: str) -> Case:
+def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> Case:
+    shape, draws = sizes
     eps, edge = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm], shape[2] // 8 + 1
 
     def inputs() -> tuple[torch.Tensor, ...]:
@@ -31,13 +32,8 @@ def case(shape: tuple[int, ...], draws: int, dtype: torch.dtype, norm: str) -> C
         dtype,
         inputs,
         lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
-        {"forward": "(2 + T)*n*s"},
-        {"forward": {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm]},  # of l1, were its shift known
+        # of l1, were its shift known
+        {"forward": ("(2 + T)*n*s", {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm])},
         norm,
-        symbols={"n": math.prod(shape), "T": draws, "s": dtype.itemsize},
+        symbols={"n": math.prod(shape), "T": draws},
     )
-
-
-def cases(shapes: tuple = SHAPES) -> list[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    return [case(*shape, dtype, norm) for norm in ("linf", "l2", "l1") for dtype in dtypes for shape in shapes]

@@ -61,35 +61,49 @@ def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
     return Job(cast(job.run), cast(job.result))
 
 
-def columns(
-    plain: Make, compiled: Make, ours: Make, ours_compiled: Make, captured: Make | None = None
-) -> dict[str, Contestant]:
+def _made(make: Make, device: torch.device, quick: bool) -> Job:
+    """The job; in a quick run `torch.compile` does nothing, as it would take most of the time."""
+    job = make(device, quick)
+    if not quick:
+        return job
+    eager = torch.compiler.set_stance("force_eager")
+    return Job(eager(job.run), eager(job.result), job.parts)
+
+
+def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
     """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32.
 
-    Only a machine with a GPU can race the plain form in TF32, which is PyTorch's own default for convolutions, and
-    ``captured``: ours with its attack's step in a CUDA graph.
+    Only a machine with a GPU can race the plain form in TF32, which is PyTorch's own default for convolutions, and ours
+    with its attack's step in a CUDA graph.
+
+    Args:
+        plain: makes a job of the device and of whether it is to be quick; compiled if it gets the keyword ``compiled``.
+        ours: likewise; with its attack's step captured if it gets the keyword ``captured``.
+        captured: whether ours takes that.
     """
-    rounded, gpu = {}, {}
-    if torch.cuda.is_available():
-        rounded = {"plain, TF32": Contestant(plain, True, tf32=True)}
-        gpu = {} if captured is None else {"ours, captured": Contestant(captured, True)}
+
+    def of(make: Callable[..., Job], **options: bool) -> Make:
+        return partial(_made, partial(make, **options))
+
+    compiled, gpu = of(plain, compiled=True), torch.cuda.is_available()
     return {
-        "plain": Contestant(plain, False),
-        "plain, allocator raised": Contestant(plain, True),
-        **rounded,
-        "plain, bfloat16": Contestant(partial(_autocast, plain), True),
+        "plain": Contestant(of(plain), False),
+        "plain, allocator raised": Contestant(of(plain), True),
+        **({"plain, TF32": Contestant(of(plain), True, tf32=True)} if gpu else {}),
+        "plain, bfloat16": Contestant(partial(_autocast, of(plain)), True),
         "torch.compile of plain": Contestant(compiled, True),
         "torch.compile of plain, bfloat16": Contestant(partial(_autocast, compiled), True),
-        "ours": Contestant(ours, True),
-        "ours, compiled": Contestant(ours_compiled, True),
-        **gpu,
+        "ours": Contestant(of(ours), True),
+        "ours, compiled": Contestant(of(ours, compiled=True), True),
+        **({"ours, captured": Contestant(of(ours, captured=True), True)} if gpu and captured else {}),
     }
 
 
-def uncompiled(job: Job) -> Job:
-    """The same, with `torch.compile` doing nothing: what a quick run leaves out."""
-    eager = torch.compiler.set_stance("force_eager")
-    return Job(eager(job.run), eager(job.result), job.parts)
+def random_batch(device: torch.device, size: int, side: int, epochs: int) -> Batch:
+    """Images and labels, always the same."""
+    source = torch.Generator().manual_seed(1)
+    x, y = torch.rand(size, 3, side, side, generator=source), torch.randint(10, (size,), generator=source)
+    return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, epochs)
 
 
 def optimizer_step(task: Task, batch: Batch) -> Tensor:
@@ -103,7 +117,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
     """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
-    from . import arrest_step, atop_finetune, carso_inference, carso_training, pre_encoders
+    from . import arrest_step, atop_finetune, carso_inference, carso_training
 
-    modules = (carso_inference, carso_training, pre_encoders, atop_finetune, arrest_step)
+    modules = (carso_inference, carso_training, atop_finetune, arrest_step)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

@@ -20,7 +20,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step, uncompiled
+from . import Case, Job, columns, optimizer_step, random_batch
 from .carso_inference import classifier
 from .carso_training import attack
 
@@ -52,11 +52,7 @@ def setting(replay: bool, quick: bool, precision: str = "float32") -> ArrestConf
 
 
 def batch_of(device: torch.device, quick: bool) -> Batch:
-    size = 16 if quick else BATCH
-    source = torch.Generator().manual_seed(1)
-    x = torch.rand(size, 3, 32, 32, generator=source)
-    y = torch.randint(10, (size,), generator=source)
-    return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, EPOCHS)
+    return random_batch(device, 16 if quick else BATCH, 32, EPOCHS)
 
 
 def every_second(x: Tensor) -> Tensor:
@@ -85,7 +81,7 @@ class _Split(nn.Module):
             features = F.relu(m.norm(m.stages(m.conv(m.normalize(x)))))
             return m.head(features.mean((2, 3))), features.flatten(1)
         features = m.layer4(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))))
-        return m.linear(features.mean((2, 3))), features.flatten(1)
+        return m.fc(features.mean((2, 3))), features.flatten(1)
 
 
 class PlainStep:
@@ -140,8 +136,7 @@ class PlainStep:
 
 def _plain(device: torch.device, quick: bool, replay: bool, compiled: bool = False) -> Job:
     step = PlainStep(device, quick, replay, compiled)
-    job = Job(step.run, step.result)
-    return uncompiled(job) if quick else job
+    return Job(step.run, step.result)
 
 
 def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = False, captured: bool = False) -> Job:
@@ -156,16 +151,16 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
     parts = {} if replay or compiled or captured else {"attack": lambda: task.attack(batch, config.attack)}
-    job = Job(lambda: optimizer_step(task, batch), result, parts)
-    return uncompiled(job) if quick and compiled else job
+    return Job(lambda: optimizer_step(task, batch), result, parts)
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    made = {}
-    for name, replay in (("all attacked", False), ("half replayed", True)):
-        makes = [partial(form, replay=replay, compiled=c) for form in (_plain, _ours) for c in (False, True)]
-        steps = setting(False, quick).attack.steps
+    every = {}
+    for name, replay, work in (
+        ("all attacked", False, "B (2 S F + 4 F)"),
+        ("half replayed", True, "B (F + S F + 4 F)"),
+    ):
+        steps = setting(replay, quick).attack.steps
         shape = f"{16 if quick else BATCH} images, PGD-{steps}, the map before pooling; {name}"
-        work = "B (F + S F + 4 F)" if replay else "B (2 S F + 4 F)"
-        made[name] = Case(shape, 0.05, columns(*makes, partial(_ours, replay=replay, captured=True)), work)
-    return made
+        every[name] = Case(shape, 0.05, columns(partial(_plain, replay=replay), partial(_ours, replay=replay)), work)
+    return every

@@ -27,7 +27,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step, uncompiled
+from . import Case, Job, columns, optimizer_step, random_batch
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -65,9 +65,7 @@ def defence(device: torch.device, quick: bool) -> Atop:
 
 def batch_of(device: torch.device, quick: bool) -> Batch:
     n, side, _ = sizes(quick)
-    source = torch.Generator().manual_seed(1)
-    x, y = torch.rand(n, 3, side, side, generator=source), torch.randint(10, (n,), generator=source)
-    return Batch(x.to(device), y.to(device), torch.arange(n, device=device), 7, 5, 10)
+    return random_batch(device, n, side, 10)
 
 
 def setting(precision: str) -> AtopConfig:
@@ -251,15 +249,7 @@ def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: b
     with use_backend("reference"):
         step = form(device, quick, compiled)
 
-    def under(function: Callable) -> Callable:
-        def call():
-            with use_backend("reference"):
-                return function()
-
-        return call
-
-    job = Job(under(step.run), under(step.result))
-    return uncompiled(job) if quick else job
+    return Job(use_backend("reference")(step.run), use_backend("reference")(step.result))
 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
@@ -273,17 +263,12 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
         done = passes(made, batch, task.config)
         return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
 
-    job = Job(lambda: optimizer_step(task, batch), result)
-    return uncompiled(job) if quick and compiled else job
+    return Job(lambda: optimizer_step(task, batch), result)
 
 
 def cases(quick: bool) -> dict[str, Case]:
     n, side, _ = sizes(quick)
-    ours = [*(partial(_ours, compiled=c) for c in (False, True)), partial(_ours, captured=True)]
-    released, lean = (
-        columns(*(partial(_plain, form=form, compiled=c) for c in (False, True)), *ours)
-        for form in (ReleasedStep, PlainStep)
-    )
+    released, lean = (columns(partial(_plain, form=form), _ours) for form in (ReleasedStep, PlainStep))
     contestants = {label.replace("plain", "plain as released"): made for label, made in released.items()}
     own = {label: contestants.pop(label) for label in list(contestants) if label.startswith("ours")}
     contestants |= {

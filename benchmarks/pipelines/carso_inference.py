@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast import Carso
 from purify_fast.models.classifiers import SmallCNN
 
-from . import Case, Job, columns, uncompiled
-
-
-class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
-
-    def __init__(self, before: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or before != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        out += self.shortcut(x)
-        return F.relu(out)
-
-
-class ResNet18(nn.Module):
-    """For 32 x 32 images: He et al. (CVPR 2016) with a 3 x 3 stem, as robustness libraries have it."""
-
-    def __init__(self, classes: int = 10):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
-        self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
-        self.layer3 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
-        self.layer4 = nn.Sequential(Block(256, 512, 2), Block(512, 512, 1))
-        self.linear = nn.Linear(512, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(F.avg_pool2d(x, 4).flatten(1))
-
+from . import Case, Job, columns
 
 BATCH, SAMPLES = 32, 8
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -60,7 +21,9 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 def classifier() -> nn.Module:
     """ResNet-18 for 32 x 32 images, with random weights and statistics."""
     torch.manual_seed(0)
-    model = ResNet18()
+    model = torchvision.models.resnet18(num_classes=10)
+    # as robustness libraries have it for small images
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
@@ -133,8 +96,7 @@ def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     def result() -> Tensor:
         return call(x, fixed)[1].transpose(0, 1)
 
-    job = Job(run, result)
-    return uncompiled(job) if quick else job
+    return Job(run, result)
 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
@@ -142,32 +104,22 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     batch = size(quick)
     x, fixed = images(batch, made, device), latents(made, batch, device).transpose(0, 1).contiguous()
 
-    def under(function):
-        return torch.no_grad()(function)
-
-    job = Job(under(lambda: made(x)), under(lambda: made.sample_logits(x, fixed)))
+    job = Job(torch.no_grad()(lambda: made(x)), torch.no_grad()(lambda: made.sample_logits(x, fixed)))
     if compiled:
-        return uncompiled(job) if quick else job
+        return job
     with torch.no_grad():
         representation = made.read(x)
         condition = made.encode(representation)
         reconstructions = torch.sigmoid(made.decode(fixed, condition))
     parts = {
-        "representation": under(lambda: made.read(x)),
-        "encoders": under(lambda: made.encode(representation)),
-        "decoding": under(lambda: torch.sigmoid(made.decode(fixed, condition))),
-        "classifying": under(lambda: made.classify(reconstructions)),
+        "representation": lambda: made.read(x),
+        "encoders": lambda: made.encode(representation),
+        "decoding": lambda: torch.sigmoid(made.decode(fixed, condition)),
+        "classifying": lambda: made.classify(reconstructions),
     }
-    return Job(job.run, job.result, parts)
+    return Job(job.run, job.result, {name: torch.no_grad()(part) for name, part in parts.items()})
 
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
-    return {
-        "prediction": Case(
-            shape,
-            0.05,
-            columns(_plain, partial(_plain, compiled=True), _ours, partial(_ours, compiled=True)),
-            "B (F + E + K (D + F))",
-        )
-    }
+    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False), "B (F + E + K (D + F))")}

@@ -17,7 +17,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step, uncompiled
+from . import Case, Job, columns, optimizer_step
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -58,16 +58,9 @@ class PlainTraining:
         parameters = [p for n, p in self.model.made.named_parameters() if not n.startswith("classifier.")]
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate)
         self.step = self.objective if target == "classifier" else self.pipeline
-        self.classifier, self.read, self.purify, self.whole = (
-            self.model.made.classifier,
-            self.model.made.representation,
-            self.purifier_loss,
-            self.model,
-        )
-        if compiled:
-            self.classifier, self.purify, self.whole = (
-                torch.compile(part, dynamic=False) for part in (self.classifier, self.purify, self.whole)
-            )
+        compile = partial(torch.compile, dynamic=False, disable=not compiled)
+        self.classifier, self.read = compile(self.model.made.classifier), self.model.made.representation
+        self.purify, self.whole = compile(self.purifier_loss), compile(self.model)
 
     def purifier_loss(self, representation: list[Tensor], perturbed: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
         made, clean = self.model.made, self.batch.x
@@ -119,8 +112,7 @@ class PlainTraining:
 
 def _plain(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
     plain = PlainTraining(target, device, quick, compiled)
-    job = Job(plain.run, lambda: plain.step().detach())
-    return uncompiled(job) if quick else job
+    return Job(plain.run, lambda: plain.step().detach())
 
 
 def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
@@ -142,20 +134,15 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
         return balanced_batch(made.frozen_classifier, batch, config)
 
     parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
-    job = Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
-    return uncompiled(job) if quick and compiled else job
+    return Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    size = 16 if quick else BATCH
-    made = {}
-    for name, target in (("paper's objective", "classifier"), ("pipeline step", "pipeline")):
-        shape = f"{size} images, PGD-{setting(target, quick).attack.steps}"
-        shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
-        makes = [partial(form, target=target, compiled=c) for form in (_plain, _ours) for c in (False, True)]
-        work = {
-            "classifier": "B (2 F (S + 1) / 4 + F + 3 (E + Q + D))",
-            "pipeline": "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)",
-        }
-        made[name] = Case(shape, 0.03, columns(*makes, partial(_ours, target=target, captured=True)), work[target])
-    return made
+    every = {}
+    for name, target, with_what, work in (
+        ("paper's objective", "classifier", "half of them adversarial", "B (2 F (S + 1) / 4 + F + 3 (E + Q + D))"),
+        ("pipeline step", "pipeline", "K = 1", "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)"),
+    ):
+        shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
+        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)), work)
+    return every

@@ -28,10 +28,10 @@ def test_command(monkeypatch, capsys):
 
 def test_mistakes(monkeypatch, capsys):
     """One line says what is wrong, before anything runs."""
-    monkeypatch.setattr(convolutions, "main", lambda runs: pytest.fail("it ran"))
+    monkeypatch.setattr(convolutions, "table", lambda *given: pytest.fail("it ran"))
     monkeypatch.setitem(REGISTRY["convolution"].available, "cpu", ("reference",))
     for arguments, message in (
-        (["--runs", "0"], "error: --runs must be at least 1, got 0"),
+        (["--runs", "0"], "error: argument --runs: must be at least 1, got 0"),
         ([], "error: this package's convolutions have no kernel here: they need the compiled extension, and a"),
     ):
         with pytest.raises(SystemExit) as ended:

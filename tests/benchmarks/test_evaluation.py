@@ -118,9 +118,9 @@ def test_our_attacks_leave_no_more_than_the_official_ones(contests):
 
 def test_mistakes(contests, capsys):
     for arguments, message in (
-        (["digits"], "no such contest: digits; there are plain; noisy"),
-        (["--images", "0"], "--images must be at least 1, got 0"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["digits"], "there is no 'digits'; there are plain; noisy"),
+        (["--images", "0"], "argument --images: must be at least 1, got 0"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])

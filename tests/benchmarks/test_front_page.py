@@ -20,14 +20,14 @@ def test_readme_is_short_and_its_first_snippets_too():
 
 
 def test_a_number_without_gradients_is_not_believed():
-    table = front_page.results_table(RESULTS).splitlines()
+    table = front_page.results_table(RESULTS)
     (masked,) = [line for line in table if "through its own output" in line]
     assert "**no**" in masked
     assert sum("**no**" in line for line in table) == 1
 
 
 def test_ratios_are_those_of_the_times():
-    for line in front_page.speed_table(RESULTS).splitlines()[2:-2]:
+    for line in front_page.speed_table(RESULTS)[2:-2]:
         _, plain, compiled, own, times_plain, times_compiled, _ = line.strip("| ").split(" | ")
         plain, compiled, own = (float(re.sub(r"[^0-9.]", "", one)) for one in (plain, compiled, own))
         assert float(times_plain) == pytest.approx(plain / own, abs=0.06)
@@ -35,7 +35,7 @@ def test_ratios_are_those_of_the_times():
 
 
 def test_our_attacks_are_as_strong_as_the_official_ones_and_faster():
-    sentence = front_page.attacks_sentence(RESULTS)
+    (sentence,) = front_page.attacks_sentence(RESULTS)
     least, most, models, slowest, fastest = map(float, re.findall(r"-?[0-9.]*[0-9]", sentence))
     assert -0.5 <= least <= most and models == 6 and 1 < slowest < fastest
 

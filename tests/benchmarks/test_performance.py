@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import limits, measure, pages, performance, pipelines, report
+from benchmarks import limits, pages, performance, pipelines, report
 from benchmarks.ops import Case, registry
+from purify_fast.ops.dispatch.examples import tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_formulas_count_bytes_as_tensors_do():
     for op in ("pgd_step", "apgd_step", "gated_elu", "reconstruction_loss", "stitch", "aggregate"):
         case = registry()[op]()[0]
         inputs = case.inputs()
-        outputs = measure.tensors(case.call(*inputs))
+        outputs = tensors(case.call(*inputs))
         size = sum(t.nbytes for t in (*inputs, *outputs) if t.is_floating_point())
         if op == "stitch":  # of the passes, one is read at every pixel
             size = 2 * outputs[0].nbytes
@@ -53,7 +54,7 @@ def test_formulas_count_bytes_as_tensors_do():
 
 
 def test_limits_are_the_larger_of_moving_and_computing():
-    case = Case((2,), torch.float32, tuple, tuple, {"forward": "4*n"}, {"forward": "n*n"}, symbols={"n": 1000})
+    case = Case((2,), torch.float32, tuple, tuple, {"forward": ("4*n", "n*n")}, symbols={"n": 1000})
     assert performance.limit(case, "forward", None, 1e9) is None
     assert performance.limit(case, "forward", 1e9, 1e12) == (4e-6, "bytes")
     assert performance.limit(case, "forward", 1e9, 1e10) == (1e-4, "FLOP")

@@ -13,31 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "count"),
     [
-        "One, two. Here CARSO was trained as published, on digits. It follows `carso/cifar10`.",
-        "As\npublished, it keeps 42.1 %.",
-        "> trained as\n> published.",
-        "| CARSO as published | 48.4 |\n| carso/cifar10 | 1.0 |",
-        "- It is AToP As Published\n- `atop/cifar_rt2` is a recipe",
-        "trained as published by benchmarks/results/carso/cifar10.py",
+        ("One, two. Here CARSO was trained as published, on digits. It follows `carso/cifar10`.", 1),
+        ("> trained as\n> published.", 1),
+        ("| CARSO as published | 48.4 |\n| carso/cifar10 | 1.0 |", 1),
+        ("- It is AToP As Published\n- `atop/cifar_rt2` is a recipe", 1),
+        ("trained as published by benchmarks/results/carso/cifar10.py", 1),
+        ("Trained as\npublished,\nwhich is `atop/cifar_rt2` in everything, it keeps 1.5 %.", 0),
+        ("It was published in 2024, as everyone knows.", 0),
+        ("| as published | a training that followed arrest/resnet18 |", 0),
     ],
 )
-def test_a_claim_without_a_recipe_is_found(text):
-    assert len(pages.claims(text)) == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "This one was trained as published (`carso/cifar10`).",
-        "Trained as\npublished,\nwhich is `atop/cifar_rt2` in everything, it keeps 1.5 %.",
-        "It was published in 2024, as everyone knows.",
-        "| as published | a training that followed arrest/resnet18 |",
-    ],
-)
-def test_a_claim_with_its_recipe_and_other_words_are_not(text):
-    assert pages.claims(text) == []
+def test_a_claim_without_its_recipe_is_found(text, count):
+    assert len(pages.claims(text)) == count
 
 
 def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     [
         (["digits-best"], "there is no model 'digits-best': there are cifar10-arrest-w16"),
         (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER"),
-        (["digits-standard", "--images", "0"], "--images must be at least 1, got 0"),
+        (["digits-standard", "--images", "0"], "argument --images: must be at least 1, got 0"),
         (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
     ],
 )
@@ -118,24 +118,6 @@ def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo,
     monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(ValueError, match=r"digits-carso-pipeline was trained for"):
         zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)
-
-
-def test_a_classifier_and_its_defence_are_packed_together(small_zoo, monkeypatch):
-    """The zoo holds another classifier of that name until both are judged."""
-    name, weights = "digits-carso-pipeline", "digits-pgd-at/model.safetensors"
-    shutil.copyfile(packed.folder("digits-standard") / "model.safetensors", small_zoo / weights)
-    there = []
-    monkeypatch.setattr(
-        zoo, "clean_accuracy", lambda *_: there.append((small_zoo / weights).read_bytes()) or Accuracy(0.5, 2)
-    )
-    models = [f"digits-pgd-at={packed.folder('digits-pgd-at')}", f"{name}={packed.folder(name)}"]
-    zoo.main(asked(*models, "--images", "2"), small_zoo)
-    card = read_card(small_zoo / name)
-    assert set(there) == {(packed.folder("digits-standard") / "model.safetensors").read_bytes()}
-    assert (small_zoo / weights).read_bytes() == (packed.folder("digits-pgd-at") / "model.safetensors").read_bytes()
-    # a card that is written again needs neither folder
-    zoo.main(asked(name, "--images", "2"), small_zoo)
-    assert read_card(small_zoo / name) == card
 
 
 def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):

@@ -55,8 +55,8 @@ def followed(copy: Path) -> None:
             file.write(f"\n\n{text}")
     registry = copy / "benchmarks" / "ops" / "__init__.py"
     text = registry.read_text()
-    assert text.count(" stitch,") == 2
-    registry.write_text(text.replace(" stitch,", " stitch, swish,"))
+    assert text.count('"stitch",') == 1
+    registry.write_text(text.replace('"stitch",', '"stitch", "swish",'))
 
 
 def run(copy: Path, *arguments: str) -> None:

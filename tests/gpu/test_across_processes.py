@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from on_device import DEVICE
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,10 +22,6 @@ from purify_fast.models import PreActResNet18, layers
 from purify_fast.speed.folding import batchnorm as folding
 from purify_fast.speed.folding.inference_copy import InferenceCopy, convert_to_channels_last
 from purify_fast.training import distributed
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor, nn
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -16,10 +16,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 SHAPE, CLASSES = (1, 16, 16), 10

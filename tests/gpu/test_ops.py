@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import measure
 from benchmarks.ops import Case, registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import examples
 from purify_fast.ops.dispatch.verify import deviation
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
@@ -109,7 +103,7 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
         leaves = [inputs[i].requires_grad_() for i in case.differentiable]
 
         def call(function, inputs=inputs, leaves=leaves) -> tuple[Tensor, ...]:
-            outputs = [out for out in measure.tensors(function(*inputs)) if out.is_floating_point()]
+            outputs = [out for out in examples.tensors(function(*inputs)) if out.is_floating_point()]
             grads = [torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o) for o in outputs if o.requires_grad]
             roots = [out for out in outputs if out.requires_grad]
             return *(o.detach() for o in outputs), *(torch.autograd.grad(roots, leaves, grads) if leaves else ())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor, nn
 
 from purify_fast.methods.carso.networks import (
@@ -17,10 +16,6 @@ from purify_fast.methods.carso.networks import (
     published_decoder,
 )
 from purify_fast.ops import REGISTRY, use_backend
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 BACKEND = REGISTRY["decode_samples"].available[DEVICE.type][-1]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, fgsm, pgd
@@ -15,18 +15,13 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs import step_graphs
 from purify_fast.training import Batch, FitConfig, Task
 from purify_fast.training.config import TrainingAttack
-from purify_fast.training.loop import accelerated_steps, fuse, train_step
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+from purify_fast.training.loop import accelerated_steps, train_step
 
 pytestmark = pytest.mark.gpu
 SHAPE = (1, 16, 16)
@@ -225,24 +220,6 @@ def test_memory_does_not_grow(monkeypatch):
     for _ in range(5):
         last = attacks()
     assert len(graphs) == 2 and last <= second + 2**21
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="fused kernels of a CUDA device")
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
-def test_fused_optimizers(kind):
-    states = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        model = PreActResNet18(width=8).to(DEVICE)
-        optimizer = kind(model.parameters(), lr=0.01, foreach=True)
-        assert fuse(optimizer, fused) == fused
-        x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        states.append([weight.detach().cpu() for weight in model.parameters()])
-    torch.testing.assert_close(*states, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from on_device import DEVICE
 
 from benchmarks.studies import RESULT, cifar10
 from benchmarks.studies.cifar10 import models
 from benchmarks.studies.cifar10 import study as names
-
-DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
-if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 WANTED = (

@@ -29,7 +29,7 @@ from benchmarks.ops import Case, normal, registry  # noqa: E402
 CONVOLUTION = Case(
     (2, 8, 6, 6), torch.float32,
     lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
-    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1), {}, {},
+    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1), {},
 )  # fmt: skip
 PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
 
