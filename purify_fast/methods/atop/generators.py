@@ -218,7 +218,9 @@ class DeepFillGenerator(nn.Module):
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
         # checkpoints older than that buffer lack it
-        state.setdefault(CONSTANT, generator.state_dict()[CONSTANT])
+        constant = generator.state_dict()[CONSTANT]
+        if not torch.equal(state.setdefault(CONSTANT, constant).to(constant), constant):
+            raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")
         load_state(generator, state, f"{path} is not a generator of deepfillv2-pytorch")
         return generator.eval()
 

@@ -136,9 +136,15 @@ def training_loss(
         The loss to minimize, and detached metrics.
 
     Raises:
-        ValueError: the config's ``gan_grad``, whose discriminator is `AtopTask`'s.
+        ValueError: the config's ``gan_grad``, whose discriminator is `AtopTask`'s, or a precision in which the defence
+            does not compute.
     """
     config = AtopConfig() if config is None else config
+    if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
+        raise ValueError(
+            f"precision {config.precision!r} is not that of the defence: call accelerate(torch.bfloat16) or "
+            "accelerate(None) on it first"
+        )
     if config.gan_grad:
         raise ValueError("gan_grad needs a discriminator, which is trained with the purifier: use AtopTask")
     one_pass = passes(defence, batch, config, graphs)
@@ -185,6 +191,11 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
+def computes_in_bfloat16(defence: Atop) -> bool:
+    """Whether a defence is accelerated in bfloat16."""
+    return defence.fast is not None and defence.fast.dtype == torch.bfloat16
+
+
 class AtopTask(PurifierTask[Atop]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
@@ -202,10 +213,9 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        rounds = config.precision == "bfloat16"
         # a defence that computes so already stays as it was made, compiled perhaps
-        if rounds != (defence.fast is not None and defence.fast.dtype == torch.bfloat16):
-            defence.accelerate(torch.bfloat16 if rounds else None)
+        if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
+            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
         trained = [p for p in defence.purifier.parameters() if p.requires_grad]
