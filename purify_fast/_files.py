@@ -70,8 +70,11 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            free = f"its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
-            text = f"{error.strerror}: {path} cannot be written, {free}{remark}"
+            # a disk that was lost does not say what is free
+            free = ""
+            with contextlib.suppress(OSError):
+                free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
+            text = f"{error.strerror}: {path} cannot be written{free}{remark}"
             if on_full == "stop":
                 raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
             if not waited:

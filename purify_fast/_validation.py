@@ -118,8 +118,11 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     elif get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{name} must be a tuple, got {value!r}")
+        kinds = get_args(kind)
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            raise ValueError(f"{name} must have {len(kinds)} values, got {value!r}")
         for one in value:
-            _check_type(f"each of {name}", one, get_args(kind)[0])
+            _check_type(f"each of {name}", one, kinds[0])
     elif is_dataclass(kind):
         if not isinstance(value, kind):  # type: ignore[arg-type]
             raise ValueError(f"{name} must be an object of {kind.__name__}, got {value!r}")  # type: ignore[union-attr]

@@ -27,7 +27,7 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    #: No part of what makes two steps the same: it is a part of their state.
+    #: Not compared: eps is a part of the step's state, so that one captured step serves every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0

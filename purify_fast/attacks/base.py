@@ -1,8 +1,7 @@
 """What an attack is, and what it is told.
 
-An attack is a small frozen dataclass of its own options, and its only definition: the function of the same name runs
-it without an evaluation. Whatever the options leave open comes from a `Run`, which an evaluation makes of its report's
-settings.
+Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch.
+Whatever the options leave open comes from a `Run`, which an evaluation makes of its report's settings.
 """
 
 from __future__ import annotations
@@ -223,8 +222,10 @@ class BallAttack(Attack):
         return ball_around(x, eps, self.norm or run.norm, run.clip_min, run.clip_max)
 
     def threat_model(self, context: Run) -> ThreatModel:
-        """Norm and radius of the attack's own ball, or of the report's."""
-        return ThreatModel(self.norm or context.norm, float(context.eps if self.eps is None else self.eps))
+        """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
+        norm, eps = read_norm(self.norm or context.norm), float(context.eps if self.eps is None else self.eps)
+        check_eps(eps, norm)
+        return ThreatModel(norm, eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +390,7 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
     """Run an attack without an evaluation; each option goes to the field of its name, of the attack or of `Run`."""
     own = {field.name for field in fields(attack)}
     if issubclass(attack, BallAttack):
-        # the ball is the run's: there its radius may be one for each image
+        # eps and norm go to the run, because only there eps may be a tensor [B]
         own -= {"eps", "norm"}
     chosen = attack(**{name: value for name, value in options.items() if name in own})
     run = Run(**{name: value for name, value in options.items() if name not in own})

@@ -61,10 +61,6 @@ class Objective:
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
 
-    def __call__(self, state: State) -> State:
-        """A step that can be captured: the gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
-        return self.gradient(state["point"], state["y"])._asdict()
-
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images ``[B, ...]``, and their score.
 
@@ -195,6 +191,29 @@ def _even(images: int, most: int) -> int:
     return -(-images // passes) if passes else most
 
 
+@dataclass(frozen=True)
+class GradientStep:
+    """`Objective.gradient` as a step that can be captured.
+
+    It is a class of its own because Dynamo hashes callable objects before their fields are set, which fails for a
+    dataclass whose hash needs them.
+
+    Args:
+        objective: the loss that an attack raises.
+    """
+
+    objective: Objective
+
+    @property
+    def model(self) -> Classifier:
+        """What is attacked."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        """The gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
+        return self.objective.gradient(state["point"], state["y"])._asdict()
+
+
 class Gradients:
     """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
 
@@ -244,4 +263,4 @@ class Gradients:
         zeros = torch.zeros(len(like), device=like.device)
         state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
         left = self._points - self._looked
-        self._loop = self._objective.graphs.begin(self._objective, state, left, **self._ahead)
+        self._loop = self._objective.graphs.begin(GradientStep(self._objective), state, left, **self._ahead)

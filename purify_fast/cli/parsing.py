@@ -71,7 +71,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _Asked:
-    """Marks a dataclass of which tyro's own rule is looked up in the registry, which has the rule below too."""
+    """Marks a type whose rule is being looked up: the rule below stands aside then, and tyro's own is found."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:

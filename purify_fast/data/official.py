@@ -70,8 +70,8 @@ def find_official(
             how = f'python -c "from purify_fast.data import load_dataset; {call}", or --download on the command line'
         raise FileNotFoundError(
             f"no data set {name!r}: looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
-            f"official files in {root.absolute()} as torchvision lays them out: {error or repr(error)}; "
-            f"get it with: {how}"
+            f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}; "
+            f"remove files that are damaged, then get it with: {how}"
         ) from error
 
 

@@ -23,8 +23,8 @@ from ..protocols import Classifier, DrawsSampleLogits
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
 
-    Several threads may call one at once while its noise is fresh. A thread that decides over the noise has the defence
-    for itself: the calls of others are refused meanwhile.
+    Several threads may call one at once while its noise is fresh. While one thread is inside `fixed_noise`,
+    `deterministic` or `noise_ids`, calls from other threads raise RuntimeError.
 
     Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
     `deterministic` nothing is drawn.
@@ -32,8 +32,8 @@ class StochasticDefence(nn.Module):
 
     _noise_seed: Tensor
     samples: int
-    #: What predictions do not depend on (`purify_fast.contents`): memory for ids, not the ids in use; and
-    #: which thread decides over the noise.
+    #: What predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used again, and
+    #: ``_noise_owner`` names a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StochasticDefence(nn.Module):
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """A subclass with a ``forward`` of its own is attacked through that: `draw_logits` must agree with it."""
+        """If a subclass defines ``forward`` but not `draw_logits`, that calls its ``forward`` on a repeated batch."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]

@@ -66,7 +66,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
 
 
 def _train_and_attack(workspace: Workspace) -> None:
-    """Train and attack all models in two processes: CARSO's in one, and meanwhile the others in the other.
+    """Train and attack all models in two processes: one trains CARSO's models, the other all others at the same time.
 
     The models of a process are attacked by whichever process has nothing else to do.
     """

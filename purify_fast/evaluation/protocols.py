@@ -33,7 +33,7 @@ def protocol_attacks(name: str, subject: Subject, eps: float, base: Classifier |
 
     Args:
         name: of the protocol, one of `ProtocolName`.
-        subject: what is subject.
+        subject: what is attacked.
         eps: radius of the report's ball, in image units.
         base: an undefended classifier to transfer from.
 
@@ -123,7 +123,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
 
     Args:
         name: of the protocol; None for a list of attacks.
-        model: what was subject.
+        model: what was attacked.
     """
     if name != "authors":
         return []

@@ -151,8 +151,9 @@ def evaluate(
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
-        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image over every row of the
-        deployed model, AutoAttack and transferred images included; a row of survivors brings in what fell before it.
+        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
+        if it is robust in every row of the deployed model, AutoAttack and transferred images included; a row that
+        attacked survivors only counts what fell before it.
         The images of an attack on a variant are tried on the deployed model, in a second row, which enters ``worst``;
         the first enters "worst, fixed" or "worst, deterministic" alone. Attacks on the first 200 images enter "worst,
         first 200" instead, with all other attacks on these. Of any other threat model with several attacks, a ``worst``
@@ -188,7 +189,7 @@ def evaluate(
         stack.enter_context(frozen(defence))
         refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
-        # after the predictions of the subject, so that a model that keeps what it saw last has always seen the same
+        # taken after the trial predictions: a model that stores its last input is then always in the same state
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model, revision)
         report.notes += _first_notes(defence, subject, name) + notes_of_protocol(protocol, defence)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
@@ -203,7 +204,7 @@ def evaluate(
         if out is not None:
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
-            # the races that decide who serves stay as they are
+            # the choice of kernels stays the same during the evaluation
             served = kernel_choices(device)
             stack.enter_context(pin_kernels(served))
             cache = RowCache(Path(out), served, revision)
@@ -275,7 +276,7 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
     measure.progress.costs += [probe_cost] if probe_cost else []
     for variant in variants:
         report.rows.append(measure.clean(variant))
-    # an attack spares nothing that fell to another threat model
+    # survivors are tracked for each threat model by itself
     left: dict[tuple[str, str | None], np.ndarray] = {}
     for spec in plan:
         threat = threat_name(spec, measure.context)
@@ -316,7 +317,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
     doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
     inconsistent = any(finding.of_answers for finding in doubts)
     for row in report.rows:
-        # what has fallen has fallen: where nothing is left, no attack was stopped by anything
+        # at 0 % there is nothing to doubt: nothing stopped the attacks
         headline = row.kind == "worst" and row.threat is None and row.deployed
         if headline and doubts and (row.accuracy > 0 or inconsistent):
             row.reliable = False

@@ -3,9 +3,10 @@
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
 
-Croce & Hein, ICML 2020, algorithm 1; a = 0.75, and 1 for the first step. P and dir are those of `pgd_step`: the ball
-first, then the box, both times; dir is the sign or g / |g|, and 0 where g is zero or not finite: the momentum alone
-moves such an element (linf) or sample (l2). NaN in x, x_nat or previous propagates.
+Croce & Hein, ICML 2020, algorithm 1; a = 0.75, and 1 for the first step. P and dir are those of `pgd_step`.
+P projects onto the ball, then onto the box; it is applied twice. dir is sign(g) (linf) or g / |g| (l2). Where g is
+zero or not finite, dir is 0 and the momentum alone moves the element (linf) or the sample (l2). NaN in x, x_nat or
+previous propagates.
 """
 
 from __future__ import annotations

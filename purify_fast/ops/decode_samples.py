@@ -316,7 +316,7 @@ def decode_prior(
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "at least 1 and below 2^63, slope at least 0 and finite"
         raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
-    # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
+    # the backward multiplies by image * (1 - image): bfloat16 rounds what is above 0.998 to 1, where that is 0
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.plain(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):

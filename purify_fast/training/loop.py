@@ -61,21 +61,21 @@ def fit(
 
     In a process group of several (the command line makes it under torchrun, elsewhere
     ``torch.distributed.init_process_group`` does) every process calls this alike. They start from the weights of the
-    first, which alone reads and writes the folder; a run may be resumed by another number of them. The weights are
-    those of one process up to floating point, but where a model draws otherwise than by `purify_fast` (torch's dropout:
-    the same masks in every process), and where the published training's attacks cannot be shared out evenly
-    (`purify_fast.methods.carso.task.balanced_batch`).
+    first, which alone reads and writes the folder; a run may be resumed by another number of them. Several
+    processes give the same weights as one, up to rounding, with two exceptions: a model that draws otherwise than by
+    `purify_fast`, such as by torch's dropout, draws the same in every process; and the published training of CARSO may
+    share out its attacks unevenly (`purify_fast.methods.carso.task.balanced_batch`).
 
     Args:
         task: the training: model, optimizers, step.
         x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device to train on;
             streamed from a file they give the same weights to the bit, and either form resumes the other's run; every
             process gives all of them. **A loader**: a DataLoader or another iterable with a length, of (images, labels)
-            or (images, labels, indices), images float in [0, 1] or uint8; every process gives its own share. Its order
-            is taken as it comes, so that a run is resumed at the end of its last whole epoch; it is the same order
-            again if it is drawn from torch's global generator or a DataLoader's own, as a shuffling one's is. **A
-            function** of the epoch that returns such an iterable, in the same order whenever it is called for the same
-            epoch: a run is resumed at any step, and the batches before it are read again.
+            or (images, labels, indices), images float in [0, 1] or uint8; every process gives its own share. `fit`
+            does not control its order, so that a run resumes between epochs only. The order repeats if the loader draws
+            it from torch's global generator or the DataLoader's own, as ``shuffle=True`` does. **A function** of the
+            epoch that returns such an iterable, in the same order whenever it is called for the same epoch: a run is
+            resumed at any step, and the batches before it are read again.
         y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
         config: how long and how. With a loader or a function its batch_size has no effect.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
@@ -98,7 +98,8 @@ def fit(
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. Where this one cannot raise it, because it waits in a
             driver, it ends with status 1.
-        SystemExit: SIGTERM asked for it; a checkpoint of the last step is written first.
+        SystemExit: SIGTERM asked for it. A checkpoint of the last step is written first; with a loader, whose order is
+            not known, the last one is that of the epoch before.
     """
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
@@ -155,7 +156,7 @@ def _pinned_kernels(run: Run) -> Iterator[None]:
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     """What is left of a run, epoch by epoch."""
     if run.step < run.total:
-        # before any work is done that a refusal would lose
+        # refuses a keep_best that is not measured before training starts
         run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
         # something to go back to
@@ -178,6 +179,17 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
+        if run.step < run.total:
+            _end_if_asked(run, stop)
+
+
+def _end_if_asked(run: Run, stop: Stop) -> None:
+    """SystemExit if SIGTERM came; the run's checkpoint is written already."""
+    if stop.asked:
+        then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
+        logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
+        # 143 is what a shell shows for it
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop: Stop) -> TrainingState:
@@ -201,11 +213,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
             listener.on_step(_state(run, count, measured, epoch))
         if run.step % run.steps:
             run.save_if_due(now=stop.asked)
-            if stop.asked:
-                then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
-                logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-                # 143 is what a shell shows for it
-                raise SystemExit(128 + signal.SIGTERM)
+            _end_if_asked(run, stop)
     # the epoch's one wait for the device
     run.last = run.means()
     if not run.is_finite():
@@ -225,8 +233,8 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     explanation = (
         f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
         f"{f', and {record} has the images, labels and seed' if record else ''}. Lower the learning rate "
-        f"({run.rate:g} of the method's own here), which on_nan back_off does by itself, let eps rise over more epochs "
-        "(eps_warmup), or train in float32 if this is bfloat16"
+        f"(on_nan='back_off' does so by itself; the rate was {run.rate:g} times the method's own), let eps rise over "
+        "more epochs (eps_warmup), or train in float32 if this is bfloat16"
     )
     rate = run.rate * BACK_OFF
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
@@ -263,7 +271,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         return measured
 
     if task.graphs is None or processes()[1] > 1:
-        # of several processes none may take a step again: the others would not wait for it
+        # with several processes no step is taken again: its exchanges would not match those of the others
         return take()
     return task.graphs.without_if_memory_ends(take, batch.x.device)
 

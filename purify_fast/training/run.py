@@ -1,4 +1,4 @@
-"""A run on the way: where it is, what makes it this run and no other, its checkpoints, validations and last losses."""
+"""A run on the way: where it is, the settings that its checkpoint must match, its validations and last losses."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .schedules import RunLength
 from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
-#: Settings of the loop that say how a run is carried out, not what comes of it.
+#: Settings that do not change the result, so that they may differ when a run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
-#: The files that a run writes, without what follows the dot: half-written ones have a dot and a hyphen around it.
+#: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "diverged", "log", "model", "run")
 
 #: Steps from one look at the losses to the next: each look waits for the device.
@@ -57,7 +57,7 @@ class Diverged(FloatingPointError):
 
 
 class Run:
-    """Where a run is, what makes it this run and no other, and its checkpoints, which the first process writes.
+    """Where a run is, the settings that a checkpoint must match, and its checkpoints, which the first process writes.
 
     Args:
         task: what is trained.
@@ -198,7 +198,7 @@ class Run:
             raise Diverged("a loss or a weight is not finite")
 
     def write_log(self) -> None:
-        """Write ``log.jsonl`` anew: a kill never leaves half a row, nor one of an epoch that is in no checkpoint."""
+        """Write ``log.jsonl`` anew: a kill never leaves half a row."""
         if self.folder is not None and processes()[0] == 0:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
             with_room(lambda: write_text(path, text), path, self.config.on_full)

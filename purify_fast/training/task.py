@@ -99,7 +99,7 @@ class Task:
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss to minimize, and detached scalars to log.
 
-        The loss is the mean over the batch, or scaled so that the mean of the processes' losses is the whole batch's.
+        The loss is the mean over the batch; a loss that is a sum is multiplied by the number of processes.
 
         Args:
             batch: the images to train on.
@@ -202,7 +202,11 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
     weight = first_tensor(model)
     image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
     with evaluation_mode(model):
-        check_labels(classes, count_classes(lambda: model(image), shape, 1))
+        try:
+            known = count_classes(lambda: model(image), shape, 1)
+        except ValueError as error:
+            raise ValueError(f"x: {error}") from error
+    check_labels(classes, known)
 
 
 def check_labels(classes: int, known: int) -> None:

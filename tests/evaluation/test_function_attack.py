@@ -81,6 +81,15 @@ def test_a_function_in_every_way_an_attack_is_used(attacked):
         evaluate(model, x, y, attacks=[weaker], **QUIET)
 
 
+@pytest.mark.parametrize("attack", [as_attack(my_attack, eps=8.0), PGD(steps=2, eps=8.0, norm="linf")])
+def test_a_radius_that_is_none_is_refused_before_the_attacks(attacked, attack):
+    model, x, y = attacked
+    asked = []
+    with pytest.raises(ValueError, match=r"eps"):
+        evaluate(model, x, y, attacks=[as_attack(lambda *_: asked.append(0), name="first"), attack], **QUIET)
+    assert not asked
+
+
 def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
     model, x, y = attacked
     calls = []

@@ -205,7 +205,8 @@ def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]
 
 def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
     """A mode of a model in which it repeats itself, whatever it draws from."""
-    # the seeds of such a one are PyTorch's generators', and other threads may be calling it, which a mode would refuse
+    # A StochasticDefence draws its seeds from PyTorch's generators, so that no mode is needed; and entering one is
+    # refused while other threads call the defence.
     if not isinstance(model, StochasticDefence):
         if supports(model, FixedNoise):
             return cast(FixedNoise, model).fixed_noise(0)

@@ -7,7 +7,8 @@ fresh draws of the model itself have confirmed it.
 
 Every batch size has a cost of its own: a convolution library prepares its kernels for it, a compiler may compile again,
 a CUDA graph is captured. So a shrinking batch only takes sizes of a fixed list, and images that have fallen fill it up.
-To a CPU an image more of a large model, or under many draws, costs more than a new size: there every number is taken.
+On a CPU one more image of a large model, or under many draws, takes longer than a new batch size: there the batch
+shrinks by every image that falls.
 
 Most of the time of a strong attack goes into images that it never moves near a border: towards the ninth target class,
 or by the last of 5,000 squares. What a search gains per step hardly ever rises again, so that several times its recent
@@ -439,7 +440,7 @@ class RowSearch(RowState):
         self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
         judged = give_up and steps >= FEWEST_STEPS
         self.reach = Reach([round(share * steps) for share in SHARES], steps, TIMES) if judged else None
-        #: How many gradients of each row were not finite, and how many zero, of so many.
+        #: faulty: how many gradients of each row were not finite, and how many zero; counted: of how many.
         self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     def take(self, index: Tensor) -> None:

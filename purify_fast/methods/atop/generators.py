@@ -229,7 +229,12 @@ class DeepFillGenerator(nn.Module):
 
         Args:
             path: such as ``mine.pth``.
+
+        Raises:
+            ValueError: a path that ends in .safetensors, which is not the format of the official files.
         """
+        if Path(path).suffix == ".safetensors":
+            raise ValueError(f"path must not end in .safetensors: the official files are PyTorch's, got {path}")
         with atomic(Path(path)) as temporary:
             torch.save({"G": self.state_dict()}, temporary)
 

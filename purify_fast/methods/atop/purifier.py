@@ -33,8 +33,10 @@ def build_purifier(
         residual: of a ``small_generator``: it corrects the image in place of painting one.
 
     Raises:
-        ValueError: sizes the network does not take, or residual for another network.
+        ValueError: an unknown name, sizes the network does not take, or residual for another network.
     """
+    if name not in PURIFIERS:
+        raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":
         raise ValueError(f"residual goes with small_generator, not with {name}")
     options: dict[str, Any] = ({} if width is None else {"width": width}) | ({"residual": True} if residual else {})
@@ -87,6 +89,8 @@ class PurifierAdapter(nn.Module):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
+        # a module that writes into its input gets a copy
+        self._overwrites = False
         self._dry_run()
 
     def _dry_run(self) -> None:
@@ -99,7 +103,9 @@ class PurifierAdapter(nn.Module):
         given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
         try:
             with evaluation_mode(self.module), torch.no_grad():
+                version = packed._version
                 images = self._run(packed)
+                self._overwrites = packed._version != version
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
         want = [2, channels, h, w]
@@ -113,9 +119,7 @@ class PurifierAdapter(nn.Module):
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]
-        if not self.takes_packed:
-            # a module may write into its input
-            packed = packed.clone()
+        packed = packed.clone() if self._overwrites else packed
         images = self.module(packed if self.takes_packed else packed[:, :channels], packed[:, channels + 1 :])
         return tuple(images) if isinstance(images, (tuple, list)) else (images,)
 

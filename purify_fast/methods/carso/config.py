@@ -32,8 +32,9 @@ class CarsoConfig:
         allow_no_adversarial: whether to train even if that leaves no image for the attacks, as the official
             TinyImageNet run did.
         kl_delay: how long the KL term is left out (paper: 0.125 of the epochs); then its weight rises over a third as
-            long. Both are rounded up to whole units, and the weight is still 0 at the unit in which it begins to rise:
-            a delay of 1 epoch first acts in the third. 0 lets the term act at its full weight from the first step on.
+            long. Both are rounded up to whole units, and the weight is still 0 in the unit in which it begins to rise:
+            with a delay of 1 epoch it is 0 in the first two epochs and full from the third on. 0 lets the term act at
+            its full weight from the first step on.
         kl_delay_unit: what kl_delay counts: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: weight of the KL term at the end (paper: 1).
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,

@@ -209,7 +209,7 @@ class Carso(Defence):
         else:
             layers = self.fast.read(x)
             if self.purifier_dtype == torch.float32:
-                # `encode` multiplies in the precision of the copies.
+                # `encode` runs under autocast, so that no cast is needed here.
                 return layers
         return [layer.to(self.purifier_dtype) for layer in layers]
 
@@ -289,7 +289,7 @@ class Carso(Defence):
 
     @property
     def _last_bias(self) -> Tensor:
-        # The decoder's last tensor stands for all: they share a dtype, and training changes it with the others.
+        # The last bias is looked at in place of all weights: they share a dtype and are updated together.
         return self.decoder.stack[-1].get_parameter("bias")
 
     def _reader(self) -> Representation:

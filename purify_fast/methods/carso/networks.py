@@ -476,9 +476,9 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Whether a kernel decodes on ``device``; in a compiled graph the layers do, fused with the rest.
+    """Whether a kernel exists that decodes on ``device``. False inside torch.compile, which fuses the plain layers.
 
-    It need not serve images of every dtype and number: `decode_prior` runs the layers where it does not.
+    The kernel may not serve every dtype and batch size: `decode_prior` runs the layers where it does not.
 
     Args:
         device: of the latents.

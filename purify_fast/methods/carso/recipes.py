@@ -60,10 +60,17 @@ class CarsoRecipe(Recipe):
         Args:
             classifier: as `build_classifier` makes it, with weights of yours.
             changes: arguments of `Carso` that take the place of the recipe's.
+
+        Raises:
+            ValueError: a classifier with another number of classes.
         """
         decoder = published_decoder(self.image_shape) if self["defence.version"] == "v4" else None
         data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
-        return Carso(classifier, **{**self.part("defence"), **data, "decoder": decoder, **changes})
+        defence = Carso(classifier, **{**self.part("defence"), **data, "decoder": decoder, **changes})
+        classes = self["data.num_classes"]
+        if defence.num_classes != classes:
+            raise ValueError(f"classifier must have {classes} classes for {self.name}, got {defence.num_classes}")
+        return defence
 
     def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
         """The system with its authors' weights, in evaluation mode.

@@ -123,11 +123,11 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     everywhere = kl.detach().clone()
-    average_([everywhere])  # whether the batch has its free bits is decided for all of it
+    average_([everywhere])  # the mean over all processes, so that all of them decide alike
     paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.behind(unit), delay)
-    # the mean of the processes' gradients is to be that of the sum over all images
+    # gradients are averaged over the processes; the factor makes of that the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * paid) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -201,8 +201,8 @@ def training_loss(
 
     Args:
         defence: what is trained.
-        batch: the images. Without epoch and epochs it says that the first epoch of the schedule never ends, which has
-            no KL term.
+        batch: the images. Without epoch and epochs it counts as the first epoch, in which the default kl_delay
+            leaves the KL term out.
         config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
         graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
 

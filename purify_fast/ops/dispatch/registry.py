@@ -85,7 +85,7 @@ class Op(Definition):
     """A registered op, and who serves it."""
 
     def __call__(self, *args, variant: str = ""):
-        """Run on the arguments, the first a tensor: by the backend that serves such a call. No gradient is recorded."""
+        """Choose the backend for these arguments, the first a tensor, and run it. No gradient is recorded."""
         dtype, size = self.weigh(*args)
         return (self.reference if self.plain(args[0].device, dtype, size, variant) else self.handle)(*args)
 

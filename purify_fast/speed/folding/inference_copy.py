@@ -38,12 +38,14 @@ def pad_batch(x: Tensor) -> Tensor:
 
 
 def keeps_sizes(device: torch.device) -> bool:
-    """Whether graphs are made for single batch sizes of inputs on a device."""
+    """Whether every batch size gets a CUDA graph of its own on a device."""
     return device.type == "cuda"
 
 
 class CompiledRegion:
-    """A function of tensors ``[B, ...]``, compiled for any batch size; within another graph it is itself.
+    """A function of tensors ``[B, ...]``, compiled for any batch size.
+
+    Inside another torch.compile graph it is traced as it is.
 
     Without help a compiler makes new graphs for a batch of 1, for one below 16, for views and for other strides. So
     small batches are filled up with zeros, and all inputs are copied to one layout. On a CPU a batch below 8 is

@@ -277,6 +277,7 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
         ({"attack_method": "none", "attack_target": "pipeline"}, "needs an attack"),
         ({"cls_weight": -1.0}, "cls_weight must be at least 0, got -1.0"),
         ({"betas": (0.5, 1.0)}, r"each of betas must be in \[0, 1\), got 1.0"),
+        ({"betas": (0.5,)}, r"betas must have 2 values, got \(0.5,\)"),
         ({"gan_weight": 0.5}, "gan_weight 0.5 goes with gan_grad"),
         ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
         ({"steps": 7}, "steps goes with attack_method='pgd', got 7"),
