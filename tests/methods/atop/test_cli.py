@@ -155,27 +155,6 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["generator", "atop"])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--block", "3"], "block must be at least 1 and divide the image, got block = 3 for 16 x 8"),
-        (["--purifier", "gan"], "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'"),
-        (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused_before_any_work(made, tmp_path, capsys, what, options, message):
-    scratch = ["--init", "None"] if what == "atop" else []
-    try:
-        code = run(what, made, tmp_path / "out", *scratch, *options)
-    except SystemExit as stop:  # refused while reading the arguments
-        code = stop.code
-    said = capsys.readouterr()
-    words = " ".join((said.err + said.out).replace("│", " ").split())  # without the frame and the line ends
-    assert code == 2 and message in words and "Traceback" not in words
-    assert not (tmp_path / "out").exists()
-
-
 def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):
     classifier = load_classifier(made / "classifier")
     carso = tmp_path / "carso"
