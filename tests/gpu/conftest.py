@@ -5,8 +5,6 @@ PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as
 goes on where it was: tests that passed, by the file, are not run again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """BatchNorm over processes by PyTorch's CUDA functions, and what a refresh and an average launch, on a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import pytest

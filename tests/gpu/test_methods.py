@@ -1,7 +1,5 @@
 """The three methods on a device: logits and gradients to the images, against the CPU in float64."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

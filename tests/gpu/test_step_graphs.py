@@ -1,7 +1,5 @@
 """Captured attack steps on a device: replays against launches; on a CPU a function stands for a graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -4,8 +4,6 @@
 require a gradient, and a backward that reaches nothing.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace
@@ -21,7 +19,6 @@ from purify_fast.ops.dispatch import registry as ops_registry
 from purify_fast.ops.dispatch.registry import Op, define_op
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks.ops import Case, normal, registry  # noqa: E402
 

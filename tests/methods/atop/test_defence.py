@@ -261,24 +261,6 @@ def test_the_callers_modules_stay_their_own():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
-        ({"aggregation": "lse"}, "aggregation must be one of mean, mean_softmax, got 'lse'"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"block": 2.7}, "block must be a whole number, got 2.7"),
-        ({"block": 5}, "block"),
-        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
-        ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
-        ({"transform": "rt3", "num_passes": 3}, "num_passes must be .* 16 blocks.*got 3"),
-    ],
-)
-def test_settings_that_cannot_be_used(options, message):
-    with pytest.raises(ValueError, match=message):
-        defence(**options)
-
-
-@pytest.mark.parametrize(
     ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
 )
 def test_the_default_block_tiles_the_image(size, block):
