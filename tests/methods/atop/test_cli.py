@@ -2,9 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from pictures import write_bars
 
 import purify_fast
 from purify_fast import cli
@@ -20,17 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
-    folder, state = tmp_path_factory.mktemp("atop"), np.random.RandomState(0)
-
-    def split(n):
-        y = np.arange(n) % 2
-        x = state.randint(0, 120, (n, 16, 8))
-        x[y == 0, :8] += 100
-        x[y == 1, 8:] += 100
-        return x.astype(np.uint8), y
-
-    (x, y), (x_test, y_test) = split(64), split(16)
-    np.savez(folder / "bars.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    folder = tmp_path_factory.mktemp("atop")
+    write_bars(folder / "bars.npz", 64, 16, 16, 8)
     torch.manual_seed(0)
     save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
     return folder
