@@ -46,7 +46,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     options = ["--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01"]
     assert run(out, *options) == 0
     text = said(capsys)
-    assert f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits\n" in text
+    assert text.endswith(f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits")
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
