@@ -155,7 +155,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
         mock.patch.object(rows, "takes_every_size", lambda device: False),
         mock.patch.object(measure, "attack_in_batches", noted),
         mock.patch.object(runner, "StepGraphs", graphs),
-        mock.patch.object(Square, "explore", lambda attack, images, run: images.x),
+        mock.patch.object(Square, "explore", lambda attack, active, objective, run: None),
     ):
         yield
 

@@ -73,7 +73,7 @@ def test_the_rows_are_named_after_their_sources(samples):
     for row in report.rows[2:]:
         assert row.kind == "authors" and row.n_eval == 1 and row.settings["attacked"] == 3
     settings = [report.row(name).settings for name in ROWS]
-    assert [told.get("max_images") for told in settings] == [None, 32, None, None, None]
+    assert [spec.max_images for spec in defence.authors_attacks(0.3)] == [None, 32, None, None, None]
     assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]
     assert [report.row(name).settings["eot_iter"] for name in ROWS] == [1] * 5
     assert report.row(ROWS[0]).variant == "fixed" and report.row(ROWS[0]).accuracy == 0
