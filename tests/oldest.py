@@ -3,8 +3,6 @@
 The arguments are requirements such as ``torch==2.11.0``.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -10,3 +10,19 @@ def picture(path, seed, size=(10, 8), mode="RGB"):
     levels = np.random.RandomState(seed).randint(0, 256, (*size, 3)).astype(np.uint8)
     Image.fromarray(levels).convert(mode).save(path)
     return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def write_bars(path, count, held_out, height, width):
+    """A data set of a user's own: two classes, grey, one light in its upper half and one in its lower half."""
+    state = np.random.RandomState(0)
+
+    def split(n):
+        y = np.arange(n) % 2
+        x = state.randint(0, 120, (n, height, width))
+        x[y == 0, : height // 2] += 100
+        x[y == 1, height // 2 :] += 100
+        return x.astype(np.uint8), y
+
+    (x, y), (x_test, y_test) = split(count), split(held_out)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return str(path)

@@ -52,3 +52,26 @@ class Halved(nn.Module):
 
     def forward(self, transformed, mask):
         return self.share * transformed
+
+
+def with_statistics(model, mean=0.0):
+    """BatchNorm's statistics as a trained model would have them; the running means are at most ``mean``."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -mean, mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def lively(model, gain):
+    """Convolutions under which the result depends on the image: the signal fades under the weights they start with."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=gain / layer.weight[0].numel() ** 0.5)
+    return model
+
+
+def accuracy(model, x, y):
+    """Percent of the images that are classified right."""
+    with torch.no_grad():
+        return 100 * (model(x).argmax(1) == y).float().mean().item()

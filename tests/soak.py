@@ -9,8 +9,6 @@ First single bits of the undisturbed runs' files are changed, one at a time: eac
 rounds one process trains and attacks everything in turn; its memory must not grow.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

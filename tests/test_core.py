@@ -1,7 +1,5 @@
 """Properties of csrc/core, through the pybind11 module that CMake builds (`make test-cpp`)."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The demonstration: its sentences follow the numbers, and its models are trained and attacked alike."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -4,8 +4,6 @@ An "Args:" section (or "Attributes:", of a class) holds one entry ``name: text``
 entries: the documentation, editors, and the command line's ``--help``.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import enum

@@ -1,7 +1,5 @@
 """Importing without the optional parts, and the decisions setup.py takes."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

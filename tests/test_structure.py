@@ -4,8 +4,6 @@ An exception is written where it is made, as a comment directly above what it ex
 function, ``# positional because ...`` above a call.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,14 +1,10 @@
 """What the machine code of each Triton kernel must and must not hold; benchmarks/ahead.py compiles it without a GPU."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 from benchmarks import RESULTS  # noqa: E402
 from benchmarks.ahead import (  # noqa: E402

@@ -1,12 +1,8 @@
 """How many kernels a GPU compiles to verify them: counted by the keys under which Triton keeps what it compiled."""
 
-from __future__ import annotations
-
 import os
-import sys
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,8 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 from benchmarks.ahead import Device, name_of, recorded  # noqa: E402
 from purify_fast import evaluate  # noqa: E402

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import accuracy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import GradientHealth, apgd
@@ -15,11 +16,6 @@ from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def accuracy(model, x, y):
-    with torch.no_grad():
-        return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
 def test_checkpoints():

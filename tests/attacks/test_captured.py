@@ -3,8 +3,6 @@
 CUDA graphs are stood for by functions that are run again on the buffers they were captured with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import accuracy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,11 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NORMS = ("linf", "l2", "l1")
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
-
-
-def accuracy(model, x, y):
-    with torch.no_grad():
-        return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
 @pytest.fixture(scope="module")

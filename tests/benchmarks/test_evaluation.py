@@ -1,7 +1,5 @@
 """The contest against the official AutoAttack: finished contests are kept, and the table says what the results say."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

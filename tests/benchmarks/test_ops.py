@@ -1,7 +1,5 @@
 """The benchmark runs, its reports say what its rows say, and the defaults of the ops are its committed verdict."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A training is called as published only beside the recipe that it followed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

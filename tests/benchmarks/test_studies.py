@@ -1,7 +1,5 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

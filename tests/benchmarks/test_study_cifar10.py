@@ -1,7 +1,5 @@
 """The study on CIFAR-10: its jobs fit together, what it chooses it chooses on held-out images, its table is right."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

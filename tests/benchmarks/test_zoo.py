@@ -1,7 +1,5 @@
 """Models are packed into the zoo by a command, with a card that says what two protocols left of them."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

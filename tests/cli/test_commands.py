@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from pictures import write_bars
 from PIL import Image
 
 import purify_fast
@@ -20,7 +21,7 @@ from purify_fast.training import load_classifier
 
 
 @pytest.fixture(scope="module")
-def npz(tmp_path_factory, write_bars):
+def npz(tmp_path_factory):
     return write_bars(tmp_path_factory.mktemp("data") / "bars.npz", 128, 24, 12, 8)
 
 

@@ -1,7 +1,5 @@
 """What `purify-fast info` tells."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import subprocess

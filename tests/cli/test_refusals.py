@@ -19,7 +19,17 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-#: A command line, and what its refusal says. {bars} is a data set, {saved} a classifier of images of another size.
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """A folder with a classifier of the data set's images."""
+    folder = tmp_path_factory.mktemp("fits")
+    save_classifier(SmallCNN(1, 2, width=2), folder)
+    return folder
+
+
+TRAIN = "train {} --data {{bars}} --device cpu "
+#: A command line, and what its refusal says. {bars} is a data set, {fits} a classifier of its images, {saved} one of
+#: images of another size.
 REFUSED = {
     "train classifier --data nowhere.npz": "nowhere.npz",
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
@@ -36,6 +46,27 @@ REFUSED = {
     "train carso --official-code": "--official-code is of a --recipe",
     "train arrest --recipe resnet": "recipe must be one of",
     "train arrest --keep-teacher --flip": "--keep-teacher is for images that are not augmented",
+    **{
+        TRAIN.format("arrest") + options: message
+        for options, message in {
+            "--pooled": "pooled is for maps and tokens: what hidden puts out is a vector already",
+            "--pooled --classifier {fits}": "pooled is for maps and tokens",
+            "--keep-teacher --padding 1": "--keep-teacher is for images that are not augmented: leave out",
+            "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
+            "--classifier nowhere": "nowhere/model.safetensors is missing",
+            "--classifier {fits} --layers hiden": "no module 'hiden'; near: hidden",
+            "--width 4 --standard-epochs 1 --layers hiden": "no module 'hiden'; near: hidden",
+        }.items()
+    },
+    **{
+        f"{TRAIN.format(what)}--classifier {{fits}} {options}": message
+        for what in ("generator", "atop --init None")
+        for options, message in {
+            "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
+            "--purifier gan": "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'",
+            "--batch-size 33": "batch_size 33 is larger than the 32 training images",
+        }.items()
+    },
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.safetensors is missing",
     "evaluate {saved} --data {bars} --device gpu --eps 0.1": "--device gpu cannot be used here",
@@ -46,10 +77,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, tmp_path, monkeypatch, line):
+def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, fits, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    code, printed = run(*line.format(bars=bars, saved=saved).split())
+    code, printed = run(*line.format(bars=bars, saved=saved, fits=fits).split())
     assert code == 2 and REFUSED[line].format(saved=saved) in printed and "Traceback" not in printed, printed
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -149,16 +181,14 @@ def test_a_class_without_images(run, tmp_path):
     assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe\x00", save({}, {"purify_fast": "0 {}"})])
-def test_a_damaged_model_file(run, bars, saved, content):
-    (saved / "model.safetensors").write_bytes(content)
-    code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed
-
-
-@pytest.mark.parametrize("change", [{"colour": 3}, {"width": 5}])
-def test_arguments_that_no_model_takes(run, bars, saved, change):
-    facts, state = read_model(saved)
-    save_model(saved, facts["kind"], facts["arguments"] | change, state)
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff\xfe\x00", save({}, {"purify_fast": "0 {}"}), {"colour": 3}, {"width": 5}]
+)
+def test_a_damaged_model_file_and_arguments_that_no_model_takes(run, bars, saved, content):
+    if isinstance(content, dict):
+        facts, state = read_model(saved)
+        save_model(saved, facts["kind"], facts["arguments"] | content, state)
+    else:
+        (saved / "model.safetensors").write_bytes(content)
     code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
     assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed

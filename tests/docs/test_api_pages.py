@@ -1,7 +1,5 @@
 """Every public name has a page in the reference of the API, and every public package is listed by the whole one."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every code block of README and the documentation runs: Python but shorter, commands as far as they are read."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """docs/extend.md leads to an op with gradients: its files, as they stand there, run in a copy of the package."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """README and docs say what the results files say, and their links lead somewhere."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every example runs to its end with small settings, and says what it is to say; none reads a network."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Good arguments made bad, and what may come of it: a right result, or a refusal that names an argument."""
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import functools

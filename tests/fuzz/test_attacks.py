@@ -1,7 +1,5 @@
 """Attacks with images, labels and radii of any kind: a result in the ball, or a refusal that names an argument."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Constructors and the command line with values of any kind: refused in their own words, or usable."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

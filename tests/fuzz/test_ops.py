@@ -3,8 +3,6 @@
 ``make fuzz`` runs many more examples; FUZZ_EXAMPLES says how many for each test.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 

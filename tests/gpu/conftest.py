@@ -5,8 +5,6 @@ PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as
 goes on where it was: tests that passed, by the file, are not run again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -17,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# the tests import the module on_device
-sys.path.insert(0, str(Path(__file__).parent))
+# the tests import the module on_device, and trainings of tests/training
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 # poisoned allocations need deterministic algorithms, and those of cuBLAS need this before the first product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # PyTorch rounds the operands of convolutions to 10 bits by default, which is a hundred times what these tests allow

@@ -1,7 +1,5 @@
 """The device that the tests of this folder run on; without it every file that imports this one is skipped."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

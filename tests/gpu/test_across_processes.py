@@ -1,21 +1,13 @@
 """BatchNorm over processes by PyTorch's CUDA functions, and what a refresh and an average launch, on a device."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_launches import CudaLaunches
 from on_device import DEVICE
 from torch import nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from cuda_launches import CudaLaunches
 from torch_functions import register
 
 from purify_fast.models import PreActResNet18, layers
@@ -24,6 +16,7 @@ from purify_fast.speed.folding.inference_copy import InferenceCopy, convert_to_c
 from purify_fast.training import distributed
 
 pytestmark = pytest.mark.gpu
+ONES_ZEROS = (torch.ones, torch.zeros)
 
 
 @pytest.fixture(autouse=True)
@@ -61,44 +54,25 @@ def launches(call: Callable[[], object]) -> int:
     ],
 )
 def test_batchnorm_is_that_of_all_images(monkeypatch, shape, dtype, layout):
-    """Of two processes, one with the first 4 images and one with 8; this one does the work of either in turn."""
+    """Of two processes with the same images; with other numbers of them: tests/training/test_distributed.py."""
     generator = torch.Generator().manual_seed(0)
-    x, outer = (torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE) for _ in range(2))
+    x, outer = (torch.randn(shape, generator=generator).to(dtype).double().to(DEVICE) for _ in range(2))
     wanted = nn.BatchNorm2d(5).double().to(DEVICE) if len(shape) == 4 else nn.BatchNorm1d(5).double().to(DEVICE)
-    whole = (x + 2).to(dtype).double().requires_grad_()
+    whole, outers = torch.cat([x, x]).requires_grad_(), torch.cat([outer, outer])
     y = wanted(whole)
-    grads = torch.autograd.grad((y * outer.to(dtype)).sum(), [whole, wanted.weight, wanted.bias])
+    dx, *of_parameters = torch.autograd.grad((y * outers).sum(), [whole, wanted.weight, wanted.bias])
+    monkeypatch.setattr(layers, "_all_gather", lambda gathered, own: gathered.copy_(torch.cat([own, own])))
+    monkeypatch.setattr(layers.dist, "all_reduce", lambda sums: sums.mul_(2))
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    weight, bias, begin = torch.ones(5), torch.zeros(5), [torch.zeros(5), torch.ones(5)]
-    # what each process gives in its two exchanges, learned in a first round
-    given: dict[tuple[int, int], torch.Tensor] = {}
-    for _ in range(3):
-        results = []
-        for rank, part in enumerate((slice(0, 4), slice(4, 12))):
-
-            def all_gather(gathered, own, rank=rank):
-                given[rank, 0] = own.clone()
-                gathered.copy_(torch.cat([given.get((each, 0), own) for each in range(2)]))
-
-            def all_reduce(sums, rank=rank):
-                given[rank, 1] = sums.clone()
-                sums += given.get((1 - rank, 1), torch.zeros_like(sums))
-
-            monkeypatch.setattr(layers, "_all_gather", all_gather)
-            monkeypatch.setattr(layers.dist, "all_reduce", all_reduce)
-            leaves = [whole.detach()[part].to(dtype), weight.to(DEVICE, wide), bias.to(DEVICE, wide)]
-            if len(shape) == 4:
-                leaves[0] = leaves[0].contiguous(memory_format=layout)
-            leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-            running = tuple(one.to(DEVICE, wide, copy=True) for one in begin)
-            out = layers.batch_norm_everywhere(*leaves, running, 2)
-            results.append([out, *torch.autograd.grad((out * outer[part].to(dtype)).sum(), leaves), *running])
-    first, second = results
-    found = [torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2] + second[2]]
-    found += [first[3] + second[3], second[4], second[5]]
-    assert torch.equal(first[4], second[4]) and torch.equal(first[5], second[5])
+    own = x.to(dtype).contiguous(memory_format=layout) if len(shape) == 4 else x.to(dtype)
+    leaves = [leaf.requires_grad_() for leaf in (own, *(make(5, dtype=wide, device=DEVICE) for make in ONES_ZEROS))]
+    running = tuple(make(5, dtype=wide, device=DEVICE) for make in reversed(ONES_ZEROS))
+    out = layers.batch_norm_everywhere(*leaves, running, 2)
+    found = [out, *torch.autograd.grad((out * outer.to(dtype)).sum(), leaves), *running]
+    # a process has half of the images, and half of the gradients of what all share
+    halves = [y[: len(x)], dx[: len(x)], *(gradient / 2 for gradient in of_parameters)]
     digits = 3e-2 if dtype == torch.bfloat16 else 1e-9
-    for got, want in zip(found, [y, *grads, wanted.running_mean, wanted.running_var], strict=True):
+    for got, want in zip(found, [*halves, wanted.running_mean, wanted.running_var], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=digits, atol=digits)
 
 

@@ -1,12 +1,11 @@
 """The three methods on a device: logits and gradients to the images, against the CPU in float64."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 from on_device import DEVICE
+from small_models import lively, with_statistics
 from torch import Tensor, nn
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -26,24 +25,12 @@ BACKENDS = [None, *sorted(set.intersection(*SERVED) - {"reference"})]
 
 
 def carso() -> nn.Module:
-    made = Carso(SmallCNN(), ["conv1", "hidden"], SHAPE, 16, 4, 4, decoder_width=4).eval()
-    for module in made.modules():  # statistics a trained purifier would have
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return made
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """Weights under which the image depends on what the purifier gets."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=2 / layer.weight[0].numel() ** 0.5)
-    return model
+    return with_statistics(Carso(SmallCNN(), ["conv1", "hidden"], SHAPE, 16, 4, 4, decoder_width=4).eval())
 
 
 def atop(transform: str) -> nn.Module:
     options = {"block": 4, "sigma": 0.05, "samples": 2, "transform": transform}
-    return Atop(SmallCNN(), lively(SmallGenerator(1, width=4)), SHAPE, **options).eval()
+    return Atop(SmallCNN(), lively(SmallGenerator(1, width=4), 2), SHAPE, **options).eval()
 
 
 METHODS = {"CARSO": carso, "AToP rt2": lambda: atop("rt2"), "AToP rt3": lambda: atop("rt3")}

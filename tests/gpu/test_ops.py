@@ -1,7 +1,5 @@
 """Every op's kernel on a device, against its float64 reference on the CPU, and in every way PyTorch may run it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from on_device import DEVICE

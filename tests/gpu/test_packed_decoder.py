@@ -1,7 +1,5 @@
 """The decoders people use, on a device, against the same layers in float64 on the CPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from on_device import DEVICE

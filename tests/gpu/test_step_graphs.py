@@ -1,30 +1,24 @@
 """Captured attack steps on a device: replays against launches; on a CPU a function stands for a graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 import torch
 from on_device import DEVICE
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task
 from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, fgsm, pgd
 from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs import step_graphs
-from purify_fast.training import Batch, FitConfig, Task
-from purify_fast.training.config import TrainingAttack
+from purify_fast.training import FitConfig
 from purify_fast.training.loop import accelerated_steps, train_step
 
 pytestmark = pytest.mark.gpu
-SHAPE = (1, 16, 16)
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
 
 
@@ -75,10 +69,10 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
             model, x, y, eps=torch.full((12,), eps, device=DEVICE), alpha=eps / 4, steps=8, norm=norm, graphs=g
         ),
     ]
-    for attack in attacks:
-        wanted = attack(None)
+    for run in attacks:
+        wanted = run(None)
         for _ in range(3):
-            close(attack(graphs), wanted)
+            close(run(graphs), wanted)
         assert graphs.refusal is None
     # FGSM, PGD with a falling step and the first of both together are one step, but for the share that l1 moves
     assert len(graphs) == (4 if norm == "l1" else 3)
@@ -97,12 +91,12 @@ def test_new_weights_and_the_last_batch(graphs):
 def test_draws_go_on_as_without_graphs(graphs):
     defence, (x, y) = NoisyEnsemble(classifier(), 0.1, 2).to(DEVICE), images()
 
-    def attack(chosen: StepGraphs | None, seed: int) -> tuple[Tensor, Tensor]:
+    def run(chosen: StepGraphs | None, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         return pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen), torch.rand(4, device=DEVICE)
 
     for seed in (1, 2):
-        (wanted, after), (found, then) = attack(None, seed), attack(graphs, seed)
+        (wanted, after), (found, then) = run(None, seed), run(graphs, seed)
         close(found, wanted)
         assert torch.equal(after, then), "the generator of the device stands elsewhere"
     assert len(graphs) == 1
@@ -134,13 +128,13 @@ class OwnGenerator(nn.Module):
 def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graphs, kind):
     model, (x, y) = kind(), images()
 
-    def attack(chosen: StepGraphs | None) -> Tensor:
+    def run(chosen: StepGraphs | None) -> Tensor:
         if kind is OwnGenerator:
             model.generator.manual_seed(5)
         return pgd(model, x, y, eps=0.1, steps=20, graphs=chosen)
 
-    wanted = attack(None)
-    found = attack(graphs)
+    wanted = run(None)
+    found = run(graphs)
     assert graphs.refusal is not None and len(graphs) == 0
     assert found.shape == wanted.shape and bool(found.isfinite().all())
     # the generator of the device draws, and another model is captured
@@ -150,40 +144,16 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     assert graphs.refusal is None
 
 
-def batch(seed: int) -> Batch:
-    x, y = images(16, seed)
-    return Batch(x, y, torch.arange(16, device=DEVICE) + 20 * seed, seed, 0, 10)
-
-
-def arrest(precision: str) -> Task:
-    config = ArrestConfig(attack=TrainingAttack(eps=0.1, steps=4), precision=precision)
-    return ArrestTask(classifier(), config, SHAPE)
-
-
-def carso(target: str, precision: str) -> Task:
-    made = Carso(classifier(), ["conv2", "hidden"], SHAPE, 16, 8, 2, decoder_width=4)
-    attack = TrainingAttack(eps=0.1, steps=4)
-    return CarsoTask(made, CarsoConfig(attack_target=target, attack=attack, precision=precision))
-
-
-def atop(target: str) -> Task:
-    torch.manual_seed(0)
-    made = Atop(classifier(), SmallGenerator(1, width=4), SHAPE, block=4, sigma=0.1)
-    if target == "classifier":
-        return AtopTask(made, AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=0))
-    attack = TrainingAttack(eps=0.1, steps=4)
-    return AtopTask(made, AtopConfig(attack_method="pgd", attack_target=target, attack=attack, cls_delay=0))
-
-
+#: The trainings that tests/training/test_captured_attacks.py compares to the bit.
 TASKS = {
-    "ARREST": lambda: arrest("float32"),
-    "ARREST, bfloat16": lambda: arrest("bfloat16"),
-    "CARSO": lambda: carso("classifier", "float32"),
-    "CARSO, pipeline": lambda: carso("pipeline", "float32"),
+    "ARREST": lambda: arrest_task(DEVICE, attack=attack(steps=4)),
+    "ARREST, bfloat16": lambda: arrest_task(DEVICE, attack=attack(steps=4), precision="bfloat16"),
+    "CARSO": lambda: carso_task("classifier", DEVICE, attack=attack(steps=4)),
+    "CARSO, pipeline": lambda: carso_task("pipeline", DEVICE, attack=attack(steps=4)),
     # the decoder's kernel reads packed weights, which are packed again in every step
-    "CARSO, pipeline, bfloat16": lambda: carso("pipeline", "bfloat16"),
-    "AToP": lambda: atop("classifier"),
-    "AToP, pipeline": lambda: atop("pipeline"),
+    "CARSO, pipeline, bfloat16": lambda: carso_task("pipeline", DEVICE, attack=attack(steps=4), precision="bfloat16"),
+    "AToP": lambda: atop_task("classifier", device=DEVICE),
+    "AToP, pipeline": lambda: atop_task("pipeline", 4, DEVICE),
 }
 
 
@@ -196,7 +166,7 @@ def test_trainings_with_captured_attacks(graphs, name):
         task.graphs, found = chosen, []
         for seed in range(1, 6):
             torch.manual_seed(seed)
-            found.append(float(train_step(task, batch(seed))["loss"]))
+            found.append(float(train_step(task, batch(seed, device=DEVICE))["loss"]))
         losses.append(found)
     assert graphs.refusal is None and len(graphs) >= 1
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
@@ -224,12 +194,12 @@ def test_memory_does_not_grow(monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")
 def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
-    task = arrest("float32")
+    task = TASKS["ARREST"]()
     with accelerated_steps(task, FitConfig(1, 16), DEVICE):
         assert task.graphs is not None and task.optimizer.param_groups[0]["fused"]
         # these tests ask for deterministic algorithms
         assert not torch.backends.cudnn.benchmark
-        train_step(task, batch(1))
+        train_step(task, batch(1, device=DEVICE))
     assert task.graphs is None
 
 

@@ -1,7 +1,5 @@
 """Jobs of the study on CIFAR-10 on a device: models are trained where the images are, saved, read and judged there."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

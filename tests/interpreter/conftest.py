@@ -4,8 +4,6 @@ The interpreter rounds float32 to bfloat16 by truncation; the budgets here allow
 the fixture `bfloat16_of_a_gpu`.
 """
 
-from __future__ import annotations
-
 import os
 
 import pytest

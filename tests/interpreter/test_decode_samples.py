@@ -1,7 +1,5 @@
 """Every form of decoder in the interpreter, against the definition in float64: with exact products, and in bfloat16."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 import pytest

@@ -3,8 +3,6 @@
 A GPU adds in another order than the interpreter, so what comes close to a budget here would exceed it on some card.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The public functions with Triton kernels behind them: tests of tests/ops, run once more in the interpreter."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Recipes: their numbers over the whole schedule, two steps of each, and that every term of the loss acts."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

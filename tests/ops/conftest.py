@@ -1,7 +1,5 @@
 """What every op's contract is checked with: two functions, as fixtures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

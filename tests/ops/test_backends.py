@@ -1,7 +1,5 @@
 """Which backend serves an op, and what happens when a forced one is missing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What holds for every op: one table of the public functions, one test for each promise, one table of refusals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Convolutions against float64, over many shapes; the reference is PyTorch's."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Kernels that save what backward needs: the results of the ops, and who serves when."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 import pytest

@@ -4,26 +4,19 @@
 require a gradient, and a backward that reaches nothing.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.ops import Case, normal, registry
 from purify_fast import ops
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import registry as ops_registry
 from purify_fast.ops.dispatch.registry import Op, define_op
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
-from benchmarks.ops import Case, normal, registry  # noqa: E402
 
 #: An op that is not registered under the name of its function, and that is raced by a benchmark of its own.
 CONVOLUTION = Case(

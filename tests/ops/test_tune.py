@@ -1,10 +1,6 @@
 """Kernels are raced on the machine they run on, and who was ahead serves: `purify-fast tune` and the file it writes."""
 
-from __future__ import annotations
-
 import json
-import os
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -22,10 +18,6 @@ from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import examples, races, tune, verify
 from purify_fast.ops.dispatch.op import Call, size_of
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
-
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
@@ -296,27 +288,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, mo
 def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
     assert cli.main(["tune", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-PROCESS = """
-import sys, time, torch
-from purify_fast.ops.dispatch import cache, races
-began = cache.read
-def slow(*which):
-    content = began(*which)
-    time.sleep(0.3)  # both processes are between reading and writing
-    return content
-cache.read = slow
-for i in range(3):
-    races.write(torch.device("cpu"), {f"{sys.argv[1]}{i}": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
-"""
-
-
-def test_two_processes_lose_nothing_of_each_other(folder):
-    environ = os.environ | {"PURIFY_FAST_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
-    together = [subprocess.Popen([sys.executable, "-c", PROCESS, name], cwd=ROOT, env=environ) for name in "ab"]
-    assert [process.wait(120) for process in together] == [0, 0]
-    assert set(races.read(CPU)["ops"]) == {f"{name}{i}" for name in "ab" for i in range(3)}
 
 
 def test_a_look_up_is_one_dictionary_look_up():

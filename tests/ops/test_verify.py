@@ -1,7 +1,5 @@
 """Kernels are compared with their definition at first use, once for a machine, and one that is wrong does not serve."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The graphs that are made of a region: one for all batch sizes on a CPU, one for each of the first two on a GPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What float32 means on a GPU; the settings can be read without one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What is captured, when, and what is replayed; CUDA graphs are stood for by functions that are run again."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import gc
@@ -252,29 +250,12 @@ def test_every_shape_has_its_graph_and_the_least_recently_used_one_goes(rerun, m
         assert rerun.recorded == recorded and len(graphs) <= 2
 
 
-class Waiting(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if float(x.sum()) > 0 else x
+def of(name: str, forward) -> type[Scale]:
+    """A class of models that compute what ``forward`` says."""
+    return type(name, (Scale,), {"forward": lambda self, x: forward(x)})
 
 
-class Masked(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + x[x > 1].sum()
-
-
-class Widening(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.double()
-
-
-class DrawsInPython(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * random.random()
-
-
-class DrawsInNumpy(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * float(np.random.rand())
+Waiting = of("Waiting", lambda x: x * 2 if float(x.sum()) > 0 else x)
 
 
 class FailsInTheTrial(Scale):
@@ -311,10 +292,10 @@ class OddlySet(Scale):
     ("kind", "reason"),
     [
         (Waiting, "the step waits for the device: _local_scalar_dense"),
-        (Masked, "the step waits for the device: index"),
-        (Widening, r"the step makes its x torch.float64 \[3\], it was torch.float32 \[3\]"),
-        (DrawsInPython, "DrawsInPython draws from a generator of the host"),
-        (DrawsInNumpy, "DrawsInNumpy draws from a generator of the host"),
+        (of("Masked", lambda x: x + x[x > 1].sum()), "the step waits for the device: index"),
+        (of("Widening", lambda x: x.double()), r"the step makes its x torch.float64 \[3\], it was torch.float32 \[3\]"),
+        (of("DrawsInPython", lambda x: x * random.random()), "DrawsInPython draws from a generator of the host"),
+        (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "DrawsInNumpy draws from a generator of the host"),
         (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
         (Sharded, "a tensor of type Shard does not say where its memory is"),
         (OddlySet, "unhashable type"),

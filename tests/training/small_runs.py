@@ -39,11 +39,11 @@ def train(folder, epochs=3, **options):
 SHAPE, EPS = (1, 16, 16), 0.1
 
 
-def batch(seed=1, n=16):
+def batch(seed=1, n=16, device="cpu"):
     """Images in [0, 1], with labels of ten classes."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.rand((n, *SHAPE), generator=generator)
-    return Batch(x, torch.randint(10, (n,), generator=generator), torch.arange(n) + 50 * seed, seed, 0, 10)
+    x, y = torch.rand((n, *SHAPE), generator=generator), torch.randint(10, (n,), generator=generator)
+    return Batch(*(each.to(device) for each in (x, y, torch.arange(n) + 50 * seed)), seed, 0, 10)
 
 
 def attack(**options):
@@ -56,21 +56,21 @@ def classifier_task(**options):
     return ClassifierTask(SmallCNN(width=4), ClassifierConfig(**options))
 
 
-def arrest_task(**options):
+def arrest_task(device="cpu", **options):
     torch.manual_seed(0)
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(**{"attack": attack(), **options}), SHAPE)
+    return ArrestTask(SmallCNN(width=4).to(device), ArrestConfig(**{"attack": attack(), **options}), SHAPE)
 
 
-def carso_task(target="classifier", **options):
+def carso_task(target="classifier", device="cpu", **options):
     torch.manual_seed(0)
-    defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    defence = Carso(SmallCNN(width=4).to(device), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
     return CarsoTask(defence, CarsoConfig(attack_target=target, **{"attack": attack(), **options}))
 
 
-def atop_task(target="classifier", steps=2, **options):
+def atop_task(target="classifier", steps=2, device="cpu", **options):
     """With FGSM against the classifier, as published, and PGD against the pipeline."""
     torch.manual_seed(0)
-    defence = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    defence = Atop(SmallCNN(width=4).to(device), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
     settings = {"attack_method": method, "attack_target": target, "attack": attack(steps=steps), "cls_delay": 0}
     return AtopTask(defence, AtopConfig(**settings, **options))

@@ -1,7 +1,5 @@
 """The trainings with captured attack steps: the same bits as without, on a CPU where a function stands for a graph."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """Delayed terms of a loss: refused where they never act, told in log and file, and epochs of other lengths."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -4,8 +4,6 @@ The operators are counted on the CPU as PyTorch dispatches them. A tensor made o
 is copied to the device, which waits.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -188,22 +188,6 @@ def test_without_matplotlib_and_with_a_curve_of_one_point(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"standard_epochs": 0}, "standard_epochs must be at least 1, got 0"),
-        ({"autoattack": -1}, "autoattack must be at least 0, got -1"),
-        ({"weights": (5.0, 5.0000001)}, r"weights must be different in six digits, got \(5.0, 5.0000001\)"),
-        ({"angles": (1.0, 1.0)}, r"angles must be different in six digits, got \(1.0, 1.0\)"),
-        ({"weights": (0.0,)}, "each of weights must be above 0 and finite, got 0.0"),
-        ({"shares": (1.0,)}, r"each of shares must be in \(0, 1\), got 1.0"),
-    ],
-)
-def test_settings_that_cannot_be_used(options, message):
-    with pytest.raises(ValueError, match=message):
-        AblationConfig(**options)
-
-
-@pytest.mark.parametrize(
     ("what", "config", "message"),
     [
         ({"angles": (120.0,)}, {}, r"angle must be in \[0, 90\] degrees, got 120.0"),

@@ -22,10 +22,7 @@ def run(out, *options, what="arrest", data="digits"):
     arguments = ["train", what, "--out", str(out), "--data", str(data), "--device", "cpu", *FEW, *options]
     if what != "arrest":
         arguments = [a for i, a in enumerate(arguments) if a != "--alpha" and arguments[i - 1] != "--alpha"]
-    try:
-        return cli.main(arguments)
-    except SystemExit as stop:  # refused while reading the arguments
-        return stop.code
+    return cli.main(arguments)
 
 
 def said(capsys):
@@ -49,7 +46,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     options = ["--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01"]
     assert run(out, *options) == 0
     text = said(capsys)
-    assert f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits\n" in text
+    assert text.endswith(f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits")
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
@@ -95,26 +92,6 @@ def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
     assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
     bare = ["--classifier", str(standard), "--keep-teacher", "--distillation-weight", "0", "--no-replay"]
     assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--pooled"], "pooled is for maps and tokens: what hidden puts out is a vector already"),
-        (["--pooled", "--classifier", "{standard}"], "pooled is for maps and tokens"),
-        (["--keep-teacher", "--padding", "1"], "--keep-teacher is for images that are not augmented: leave out"),
-        (["--classifier", "{standard}", "--depth", "10", "--standard-epochs", "3"], "leave out depth, standard_epochs"),
-        (["--classifier", "nowhere"], "nowhere/model.safetensors is missing"),
-        (["--classifier", "{standard}", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
-        (["--width", "4", "--standard-epochs", "1", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused_before_any_work(standard, tmp_path, capsys, options, message):
-    options = [str(standard) if option == "{standard}" else option for option in options]
-    assert run(tmp_path / "out", *options) == 2
-    text = said(capsys)
-    assert message in text and "Traceback" not in text
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standard, tmp_path, capsys):

@@ -560,39 +560,6 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
-        (
-            {"eps": 0.3},
-            r"10 steps of alpha 0.007843 reach 0.07843 of eps 0.3: .* or None for 2.5 eps / steps = 0.075",
-        ),
-        ({"eps": 0.2, "steps": 1}, "1 steps of alpha 0.007843 reach 0.007843 of eps 0.2"),
-        ({"distillation_weight": -1.0}, "distillation_weight must be at least 0, got -1.0"),
-        ({"distillation_weight": float("nan")}, "distillation_weight must be at least 0, got nan"),
-        ({"replay_share": -0.5}, r"replay_share must be in \[0, 1\], got -0.5"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"angle": 91.0}, r"angle must be in \[0, 90\] degrees, got 91.0"),
-        ({"tau": -0.1}, "tau must be at least 0, got -0.1"),
-        ({"norm": "l2"}, "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
-        ({"distance": "l2"}, "tau must be given with distance 'l2'"),
-    ],
-)
-def test_settings_that_cannot_be_used(options, message):
-    with pytest.raises(ValueError, match=message):
-        configured(ArrestConfig, **{"alpha": 2 / 255, **options})
-
-
-def test_pooling_is_for_maps():
-    for layers in (None, ["hidden"], ["hidden", "head"]):
-        with pytest.raises(ValueError, match=r"pooled is for maps and tokens: what hidden.* is a vector already"):
-            arrest(layers=layers, pooled=True)
-    assert arrest(layers=["hidden", "conv4"], pooled=True) and arrest(
-        distillation_weight=0.0, replay=False, pooled=True
-    )
-
-
 def test_layers_that_are_none():
     with pytest.raises(ValueError, match=r"no module 'hiden'; near: hidden"):
         arrest(layers=["hiden"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models import VisionTransformer
 
 import purify_fast
@@ -95,15 +96,18 @@ def test_it_is_saved_and_loaded(defence, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["transformer", "wide", "v1"])
-def test_it_compiles_as_one_graph(case):
+def test_it_compiles_as_one_graph_for_one_image_and_one_for_more(case):
     torch._dynamo.reset()
     torch.manual_seed(0)
     defence = CASES[case]().eval()
-    compiled = torch.compile(defence, fullgraph=True, dynamic=True, backend="eager")
-    with torch.no_grad(), defence.fixed_noise(1):
-        for n in (20, 33):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(defence, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for seed, n in ((1, 1), (2, 20), (3, 33)):
             x = batch(defence, n).x
-            torch.testing.assert_close(compiled(x), defence(x), rtol=1e-4, atol=1e-5)
+            with defence.fixed_noise(seed):
+                torch.testing.assert_close(compiled(x), defence(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 def test_a_transformers_tokens_are_read_as_they_are():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import with_statistics
 from torch import nn
 
 from purify_fast.methods.carso import Carso
@@ -28,11 +29,8 @@ def system(size=32, width=1, seed=0, classes=10):
         decoder=published_decoder(shape),
         mean=classifier.normalize.arguments["mean"],
         std=classifier.normalize.arguments["std"],
-    ).eval()
-    for module in made.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return made
+    )
+    return with_statistics(made).eval()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from input_gradients import input_gradient
+from small_models import with_statistics
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -39,17 +40,10 @@ class Residual(nn.Module):
         return self.head(nn.functional.avg_pool2d(self.act(y), 4).flatten(1))
 
 
-def trained(model):
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model
-
-
 def defence(layers=("bn1", "conv2"), samples=4):
     torch.manual_seed(0)
-    return trained(Carso(Residual(), list(layers), SHAPE, 16, 4, samples, decoder_width=4)).eval()
+    made = Carso(Residual(), list(layers), SHAPE, 16, 4, samples, decoder_width=4)
+    return with_statistics(made, 0.2).eval()
 
 
 def images(n, seed=1):
