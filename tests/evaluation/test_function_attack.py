@@ -81,7 +81,7 @@ def test_a_function_in_every_way_an_attack_is_used(attacked):
         evaluate(model, x, y, attacks=[weaker], **QUIET)
 
 
-@pytest.mark.parametrize("attack", [as_attack(my_attack, eps=8.0), PGD(steps=2, eps=8.0, norm="linf")])
+@pytest.mark.parametrize("attack", [as_attack(my_attack, eps=8.0), PGD(steps=2, eps=8.0)])
 def test_a_radius_that_is_none_is_refused_before_the_attacks(attacked, attack):
     model, x, y = attacked
     asked = []
