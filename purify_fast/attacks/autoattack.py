@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack``.
+"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``.
 
 It draws from torch's global generator and traces Python calls once: the caller forks the generator, the trace is put
 back here.
@@ -7,6 +7,7 @@ back here.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import logging
@@ -32,15 +33,14 @@ STEPS, DRAWS, QUERIES = 100, 20, 5000
 
 
 def implementation() -> Any:
-    """The class ``AutoAttack`` of the package; ModuleNotFoundError says how to get it."""
-    try:
-        import pyautoattack
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard "
-            "runs its four attacks without it"
-        ) from None
-    return pyautoattack.AutoAttack
+    """The class ``AutoAttack`` of the package that is installed; ModuleNotFoundError says how to get one."""
+    for package in ("pyautoattack", "autoattack"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(package).AutoAttack
+    raise ModuleNotFoundError(
+        "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard runs "
+        "its four attacks without it"
+    )
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
@@ -93,8 +93,11 @@ class AutoAttack(BallAttack):
 
     def revision(self) -> str:
         """That of this class, and the installed package with its version."""
-        implementation()
-        return f"2, pyautoattack {importlib.metadata.version('pyautoattack')}"
+        package = implementation().__module__.partition(".")[0]
+        # an installation without metadata, such as a folder on the path, has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package += f" {importlib.metadata.version(package)}"
+        return f"2, {package}"
 
     def settings(self, context: Run) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)
@@ -149,7 +152,11 @@ class AutoAttack(BallAttack):
             adversary.square.n_queries = self.n_queries
             if self.version == "rand":
                 adversary.apgd.eot_iter = draws
-            return adversary.run_standard_evaluation(x, y, batch_size=context.batch_size)[0]
+            # the package autoattack prints, calls the size otherwise, and returns the images alone
+            adversary.verbose = False
+            size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
+            result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
+        return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: Run) -> Tensor:
         """The points that succeed, or where they do not what PGD on the margin finds."""
