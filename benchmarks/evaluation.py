@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from purify_fast import zoo
 from purify_fast._files import write_text
-from purify_fast.attacks import APGD, FABT, Attack, Run, Square, frozen
+from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.rows import Judge, has_fallen
@@ -126,7 +126,7 @@ def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
 
     def attack(subject: Subject, amount: Amount) -> Tensor:
         model, found = subject.model, subject.x.clone()
-        context = Run(
+        context = AttackContext(
             num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
             judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
             copies=GradientCopies(),

@@ -6,7 +6,7 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 from .apgd import APGD, apgd
 from .attacked_model import frozen
 from .autoattack import AutoAttack
-from .base import Attack, Run
+from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
 from .fab import FABT, fab_t
 from .heads import AttackersHead
@@ -22,11 +22,11 @@ __all__ = [
     "FGSM",
     "PGD",
     "Attack",
+    "AttackContext",
     "AttackersHead",
     "AutoAttack",
     "BpdaModel",
     "GradientHealth",
-    "Run",
     "Square",
     "StAdv",
     "apgd",

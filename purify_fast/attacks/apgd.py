@@ -20,7 +20,7 @@ from .._validation import GradientPrecision, Share
 from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
 from .ball import projected
-from .base import Radius, Run, TargetedAttack, run_alone
+from .base import AttackContext, Radius, TargetedAttack, run_alone
 from .engine.rows import ActiveSet, Goals, Rows, RowSearch, likeliest_wrong, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
@@ -63,16 +63,16 @@ class APGD(TargetedAttack):
     rho: Share = 0.75
     leave_when_fallen: bool = True
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)
         if loss not in TARGETED:
             return self.full_name(f"APGD-{steps} {loss}", targeted=False)
         return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"))
 
-    def targets(self, context: Run) -> int | None:
+    def targets(self, context: AttackContext) -> int | None:
         return super().targets(context) if self.decided(context).loss in TARGETED else None
 
-    def cost(self, context: Run) -> int:
+    def cost(self, context: AttackContext) -> int:
         steps, draws, loss = self.decided(context)
         runs = self.restarts * (self.targets(context) or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
@@ -83,17 +83,17 @@ class APGD(TargetedAttack):
     def revision(self) -> str:
         return "5"
 
-    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
-        steps, _, loss = self.decided(run)
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        steps, _, loss = self.decided(context)
         goals = self._goals(active, loss)
         active.leave = self.leave_when_fallen
         active.judge_clean_images()
         by_pace = self.give_up and self.leave_when_fallen
-        for rows in self.waves(active, goals, run):
+        for rows in self.waves(active, goals, context):
             if active.ball.norm == "l1":
-                run_from_larger(objective, active, rows, steps, health=run.health)
+                run_from_larger(objective, active, rows, steps, health=context.health)
             else:
-                AutoPgd(objective, active, rows, steps, rho=self.rho, health=run.health, give_up=by_pace).run()
+                AutoPgd(objective, active, rows, steps, rho=self.rho, health=context.health, give_up=by_pace).run()
 
     def _goals(self, active: ActiveSet, loss: str) -> Goals:
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
@@ -118,8 +118,8 @@ def apgd(
         eps: radius in image units, a number or ``[B]``.
         precision: what gradients are computed in; "bfloat16" and "auto" take them from a copy, while every success is
             judged by the model itself (see `purify_fast.attacks.engine.gradient_copy`).
-        **options: of `APGD`, such as ``loss``, ``n_target_classes`` and ``restarts``, and of `Run`, such as ``norm``,
-            ``steps`` (100), ``seed``, ``max_forward_batch`` and ``graphs``.
+        **options: of `APGD`, such as ``loss``, ``n_target_classes`` and ``restarts``, and of `AttackContext`, such
+            as ``norm``, ``steps`` (100), ``seed``, ``max_forward_batch`` and ``graphs``.
 
     Returns:
         Per image the best point seen: misclassified (in most draws), then of highest loss. Shape and dtype of x, within

@@ -23,7 +23,7 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import ball_around, projected
-from .base import BallAttack, Run
+from .base import AttackContext, BallAttack
 from .objective import Objective
 from .pgd import PGD
 
@@ -77,7 +77,7 @@ class AutoAttack(BallAttack):
     steps: Count | None = None
     n_queries: Count = QUERIES
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         name = f"AutoAttack {self.version}"
         if self.steps not in (None, STEPS):
             name += f", {self.steps} steps"
@@ -88,8 +88,8 @@ class AutoAttack(BallAttack):
             name += f" ({' + '.join(run)}; PGD margin for {replaced}: {context.num_classes} classes)"
         return name
 
-    def draws(self, run: Run) -> int:
-        return (self.eot_iter or DRAWS) if run.draws_differ and self.version == "rand" else 1
+    def draws(self, context: AttackContext) -> int:
+        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
 
     def revision(self) -> str:
         """That of this class, and the installed package with its version."""
@@ -99,12 +99,12 @@ class AutoAttack(BallAttack):
             package += f" {importlib.metadata.version(package)}"
         return f"2, {package}"
 
-    def settings(self, context: Run) -> dict[str, Any]:
+    def settings(self, context: AttackContext) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)
         return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
-        """Attack what `target` gave, batch by batch; `Run.warnings` gets AutoAttack's own.
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """Attack what `target` gave, batch by batch; `AttackContext.warnings` gets AutoAttack's own.
 
         Args:
             target: an ``nn.Module``, as AutoAttack wants one.
@@ -133,7 +133,7 @@ class AutoAttack(BallAttack):
                         health.see_gradient(Objective(target).direction(point, c))
         return points
 
-    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """What the installed package finds."""
         norm, eps = self.threat_model(context)
         steps, draws, _ = self.decided(context)
@@ -158,7 +158,7 @@ class AutoAttack(BallAttack):
             result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
         return result[0] if isinstance(result, tuple) else result
 
-    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: Run) -> Tensor:
+    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
         """The points that succeed, or where they do not what PGD on the margin finds."""
         steps, draws, _ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)

@@ -1,7 +1,7 @@
 """What an attack is, and what it is told.
 
 Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch.
-Whatever the options leave open comes from a `Run`, which an evaluation makes of its report's settings.
+Whatever the options leave open comes from a `AttackContext`, which an evaluation makes of its report's settings.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ThreatModel(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What one run of an attack is told, besides the attack's own options.
+class AttackContext:
+    """What an attack is told besides its own options.
 
     Args:
         eps: radius of the ball in image units, a number or ``[B]``.
@@ -103,7 +103,7 @@ class Run:
 
 
 class Decided(NamedTuple):
-    """The options of an attack that may be left open, with the run's in the place of those that are."""
+    """The options of an attack that may be left open, with the context's in place of those that are."""
 
     steps: int
     eot_iter: int
@@ -122,38 +122,38 @@ class Attack(abc.ABC):
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
 
-    #: Whether `search` can follow the gradients of another model, `Run.gradients_from`.
+    #: Whether `search` can follow the gradients of another model, `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: The steps of an attack that leaves them open, whatever the run's; None: the run's.
+    #: The steps of an attack that leaves them open, whatever the context's; None: the context's.
     usual_steps: ClassVar[int | None] = None
 
     eot_iter: Count | None = None
 
     @abc.abstractmethod
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     @abc.abstractmethod
-    def threat_model(self, context: Run) -> ThreatModel:
+    def threat_model(self, context: AttackContext) -> ThreatModel:
         """The attack's own ball, or the report's."""
 
-    def draws(self, run: Run) -> int:
+    def draws(self, context: AttackContext) -> int:
         """Draws of the model averaged per step: one where they do not differ."""
-        return (self.eot_iter or run.eot_iter) if run.draws_differ else 1
+        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
-    def decided(self, run: Run) -> Decided:
+    def decided(self, context: AttackContext) -> Decided:
         """Steps, draws and loss with nothing left open; the margin in place of a loss that needs more classes."""
         loss: Any = getattr(self, "loss", "ce")
-        steps = getattr(self, "steps", None) or self.usual_steps or run.steps
-        return Decided(steps, self.draws(run), usable_loss(loss, run.num_classes))
+        steps = getattr(self, "steps", None) or self.usual_steps or context.steps
+        return Decided(steps, self.draws(context), usable_loss(loss, context.num_classes))
 
-    def cost(self, context: Run) -> int | None:
+    def cost(self, context: AttackContext) -> int | None:
         """Forward passes per image at most; None where that cannot be known before, as of a search that ends early."""
         return None
 
     @abc.abstractmethod
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """Attack what `target` gave.
 
         Args:
@@ -182,7 +182,7 @@ class Attack(abc.ABC):
         """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""
         return model
 
-    def settings(self, context: Run) -> dict[str, Any]:
+    def settings(self, context: AttackContext) -> dict[str, Any]:
         """The options as plain values, with what the context decided in the place of every None it replaced."""
         options = asdict(self)
         decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
@@ -210,18 +210,18 @@ class BallAttack(Attack):
         object.__setattr__(self, "norm", norm)
         check_types(self)
 
-    def ball(self, x: Tensor, y: Tensor, run: Run) -> Ball:
-        """The attack's own ball or the run's, around images that are checked here.
+    def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
+        """The attack's own ball or the context's, around images that are checked here.
 
         Raises:
             TypeError: x or y is no tensor.
             ValueError: images, labels, a norm or a radius that are not allowed.
         """
-        check_images(x, y, run.clip_min, run.clip_max)
-        eps = run.eps if self.eps is None else self.eps
-        return ball_around(x, eps, self.norm or run.norm, run.clip_min, run.clip_max)
+        check_images(x, y, context.clip_min, context.clip_max)
+        eps = context.eps if self.eps is None else self.eps
+        return ball_around(x, eps, self.norm or context.norm, context.clip_min, context.clip_max)
 
-    def threat_model(self, context: Run) -> ThreatModel:
+    def threat_model(self, context: AttackContext) -> ThreatModel:
         """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
         norm, eps = read_norm(self.norm or context.norm), float(context.eps if self.eps is None else self.eps)
         check_eps(eps, norm)
@@ -250,11 +250,11 @@ class RestartedAttack(Attack):
     keep_best: bool = True
     restarts: Count = 1
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)
         return f"{self.label}-{steps} {loss}{times(self.restarts)}"
 
-    def cost(self, context: Run) -> int:
+    def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         # the last point, under several draws also the best one, and the clean image, whose prediction health needs
         at_the_end = draws * (2 if draws > 1 else 1) + 1
@@ -265,17 +265,22 @@ class RestartedAttack(Attack):
         return "3"
 
     def worst(
-        self, attack: Callable[[Objective, int], Tensor], model: Classifier, x: Tensor, y: Tensor, run: Run
+        self,
+        attack: Callable[[Objective, int], Tensor],
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        context: AttackContext,
     ) -> Tensor:
         """The run after which an image is misclassified in most draws, and of these the one of largest margin.
 
         A prediction that names no class is misclassified, and its margin is larger than any other: a further run never
         takes a success away. The attack is a function of what is raised and of the number of the run from 0.
         """
-        _, draws, loss = self.decided(run)
+        _, draws, loss = self.decided(context)
         with frozen(model):
-            apart = drawn_once_per_call(model, x, draws, run.max_forward_batch)
-            objective = Objective(model, loss, draws, run.max_forward_batch, run.graphs, apart=apart)
+            apart = drawn_once_per_call(model, x, draws, context.max_forward_batch)
+            objective = Objective(model, loss, draws, context.max_forward_batch, context.graphs, apart=apart)
             best = attack(objective, 0)
             if self.restarts == 1:
                 return best
@@ -316,7 +321,7 @@ class EngineAttack(BallAttack):
     precision: GradientPrecision = "auto"
     give_up: bool = False
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         ball = self.ball(x, y, context)
         if len(x) == 0:
             return x.clone()
@@ -338,7 +343,7 @@ class EngineAttack(BallAttack):
         return active.best
 
     @abc.abstractmethod
-    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         """Search adversarial images for the clean ones of one batch; within `frozen`.
 
         The objective is the loss that the search raises, on what it follows: another model, a fast copy, or the model
@@ -372,29 +377,31 @@ class TargetedAttack(EngineAttack):
             name += f", {'all' if count is None else count} targets"
         return name + times(self.restarts)
 
-    def targets(self, context: Run) -> int | None:
+    def targets(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""
         return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
 
-    def settings(self, context: Run) -> dict[str, Any]:
+    def settings(self, context: AttackContext) -> dict[str, Any]:
         return super().settings(context) | {"n_target_classes": self.targets(context)}
 
-    def waves(self, active: ActiveSet, goals: Goals, run: Run, at_image: bool = False) -> Iterator[Rows]:
+    def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
         """The rows of the runs towards some goals."""
-        return waves(active, goals, self.restarts, run.fell_to, seed=run.seed, most=run.batch_size, at_image=at_image)
+        return waves(
+            active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size, at_image=at_image
+        )
 
 
 # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """Run an attack without an evaluation; each option goes to the field of its name, of the attack or of `Run`."""
+    """Run an attack without an evaluation; each option is a field of the attack or of `AttackContext`."""
     own = {field.name for field in fields(attack)}
     if issubclass(attack, BallAttack):
-        # eps and norm go to the run, because only there eps may be a tensor [B]
+        # eps and norm go to the context, because only there eps may be a tensor [B]
         own -= {"eps", "norm"}
     chosen = attack(**{name: value for name, value in options.items() if name in own})
-    run = Run(**{name: value for name, value in options.items() if name not in own})
-    return chosen.search(model, x, y, run)
+    context = AttackContext(**{name: value for name, value in options.items() if name not in own})
+    return chosen.search(model, x, y, context)
 
 
 def times(restarts: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._validation import check_literal
 from ..ops.aggregate import aggregate
 from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
-from .base import Run
+from .base import AttackContext
 from .pgd import PGD
 
 #: The methods of `purify_fast.ops.aggregate`.
@@ -110,7 +110,7 @@ class BPDA(PGD):
 
     aggregation: Aggregation | None = None
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
 
     def target(self, model: Classifier) -> BpdaModel:

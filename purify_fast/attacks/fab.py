@@ -20,7 +20,7 @@ from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
 from ..protocols import Classifier
 from .ball import projected
-from .base import Radius, Run, TargetedAttack, run_alone
+from .base import AttackContext, Radius, TargetedAttack, run_alone
 from .engine.rows import ActiveSet, Rows, RowSearch, has_fallen, likeliest_wrong, shrinks_after
 from .objective import Gradient, Objective
 
@@ -45,10 +45,10 @@ class FABT(TargetedAttack):
     usual_steps: ClassVar[int | None] = STEPS
     loss: ClassVar[str] = "margin_targeted"
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         return self.full_name(f"FAB-T {self.decided(context).steps}")
 
-    def cost(self, context: Run) -> int:
+    def cost(self, context: AttackContext) -> int:
         # at the end the last point is looked at, and the nearest one is tried and judged
         steps, draws, _ = self.decided(context)
         runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
@@ -57,12 +57,12 @@ class FABT(TargetedAttack):
     def revision(self) -> str:
         return "5"
 
-    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         active.judge_clean_images()
         goals = likeliest_wrong(active.judge.logits(active.x), active.y, self.n_target_classes)
-        steps = self.decided(run).steps
-        for rows in self.waves(active, goals, run, at_image=True):
-            _Search(objective, active, rows, steps, health=run.health, give_up=self.give_up).run()
+        steps = self.decided(context).steps
+        for rows in self.waves(active, goals, context, at_image=True):
+            _FabSearch(objective, active, rows, steps, health=context.health, give_up=self.give_up).run()
 
 
 def fab_t(
@@ -77,8 +77,8 @@ def fab_t(
         eps: radius in image units, a number or ``[B]``; a point further away is no success.
         precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
             model itself.
-        **options: of `FABT`, such as ``steps``, ``n_target_classes`` and ``restarts``, and of `Run`, such as ``norm``,
-            ``seed``, ``max_forward_batch`` and ``graphs``.
+        **options: of `FABT`, such as ``steps``, ``n_target_classes`` and ``restarts``, and of `AttackContext`, such
+            as ``norm``, ``seed``, ``max_forward_batch`` and ``graphs``.
 
     Returns:
         Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
@@ -92,7 +92,7 @@ def fab_t(
     return run_alone(FABT, model, x, y, eps=eps, precision=precision, **options)
 
 
-class _Search(RowSearch):
+class _FabSearch(RowSearch):
     """One run, which offers the nearest points across the border."""
 
     def __init__(self, *given: Any, **options: Any):

@@ -24,13 +24,13 @@ from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
 from .arguments import NormName, check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import BallAttack, Radius, RestartedAttack, Run, run_alone
+from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
 from .losses import Loss
 from .objective import Objective
 from .search import Search, noted, remembers
 
 #: The share of the coordinates that the first step in the l1 ball moves.
-DENSITY = 0.1
+FIRST_DENSITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def fall(i: int, steps: int) -> float:
 def density_at(norm: str, i: int, steps: int) -> float:
     """The share of the coordinates that step i, from 0, moves in l1; for other norms a constant, which is not used."""
     # a compiled step would be compiled again for every new number
-    return DENSITY * fall(i, steps) if norm == "l1" else DENSITY
+    return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class PGD(RestartedAttack, BallAttack):
         check_not_negative(alpha=self.alpha)
         super().__post_init__()
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         ball, steps = self.ball(x, y, context), self.decided(context).steps
         if len(x) == 0:
             return x.clone()
@@ -181,8 +181,8 @@ def pgd(
             "l1").
         steps: gradient steps.
         keep_best: whether to return, per image, the best iterate seen and not the last.
-        **options: of `PGD`, such as ``alpha`` (a number or ``[B]``), ``loss`` and ``random_start``, and of `Run`, such
-            as ``norm``, ``seed``, ``max_forward_batch``, ``health`` and ``graphs``.
+        **options: of `PGD`, such as ``alpha`` (a number or ``[B]``), ``loss`` and ``random_start``, and of
+            `AttackContext`, such as ``norm``, ``seed``, ``max_forward_batch``, ``health`` and ``graphs``.
 
     Returns:
         Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
@@ -212,17 +212,17 @@ class FGSM(BallAttack):
 
     loss: Loss = "ce"
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         return f"FGSM {self.decided(context).loss}"
 
-    def cost(self, context: Run) -> int:
+    def cost(self, context: AttackContext) -> int:
         # the gradient's draws, and the clean image, whose prediction health needs
         return self.draws(context) + 1
 
     def revision(self) -> str:
         return "2"
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         step = context.eps if self.eps is None else self.eps
         check_not_negative(eps=step)
         one = PGD(steps=1, alpha=step, random_start=False, keep_best=False, **asdict(self))
@@ -237,7 +237,8 @@ def fgsm(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any
         x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
         y: true labels, int64 ``[B]``.
         eps: radius and step in image units, a number or ``[B]``.
-        **options: of `FGSM`, and of `Run`, such as ``norm``, ``max_forward_batch``, ``health`` and ``graphs``.
+        **options: of `FGSM`, and of `AttackContext`, such as ``norm``, ``max_forward_batch``, ``health`` and
+            ``graphs``.
 
     Returns:
         Adversarial images, as of `pgd`.
@@ -304,7 +305,7 @@ def pgd_and_fgsm(
     with frozen(model):
         begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
         both = {"point": begin, "x": x, "y": y, "alpha": torch.cat([step, ball.eps[half:]])}
-        moved = ascend(objective, ball, both, steps=1, density=DENSITY)["point"]
+        moved = ascend(objective, ball, both, steps=1, density=FIRST_DENSITY)["point"]
         point = moved[:half]
         if steps > 1:
             alone = {"point": point, "x": clean, "y": labels, "alpha": step}

@@ -24,7 +24,7 @@ from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
 from .ball import Ball, philox_key, projected
-from .base import EngineAttack, Radius, Run, run_alone, times
+from .base import AttackContext, EngineAttack, Radius, run_alone, times
 from .engine.rows import ActiveSet, Reach, RowState, some_of
 from .objective import Objective
 
@@ -64,27 +64,27 @@ class Square(EngineAttack):
 
     n_queries: Count = QUERIES
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
         return f"Square{queries}{times(self.restarts)}"
 
     def revision(self) -> str:
         return "4"
 
-    def ball(self, x: Tensor, y: Tensor, run: Run) -> Ball:
-        ball = super().ball(x, y, run)
+    def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
+        ball = super().ball(x, y, context)
         if x.dim() != 4:
             raise ValueError(f"x must be images [B, C, H, W] for Square, got {list(x.shape)}")
         return ball
 
     @torch.no_grad()
-    def explore(self, active: ActiveSet, objective: Objective, run: Run) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         active.judge_clean_images()
         for restart in range(self.restarts):
             left = active.left()
             if len(left) == 0:
                 break
-            search = _Search(objective, active, left, run.seed + restart)
+            search = _SquareSearch(objective, active, left, context.seed + restart)
             search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
 
 
@@ -100,8 +100,8 @@ def square(
         eps: radius in image units, a number or ``[B]``.
         precision: what proposals are judged in, "float32", "bfloat16" or "auto"; a success is always judged by the
             model itself.
-        **options: of `Square`, such as ``n_queries``, ``restarts`` and ``eot_iter``, and of `Run`, such as ``norm``,
-            ``seed`` and ``max_forward_batch``.
+        **options: of `Square`, such as ``n_queries``, ``restarts`` and ``eot_iter``, and of `AttackContext`, such as
+            ``norm``, ``seed`` and ``max_forward_batch``.
 
     Returns:
         Per image the point that made it fall, or the one of the highest margin; shape and dtype of x.
@@ -113,7 +113,7 @@ def square(
     return run_alone(Square, model, x, y, eps=eps, precision=precision, **options)
 
 
-class _Search(RowState):
+class _SquareSearch(RowState):
     """One run over the images that are left, whose indices are int64 ``[R]``.
 
     The objective is the margin, on what proposals are judged by; the seed is that of the random numbers.

@@ -23,7 +23,7 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_images, check_not_negative
 from .ball import Ball, sample_in_ball
-from .base import RestartedAttack, Run, ThreatModel, run_alone
+from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import Search
@@ -124,10 +124,10 @@ class StAdv(RestartedAttack):
         check_not_negative(eps=self.eps)
         check_types(self)
 
-    def threat_model(self, context: Run) -> ThreatModel:
+    def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         check_images(x, y)
         if x.dim() != 4:
             raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
@@ -172,8 +172,9 @@ def stadv(
         y: true labels, int64 ``[B]``.
         steps: of Adam.
         keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
-        **options: of `StAdv`, such as ``eps`` (a number or ``[B]``), ``rate`` and ``smoothness``, and of `Run`, such as
-            ``seed``, ``max_forward_batch``, ``health``, which counts the loss's gradients to the flow, and ``graphs``.
+        **options: of `StAdv`, such as ``eps`` (a number or ``[B]``), ``rate`` and ``smoothness``, and of
+            `AttackContext`, such as ``seed``, ``max_forward_batch``, ``health``, which counts the loss's gradients
+            to the flow, and ``graphs``.
 
     Returns:
         Adversarial images: shape, dtype and range of x.

@@ -134,7 +134,7 @@ class Defence(StochasticDefence):
             return contextlib.nullcontext()
         return autocast_to(device, self.fast.dtype)
 
-    def _compiled(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """A part as it is, or compiled. Not in training: the padding would enter the BatchNorm statistics."""
         if self.fast is None or self.training:
             return part(*inputs)

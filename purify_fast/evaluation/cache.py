@@ -49,7 +49,7 @@ def read_file(path: Path) -> Content | None:
 
 
 @dataclass
-class Batch:
+class AttackedBatch:
     """The outcome of an attack on one batch.
 
     Args:
@@ -79,16 +79,16 @@ class PartialRow:
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def read(self, ids: Tensor) -> Batch | None:
+    def read(self, ids: Tensor) -> AttackedBatch | None:
         """The batch of the images with these indices, if it was finished and its file is not damaged."""
         content = None if self.folder is None else read_file(self._path(ids))
         if content is None:
             return None
         values, tensors = content
         images = tensors.pop("images")
-        return Batch(images, generators=[tensors[name] for name in sorted(tensors)], **values)
+        return AttackedBatch(images, generators=[tensors[name] for name in sorted(tensors)], **values)
 
-    def keep(self, ids: Tensor, batch: Batch) -> None:
+    def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
         """Keep the finished batch of the images with these indices."""
         if self.folder is None:
             return

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import Attack, AttackersHead, AutoAttack, GradientHealth, Run, frozen
+from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
-from .cache import Batch, PartialRow, RowCache
+from .cache import AttackedBatch, PartialRow, RowCache
 from .plan import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
@@ -32,7 +32,7 @@ COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Search:
+class _Outcome:
     """The outcome of an attack, before it is judged.
 
     Args:
@@ -44,7 +44,7 @@ class _Search:
 
     spec: AttackSpec
     index: Tensor
-    sums: Batch
+    sums: AttackedBatch
     settings: dict[str, Any]
 
 
@@ -59,12 +59,12 @@ class Measure:
         progress: counts and shows.
     """
 
-    def __init__(self, subject: Subject, context: Run, name: str, cache: RowCache, progress: Progress):
+    def __init__(self, subject: Subject, context: AttackContext, name: str, cache: RowCache, progress: Progress):
         self.subject, self.context, self.name, self.cache, self.progress = subject, context, name, cache, progress
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
         # the last one, whose images may be tried on another variant
-        self._search: _Search | None = None
+        self._search: _Outcome | None = None
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -204,7 +204,7 @@ class Measure:
             **fields,
         )
 
-    def _attack(self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow) -> _Search:
+    def _attack(self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow) -> _Outcome:
         """Run an attack on the images that it is given."""
         subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
         index = torch.from_numpy(alive).nonzero()[:, 0]
@@ -230,7 +230,7 @@ class Measure:
         if sums.fallen:
             settings["fallen to"] = sums.fallen
         sums.images = sums.images[: len(alive)]
-        return _Search(spec, index, sums, settings)
+        return _Outcome(spec, index, sums, settings)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
@@ -249,7 +249,7 @@ class Measure:
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
 
-    def _judged(self, search: _Search, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
+    def _judged(self, search: _Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
         """The row of an attack's images, from the predictions that count."""
         return self._new_row(
             judged,
@@ -308,9 +308,9 @@ def attack_in_batches(
     index: Tensor,
     *,
     subject: Subject,
-    context: Run,
+    context: AttackContext,
     unfinished: PartialRow,
-) -> Batch:
+) -> AttackedBatch:
     """Attack some of the images.
 
     Random starts are tied to an image's index, so that of a model that predicts the same every time the batches do not
@@ -331,7 +331,7 @@ def attack_in_batches(
         TypeError: the attack returned no tensor.
         ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
     """
-    sums = Batch(subject.x.clone(), {}, [], 0.0)
+    sums = AttackedBatch(subject.x.clone(), {}, [], 0.0)
     health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
     begun = 0
     for part in index.split(context.batch_size) if len(index) else ():
@@ -355,11 +355,13 @@ def attack_in_batches(
     return sums
 
 
-def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: Run) -> Batch:
+def _attack(
+    attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext
+) -> AttackedBatch:
     begin = time.perf_counter()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
-    def search() -> tuple[Tensor, Run, GradientHealth]:
+    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
         health = GradientHealth()
         told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
@@ -371,4 +373,4 @@ def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, 
     counts = {name: health.count(name) for name in COUNTS}
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     seconds = time.perf_counter() - begin
-    return Batch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.fell_to)
+    return AttackedBatch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.fell_to)

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from ..attacks import BPDA, AutoAttack, Run
+from ..attacks import BPDA, AttackContext, AutoAttack
 from ..protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Subject, Variant
@@ -30,7 +30,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 
 
 def feasible(
-    specs: Sequence[AttackSpec], subject: Subject, context: Run, name: str
+    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
     """The attacks this model allows, with notes on the others; for a deterministic model every variant is itself.
 
@@ -110,7 +110,7 @@ def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
     return [f"{ball_name(norm, eps)} is unusual on {dataset}, where most numbers are about {usual}"]
 
 
-def threat_name(spec: AttackSpec, context: Run) -> str | None:
+def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     """The attack's threat model in words, None where it is the report's; ValueError where it has no such norm."""
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
@@ -118,7 +118,7 @@ def threat_name(spec: AttackSpec, context: Run) -> str | None:
     return ball_name(norm, eps)
 
 
-def row_name(spec: AttackSpec, context: Run) -> str:
+def row_name(spec: AttackSpec, context: AttackContext) -> str:
     """The row's name, the same for a random model and a deterministic one, so that they stand side by side."""
     name = _own_name(spec, context) if spec.label is None else spec.label
     # a label may say so itself
@@ -127,7 +127,7 @@ def row_name(spec: AttackSpec, context: Run) -> str:
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
-def _own_name(spec: AttackSpec, context: Run) -> str:
+def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     name = spec.resolved.name(context)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"

@@ -23,7 +23,7 @@ from torch import Tensor
 from .._tensors import digest
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
-from ..attacks import Attack, AutoAttack, Run, frozen
+from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.autoattack import implementation
@@ -78,7 +78,7 @@ def short_interrupts(function: F) -> F:
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
-    defence: Classifier,
+    model: Classifier,
     x: Tensor | Iterable[Any],
     y: Tensor | None = None,
     *,
@@ -105,7 +105,7 @@ def evaluate(
     """Attack a model in every way asked for, and report what it withstands.
 
     Args:
-        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
+        model: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
             to the images. A module's mode, ``requires_grad`` flags and weights, and the random generators, are
             afterwards as they were; so are those of modules that it holds in plain lists, objects or hooks. A function
             is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
@@ -177,25 +177,25 @@ def evaluate(
             "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
             "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
         )
-    device = device_of(defence, images)
+    device = device_of(model, images)
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol, "precision": precision_name(defence, device)}
+    named = {"dataset": dataset_name, "protocol": protocol, "precision": precision_name(model, device)}
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
-    defence = as_classifier(defence)
+    model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device))
-        stack.enter_context(frozen(defence))
-        refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
-        subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        stack.enter_context(frozen(model))
+        refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+        subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         # taken after the trial predictions: a model that stores its last input is then always in the same state
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model, revision)
-        report.notes += _first_notes(defence, subject, name) + notes_of_protocol(protocol, defence)
+        report.notes += _first_notes(model, subject, name) + notes_of_protocol(protocol, model)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, subject, float(eps), base)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
-        context = Run(
+        context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
@@ -223,9 +223,9 @@ def evaluate(
     return report
 
 
-def _first_notes(defence: Classifier, subject: Subject, name: str) -> list[str]:
+def _first_notes(model: Classifier, subject: Subject, name: str) -> list[str]:
     """Notes for the report; of modes and probabilities there are warnings now: an evaluation may take hours."""
-    notes = notes_of_modules(defence, name)
+    notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
     if subject.has_probabilities:

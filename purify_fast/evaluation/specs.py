@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._validation import Norm, check_literal
-from ..attacks import BPDA, PGD, Attack, Run, frozen
+from ..attacks import BPDA, PGD, Attack, AttackContext, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.base import BallAttack, ThreatModel
 from ..attacks.bpda import Aggregation
@@ -92,14 +92,14 @@ class FunctionAttack(BallAttack):
             raise ValueError("the name of an attack must not be empty")
         super().__post_init__()
 
-    def name(self, context: Run) -> str:
+    def name(self, context: AttackContext) -> str:
         return self.row_name
 
-    def draws(self, run: Run) -> int:
+    def draws(self, context: AttackContext) -> int:
         """1: the function asks the model as often as it likes."""
         return 1
 
-    def settings(self, context: Run) -> dict[str, Any]:
+    def settings(self, context: AttackContext) -> dict[str, Any]:
         norm, eps = self.threat_model(context)
         return {"norm": norm, "eps": eps}
 
@@ -114,7 +114,7 @@ class FunctionAttack(BallAttack):
         named = function if inspect.isroutine(function) else type(function)
         return [str(named.__module__), named.__qualname__]
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: Run) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """Call the function on one batch and check what it returns.
 
         Args:

@@ -124,7 +124,7 @@ def fit(
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
-        with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
+        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
             _train(run, listeners, stop)
         task.finish()
         if run.best:
@@ -295,7 +295,7 @@ def apply_update(task: Task, update: Update) -> Metrics:
 
 
 @contextlib.contextmanager
-def accelerated_steps(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
+def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, steps on a GPU wait less: captured attacks, raced convolutions, fused optimizers.
 
     On a CPU it changes nothing. The task's weights are where they are trained, and its optimizers hold what they resume

@@ -43,7 +43,7 @@ class Batch:
     step: int = 0
     images_before: int = 0
 
-    def behind(self, unit: DelayUnit) -> int:
+    def progress_in(self, unit: DelayUnit) -> int:
         """How much of the run is behind this batch.
 
         Args:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.attacks import APGD, FABT, GradientHealth, Run, Square, apgd, fab_t, square
+from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.attacks.engine.rows import ActiveSet, Judge, has_fallen
@@ -59,7 +59,7 @@ def test_a_lucky_draw_fells_nothing(attack):
     """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
     model, x, y = Noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
     torch.manual_seed(0)
-    context = Run(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
+    context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
     found = attack.search(model, x, y, context)
     with torch.no_grad():
         lucky = sum((model(x).argmax(1) != y) for _ in range(20)) > 0

@@ -13,9 +13,9 @@ from purify_fast.attacks import (
     BPDA,
     FGSM,
     PGD,
+    AttackContext,
     AutoAttack,
     GradientHealth,
-    Run,
     StAdv,
     apgd,
     fab_t,
@@ -56,7 +56,7 @@ def model():
 
 
 def context(**options):
-    return Run(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
+    return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AutoAttack, Run, StAdv
+from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, AutoAttack, StAdv
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023, progress
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -486,7 +486,7 @@ def test_bpda_on_carso(toy):
 
 def test_the_attack_of_lee_and_kim():
     spec, other = lee_kim_2023(), lee_kim_2023(4 / 255)
-    settings = spec.attack.settings(Run(eps=0.1))
+    settings = spec.attack.settings(AttackContext(eps=0.1))
     assert {name: settings[name] for name in ("steps", "eot_iter", "random_start", "norm", "eps", "loss")} == {
         "steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf", "eps": 8 / 255, "loss": "ce",
     }  # fmt: skip

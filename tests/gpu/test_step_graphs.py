@@ -16,7 +16,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs import step_graphs
 from purify_fast.training import FitConfig
-from purify_fast.training.loop import accelerated_steps, train_step
+from purify_fast.training.loop import step_settings, train_step
 
 pytestmark = pytest.mark.gpu
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
@@ -195,7 +195,7 @@ def test_memory_does_not_grow(monkeypatch):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")
 def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
     task = TASKS["ARREST"]()
-    with accelerated_steps(task, FitConfig(1, 16), DEVICE):
+    with step_settings(task, FitConfig(1, 16), DEVICE):
         assert task.graphs is not None and task.optimizer.param_groups[0]["fused"]
         # these tests ask for deterministic algorithms
         assert not torch.backends.cudnn.benchmark

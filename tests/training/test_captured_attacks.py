@@ -11,7 +11,7 @@ from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.training import Batch, FitConfig, Task, fit
-from purify_fast.training.loop import accelerated_steps, train_step
+from purify_fast.training.loop import step_settings, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,9 +133,9 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
     with monkeypatch.context() as patch:
         # nothing is computed on the device
         patch.setattr(sys.modules["purify_fast.training.loop"], "fuse", lambda optimizer, fused: fused)
-        with accelerated_steps(task, FitConfig(1), torch.device("cuda")):
+        with step_settings(task, FitConfig(1), torch.device("cuda")):
             assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto"
             assert torch.backends.cudnn.benchmark
-        with accelerated_steps(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
+        with step_settings(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
             assert task.graphs is None and not torch.backends.cudnn.benchmark
     assert task.graphs is None and not torch.backends.cudnn.benchmark

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks import Run, apgd, pgd
+from ...attacks import AttackContext, apgd, pgd
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
 from ..progress import Progress, counted_model
@@ -84,7 +84,7 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-def cost(subject: Subject, context: Run) -> int:
+def cost(subject: Subject, context: AttackContext) -> int:
     """About how many images the probes give to the model, each pass of an image counted."""
     draws, judges = _draws(subject, context)
     attacks = [*[STEPS // 2] * STARTS, *[STEPS] * len(_radii(context, subject.x)), *ITERATIONS]
@@ -95,12 +95,12 @@ def cost(subject: Subject, context: Run) -> int:
     return passes * min(answers.PROBED, len(subject.x))
 
 
-def _draws(subject: Subject, context: Run) -> tuple[int, int]:
+def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
     """Draws of each step of a short attack, and draws that judge it."""
     return (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
 
 
-def probe(before: Before, context: Run, left: Tensor, progress: Progress) -> Probes:
+def probe(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> Probes:
     """Ask the model; to be called after the attacks.
 
     Args:
@@ -157,7 +157,7 @@ def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, 
 class _Short:
     """Short attacks on the same few images."""
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: Run, *, draws: int, judges: int):
+    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, *, draws: int, judges: int):
         self.model, self.x, self.y, self.context = model, x, y, context
         self.draws, self.judges = draws, judges
 
@@ -201,7 +201,7 @@ class _Short:
         return float(self.robust(**options).float().mean())
 
 
-def _radii(context: Run, x: Tensor) -> list[float]:
+def _radii(context: AttackContext, x: Tensor) -> list[float]:
     """The radii of the sweep, and one within which every image lies."""
     size = x[0].numel()
     whole = {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[context.norm]
@@ -209,7 +209,7 @@ def _radii(context: Run, x: Tensor) -> list[float]:
     return [*(share * eps for share in RADII if share * eps < whole), whole]
 
 
-def _near(context: Run, x: Tensor) -> Tensor:
+def _near(context: AttackContext, x: Tensor) -> Tensor:
     """The images with noise of half the radius at most: what a model does there need not be what it does to clean ones.
 
     Clean images have few values: a defence can tell them from attacked ones.

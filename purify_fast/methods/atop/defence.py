@@ -130,7 +130,7 @@ class Atop(Defence):
             draws: sets of S draws.
         """
         packed, owners = self.draw(x, draws)
-        return self.join(self._compiled(self._refine, packed), owners).transpose(0, 1)
+        return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """``[B, classes]``, float32, by the defence's aggregation.

@@ -85,7 +85,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         config: the settings of the training.
         graphs: captures the attack's step, if given.
     """
-    weight = config.cls_weight if batch.behind(config.cls_delay_unit) >= config.cls_delay else 0.0
+    weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuild = batch.x
     both = weight > 0 and config.attack_method != "none" and config.reconstruction_target == "clean"
     if both or config.reconstruction_target == "adversarial":

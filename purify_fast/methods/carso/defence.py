@@ -36,7 +36,7 @@ from .networks import (
     decoder_plan,
     decoder_plan_v1,
     kernel_decodes,
-    times_written,
+    write_stamp,
 )
 from .official import fill, read_official, write_official
 
@@ -192,7 +192,7 @@ class Carso(Defence):
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         self.check_images(x)
-        return self._compiled(self._condition, x)
+        return self._run_part(self._condition, x)
 
     def _condition(self, x: Tensor) -> Tensor:
         return self.encode(self.read(x))
@@ -241,7 +241,7 @@ class Carso(Defence):
             z: latents ``[B, K, latent_dim]``.
             condition: ``[B, cond_dim]``.
         """
-        return self._compiled(self._decode, z, condition)
+        return self._run_part(self._decode, z, condition)
 
     def _decode(self, z: Tensor, condition: Tensor) -> Tensor:
         with self._autocast(z.device):
@@ -312,7 +312,7 @@ class Carso(Defence):
             fast.packed = PackedDecoder(self.decoder)
         else:
             fast.packed.refill(self.decoder)
-        fast.packed_from = times_written(self._last_bias)
+        fast.packed_from = write_stamp(self._last_bias)
 
     def prepare_replay(self) -> None:
         """Pack the decoder's weights where they were packed before, if they have changed (`PreparesReplay`)."""
@@ -326,7 +326,7 @@ class Carso(Defence):
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters())
         if trained or not kernel_decodes(device):
             return None
-        if fast.packed is None or fast.packed_from != times_written(bias):
+        if fast.packed is None or fast.packed_from != write_stamp(bias):
             self._pack(fast)
         return fast.packed
 

@@ -486,7 +486,7 @@ def kernel_decodes(device: torch.device) -> bool:
     return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)
 
 
-def times_written(tensor: Tensor) -> int:
+def write_stamp(tensor: Tensor) -> int:
     """A number that changes whenever the tensor is written to or replaced by another.
 
     Args:

@@ -122,14 +122,14 @@ def published_step(
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
-    everywhere = kl.detach().clone()
-    average_([everywhere])  # the mean over all processes, so that all of them decide alike
-    paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
+    mean_kl = kl.detach().clone()
+    average_([mean_kl])  # the mean over all processes, so that all of them decide alike
+    kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
-    beta = config.beta * kl_weight(batch.behind(unit), delay)
+    beta = config.beta * kl_weight(batch.progress_in(unit), delay)
     # gradients are averaged over the processes; the factor makes of that the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
-    loss = (reconstruction + beta * paid) * images
+    loss = (reconstruction + beta * kl_term) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 

@@ -157,7 +157,7 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     assert twin.fast.regions["_condition"].function.__self__ is twin
     assert twin.fast.classifier.region.function.__self__ is twin.fast.classifier
     made.train()
-    assert made._compiled(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+    assert made._run_part(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
