@@ -43,7 +43,7 @@ def test_the_step_is_found_and_its_images_are_written_down(tmp_path):
     for text in (
         f"{tmp_path / 'diverged.npz'} has the images",
         "Lower the learning rate",
-        "on_nan back_off does by it",
+        "on_nan='back_off' does so by itself; the rate was 1 times",
     ):
         assert text in str(told.value)
     with np.load(tmp_path / "diverged.npz") as record:
