@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .._tensors import weights_fingerprint
-from ..training import is_classifier, load_classifier
+from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop
 from .atop.purifier import rebuilt_purifier
@@ -38,7 +38,7 @@ def load_defence(
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if is_classifier(folder):
+    if kind not in ("Atop", "Carso"):
         raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
     if purifier is not None and kind != "Atop":
         raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")

@@ -13,7 +13,7 @@ from torch import nn
 from .._files import write_text
 from .._templates import render
 from ..methods.loading import load_defence
-from ..training import is_classifier, load_classifier
+from ..training import load_classifier
 
 #: The folder of the models that come with the package.
 MODELS = Path(__file__).parent / "models"
@@ -183,7 +183,6 @@ def load(name: str) -> nn.Module:
     Raises:
         ValueError: there is no such model; the message names those that there are.
     """
-    path = folder(name)
-    if is_classifier(path):
-        return load_classifier(path)
-    return load_defence(path, load_classifier(classifier_folder(name)))
+    if card(name).classifier is None:
+        return load_classifier(folder(name))
+    return load_defence(folder(name), load_classifier(classifier_folder(name)))
