@@ -4,12 +4,16 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 """
 
 from .apgd import APGD, apgd
+from .attackbench import for_attackbench
 from .attacked_model import frozen
 from .autoattack import AutoAttack
 from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
+from .carlini_wagner import CarliniWagner, carlini_wagner
+from .deepfool import DeepFool, deepfool
 from .fab import FABT, fab_t
 from .heads import AttackersHead
+from .hop_skip_jump import HopSkipJump, hop_skip_jump
 from .pgd import FGSM, PGD, fgsm, pgd
 from .search import GradientHealth
 from .square import Square, square
@@ -26,13 +30,20 @@ __all__ = [
     "AttackersHead",
     "AutoAttack",
     "BpdaModel",
+    "CarliniWagner",
+    "DeepFool",
     "GradientHealth",
+    "HopSkipJump",
     "Square",
     "StAdv",
     "apgd",
+    "carlini_wagner",
+    "deepfool",
     "fab_t",
     "fgsm",
+    "for_attackbench",
     "frozen",
+    "hop_skip_jump",
     "pgd",
     "square",
     "stadv",

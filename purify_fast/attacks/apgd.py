@@ -21,7 +21,7 @@ from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
 from .ball import projected
 from .base import AttackContext, Radius, TargetedAttack, run_alone
-from .engine.rows import ActiveSet, Goals, Rows, RowSearch, likeliest_wrong, shrinks_after
+from .engine.rows import ActiveSet, Goals, Rows, RowSearch, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
 from .search import GradientHealth, better_of, forgiven
@@ -76,18 +76,20 @@ class APGD(TargetedAttack):
         steps, draws, loss = self.decided(context)
         runs = self.restarts * (self.targets(context) or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # the clean image is judged, and classified for the losses that need to know the classes
-        before = context.judges(draws) + (loss in {*FEWEST_CLASSES, *TARGETED})
+        # the clean image is judged, and a prediction tells the number of classes
+        before = context.judges(draws) + (loss in FEWEST_CLASSES)
+        before += self.cost_of_order(context) if loss in TARGETED or self.nearest_first else 0
         return runs * (steps * draws + at_the_end) + before
 
     def revision(self) -> str:
-        return "5"
+        return "6"
+
+    def leaves(self) -> bool:
+        return self.leave_when_fallen
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        steps, _, loss = self.decided(context)
-        goals = self._goals(active, loss)
-        active.leave = self.leave_when_fallen
-        active.judge_clean_images()
+        steps = self.decided(context).steps
+        goals = self._goals(active, objective)
         by_pace = self.give_up and self.leave_when_fallen
         for rows in self.waves(active, goals, context):
             if active.ball.norm == "l1":
@@ -95,15 +97,15 @@ class APGD(TargetedAttack):
             else:
                 AutoPgd(objective, active, rows, steps, rho=self.rho, health=context.health, give_up=by_pace).run()
 
-    def _goals(self, active: ActiveSet, loss: str) -> Goals:
+    def _goals(self, active: ActiveSet, objective: Objective) -> Goals:
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
-        if loss not in FEWEST_CLASSES and loss not in TARGETED:
-            return (None,)
-        logits = active.judge.logits(active.x)
-        classes, least = logits.shape[1], FEWEST_CLASSES.get(loss, 2)
-        if classes < least:
-            raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
-        return likeliest_wrong(logits, active.y, self.n_target_classes) if loss in TARGETED else (None,)
+        loss = objective.loss
+        if loss in FEWEST_CLASSES:
+            classes = active.judge.logits(active.x[:1]).shape[1]
+            if classes < FEWEST_CLASSES[loss]:
+                least = FEWEST_CLASSES[loss]
+                raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
+        return self.borders(active, objective).classes if loss in TARGETED else (None,)
 
 
 def apgd(

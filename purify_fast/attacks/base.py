@@ -9,20 +9,20 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .._validation import Count, GradientPrecision, Norm, check_types
+from .._validation import Count, GradientPrecision, Norm, Share, check_types
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import ActiveSet, Goals, Judge, Rows, waves
-from .losses import Loss, usable_loss
+from .engine.rows import CANDIDATES, ActiveSet, Borders, Goals, Judge, Rows, nearest_borders, waves
+from .losses import Loss, margin, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
 
@@ -54,7 +54,10 @@ class AttackContext:
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
         judge_draws: fresh draws of a random model, all of which must be misclassified for an image to fall; None: as
             many as are averaged per step. An attack that stops at the first lucky draw would leave weak images behind.
+        judge_share: the share of these draws that is enough.
         seed: of everything random.
+        begin: points ``[B, ...]`` at which the first run of Auto-PGD begins, as found in a smaller ball; None: a random
+            point.
         sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
             and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most, which changes no result; None: no limit.
@@ -81,7 +84,9 @@ class AttackContext:
     eot_iter: int = 1
     draws_differ: bool = True
     judge_draws: int | None = None
+    judge_share: float = 1.0
     seed: int = 0
+    begin: Tensor | None = None
     sample_ids: Tensor | None = None
     max_forward_batch: int | None = None
     batch_size: int | None = None
@@ -198,11 +203,14 @@ class BallAttack(Attack):
         norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
     """
 
+    #: The norms of the balls that the attack can search.
+    norms: ClassVar[tuple[str, ...]] = get_args(Norm)
+
     eps: float | None = None
     norm: Norm | None = None
 
     def __post_init__(self) -> None:
-        norm = None if self.norm is None else read_norm(self.norm)
+        norm = None if self.norm is None else self._known(self.norm)
         if norm is not None and self.eps is None:
             raise ValueError(f"the norm {norm} needs an eps of its own")
         check_eps(self.eps, norm)
@@ -219,13 +227,24 @@ class BallAttack(Attack):
         """
         check_images(x, y, context.clip_min, context.clip_max)
         eps = context.eps if self.eps is None else self.eps
-        return ball_around(x, eps, self.norm or context.norm, context.clip_min, context.clip_max)
+        return ball_around(x, eps, self._known(self.norm or context.norm), context.clip_min, context.clip_max)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
-        norm, eps = read_norm(self.norm or context.norm), float(context.eps if self.eps is None else self.eps)
+        norm, eps = self._known(self.norm or context.norm), float(context.eps if self.eps is None else self.eps)
         check_eps(eps, norm)
         return ThreatModel(norm, eps)
+
+    def _known(self, norm: str) -> Norm:
+        """A norm's name as this package writes it; ValueError for one that the attack cannot search."""
+        known = read_norm(norm)
+        if known not in self.norms:
+            allowed = " or ".join(self.norms)
+            raise ValueError(
+                f"norm must be {allowed} for {type(self).__name__}, got {norm}: give the attack a ball of its own, "
+                f'such as {type(self).__name__}(norm="{self.norms[0]}", eps=0.5)'
+            )
+        return known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +319,7 @@ class RestartedAttack(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAttack(BallAttack):
-    """The options of the attacks that judge every success by the model itself: `apgd`, `fab_t` and `square`.
+    """The options of the attacks that judge every success by the model itself, such as `apgd`, `fab_t` and `square`.
 
     They search on a fast copy of the model. A success of a search is a claim, which the model confirms in its own
     precision, a random one by fresh draws. Images that have fallen leave the batch.
@@ -310,16 +329,29 @@ class EngineAttack(BallAttack):
         precision: what the search computes in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy where
             it pays). A success is judged by the model itself.
         give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
-            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 1,500th query on. Auto-PGD never
-            does so in the l1 ball or where fallen images stay, and Square with several draws.
+            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 500th query on. Auto-PGD never
+            does so in the l1 ball or where fallen images stay, and Square with several draws. DeepFool, C&W and
+            HopSkipJump refuse it: theirs is no steady pace.
+        nearest_first: the share of a batch's images, at least 8, that are searched at once, those that are nearest to a
+            border before the attack first; the attack ends with the first such group of which no image falls. None, or
+            a model that is judged by several draws: all images are searched.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
+    #: Whether `give_up` is allowed.
+    has_pace: ClassVar[bool] = True
+
     restarts: Count = 1
     precision: GradientPrecision = "auto"
     give_up: bool = False
+    nearest_first: Share | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.give_up and not self.has_pace:
+            raise ValueError(f"give_up must be False for {type(self).__name__}, which searches to its end, got True")
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         ball = self.ball(x, y, context)
@@ -332,19 +364,49 @@ class EngineAttack(BallAttack):
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
-            active = ActiveSet(x, y, ball, Judge(target, judges, most, apart), ids)
+            active = ActiveSet(x, y, ball, Judge(target, judges, most, apart, context.judge_share), ids)
             if source is None:
                 source = gradient_copy(target, x[:COMPARED], self.precision, context.copies)
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
-                self.explore(active, objective, context)
+                active.judge_clean_images(leave=self.leaves())
+                # a random model's images fall bit by bit: a group of which none falls for certain proves nothing
+                if self.nearest_first is None or judges > 1:
+                    self.explore(active, objective, context)
+                else:
+                    for _ in active.groups(self.distance(active, objective), self.nearest_first):
+                        self.explore(active, objective, context)
         return active.best
+
+    def labeled(self, name: str) -> str:
+        """A name with the number of restarts, and with the order of the images."""
+        return name + times(self.restarts) + (", nearest first" if self.nearest_first else "")
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        # the groups are those of the images that are attacked together
+        together = {"batch_size": context.batch_size} if self.nearest_first is not None else {}
+        return super().settings(context) | together
+
+    def leaves(self) -> bool:
+        """Whether images leave the attack as soon as they have fallen."""
+        return True
+
+    def distance(self, active: ActiveSet, objective: Objective) -> Tensor:
+        """How far images are from a border, ``[N]``: here by how much the label leads."""
+        return -margin(active.judge.logits(active.x), active.y)
+
+    def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
+        """The rows of the runs towards some goals."""
+        return waves(
+            active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size,
+            at_image=at_image, begin=context.begin,
+        )  # fmt: skip
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search adversarial images for the clean ones of one batch; within `frozen`.
+        """Search adversarial images for the clean ones of one batch, or of a group; within `frozen`.
 
         The objective is the loss that the search raises, on what it follows: another model, a fast copy, or the model
         itself.
@@ -357,8 +419,8 @@ class TargetedAttack(EngineAttack):
 
     Args:
         steps: gradient steps of a run; None: as the subclass says.
-        n_target_classes: wrong classes that are tried, those of highest logit on the image, a run for each; None, or
-            more than there are: all.
+        n_target_classes: wrong classes that are tried, those whose borders are nearest by the model's linear
+            approximation at the image, a run for each; None, or more than there are: all.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -375,20 +437,28 @@ class TargetedAttack(EngineAttack):
         count = self.n_target_classes
         if targeted and count != self.usual_targets:
             name += f", {'all' if count is None else count} targets"
-        return name + times(self.restarts)
+        return self.labeled(name)
 
     def targets(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""
         return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
 
+    def distance(self, active: ActiveSet, objective: Objective) -> Tensor:
+        return self.borders(active, objective).distance
+
+    def borders(self, active: ActiveSet, objective: Objective) -> Borders:
+        """The borders nearest to the images, by the linear approximation; computed once for a batch."""
+        if active.borders is None:
+            active.borders = nearest_borders(active, objective, self.n_target_classes)
+        return active.borders
+
+    def cost_of_order(self, context: AttackContext) -> int:
+        """Forward passes per image that it takes to find the borders nearest to it."""
+        classes = min(max(self.n_target_classes or context.num_classes, CANDIDATES), context.num_classes - 1)
+        return 1 + (classes * self.draws(context) if classes > 1 else 0)
+
     def settings(self, context: AttackContext) -> dict[str, Any]:
         return super().settings(context) | {"n_target_classes": self.targets(context)}
-
-    def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
-        """The rows of the runs towards some goals."""
-        return waves(
-            active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size, at_image=at_image
-        )
 
 
 # a compiler, which cannot trace the choice of the fields, goes on inside of the attack

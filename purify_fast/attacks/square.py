@@ -24,7 +24,7 @@ from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
 from .ball import Ball, philox_key, projected
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
+from .base import AttackContext, EngineAttack, Radius, run_alone
 from .engine.rows import ActiveSet, Reach, RowState, some_of
 from .objective import Objective
 
@@ -37,7 +37,7 @@ BLOCK = 64
 #: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
 ROUNDS = 10
 #: After how many queries images are given up that are out of reach, and by how much their pace may still rise.
-GIVEN_UP_AFTER, TIMES = (1500, 2000, 2500, 3000, 3500, 4000), 4.0
+GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
 #: The share of an image that the first squares cover, and after how many queries it is halved.
 FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -66,10 +66,10 @@ class Square(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        return f"Square{queries}{times(self.restarts)}"
+        return self.labeled(f"Square{queries}")
 
     def revision(self) -> str:
-        return "4"
+        return "5"
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
@@ -79,7 +79,6 @@ class Square(EngineAttack):
 
     @torch.no_grad()
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        active.judge_clean_images()
         for restart in range(self.restarts):
             left = active.left()
             if len(left) == 0:

@@ -40,6 +40,7 @@ class Stream(enum.IntEnum):
     REPLAY_NOISE = 5
     AUGMENTATION = 6
     SQUARES = 7
+    HOPS = 8
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

@@ -18,10 +18,11 @@ experience and no law: a search that stands still is given up too, although it m
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,17 @@ from torch.nn import functional as F
 
 from ...protocols import Classifier
 from ..attacked_model import ask
-from ..ball import Ball, sample_in_ball
+from ..ball import Ball, projected, sample_in_ball
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 
+#: Of how many classes of highest logit the distance is asked, if an attack has no more targets than that.
+CANDIDATES = 20
+#: The order of the dual of each ball's norm: by it a linear function changes within the ball.
+DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+#: Images in a group at least, where those nearest to a border are searched first.
+FEWEST_IN_GROUP = 8
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
 #: Draws per image from which an image is costly, whatever the model.
@@ -80,9 +87,9 @@ def _repeated_to(index: Tensor, size: int) -> Tensor:
     return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
 
 
-def has_fallen(share: Tensor) -> Tensor:
-    """Which images have fallen, bool ``[B]``: those of which all draws are misclassified, by the share that are."""
-    return share >= 1 - 1e-6
+def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
+    """Which images have fallen, bool ``[B]``: by the share of the draws that are misclassified, and what is enough."""
+    return share >= enough - 1e-6
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,14 @@ class Judge:
         draws: fresh draws of a random model; 1 for one that predicts the same every time.
         max_forward_batch: images in one forward pass at most; None: no limit.
         apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
+        enough: the share of the draws that must be misclassified for an image to fall.
     """
 
     model: Classifier
     draws: int = 1
     max_forward_batch: int | None = None
     apart: bool = False
+    enough: float = 1.0
 
     def shares(self, x: Tensor, y: Tensor) -> Tensor:
         """The share of fresh draws of images that are misclassified, ``[B]``."""
@@ -237,25 +246,49 @@ class ActiveSet:
         correct: bool ``[N]``, which clean images have not fallen by themselves.
         costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
         waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
+        waiting: bool ``[N]``, which images are searched later, if at all.
+        borders: the borders nearest to the images, if they were asked for.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
-        self.x, self.y, self.ball, self.judge, self.ids, self.leave = x, y, ball, judge, ids, True
+        self.x, self.y, self.ball, self.judge, self.ids = x, y, ball, judge, ids
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by, self.waves_to_come = torch.full_like(y, -1), 0.0
+        self.waiting = torch.zeros_like(y, dtype=torch.bool)
+        self.borders: Borders | None = None
 
-    def judge_clean_images(self) -> None:
+    def judge_clean_images(self, leave: bool = True) -> None:
         """Begin: what is misclassified as it is needs no attack."""
-        fallen = has_fallen(self.judge.shares(self.x, self.y))
-        self.correct, self.fallen = ~fallen, fallen if self.leave else torch.zeros_like(fallen)
+        fallen = has_fallen(self.judge.shares(self.x, self.y), self.judge.enough)
+        self.leave, self.correct = leave, ~fallen
+        self.fallen = fallen if leave else torch.zeros_like(fallen)
+
+    def groups(self, distance: Tensor, share: float) -> Iterator[None]:
+        """One group of images after the other, until none of a group falls; the others wait meanwhile.
+
+        Args:
+            distance: how far each image is from a border, ``[N]``; the nearest come first.
+            share: of the images that are left, in each group; at least `FEWEST_IN_GROUP`.
+        """
+        left = self.left()
+        order = left[distance[left].nan_to_num(nan=torch.inf).argsort(stable=True)]
+        for group in order.split(max(FEWEST_IN_GROUP, math.ceil(share * len(left)))):
+            self.waiting[:] = True
+            self.waiting[group] = False
+            yield
+            if len(self.left()) == len(group):
+                break
+        self.waiting[:] = False
 
     def left(self) -> Tensor:
         """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
 
-        Those that have not fallen, or where none leave, those of which not every draw is misclassified.
+        Those that have not fallen, or where none leave, those of which not every draw is misclassified; and that do not
+        wait.
         """
-        return (~self.fallen if self.leave else self.score[0] < 1).nonzero()[:, 0]
+        stands = ~self.fallen if self.leave else self.score[0] < 1
+        return (stands & ~self.waiting).nonzero()[:, 0]
 
     def settle(self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None) -> tuple[Tensor, bool]:
         """Judge the rows that claim a success.
@@ -271,12 +304,12 @@ class ActiveSet:
         Returns:
             The shares, with those of the claims as the judge counted them, ``[R]``; and whether an image has fallen.
         """
-        claims = (has_fallen(share) & ~self.fallen[owner]).nonzero()[:, 0]
+        claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
             return share, False
         judged = self.judge.shares(points[claims], self.y[owner[claims]])
         share = share.index_copy(0, claims, judged.to(share.dtype))
-        won = claims[has_fallen(judged)]
+        won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
         # of several rows of an image the first: two of them written at once could mix
@@ -340,6 +373,7 @@ def waves(
     seed: int,
     most: int | None = None,
     at_image: bool = False,
+    begin: Tensor | None = None,
 ) -> Iterator[Rows]:
     """The rows of an attack, one wave after the other, of the images that are left by then.
 
@@ -355,6 +389,7 @@ def waves(
         seed: of the random starts; each run has its own.
         most: rows at once; None: `FEWEST_ROWS`, or as many as there are images, if those are more.
         at_image: whether the first run for each target begins at the images themselves.
+        begin: where the first run of all begins if not there, ``[N, ...]``; None: at a random point, as the others.
     """
     x, y, count = active.x, active.y, len(active.x)
     padded = not takes_every_size(x.device)
@@ -377,7 +412,9 @@ def waves(
         begins, labels = [], []
         for run, images in zip(runs, owner.split(list(runs.values())), strict=True):
             clean, goal = x[images], goals[run % len(goals)]
-            if not (at_image and run < len(goals)):
+            if begin is not None and run == 0 and not at_image:
+                clean = projected(clean, begin[images], active.ball.take(images))
+            elif not (at_image and run < len(goals)):
                 clean = sample_in_ball(clean, active.ball.take(images), seed=seed + run, sample_ids=active.ids[images])
             begins.append(clean)
             labels.append(y[images] if goal is None else torch.stack([y, goal], 1)[images])
@@ -388,7 +425,7 @@ def waves(
             rows = rows.take(_repeated_to(torch.arange(len(wave), device=x.device), size))
         yield rows
         is_first = False
-    for number in active.felled_by[active.felled_by >= 0].tolist():
+    for number in active.felled_by[(active.felled_by >= 0) & ~active.waiting].tolist():
         restart, target = divmod(number, len(goals))
         name = f"restart {restart + 1}" if goals[target] is None else f"target {target + 1}"
         if goals[target] is not None and restarts > 1:
@@ -401,6 +438,51 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
+
+
+class Borders(NamedTuple):
+    """Where the borders nearest to the images are.
+
+    Args:
+        classes: beyond them, the nearest first, each int64 ``[N]``.
+        distance: of the nearest, ``[N]``, in the dual norm's unit of length, that of the ball; infinite for images that
+            have fallen.
+    """
+
+    classes: tuple[Tensor, ...]
+    distance: Tensor
+
+
+def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> Borders:
+    """The borders that are nearest by the linear approximation at the clean image.
+
+    The distance is the difference of the logits over the norm of its gradient, by which MALT orders target classes
+    (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240); here it is the dual of the ball's norm. It is computed
+    for the classes of highest logit and for images that have not fallen, at a gradient for each.
+
+    Args:
+        active: the images.
+        objective: what the search follows, with any loss.
+        count: how many classes; None: all.
+    """
+    left, by_margin = active.left(), replace(objective, loss="margin_targeted")
+    x, y = active.x[left], active.y[left]
+    logits = active.judge.logits(x)
+    count = min(count or logits.shape[1], logits.shape[1] - 1)
+    candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
+    goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
+    nearest = torch.full_like(active.score[0], torch.inf)
+    if len(left):
+        distances = []
+        for candidate in candidates:
+            at_image = by_margin.gradient(x, torch.stack([y, candidate], 1))
+            slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
+            # the gradient is a sum over the draws, the loss a mean, and negative where the label is ahead
+            distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+        ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).sort(dim=1, stable=True)
+        goals[left] = torch.stack(candidates, 1).gather(1, ranked.indices[:, :count])
+        nearest[left] = ranked.values[:, 0].to(nearest.dtype)
+    return Borders(goals.unbind(1), nearest)
 
 
 def shrinks_after(step: int) -> bool:

@@ -1,0 +1,94 @@
+"""Searches for the nearest point across the border, which have no radius: a point counts once it lies in the ball."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._tensors import per_image
+from ..ball import projected
+from ..objective import Gradient
+from .rows import Rows, RowSearch, has_fallen, some_of
+
+_ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+
+
+class NearestSearch(RowSearch):
+    """One run, which remembers the nearest points across the border and offers them; the arguments are `RowSearch`'s.
+
+    Attributes:
+        nearest: the nearest points across the border, ``[R, ...]``; where the rows begin, as long as there are none.
+        distance: how far these are from the images in the norm of the ball, ``[R]``; infinite, as long as there are
+            none.
+    """
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.nearest = self.point
+        self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
+
+    def averaged(self, gradient: Gradient) -> Gradient:
+        """A gradient as the mean over the draws, of one that is their sum."""
+        draws = self.objective.eot_iter
+        return gradient if draws == 1 else gradient._replace(image=gradient.image / draws)
+
+    def note(self, point: Tensor, across: Tensor) -> None:
+        """Keep those of the points that are across the border, bool ``[R]``, and nearer than what is known."""
+        far = length_of(self.rows, point - self.rows.x).to(self.distance.dtype)
+        nearer = across & (far < self.distance)
+        self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
+        self.distance = torch.where(nearer, far, self.distance)
+
+    def shrink(self, step: int, ends_across: bool = False) -> None:
+        """Let the rows leave whose images have fallen, and those that are given up.
+
+        Args:
+            step: how many were taken.
+            ends_across: whether a row is searched no more once it has crossed the border, in the ball or not.
+        """
+        rows = self.rows
+        inside = (self.distance <= rows.ball.eps).float()
+        judged, fell = self.active.settle(rows.owner, self.nearest, inside, rows.run)
+        # the search goes on for what the model refuses
+        self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
+        lost = self.out_of_reach(step, self.distance - rows.ball.eps)
+        if lost is not None:
+            self.see_given_up(lost.nonzero()[:, 0])
+        elif ends_across:
+            lost = some_of(self.distance.isfinite() & ~self.active.fallen[rows.owner])
+        if lost is not None:
+            index = lost.nonzero()[:, 0]
+            self._offer(rows.take(index), self.nearest[index])
+        staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
+        if staying is not None:
+            self.take(staying)
+
+    def finish(self) -> None:
+        """Look at the last points, and offer the nearest ones of all rows."""
+        self.note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
+        self._offer(self.rows, self.nearest)
+
+    def _offer(self, rows: Rows, nearest: Tensor) -> None:
+        """Try the nearest points cut off at the ball, and keep the best of them."""
+        cut = projected(rows.x, nearest, rows.ball)
+        score = self.objective.score(cut, rows.labels)
+        share, _ = self.active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        self.active.offer(rows.owner, cut, torch.stack([share, score[1]]))
+
+
+def length_of(rows: Rows, moved: Tensor) -> Tensor:
+    """In the norm of the ball, ``[R]``."""
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
+
+
+def border(point: Tensor, at_point: Gradient) -> tuple[Tensor, Tensor]:
+    """The hyperplane where the linear approximation of the loss is 0: its normals ``[R, ...]`` and offsets ``[R]``.
+
+    Args:
+        point: images ``[R, ...]``.
+        at_point: the loss and its gradient there, of one draw or averaged over the draws.
+    """
+    gradient = at_point.image.to(point.dtype)
+    return gradient, (gradient * point).flatten(1).sum(1) - at_point.loss
