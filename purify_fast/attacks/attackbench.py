@@ -1,0 +1,64 @@
+"""This package's attacks for AttackBench (Cina et al., AAAI 2025), the package attackbenchlib.
+
+It counts the queries of each image at the door of the model, and stops an attack after a budget of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..protocols import Classifier
+from .arguments import check_eps
+from .base import Attack, AttackContext, EngineAttack
+from .in_turn import InTurn
+
+
+def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
+    """Attacks as ``attackbench.run_attack`` takes them; several are run in turn, each on what those before it left.
+
+    Gradients are those of the model itself, never of a copy of it, so that every query is counted.
+
+    Args:
+        *attacks: attacks of `purify_fast.attacks`, such as ``APGD()``; of the norm that AttackBench asks for.
+        eps: radius in image units; ``run_attack(..., epsilon=...)`` overrides it.
+
+    Returns:
+        The attack ``(model, inputs, labels, targets, targeted, threat_model, epsilon, seed)``, which returns
+        adversarial images. It raises ValueError for a targeted attack, and for the norm l0.
+
+    Raises:
+        ValueError: no attack, an attack with a radius of its own, or an eps that is not allowed.
+    """
+    if not attacks:
+        raise ValueError("attacks must have one attack at least, such as APGD()")
+    if fixed := [attack.kind for attack in attacks if getattr(attack, "eps", None) is not None]:
+        raise ValueError(f"attacks must leave eps open, but {', '.join(fixed)} has one: give eps to for_attackbench")
+    check_eps(eps, None)
+    plain = [replace(attack, precision="float32") if isinstance(attack, EngineAttack) else attack for attack in attacks]
+
+    def attack(
+        model: Classifier,
+        inputs: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        targeted: bool = False,
+        threat_model: str = "linf",
+        epsilon: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        if targeted or targets is not None:
+            raise ValueError("targeted must be False: these attacks look for any wrong class")
+        radius = eps if epsilon is None else epsilon
+        context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
+        attacked = InTurn(model, inputs, labels, context)
+        for one in plain:
+            attacked.run(one)
+        return attacked.images
+
+    # by these AttackBench names its results
+    attack.__name__ = attack._attackbench_name = "-".join(one.kind for one in attacks)  # type: ignore[attr-defined]
+    attack._attackbench_lib = "purify_fast"  # type: ignore[attr-defined]
+    return attack

@@ -1,0 +1,142 @@
+"""Carlini & Wagner (S&P 2017), l2: the smallest change that is misclassified, by Adam on the change and the margin.
+
+    |x' - x|^2 + c max(l_y - max_{j != y} l_j, 0),   x' = (tanh(w) + 1) / 2
+
+in images from 0 to 1. Adam moves w, from the image itself for every c; c is looked for by bisection, image by image.
+The nearest misclassified point over all c and all steps counts. What is not in the paper: an image leaves once such a
+point lies in the ball, and at the end the nearest one is cut off at the ball and tried as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from .._validation import Count, GradientPrecision
+from ..protocols import Classifier
+from .base import AttackContext, EngineAttack, Radius, run_alone
+from .engine.nearest import NearestSearch
+from .engine.rows import ActiveSet, has_fallen, shrinks_after
+from .objective import Objective
+
+#: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.
+STEPS = 1000
+#: The numbers of the authors' code: how many c are tried, the first of them, by how much c grows until one succeeds,
+#: the learning rate, and the share of the range of w in which images begin.
+CONSTANTS, FIRST, FACTOR, RATE, INSIDE = 9, 1e-3, 10.0, 0.01, 0.999999
+#: Adam's own numbers.
+BETAS, TINY = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarliniWagner(EngineAttack):
+    """Carlini & Wagner's attack on the l2 norm, without confidence; its first run begins at the image itself.
+
+    Args:
+        steps: of Adam for each c; None: 1000, whatever the report's steps.
+        constants: how many c are tried, one after the other.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "carlini_wagner"
+    has_pace: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("l2",)
+    usual_steps: ClassVar[int | None] = STEPS
+    loss: ClassVar[str] = "margin"
+
+    steps: Count | None = None
+    constants: Count = CONSTANTS
+
+    def name(self, context: AttackContext) -> str:
+        return self.labeled(f"C&W {self.constants} x {self.decided(context).steps}")
+
+    def cost(self, context: AttackContext) -> int:
+        steps, draws, _ = self.decided(context)
+        judges = context.judges(draws)
+        return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + judges
+
+    def revision(self) -> str:
+        return "1"
+
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        steps = self.decided(context).steps * self.constants
+        for rows in self.waves(active, (None,), context, at_image=True):
+            _CarliniWagnerSearch(objective, active, rows, steps, health=context.health).run(self.constants)
+
+
+def carlini_wagner(
+    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
+) -> Tensor:
+    """Carlini & Wagner's l2 attack within a ball; images leave it as soon as they have fallen.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in the l2 norm, in image units, a number or ``[B]``.
+        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
+            model itself.
+        **options: of `CarliniWagner`, such as ``steps`` and ``constants``, and of `AttackContext`, such as ``seed`` and
+            ``max_forward_batch``; ``norm`` is "l2", or left out.
+
+    Returns:
+        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
+        the image itself. Shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
+    """
+    return run_alone(CarliniWagner, model, x, y, eps=eps, precision=precision, **{"norm": "l2", **options})
+
+
+class _CarliniWagnerSearch(NearestSearch):
+    """One run; the objective is the margin."""
+
+    def run(self, constants: int) -> None:
+        """Look for c, or as long as there are rows; every c has an equal share of the steps."""
+        ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
+        self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
+        self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
+        #: The weight of each row, the largest that failed and the smallest that succeeded.
+        self.c = torch.full_like(self.distance, FIRST)
+        self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
+        each = self.steps // constants
+        for constant in range(constants):
+            self.w, self.mean, self.square = self.begin, torch.zeros_like(self.begin), torch.zeros_like(self.begin)
+            self.crossed = torch.zeros_like(self.c, dtype=torch.bool)
+            for i in range(each):
+                self._step(i + 1)
+                if shrinks_after(constant * each + i + 1):
+                    self.shrink(constant * each + i + 1)
+                    if len(self.point) == 0:
+                        return
+            self.low = torch.where(self.crossed, self.low, self.c)
+            self.high = torch.where(self.crossed, self.c, self.high)
+            self.c = torch.where(self.high.isfinite(), (self.low + self.high) / 2, FACTOR * self.c)
+        self.finish()
+
+    def _step(self, step: int) -> None:
+        """Look at where w is, and move it; the steps for one c are counted from 1."""
+        gradient = self.gradients.at(self.point)
+        across = has_fallen(gradient.wrong)
+        self.see_gradient(gradient.image, across)
+        self.note(self.point, across)
+        self.crossed = self.crossed | across
+        # the margin counts as long as it holds the point on the right side
+        weight = torch.where(gradient.loss <= 0, self.c, 0.0) / self.objective.eot_iter
+        moved = (self.point - self.rows.x).to(self.w.dtype) / (2 * self.half)
+        slope = 2 * moved - per_image(weight, moved) * gradient.image.to(self.w.dtype) * 2 * self.half
+        slope = slope * (1 - torch.tanh(self.w).square()) / 2
+        self.mean = torch.lerp(slope, self.mean, BETAS[0])
+        self.square = torch.lerp(slope.square(), self.square, BETAS[1])
+        mean, square = self.mean / (1 - BETAS[0] ** step), self.square / (1 - BETAS[1] ** step)
+        self.w = self.w - RATE * mean / (square.sqrt() + TINY)
+        self.point = (self.middle + self.half * torch.tanh(self.w)).to(self.point.dtype)

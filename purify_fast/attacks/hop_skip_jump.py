@@ -1,0 +1,258 @@
+"""HopSkipJump (Chen, Jordan & Wainwright, S&P 2020): along the border, by the model's decisions alone.
+
+From a misclassified image the search goes straight towards the clean one until the decision changes. There it finds the
+direction into the misclassified side from the decisions on many small random steps, takes a step in it, as long as it
+can, and goes back towards the clean image. Three things are not in the paper: it begins at the nearest image of the
+batch that is predicted as another class, or where there is none at random noise; every length of a step is tried, so
+that every image is asked equally often; and at the end the nearest point is cut off at the ball and tried as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from .._validation import Count, GradientPrecision
+from ..ops.philox import Stream, philox
+from ..protocols import Classifier
+from .ball import philox_key
+from .base import AttackContext, EngineAttack, Radius, run_alone
+from .engine.nearest import NearestSearch, length_of
+from .engine.rows import FEWEST_ROWS, ActiveSet, Rows, has_fallen
+from .objective import Objective
+
+QUERIES = 5000
+#: The authors' own numbers: random steps of the first iteration, which grow with the root of the iterations, and at
+#: most; and their length in the first iteration, as a share of the range of the pixels.
+FIRST_DIRECTIONS, MOST_DIRECTIONS, FIRST_LENGTH = 100, 10_000, 0.1
+#: So many lengths of a step are tried, each half of the one before.
+LENGTHS = 8
+#: Noisy images that are tried as a beginning.
+TRIES = 100
+#: The first iteration takes nearly as many queries.
+FEWEST_QUERIES = 200
+TINY = 1e-30
+#: A bisection halves its way at most so often: float32 tells no more apart.
+HALVINGS = 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopSkipJump(EngineAttack):
+    """HopSkipJump, which asks for decisions alone; the first run begins at images of the batch, the others at noise.
+
+    Args:
+        n_queries: how often the model is asked about each image in a run at most, at least 200; of a random model each
+            time by ``eot_iter`` draws. The predictions that judge a success come on top.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "hop_skip_jump"
+    has_pace: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    loss: ClassVar[str] = "margin"
+
+    n_queries: Count = QUERIES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_queries < FEWEST_QUERIES:
+            raise ValueError(f"n_queries must be at least {FEWEST_QUERIES}, got {self.n_queries}")
+
+    def name(self, context: AttackContext) -> str:
+        queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
+        return self.labeled(f"HopSkipJump{queries}")
+
+    def cost(self, context: AttackContext) -> int:
+        judges = context.judges(self.draws(context))
+        return self.restarts * (self.n_queries * self.draws(context) + 2 * judges) + judges
+
+    def revision(self) -> str:
+        return "1"
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        # where the search begins depends on the images that are attacked together
+        return super().settings(context) | {"batch_size": context.batch_size}
+
+    @torch.no_grad()
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        decided = active.judge.logits(active.x).argmax(1)
+        # there is no gradient that could be captured
+        objective = replace(objective, graphs=None)
+        most = max(FEWEST_ROWS, len(active.x)) if context.batch_size is None else context.batch_size
+        for restart in range(self.restarts):
+            left = active.left()
+            if len(left) == 0:
+                break
+            begin = active.x[left] if restart else _others(active, left, decided)
+            ball, run = active.ball.take(left), torch.full_like(left, restart)
+            rows = Rows(left, active.x[left], active.y[left], ball=ball, begin=begin, run=run)
+            search = _HopSkipJumpSearch(objective, active, rows, self.n_queries)
+            search.run(context.seed + restart, most)
+
+
+def hop_skip_jump(
+    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
+) -> Tensor:
+    """HopSkipJump within a ball, by decisions alone; images leave it as soon as they have fallen.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, of which only the largest is looked at: one-hot decisions
+            will do. An ``nn.Module`` is in evaluation mode meanwhile.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]``.
+        precision: what the search asks, "float32", "bfloat16" or "auto"; a success is always judged by the model
+            itself.
+        **options: of `HopSkipJump`, such as ``n_queries`` and ``restarts``, and of `AttackContext`, such as ``norm``,
+            ``seed`` and ``max_forward_batch``.
+
+    Returns:
+        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
+        the image itself. Shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
+    """
+    return run_alone(HopSkipJump, model, x, y, eps=eps, precision=precision, **options)
+
+
+def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
+    """For some images the nearest one that is predicted as another class than their own; where there is none, itself.
+
+    Args:
+        active: the images.
+        left: for which of them, int64 ``[R]``.
+        decided: what each of the images is predicted as, int64 ``[N]``.
+    """
+    flat = active.x.flatten(1).float()
+    far = torch.cdist(flat[left], flat).masked_fill(decided == active.y[left, None], torch.inf)
+    nearest, index = far.min(1)
+    return active.x[torch.where(nearest.isfinite(), index, left)]
+
+
+class _HopSkipJumpSearch(NearestSearch):
+    """One run, of so many queries as there are ``steps``; its point is misclassified, and moves along the border."""
+
+    def run(self, seed: int, most: int) -> None:
+        """Ask all queries, or as long as there are rows.
+
+        Args:
+            seed: of everything random.
+            most: images that are asked at once.
+        """
+        self.most, self.draw = most, 0
+        self.ids = self.active.ids[self.rows.owner]
+        self.random = partial(philox, philox_key(seed, self.ids.device), stream=Stream.HOPS)
+        self.size = self.point[0].numel()
+        exact = 2.0 if self.rows.ball.norm == "linf" else 1.5
+        self.halvings = min(HALVINGS, math.ceil(exact * math.log2(self.size))) if self.size > 1 else HALVINGS
+        # the prediction of the clean image, and the point that is cut off at the end
+        queries = 2 + self._begin()
+        iteration = 1
+        self._go_back()
+        queries += self.halvings
+        while len(self.point):
+            directions = min(int(FIRST_DIRECTIONS * math.sqrt(iteration)), MOST_DIRECTIONS)
+            queries += directions + LENGTHS + self.halvings
+            if queries > self.steps:
+                self._offer(self.rows, self.nearest)
+                return
+            self._hop(iteration, directions)
+            self._go_back()
+            self.shrink(iteration)
+            iteration += 1
+
+    def _across(self, points: Tensor) -> Tensor:
+        """Which decisions on points, the first of every row before the second of every row, are wrong, bool ``[R]``."""
+        return has_fallen(self._shares(points))
+
+    def _shares(self, points: Tensor) -> Tensor:
+        """Which share of the draws is wrong, ``[n R]``."""
+        return self.objective.score(points, self.rows.labels.repeat(len(points) // len(self.rows.labels)))[0]
+
+    def _numbers(self, count: int, distribution: str) -> Tensor:
+        """The next random numbers, ``[count, R, D]``."""
+        numbers = self.random(self.ids, self.size, distribution=distribution, draws=count, first_draw=self.draw)
+        self.draw += count
+        return numbers.transpose(0, 1).to(self.point.dtype)
+
+    def _begin(self) -> int:
+        """Find a misclassified image for every row, and let the others leave; how often each was asked."""
+        ball, tries = self.rows.ball, 0
+        found = self._across(self.point)
+        while tries < TRIES and len(lacking := (~found).nonzero()[:, 0]):
+            noise = ball.clip_min + (ball.clip_max - ball.clip_min) * self._numbers(1, "uniform")[0, lacking]
+            self.point = self.point.index_copy(0, lacking, noise.view_as(self.point[lacking]))
+            wrong = self.objective.score(self.point[lacking], self.rows.labels[lacking])[0]
+            found, tries = found.index_copy(0, lacking, has_fallen(wrong)), tries + 1
+        if not bool(found.all()):
+            self.take(found.nonzero()[:, 0])
+        return tries + 1
+
+    def _go_back(self) -> None:
+        """Move every point towards the clean image, to the border."""
+        if len(self.point) == 0:
+            return
+        #: How far the points were before, by which the next random steps are measured.
+        self.before = length_of(self.rows, self.point - self.rows.x)
+        low, high = torch.zeros_like(self.before), torch.ones_like(self.before)
+        for _ in range(self.halvings):
+            middle = (low + high) / 2
+            across = self._across(self._towards_image(middle))
+            low, high = torch.where(across, low, middle), torch.where(across, middle, high)
+        self.point = self._towards_image(high)
+        self.note(self.point, torch.ones_like(high, dtype=torch.bool))
+
+    def _towards_image(self, share: Tensor) -> Tensor:
+        """The points with a share ``[R]`` of their distance left: on the straight line, in linf cut off."""
+        x, share = self.rows.x, per_image(share, self.point)
+        if self.rows.ball.norm == "l2":
+            return torch.where(share == 1, self.point, x + share.to(x.dtype) * (self.point - x))
+        reach = (share * per_image(self.before, x)).to(x.dtype)
+        return self.point.clamp(x - reach, x + reach)
+
+    def _hop(self, iteration: int, directions: int) -> None:
+        """Take the longest step along the border that stays on the misclassified side."""
+        update = self._direction(iteration, directions)
+        longest = length_of(self.rows, self.point - self.rows.x) / math.sqrt(iteration)
+        hopped, begin = torch.zeros_like(longest, dtype=torch.bool), self.point
+        for halved in range(LENGTHS):
+            point = begin + per_image(longest * 0.5**halved, begin) * update
+            point = point.clamp(self.rows.ball.clip_min, self.rows.ball.clip_max)
+            across = self._across(point)
+            self.point = torch.where(per_image(across & ~hopped, point), point, self.point)
+            hopped = hopped | across
+
+    def _direction(self, iteration: int, directions: int) -> Tensor:
+        """The direction into the misclassified side, from decisions on random steps; of length 1, in linf its signs."""
+        ball, is_linf = self.rows.ball, self.rows.ball.norm == "linf"
+        length = self.before / self.size
+        if iteration == 1:
+            length = torch.full_like(length, FIRST_LENGTH * (ball.clip_max - ball.clip_min))
+        length, point = length[:, None], self.point.flatten(1)
+        decided, weighted, plain = torch.zeros_like(length), torch.zeros_like(point), torch.zeros_like(point)
+        together = max(1, self.most // len(point))
+        for start in range(0, directions, together):
+            steps = self._numbers(min(together, directions - start), "uniform" if is_linf else "normal")
+            steps = 2 * steps - 1 if is_linf else steps
+            points = (point + length * steps / steps.norm(dim=2, keepdim=True)).clamp(ball.clip_min, ball.clip_max)
+            # what the range of the pixels has left of the steps
+            steps = (points - point) / length
+            signs = 2 * self._shares(points.reshape(-1, *self.point.shape[1:])).view(len(steps), -1, 1) - 1
+            decided, plain = decided + signs.sum(0), plain + steps.sum(0)
+            weighted = weighted + (signs * steps).sum(0)
+        # how often each decision came says nothing of the direction, unless there was only one
+        mean = decided / directions
+        direction = (weighted - torch.where(mean.abs() == 1, 0.0, mean) * plain).view_as(self.point).to(point.dtype)
+        if is_linf:
+            return direction.sign()
+        return direction / per_image(direction.flatten(1).norm(dim=1).clamp_min(TINY), direction)
