@@ -1,0 +1,307 @@
+"""AutoAttack's class by this package's engine: ``from purify_fast.autoattack import AutoAttack`` is all that changes.
+
+Names, order of the arguments and defaults are those of the original implementation (Croce & Hein, ICML 2020; the class
+``AutoAttack`` of the package autoattack, which RobustBench calls). What is asked for and cannot be done is an error.
+The original itself is `purify_fast.attacks.AutoAttack`, the protocol "official".
+
+Four things differ. Searches that are out of reach end early. An image is attacked until every fresh draw of the model
+misclassifies it, as many draws as are averaged for a step; the accuracy that is printed is the mean over these draws.
+With fewer classes than a loss needs, the margin takes its place. And ``fab`` is FAB towards one class after the other,
+with as many restarts as were asked for: the engine has no untargeted FAB.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._validation import check_literal
+from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
+from .attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
+from .attacks.attacked_model import TRIED_CALLS, differ
+from .attacks.engine.gradient_copy import GradientCopies
+from .attacks.in_turn import FEW, InTurn
+from .evaluation.inputs import collect, returning_logits
+from .evaluation.subject import device_of
+from .protocols import Classifier
+from .speed.precision import whole_float32_by_default
+
+Version = Literal["standard", "plus", "rand", "custom"]
+AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+
+#: What each version runs; "custom" runs what is asked for.
+RUN: dict[str, tuple[AttackName, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+
+
+# with slots, a setting that the engine does not have is an error and not forgotten
+@dataclass(slots=True)
+class ApgdSettings:
+    """Auto-PGD's settings, by their names in AutoAttack.
+
+    Args:
+        n_restarts: runs of each image.
+        n_iter: gradient steps of a run.
+        eot_iter: draws of a random model averaged per step.
+        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
+        n_target_classes: wrong classes that ``apgd-t`` tries; the other losses have no target.
+    """
+
+    n_restarts: int = 5
+    n_iter: int = 100
+    eot_iter: int = 1
+    rho: float = 0.75
+    n_target_classes: int = 9
+
+
+@dataclass(slots=True)
+class FabSettings:
+    """FAB's settings, by their names in AutoAttack.
+
+    Args:
+        n_restarts: runs of ``fab``; ``fab-t`` has one.
+        n_iter: steps of a run.
+        n_target_classes: wrong classes that are tried.
+    """
+
+    n_restarts: int = 5
+    n_iter: int = 100
+    n_target_classes: int = 9
+
+
+@dataclass(slots=True)
+class SquareSettings:
+    """Square's settings, by their names in AutoAttack.
+
+    Args:
+        n_queries: queries of a run.
+        n_restarts: runs of each image.
+    """
+
+    n_queries: int = 5000
+    n_restarts: int = 1
+
+
+class AutoAttack:
+    """AutoAttack's attacks, each on the images that those before it left.
+
+    Args:
+        model: images ``[B, C, H, W]`` in [0, 1] to logits; a module is attacked in evaluation mode.
+        norm: of the ball: "Linf", "L2" or "L1".
+        eps: radius in image units.
+        seed: of everything random; None: 0.
+        verbose: whether to print the accuracy after each attack.
+        attacks_to_run: with the version "custom", the names of the attacks in their order.
+        version: "standard", "plus", "rand" (for random models: 20 draws per step) or "custom".
+        is_tf_model: False; models of TensorFlow are refused.
+        device: where the model computes; None: where its parameters are.
+        log_path: a file to which the accuracy after each attack is appended; None: none.
+
+    Attributes:
+        apgd: `ApgdSettings` of ``apgd-ce`` and ``apgd-dlr``, to be changed before a run, as are the next three.
+        apgd_targeted: `ApgdSettings` of ``apgd-t``.
+        fab: `FabSettings`.
+        square: `SquareSettings`.
+
+    Raises:
+        ValueError: a setting that is not allowed, or that this class cannot honour; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        norm: NormName = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        verbose: bool = True,
+        attacks_to_run: Sequence[AttackName] = (),
+        version: Version = "standard",
+        is_tf_model: bool = False,
+        device: torch.device | str | None = None,
+        log_path: str | Path | None = None,
+    ):
+        check_eps(eps, read_norm(norm))
+        check_literal("version", version, Version)
+        if is_tf_model:
+            raise ValueError("is_tf_model must be False: models of TensorFlow are not supported")
+        if (version == "custom") != (len(attacks_to_run) > 0):
+            allowed = ", ".join(get_args(AttackName))
+            raise ValueError(
+                f"attacks_to_run goes with version='custom', and needs one of {allowed}; got {list(attacks_to_run)!r} "
+                f"with version={version!r}"
+            )
+        self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
+        self.version, self.log_path = version, log_path
+        self.device = None if device is None else torch.device(device)
+        self.attacks_to_run: list[AttackName] = list(attacks_to_run or RUN[version])
+        self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
+        self.fab, self.square = FabSettings(), SquareSettings()
+        if version == "rand":
+            self.apgd = ApgdSettings(n_restarts=1, eot_iter=20)
+        elif version == "standard" and read_norm(norm) == "l1":
+            self.apgd_targeted.n_target_classes = 5
+        elif version == "standard":
+            self.apgd.n_restarts = 1
+
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attack images, and return what was found.
+
+        Args:
+            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8.
+            y_orig: labels, int64 ``[N]``.
+            bs: images attacked together.
+            return_labels: whether the classes predicted on the returned images are returned too.
+            state_path: None; `purify_fast.evaluate` with ``out`` is what can be interrupted.
+            batch_size: pyautoattack's name of ``bs``.
+
+        Returns:
+            Adversarial images, float32 on the device of x_orig, and the image itself where none was found (of a random
+            model the point that most draws misclassify); with ``return_labels`` also classes, int64 ``[N]``.
+
+        Raises:
+            ValueError: wrong images, labels, names or counts, or a ``state_path``.
+        """
+        if state_path is not None:
+            raise ValueError(
+                f"state_path must be None, got {state_path!r}: what can be interrupted and goes on is "
+                "purify_fast.evaluate(..., protocol='standard', out=FOLDER)"
+            )
+        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels)
+
+    def run_standard_evaluation_individual(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        *,
+        batch_size: int | None = None,
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """The same for every attack by itself, on all images.
+
+        Args:
+            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8.
+            y_orig: labels, int64 ``[N]``.
+            bs: images attacked together.
+            return_labels: whether predicted classes are returned too.
+            batch_size: pyautoattack's name of ``bs``.
+
+        Returns:
+            What `run_standard_evaluation` returns, by the names of the attacks.
+
+        Raises:
+            ValueError: wrong images, labels, names or counts.
+        """
+        size = batch_size or bs
+        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self.attacks_to_run}
+
+    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+        """The share of images that one prediction classifies correctly.
+
+        Args:
+            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8; adversarial ones as well.
+            y_orig: labels, int64 ``[N]``.
+            bs: images in one forward pass.
+
+        Raises:
+            ValueError: wrong images, labels or counts.
+        """
+        check_at_least_one(bs=bs)
+        x, y = collect(x_orig, y_orig)
+        return float((self._predicted(x, bs) == y).float().mean())
+
+    @whole_float32_by_default()
+    @torch.inference_mode(False)
+    def _run(
+        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, return_labels: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        check_at_least_one(bs=size)
+        attacks = {name: self._attack(name) for name in names}
+        x, y = collect(x, y)
+        begun, seed = time.monotonic(), 0 if self.seed is None else self.seed
+        device = device_of(self.model, x) if self.device is None else self.device
+        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
+            torch.manual_seed(seed)
+            model, classes = returning_logits(self.model, x[:1].to(device, copy=True))
+            draws = max(attack.eot_iter or 1 for attack in attacks.values())
+            is_random = self._is_random(model, x[:FEW].to(device))
+            self._tell(f"using {self.version} version including {', '.join(names)}")
+            if is_random and draws == 1:
+                self._tell("WARNING: the model is random, and no step averages its draws: use version='rand'")
+            context = AttackContext(
+                eps=float(self.epsilon), norm=self.norm, num_classes=classes, seed=seed, batch_size=size,
+                draws_differ=is_random and draws > 1, judge_draws=draws, copies=GradientCopies(),
+            )  # fmt: skip
+            attacked = InTurn(model, x, y, context, device)
+            left = self._left(attacked)
+            self._tell(f"initial accuracy: {left:.2%}")
+            for name, attack in attacks.items():
+                if left == 0:
+                    break
+                attacked.run(attack)
+                left = self._left(attacked)
+                spent = time.monotonic() - begun
+                self._tell(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
+            self._tell(f"robust accuracy: {left:.2%}")
+            found = attacked.images
+            return (found, self._predicted(found, size)) if return_labels else found
+
+    def _attack(self, name: str) -> Attack:
+        """An attack by its name, with the settings as they are now."""
+        check_literal("attacks_to_run", name, AttackName)
+        if name == "square":
+            return Square(n_queries=self.square.n_queries, restarts=self.square.n_restarts, give_up=True)
+        if name in ("fab", "fab-t"):
+            fab = self.fab
+            restarts = fab.n_restarts if name == "fab" else 1
+            return FABT(steps=fab.n_iter, n_target_classes=fab.n_target_classes, restarts=restarts, give_up=True)
+        apgd = self.apgd_targeted if name == "apgd-t" else self.apgd
+        return APGD(
+            loss={"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}[name],  # type: ignore[arg-type]
+            steps=apgd.n_iter, restarts=apgd.n_restarts, eot_iter=apgd.eot_iter, rho=apgd.rho,
+            n_target_classes=apgd.n_target_classes, give_up=True,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _predicted(self, x: Tensor, size: int) -> Tensor:
+        """One prediction of each image, on its own device."""
+        device = device_of(self.model, x) if self.device is None else self.device
+        with frozen(self.model):
+            model, _ = returning_logits(self.model, x[:1].to(device, copy=True))
+            return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
+
+    @staticmethod
+    @torch.no_grad()
+    def _is_random(model: Classifier, some: Tensor) -> bool:
+        one = model(some.clone())
+        return any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
+
+    @staticmethod
+    def _left(attacked: InTurn) -> float:
+        # of a random model what a fresh draw is expected to get right
+        return 1 - float(attacked.share.mean())
+
+    def _tell(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+        if self.log_path is not None:
+            with open(self.log_path, "a", encoding="utf-8") as log:
+                log.write(text + "\n")

@@ -1,0 +1,105 @@
+"""AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
+
+import sys
+
+import pytest
+import torch
+from small_models import labelled
+
+from purify_fast.autoattack import RUN, AutoAttack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return labelled(30)
+
+
+class Short(AutoAttack):
+    """Of a few steps."""
+
+    def __init__(self, model, norm="Linf", eps=0.1, verbose=False, **options):
+        super().__init__(model, norm, eps, verbose=verbose, **options)
+        for part in (self.apgd, self.apgd_targeted, self.fab):
+            part.n_iter, part.n_restarts = 5, 1
+        self.square.n_queries = 20
+
+
+@pytest.mark.parametrize("norm, order, eps", [("Linf", torch.inf, 0.1), ("L2", 2, 0.3), ("L1", 1, 1.5)])
+def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
+    model, x, y = plain
+    adversary = Short(model, norm, eps)
+    found, labels = adversary.run_standard_evaluation(x, y, bs=8, return_labels=True)
+    length, fell = torch.linalg.vector_norm((found - x).flatten(1), ord=order, dim=1), labels != y
+    assert 0 < fell.sum() < len(y) and length.max() <= eps * (1 + 1e-5) and 0 <= found.min() <= found.max() <= 1
+    assert torch.equal(labels, model(found).argmax(1)) and torch.equal(found[~fell], x[~fell])
+    assert adversary.clean_accuracy(found, y) == pytest.approx((~fell).float().mean())
+    # pyautoattack's name of the size of a batch; and batches change nothing
+    assert torch.equal(adversary.run_standard_evaluation(x, y, batch_size=30), found)
+
+
+def test_settings_are_the_originals_and_the_log_tells_the_accuracy(plain, tmp_path, capsys):
+    model, x, y = plain
+    standard, plus, rand = (AutoAttack(model, version=version).apgd for version in RUN)
+    assert (standard.n_restarts, plus.n_restarts, rand.n_restarts, rand.eot_iter) == (1, 5, 1, 20)
+    l1 = AutoAttack(model, norm="L1")
+    assert (l1.apgd.n_restarts, l1.apgd_targeted.n_target_classes, l1.square.n_queries) == (5, 5, 5000)
+    assert list(Short(model, version="plus").run_standard_evaluation_individual(x, y)) == list(RUN["plus"])
+    log = tmp_path / "log.txt"
+    adversary = Short(model, version="custom", attacks_to_run=["square"], log_path=log, verbose=True)
+    left = adversary.clean_accuracy(adversary.run_standard_evaluation(x, y), y)
+    assert f"robust accuracy after SQUARE: {left:.2%}" in log.read_text() and "APGD" not in log.read_text()
+    assert capsys.readouterr().out == log.read_text()
+
+
+def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
+    model, x, y = plain
+    noisy = lambda images: model(images) + 0.02 * torch.randn(len(images), 10)  # noqa: E731
+    adversary, state = Short(noisy, version="rand"), torch.get_rng_state()
+    found = adversary.run_standard_evaluation(x, y)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(found, adversary.run_standard_evaluation(x, y))
+    wrong = torch.stack([noisy(found).argmax(1) != y for _ in range(20)]).float().mean(0)
+    assert 0 < (wrong > 0.9).sum() < len(y)
+    Short(noisy, version="custom", attacks_to_run=["square"], verbose=True).run_standard_evaluation(x, y)
+    assert "WARNING: the model is random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, run, message",
+    [
+        ({"norm": "L0"}, {}, "norm must be .*L0"),
+        ({"eps": 8}, {}, "eps is in image units"),
+        ({"version": "best"}, {}, "version must be .*best"),
+        ({"is_tf_model": True}, {}, "is_tf_model must be False"),
+        ({"attacks_to_run": ["square"]}, {}, "attacks_to_run goes with version='custom'"),
+        ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
+        ({}, {"state_path": "state.json"}, "state_path must be None"),
+        ({}, {"bs": 0}, "bs must be at least 1"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
+    model, x, y = plain
+    with pytest.raises(ValueError, match=message):
+        AutoAttack(model, **{"eps": 0.1} | options).run_standard_evaluation(x, y, **run)
+    with pytest.raises(AttributeError):
+        AutoAttack(model).apgd.use_largereps = True
+
+
+def test_robustbench_runs_it(plain, monkeypatch):
+    # RobustBench imports the original by a name that PyPI does not have
+    for name in ("autoattack", "autoattack.state"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, pytest.importorskip(f"py{name}")))
+    evaluation = pytest.importorskip("robustbench.eval", exc_type=ImportError)
+    if not hasattr(evaluation, "benchmark"):
+        pytest.skip(
+            "these files of robustbench are those of torchattacks' wheel: install robustbench after torchattacks"
+        )
+    model, x, y = plain
+    monkeypatch.setattr(evaluation, "AutoAttack", Short)
+    monkeypatch.setattr(evaluation, "load_clean_dataset", lambda *args: (x, y))
+    clean, robust = evaluation.benchmark(model.eval(), n_examples=len(x), eps=0.1, batch_size=8)
+    assert (clean, robust) == (
+        1,
+        pytest.approx(Short(model).clean_accuracy(Short(model).run_standard_evaluation(x, y), y)),
+    )
