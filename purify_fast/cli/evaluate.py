@@ -53,6 +53,9 @@ class Evaluate(DataCommand):
         eot_iter: Draws of the defence that each step averages over.
         n_eval: Independent predictions of a random defence on each attacked image; it is robust if all of them are
             right.
+        predict: How these predictions decide. worst_of, an image counts as fallen if any of them is wrong; votes, their
+            majority is the defence's one prediction, and what is attacked. With either, attacks are also run under
+            fixed noise, where the defence has that.
         batch_size: Images that are attacked together.
         max_forward_batch: Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets
             which draws.
@@ -82,6 +85,7 @@ class Evaluate(DataCommand):
     steps: int = 100
     eot_iter: int = 5
     n_eval: int = 5
+    predict: Literal["worst_of", "votes"] | None = None
     batch_size: int = 250
     max_forward_batch: int | None = None
     cuda_graphs: CudaGraphs = "auto"

@@ -2,5 +2,6 @@
 
 from .base import Defence
 from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation
+from .voting import MajorityVote
 
-__all__ = ["Defence", "NoisyEnsemble", "StochasticDefence", "WithAggregation"]
+__all__ = ["Defence", "MajorityVote", "NoisyEnsemble", "StochasticDefence", "WithAggregation"]

@@ -168,14 +168,14 @@ class RowCache:
         def content() -> Content:
             row = make(unfinished)
             arrays = {} if row.examples is None else dict(vars(row.examples))
-            arrays |= {} if row.margins is None else {"margins": row.margins}
+            arrays |= {name: each for name in ("margins", "points") if (each := getattr(row, name)) is not None}
             return row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()}
 
         values, tensors = self._content(key, content)
         # a run that ended between the two left the batches of a finished row
         unfinished.remove()
         row, arrays = Row.from_dict(values), {name: tensor.numpy() for name, tensor in tensors.items()}
-        row.margins = arrays.pop("margins", None)
+        row.margins, row.points = arrays.pop("margins", None), arrays.pop("points", None)
         row.examples = Examples(**arrays) if arrays else None
         return row
 

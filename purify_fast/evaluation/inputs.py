@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,44 @@ INSTEAD_OF_PROBABILITIES = (
 )
 
 
-def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor]:
+def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Images and labels as `evaluate` needs them, a part after the other; no more than one is held.
+
+    Args:
+        x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``, which are one part; or, without ``y``, a DataLoader or
+            any other iterable of batches (images, labels) or (images, labels, indices), which is read once. The indices
+            are not used.
+        y: labels, int64 ``[N]``.
+        least: images of each part of an iterable; more where a batch of it reaches beyond, and fewer in the last part.
+
+    Yields:
+        Images, float32 in [0, 1], labels, int64, and whether there are more.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range, or no images.
+        TypeError: something else than tensors, or than batches of them.
+    """
+    if y is not None:
+        yield *collect(x, y), False
+        return
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch, batch_labels in _read(x):
+        if sum(map(len, images)) >= least:
+            yield *collect(torch.cat(images), torch.cat(labels)), True
+            images, labels = [], []
+        images.append(batch)
+        labels.append(batch_labels)
+    if not images:
+        raise ValueError("the iterable has no batch: a generator can be read only once")
+    yield *collect(torch.cat(images), torch.cat(labels)), False
+
+
+def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Images and labels as `evaluate` needs them.
 
     Args:
-        x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``; or, without ``y``, a DataLoader or any other iterable
-            of batches (images, labels) or (images, labels, indices), which is read once. The indices are not used.
+        x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``.
         y: labels, int64 ``[N]``.
 
     Returns:
@@ -30,15 +62,12 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: something else than tensors, or than batches of them.
+        TypeError: something else than tensors.
     """
-    if y is None:
-        x, y = _read(x)
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}{_as_tensor(name, value)}")
-    assert isinstance(x, Tensor)
     if x.dim() != 4 or len(x) == 0:
         hint = ": x[:, None] makes grey images [N, 1, H, W]" if x.dim() == 3 and x.shape[0] not in (1, 3) else ""
         hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
@@ -95,12 +124,10 @@ def _range(x: Tensor) -> str:
     return f"values from {least:.3g} to {most:.3g}{advice}"
 
 
-def _read(batches: Any) -> tuple[Tensor, Tensor]:
-    """All batches of an iterable as one; they may not differ in dtype or in the size of their images."""
+def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an iterable; they may not differ in dtype or in the size of their images."""
     if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
         raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}")
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
     first: tuple[torch.dtype, list[int]] | None = None
     for i, batch in enumerate(batches):
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -118,11 +145,7 @@ def _read(batches: Any) -> tuple[Tensor, Tensor]:
                 f"batch {i} must have images [B, C, H, W], of the dtype and size of the first {first}, and labels [B], "
                 f"got {x.dtype} {list(x.shape)} and {list(y.shape)}"
             )
-        images.append(x)
-        labels.append(y)
-    if not images:
-        raise ValueError("the iterable has no batch: a generator can be read only once")
-    return torch.cat(images), torch.cat(labels)
+        yield x, y
 
 
 class LogitsOf(nn.Module):

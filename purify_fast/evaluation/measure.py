@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """The outcome of an attack, before it is judged.
 
     Args:
@@ -64,7 +64,11 @@ class Measure:
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
         # the last one, whose images may be tried on another variant
-        self._search: _Outcome | None = None
+        self._search: Outcome | None = None
+
+    def turn_to(self, subject: Subject) -> None:
+        """Go on with other images of the same model."""
+        self.subject, self._clean, self._search = subject, {}, None
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -84,7 +88,7 @@ class Measure:
         if spec.judge is not None:
             # what the defence gets wrong, its authors' model may get right
             alive = np.ones_like(alive)
-        settings = self._settings(spec) | {"attacked": int(alive.sum())}
+        settings = self.settings_of(spec) | {"attacked": int(alive.sum())}
         images = {"alive": digest(torch.from_numpy(alive))}
         row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, settings))
         # no part of the key: the same attack by any name
@@ -101,7 +105,7 @@ class Measure:
             left_deployed: bool ``[n]``, which images earlier rows left right of the deployed model.
         """
         alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
-        attacked = self._settings(spec)
+        attacked = self.settings_of(spec)
         settings = attacked | {
             "variant": "random",
             "attacked": int((alive & standing).sum()),
@@ -114,7 +118,7 @@ class Measure:
             # its images are gone where the attack's own row was kept by an earlier run
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
-                search = self._attack(spec, alive, unfinished)
+                search = self.attack(spec, alive, unfinished)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
             # an image falls only by what the attack made of it
@@ -129,9 +133,10 @@ class Measure:
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Which of its images an attack is given, of those that a variant classifies correctly."""
-        return (left if spec.survivors_only else self.clean(variant).robust)[: spec.max_images]
+        most = None if spec.max_images is None else max(0, spec.max_images - self.subject.first)
+        return (left if spec.survivors_only else self.clean(variant).robust)[:most]
 
-    def _settings(self, spec: AttackSpec) -> dict[str, Any]:
+    def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
@@ -154,26 +159,46 @@ class Measure:
 
     def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
+        row = self.kept(settings, spec, make)
+        row.threat = None if spec is None else threat_name(spec, self.context)
+        return row
+
+    def kept(
+        self,
+        settings: dict[str, Any],
+        specs: AttackSpec | Sequence[AttackSpec] | None,
+        make: Callable[[PartialRow], Row],
+    ) -> Row:
+        """The row of these settings from the cache if it has it; made and kept if not.
+
+        Args:
+            settings: what is run, in plain values.
+            specs: the attack, or several; None: the clean images.
+            make: makes the row; is given the batches that an interrupted run finished.
+        """
         subject, context = self.subject, self.context
         key: str | None = None
-        attack = None if spec is None else [spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()]
+        several = [specs] if isinstance(specs, AttackSpec) else list(specs or ())
+        attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in several]
         # rows of an attack that names no revision are not kept
-        if attack is None or attack[1] is not None:
+        if all(attack[1] is not None for attack in attacks):
             whole = {
                 "data": subject.data,
                 "seed": subject.seed,
                 "classes": subject.num_classes,
                 # which image gets which draws depends on them
                 "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
-                "attack": attack,
+                "attack": None if specs is None else attacks[0] if isinstance(specs, AttackSpec) else attacks,
                 "settings": settings,
             }
-            key = self.cache.key(whole, subject.model, None if spec is None else spec.other_model)
+            whole |= {"first": subject.first} if subject.first else {}
+            if context.judge_share < 1:
+                whole["judges"] = [context.judge_draws, context.judge_share]
+            key = self.cache.key(whole, subject.model, *([spec.other_model for spec in several] or [None]))
         row = self.cache.row(key, make)
         # these are no part of the key
         row.model = self.name
         row.settings["deterministic"] = not self.subject.is_random
-        row.threat = None if spec is None else threat_name(spec, self.context)
         # an attack that left nothing lacked nothing
         row.reliable = row.reliable or not row.robust.any()
         return row
@@ -204,8 +229,17 @@ class Measure:
             **fields,
         )
 
-    def _attack(self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow) -> _Outcome:
-        """Run an attack on the images that it is given."""
+    def attack(
+        self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow, begin: Tensor | None = None
+    ) -> Outcome:
+        """Run an attack on the images that it is given.
+
+        Args:
+            spec: the attack.
+            alive: bool ``[n]``, which of the first n images it is given.
+            unfinished: has the batches that an interrupted run finished.
+            begin: where the search begins, ``[N, C, H, W]``; None: as the attack says.
+        """
         subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
         index = torch.from_numpy(alive).nonzero()[:, 0]
         subject.reseed("attack")
@@ -216,6 +250,7 @@ class Measure:
                 draws_differ=self._draws_differ(spec, target),
                 gradients_from=spec.gradients_from,
                 seed=subject.seed + spec.seed,
+                begin=begin,
             )
             # of a target that predicts the same every time one draw is enough
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
@@ -230,12 +265,12 @@ class Measure:
         if sums.fallen:
             settings["fallen to"] = sums.fallen
         sums.images = sums.images[: len(alive)]
-        return _Outcome(spec, index, sums, settings)
+        return Outcome(spec, index, sums, settings)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
     ) -> Row:
-        search = self._attack(spec, alive, unfinished)
+        search = self.attack(spec, alive, unfinished)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
@@ -249,7 +284,7 @@ class Measure:
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
 
-    def _judged(self, search: _Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
+    def _judged(self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
         """The row of an attack's images, from the predictions that count."""
         return self._new_row(
             judged,
@@ -267,14 +302,17 @@ class Measure:
 
     def _target(self, spec: AttackSpec) -> Classifier:
         """What the attack runs on."""
-        model = self.subject.model
+        model = self.subject.single
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
         if spec.gradients_from is not None:
-            return model
+            return self.subject.of(spec.variant)
         if spec.target == CLASSIFIER and has_classifier(model):
             return classifier_of(model)
-        return spec.resolved.target(model) if spec.other_model is None else spec.other_model
+        if spec.other_model is not None:
+            return spec.other_model
+        view = spec.resolved.target(model)
+        return self.subject.of(spec.variant) if view is model else view
 
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
         """Whether the target predicts something else every time. Within the variant's block."""
@@ -359,11 +397,12 @@ def _attack(
     attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext
 ) -> AttackedBatch:
     begin = time.perf_counter()
-    x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
+    x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.first))
 
     def search() -> tuple[Tensor, AttackContext, GradientHealth]:
         health = GradientHealth()
-        told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
+        begin = None if context.begin is None else context.begin[part].to(subject.device)
+        told = dataclasses.replace(context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={})
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
         return attack.search(target, x.clone(), y, told), told, health
 

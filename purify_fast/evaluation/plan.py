@@ -48,7 +48,7 @@ def feasible(
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
-        if spec.max_images is not None and spec.max_images >= len(subject.y):
+        if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.more:
             # these are all images
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
@@ -71,9 +71,24 @@ def feasible(
     return plan, notes
 
 
+def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
+    """The attacks, and each one on the model as it is again under fixed noise, where the model has that."""
+    if not supports(subject.single, FixedNoise):
+        return list(specs)
+    both: list[AttackSpec] = []
+    for spec in specs:
+        both.append(spec)
+        as_it_is = spec.variant == "random" and spec.target is None and spec.aggregation is None
+        rand = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "rand"
+        if as_it_is and spec.other_model is None and not rand:
+            label = None if spec.label is None else f"{spec.label}{_VARIANTS['fixed']}"
+            both.append(dataclasses.replace(spec, variant="fixed", label=label))
+    return both
+
+
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     """Why a model cannot be attacked so, if it cannot."""
-    model, attack = subject.model, spec.resolved
+    model, attack = subject.single, spec.resolved
     rand = isinstance(attack, AutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
     random = "the model is randomised and has no"

@@ -7,6 +7,7 @@ is attacked no more, so that the costly ones see few images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from .._validation import check_literal
@@ -22,6 +23,8 @@ ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "author
 
 #: How "authors" calls the one row of a model that does not say how its authors evaluate it.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
+#: Steps of the first attack of "fast" and "standard": most images fall to the first few.
+FIRST_STEPS = 10
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
 RAND_DRAWS = 20
 #: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
@@ -54,17 +57,28 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
 
 
 def _fast(subject: Subject, eps: float) -> list[AttackSpec]:
-    return [_left(APGD(steps=25)), _left(APGD(loss="dlr_targeted", give_up=True))]
+    few = APGD(loss="dlr_targeted", steps=50, n_target_classes=4, give_up=True, nearest_first=1 / 8)
+    if subject.is_random:
+        few = replace(few, loss="margin_targeted", nearest_first=None)
+    return [_left(APGD(loss="margin", steps=FIRST_STEPS)), _left(few)]
 
 
 def _standard(subject: Subject, eps: float) -> list[AttackSpec]:
-    four = APGD(give_up=True), APGD(loss="dlr_targeted", give_up=True), FABT(give_up=True), Square(give_up=True)
-    return [_left(attack) for attack in four] + _without_noise(subject)
+    losses: tuple[ApgdLoss, ...] = ("dlr_targeted", "ce", "margin_targeted")
+    # the distance to the border of a random model is uncertain, and so is the order by it
+    quarter, eighth = (None, None) if subject.is_random else (1 / 4, 1 / 8)
+    attacks = [
+        APGD(loss="margin", steps=FIRST_STEPS),
+        *(APGD(loss=loss, give_up=True, nearest_first=quarter) for loss in losses),
+        FABT(give_up=True, nearest_first=eighth),
+        Square(give_up=True, nearest_first=eighth),
+    ]
+    return [_left(attack) for attack in attacks] + _without_noise(subject)
 
 
 def _without_noise(subject: Subject) -> list[AttackSpec]:
     """For a random model: what its deterministic version falls to, tried on the model itself."""
-    if not (subject.is_random and supports(subject.model, DeterministicMode)):
+    if not (subject.is_random and supports(subject.single, DeterministicMode)):
         return []
     return [_transferred(*pair) for pair in subject.surrogates() if isinstance(pair[1], WithoutNoise)]
 
@@ -80,8 +94,8 @@ def _strong(subject: Subject, eps: float) -> list[AttackSpec]:
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
-    if supports(subject.model, SampleLogits):
-        attacks += [_head(subject.model, head) for head in HEADS]
+    if supports(subject.single, SampleLogits):
+        attacks += [_head(subject.single, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates()]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
@@ -105,17 +119,17 @@ def _official(subject: Subject, eps: float) -> list[AttackSpec]:
     if not subject.is_random:
         return [AttackSpec(AutoAttack())]
     quiet: list[AttackSpec] = []
-    if supports(subject.model, FixedNoise):
+    if supports(subject.single, FixedNoise):
         quiet = [AttackSpec(AutoAttack(), "fixed")]
-    elif supports(subject.model, DeterministicMode):
+    elif supports(subject.single, DeterministicMode):
         quiet = [AttackSpec(AutoAttack(), "deterministic")]
     return [*quiet, AttackSpec(AutoAttack(version="rand"))]
 
 
 def _authors(subject: Subject, eps: float) -> list[AttackSpec]:
-    if supports(subject.model, AuthorsEvaluation):
-        return list(cast(AuthorsEvaluation, subject.model).authors_attacks(eps))
-    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.model)]
+    if supports(subject.single, AuthorsEvaluation):
+        return list(cast(AuthorsEvaluation, subject.single).authors_attacks(eps))
+    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.single)]
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:

@@ -13,7 +13,7 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding, Outlook
-from .rows import Paired, Row, attack_names, model_names
+from .rows import CURVE, Paired, Row, attack_names, model_names
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
@@ -29,10 +29,11 @@ class Report:
         rows: the rows, in the order in which they were made.
         notes: remarks, one sentence each.
         about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
-            and ``version`` (of this package), as far as they are known; and ``precision`` where it is not float32.
+            and ``version`` (of this package), as far as they are known; ``predict`` where a way to predict was named;
+            and ``precision`` where it is not float32.
         findings: whether the numbers can be believed, alarm by alarm.
         outlooks: what it would take to go lower, by model.
-        curves: accuracy over the radius, the steps, K and EOT, by model, for the page.
+        curves: accuracy over the radius, the steps, K and EOT, by model, for the page; see `curve`.
         threats: the threat model that each model was evaluated in, where they are not the same (`merge`).
     """
 
@@ -113,6 +114,18 @@ class Report:
         if len(rows) != 1:
             raise ValueError(f"one model with attacks is needed, there are {len(rows)}: use headlines")
         return rows[0]
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """Radii from 0 on, and the accuracy after every attack at each, of the one model.
+
+        Raises:
+            ValueError: there are several models, or `evaluate` was given no ``curve``.
+        """
+        known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
+        if len(known) != 1:
+            raise ValueError(f"one model with a curve is needed, there are {len(known)}: give curve= to evaluate")
+        return known[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """Accuracy of this report's model minus the other's on the images both have.
@@ -201,7 +214,7 @@ class Report:
     def title(self) -> list[str]:
         """What the numbers are about: threat model, data set, protocol, precision, version, where they are known."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
-        named += [f"{what} {self.about[what]}" for what in ("protocol", "precision") if what in self.about]
+        named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
 
     def comparison(self) -> list[str]:
@@ -222,7 +235,7 @@ class Report:
             about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
         except (OSError, ValueError):
             return
-        named = ("threat", "dataset", "protocol", "precision")
+        named = ("threat", "dataset", "protocol", "predict", "precision")
         if all(about.get(name) == self.about.get(name) for name in named):
             return
         words = [about[name] for name in named if name in about]
@@ -271,6 +284,7 @@ def merge(reports: Iterable[Report]) -> Report:
     together = list(reports)
     # a report that does not say its threat model may be about the same one; one without a precision is of float32
     told = ["threat"] if len({report.about.get("threat") for report in together} - {None}) > 1 else []
+    told += ["predict"] if len({report.about.get("predict") for report in together}) > 1 else []
     told += ["precision"] if len({report.about.get("precision") for report in together}) > 1 else []
     together = [_named(report, [report.about[what] for what in told if what in report.about]) for report in together]
     for report in together:

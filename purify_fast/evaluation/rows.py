@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import numpy as np
 from ..attacks import GradientHealth
 
 #: The kinds of attacks that ask for no gradient.
-GRADIENT_FREE = ("square",)
+GRADIENT_FREE = ("square", "hop_skip_jump")
 #: The modes of a random model that are not the model as it is deployed, in words.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
+#: How the accuracy over the radius, after every attack, is called among a report's curves.
+CURVE = "eps, every attack"
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
 
@@ -73,6 +76,7 @@ class Row:
         examples: some attacked images, for the pictures.
         margins: by how much the true logit leads the next on the attacked images, float32 ``[n]``, the mean over the
             draws; negative where they are misclassified. Of a clean or ``worst`` row None.
+        points: while a curve over the radius is made, the best points of the images that stand; then None.
     """
 
     model: str
@@ -94,6 +98,7 @@ class Row:
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
+    points: np.ndarray | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         percent = f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %" if self.n else "no images"
@@ -146,7 +151,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
-        values = {name: value for name, value in self.__dict__.items() if name not in ("robust", "examples", "margins")}
+        arrays = ("robust", "examples", "margins", "points")
+        values = {name: value for name, value in self.__dict__.items() if name not in arrays}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 
@@ -201,6 +207,42 @@ def attack_names(rows: Sequence[Row]) -> list[str]:
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))
+
+
+def joined(row: Row, following: Row) -> Row:
+    """The row of all images, from those of one part of them and of the part that follows.
+
+    Args:
+        row: of an attack, or of the clean images.
+        following: the same of the images that follow.
+    """
+    robust = np.concatenate([row.robust, following.robust])
+    shares = np.array([row.n, following.n]) / len(robust)
+    healths = [dict(part.health) for part in (row, following) if part.health is not None]
+    health = {name: sum(part[name] for part in healths) for name in healths[0]} if healths else None
+    known = row.reliable and following.reliable if health is None else GradientHealth(dict(health)).reliable
+    summed: dict[str, Any] = {}
+    if "attacked" in row.settings:
+        summed["attacked"] = row.settings["attacked"] + following.settings["attacked"]
+    if fallen := [part.settings["fallen to"] for part in (row, following) if "fallen to" in part.settings]:
+        summed["fallen to"] = dict(sum(map(Counter, fallen), Counter[str]()))
+    if "warnings" in row.settings:
+        summed["warnings"] = list(dict.fromkeys([*row.settings["warnings"], *following.settings["warnings"]]))
+    shown = [part.examples for part in (row, following) if part.examples is not None]
+    both = row.margins is not None and following.margins is not None
+    return replace(
+        row,
+        robust=robust,
+        mean=float(shares @ [row.mean, following.mean]),
+        worst=float(shares @ [row.worst, following.worst]),
+        seconds=row.seconds + following.seconds,
+        health=health,
+        reliable=known or not robust.any(),
+        settings=row.settings | summed,
+        nonfinite_predictions=row.nonfinite_predictions + following.nonfinite_predictions,
+        examples=next((part for part in shown if part.fell.any()), shown[0] if shown else None),
+        margins=np.concatenate([row.margins, following.margins]) if both else None,
+    )
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:

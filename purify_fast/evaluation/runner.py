@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest
+from .._tensors import digest, text_hash
 from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
@@ -36,20 +37,27 @@ from .alarms import Evidence, Probes, findings, outlook, probe
 from .alarms.answers import PROBED, Before
 from .alarms.probes import cost as cost_of_probes
 from .cache import RowCache
+from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
-from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, collect
+from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
 from .measure import Measure
-from .plan import ball_name, feasible, threat_name, unusual_radius
+from .plan import ball_name, beside_fixed, feasible, threat_name, unusual_radius
 from .progress import Progress
 from .protocols import ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
-from .rows import worst_rows
+from .rows import Row, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
-from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
+from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 
 logger = logging.getLogger("purify_fast")
 
+#: Of images that an attack takes for fallen before the worst of several draws, the share that may be right in all.
+SURELY = 0.01
+
 F = TypeVar("F", bound=Callable[..., Any])
+#: Batches of a data loader's images that go through all attacks together: of fewer, an attack on what is left of them
+#: would attack few at a time.
+CHUNK = 4
 
 
 def short_interrupts(function: F) -> F:
@@ -90,6 +98,7 @@ def evaluate(
     steps: int = 100,
     eot_iter: int = 5,
     n_eval: int = 5,
+    predict: Predict | None = None,
     batch_size: int = 250,
     max_forward_batch: int | None = None,
     cuda_graphs: CudaGraphs = "auto",
@@ -101,6 +110,7 @@ def evaluate(
     dataset_name: str | None = None,
     probes: bool | None = None,
     progress: bool = True,
+    curve: Sequence[float] = (),
 ) -> Report:
     """Attack a model in every way asked for, and report what it withstands.
 
@@ -111,7 +121,9 @@ def evaluate(
             is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
             it can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
-            batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
+            batches (images, labels) or (images, labels, indices), which is read once. No more than four batches of
+            ``batch_size`` images, or 64 images, are held: these go through all attacks before the next ones are read.
+            A batch that is not allowed is found when it is read.
         y: labels, int64 ``[N]``.
         eps: radius of the ball, in image units; above 0 where anything is attacked.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
@@ -128,6 +140,12 @@ def evaluate(
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
+        predict: how they decide, of a random model. "worst_of": an image counts as fallen if any of them is wrong.
+            "votes": their majority is the one prediction of the model, which is what the attacks attack, along the
+            gradient of the mean probabilities. The attacks know which, and with either every attack on the model as it
+            is has a row beside it under fixed noise, where the model has ``fixed_noise``. None: an image counts as
+            fallen if any of them is wrong, attacks look for images that five fresh draws misclassify, and fixed noise
+            is attacked only where an attack says so.
         batch_size: images attacked together.
         max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
         cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
@@ -149,6 +167,9 @@ def evaluate(
             images over the radius, the steps and the draws, small steps in random directions, the same images again.
             None: with every protocol but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
+        curve: further radii, in image units. What still stands is attacked at each of them by those attacks of the
+            report that have no radius of their own, from the best point of the smaller radius on. Each is a row, such
+            as "worst, L-inf 2/255", and all of them are `Report.curve`.
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
@@ -160,16 +181,20 @@ def evaluate(
         of its own.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, or ``out`` is a file.
+        ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, a way to predict for a
+            deterministic model, or ``out`` is a file.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
-    images, labels = collect(x, y)
-    norm = read_norm(norm)
     check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size)
+    chunks = in_chunks(x, y, max(CHUNK * batch_size, PROBED))
+    images, labels, more = next(chunks)
+    norm = read_norm(norm)
     check_at_least_one(max_forward_batch=max_forward_batch)
+    if predict is not None:
+        check_literal("predict", predict, Predict)
     protocol, given = _protocol_or_attacks(protocol, attacks)
     check_eps(eps, norm)
     if eps == 0 and (given or protocol or probes):
@@ -177,9 +202,11 @@ def evaluate(
             "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
             "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
         )
+    radii = radii_of(curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol, "precision": precision_name(model, device)}
+    named = {"dataset": dataset_name, "protocol": protocol, "predict": _in_words(predict, n_eval),
+             "precision": precision_name(model, device)}  # fmt: skip
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
@@ -188,18 +215,23 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed, predict=predict)
+        subject.more = more
         # taken after the trial predictions: a model that stores its last input is then always in the same state
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model, revision)
-        report.notes += _first_notes(model, subject, name) + notes_of_protocol(protocol, model)
+        report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
+        report.notes += notes_of_protocol(protocol, model)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, subject, float(eps), base)
+        if predict is not None:
+            plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
+        context = _knowing(context, predict, n_eval)
         cache = RowCache(None)
         if out is not None:
             if mark[0] is None:
@@ -216,11 +248,43 @@ def evaluate(
         measure = Measure(subject, context, name, cache, Progress(name, progress))
         feasible_plan, notes = feasible(plan, subject, context, name)
         report.notes += notes
-        _add_rows(report, feasible_plan, measure, 0 if before is None else cost_of_probes(subject, context))
+        over = Curve(attacks_of_curve(feasible_plan, context, radii), radii)
+        probe_cost = 0 if before is None else cost_of_probes(subject, context)
+        report.rows = _all_rows(feasible_plan, measure, chunks, over, probe_cost)
         report.rows += worst_rows(report.rows)
+        report.curves |= over.points(report.rows, name, float(eps))
         _conclude(report, measure, before)
     report.notes += unusual_radius(dataset_name, norm, eps)
     return report
+
+
+def _in_words(predict: Predict | None, n_eval: int) -> str | None:
+    return None if predict is None else f"{'the worst' if predict == 'worst_of' else 'the majority'} of {n_eval} draws"
+
+
+def _how_judged(predict: Predict | None, n_eval: int) -> list[str]:
+    """The sentence that says how the images of a random model were judged, where that was asked for."""
+    draws = f"{n_eval} fresh draws of the model"
+    sentences = {
+        "worst_of": f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong",
+        "votes": f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote",
+    }
+    return [] if predict is None else [sentences[predict]]
+
+
+def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> AttackContext:
+    """What attacks are told of the way to predict.
+
+    Against the worst of several draws an image has fallen as soon as fresh ones would hardly all be right. A vote
+    averages over its draws itself: a step takes as many votes as make the draws that were asked for.
+    """
+    if predict == "worst_of":
+        return replace(context, judge_draws=max(5, n_eval), judge_share=1 - SURELY ** (1 / n_eval))
+    if predict == "votes":
+        most = context.max_forward_batch
+        most = None if most is None else max(1, most // n_eval)
+        return replace(context, eot_iter=-(-context.eot_iter // n_eval), max_forward_batch=most)
+    return context
 
 
 def _first_notes(model: Classifier, subject: Subject, name: str) -> list[str]:
@@ -265,20 +329,49 @@ def _protocol_or_attacks(
     return ("standard" if protocol is None and attacks is None else protocol), given
 
 
-def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, probe_cost: int) -> None:
-    """The rows of the clean images, one for each variant, and of the attacks, in the order of the plan.
+def _all_rows(
+    plan: Sequence[AttackSpec],
+    measure: Measure,
+    chunks: Iterable[tuple[Tensor, Tensor, bool]],
+    curve: Curve,
+    probe_cost: int,
+) -> list[Row]:
+    """The rows of all images: of those that the measure has, and of the chunks that follow."""
+    subject = measure.subject
+    rows, data = _rows(plan, measure, curve, probe_cost), [subject.data]
+    for images, labels, more in chunks:
+        measure.turn_to(measure.subject.going_on(images, labels, more))
+        following = {row.attack: row for row in _rows(plan, measure, curve, probe_cost)}
+        rows = [joined(row, following[row.attack]) if row.attack in following else row for row in rows]
+        data.append(measure.subject.data)
+    if len(data) > 1:
+        for row in rows:
+            row.data = text_hash(" ".join(data)).hexdigest()
+    # what is asked about the model is asked on the first images
+    measure.turn_to(subject)
+    return rows
+
+
+def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve, probe_cost: int) -> list[Row]:
+    """The rows of the clean images, one for each variant, of the attacks in the order of the plan, and of the curve.
 
     The images of an attack on a variant are tried on the deployed model, in a row of its own.
     """
     variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in plan)]))
-    costs = [spec.resolved.cost(measure.context) for spec in plan]
-    measure.progress.costs = [None if cost is None else cost * len(measure.subject.y) for cost in costs]
-    measure.progress.costs += [probe_cost] if probe_cost else []
-    for variant in variants:
-        report.rows.append(measure.clean(variant))
+    subject, made = measure.subject, measure.progress.rows
+    costs: list[int | None] = [spec.resolved.cost(measure.context) for spec in plan]
+    costs += curve.costs(measure.context)
+    costs = [None if cost is None else cost * len(subject.y) for cost in costs]
+    # how many images are to come is not known
+    measure.progress.costs[made:] = [*costs, *([probe_cost] if probe_cost else []), *([None] if subject.more else [])]
+    all_rows = [measure.clean(variant) for variant in variants]
     # survivors are tracked for each threat model by itself
     left: dict[tuple[str, str | None], np.ndarray] = {}
+    # what every attack on all images left
+    standing = measure.clean("random").robust.copy()
     for spec in plan:
+        if spec.max_images is not None and spec.max_images <= subject.first:
+            continue
         threat = threat_name(spec, measure.context)
         before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
         rows = [measure.attacked(spec, before[spec.variant])]
@@ -286,10 +379,13 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
         if spec.variant != "random" and rows[0].is_attack:
             rows.append(measure.tried(spec, before[spec.variant], before["random"]))
         for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
-            report.rows.append(row)
+            all_rows.append(row)
             measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
             left[name, threat] = before[name].copy()
             left[name, threat][: row.n] &= row.robust | (not row.is_attack)
+            if row.is_attack and row.deployed and threat is None and spec.max_images is None:
+                standing &= row.robust
+    return all_rows + curve.rows(measure, standing)
 
 
 # -- whether the numbers can be believed ------------------------------------------------------------------------------
@@ -310,7 +406,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
         evidence = replace(evidence, probes=_probes(measure, before, evidence))
     report.findings = [replace(finding, model=measure.name) for finding in findings(evidence)]
     if evidence.probes is not None:
-        report.curves[measure.name] = evidence.probes.curves()
+        report.curves[measure.name] = report.curves.get(measure.name, {}) | evidence.probes.curves()
     expected = outlook(evidence)
     if expected is not None:
         report.outlooks = [replace(expected, model=measure.name)]
@@ -328,7 +424,7 @@ def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
     """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
     context, subject = measure.context, measure.subject
     # which of the first images withstood every attack on the model as it is; none without an attack
-    n = min(PROBED, max(row.n for row in evidence.rows))
+    n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
     robust = evidence.robust(n)
     left = torch.zeros(n, dtype=torch.bool) if robust is None else torch.from_numpy(robust)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..attacks.attacked_model import (
 )
 from ..attacks.losses import margin
 from ..contents import class_functions, hidden_modules, used_modules
-from ..defences.base import Defence
+from ..defences import Defence, MajorityVote
 from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
 from ..speed.precision import float32_settings
@@ -36,6 +37,8 @@ from .surrogates import surrogates
 logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
+#: How several predictions of a random model decide: an image is right if all of them are, or if most of them say so.
+Predict = Literal["worst_of", "votes"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
 #: By how much of an image's spread (largest minus smallest logit) its logits may differ through rounding: between
@@ -127,23 +130,39 @@ class Subject:
         x: images, float32 in [0, 1].
         y: labels, int64.
         batch_size: images in one prediction.
-        n_eval: how often a random model judges each image.
+        n_eval: how often a random model judges each image; of "votes", how many draws make its one prediction.
         seed: of everything random.
+        predict: how these decide; None: as "worst_of".
 
     Attributes:
+        first: the number of its first image in all that is evaluated, where that comes part by part.
+        more: whether further parts are to come.
+        model: what is judged: the model itself, or the vote of its draws.
+        single: the model itself, whose modes and parts can be asked for.
         is_random: whether two predictions of the model on the same images differ.
         draws_once_per_call: whether it draws once for all images of a call, and not for each.
         has_probabilities: whether the model returns probabilities where logits are wanted.
 
     Raises:
-        ValueError: a label that the model has no class for, or a model that writes to its input.
+        ValueError: a label that the model has no class for, a model that writes to its input, or a way to predict for
+            one that gives the same answer every time.
     """
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
+    def __init__(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        *,
+        batch_size: int,
+        n_eval: int,
+        seed: int,
+        predict: Predict | None = None,
+    ):
         self.x, self.y = x, y
         self.batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
-        self.data = digest(x, y)
+        self.data, self.first, self.more = digest(x, y), 0, False
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, self.some()[:1])
         check_leaves_images(self.model, self.some()[:1])
@@ -152,10 +171,42 @@ class Subject:
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.some(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self._faults: dict[Variant, Fault | None] = {}
-        bad = (y < 0) | (y >= self.num_classes)
+        self._check_labels()
+        if predict is not None and not self.is_random:
+            raise ValueError(
+                f"predict={predict!r} is for random models, and this one gives the same answer every time: leave it out"
+            )
+        self.single = self.model
+        if predict == "votes":
+            self.model, self.n_eval = MajorityVote(self.single, n_eval), 1
+
+    def _check_labels(self) -> None:
+        bad = (self.y < 0) | (self.y >= self.num_classes)
         if bool(bad.any()):
-            first = int(bad.int().argmax())
-            raise ValueError(f"y[{first}] is {int(y[first])}, but the model has {self.num_classes} classes")
+            wrong = int(bad.int().argmax())
+            place = self.first + wrong
+            raise ValueError(f"y[{place}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes")
+
+    def going_on(self, x: Tensor, y: Tensor, more: bool) -> Subject:
+        """The same model with the images that follow.
+
+        Args:
+            x: images, float32 in [0, 1].
+            y: labels, int64.
+            more: whether further ones are to come.
+
+        Raises:
+            ValueError: a label that the model has no class for.
+        """
+        other = copy.copy(self)
+        other.x, other.y, other.data = x, y, digest(x, y)
+        other.first, other.more = self.first + len(self.y), more
+        other._check_labels()
+        return other
+
+    def of(self, variant: Variant) -> Classifier:
+        """What a variant judges: in a mode of the model all draws are the same, and there is nothing to vote on."""
+        return self.model if variant == "random" else self.single
 
     def some(self) -> Tensor:
         """A copy of a few images, to try models on."""
@@ -163,7 +214,7 @@ class Subject:
 
     def surrogates(self) -> list[tuple[str, Classifier]]:
         """What a careful attacker attacks in the model's place, by name."""
-        return surrogates(self.model, self.some(), self.num_classes)
+        return surrogates(self.single, self.some(), self.num_classes)
 
     def draws(self, model: Classifier) -> bool:
         """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""
@@ -181,7 +232,8 @@ class Subject:
         """The model as the variant has it, within a block."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()
-        return self.model.fixed_noise(self.seed) if name == "fixed" else self.model.deterministic()  # type: ignore[attr-defined]
+        single: Any = self.single
+        return single.fixed_noise(self.seed) if name == "fixed" else single.deterministic()
 
     def fault(self, name: Variant) -> Fault | None:
         """What is wrong with a variant that the model has; None where nothing is, and for the model as it is."""
@@ -190,7 +242,7 @@ class Subject:
         if name not in self._faults:
             # what is tried takes no draws from what comes after it
             with self._forked_generators():
-                self._faults[name] = find_fault(self.model, self.some(), lambda: self.variant(name), name)
+                self._faults[name] = find_fault(self.single, self.some(), lambda: self.variant(name), name)
         return self._faults[name]
 
     def judges(self, variant: Variant) -> int:
@@ -199,7 +251,8 @@ class Subject:
 
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
         """Put the random generators where the phase begins."""
-        torch.manual_seed(3 * self.seed + PHASES[phase])
+        # the noise of one part of the images is not that of the next
+        torch.manual_seed(3 * (self.seed + self.first) + PHASES[phase])
 
     def judge(
         self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"], by: Classifier | None = None
@@ -215,7 +268,7 @@ class Subject:
             phase: which draws are taken.
             by: another model, which judges each image once.
         """
-        model, draws = (self.model, self.judges(variant)) if by is None else (by, 1)
+        model, draws = (self.of(variant), self.judges(variant)) if by is None else (by, 1)
         self.reseed(phase)
         right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
         with self.variant(variant):

@@ -1,72 +1,33 @@
 """What a careful attacker attacks in a model's place: its parts alone, softened copies of it, fewer samples, no noise.
 
-A sharp gate, a rounding, a detached part or a head that saturates leaves a gradient finite, not zero, and useless. What
-is found on a copy without it is then tried on the model itself. A surrogate needs no cooperation: the functions that
-harden a model are replaced while its own code runs, whatever it is written in.
+A sharp gate, a threshold, a rounding, a detached part or a head that saturates leaves a gradient finite, not zero, and
+useless. What is found on a copy without it is then tried on the model itself. A surrogate needs no cooperation: the
+functions that harden a model are replaced while its own code runs (`purify_fast.evaluation.softening`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..attacks import frozen
 from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, has_classifier, supports
+from .softening import Softening
 
-#: How much softer the softened copies are: a gate's slope is divided by these.
+#: How much softer the softened copies are: a gate's slope is divided by these. One more copy keeps every value.
 TEMPERATURES = (10.0, 100.0)
 #: Parts that are attacked alone, at most; a model's modules are asked from the outside in.
 MOST_PARTS = 4
 #: How deep in a model parts are looked for.
 DEPTH = 2
-
-#: Functions whose first argument is divided by the temperature: they saturate.
-_SATURATING = {
-    "sigmoid", "sigmoid_", "expit", "special_expit", "logsigmoid", "hardsigmoid", "tanh", "tanh_", "hardtanh",
-    "softmax", "log_softmax",
-}  # fmt: skip
-#: Functions with a gradient of zero everywhere; the identity's gradient takes its place.
-_FLAT = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "sign", "sign_", "fake_quantize"}
-
-
-class _Softening(TorchFunctionMode):
-    """Within the block, saturating functions are softer, and what stops gradients lets them pass."""
-
-    def __init__(self, temperature: float):
-        super().__init__()
-        self.temperature = temperature
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name == "_set_grad_enabled":
-            # a block without gradients inside the model; whether there are any at all is decided outside of it
-            return None
-        first = args[0] if args else None
-        if not isinstance(first, Tensor):
-            return func(*args, **kwargs)
-        if name == "detach":
-            return first
-        if first.is_floating_point():
-            if name in _SATURATING:
-                # an operation in place changes its argument, which the model goes on with
-                softer = first.div_(self.temperature) if name.endswith("_") else first / self.temperature
-                return func(softer, *args[1:], **kwargs)
-            if name in _FLAT and name.endswith("_"):
-                before = first.detach().clone()
-                return first.add_(func(before.clone(), *args[1:], **kwargs) - before)
-            if name in _FLAT:
-                flat = func(first.detach().clone(), *args[1:], **kwargs)
-                return first + (flat - first).detach()
-        return func(*args, **kwargs)
+#: Gradients are the same if they differ by no more than this share of the largest.
+ROUNDING = 1e-4
 
 
 class _Around(nn.Module):
@@ -79,23 +40,31 @@ class _Around(nn.Module):
 
 
 class Softened(_Around):
-    """A model whose gates and heads are softer, and whose rounding and detaching stop no gradient.
+    """A model through whose thresholds, masks, rounding and detached parts gradients pass.
 
     Args:
         model: any callable.
-        temperature: what the arguments of sigmoid, softmax and the like are divided by.
+        temperature: what the arguments of sigmoid, softmax and the like are divided by, and the slope of comparisons;
+            None: the logits stay exact, and only their gradient is another.
     """
 
-    def __init__(self, model: Classifier, temperature: float):
+    def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        recording = torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            return self._within(Softening(self.temperature), x)
+        return self.model(x) if self.temperature is None else self._within(Softening(self.temperature), x).detach()
+
+    def _within(self, mode: Softening, x: Tensor) -> Tensor:
+        # what depends on the images is told by what requires a gradient, also where none is wanted
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        # a softened form may need what the model, whose own form does not, writes to later: copies are kept of it
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
         # the model may take gradients itself: what it switches on or off inside is not followed, so they are on
-        with torch.enable_grad(), _Softening(self.temperature):
-            logits = self.model(x)
-        return logits if recording else logits.detach()
+        with torch.enable_grad(), kept, mode:
+            return self.model(leaf)
 
 
 class WithoutNoise(_Around):
@@ -157,34 +126,60 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str
         x: a few images ``[B, C, H, W]`` on its device.
         num_classes: of its logits.
     """
-    with frozen(model):
-        parts = [(name, part) for name, part in _parts(model, x, num_classes) if _usable(part, x, num_classes)]
+    with _tried(model, x):
+        parts = _parts(model, x, num_classes)
+        parts = [(name, part) for name, part in parts if _gradient(part, x, num_classes) is not None]
     candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
         candidates.append(("all parts together", Together([part for _, part in parts])))
+    candidates.append(("a straight-through copy", Softened(model, None)))
     candidates += [(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
     if supports(model, DeterministicMode):
         candidates.append(("a copy without noise", WithoutNoise(model)))
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
-    with frozen(model):
-        return [(name, candidate) for name, candidate in candidates if _usable(candidate, x, num_classes)]
+    with _tried(model, x):
+        seen, usable = [_gradient(model, x, num_classes)], []
+        for name, candidate in candidates:
+            gradient = _gradient(candidate, x, num_classes)
+            copied = isinstance(candidate, Softened) and any(_same(gradient, other) for other in seen)
+            # a copy with the gradients of the model, or of another copy, finds nothing new
+            if gradient is not None and not copied:
+                usable.append((name, candidate))
+                seen.append(gradient)
+    return usable
 
 
-def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:
-    """Whether a model gives finite logits of all classes, and a gradient to the images that is finite."""
+@contextlib.contextmanager
+def _tried(model: Classifier, x: Tensor) -> Iterator[None]:
+    """A block in which a model is asked; what it draws is drawn again after it."""
+    with frozen(model), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        yield
+
+
+def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | None:
+    """The gradient to the images of a model's logits; None where logits of all classes, or it, are not finite."""
     # whatever code a user's model has may refuse what it was not written for
     with contextlib.suppress(Exception), torch.enable_grad():
+        # a random model draws the same as its copies
+        torch.manual_seed(0)
         leaf = x.detach().clone().requires_grad_()
         logits = model(leaf)
         with torch.no_grad():
             # attacks judge points without gradients
             model(x)
         if isinstance(logits, Tensor) and logits.shape == (len(x), num_classes) and bool(logits.isfinite().all()):
-            gradient = torch.autograd.grad(logits.float().sum(), leaf, allow_unused=True)[0]
-            return gradient is not None and bool(gradient.isfinite().all())
-    return False
+            gradient = torch.autograd.grad(logits.float().square().sum(), leaf, allow_unused=True)[0]
+            return gradient if gradient is not None and bool(gradient.isfinite().all()) else None
+    return None
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two gradients differ by no more than rounding."""
+    if one is None or other is None:
+        return False
+    return float((one - other).abs().amax()) <= ROUNDING * float(other.abs().amax())
 
 
 def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:

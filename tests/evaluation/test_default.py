@@ -13,7 +13,10 @@ from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STANDARD = ["APGD-30 ce", "APGD-T 30", "FAB-T 100", "Square"]
+STANDARD = [
+    "APGD-10 margin",
+    *(f"{name}, nearest first" for name in ("APGD-T 30", "APGD-30 ce", "APGD-T 30 margin", "FAB-T 100", "Square")),
+]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = {kind.__name__: kind for kind in (
     AblationConfig, ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack,
     attacks.PGD, attacks.APGD, attacks.FGSM, attacks.BPDA, attacks.StAdv, attacks.Square, attacks.FABT,
-    attacks.AutoAttack,
+    attacks.AutoAttack, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump,
 )}  # fmt: skip
 NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
 

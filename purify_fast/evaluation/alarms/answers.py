@@ -60,7 +60,7 @@ class Before:
 
 def quiet(subject: Subject) -> Variant:
     """The variant in which a model gives the same answer every time, where it has one."""
-    if not (subject.is_random and supports(subject.model, FixedNoise)):
+    if not (subject.is_random and supports(subject.single, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
     return "fixed" if fault is None or fault.repeats else "random"

@@ -26,7 +26,7 @@ DRAWS = (1, 4, 16)
 STARTS = 5
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9
-#: Surrogates that most models have at least; the time of a probe is estimated by it.
+#: Surrogates that a model with gates or thresholds has; the time of a probe is estimated by it.
 USUAL_SURROGATES = 3
 #: Wrong classes that are tried by the gradients of each.
 TARGETS = 3
@@ -130,9 +130,9 @@ def probe(before: Before, context: AttackContext, left: Tensor, progress: Progre
     if subject.is_random:
         probes.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
         probes.varying = answers.varying(before.model, x, y)
-    samples = getattr(subject.model, "samples", None)
+    samples = getattr(subject.single, "samples", None)
     if isinstance(samples, int) and samples > 1:
-        probes.samples = _over_samples(subject.model, samples, short)
+        probes.samples = _over_samples(subject.single, samples, short)
     # last: a model that counts has counted the short attacks too
     probes.later_changes = before.later_changes()
     probes.state_changed = before.state_changed()

@@ -19,7 +19,7 @@ from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
 from ..alarms import Evidence
 from ..alarms.answers import PROBED
-from ..rows import Examples, Row
+from ..rows import CURVE, Examples, Row
 from ..subject import device_of
 from .text import render
 
@@ -84,20 +84,27 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
             (row.attack, int((one & (np.sum(fell, 0) == 1)).sum())) for row, one in zip(whole, fell, strict=False)
         ],
         "first": [(row.attack, int(mask.sum())) for row, mask in evidence.fallen() if row.of_survivors],
-        "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
+        "curves": [
+            (what, _curve(points, PROBED))
+            for what, points in report.curves.get(name, {}).items()
+            if len(points) > 1 and what != CURVE
+        ],
+        "over_eps": _curve(report.curves.get(name, {}).get(CURVE, []), rows[0].n),
         "pictures": [] if examples is None else picture_lines(examples, defence),
         "pictured": shown,
         "fell": count,
     }
 
 
-def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any]]:
     """The points of a curve, by rising setting, with their places from left (0) to right (1) and standard errors."""
+    if not points:
+        return []
     settings, accuracies = np.array(points).T
     # settings that grow by factors, such as steps, stand at equal distances for equal factors
     scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
-    errors = np.sqrt(accuracies * (1 - accuracies) / PROBED)
+    errors = np.sqrt(accuracies * (1 - accuracies) / images)
     return [
         {"across": x, "setting": f"{setting:.3g}", "accuracy": accuracy, "error": error}
         for x, setting, accuracy, error in zip(across, settings, accuracies, errors, strict=True)

@@ -109,14 +109,17 @@ class Tally:
     def expected(self, left: int, to_come: float) -> float:
         """How many more steps are to be expected: for this run what earlier ones took, and as much for each later run.
 
-        Of the first run it is expected that it goes on for as long as it went on so far.
+        The first run is expected to go on for as long as it went on so far, and nothing is expected of later runs:
+        where batches shrink, most sizes are met by one run alone.
 
         Args:
             left: how many steps this run has left at most.
             to_come: how many runs will follow this one.
         """
         done = self.steps - self.before
-        usual = self.before / (self.runs - 1) if self.runs > 1 else done + min(done, left)
+        if self.runs <= 1:
+            return min(done, left)
+        usual = self.before / (self.runs - 1)
         return max(0.0, min(left, usual - done)) + to_come * usual
 
 

@@ -1,0 +1,71 @@
+"""A random model that predicts by the majority of several draws."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..protocols import Classifier, SharesDraws, supports
+
+#: By how much the class of most votes leads where its mean probability is not the highest.
+LEAD = 1e-3
+#: Logits are infinite from here on: a softmax of infinities is none.
+LARGEST = 1e30
+
+
+class MajorityVote(nn.Module):
+    """A random model whose prediction is the class that most of several draws name.
+
+    A count of votes has no gradient. So the logits are soft votes, the logarithms of the mean probabilities over the
+    draws, and the gradient is theirs. Where another class has most votes than the soft ones say, its logit is raised
+    until it leads; of several classes with most votes the soft votes decide. A draw with NaN makes the prediction NaN.
+
+    Args:
+        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; its ``draw_logits`` is used if it has one.
+        draws: how many vote, at least 1.
+
+    Raises:
+        ValueError: no draw.
+    """
+
+    def __init__(self, model: Classifier, draws: int):
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        self.model, self.draws = model, draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``, float32 or, of a model in float64, float64.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
+        if supports(self.model, SharesDraws):
+            logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
+        else:
+            # each in a call of its own, because a model may draw once for all images of a call
+            logits = torch.stack([self.model(x) for _ in range(self.draws)])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-LARGEST, LARGEST)
+        soft = logits.log_softmax(2).logsumexp(0) - math.log(self.draws)
+        votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+        first = soft.detach().masked_fill(votes < votes.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
+        behind = soft.detach().amax(1, keepdim=True) - soft.detach().gather(1, first)
+        return soft.scatter_add(1, first, torch.where(behind > 0, behind + LEAD, 0.0))
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
+        """The same vote over another model's draws.
+
+        Args:
+            replace: makes that model of the one inside.
+        """
+        # a copy of this object, which may be of a subclass and have hooks
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.model = replace(self.model)
+        return other

@@ -1,0 +1,80 @@
+"""The worst of several draws of a random model, and their majority."""
+
+import math
+
+import pytest
+import torch
+from digit_nets import digits, standard
+
+from purify_fast.attacks import APGD
+from purify_fast.defences import MajorityVote, NoisyEnsemble
+from purify_fast.evaluation import as_attack, evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+P, N, COUNT = 0.2, 5, 3000
+RIGHT = {
+    "worst_of": 1 - P,
+    "votes": sum(math.comb(N, k) * (1 - P) ** k * P ** (N - k) for k in range(N // 2 + 1, N + 1)),
+}
+
+
+def coin(x):
+    """Class 0, and in a share P of the draws of each image class 1, however sure."""
+    wrong = torch.rand(len(x)) < P
+    return torch.stack([(~wrong).float(), wrong * (1 + 9 * torch.rand(len(x)))], 1) + 0 * x.flatten(1)[:, :1]
+
+
+@pytest.mark.parametrize("predict", RIGHT)
+def test_closed_forms(predict):
+    seen = []
+
+    def idle(model, x, y):
+        seen.append(float((model(x).argmax(1) == y).float().mean()))
+        return x
+
+    x, y = torch.full((COUNT, 1, 2, 2), 0.5), torch.zeros(COUNT, dtype=torch.int64)
+    attacks, options = [as_attack(idle, name="idle")], {"eps": 0.1, "progress": False, "batch_size": COUNT}
+    report = evaluate(coin, x, y, attacks=attacks, predict=predict, n_eval=N, **options)
+    once, clean, row = RIGHT[predict], *report.rows[:2]
+    # the images that one prediction of their clean version had right are attacked, and judged once more
+    judged = once if predict == "votes" else once**N
+    found = {clean.accuracy: once, clean.worst: judged, row.accuracy: once * judged, seen[0]: once}
+    for value, expected in found.items():
+        assert abs(value - expected) < 5 * (expected * (1 - expected) / COUNT) ** 0.5, (found, value)
+    assert f"{N} fresh draws of the model" in report.to_text() and row.n_eval == (1 if predict == "votes" else N)
+    assert any(f"of {N} draws" in words for words in report.title)
+
+
+def test_what_is_refused():
+    x, y = (part[:4] for part in digits()[2:])
+    for model, predict, message in ((standard(), "votes", "random models"), (coin, "mean", "predict")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, x, y, eps=0.1, attacks=[], predict=predict, progress=False)
+    with pytest.raises(ValueError, match="draws"):
+        MajorityVote(coin, 0)
+
+
+def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilities():
+    x = torch.zeros(3, 1, 1, 1, requires_grad=True)
+    # most votes, against the mean probability; a tie, which that decides; a draw that names no class
+    draws = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [0, 50, 0]], [[0, 0, 2], [0, 1, 0], [0, 1, 2]], [[1, 0, 0]] * 3])
+    draws[2, 1] = torch.nan
+    scripted = iter(draws.unbind(1))
+    logits = MajorityVote(lambda z: next(scripted) * (1 + z.flatten(1)), 3)(x)
+    assert logits[:2].argmax(1).tolist() == [0, 2] and logits[2].isnan().any()
+    (slope,) = torch.autograd.grad(logits[0, 0], x)
+    z = torch.zeros((), requires_grad=True)
+    mean = (draws[0] * (1 + z)).softmax(1).mean(0).log()[0]
+    assert torch.isclose(slope[0].sum(), torch.autograd.grad(mean, z)[0])
+
+
+@pytest.mark.parametrize("predict", RIGHT)
+def test_the_row_under_fixed_noise_stands_beside(predict):
+    x, y = (part[:24] for part in digits()[2:])
+    defence, attacks = NoisyEnsemble(standard(), 0.2, 2), [APGD(steps=8), APGD(loss="dlr", steps=8)]
+    report = evaluate(defence, x, y, eps=0.15, attacks=attacks, predict=predict, n_eval=N, eot_iter=3, progress=False)
+    for name in ("APGD-8 ce", "APGD-8 dlr"):
+        assert report.row(f"{name}, fixed noise").variant == "fixed" and report.row(name).variant == "random"
+    assert report.row("worst").accuracy <= report.row("clean").accuracy - 0.3
+    assert report.row("worst, fixed").n_eval == 1 and report.row("APGD-8 ce").settings["eot_iter"] in (1, 3)
