@@ -6,6 +6,10 @@ images are cut off at the ball, and the model itself decides, by fresh draws if 
 
 Every finished run of a contestant is kept in the results file and not made again: the command can be interrupted, and
 the contests can be run one by one, by their names.
+
+The contests on robust networks are larger, and are counted: how many images went through the model, and to how many a
+gradient was computed. A run is there a part of the images. Which images each contestant left is kept, so that two of
+them are compared image by image.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,22 +32,31 @@ from torch import Tensor, nn
 
 from purify_fast import zoo
 from purify_fast._files import write_text
-from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
+from purify_fast._tensors import weights_fingerprint
+from purify_fast.attacks import Attack, AttackContext, frozen
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.rows import Judge, has_fallen
+from purify_fast.attacks.in_turn import InTurn
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.demo.setting import EPS, digits
+from purify_fast.demo.methods import BASE, FOLDERS, train
+from purify_fast.demo.setting import EPS, Budget, Workspace, digits
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation import subject as evaluated
+from purify_fast.evaluation.protocols import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
+from purify_fast.training import load_classifier
 
-from . import RESULTS, measure, options
-from .studies import carso_resnet18
+from . import RESULTS, a3, measure, options
+from .counting import CountedModel
+from .studies import Unfit, carso_resnet18
 
 #: The results, as data and as the table that a page shows.
 FILE, TABLE = "evaluation.json", "evaluation.md"
-OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
+ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
+OFFICIAL, OURS, FAST, STRONG, A3 = "AutoAttack", "standard", "fast", "strong", "A3"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
 #: Steps of a shorter run against a random model, of as many draws each.
 SHORT_STEPS = 60
@@ -51,6 +65,9 @@ SHORT_RAND = f"rand, {SHORT_STEPS} steps"
 JUDGES, DRAWS = 20, 20
 #: Images that are attacked together, the official implementation's own number.
 BATCH = 250
+#: Images in each robust contest, and in the parts of the slow contestants. Others attack all of them in one run: A3
+#: decides by all of them where it goes on, and a part of a batch would cost ours more than the batch.
+IMAGES, PARTS = 1000, {OFFICIAL: 50, STRONG: BATCH}
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,7 @@ class Amount:
 
     Args:
         images: at most so many images; None: as many as the contest has.
-        steps: of APGD and FAB.
-        fast_steps: of the first run of "fast".
+        steps: of an attack that takes more, or does not say how many.
         queries: of Square.
         draws: that the attacks on a random model average.
         rounds: how often every contestant runs; the shortest time counts.
@@ -68,13 +84,12 @@ class Amount:
 
     images: int | None = None
     steps: int = 100
-    fast_steps: int = 25
     queries: int = 5000
     draws: int = DRAWS
     rounds: int = 1
 
 
-QUICK = Amount(images=4, steps=2, fast_steps=2, queries=5, draws=2)
+QUICK = Amount(images=4, steps=2, queries=5, draws=2)
 
 
 @dataclass(frozen=True)
@@ -121,31 +136,47 @@ def official(version: str) -> Contestant:
     return attack
 
 
-def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
-    """Our attacks, each on the images that those before it left."""
+@dataclass(frozen=True)
+class Protocol:
+    """The attacks of one of the package's protocols, each on the images that those before it left.
 
-    def attack(subject: Subject, amount: Amount) -> Tensor:
-        model, found = subject.model, subject.x.clone()
+    Args:
+        name: of the protocol.
+        steps: at most.
+    """
+
+    name: str
+    steps: int = Amount.steps
+
+    def attacks(self, subject: Subject, amount: Amount) -> list[tuple[AttackSpec, Attack]]:
+        """What is run, each with its options cut down to the amount."""
+        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
+        most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
+        listed = []
+        for spec in protocol_attacks(self.name, whole, subject.eps):
+            if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
+                raise ValueError(f"the contests run attacks on the model as it is, and {self.name} has {spec}")
+            given = {name: getattr(spec.resolved, name, None) for name in most}
+            less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
+            listed.append((spec, replace(spec.resolved, **less)))
+        return listed
+
+    def code(self, subject: Subject, amount: Amount) -> list[str]:
+        """What tells the results of these attacks from those of others."""
+        return [f"{spec.label or ''} {one!r} {one.revision()}" for spec, one in self.attacks(subject, amount)]
+
+    def __call__(self, subject: Subject, amount: Amount) -> Tensor:
         context = AttackContext(
             num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
             judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
-            copies=GradientCopies(),
+            steps=min(amount.steps, self.steps), copies=GradientCopies(),
         )  # fmt: skip
-        judge = Judge(model, context.judges(context.eot_iter), context.max_forward_batch)
-        with frozen(model), torch.no_grad():
-            share = judge.shares(subject.x, subject.y)
-            left = (~has_fallen(share)).nonzero()[:, 0]
-            for one in choose(amount):
-                for part in left.split(BATCH):
-                    told = replace(context, sample_ids=part)
-                    other = one.search(model, subject.x[part], subject.y[part], told)
-                    new = judge.shares(other, subject.y[part])
-                    better = part[new >= share[part]]
-                    found[better], share[better] = other[new >= share[part]], new[new >= share[part]]
-                left = left[~has_fallen(share[left])]
-        return found
-
-    return attack
+        attacked = InTurn(subject.model, subject.x, subject.y, context)
+        for spec, one in self.attacks(subject, amount):
+            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
+            with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
+                attacked.run(one)
+        return attacked.images
 
 
 def standard_error(share: float, draws: int) -> float:
@@ -163,30 +194,14 @@ def standard_error(share: float, draws: int) -> float:
 
 
 STANDARD_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL: official("standard"),
-    OURS: in_turn(
-        lambda amount: [
-            APGD(steps=amount.steps, give_up=True),
-            APGD(loss="dlr_targeted", steps=amount.steps, give_up=True),
-            FABT(steps=amount.steps, give_up=True),
-            Square(n_queries=amount.queries, give_up=True),
-        ]
-    ),
-    FAST: in_turn(
-        lambda amount: [APGD(steps=amount.fast_steps), APGD(loss="dlr_targeted", steps=amount.steps, give_up=True)],
-    ),
-}
-
-
-def _rand(steps: int) -> list[Attack]:
-    return [APGD(steps=steps, give_up=True), APGD(loss="dlr", steps=steps, give_up=True)]
-
-
+    OFFICIAL: official("standard"), OURS: Protocol("standard"), FAST: Protocol("fast")
+}  # fmt: skip
 RAND_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL_RAND: official("rand"),
-    OURS_RAND: in_turn(lambda amount: _rand(amount.steps)),
-    SHORT_RAND: in_turn(lambda amount: _rand(min(amount.steps, SHORT_STEPS))),
-}
+    OFFICIAL_RAND: official("rand"), OURS_RAND: Protocol("rand"), SHORT_RAND: Protocol("rand", SHORT_STEPS)
+}  # fmt: skip
+ROBUST_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official("standard"), FAST: Protocol("fast"), OURS: Protocol("standard"), STRONG: Protocol("strong")
+}  # fmt: skip
 
 
 def _digits(name: str, images: int | None = None, random: bool = False) -> Subject:
@@ -203,8 +218,26 @@ def _resnet18(folder: Path | None) -> Subject:
     return Subject(carso_resnet18.classifier(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
 
 
-#: What is attacked, by name: how it is made from the folder of CIFAR-10, and who attacks it.
-CONTESTS: dict[str, tuple[Callable[[Path | None], Subject], dict[str, Contestant]]] = {
+def _network(name: str, first: int, folder: Path | None) -> Subject:
+    """A network of the zoo, and a thousand of the images that it was not trained on."""
+    card = zoo.card(name)
+    images, part = load_dataset(card.data, folder), slice(first, first + IMAGES)
+    return Subject(zoo.load(name), to_float(images.x_test[part]), images.y_test[part], card.eps)
+
+
+def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
+    """The demonstration's adversarially trained classifier, from another seed, and the digits."""
+    held_out, place = digits(), Path("runs/digits_seeds") / str(seed)
+    train(Workspace(place, Budget(), seed, progress=False), BASE)
+    return Subject(load_classifier(place / FOLDERS[BASE]), to_float(held_out.x_test), held_out.y_test, EPS)
+
+
+#: The order of the rows of a contest.
+RANKS = [OFFICIAL, A3, OURS, FAST, STRONG, OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
+Contests = dict[str, tuple[Callable[[Path | None], Subject], dict[str, Contestant]]]
+
+#: What is attacked, by name: how it is made from the folder of the images, and who attacks it.
+CONTESTS: Contests = {
     "digits, base": (lambda _: _digits("digits-pgd-at"), STANDARD_CONTESTANTS),
     "digits, ARREST": (lambda _: _digits("digits-arrest"), STANDARD_CONTESTANTS),
     "digits, CARSO, paper's objective (z = 0)": (lambda _: _digits("digits-carso-objective"), STANDARD_CONTESTANTS),
@@ -216,58 +249,151 @@ CONTESTS: dict[str, tuple[Callable[[Path | None], Subject], dict[str, Contestant
     ),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": (_resnet18, STANDARD_CONTESTANTS),
 }
+#: Networks that withstand; the names of those of CIFAR-10 are followed by the first and the last image.
+ROBUST: Contests = {
+    f"{name}, {first + 1} to {first + IMAGES}": (partial(_network, name, first), ROBUST_CONTESTANTS)
+    for name in (
+        "cifar10-pgd-at-w16", "cifar10-arrest-w16", "cifar10-trades-w16", "cifar10-half-eps-at-w16",
+        "cifar10-pgd-at-w20",
+    )
+    for first in (0, IMAGES)
+}  # fmt: skip
+ROBUST |= {name: (partial(_network, name, 0), ROBUST_CONTESTANTS) for name in ("mnist-pgd-at", "mnist-arrest")}
+ROBUST |= {f"digits, seed {seed}": (partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(5)}
 
 
-def judged(subject: Subject, found: Tensor) -> tuple[float, float]:
-    """The share of right predictions on what an attack found, in percent, and its standard error over the draws.
+def misclassified(subject: Subject, found: Tensor) -> Tensor:
+    """The share of draws in which each image is misclassified as an attack returned it, cut off at the ball, ``[N]``.
 
     Args:
         subject: what was attacked.
-        found: what the attack returned; cut off at the ball first.
+        found: what the attack returned.
     """
     inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
-    draws = JUDGES if subject.random else 1
+    judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
     with frozen(subject.model):
-        wrong = torch.cat(
-            [
-                Judge(subject.model, draws=draws, max_forward_batch=2 * BATCH).shares(a, b)
-                for a, b in zip(inside.split(BATCH), subject.y.split(BATCH), strict=True)
-            ]
-        )
-    errors = [standard_error(float(share), draws) for share in wrong] if subject.random else [0.0]
+        parts = zip(inside.split(BATCH), subject.y.split(BATCH), strict=True)
+        return torch.cat([judge.shares(*part) for part in parts])
+
+
+def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
+    """The share of right predictions in percent, and its standard error over the draws.
+
+    Args:
+        subject: what was attacked.
+        wrong: what `misclassified` returned.
+    """
+    errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
 
-def contest(name: str, folder: Path | None, amount: Amount, known: Sequence[dict] = ()) -> Iterator[list[dict]]:
+def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
+    """The images of each run of a contestant: a part of them, or all of them in every round."""
+    if name not in ROBUST:
+        return [slice(0, images)] * rounds
+    size = PARTS.get(who, images)
+    return [slice(first, first + size) for first in range(0, images, size)]
+
+
+def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counted: bool) -> None:
+    """One run of a contestant, added to its row."""
+    torch.manual_seed(0)
+    door = CountedModel(subject.model) if counted else None
+    begin, work = time.perf_counter(), time.process_time()
+    found = attack(subject if door is None else replace(subject, model=door), amount)
+    row["seconds"].append(time.perf_counter() - begin)
+    # what else runs on the machine lengthens this less
+    row["cpu_seconds"].append(time.process_time() - work)
+    wrong = misclassified(subject, found)
+    row["robust"], row["error"] = accuracy(subject, wrong)
+    if door is not None:
+        row["left"] += "".join("01"[right] for right in (~has_fallen(wrong)).tolist())
+        row["robust"] = 100 * row["left"].count("1") / len(row["left"])
+        row["forwards"] += door.counts.forwards
+        row["gradients"] += door.counts.gradients
+
+
+def contest(
+    name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[dict] = ()
+) -> Iterator[list[dict]]:
     """The rows of one contest, a contestant each, again after every run of a contestant.
 
     Args:
-        name: of one of `CONTESTS`.
-        folder: with ``cifar10.npz``, or the official files.
+        name: of one of `CONTESTS` or `ROBUST`.
+        whole: what is attacked.
+        contestants: who attacks.
         amount: how much of everything.
-        known: the rows of a contest that was interrupted; its runs are not made again.
+        known: the rows of a contest that was interrupted; its runs are not made again. Those of a robust contest are
+            where the model has other weights by now, or a protocol other attacks.
     """
-    make, contestants = CONTESTS[name]
-    whole = make(folder)
+    counted, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
-    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": judged(subject, subject.x)[0]}
+    clean = accuracy(subject, misclassified(subject, subject.x))[0]
+    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean}
     shared |= {"amount": asdict(amount)} | measure.environment(torch.device("cpu"))
-    rows: dict[str, dict] = {row["contestant"]: row for row in known}
-    for turn in range(amount.rounds):
+    for who, attack in contestants.items():
+        runs[who] = _runs(name, who, len(subject.x), amount.rounds)
+        fresh = {"contestant": who, "seconds": [], "cpu_seconds": []}
+        if counted:
+            code = [weights_fingerprint(subject.model)]
+            code += attack.code(subject, amount) if isinstance(attack, Protocol) else []
+            fresh |= {"code": code, "left": "", "forwards": 0, "gradients": 0}
+        if who not in rows or rows[who].get("code") != fresh.get("code"):
+            rows[who] = fresh
+    for turn in range(max(map(len, runs.values()))):
         for who, attack in contestants.items():
-            row = rows.setdefault(who, {"contestant": who, "seconds": [], "cpu_seconds": []})
-            if len(row["seconds"]) > turn:
+            row, parts = rows[who], runs[who]
+            if not len(row["seconds"]) <= turn < len(parts):
                 continue
-            torch.manual_seed(0)
-            begin, work = time.perf_counter(), time.process_time()
-            found = attack(subject, amount)
-            row["seconds"].append(time.perf_counter() - begin)
-            # what else runs on the machine lengthens this less
-            row["cpu_seconds"].append(time.process_time() - work)
-            row["robust"], row["error"] = judged(subject, found)
+            part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
+            _run(attack, part, amount, row, counted)
             row |= shared
             print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
-            yield [rows[one] for one in contestants if one in rows]
+            yield [rows[one] for one in contestants if rows[one]["seconds"]]
+
+
+def sign_test(one: str, other: str) -> float:
+    """The chance of images being as one-sided as these, if those that only one of two attacks left were as many.
+
+    Args:
+        one: of each image whether the first attack left it, "1" or "0".
+        other: the same of the second.
+
+    Returns:
+        The exact binomial p-value over the images of which they differ, two-sided.
+    """
+    only = [sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one))]
+    tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
+    return min(1.0, 2 * tail / 2 ** sum(only))
+
+
+def robust_markdown(rows: list[dict]) -> list[str]:
+    """The table of the contests on robust networks.
+
+    Args:
+        rows: of `contest`. A contestant that is not done has fewer images, and is compared on these.
+    """
+    head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes an image"]
+    body = []
+    for row in rows:
+        left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
+        about = [row["contest"], f"{row['eps']:.3g}", f"{row['clean']:.1f}"] if row is same[0] else [""] * 3
+        compared = ["", ""]
+        if row is not same[0] and same[0]["contestant"] == OFFICIAL:
+            theirs = same[0]["left"]
+            common = min(len(left), len(theirs))
+            compared = [f"{left[:common].count('1') - theirs[:common].count('1'):+d}", f"{sign_test(left, theirs):.2g}"]
+            compared[0] += f" of {common}" if common < len(left) else ""
+        costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
+        who = row["contestant"] if row["contestant"] in (OFFICIAL, A3) else f"**{row['contestant']}**"
+        body.append(
+            [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
+        )
+    return [_machines(rows), "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+
+
+def _machines(rows: list[dict]) -> str:
+    return ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows)) + "."
 
 
 def markdown(rows: list[dict]) -> list[str]:
@@ -291,15 +417,20 @@ def markdown(rows: list[dict]) -> list[str]:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
-    machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
-    return [f"{machines}.", "", *markdown_table(head, body)]
+    return [_machines(rows), "", *markdown_table(head, body)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks evaluation``."""
-    which = f"which contests; all by default: {'; '.join(CONTESTS)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(CONTESTS), help=which)
-    parser.add_argument("--data", type=Path, help="folder with cifar10.npz or the official files, for the ResNet-18")
+    which = f"which contests; all by default: {'; '.join(CONTESTS)}; with --robust: {'; '.join(ROBUST)}"
+    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
+    parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
+    parser.add_argument(
+        "--contestants", nargs="+", type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS, A3]), metavar="NAME",
+        help=f"who attacks; all by default: {'; '.join([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS])}",
+    )  # fmt: skip
+    parser.add_argument("--a3", type=a3.folder, metavar="FOLDER", help=f"with {a3.FILE} of A3, for a row of its own")
     parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
     parser.add_argument(
         "--rounds", type=options.at_least_one, default=1, help="how often every contestant runs; 1 by default"
@@ -311,32 +442,56 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> str:
     """Run contests; their table. Every finished run of a contestant is kept and not made again."""
-    amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds)
-    if chosen.images is not None:
-        amount = replace(amount, images=chosen.images)
-    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS / "studies")
-    order = list(CONTESTS)
-    for name in chosen.names or CONTESTS:
-        same = [row for row in read(out) if row["contest"] == name and row["amount"] == asdict(amount)]
-        known = [] if chosen.redo else same
+    amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds, images=chosen.images)
+    if chosen.quick and chosen.images is None:
+        amount = replace(amount, images=QUICK.images)
+    # a trial must not take the place of what ran for days
+    trial = chosen.quick or (chosen.robust and chosen.images is not None)
+    out = chosen.out or (Path("runs/benchmarks") if trial else RESULTS / "studies")
+    contests, file, page, table = CONTESTS, FILE, TABLE, markdown
+    if chosen.robust:
+        contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
+    given = {A3: lambda subject, _: a3.attack(chosen.a3, subject.model, subject.x, subject.y, subject.eps)}
+    for name in chosen.names or contests:
+        if name not in contests:
+            raise Unfit(f"{name!r} is a contest {'without' if chosen.robust else 'with'} --robust")
+        make, everyone = contests[name]
+        contestants = {
+            who: attack
+            for who, attack in (everyone | (given if chosen.a3 else {})).items()
+            if not chosen.contestants or who in chosen.contestants
+        }
+        known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
+        known = [row for row in known if row["amount"] == asdict(amount) and not chosen.redo]
         runs = [len(row["seconds"]) for row in known]
-        if len(runs) == len(CONTESTS[name][1]) and min(runs) >= amount.rounds:
+        if not contestants:
             continue
-        for rows in contest(name, chosen.data, amount, known):
-            # read again: another process may have run another contest meanwhile
-            every = [row for row in read(out) if row["contest"] != name] + rows
-            every.sort(key=lambda row: order.index(row["contest"]))
-            write_text(out / FILE, json.dumps(every, indent=1) + "\n")
-    table = "\n".join(markdown(read(out))) + "\n"
-    write_text(out / TABLE, table)
-    return table
+        if not chosen.robust and len(runs) == len(contestants) and min(runs) >= amount.rounds:
+            continue
+        try:
+            subject = make(chosen.data)
+        except (ValueError, FileNotFoundError) as error:
+            if not chosen.robust:
+                raise
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        for rows in contest(name, subject, contestants, amount, known):
+            # read again: another process may have run something else meanwhile
+            others = [row for row in read(out, file) if row["contest"] != name or row["contestant"] not in contestants]
+            every = [row for row in others if row["contest"] != name or row["amount"] == asdict(amount)] + rows
+            every.sort(key=lambda row: (list(contests).index(row["contest"]), RANKS.index(row["contestant"])))
+            write_text(out / file, json.dumps(every, indent=1) + "\n")
+            write_text(out / page, "\n".join(table(every)) + "\n")
+    write_text(out / page, "\n".join(table(read(out, file))) + "\n")
+    return (out / page).read_text()
 
 
-def read(out: Path) -> list[dict]:
+def read(out: Path, file: str = FILE) -> list[dict]:
     """The rows of a results folder; none where there is no results file.
 
     Args:
         out: the folder.
+        file: the name of the results file.
     """
-    path = out / FILE
+    path = out / file
     return json.loads(path.read_text()) if path.exists() else []

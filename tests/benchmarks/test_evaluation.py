@@ -9,6 +9,8 @@ from torch import nn
 
 from benchmarks import __main__ as program
 from benchmarks import evaluation
+from benchmarks.counting import CountedModel
+from purify_fast.attacks.engine.gradient_copy import gradient_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +47,14 @@ def contests(monkeypatch):
         "noisy": (subject(noisy, True), evaluation.RAND_CONTESTANTS),
     }
     monkeypatch.setattr(evaluation, "CONTESTS", known)
+
+    def missing(folder):
+        raise ValueError("it is not in the zoo")
+
+    contestants = {who: evaluation.ROBUST_CONTESTANTS[who] for who in ("AutoAttack", "fast")}
+    robust = {"robust": (subject(plain, False), contestants), "to come": (missing, contestants)}
+    monkeypatch.setattr(evaluation, "ROBUST", robust)
+    monkeypatch.setattr(evaluation, "PARTS", {"AutoAttack": 3})
     return made
 
 
@@ -108,10 +118,66 @@ def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeyp
 def test_our_attacks_leave_no_more_than_the_official_ones(contests):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
-    *_, last = evaluation.contest("plain", None, amount)
+    make, contestants = evaluation.CONTESTS["plain"]
+    *_, last = evaluation.contest("plain", make(None), contestants, amount)
     rows = {row["contestant"]: row for row in last}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
+
+
+def test_a_contest_on_robust_networks_goes_on_by_its_parts(contests, tmp_path, monkeypatch, capsys):
+    """What is left is kept by image; a protocol with other attacks runs again, and a model that is missing is told."""
+    arguments = ["evaluation", "--robust", "--quick", "--images", "7", "--out", str(tmp_path)]
+    run, made = evaluation._run, []
+
+    def interrupted(attack, subject, *rest):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(len(subject.x))
+        return run(attack, subject, *rest)
+
+    monkeypatch.setattr(evaluation, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(arguments)
+    half = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    assert made == [3, 7, 3] and [len(row["left"]) for row in half] == [6, 7]
+    assert " of 6 |" in evaluation.robust_markdown(half)[-1]
+    monkeypatch.setattr(evaluation, "_run", lambda *given: made.append(len(given[1].x)) or run(*given))
+    program.main(arguments)
+    rows = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    assert made == [3, 7, 3, 1] and rows[1] == half[1] and rows[0]["left"].startswith(half[0]["left"])
+    assert all(set(row["left"]) <= set("01") and row["forwards"] > row["gradients"] > 0 for row in rows)
+    monkeypatch.setitem(evaluation.ROBUST["robust"][1], "fast", evaluation.Protocol("standard"))
+    program.main([*arguments, "--contestants", "fast"])
+    again = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    assert made[4:] == [7] and again[0] == rows[0] and again[1]["code"] != rows[1]["code"]
+    assert "to come is left out: it is not in the zoo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"), [("1100", "1100", 1.0), ("0000", "1111", 2 / 16), ("100000", "011111", 14 / 64)]
+)
+def test_the_sign_test_is_the_exact_binomial_one(one, other, p):
+    assert evaluation.sign_test(one, other) == evaluation.sign_test(other, one) == pytest.approx(p)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
+    """Gradients of one pass by themselves; a copy of the model adds to the same sums."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
+    model, x = CountedModel(inner), torch.rand(12, 1, 8, 8)
+    followed = gradient_copy(model, x, precision)
+    assert (followed is model) == (precision == "float32")
+    model.counts.forwards = model.counts.gradients = 0
+    points = x.clone().requires_grad_()
+    logits = followed(points)
+    for label in range(3):
+        torch.autograd.grad(logits[:, label].sum(), points, retain_graph=True)
+    # another pass of the same images, some of them, and one without gradients
+    followed(points[:5])[:, 0].sum().backward()
+    model(x[:2])
+    assert (model.counts.forwards, model.counts.gradients) == (12 + 5 + 2, 3 * 12 + 5)
 
 
 def test_mistakes(contests, capsys):
@@ -119,6 +185,8 @@ def test_mistakes(contests, capsys):
         (["digits"], "there is no 'digits'; there are plain; noisy"),
         (["--images", "0"], "argument --images: must be at least 1, got 0"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["robust"], "'robust' is a contest with --robust"),
+        (["--a3", "nowhere"], "nowhere holds no Adaptive_Auto_Attack_main.py"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])
