@@ -1,0 +1,405 @@
+"""The rebuilt defences. Each keeps the mechanism that made attacks fail on the original, at the size of digits.
+
+A function builds what is deployed and what an adaptive attack follows in its place: the same forward pass with the
+gradient that the mechanism hides, the same model averaged over noise, or the output before it saturates. Where it
+builds one model, the adaptive attack follows its own gradients, averaged over draws if it is random.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+
+from purify_fast import zoo
+
+from . import entry as parts
+from .entry import Build, Function, Step, behind, cross_entropy, entry, layers, network, straight_through, train
+
+Pair = tuple[nn.Module, nn.Module]
+ATHALYE, TRAMER, CROCE = "Athalye et al. 2018", "Tramer et al. 2020", "Croce et al. 2022"
+BPDA, EOT = f"BPDA, {ATHALYE}", f"EOT, {ATHALYE}"
+GUO, XIE = "Guo et al., ICLR 2018", "Xie et al., ICLR 2018"
+
+
+# -- functions of the image -------------------------------------------------------------------------------------------
+
+
+def fewer_bits(x: Tensor, levels: int = 8) -> Tensor:
+    """Each pixel rounded to one of so many values."""
+    return (x * (levels - 1)).round() / (levels - 1)
+
+
+def jpeg(x: Tensor) -> Tensor:
+    """Each image compressed by JPEG of quality 50, and read again."""
+    images = (x.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    return torch.stack([decode_jpeg(encode_jpeg(image, 50), ImageReadMode.RGB) for image in images]).to(x) / 255
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Half of the pixels dropped, and an image of small total variation fitted to the others by 15 gradient steps."""
+    given = (torch.rand_like(x) < 0.5).to(x)
+    image = F.avg_pool2d(x * given, 3, 1, 1) / F.avg_pool2d(given, 3, 1, 1).clamp_min(0.1)
+    for _ in range(15):
+        across, down = (slope / (slope**2 + 1e-2).sqrt() for slope in (image.diff(dim=3), image.diff(dim=2)))
+        rises = F.pad(across, (1, 0)) - F.pad(across, (0, 1)) + F.pad(down, (0, 0, 1, 0)) - F.pad(down, (0, 0, 0, 1))
+        image = image - 0.5 * (given * (image - x) + 0.03 * rises)
+    return image.clamp(0, 1)
+
+
+def low_rank(x: Tensor) -> Tensor:
+    """Half of the pixels dropped, and the matrix of the others estimated by its five largest singular values."""
+    u, s, v = torch.linalg.svd((2 * x - 1) * (torch.rand_like(x) < 0.5))
+    return ((u[..., :5] * s[..., None, :5]) @ v[..., :5, :] + 0.5).clamp(0, 1)
+
+
+def median(x: Tensor) -> Tensor:
+    """The median of each pixel and its eight neighbors."""
+    windows = F.pad(x, [1] * 4, mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1)
+    return windows.flatten(-2).median(-1).values
+
+
+def resized(x: Tensor) -> Tensor:
+    """A random size and a random place on a canvas of 36 pixels, drawn once for all images of a call."""
+    size = int(torch.randint(x.shape[-1], 36, ()))
+    left, top = (int(torch.randint(0, 37 - size, ())) for _ in range(2))
+    return F.pad(F.interpolate(x, size=(size, size)), [left, 36 - size - left, top, 36 - size - top])
+
+
+def barrage(x: Tensor, reduce: Function = fewer_bits) -> Tensor:
+    """Another contrast, a blur, fewer gray levels, noise and dropped pixels, each for a random half of the images."""
+    for change in (
+        lambda x: (x - 0.5) * (0.7 + 0.6 * torch.rand(len(x), 1, 1, 1)) + 0.5,
+        lambda x: F.avg_pool2d(x, 3, 1, 1),
+        reduce,
+        lambda x: x + 0.1 * torch.randn_like(x),
+        lambda x: x * (torch.rand_like(x) > 0.1),
+    ):
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, change(x), x)
+    return x.clamp(0, 1)
+
+
+def purifier(purify: Function, base: str) -> Build:
+    """A classifier of the zoo behind a purifier without a gradient; BPDA takes the identity's."""
+    blind, seeing = parts.without_gradient(purify), straight_through(purify)
+    return lambda x, y: (behind(blind, zoo.load(base)), behind(seeing, zoo.load(base)))
+
+
+ON_CIFAR = {"data": "cifar10", "eps": 8 / 255, "images": 50}
+entry("bit-depth reduction", GUO, BPDA)(purifier(fewer_bits, "digits-standard"))
+entry("total variation minimization", GUO, BPDA, random=True)(purifier(total_variation, "digits-standard"))
+entry("JPEG compression", GUO, BPDA, **ON_CIFAR)(purifier(jpeg, "cifar10-pgd-at-w16"))
+entry("feature squeezing by medians", "Xu et al., NDSS 2018", "through the filter, He et al. 2017")(
+    lambda x, y: behind(median, zoo.load("digits-standard"))
+)
+entry("random resizing and padding", XIE, EOT, **ON_CIFAR, random=True)(
+    lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16"))
+)
+
+
+@entry("thermometer encoding", "Buckman et al., ICLR 2018", BPDA)
+def thermometer(x: Tensor, y: Tensor) -> Pair:
+    levels = torch.arange(10).view(-1, 1, 1) / 10
+
+    def above(x: Tensor) -> Tensor:
+        return (x[:, :, None] - levels).flatten(1, 2).clamp(0, 1)
+
+    def codes(x: Tensor) -> Tensor:
+        return (above(x) > 0).to(x)
+
+    classifier = train(network(in_channels=10), codes(x), y)
+    return behind(parts.without_gradient(codes), classifier), behind(straight_through(codes, above), classifier)
+
+
+@entry("ME-Net", "Yang et al., ICML 2019", f"BPDA and EOT, {TRAMER}", random=True)
+def matrix_estimation(x: Tensor, y: Tensor) -> Pair:
+    model = train(behind(parts.without_gradient(low_rank), network()), x, y, epochs=40)
+    return model, behind(straight_through(low_rank), model[1])
+
+
+@entry("barrage of random transforms", "Raff et al., CVPR 2019", "BPDA and EOT, Sitawarin et al. 2022", random=True)
+def random_transforms(x: Tensor, y: Tensor) -> Pair:
+    model = train(behind(barrage, network()), x, y, epochs=40)
+    return model, behind(partial(barrage, reduce=straight_through(fewer_bits)), model[1])
+
+
+def denoiser(x: Tensor, y: Tensor) -> nn.Module:
+    """An autoencoder that was trained to take noise of any strength up to 0.3 away."""
+    grow, norm = nn.Upsample(scale_factor=2), nn.Sigmoid()
+    shrink = nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU()
+    coder = nn.Sequential(*shrink, grow, nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), grow, nn.Conv2d(32, 1, 3, 1, 1), norm)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(model(x + 0.3 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)), x)
+
+    return train(coder, x, y, loss, epochs=40)
+
+
+@entry("PixelDefend, by an autoencoder", "Song et al., ICLR 2018", BPDA)
+def pixel_defend(x: Tensor, y: Tensor) -> Pair:
+    clean, classifier = denoiser(x, y), zoo.load("digits-standard")
+    levels = Step(partial(fewer_bits, levels=32))
+    purify = nn.Sequential(levels, clean, levels)
+    return nn.Sequential(purify, classifier), behind(straight_through(purify, clean), classifier)
+
+
+@entry("diffusion under no_grad", "Nie et al., ICML 2022", "full gradients and EOT, Lee and Kim 2023", random=True)
+def diffusion(x: Tensor, y: Tensor) -> Pair:
+    clean, classifier = denoiser(x, y), zoo.load("digits-standard")
+
+    def purify(x: Tensor) -> Tensor:
+        # noise is added and taken away again, less each time
+        for sigma in (0.3, 0.2, 0.1):
+            x = clean(x + sigma * torch.randn_like(x))
+        return x
+
+    return behind(parts.without_gradient(purify), classifier), behind(purify, classifier)
+
+
+@entry("anti-adversary layer", "Alfarra et al., AAAI 2022", f"the classifier alone, {CROCE}")
+def anti_adversary(x: Tensor, y: Tensor) -> Pair:
+    classifier = zoo.load("digits-standard")
+
+    def away(x: Tensor) -> Tensor:
+        point = x
+        with torch.enable_grad():
+            label = classifier(x).argmax(1)
+            for _ in range(2):
+                # towards the predicted class: a negative length
+                point = parts.signed_step(classifier, point, label, -0.1)
+        return x + (point - x).detach()
+
+    return behind(away, classifier), classifier
+
+
+# -- changes inside the network ---------------------------------------------------------------------------------------
+
+
+def winners(activation: Tensor) -> Tensor:
+    """Of each image's activations only the largest tenth stays."""
+    flat = activation.flatten(1)
+    least = flat.topk(round(0.1 * flat.shape[1]), dim=1).values[:, -1:]
+    return (flat * (flat >= least)).view_as(activation)
+
+
+def prune(activation: Tensor) -> Tensor:
+    """Activations drawn by their size, as often as there are any, and scaled by how likely they are drawn."""
+    flat = activation.flatten(1)
+    share = flat.abs() / flat.abs().sum(1, keepdim=True).clamp_min(1e-12)
+    survives = (1 - (1 - share) ** flat.shape[1]).detach()
+    return (flat * (torch.rand_like(flat) < survives) / survives.clamp_min(1e-6)).view_as(activation)
+
+
+def quantized(activation: Tensor, levels: int) -> Tensor:
+    """Each activation rounded to one of so many values of its range."""
+    scale = activation.detach().abs().amax().clamp_min(1e-12) / (levels - 1)
+    return (activation / scale).round() * scale
+
+
+class MeanSparse(nn.Module):
+    """Features near to their channel's mean become the mean; the first call measures mean and deviation.
+
+    Args:
+        threshold: in deviations.
+    """
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold, self.passing = threshold, False
+        self.statistics: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.statistics is None:
+            axes = [0, *range(2, x.dim())]
+            self.statistics = x.mean(axes, keepdim=True), x.std(axes, keepdim=True)
+            return x
+        mean, deviation = self.statistics
+        sparse = torch.where((x - mean).abs() <= self.threshold * deviation, mean, x)
+        return x + (sparse - x).detach() if self.passing else sparse
+
+
+def sparse_around_means(x: Tensor, y: Tensor, threshold: float) -> Pair:
+    model = layers(zoo.load("digits-pgd-at"), lambda: nn.Sequential(MeanSparse(threshold), nn.SiLU()))
+    with torch.no_grad():
+        model(x)
+    adaptive = copy.deepcopy(model)
+    for module in adaptive.modules():
+        if isinstance(module, MeanSparse):
+            module.passing = True
+    return model, adaptive
+
+
+for threshold in (0.2, 0.4):
+    entry(f"MeanSparse, threshold {threshold}", "Amini et al. 2024", f"straight-through, after {ATHALYE}", eps=0.2)(
+        partial(sparse_around_means, threshold=threshold)
+    )
+
+
+@entry("stochastic activation pruning", "Dhillon et al., ICLR 2018", EOT, random=True)
+def stochastic_pruning(x: Tensor, y: Tensor) -> nn.Module:
+    return layers(zoo.load("digits-standard"), lambda: nn.Sequential(nn.SiLU(), Step(prune)))
+
+
+@entry("k-winners-take-all", "Xiao et al., ICLR 2020", f"gradients averaged over noise, {TRAMER}")
+def k_winners(x: Tensor, y: Tensor) -> Pair:
+    model = train(layers(network(), lambda: Step(winners)), x, y, epochs=30)
+
+    def smooth(x: Tensor) -> Tensor:
+        copies = x.repeat(32, 1, 1, 1)
+        return model(copies + 0.05 * torch.randn_like(copies)).unflatten(0, (32, -1)).mean(0)
+
+    return model, Step(smooth)
+
+
+# -- changes of training and output -----------------------------------------------------------------------------------
+
+
+class Averaged(nn.Module):
+    """Probabilities of several classifiers averaged.
+
+    Args:
+        members: images to logits; one that is random may stand there several times.
+        votes: whether the classes that they name are counted, and probabilities decide between equal counts only.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], votes: bool = False):
+        super().__init__()
+        self.members, self.votes = nn.ModuleList(members), votes
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.stack([member(x).log_softmax(1) for member in self.members])
+        if not self.votes:
+            return each.logsumexp(0)
+        return F.one_hot(each.argmax(2), each.shape[2]).sum(0) + 0.5 * each.exp().mean(0)
+
+
+@entry("random self-ensemble", "Liu et al., ECCV 2018", EOT, random=True)
+def self_ensemble(x: Tensor, y: Tensor) -> nn.Module:
+    noise = Step(lambda x: x + 0.3 * torch.randn_like(x))
+    return Averaged([train(layers(network(), lambda: nn.Sequential(nn.SiLU(), noise)), x, y, epochs=30)] * 5).eval()
+
+
+@entry("ensemble diversity", "Pang et al., ICML 2019", f"longer searches, {TRAMER}")
+def diversity(x: Tensor, y: Tensor) -> nn.Module:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        members = torch.stack([member(x).log_softmax(1) for member in model.members], 1)
+        own, mean = y[:, None, None].expand(-1, 3, 1), members.exp().mean(1)
+        entropy = -(mean * mean.clamp_min(1e-9).log()).sum(1).mean()
+        others = F.normalize(members.exp().scatter(2, own, 0), dim=2)
+        volume = torch.linalg.det(others @ others.transpose(1, 2) + 1e-4 * torch.eye(3)).clamp_min(1e-9)
+        return -members.gather(2, own).sum(1).mean() - 2 * entropy - 0.5 * volume.log().mean()
+
+    return train(Averaged([network() for _ in range(3)]), x, y, loss, epochs=30)
+
+
+@entry("EMPIR", "Sen et al., ICLR 2020", f"BPDA on the averaged ensemble, {TRAMER}")
+def mixed_precision(x: Tensor, y: Tensor) -> Pair:
+    full, *others = (train(network(), x, y) for _ in range(3))
+
+    def ensemble(around: Callable[[Function], Function], votes: bool) -> nn.Module:
+        members = [full]
+        for net, levels in zip(others, (4, 8), strict=True):
+            rounding = Step(around(partial(quantized, levels=levels)))
+            members.append(layers(net, lambda rounding=rounding: nn.Sequential(nn.SiLU(), rounding)))
+        return Averaged(members, votes).eval()
+
+    return ensemble(lambda hard: hard, True), ensemble(straight_through, False)
+
+
+@entry("the odds are odd", "Roth et al., ICML 2019", f"logits of clean images matched under EOT, {TRAMER}")
+def odds(x: Tensor, y: Tensor) -> Pair:
+    classifier = zoo.load("digits-standard")
+
+    def under_noise(x: Tensor, draws: int) -> Tensor:
+        copies = x.repeat(draws, 1, 1, 1)
+        return classifier(copies + 0.1 * torch.randn_like(copies)).unflatten(0, (draws, -1)).mean(0)
+
+    def change(x: Tensor, logits: Tensor) -> Tensor:
+        """How noise moves each logit against the predicted one, on average."""
+        moved = under_noise(x, 16) - logits
+        return moved - moved.gather(1, logits.argmax(1, keepdim=True))
+
+    with torch.no_grad():
+        clean = classifier(x)
+        by_class = [change(x, clean)[clean.argmax(1) == label] for label in range(10)]
+        mean, deviation = torch.stack([a.mean(0) for a in by_class]), torch.stack([a.std(0) for a in by_class])
+        typical = torch.stack([clean[y == label].mean(0) for label in range(10)])
+
+    def corrected(x: Tensor) -> Tensor:
+        logits, rows = classifier(x), torch.arange(len(x))
+        top = logits.argmax(1)
+        with torch.no_grad():
+            odd = (change(x, logits) - mean[top]) / deviation[top].clamp_min(1e-3)
+            odd[rows, top] = -torch.inf
+            score, other = odd.max(1)
+        # where the change is odd, the class that gains most takes the place of the predicted one
+        place = torch.arange(10).repeat(len(x), 1)
+        place[rows, top], place[rows, other] = other, top
+        return torch.where((score > 3)[:, None], logits.gather(1, place), logits)
+
+    def near_typical(x: Tensor) -> Tensor:
+        return -torch.cdist(torch.stack([classifier(x), under_noise(x, 16)]), typical).mean(0)
+
+    return Step(corrected, classifier), Step(near_typical, classifier)
+
+
+@entry("mixup inference", "Pang et al., ICLR 2020", f"EOT, {TRAMER}", random=True)
+def mixup_inference(x: Tensor, y: Tensor) -> nn.Module:
+    def mixup(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        share, other = torch.rand(()), torch.randperm(len(x))
+        logits = model(share * x + (1 - share) * x[other])
+        return share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
+
+    classifier = train(network(), x, y, mixup, epochs=40)
+
+    def mixed(images: Tensor) -> Tensor:
+        same = y == classifier(images).argmax(1, keepdim=True)
+        # eight images of other classes for each image
+        others = torch.rand(same.shape).masked_fill(same, -1).topk(8).indices
+        points = 0.6 * images[:, None] + 0.4 * x[others]
+        return classifier(points.flatten(0, 1)).unflatten(0, (-1, 8)).log_softmax(2).logsumexp(1)
+
+    return Step(mixed, classifier)
+
+
+@entry("error-correcting codes", "Verma and Swami, NeurIPS 2019", f"the bits before they saturate, {TRAMER}")
+def error_correction(x: Tensor, y: Tensor) -> Pair:
+    words, net = torch.randint(0, 2, (10, 32)).float() * 2 - 1, network(num_classes=32)
+    train(net, x, y, lambda model, x, y: F.relu(1 - model(x) * words[y] / 4).mean())
+
+    def probabilities(bits: Tensor) -> Tensor:
+        similar = (torch.tanh(bits) @ words.T).clamp_min(0) + 1e-12
+        return (similar / similar.sum(1, keepdim=True)).log()
+
+    return nn.Sequential(net, Step(probabilities)), nn.Sequential(net, Step(lambda bits: bits @ words.T / 32))
+
+
+@entry(
+    "defensive distillation", "Papernot et al., S&P 2016", "logits divided, Carlini and Wagner 2017",
+    data="mnist", images=50,
+)  # fmt: skip
+def distillation(x: Tensor, y: Tensor) -> Pair:
+    def hot(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x) / 40, y)
+
+    teacher, student = network(image_size=(28, 28)), network(image_size=(28, 28))
+    train(teacher, x, y, hot, epochs=8)
+    train(student, x, y, lambda model, x, y: hot(model, x, (teacher(x) / 40).softmax(1)), epochs=12)
+    return student, nn.Sequential(student, Step(lambda logits: logits / 40))
+
+
+@entry("cascade adversarial training", "Na et al., ICLR 2018", f"PGD, {ATHALYE}", eps=0.2)
+def cascade(x: Tensor, y: Tensor) -> nn.Module:
+    def one_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model, x, y) + cross_entropy(model, parts.signed_step(model, x, y, 0.2), y)
+
+    first, transferred = train(network(), x, y, one_step, epochs=30), x
+    for _ in range(4):
+        transferred = parts.signed_step(first, transferred, y, 0.05)
+    # the second network also learns images that were found on the first one by several steps
+    return train(network(), torch.cat([x, transferred]), y.repeat(2), one_step, epochs=30)
