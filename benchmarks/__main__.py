@@ -15,6 +15,7 @@ from . import (
     convolutions,
     evaluation,
     gpu_check,
+    ideas,
     instructions,
     pages,
     pipelines,
@@ -22,9 +23,11 @@ from . import (
     running,
     zoo,
 )
+from .broken import command as broken
 from .ops import registry
 from .studies import Unfit
 from .studies import command as studies
+from .studies.cifar10 import robust_networks
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,15 @@ COMMANDS = {
     "evaluation": Command(
         "our attacks against the official AutoAttack: strength and time", evaluation.main, evaluation.arguments
     ),
+    "ideas": Command("what each idea of the protocols gives by itself", ideas.main, ideas.arguments),
+    "broken": Command(
+        "defences that were broken, and honest models: what reports say of them", broken.main, broken.arguments
+    ),
     "study": Command(
         "what makes a defence robust: trains and attacks models", studies.main, studies.arguments, studies.check
+    ),
+    "robust_networks": Command(
+        "train a robust network for the contest of attacks", robust_networks.main, robust_networks.arguments
     ),
     "gpu_check": Command(
         "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments

@@ -175,9 +175,11 @@ def captured(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Co
     return capture.counts
 
 
-#: One run of each attack, by how it is called in a report; none of the images falls.
+#: One run of each attack, by the beginning of its name in a report; none of the images falls.
 ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "APGD-10 margin": partial(apgd, loss="margin"),
     "APGD-100 ce": apgd,
+    "APGD-T 100 margin": partial(apgd, loss="margin_targeted", n_target_classes=1),
     "APGD-T 100": partial(apgd, loss="dlr_targeted", n_target_classes=1),
     "FAB-T 100": partial(fab_t, n_target_classes=1),
     "Square": lambda *args, steps, **options: square(*args, n_queries=steps, **options),
@@ -277,7 +279,7 @@ def rows_of(run: Run, count: int, folder: str) -> list[dict[str, Any]]:
         }
     rows = []
     for attack, counts in captured(model, x, y, run.eps).items():
-        replays, name = counts.replays, attack.removesuffix(" by the gradients of another model")
+        replays, name = counts.replays, next(name for name in ATTACKS if attack.startswith(name))
         (eager, waits), (graph, _) = steps[name]
         rows.append(
             {
@@ -344,7 +346,7 @@ def chapter(results: Path) -> list[str]:
     before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
     body = []
     for row in report.read_csv(results / FILE):
-        was = before.get((row["model"], row["eps"], row["attack"]), {})
+        was = before.get((row["model"], row["eps"], row["attack"].removesuffix(", nearest first")), {})
         cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
         cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-", was.get("captures", "-")]
         cells += [was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]

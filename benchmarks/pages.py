@@ -35,6 +35,7 @@ from . import (
     shipping,
     zoo,
 )
+from .broken import command as broken
 from .studies import Unfit
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "launches": launches.table,
     "roofline": roofline.table,
     "captures": captures.chapter,
+    "broken": broken.table,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"

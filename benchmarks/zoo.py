@@ -75,12 +75,22 @@ def prepare(source: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if size_of(source) <= LARGEST:
         shutil.copyfile(source / MODEL, out / MODEL)
-        return out
+    else:
+        store_in_bfloat16(source, out)
+    return out
+
+
+def store_in_bfloat16(source: Path, out: Path) -> None:
+    """Write a saved model again, with its weights in bfloat16.
+
+    Args:
+        source: the folder that it is in.
+        out: where to.
+    """
     facts, state = read_model(source)
     extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
     stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
     save_model(out, facts["kind"], facts["arguments"], stored, **extra)
-    return out
 
 
 def check_sizes(sources: dict[str, Path], models: Path) -> None:
