@@ -417,4 +417,6 @@ def _attack(
     counts = {name: health.count(name) for name in COUNTS}
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     seconds = time.perf_counter() - begin
-    return AttackedBatch(images.detach().cpu(), counts, states, seconds, told.warnings, told.fell_to, told.unsearched)
+    batch = AttackedBatch(images.detach().cpu(), counts, states, seconds)
+    batch.warnings, batch.fallen, batch.unsearched = told.warnings, told.fell_to, told.unsearched
+    return batch
