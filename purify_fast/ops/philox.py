@@ -41,6 +41,7 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 6
     SQUARES = 7
     HOPS = 8
+    LOTS = 9
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")
