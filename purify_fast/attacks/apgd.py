@@ -201,7 +201,7 @@ class AutoPgd(RowSearch):
             self.point, self.previous = self._move(i, origin, gradient), origin
         self._see_move(slice(None))
         if self.claims:
-            self.active.tried[self.rows.owner] = True
+            self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
 
     def _look(self) -> None:

@@ -181,7 +181,7 @@ class _SquareSearch(RowState):
                 self._give_up(self.reach, some_of(self.reach.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
-        self.active.tried[self.owner] = True
+        self.active.tried.index_fill_(0, self.owner, True)
         self._offer(slice(None))
 
     def _offer(self, rows: slice | Tensor) -> None:
@@ -239,7 +239,7 @@ class _SquareSearch(RowState):
         """Let the rows leave that are out of reach, bool ``[R]``."""
         if lost is None:
             return
-        self.active.tried[self.owner[lost & reach.came_nearer]] = True
+        self.active.tried.index_fill_(0, self.owner[lost & reach.came_nearer], True)
         self._offer(lost.nonzero()[:, 0])
         staying = self.active.staying(self.owner, lost)
         if staying is not None:

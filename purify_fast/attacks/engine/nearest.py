@@ -61,7 +61,7 @@ class NearestSearch(RowSearch):
         if lost is not None:
             index = lost.nonzero()[:, 0]
             if ends_across:
-                self.active.tried[rows.owner[index]] = True
+                self.active.tried.index_fill_(0, rows.owner[index], True)
             self._offer(rows.take(index), self.nearest[index])
         staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
         if staying is not None:
@@ -74,7 +74,7 @@ class NearestSearch(RowSearch):
 
     def _end(self) -> None:
         """Try the nearest points of all rows, which were searched to the end."""
-        self.active.tried[self.rows.owner] = True
+        self.active.tried.index_fill_(0, self.rows.owner, True)
         self._offer(self.rows, self.nearest)
 
     def _offer(self, rows: Rows, nearest: Tensor) -> None:

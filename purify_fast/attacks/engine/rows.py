@@ -578,7 +578,7 @@ class RowSearch(RowState):
         lost = None if self.reach is None else self.reach.lost(step, missing)
         lost = None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
         if lost is not None and self.reach is not None:
-            self.active.tried[self.rows.owner[lost & self.reach.came_nearer]] = True
+            self.active.tried.index_fill_(0, self.rows.owner[lost & self.reach.came_nearer], True)
         return lost
 
     def may_end(self) -> Tensor | bool:
