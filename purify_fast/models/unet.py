@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from .._validation import check_counts
 from .layers import Conv2d
 
-#: Channels that are normalized together, as many as in the paper's network at full size; the width is a multiple of it.
-GROUP = 4
+#: Channels that are normalized together, or all of a smaller width. The paper's network has 4 at full size; in
+#: channels_last bfloat16 on an AMD EPYC 16 take a tenth of the time.
+GROUP = 16
 
 
 def _zero(layer: Conv2d) -> Conv2d:
@@ -31,14 +32,18 @@ def _zero(layer: Conv2d) -> Conv2d:
     return layer
 
 
-class _Block(nn.Module):
-    """A residual block; the embedded time is added between its two convolutions."""
+def _norm(channels: int, width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // min(width, GROUP), channels)
 
-    def __init__(self, inputs: int, outputs: int, embedded: int):
+
+class _Block(nn.Module):
+    """A residual block; the embedded time, of 4 times the network's width, is added between its two convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, width: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(size // GROUP, size) for size in (inputs, outputs))
+        self.norm1, self.norm2 = _norm(inputs, width), _norm(outputs, width)
         self.conv1, self.conv2 = Conv2d(inputs, outputs, 3, padding=1), _zero(Conv2d(outputs, outputs, 3, padding=1))
-        self.time = nn.Linear(embedded, outputs)
+        self.time = nn.Linear(4 * width, outputs)
         self.skip = Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
@@ -49,9 +54,9 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     """Attention of one head over all positions of a map."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, width: int):
         super().__init__()
-        self.norm = nn.GroupNorm(channels // GROUP, channels)
+        self.norm = _norm(channels, width)
         self.project, self.out = Conv2d(channels, 3 * channels, 1), _zero(Conv2d(channels, channels, 1))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -65,7 +70,8 @@ class UNet(nn.Module):
 
     Args:
         channels: C of the images.
-        width: channels at full size, a multiple of 4; 2 and 4 times as many at a half and a quarter.
+        width: channels at full size, even and at most 16, or a multiple of 16; 2 and 4 times as many at a half and a
+            quarter.
         patch: side of the squares of pixels that the first layer makes channels of, and the last layer pixels again: 2
             does a quarter of the work of 1.
         attention: whether the lowest level has attention over its positions.
@@ -86,22 +92,22 @@ class UNet(nn.Module):
     def __init__(self, channels: int = 3, width: int = 32, *, patch: int = 1, attention: bool = True):
         super().__init__()
         check_counts(channels=channels, width=width, patch=patch)
-        if width % GROUP:
-            raise ValueError(f"width must be a multiple of {GROUP}, got {width}")
+        if width % (2 if width < GROUP else GROUP):
+            raise ValueError(f"width must be even and at most {GROUP}, or a multiple of {GROUP}, got {width}")
         self.arguments: dict[str, Any] = {
             "channels": channels, "width": width, "patch": patch, "attention": bool(attention)
         }  # fmt: skip
         self.channels, self.patch = channels, patch
-        full, half, quarter, embedded = width, 2 * width, 4 * width, 4 * width
+        full, half, quarter = width, 2 * width, 4 * width
         powers = torch.arange(width // 2) / max(1, width // 2 - 1)
         self.register_buffer("frequencies", torch.exp(-math.log(10_000.0) * powers), persistent=False)
-        self.time = nn.Sequential(nn.Linear(width, embedded), nn.SiLU(), nn.Linear(embedded, embedded), nn.SiLU())
+        self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU())
         self.enter = Conv2d(channels * patch**2, full, 3, padding=1)
-        self.down1, self.down2 = _Block(full, full, embedded), _Block(full, half, embedded)
-        self.down3, self.middle = _Block(half, quarter, embedded), _Block(quarter, quarter, embedded)
-        self.attention = _Attention(quarter) if attention else nn.Identity()
-        self.up2, self.up1 = _Block(quarter + half, half, embedded), _Block(half + full, full, embedded)
-        self.norm = nn.GroupNorm(full // GROUP, full)
+        self.down1, self.down2 = _Block(full, full, width), _Block(full, half, width)
+        self.down3, self.middle = _Block(half, quarter, width), _Block(quarter, quarter, width)
+        self.attention = _Attention(quarter, width) if attention else nn.Identity()
+        self.up2, self.up1 = _Block(quarter + half, half, width), _Block(half + full, full, width)
+        self.norm = _norm(full, width)
         self.leave = _zero(Conv2d(full, channels * patch**2, 3, padding=1))
 
     def embed(self, t: Tensor) -> Tensor:

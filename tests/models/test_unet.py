@@ -87,7 +87,8 @@ def test_the_constructor_arguments_make_it_again():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 10}, "width must be a multiple of 4, got 10"),
+        ({"width": 9}, "width must be even and at most 16, or a multiple of 16, got 9"),
+        ({"width": 24}, "or a multiple of 16, got 24"),
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"patch": 1.5}, "patch must be a whole number, got 1.5"),
     ],
