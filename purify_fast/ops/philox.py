@@ -42,6 +42,7 @@ class Stream(enum.IntEnum):
     SQUARES = 7
     HOPS = 8
     DIFFUSION = 9
+    DIFFUSION_TRAINING = 10
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

@@ -17,7 +17,7 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
     Args:
         model: what to follow.
         decay: share of the average that each step keeps.
-        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n steps, so that a short training is not averaged
+        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that a short training is not averaged
             with the weights that it began with.
     """
 
