@@ -1,0 +1,14 @@
+"""Purification by diffusion: the defence, schedules and solvers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .defence import DiffusionPurifier as DiffusionPurifier
+    from .process import Process as Process
+    from .schedule import Schedule as Schedule
+
+__all__, __getattr__, __dir__ = lazy_exports(__name__)
