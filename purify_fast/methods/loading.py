@@ -14,6 +14,8 @@ from .atop.defence import Atop
 from .atop.purifier import rebuilt_purifier
 from .base import trained_tensors
 from .carso.defence import Carso
+from .diffusion.defence import DiffusionPurifier
+from .diffusion.denoiser import rebuilt_denoiser
 
 
 def load_defence(
@@ -22,14 +24,15 @@ def load_defence(
     *,
     purifier: nn.Module | None = None,
     check: bool = True,
-) -> Carso | Atop:
+) -> Carso | Atop | DiffusionPurifier:
     """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode on the classifier's device.
 
     Args:
         folder: where ``model.safetensors`` is.
         classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
             the defence's copy was trained too, only its architecture counts.
-        purifier: of an AToP with a purifier of yours: a module of its architecture.
+        purifier: of an AToP with a purifier of yours, or a `DiffusionPurifier` with a denoiser of yours: a module of
+            its architecture.
         check: refuse another classifier; turn off for one that was fine-tuned or converted since.
 
     Raises:
@@ -38,9 +41,9 @@ def load_defence(
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if kind not in ("Atop", "Carso"):
+    if kind not in ("Atop", "Carso", "DiffusionPurifier"):
         raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
-    if purifier is not None and kind != "Atop":
+    if purifier is not None and kind == "Carso":
         raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
     classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
@@ -49,10 +52,13 @@ def load_defence(
             f"classifier: its weights ({weights}) are not those {folder} was trained for ({facts['classifier']}); "
             "pass check=False if that is meant"
         )
-    defence: Carso | Atop
+    defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":
         purifier = rebuilt_purifier(arguments.pop("purifier"), purifier, str(folder))
         defence = Atop(classifier, purifier, **arguments)
+    elif kind == "DiffusionPurifier":
+        denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, str(folder))
+        defence = DiffusionPurifier(denoiser, classifier, **arguments)
     else:
         defence = Carso(classifier, **arguments)
     defence.own_classifier = own_classifier

@@ -1,4 +1,4 @@
-"""Diffusion purifiers: the training of their denoisers."""
+"""Purification by diffusion: the defence, schedules and solvers, and the training of denoisers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import DiffusionConfig as DiffusionConfig
+    from .defence import DiffusionPurifier as DiffusionPurifier
+    from .process import Process as Process
+    from .schedule import Schedule as Schedule
     from .task import DiffusionTask as DiffusionTask
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)
