@@ -17,16 +17,17 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
     Args:
         model: what to follow.
         decay: share of the average that each step keeps.
-        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that a short training is not averaged
-            with the weights that it began with.
+        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that a short training is not
+            averaged with the weights that it began with.
     """
 
     def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:
-        # the first update, which copies the weights, counts as one
-        moved: Tensor | float = torch.clamp(9.0 / (9.0 + steps), min=1 - decay) if warm_up else 1 - decay
+        # torch counts the first update, which copies the weights, as one
+        least = 9 / (9 + torch.as_tensor(steps)) if warm_up else torch.zeros(())
+        moved = least.clamp(min=1 - decay)
         for average, value in zip(averages, values, strict=True):
             if average.is_floating_point():
-                average.lerp_(value, moved.to(average) if isinstance(moved, Tensor) else moved)
+                average.lerp_(value, moved.to(average))
             else:
                 average.copy_(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor
 from ...models.representation import evaluation_mode
 from ...models.unet import UNet
+from ...training.checkpoint import save_model
 
 #: The package's own denoisers, by the name of their class; each keeps in ``arguments`` what makes it again.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
+#: The kind of a saved denoiser that has no classifier.
+ALONE = "Denoiser"
 #: diffusers' network, which its ``config`` makes again.
 DIFFUSERS = "UNet2DModel"
 
@@ -49,6 +53,22 @@ def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str
     if facts["kind"] not in DENOISERS:
         raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
     return DENOISERS[facts["kind"]](**facts["arguments"])
+
+
+def save_denoiser(
+    denoiser: nn.Module, folder: str | Path, image_shape: tuple[int, int, int], process: Mapping[str, Any], **extra: Any
+) -> None:
+    """Write a denoiser without a classifier; `purify_fast.load_defence` puts it before one.
+
+    Args:
+        denoiser: what `purify_fast.methods.diffusion.DiffusionTask` trained.
+        folder: where to; ``model.safetensors`` is written there.
+        image_shape: (C, H, W).
+        process: the fields of `purify_fast.methods.diffusion.Process` that its training decides.
+        extra: further facts, JSON values.
+    """
+    arguments = {"image_shape": list(image_shape), "process": dict(process), "denoiser": description(denoiser)}
+    save_model(folder, ALONE, arguments, denoiser.state_dict(), **extra)
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:

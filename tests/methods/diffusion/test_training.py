@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
-from purify_fast.methods.diffusion.schedule import Schedule
+from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask, Process, Schedule
 from purify_fast.methods.diffusion.task import denoising_loss, training_times
 from purify_fast.models import UNet
 from purify_fast.ops import Stream, philox
@@ -44,7 +43,7 @@ def unet(**options):
 @pytest.mark.parametrize("kind", ["linear", "cosine", "vp"])
 def test_the_loss_by_hand(kind, prediction):
     model, given = Recording(), batch()
-    loss = denoising_loss(model, given, DiffusionConfig(noise_schedule=kind, prediction=prediction, last_time=0.6))
+    loss = denoising_loss(model, given, Process(Schedule(kind), prediction), DiffusionConfig(last_time=0.6))
     use = {"stream": Stream.DIFFUSION_TRAINING}
     seed = torch.tensor([7])
     z = philox(seed, given.sample_ids, 64, distribution="normal", **use).view(6, 1, 8, 8)
@@ -79,10 +78,10 @@ def test_a_split_batch_has_the_losses_of_the_whole():
         dataclasses.replace(whole, x=whole.x[rows], y=whole.y[rows], sample_ids=whole.sample_ids[rows])
         for rows in (slice(0, 3), slice(3, 6))
     ]
-    parts = [denoising_loss(model, half, config) for half in halves]
-    torch.testing.assert_close(torch.stack(parts).mean(), denoising_loss(model, whole, config))
+    parts = [denoising_loss(model, half, Process(), config) for half in halves]
+    torch.testing.assert_close(torch.stack(parts).mean(), denoising_loss(model, whole, Process(), config))
     assert not torch.equal(*parts)
-    assert denoising_loss(model, batch(seed=8), config) != denoising_loss(model, whole, config)
+    assert denoising_loss(model, batch(seed=8), Process(), config) != denoising_loss(model, whole, Process(), config)
 
 
 def test_it_learns_to_denoise_digits():
