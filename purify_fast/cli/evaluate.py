@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import DataSet
+    from ..methods.carso import Carso
 
 
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
@@ -192,9 +193,9 @@ class Evaluate(DataCommand, Purification):
         if self.own is not None:
             return own_model(self.own, images), None
         if self.recipe is not None:
-            model = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
-            refuse_other_images(model, images, f"the system in {self.official}")
-            return model, model.classifier
+            system: Carso = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
+            refuse_other_images(system, images, f"the system in {self.official}")
+            return system, system.classifier
         model = load_classifier(folder).to(device)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, None
