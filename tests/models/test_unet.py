@@ -37,6 +37,12 @@ def test_images_of_any_size(channels, size, patch, attention):
     assert all(weight.grad is not None and weight.grad.any() for name, weight in model.named_parameters())
 
 
+def test_it_is_small():
+    sizes = [sum(weight.numel() for weight in UNet(3, width, patch=2).parameters()) for width in (16, 32)]
+    # in megabytes of bfloat16, of which a model of the zoo has at most 3
+    assert [round(2 * size / 1e6, 1) for size in sizes] == [0.5, 1.9]
+
+
 def test_fresh_it_predicts_nothing():
     torch.manual_seed(0)
     assert not UNet(1, 8)(torch.randn(2, 1, 8, 8), torch.tensor([3, 700])).any()
