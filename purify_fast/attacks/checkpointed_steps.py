@@ -92,8 +92,9 @@ class _Steps(torch.autograd.Function):
             if to_x is not None:
                 grad = to_x
             for place, part in enumerate(parts):
-                before = sums[place]
-                sums[place] = part if before is None or part is None else before + part
+                if part is not None:
+                    before = sums[place]
+                    sums[place] = part if before is None else before + part
         return None, None, None, None, grad if ctx.needs_input_grad[4] else None, *sums
 
 
