@@ -17,7 +17,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipes in _BY_METHOD.valu
 
 
 def recipe(name: str, method: str | None = None) -> Any:
-    """A published system: a `CarsoRecipe`, `AtopRecipe` or `ArrestRecipe`, or a `DiffusionRecipe`, which has no training.
+    """A published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe`, or a `DiffusionRecipe`, which has no training.
 
     Args:
         name: of the method and the system, such as "carso/cifar10".

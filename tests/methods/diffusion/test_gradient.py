@@ -59,7 +59,9 @@ def textbook(made, x):
             elif process.solver == "ddim":
                 variance = process.eta**2 * posterior
                 noise = (state - alpha * x0) / sigma
-                following = kept_s.sqrt() * x0 + (1 - kept_s - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * z
+                following = (
+                    kept_s.sqrt() * x0 + (1 - kept_s - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * z
+                )
             elif process.solver == "one_shot":
                 following = x0
             else:
@@ -143,7 +145,9 @@ def test_the_published_settings_are_those_of_their_papers():
     for made in RECIPES.values():
         process = made.process()
         rounds = process.rounds[::3]
-        process = replace(process, t_star=tuple(t for t, _ in rounds), steps=None if process.solver == "one_shot" else 6)
+        process = replace(
+            process, t_star=tuple(t for t, _ in rounds), steps=None if process.solver == "one_shot" else 6
+        )
         purifier = made.defence(Tiny(), Linear(), process=process, samples=2).double()
         (want, slope), (got, gradient) = both(purifier, images(2, (3, 32, 32), torch.float64))
         close(got, want, 1e-10)

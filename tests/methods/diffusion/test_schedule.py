@@ -47,7 +47,9 @@ def test_linear_and_cosine_are_those_of_their_papers():
 
 def test_vp_is_that_of_its_paper():
     vp, t = Schedule("vp"), 0.37
-    assert vp.alpha_bar(T(t, dtype=torch.float64)).item() == pytest.approx(math.exp(-0.1 * t - 19.9 * t**2 / 2), rel=EPS)
+    assert vp.alpha_bar(T(t, dtype=torch.float64)).item() == pytest.approx(
+        math.exp(-0.1 * t - 19.9 * t**2 / 2), rel=EPS
+    )
     assert vp.rate(T(t, dtype=torch.float64)).item() == pytest.approx(0.1 + 19.9 * t, rel=EPS)
     # beta(t) is minus the slope of the logarithm of alpha_bar
     at = T(t, dtype=torch.float64, requires_grad=True)
