@@ -121,7 +121,8 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
     *_, x, prediction = images
     rows, last, channels = x.shape[0], is_channels_last(prediction), prediction.shape[1]
     size = x.numel() // rows
-    block, warps = tile(size, x, prediction)
+    # a thread moves single numbers of a prediction in channels_last, and whole vectors of the state
+    block, warps = tile(size, x) if last else tile(size, x, prediction)
     coefficients = named[0].contiguous()
     with on(x):
         kernel[grid(rows, triton.cdiv(size, block))](
