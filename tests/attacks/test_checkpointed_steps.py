@@ -33,10 +33,10 @@ def test_the_gradients_are_those_of_plain_autograd(n):
 
     results = []
     for run in (plain, checkpointed_steps):
-        x, guide = (
-            torch.randn(3, 2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2)
-        )
-        x.requires_grad_(), guide.requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        x, guide = torch.randn(2, 3, 2, 5, 7, dtype=torch.float64, generator=generator).unbind()
+        x.requires_grad_()
+        guide.requires_grad_()
         weights = list(net.parameters())
         given = (guide,) if run is plain else ()
         options = {} if run is plain else {"inputs": [guide], "parameters": weights}

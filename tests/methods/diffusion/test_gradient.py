@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from live_bytes import LiveBytes
 
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.guidance import DISTANCES
+from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.ops import diffusion_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,10 +60,8 @@ def textbook(made, x):
                 following = mean if last else mean + deviation * z
             elif process.solver == "ddim":
                 variance = process.eta**2 * posterior
-                noise = (state - alpha * x0) / sigma
-                following = (
-                    kept_s.sqrt() * x0 + (1 - kept_s - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * z
-                )
+                ahead = (1 - kept_s - variance).clamp(min=0).sqrt() * (state - alpha * x0) / sigma
+                following = kept_s.sqrt() * x0 + ahead + variance.sqrt() * z
             elif process.solver == "one_shot":
                 following = x0
             else:
@@ -138,16 +138,10 @@ def test_it_is_that_of_plain_autograd(name, prediction, guidance, shape, samples
 
 def test_the_published_settings_are_those_of_their_papers():
     """Of each recipe a few steps, in float64: what its process makes of an image is what the formulas make of it."""
-    from dataclasses import replace
-
-    from purify_fast.methods.diffusion.recipes import RECIPES
-
     for made in RECIPES.values():
         process = made.process()
-        rounds = process.rounds[::3]
-        process = replace(
-            process, t_star=tuple(t for t, _ in rounds), steps=None if process.solver == "one_shot" else 6
-        )
+        starts, steps = tuple(t for t, _ in process.rounds[::3]), None if process.solver == "one_shot" else 6
+        process = replace(process, t_star=starts, steps=steps)
         purifier = made.defence(Tiny(), Linear(), process=process, samples=2).double()
         (want, slope), (got, gradient) = both(purifier, images(2, (3, 32, 32), torch.float64))
         close(got, want, 1e-10)

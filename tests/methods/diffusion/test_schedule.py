@@ -47,12 +47,10 @@ def test_linear_and_cosine_are_those_of_their_papers():
 
 def test_vp_is_that_of_its_paper():
     vp, t = Schedule("vp"), 0.37
-    assert vp.alpha_bar(T(t, dtype=torch.float64)).item() == pytest.approx(
-        math.exp(-0.1 * t - 19.9 * t**2 / 2), rel=EPS
-    )
-    assert vp.rate(T(t, dtype=torch.float64)).item() == pytest.approx(0.1 + 19.9 * t, rel=EPS)
-    # beta(t) is minus the slope of the logarithm of alpha_bar
     at = T(t, dtype=torch.float64, requires_grad=True)
+    assert vp.alpha_bar(at).item() == pytest.approx(math.exp(-0.1 * t - 19.9 * t**2 / 2), rel=EPS)
+    assert vp.rate(at).item() == pytest.approx(0.1 + 19.9 * t, rel=EPS)
+    # beta(t) is minus the slope of the logarithm of alpha_bar
     assert -torch.autograd.grad(vp.alpha_bar(at).log(), at)[0].item() == pytest.approx(vp.rate(at).item(), rel=1e-10)
     # the discrete schedule is the same process, up to the size of its steps
     assert Schedule().alpha_bar(T(0.5)).item() == pytest.approx(vp.alpha_bar(T(0.5)).item(), rel=2e-2)
@@ -141,6 +139,26 @@ def test_every_solver_finds_the_image_that_the_prediction_is_of(solver):
         ends.append(x)
     torch.testing.assert_close(ends[0], image, rtol=0, atol=5e-2 if solver in ("vp_sde", "ode") else 1e-8)
     torch.testing.assert_close(torch.stack(ends), ends[0].expand(3, 1), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_step_is_that_of_the_schedulers_of_diffusers(kind, prediction, numbers):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
+    x, m, _ = (number.float() for number in numbers)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[kind],
+        beta_start=1e-4,
+        prediction_type={"noise": "epsilon", "x0": "sample", "v": "v_prediction"}[prediction],
+        clip_sample=True,
+    )
+    scheduler.set_timesteps(50)
+    for index in (19, 79, 599):
+        want = scheduler.step(m, index, x, use_clipped_model_output=True).prev_sample
+        # a jump of 20 steps, the last one to the image
+        t, s = (index + 1) / 1000, (index + 1 - 20) / 1000
+        got = step(Schedule(kind), "ddim", t, s, x.double(), m.double(), 0, prediction=prediction, clip=True)
+        torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
 
 
 REFUSED = {
