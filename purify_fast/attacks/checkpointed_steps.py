@@ -110,10 +110,9 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     with torch.enable_grad(), autocast, _drawing_from(ctx.generators[i : i + 1], x.device):
         result = ctx.step(leaves[0], i, *leaves[1:])
     if not result.requires_grad:
-        if not needed[0]:
-            # x wants none here, and the step reads nothing else that does
-            return [None] * len(needed)
-        raise RuntimeError(f"step {i} records no gradient: it detaches its result, or runs under torch.no_grad()")
+        if needed[0]:
+            raise RuntimeError(f"step {i} records no gradient: it detaches its result, or runs under torch.no_grad()")
+        return [None] * len(needed)
     tensors = [*leaves, *others[ctx.count :]]
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
     found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))

@@ -41,7 +41,7 @@ from torch import Tensor
 from .._tensors import per_image, without_autocast
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import define_backward, define_op
+from .dispatch.registry import Launcher, define_backward, define_op
 from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
 from .stitch import layout
 
@@ -164,6 +164,7 @@ OP = define_op(
     fake=lambda x, *_: x.new_empty(x.shape),
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
+    triton=Launcher("diffusion_step", "forward"),
     replaces_many=("fixed", "learned", "noiseless"),
     compiler_fuses=("noiseless",),
     weigh=lambda x, prediction, *_: (prediction.dtype, x.numel()),
@@ -203,6 +204,15 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
     if coefficients.shape not in shapes or coefficients.dtype != x.dtype:
         got = f"{coefficients.dtype} {list(coefficients.shape)}"
         raise ValueError(f"coefficients must be {x.dtype} [8] or [B, 8] = {list(shapes[1])}, got {got}")
+
+
+def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In a graph, views of those that are given twice: torch.compile refuses them in one autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return given
+    return tuple(
+        one.view_as(one) if any(one is before for before in given[:at]) else one for at, one in enumerate(given)
+    )
 
 
 def diffusion_step(
@@ -255,4 +265,5 @@ def diffusion_step(
     which = variant(prediction.shape[1] > x.shape[1], noisy)
     kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
     call = reference if OP.plain(x.device, prediction.dtype, x.numel(), which) else kernel
-    return call(x, prediction, coefficients.detach(), seed, sample_ids, draws, step, noisy)
+    given = (x, prediction, coefficients.detach(), seed, sample_ids, draws, step)
+    return call(*_distinct(given), noisy)

@@ -99,7 +99,7 @@ FUNCTIONS = {
     **{
         f"diffusion_step {name}": Function(
             lambda x, m, coefficients, seed, ids, draws, noisy=name != "noiseless": ops.diffusion_step(
-                2 * x - 1, 2 * m - 1, coefficients, seed=seed, sample_ids=ids, draws=draws, step=seed, noisy=noisy
+                2 * x - 1, 2 * m - 1, coefficients, seed=seed, sample_ids=ids, draws=draws, step=seed + 1, noisy=noisy
             ),
             states_and_predictions(2 if name == "learned" else 1), gradients=2,
             compiler="inductor" if name == "learned" else "aot_eager",

@@ -68,6 +68,20 @@ def test_a_row_has_its_noise_wherever_it_stands(backend):
     assert torch.equal(diffusion_step(x[order], m[order], coefficients(), **moved), whole[order])
 
 
+def test_one_tensor_in_two_places_compiles(backend):
+    """The forward process gives the image as the prediction too, and a seed may be a step."""
+    x = numbers(2, 1, 4, 4).float().requires_grad_()
+    values, one = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=0.8, noise=0.6), torch.tensor([1])
+
+    def noised(x: Tensor) -> Tensor:
+        ids = torch.zeros(2, dtype=torch.int64)
+        return diffusion_step(x, x, values, seed=one, sample_ids=ids, draws=ids, step=one)
+
+    compiled = torch.compile(noised, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, noised(x))
+    assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
+
+
 # the solvers: a state whose noise is predicted exactly is led to where the closed form says
 
 
