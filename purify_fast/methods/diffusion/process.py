@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._validation import AtLeast0, Share, check_counts, check_types
+from ...ops.diffusion_step import STEPS
 from .guidance import Guidance
 from .schedule import Schedule, Times
 from .solvers import Prediction, Solver, Variance, denoising, noising
@@ -75,7 +76,8 @@ class Process:
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         check_types(self)
         counts = [n for _, n in self.rounds if n is not None]
-        check_counts(**{"each of steps": min(counts, default=1)})
+        for count in counts:
+            check_counts(steps=count)
         if self.solver == "one_shot" and set(counts) - {1}:
             raise ValueError(f"steps must be 1 or None for one_shot, which takes one step, got {self.steps}")
         if self.eta and self.solver != "ddim":
@@ -86,8 +88,10 @@ class Process:
                 "guidance moves a step by the variance of its noise: it goes with ddpm of a small or large variance, "
                 f"ddim with eta above 0, and vp_sde, got solver {self.solver!r} with variance {self.variance!r}"
             )
-        # refuses what the schedule does not have
-        self.table()
+        # refuses what the schedule does not have; guidance draws its noise beside that of the steps
+        rows = len(self.table()[1])
+        if 2 * rows > STEPS:
+            raise ValueError(f"steps must be fewer in all rounds, {STEPS // 2} with one more for each, got {rows}")
 
     @classmethod
     def of(cls, given: Process | Mapping[str, Any]) -> Process:

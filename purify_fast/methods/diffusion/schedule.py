@@ -21,13 +21,15 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from ..._validation import Count, Range, check_types
+from ..._validation import Range, check_types
 
 ScheduleKind = Literal["linear", "cosine", "vp"]
 #: How a denoiser wants to be told the time.
 Times = Literal["index", "rescaled", "continuous"]
 #: Steps of which betas are given: a schedule of fewer has larger ones.
 USUAL_STEPS = 1000
+#: As many training steps, and steps of a reverse process, are allowed.
+MOST_STEPS = 10_000
 #: No step of a cosine schedule adds more noise.
 LARGEST_BETA = 0.999
 #: Where a process in continuous time ends: at 0 the score is infinite. NVlabs/DiffPure, runners/diffpure_sde.py:228.
@@ -50,7 +52,7 @@ class Schedule:
     """
 
     kind: ScheduleKind = "linear"
-    steps: Count = USUAL_STEPS
+    steps: Annotated[int, Range(1, MOST_STEPS)] = USUAL_STEPS
     first_beta: Beta = 1e-4
     last_beta: Beta = 0.02
 
@@ -119,7 +121,7 @@ class Schedule:
 
         Args:
             start: t*, in (0, 1].
-            steps: how many steps are taken; None: every training step.
+            steps: how many steps are taken, at least 1; None: every training step.
 
         Raises:
             ValueError: a start outside of (0, 1], or more steps than there are.
@@ -128,6 +130,8 @@ class Schedule:
         if first < 1:
             raise ValueError(f"t_star must be in (0, 1], and at least one of {self.steps} steps, got {start}")
         steps = first if steps is None else steps
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")
         if self.is_continuous:
             times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
             times[-1] = END
