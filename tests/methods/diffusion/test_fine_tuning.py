@@ -91,13 +91,16 @@ def test_the_gradient_is_that_of_a_plain_loop(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_fine_tuning_lowers_the_cross_entropy(precision, tmp_path):
     standard, digits = zoo.load("digits-standard"), data.load_dataset("digits")
-    defence = DiffusionPurifier(UNet(1, 8), standard, (1, 16, 16), Process(t_star=0.2, steps=2))
+    torch.manual_seed(0)
+    # one step to an image, which a fresh network predicts to be grey
+    process = Process(prediction="x0", solver="one_shot", t_star=0.2)
+    defence = DiffusionPurifier(UNet(1, 8), standard, (1, 16, 16), process)
     start = {name: value.clone() for name, value in defence.state_dict().items()}
     config = DiffusionConfig(attack=ATTACK, learning_rate=1e-2, precision=precision, ema_decay=0.5)
     task = PurificationTask(defence, config)
-    fit(task, digits.x_train[:128], digits.y_train[:128], FitConfig(5, 32), tmp_path, progress=False)
+    fit(task, digits.x_train[:128], digits.y_train[:128], FitConfig(8, 32), tmp_path, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["cross_entropy"] < 0.8 * rows[0]["cross_entropy"]
+    assert rows[-1]["cross_entropy"] < 0.85 * rows[0]["cross_entropy"]
     now = defence.state_dict()
     assert all(torch.equal(now[name], value) for name, value in start.items() if name.startswith("classifier"))
     average = task.average.module.state_dict()
