@@ -35,6 +35,7 @@ from purify_fast._files import write_text
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import Attack, AttackContext, frozen
 from purify_fast.attacks.autoattack import implementation
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.rows import Judge, has_fallen
 from purify_fast.attacks.in_turn import InTurn
@@ -153,7 +154,7 @@ class Protocol:
         whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         listed = []
-        for spec in protocol_attacks(self.name, whole, subject.eps):
+        for spec in protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps)):
             if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
                 raise ValueError(f"the contests run attacks on the model as it is, and {self.name} has {spec}")
             given = {name: getattr(spec.resolved, name, None) for name in most}

@@ -133,16 +133,14 @@ class AutoAttack:
         check_literal("version", version, Version)
         if is_tf_model:
             raise ValueError("is_tf_model must be False: models of TensorFlow are not supported")
-        if (version == "custom") != (len(attacks_to_run) > 0):
-            allowed = ", ".join(get_args(AttackName))
+        if version != "custom" and len(attacks_to_run) > 0:
             raise ValueError(
-                f"attacks_to_run goes with version='custom', and needs one of {allowed}; got {list(attacks_to_run)!r} "
-                f"with version={version!r}"
+                f"attacks_to_run goes with version='custom'; got {list(attacks_to_run)!r} with version={version!r}"
             )
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.version, self.log_path = version, log_path
         self.device = None if device is None else torch.device(device)
-        self.attacks_to_run: list[AttackName] = list(attacks_to_run or RUN[version])
+        self.attacks_to_run: list[AttackName] = list(RUN.get(version, attacks_to_run))
         self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
         self.fab, self.square = FabSettings(), SquareSettings()
         if version == "rand":
@@ -184,7 +182,7 @@ class AutoAttack:
                 f"state_path must be None, got {state_path!r}: what can be interrupted and goes on is "
                 "purify_fast.evaluate(..., protocol='standard', out=FOLDER)"
             )
-        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels)
+        return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
 
     def run_standard_evaluation_individual(
         self,
@@ -211,7 +209,7 @@ class AutoAttack:
             ValueError: wrong images, labels, names or counts.
         """
         size = batch_size or bs
-        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self.attacks_to_run}
+        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of images that one prediction classifies correctly.
@@ -226,7 +224,14 @@ class AutoAttack:
         """
         check_at_least_one(bs=bs)
         x, y = collect(x_orig, y_orig)
-        return float((self._predicted(x, bs) == y).float().mean())
+        return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
+
+    def _chosen(self) -> list[AttackName]:
+        """The names of the attacks, which may have been given after the construction."""
+        if not self.attacks_to_run:
+            allowed = ", ".join(get_args(AttackName))
+            raise ValueError(f"attacks_to_run must have some of {allowed}, got {self.attacks_to_run!r}")
+        return self.attacks_to_run
 
     @whole_float32_by_default()
     @torch.inference_mode(False)

@@ -39,6 +39,25 @@ def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
     assert torch.equal(adversary.run_standard_evaluation(x, y, batch_size=30), found)
 
 
+class Elsewhere(torch.Tensor):
+    """Labels on another device, as far as a CPU can tell: nothing can be computed before ``to``."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
+        if func is not torch.Tensor.to and func.__name__ not in ("__get__", "is_inference", "is_floating_point"):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return func(*plain, **(kwargs or {}))
+
+
+def test_labels_may_be_on_another_device_than_the_images(plain):
+    model, x, y = plain
+    adversary, elsewhere = Short(model), y.as_subclass(Elsewhere)
+    found = adversary.run_standard_evaluation(x, elsewhere)
+    assert torch.equal(found, adversary.run_standard_evaluation(x, y))
+    assert adversary.clean_accuracy(found, elsewhere) == adversary.clean_accuracy(found, y)
+
+
 def test_settings_are_the_originals_and_the_log_tells_the_accuracy(plain, tmp_path, capsys):
     model, x, y = plain
     standard, plus, rand = (AutoAttack(model, version=version).apgd for version in RUN)
@@ -51,6 +70,10 @@ def test_settings_are_the_originals_and_the_log_tells_the_accuracy(plain, tmp_pa
     left = adversary.clean_accuracy(adversary.run_standard_evaluation(x, y), y)
     assert f"robust accuracy after SQUARE: {left:.2%}" in log.read_text() and "APGD" not in log.read_text()
     assert capsys.readouterr().out == log.read_text()
+    # as scripts for the original choose attacks
+    later = Short(model, version="custom")
+    later.attacks_to_run = ["square"]
+    assert torch.equal(later.run_standard_evaluation(x, y), adversary.run_standard_evaluation(x, y))
 
 
 def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
@@ -74,6 +97,7 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
         ({"is_tf_model": True}, {}, "is_tf_model must be False"),
         ({"attacks_to_run": ["square"]}, {}, "attacks_to_run goes with version='custom'"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
+        ({"version": "custom"}, {}, "attacks_to_run must have some of apgd-ce"),
         ({}, {"state_path": "state.json"}, "state_path must be None"),
         ({}, {"bs": 0}, "bs must be at least 1"),
     ],

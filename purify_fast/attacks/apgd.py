@@ -66,8 +66,8 @@ class APGD(TargetedAttack):
     def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)
         if loss not in TARGETED:
-            return self.full_name(f"APGD-{steps} {loss}", targeted=False)
-        return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"))
+            return self.full_name(f"APGD-{steps} {loss}", context, targeted=False)
+        return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"), context)
 
     def targets(self, context: AttackContext) -> int | None:
         return super().targets(context) if self.decided(context).loss in TARGETED else None
@@ -76,13 +76,13 @@ class APGD(TargetedAttack):
         steps, draws, loss = self.decided(context)
         runs = self.restarts * (self.targets(context) or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # the clean image is judged, and a prediction tells the number of classes
-        before = context.judges(draws) + (loss in FEWEST_CLASSES)
-        before += self.cost_of_order(context) if loss in TARGETED or self.nearest_first else 0
+        # the clean image is judged, and a prediction tells the order or the number of classes
+        in_order = loss in TARGETED or self.in_order(context)
+        before = context.judges(draws) + (self.cost_of_order(context) if in_order else loss in FEWEST_CLASSES)
         return runs * (steps * draws + at_the_end) + before
 
     def revision(self) -> str:
-        return "6"
+        return "7"
 
     def leaves(self) -> bool:
         return self.leave_when_fallen
@@ -101,7 +101,7 @@ class APGD(TargetedAttack):
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
         loss = objective.loss
         if loss in FEWEST_CLASSES:
-            classes = active.judge.logits(active.x[:1]).shape[1]
+            classes = active.logits().shape[1]
             if classes < FEWEST_CLASSES[loss]:
                 least = FEWEST_CLASSES[loss]
                 raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
@@ -201,6 +201,7 @@ class AutoPgd(RowSearch):
             self.point, self.previous = self._move(i, origin, gradient), origin
         self._see_move(slice(None))
         if self.claims:
+            self.active.tried[self.rows.owner] = True
             self._finish(slice(None))
 
     def _look(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .._validation import Count, GradientPrecision, Norm, Share, check_types
+from .._validation import Count, GradientPrecision, Norm, ShareAbove0, check_types
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
@@ -22,7 +22,7 @@ from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.rows import CANDIDATES, ActiveSet, Borders, Goals, Judge, Rows, nearest_borders, waves
-from .losses import Loss, margin, usable_loss
+from .losses import Loss, margin, scaled_margin, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
 
@@ -70,6 +70,7 @@ class AttackContext:
             attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
         warnings: an attack appends what the reader of its result must know.
         fell_to: an attack that tries several targets or restarts adds to the name of each how many images fell to it.
+        unsearched: an attack that searches some images first, and may then end, appends how many it left out.
 
     Raises:
         ValueError: a name or a count that is not allowed.
@@ -96,6 +97,7 @@ class AttackContext:
     gradients_from: Classifier | None = None
     warnings: list[str] = field(default_factory=list)
     fell_to: dict[str, int] = field(default_factory=dict)
+    unsearched: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_at_least_one(
@@ -332,9 +334,10 @@ class EngineAttack(BallAttack):
             after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 500th query on. Auto-PGD never
             does so in the l1 ball or where fallen images stay, and Square with several draws. DeepFool, C&W and
             HopSkipJump refuse it: theirs is no steady pace.
-        nearest_first: the share of a batch's images, at least 8, that are searched at once, those that are nearest to a
-            border before the attack first; the attack ends with the first such group of which no image falls. None, or
-            a model that is judged by several draws: all images are searched.
+        nearest_first: the share of a batch's images, above 0 and at least 8 of them, that are searched at once: those
+            nearest to a border before the attack first, and some drawn by lot. The attack ends with the first such
+            group of which no image falls, unless all its searches stood still when they were given up. None, or a model
+            that is judged by several draws: all images are searched.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -346,7 +349,7 @@ class EngineAttack(BallAttack):
     restarts: Count = 1
     precision: GradientPrecision = "auto"
     give_up: bool = False
-    nearest_first: Share | None = None
+    nearest_first: ShareAbove0 | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -372,17 +375,23 @@ class EngineAttack(BallAttack):
                     apart = drawn_once_per_call(source, x, draws, most)
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
                 active.judge_clean_images(leave=self.leaves())
-                # a random model's images fall bit by bit: a group of which none falls for certain proves nothing
-                if self.nearest_first is None or judges > 1:
+                if self.nearest_first is None or not self.in_order(context):
                     self.explore(active, objective, context)
                 else:
-                    for _ in active.groups(self.distance(active, objective), self.nearest_first):
+                    distance = self.distance(active, objective)
+                    for _ in active.groups(distance, self.nearest_first, context.seed):
                         self.explore(active, objective, context)
+                    context.unsearched.append(active.unsearched)
         return active.best
 
-    def labeled(self, name: str) -> str:
+    def in_order(self, context: AttackContext) -> bool:
+        """Whether the images nearest to a border are searched first, and the attack may end with them."""
+        # a random model's images fall bit by bit: a group of which none falls for certain proves nothing
+        return self.nearest_first is not None and context.judges(self.draws(context)) == 1
+
+    def labeled(self, name: str, context: AttackContext) -> str:
         """A name with the number of restarts, and with the order of the images."""
-        return name + times(self.restarts) + (", nearest first" if self.nearest_first else "")
+        return name + times(self.restarts) + (", nearest first" if self.in_order(context) else "")
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         # the groups are those of the images that are attacked together
@@ -394,8 +403,10 @@ class EngineAttack(BallAttack):
         return True
 
     def distance(self, active: ActiveSet, objective: Objective) -> Tensor:
-        """How far images are from a border, ``[N]``: here by how much the label leads."""
-        return -margin(active.judge.logits(active.x), active.y)
+        """How far images are from a border, ``[N]``: here by how much the label leads, over the logits' spread."""
+        logits = active.logits()
+        # some images may have logits many times as large as others; of two classes the spread is the margin itself
+        return -(scaled_margin if logits.shape[1] > 2 else margin)(logits, active.y)
 
     def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
         """The rows of the runs towards some goals."""
@@ -432,12 +443,12 @@ class TargetedAttack(EngineAttack):
     steps: Count | None = None
     n_target_classes: Count | None = usual_targets
 
-    def full_name(self, name: str, targeted: bool = True) -> str:
+    def full_name(self, name: str, context: AttackContext, targeted: bool = True) -> str:
         """A name with the number of target classes where that is not the usual one, and of restarts."""
         count = self.n_target_classes
         if targeted and count != self.usual_targets:
             name += f", {'all' if count is None else count} targets"
-        return self.labeled(name)
+        return self.labeled(name, context)
 
     def targets(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""

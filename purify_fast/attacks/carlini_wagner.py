@@ -54,15 +54,17 @@ class CarliniWagner(EngineAttack):
     constants: Count = CONSTANTS
 
     def name(self, context: AttackContext) -> str:
-        return self.labeled(f"C&W {self.constants} x {self.decided(context).steps}")
+        return self.labeled(f"C&W {self.constants} x {self.decided(context).steps}", context)
 
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
-        return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + judges
+        # the order of the images takes a prediction
+        before = judges + self.in_order(context)
+        return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + before
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         steps = self.decided(context).steps * self.constants
@@ -135,6 +137,8 @@ class _CarliniWagnerSearch(NearestSearch):
         moved = (self.point - self.rows.x).to(self.w.dtype) / (2 * self.half)
         slope = 2 * moved - per_image(weight, moved) * gradient.image.to(self.w.dtype) * 2 * self.half
         slope = slope * (1 - torch.tanh(self.w).square()) / 2
+        # the means would keep what is not finite, as is the square of a number that is too large
+        slope = torch.where(slope.square().isfinite(), slope, 0.0)
         self.mean = torch.lerp(slope, self.mean, BETAS[0])
         self.square = torch.lerp(slope.square(), self.square, BETAS[1])
         mean, square = self.mean / (1 - BETAS[0] ** step), self.square / (1 - BETAS[1] ** step)

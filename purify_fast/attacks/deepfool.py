@@ -46,18 +46,20 @@ class DeepFool(TargetedAttack):
     loss: ClassVar[str] = "margin"
 
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"DeepFool {self.decided(context).steps}")
+        return self.full_name(f"DeepFool {self.decided(context).steps}", context)
 
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
-        return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + judges + 1
+        # the clean image tells the likeliest classes
+        before = judges + (self.cost_of_order(context) if self.in_order(context) else 1)
+        return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + before
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        classes = likeliest_wrong(active.judge.logits(active.x), active.y, self.n_target_classes)
+        classes = likeliest_wrong(active.logits(), active.y, self.n_target_classes)
         # what is captured on a GPU is a step towards one class
         objective = replace(objective, graphs=None)
         for rows in self.waves(active, (None,), context, at_image=True):

@@ -45,7 +45,7 @@ class FABT(TargetedAttack):
     loss: ClassVar[str] = "margin_targeted"
 
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"FAB-T {self.decided(context).steps}")
+        return self.full_name(f"FAB-T {self.decided(context).steps}", context)
 
     def cost(self, context: AttackContext) -> int:
         # at the end the last point is looked at, and the nearest one is tried and judged
@@ -54,7 +54,7 @@ class FABT(TargetedAttack):
         return runs * ((steps + 2) * draws + judges) + judges + self.cost_of_order(context)
 
     def revision(self) -> str:
-        return "6"
+        return "7"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = self.borders(active, objective).classes

@@ -68,14 +68,14 @@ class HopSkipJump(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        return self.labeled(f"HopSkipJump{queries}")
+        return self.labeled(f"HopSkipJump{queries}", context)
 
     def cost(self, context: AttackContext) -> int:
         judges = context.judges(self.draws(context))
         return self.restarts * (self.n_queries * self.draws(context) + 2 * judges) + judges
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         # where the search begins depends on the images that are attacked together
@@ -83,7 +83,7 @@ class HopSkipJump(EngineAttack):
 
     @torch.no_grad()
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        decided = active.judge.logits(active.x).argmax(1)
+        decided = active.logits().argmax(1)
         # there is no gradient that could be captured
         objective = replace(objective, graphs=None)
         most = max(FEWEST_ROWS, len(active.x)) if context.batch_size is None else context.batch_size
@@ -164,7 +164,7 @@ class _HopSkipJumpSearch(NearestSearch):
             directions = min(int(FIRST_DIRECTIONS * math.sqrt(iteration)), MOST_DIRECTIONS)
             queries += directions + LENGTHS + self.halvings
             if queries > self.steps:
-                self._offer(self.rows, self.nearest)
+                self._end()
                 return
             self._hop(iteration, directions)
             self._go_back()

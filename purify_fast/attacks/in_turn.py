@@ -22,7 +22,7 @@ class InTurn:
     Args:
         model: images to logits; an ``nn.Module`` is frozen while it is attacked, then restored.
         x: images, float32 ``[N, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[N]``.
+        y: labels, int64 ``[N]``, on any device.
         context: what the attacks are told; its ``sample_ids`` are not looked at.
         device: where the model computes; None: where the images are.
 
@@ -34,7 +34,7 @@ class InTurn:
     def __init__(
         self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, device: torch.device | None = None
     ):
-        self.model, self.x, self.y, self.context = model, x, y, context
+        self.model, self.x, self.y, self.context = model, x, y.to(x.device), context
         self.device = x.device if device is None else device
         draws, most = context.judges(context.eot_iter), context.max_forward_batch
         with frozen(model):

@@ -66,10 +66,10 @@ class Square(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        return self.labeled(f"Square{queries}")
+        return self.labeled(f"Square{queries}", context)
 
     def revision(self) -> str:
-        return "5"
+        return "6"
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
@@ -178,9 +178,10 @@ class _SquareSearch(RowState):
             if rounds % ROUNDS == 0:
                 self._shrink()
             if self.reach is not None and self.reach.due(query):
-                self._give_up(some_of(self.reach.lost(query, -self.margin)))
+                self._give_up(self.reach, some_of(self.reach.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
+        self.active.tried[self.owner] = True
         self._offer(slice(None))
 
     def _offer(self, rows: slice | Tensor) -> None:
@@ -234,10 +235,11 @@ class _SquareSearch(RowState):
             # the highest of many noisy margins is high by luck
             self.share, self.margin = self._scored(self.point)
 
-    def _give_up(self, lost: Tensor | None) -> None:
+    def _give_up(self, reach: Reach, lost: Tensor | None) -> None:
         """Let the rows leave that are out of reach, bool ``[R]``."""
         if lost is None:
             return
+        self.active.tried[self.owner[lost & reach.came_nearer]] = True
         self._offer(lost.nonzero()[:, 0])
         staying = self.active.staying(self.owner, lost)
         if staying is not None:

@@ -19,17 +19,32 @@ LEAD = 1e-3
 LARGEST = 1e30
 
 
+def undecided(logits: Tensor) -> Tensor:
+    """Which predictions name no class, bool ``[...]``: with a NaN, or with a largest logit that is infinite and shared.
+
+    A single infinity is a decision: CARSO's published output has them where it is sure.
+
+    Args:
+        logits: floating point ``[..., classes]``.
+    """
+    top = logits.topk(min(2, logits.shape[-1]), -1).values
+    shared = (top[..., 0] == top[..., -1]) & top[..., 0].isinf() & (logits.shape[-1] > 1)
+    return logits.isnan().any(-1) | shared
+
+
 def majority(logits: Tensor) -> Tensor:
     """Logits whose largest is of the class that most of several draws name; ``[B, classes]``, float32 or float64.
 
     A count of votes has no gradient. So the logits are soft votes, the logarithms of the mean probabilities over the
     draws, and the gradient is theirs. Where another class has most votes than the soft ones say, its logit is raised
-    until it leads; of several classes with most votes the soft votes decide. A draw with NaN makes the prediction NaN.
+    until it leads; of several classes with most votes the soft votes decide. A draw that names no class (`undecided`)
+    makes the prediction NaN.
 
     Args:
         logits: of each draw, ``[draws, B, classes]``, floating point.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-LARGEST, LARGEST)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
     soft = logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
     votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
     first = soft.detach().masked_fill(votes < votes.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)

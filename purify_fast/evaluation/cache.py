@@ -59,6 +59,7 @@ class AttackedBatch:
         seconds: how long it took.
         warnings: what the attack told.
         fallen: how many images fell to what, by name.
+        unsearched: how many images were left out, of an attack that may end before all are searched.
     """
 
     images: Tensor
@@ -67,6 +68,7 @@ class AttackedBatch:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
+    unsearched: list[int] = field(default_factory=list)
 
 
 class PartialRow:

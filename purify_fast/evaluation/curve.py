@@ -7,6 +7,7 @@ above only if it did not, until it falls. The accuracy can only fall with the ra
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,12 @@ from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
 from .cache import PartialRow
 from .measure import Measure
-from .plan import ball_name, clean_name, row_name, threat_name
+from .plan import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
 from .specs import AttackSpec, FunctionAttack
+
+#: Raised whenever a row of a radius would come out differently: kept rows are used again by this number.
+REVISION = 1
 
 
 def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
@@ -35,13 +39,18 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         largest: what a radius may be at most.
 
     Raises:
-        ValueError: a radius that is not above 0, or too large.
+        ValueError: a radius that is not above 0, or too large, or several that a report would call by one name.
     """
     for radius in curve:
         # written so that NaN is refused too
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
-    return sorted({float(radius) for radius in curve} - {float(eps)})
+    radii = sorted({float(eps), *map(float, curve)})
+    for one, other in itertools.pairwise(radii):
+        if short(one) == short(other):
+            raise ValueError(f"curve must be radii of different names, got {one} and {other}, both named {short(one)}")
+    radii.remove(float(eps))
+    return radii
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
@@ -110,7 +119,7 @@ class Curve:
                 rows.append(row)
                 standing = row.robust & ~safe
                 points = measure.subject.x.clone()
-                points[torch.from_numpy(standing)] = torch.from_numpy(row.points)
+                points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(points.device)
                 before, row.points = (radius, points), None
         return rows
 
@@ -157,17 +166,20 @@ def _row(specs: Sequence[AttackSpec], radius: float, measure: Measure, images: I
 
     def make(_: PartialRow) -> Row:
         alive, health, seconds = standing.copy(), Counter[str](), 0.0
-        best, lead = subject.x.clone(), np.full(len(alive), np.inf, dtype=np.float32)
+        best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
         for spec in at_radius:
             if not alive.any():
                 break
             sums = measure.attack(spec, alive, PartialRow(None), begin).sums
-            judged = subject.judge(sums.images, "random", "judge")
-            # the point of the smallest lead is nearest to falling
-            closer = alive & (judged.margins < lead)
-            best[torch.from_numpy(closer)] = sums.images[torch.from_numpy(closer)]
-            lead = np.where(closer, judged.margins, lead)
-            alive &= judged.right.all(0)
+            index = torch.from_numpy(alive).nonzero()[:, 0]
+            judged = subject.judge(sums.images[index], "random", "judge", index=index)
+            # The point of the smallest lead is nearest to falling. A lead that is no number is larger than any other,
+            # and still better than none.
+            margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
+            closer = index[margins < lead[index]]
+            best[closer] = sums.images[closer]
+            lead[index] = torch.minimum(lead[index], margins)
+            alive[index] = judged.right.all(0)
             health.update(sums.health)
             seconds += sums.seconds
         robust = alive | safe
@@ -176,13 +188,13 @@ def _row(specs: Sequence[AttackSpec], radius: float, measure: Measure, images: I
             model=measure.name, attack="", kind="worst", variant="random", robust=robust, mean=share, worst=share,
             n_eval=subject.judges("random"), seed=subject.seed, seconds=seconds, data=subject.data,
             health=dict(health) if health["gradients"] else None, reliable=GradientHealth(dict(health)).reliable,
-            settings=settings, points=best[torch.from_numpy(alive)].numpy(),
+            settings=settings, points=best[torch.from_numpy(alive)].cpu().numpy(),
         )  # fmt: skip
 
     given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
     given += [] if begin is None else [digest(begin)]
     details = [measure.settings_of(spec) for spec in at_radius]
-    row = measure.kept(settings | {"attacks": details, "images": given}, at_radius, make)
+    row = measure.kept(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
     row.threat = ball_name(norm, radius)
     row.attack = f"worst, {row.threat}"
     measure.progress.next_row()

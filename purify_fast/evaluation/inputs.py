@@ -18,7 +18,7 @@ INSTEAD_OF_PROBABILITIES = (
 
 
 def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Images and labels as `evaluate` needs them, a part after the other; no more than one is held.
+    """Images and labels as `evaluate` needs them, a part after the other.
 
     Args:
         x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``, which are one part; or, without ``y``, a DataLoader or
@@ -41,8 +41,10 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     labels: list[Tensor] = []
     for batch, batch_labels in _read(x):
         if sum(map(len, images)) >= least:
-            yield *collect(torch.cat(images), torch.cat(labels)), True
+            part = collect(torch.cat(images), torch.cat(labels))
+            # the batches are not held while the part is attacked
             images, labels = [], []
+            yield *part, True
         images.append(batch)
         labels.append(batch_labels)
     if not images:

@@ -264,6 +264,8 @@ class Measure:
             settings["warnings"] = sums.warnings
         if sums.fallen:
             settings["fallen to"] = sums.fallen
+        if sums.unsearched:
+            settings["unsearched"] = sum(sums.unsearched)
         sums.images = sums.images[: len(alive)]
         return Outcome(spec, index, sums, settings)
 
@@ -388,6 +390,7 @@ def attack_in_batches(
         sums.seconds += batch.seconds
         health.update(batch.health)
         fallen.update(batch.fallen)
+        sums.unsearched += batch.unsearched
         sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
     sums.health, sums.fallen = dict(health), dict(fallen)
     return sums
@@ -402,7 +405,9 @@ def _attack(
     def search() -> tuple[Tensor, AttackContext, GradientHealth]:
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
-        told = dataclasses.replace(context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={})
+        told = dataclasses.replace(
+            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, unsearched=[]
+        )
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
         return attack.search(target, x.clone(), y, told), told, health
 
@@ -412,4 +417,6 @@ def _attack(
     counts = {name: health.count(name) for name in COUNTS}
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     seconds = time.perf_counter() - begin
-    return AttackedBatch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.fell_to)
+    batch = AttackedBatch(images.detach().cpu(), counts, states, seconds)
+    batch.warnings, batch.fallen, batch.unsearched = told.warnings, told.fell_to, told.unsearched
+    return batch

@@ -134,7 +134,7 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
-    """The row's name, the same for a random model and a deterministic one, so that they stand side by side."""
+    """The row's name, of a random model as of a deterministic one, but for the order in which images are searched."""
     name = _own_name(spec, context) if spec.label is None else spec.label
     # a label may say so itself
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
@@ -143,7 +143,9 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
 
 
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    name = spec.resolved.name(context)
+    # without its noise, or with the same one, a model answers the same every time
+    own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
+    name = spec.resolved.name(own)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
     if spec.target is not None:

@@ -1,4 +1,4 @@
-"""Which attacks are run: protocols by name, each a function from the model and the radius to a list of attacks.
+"""Which attacks are run: protocols by name, each a function from the model and the ball to a list of attacks.
 
 To add one, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: what has fallen
 is attacked no more, so that the costly ones see few images.
@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
+from ..attacks.base import ThreatModel
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
 from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
@@ -31,20 +32,22 @@ RAND_DRAWS = 20
 RESTARTS = 2
 
 
-def protocol_attacks(name: str, subject: Subject, eps: float, base: Classifier | None = None) -> list[AttackSpec]:
+def protocol_attacks(
+    name: str, subject: Subject, ball: ThreatModel, base: Classifier | None = None
+) -> list[AttackSpec]:
     """The attacks of a protocol, in their order.
 
     Args:
         name: of the protocol, one of `ProtocolName`.
         subject: what is attacked.
-        eps: radius of the report's ball, in image units.
+        ball: norm and radius of the report.
         base: an undefended classifier to transfer from.
 
     Raises:
         ValueError: another name.
     """
     check_literal("protocol", name, ProtocolName)
-    attacks = PROTOCOLS[name](subject, eps)
+    attacks = PROTOCOLS[name](subject, ball)
     # an evaluation of others has no such row
     if base is not None and name != "authors":
         attacks.append(_left(PGD(), "transfer from the base", target=base))
@@ -56,39 +59,37 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
-def _fast(subject: Subject, eps: float) -> list[AttackSpec]:
+def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     few = APGD(loss="dlr_targeted", steps=50, n_target_classes=4, give_up=True, nearest_first=1 / 8)
     if subject.is_random:
-        few = replace(few, loss="margin_targeted", nearest_first=None)
+        few = replace(few, loss="margin_targeted")
     return [_left(APGD(loss="margin", steps=FIRST_STEPS)), _left(few)]
 
 
-def _standard(subject: Subject, eps: float) -> list[AttackSpec]:
+def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("dlr_targeted", "ce", "margin_targeted")
-    # the distance to the border of a random model is uncertain, and so is the order by it
-    quarter, eighth = (None, None) if subject.is_random else (1 / 4, 1 / 8)
     attacks = [
         APGD(loss="margin", steps=FIRST_STEPS),
-        *(APGD(loss=loss, give_up=True, nearest_first=quarter) for loss in losses),
-        FABT(give_up=True, nearest_first=eighth),
-        Square(give_up=True, nearest_first=eighth),
+        *(APGD(loss=loss, give_up=True, nearest_first=1 / 4) for loss in losses),
+        FABT(give_up=True, nearest_first=1 / 8),
+        Square(give_up=True, nearest_first=1 / 8),
     ]
-    return [_left(attack) for attack in attacks] + _without_noise(subject)
+    return [_left(attack) for attack in attacks] + _without_noise(subject, ball)
 
 
-def _without_noise(subject: Subject) -> list[AttackSpec]:
+def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """For a random model: what its deterministic version falls to, tried on the model itself."""
     if not (subject.is_random and supports(subject.single, DeterministicMode)):
         return []
-    return [_transferred(*pair) for pair in subject.surrogates() if isinstance(pair[1], WithoutNoise)]
+    return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
 
 
-def _rand(subject: Subject, eps: float) -> list[AttackSpec]:
+def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
     return [_left(APGD(loss=loss, eot_iter=RAND_DRAWS, give_up=True)) for loss in losses]
 
 
-def _strong(subject: Subject, eps: float) -> list[AttackSpec]:
+def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     # every search to its end: what the other protocols give up is looked at here
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
@@ -96,7 +97,7 @@ def _strong(subject: Subject, eps: float) -> list[AttackSpec]:
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
     if supports(subject.single, SampleLogits):
         attacks += [_head(subject.single, head) for head in HEADS]
-    attacks += [_transferred(*pair) for pair in subject.surrogates()]
+    attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
@@ -115,7 +116,7 @@ def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
     return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate)
 
 
-def _official(subject: Subject, eps: float) -> list[AttackSpec]:
+def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if not subject.is_random:
         return [AttackSpec(AutoAttack())]
     quiet: list[AttackSpec] = []
@@ -126,9 +127,9 @@ def _official(subject: Subject, eps: float) -> list[AttackSpec]:
     return [*quiet, AttackSpec(AutoAttack(version="rand"))]
 
 
-def _authors(subject: Subject, eps: float) -> list[AttackSpec]:
+def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if supports(subject.single, AuthorsEvaluation):
-        return list(cast(AuthorsEvaluation, subject.single).authors_attacks(eps))
+        return list(cast(AuthorsEvaluation, subject.single).authors_attacks(ball.eps))
     return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.single)]
 
 
@@ -154,7 +155,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
 
 
 #: Every protocol by its name.
-PROTOCOLS: dict[str, Callable[[Subject, float], list[AttackSpec]]] = {
+PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
     "fast": _fast,
     "standard": _standard,
     "rand": _rand,

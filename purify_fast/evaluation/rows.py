@@ -226,6 +226,8 @@ def joined(row: Row, following: Row) -> Row:
         summed["attacked"] = row.settings["attacked"] + following.settings["attacked"]
     if fallen := [part.settings["fallen to"] for part in (row, following) if "fallen to" in part.settings]:
         summed["fallen to"] = dict(sum(map(Counter, fallen), Counter[str]()))
+    if unsearched := [part.settings["unsearched"] for part in (row, following) if "unsearched" in part.settings]:
+        summed["unsearched"] = sum(unsearched)
     if "warnings" in row.settings:
         summed["warnings"] = list(dict.fromkeys([*row.settings["warnings"], *following.settings["warnings"]]))
     shown = [part.examples for part in (row, following) if part.examples is not None]

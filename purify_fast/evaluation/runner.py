@@ -28,6 +28,7 @@ from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.autoattack import implementation
+from ..attacks.base import ThreatModel
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
@@ -121,9 +122,10 @@ def evaluate(
             is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
             it can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
-            batches (images, labels) or (images, labels, indices), which is read once. No more than four batches of
-            ``batch_size`` images, or 64 images, are held: these go through all attacks before the next ones are read.
-            A batch that is not allowed is found when it is read.
+            batches (images, labels) or (images, labels, indices), which is read once, in parts of four batches of
+            ``batch_size`` images, or of 64 images: a part goes through all attacks before the next one is read. The
+            first part is held to the end, for the signs, and each other one until the next is read. A batch that is
+            not allowed is found when it is read.
         y: labels, int64 ``[N]``.
         eps: radius of the ball, in image units; above 0 where anything is attacked.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
@@ -222,14 +224,14 @@ def evaluate(
         report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
         report.notes += notes_of_protocol(protocol, model)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
-        plan = given if protocol is None else protocol_attacks(protocol, subject, float(eps), base)
+        plan = given if protocol is None else protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base)
         if predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
-            copies=GradientCopies(),
+            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size,
+            graphs=StepGraphs(cuda_graphs), copies=GradientCopies(),
         )  # fmt: skip
         context = _knowing(context, predict, n_eval)
         cache = RowCache(None)

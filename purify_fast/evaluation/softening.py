@@ -19,6 +19,8 @@ from torch.nn.functional import softsign
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+#: Raised whenever a softened model would compute something else: kept rows of one are used again by this number.
+REVISION = 1
 #: The slope of a comparison, in units of the size of what is compared: where values stay exact, and at temperature 1.
 #: It falls with the root of the temperature: ten times lower slopes find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
@@ -68,8 +70,8 @@ _OF_MASKS: dict[str, Callable[..., Any]] = {
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
 #: Other names of the same functions, in the names that a `Softening` makes of theirs.
 _SPELLINGS = {"invert": "not", "clip": "clamp", "iand": "and_", "ior": "or_"}
-#: The functions of PyTorch for what has no function of its own name.
-_TORCH_NAMES = {"and": "logical_and", "or": "logical_or", "not": "logical_not"}
+#: What is raised where a formula was not written for what it is given, which then stays as it is.
+_UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: Which argument of a choice among values says along which dimension, and where the indices are in its result.
 _CHOICES = {"argmax": (1, None), "max": (1, 1), "topk": (2, 1), "sort": (1, 1), "argsort": (1, None)}
 
@@ -101,23 +103,24 @@ class Softening(TorchFunctionMode):
         if name == "detach":
             return first
         known = any(map(self._known, args))
-        if name == "setitem" and known:
-            return self._set(func, *args)
-        if name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set()) and name.endswith("_"):
-            # an operation in place changes its argument, which the model goes on with
-            base = getattr(torch, _TORCH_NAMES.get(name[:-1], name[:-1]))
-            after = self.__torch_function__(base, types, (first.clone(), *args[1:]), kwargs)
-            first.copy_(after)
-            self._keep(first, self._kept(after, Tensor))
-            return first
+        with contextlib.suppress(*_UNKNOWN):
+            if name == "setitem" and known:
+                return self._set(func, *args)
+            if name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set()) and name.endswith("_"):
+                # an operation in place changes its argument, which the model goes on with
+                before = first.clone()
+                self._keep(before, self._kept(first, Tensor))
+                after = self.__torch_function__(_not_in_place(func), types, (before, *args[1:]), kwargs)
+                first.copy_(after)
+                self._keep(first, self._kept(after, Tensor))
+                return first
         if name in _SATURATING and self.temperature is not None and _floating(first):
             return func(first / self.temperature, *args[1:], **kwargs)
         hard = func(*args, **kwargs)
         if name in _CHOICES and _floating(first):
             self._choose(name, hard, args, kwargs)
         if isinstance(hard, Tensor):
-            # whatever the formulas below were not written for stays as it is
-            with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
+            with contextlib.suppress(*_UNKNOWN):
                 return self._followed(name, func, hard, args, kwargs)
         return hard
 
@@ -234,6 +237,13 @@ class Softening(TorchFunctionMode):
         if mask is not None and _is_number(value) and mask.shape == x.shape[: mask.dim()] and _floating(x):
             mask = mask.view(*mask.shape, *[1] * (x.dim() - mask.dim()))
             x.copy_(self._soft(x.clone(), mask * value + (1 - mask) * before))
+
+
+def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The form of an operation in place that returns its result."""
+    name = func.__name__.strip("_")
+    name = {"iand": "bitwise_and", "ior": "bitwise_or"}.get(name, name)
+    return getattr(torch, name, None) or getattr(torch.nn.functional, name)
 
 
 def _plain_name(func: Callable[..., Any]) -> str:

@@ -24,9 +24,11 @@ from ..attacks.attacked_model import (
     differ,
     drawn_once_per_call,
 )
+from ..attacks.base import ThreatModel
 from ..attacks.losses import margin
 from ..contents import class_functions, hidden_modules, used_modules
 from ..defences import Defence, MajorityVote
+from ..defences.voting import undecided
 from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
 from ..speed.precision import float32_settings
@@ -212,9 +214,9 @@ class Subject:
         """A copy of a few images, to try models on."""
         return self.x[:8].to(self.device, copy=True)
 
-    def surrogates(self) -> list[tuple[str, Classifier]]:
-        """What a careful attacker attacks in the model's place, by name."""
-        return surrogates(self.single, self.some(), self.num_classes)
+    def surrogates(self, ball: ThreatModel) -> list[tuple[str, Classifier]]:
+        """What a careful attacker, whose ball has this norm and radius, attacks in the model's place, by name."""
+        return surrogates(self.single, self.some(), self.num_classes, ball)
 
     def draws(self, model: Classifier) -> bool:
         """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""
@@ -255,9 +257,14 @@ class Subject:
         torch.manual_seed(3 * (self.seed + self.first) + PHASES[phase])
 
     def judge(
-        self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"], by: Classifier | None = None
+        self,
+        x: Tensor,
+        variant: Variant,
+        phase: Literal["clean", "judge"],
+        by: Classifier | None = None,
+        index: Tensor | None = None,
     ) -> Judgement:
-        """Predictions on the first ``len(x)`` images, or on what became of them.
+        """Predictions on some of the images, or on what became of them.
 
         A prediction that names no class, because of a NaN or of an infinity that several classes share, is wrong,
         whatever ``argmax`` would say.
@@ -267,7 +274,9 @@ class Subject:
             variant: of the model.
             phase: which draws are taken.
             by: another model, which judges each image once.
+            index: which of the images they are, int64; None: the first ``len(x)``.
         """
+        y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.of(variant), self.judges(variant)) if by is None else (by, 1)
         self.reseed(phase)
         right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
@@ -275,24 +284,14 @@ class Subject:
             for _ in range(draws):
                 parts = x.split(self.batch_size)
                 logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
-                y, undecided = self.y[: len(x)].to(logits.device), _undecided(logits)
-                decided = logits.argmax(1)
-                leads += -margin(logits.float(), y).cpu()
-                nonfinite += int(undecided.sum())
-                right.append(((decided == y) & ~undecided).cpu().numpy())
-                named.append(decided.masked_fill(undecided, -1).cpu().numpy())
+                decided, nameless = logits.argmax(1), undecided(logits)
+                leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                nonfinite += int(nameless.sum())
+                right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                named.append(decided.masked_fill(nameless, -1).cpu().numpy())
         all_right = np.stack(right)
         told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
         return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
-
-
-def _undecided(logits: Tensor) -> Tensor:
-    """Which predictions name no class, bool ``[B]``: with a NaN, or with a largest logit that is infinite and shared.
-
-    A single infinity is a decision: CARSO's published output has them where it is sure.
-    """
-    top = logits.topk(min(2, logits.shape[1]), 1).values
-    return logits.isnan().any(1) | ((top[:, 0] == top[:, -1]) & top[:, 0].isinf() & (logits.shape[1] > 1))
 
 
 def find_fault(

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
+from ..attacks.ball import ball_around, normal_in_ball
+from ..attacks.base import ThreatModel
 from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, has_classifier, supports
-from .softening import Softening
+from .softening import REVISION, Softening
 
 #: How much softer the softened copies are: a gate's slope is divided by these. One more copy keeps every value.
 TEMPERATURES = (10.0, 100.0)
@@ -28,6 +30,8 @@ MOST_PARTS = 4
 DEPTH = 2
 #: Gradients are the same if they differ by no more than this share of the largest.
 ROUNDING = 1e-4
+#: Corners of the ball, at which gradients are compared too, are points so many radii away, projected onto it.
+FAR = 100.0
 
 
 class _Around(nn.Module):
@@ -50,7 +54,8 @@ class Softened(_Around):
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        self.temperature = temperature
+        # kept rows are told apart by what this object holds, and not by this package's code
+        self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -118,13 +123,14 @@ class Together(nn.Module):
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)
 
 
-def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
+def surrogates(model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel) -> list[tuple[str, Classifier]]:
     """The surrogates that a model has, by name; what does not run, or gives no finite logits, is left out.
 
     Args:
         model: images to logits; any callable.
         x: a few images ``[B, C, H, W]`` on its device.
         num_classes: of its logits.
+        ball: norm and radius of the attacks.
     """
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
@@ -139,6 +145,8 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
+    # what hardens a model may do so only away from the images
+    x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:

@@ -43,6 +43,7 @@ class Stream(enum.IntEnum):
     HOPS = 8
     DIFFUSION = 9
     DIFFUSION_TRAINING = 10
+    LOTS = 11
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

@@ -73,6 +73,22 @@ def test_fallen_images_leave_and_queries_are_counted(plane, attack, norm):
     assert asked[1] <= asked[0] <= most and (attack is deepfool or most / 2 < asked[0] > 2 * asked[1])
 
 
+def test_a_gradient_that_is_not_finite_is_forgotten(plane):
+    model, x, y, far = plane
+    calls = []
+
+    def flawed(z):
+        logits, _ = model(z), calls.append(z)
+        # of the third step a NaN, of the fourth an infinity, of the fifth a number whose square is too large
+        flaw = {3: torch.nan, 4: torch.inf, 5: 1e30}.get(len(calls) - 1)
+        if flaw is not None and logits.requires_grad:
+            logits.register_hook(lambda gradient: torch.full_like(gradient, flaw) * gradient.sign())
+        return logits
+
+    found = carlini_wagner(flawed, x, y, eps=1.03 * far["l2"], norm="l2", steps=60)
+    assert len(calls) > 6 and (model(found).argmax(1) != y).all()
+
+
 def test_decisions_alone(plane):
     model, x, y, far = plane
     plain, hard = (
@@ -127,3 +143,5 @@ def test_rows_of_a_random_model_and_what_is_refused():
         evaluate(net, data.x_test[:4], data.y_test[:4], eps=0.1, attacks=[CarliniWagner()], progress=False)
     with pytest.raises(ValueError, match="n_queries"):
         HopSkipJump(n_queries=10)
+    with pytest.raises(ValueError, match=r"nearest_first must be in \(0, 1\], got 0.0"):
+        DeepFool(nearest_first=0.0)

@@ -1,6 +1,7 @@
 """The attacks as rows of an evaluation: their names, costs and settings, and what they run."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from purify_fast.attacks import (
     PGD,
     AttackContext,
     AutoAttack,
+    CarliniWagner,
+    DeepFool,
     GradientHealth,
+    HopSkipJump,
+    Square,
     StAdv,
     apgd,
     fab_t,
@@ -26,6 +31,7 @@ from purify_fast.attacks import (
 )
 from purify_fast.attacks.arguments import check_images
 from purify_fast.attacks.ball import Ball
+from purify_fast.attacks.engine import rows
 from purify_fast.attacks.engine.rows import ActiveSet, Judge, nearest_borders
 from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
@@ -66,6 +72,7 @@ def context(**options):
     ("attack", "classes", "name"),
     [
         (PGD(), 6, "PGD-5 ce"),
+        (APGD(nearest_first=0.5, restarts=2), 6, "APGD-5 ce x2, nearest first"),
         (PGD(loss="dlr", steps=3), 6, "PGD-3 dlr"),
         (PGD(loss="dlr", restarts=2), 2, "PGD-5 margin x2"),
         (FGSM(loss="margin"), 6, "FGSM margin"),
@@ -84,6 +91,9 @@ def context(**options):
 )
 def test_names(attack, classes, name):
     assert attack.name(context(num_classes=classes)) == name
+    # of a random model every image is searched
+    random = attack.name(context(num_classes=classes, draws_differ=True, judge_draws=5))
+    assert random == name.removesuffix(", nearest first")
 
 
 @pytest.mark.parametrize("attack", [PGD(), PGD(restarts=3), FGSM(), BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
@@ -106,11 +116,21 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
         labels = y.repeat(-(-len(z) // len(y)))[: len(z)]
         return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
 
-    for attack in (APGD(), APGD(restarts=2), APGD(loss="dlr_targeted"), APGD(loss="dlr_targeted", n_target_classes=2)):
+    for attack in (
+        APGD(), APGD(restarts=2), APGD(loss="dlr"), APGD(loss="dlr_targeted"), APGD(nearest_first=1.0),
+        APGD(loss="dlr_targeted", n_target_classes=2),
+    ):  # fmt: skip
         passes.clear()
         attack.search(never_fooled, x, y, context(health=GradientHealth()))
-        # one image alone tells how many classes there are
-        assert 0 <= len(x) * attack.cost(context()) - sum(passes) < len(x)
+        assert sum(passes) == len(x) * attack.cost(context())
+    # a prediction for the order, or a gradient for each class and the prediction, which DeepFool has in any case
+    for attack, more in ((CarliniWagner(steps=2, norm="l2", eps=0.1), 1), (DeepFool(steps=2), 5)):
+        asked = []
+        for one in (attack, replace(attack, nearest_first=1.0)):
+            passes.clear()
+            one.search(never_fooled, x, y, context())
+            asked.append((sum(passes) / len(x), one.cost(context())))
+        assert asked[1][0] - asked[0][0] == asked[1][1] - asked[0][1] == more and asked[1][0] <= asked[1][1]
     assert AutoAttack().cost(context()) is None
 
 
@@ -321,18 +341,79 @@ def test_of_a_linear_model_the_borders_are_where_the_formula_says(norm, dual):
 
 @pytest.mark.parametrize("loss", ["margin", "dlr_targeted", None])
 def test_an_attack_ends_with_the_first_group_that_stands(loss):
-    """Of 64 images, of which the 12 nearest to a border can fall, three groups of 8 are searched."""
+    """Of 64 images the 12 nearest to a border can fall; of each group of 8 some are drawn by lot."""
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     x = 0.4 + 0.2 * torch.rand(64, 3, 2, 2)
     logits = linear(x)
     y = logits.argmax(1)
-    slopes = 1 if loss is None else (linear[1].weight[y][:, None] - linear[1].weight).norm(p=1, dim=2)
+    slopes = logits.std(1, correction=0)[:, None]
+    if loss is not None:
+        slopes = (linear[1].weight[y][:, None] - linear[1].weight).norm(p=1, dim=2)
     distances = ((logits.gather(1, y[:, None]) - logits) / slopes).scatter(1, y[:, None], torch.inf).amin(1)
     x, y = x[distances.argsort()], y[distances.argsort()]
-    eps = torch.full((64,), 1e-6)
+    eps, left_out = torch.full((64,), 1e-6), []
     eps[:12] = 0.3
     attack, options = (square, {"n_queries": 300}) if loss is None else (apgd, {"steps": 20, "loss": loss})
-    found = attack(linear, x, y, eps=eps, nearest_first=1 / 8, **options)
+    found = attack(linear, x, y, eps=eps, nearest_first=1 / 8, unsearched=left_out, **options)
     assert (linear(found).argmax(1) != y).tolist() == [True] * 12 + [False] * 52
-    assert (found != x).flatten(1).any(1).tolist() == [True] * 24 + [False] * 40
+    searched = (found != x).flatten(1).any(1)
+    assert left_out == [64 - int(searched.sum())] and left_out[0] in (32, 40) and searched[:16].all()
+    # the farthest half is nearly half of those that were drawn by lot
+    assert 2 <= searched[32:].sum() <= 6
+
+
+def test_lots_belong_to_images_and_what_stood_still_does_not_end_an_attack(monkeypatch):
+    x, y, ids = torch.rand(64, 12), torch.zeros(64, dtype=torch.int64), torch.arange(64)
+    groups = []
+    for order in (ids, ids.flip(0)):
+        active = ActiveSet(
+            x, y, Ball(torch.full((64,), 0.1)), Judge(lambda z: nn.functional.pad(z, (8, 0))), ids[order]
+        )
+        active.judge_clean_images()
+        active.fallen[:] = False
+        seen = [frozenset(active.ids[active.left()].tolist()) for _ in active.groups(order.float(), 1 / 8, 7)]
+        groups.append(seen)
+    # of no image the attack was tried, so that every group is searched
+    assert groups[0] == groups[1] and len(groups[0]) == 8 and len(frozenset.union(*groups[0])) == 64
+    assert max(groups[0][0]) >= 32 and min(groups[0][-1]) >= 32
+
+    def stuck_or_weak(z):
+        """The images whose first pixel is light never come nearer to a border, and are nearest to it."""
+        level = 30 * (z[:, 0, 1:].mean((1, 2)) - 0.55)
+        second = torch.where(z[:, 0, 0, 0] > 0.5, 0.9, level)
+        return torch.stack([torch.ones_like(level), second, -torch.ones_like(level)], 1)
+
+    monkeypatch.setattr(rows, "BY_LOT", 1e9)
+    x = torch.full((24, 1, 4, 4), 0.5)
+    x[:, 0, 0, 0] = torch.where(torch.arange(24) < 8, 0.9, 0.1)
+    left_out, options = [], {"n_queries": 1200, "give_up": True, "nearest_first": 1 / 8}
+    found = square(stuck_or_weak, x, y[:24], eps=0.1, unsearched=left_out, **options)
+    assert (stuck_or_weak(found).argmax(1) != 0).tolist() == [False] * 8 + [True] * 16 and left_out == [0]
+
+
+def test_the_order_by_logits_is_free_of_their_scale():
+    torch.manual_seed(0)
+    x, linear = torch.rand(12, 6), nn.Linear(6, 4)
+    y, scale = linear(x).argmax(1), torch.logspace(-3, 3, 12)[:, None]
+    distances = []
+    for model in (linear, lambda z: scale * linear(z)):
+        active = ActiveSet(x, y, Ball(torch.full((12,), 0.1)), Judge(model), torch.arange(12))
+        distances.append(Square().distance(active, Objective(model, "margin")))
+    assert torch.allclose(*distances, rtol=1e-4) and (distances[0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [APGD(loss="dlr", steps=2), APGD(loss="dlr_targeted", steps=2), DeepFool(steps=2), HopSkipJump(n_queries=200)],
+    ids=lambda attack: attack.kind,
+)
+def test_clean_images_are_predicted_once_for_all_groups(attack, monkeypatch):
+    predicted, logits = [], Judge.logits
+    monkeypatch.setattr(Judge, "logits", lambda self, x: predicted.append(len(x)) or logits(self, x))
+    torch.manual_seed(0)
+    x, linear, left_out = torch.rand(32, 12), nn.Linear(12, 5), []
+    # every image can fall, so that there are four groups
+    told = context(num_classes=5, eps=0.9, eot_iter=1, unsearched=left_out)
+    replace(attack, nearest_first=1 / 8).search(linear, x, linear(x).argmax(1), told)
+    assert left_out == [0] and predicted == [32]

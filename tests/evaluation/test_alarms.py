@@ -10,6 +10,7 @@ from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
@@ -147,7 +148,7 @@ def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
     with torch.no_grad():
         elsewhere = [
             AttackSpec(DIRECT[1].attack, label=name, gradients_from=surrogate, survivors_only=True)
-            for name, surrogate in surrogates(model, x[:4], 10)
+            for name, surrogate in surrogates(model, x[:4], 10, ThreatModel("linf", EPS))
         ]
     report = judged(model, [*DIRECT, *elsewhere], 100, probes=False)
     verdict, row = verdicts(report)["transfer against gradients"]

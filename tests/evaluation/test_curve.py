@@ -1,11 +1,15 @@
 """The accuracy over the radius: it falls, and is that of a linear model, of which it is known."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from small_models import labelled
 
 from purify_fast.attacks import APGD, PGD, StAdv, apgd
 from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,9 +59,42 @@ def test_a_search_begins_at_the_points_of_the_smaller_ball():
     assert torch.allclose(apgd(by_brightness, x, y, eps=0.1, steps=2, begin=x + 0.3), x + 0.1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noting(PGD):
+    """Moves every image by the radius, and notes where it would have begun."""
+
+    begun: ClassVar[list] = []
+
+    def search(self, target, x, y, context):
+        self.begun.append(context.begin)
+        return (x + self.threat_model(context).eps).clamp(0, 1)
+
+
+def test_a_radius_begins_at_the_points_of_the_one_before_however_sure_the_model_is(monkeypatch):
+    """Infinite leads and others; and of the images that have fallen nothing is asked."""
+
+    def sure(images):
+        wrong = images.mean((1, 2, 3), keepdim=False) > 0.7
+        logits = torch.stack([torch.where(wrong, -torch.inf, torch.inf), torch.zeros(len(images))], 1)
+        return torch.where((images[:, 0, 0, 0] > 0.9)[:, None], torch.tensor([1.0, 0.0]), logits)
+
+    x, y, counts, judge = torch.full((6, 1, 2, 2), 0.5), torch.zeros(6, dtype=torch.int64), [], Subject.judge
+    x[:3] += 0.12
+    monkeypatch.setattr(Subject, "judge", lambda self, x, *a, **b: counts.append(len(x)) or judge(self, x, *a, **b))
+    Noting.begun.clear()
+    report = evaluate(sure, x, y, eps=0.01, attacks=[Noting()], curve=[0.05, 0.1, 0.15, 0.25], progress=False)
+    assert [round(accuracy, 2) for _, accuracy in report.curve] == [1, 1, 1, 0.5, 0.5, 0]
+    # at the report's own radius and the next one nothing is known
+    assert Noting.begun[:2] == [None, None] and counts[-4:] == [6, 6, 3, 3]
+    for begin, eps, standing in zip(Noting.begun[2:], (0.1, 0.15, 0.25), (6, 3, 3), strict=True):
+        assert torch.allclose(begin[-standing:], x[-standing:] + eps)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"curve": [0.05, 0.05001]}, "curve must be radii of different names, got 0.05 and 0.05001, both named 0.05"),
+        ({"curve": [0.070001]}, "curve must be radii of different names, got 0.07 and 0.070001"),
         ({"curve": [0.0]}, "curve must be radii above 0 and at most 1, got 0"),
         ({"curve": [8]}, "curve must be radii above 0 and at most 1, got 8"),
         ({"attacks": [StAdv(), PGD(eps=0.1)]}, "curve needs an attack"),

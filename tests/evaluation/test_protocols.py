@@ -1,5 +1,7 @@
 """Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
@@ -19,7 +22,7 @@ QUIET = {"eps": EPS, "progress": False}
 
 def names(model, x):
     with torch.no_grad():
-        return [name for name, _ in surrogates(model, x[:4], 10)]
+        return [name for name, _ in surrogates(model, x[:4], 10, ThreatModel("linf", EPS))]
 
 
 def test_surrogates_are_found_in_modules_objects_and_functions():
@@ -44,6 +47,9 @@ def test_surrogates_are_found_in_modules_objects_and_functions():
     noisy = names(NoisyEnsemble(first, 0.1, samples=4), x)
     copies = [f"a {kind}" for kind in ("straight-through copy", "copy without noise", "copy of fewer samples")]
     assert noisy == ["classifier alone", *copies]
+    # a clamp that is reached away from the images alone
+    grey, clamped = torch.full_like(x, 0.5), lambda images: standard()(images.clamp(0.4, 0.6))
+    assert names(clamped, grey) == ["a straight-through copy"]
     # what refuses to run, or has no gradient at all, is left out
     assert names(lambda images: torch.zeros(len(images), 10), x) == []
 
@@ -111,6 +117,8 @@ def test_fast_and_standard_agree_on_an_honest_model():
             text = " ".join(text.split())
             assert f"even at several times its recent pace: {early[report.about['protocol']]}. The" in text
             assert "first group of images of which none fell: APGD-T" in text
+            left_out = sum(row.settings.get("unsearched", 0) for row in report.rows)
+            assert left_out and sum(map(int, re.findall(r"\((\d+) images left out\)", text))) == left_out
 
 
 def test_rand_and_official_on_a_random_model():
@@ -123,6 +131,17 @@ def test_rand_and_official_on_a_random_model():
     heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
     assert [name.rpartition(" ")[2] for name in heads] == list(HEADS)
     assert any("without noise" in row.attack for row in strong.rows)
+
+
+def test_the_order_of_the_images_is_named_where_there_is_one():
+    _, _, x, y = digits()
+    ordered = APGD(steps=2, nearest_first=0.5)
+    attacks = [ordered, AttackSpec(ordered, "fixed")]
+    report = evaluate(NoisyEnsemble(robust(), 0.05, samples=2), x[:20], y[:20], attacks=attacks, eot_iter=2, **QUIET)
+    assert {"APGD-2 ce", "APGD-2 ce, nearest first, fixed noise"} <= set(report.attacks)
+    assert " ".join(report.to_text().split()).count("none fell: APGD-2 ce, nearest first, fixed noise (") == 1
+    one = evaluate(robust(), x[:20], y[:20], attacks=[ordered], **QUIET)
+    assert "APGD-2 ce, nearest first" in one.attacks and one.rows[1].settings["unsearched"] in (0, 8, 10)
 
 
 def test_a_deterministic_model_gets_autoattack_standard():
@@ -195,7 +214,7 @@ def test_a_defence_that_takes_gradients_itself_has_softened_copies():
 
     torch.manual_seed(0)
     model, x = Descends().eval(), torch.rand(8, 1, 4, 4)
-    found = surrogates(model, x, 3)
+    found = surrogates(model, x, 3, ThreatModel("linf", EPS))
     assert [name for name, _ in found if "softened" in name]
     with torch.no_grad():
         assert not any(surrogate(x).requires_grad for _, surrogate in found)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from purify_fast.evaluation import surrogates
+from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.evaluation.surrogates import Softened
 
 LEVELS = torch.linspace(0, 0.9, 10)
@@ -29,6 +31,12 @@ def scattered(z, kind=torch.float32):
     return z * torch.zeros_like(z, dtype=kind).scatter_(1, winners, 1)
 
 
+def integers(z):
+    bits = (z > 0.5).int() * 6
+    bits &= (z > 0.2).int() * 3
+    return z * bits
+
+
 HARDENED = {
     "where": lambda z: torch.where((z - 0.5).abs() < 0.3, torch.full_like(z, 0.5), z),
     "Tensor.where": lambda z: z.where(z.ge(0.5), 0.0),
@@ -37,6 +45,7 @@ HARDENED = {
     "scatter": scattered,
     "scatter bool": lambda z: scattered(z, torch.bool),
     "in place": in_place,
+    "integers in place": integers,
     "chained": chained,
     "thermometer": lambda z: (z[..., None] > LEVELS).flatten(1).float() @ torch.ones(60, 6),
     "count": lambda z: (z[..., None] > LEVELS).sum(-1) / 10,
@@ -97,10 +106,28 @@ def masked_out(z):
         masked_out,
         lambda z: z[z > 0.5].sum() + z,
         stale,
+        lambda z: F.hardtanh_(1 * z, 0.2, 0.8),
     ],
-    ids=["ReLU", "one bound", "pool", "branch", "other masks", "minus infinity", "index", "mask written to"],
+    ids=[
+        "ReLU",
+        "one bound",
+        "pool",
+        "branch",
+        "other masks",
+        "minus infinity",
+        "index",
+        "mask written to",
+        "in place",
+    ],
 )
 def test_what_is_no_threshold_stays_as_it_is(model):
     x = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
     for got, own in zip(with_gradient(Softened(model, None), x), with_gradient(model, x), strict=True):
         assert torch.equal(got, own)
+
+
+def test_kept_rows_are_told_apart_by_what_softening_computes(monkeypatch):
+    before = fingerprint(Softened(torch.nn.ReLU(), 10.0))
+    assert before == fingerprint(Softened(torch.nn.ReLU(), 10.0))
+    monkeypatch.setattr(surrogates, "REVISION", surrogates.REVISION + 1)
+    assert before != fingerprint(Softened(torch.nn.ReLU(), 10.0))

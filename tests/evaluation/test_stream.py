@@ -1,5 +1,6 @@
 """A data loader's images go through the attacks part by part: the report is the same, and memory does not grow."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.attacks import APGD, FGSM, PGD, Square
 from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation.inputs import in_chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +45,31 @@ def test_the_report_is_that_of_the_images_in_memory(plain, tmp_path, made_rows):
     made_rows.clear()
     again = evaluate(model, loader, **options, out=tmp_path)
     assert not made_rows and [row.data for row in again.rows] == [row.data for row in report.rows]
+
+
+def test_the_batches_are_not_held_while_their_part_is_attacked(plain):
+    _, x, y = plain
+    given = []
+
+    def batches():
+        for part in range(3):
+            images = x[50 * part : 50 * part + 50].clone()
+            given.append(weakref.ref(images))
+            yield images, y[:50]
+
+    chunks = in_chunks(batches(), None, 50)
+    next(chunks)
+    # the next one was read, to know that it is there
+    assert [images() is None for images in given] == [True, False]
+
+
+def test_what_was_left_out_is_summed_over_the_parts(plain):
+    model, x, y = plain
+    options = {"eps": 0.02, "attacks": [APGD(steps=5, nearest_first=1 / 8)], "batch_size": 16, "progress": False}
+    parts = [(x[:75], y[:75]), (x[75:], y[75:])]
+    each = [evaluate(model, *part, **options).rows[1].settings["unsearched"] for part in parts]
+    row = evaluate(model, parts, **options).rows[1]
+    assert row.settings["unsearched"] == sum(each) > 0
 
 
 def test_parts_of_a_random_model_have_noise_of_their_own(plain):

@@ -56,13 +56,19 @@ def test_what_is_refused():
 
 
 def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilities():
-    x = torch.zeros(3, 1, 1, 1, requires_grad=True)
-    # most votes, against the mean probability; a tie, which that decides; a draw that names no class
-    draws = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [0, 50, 0]], [[0, 0, 2], [0, 1, 0], [0, 1, 2]], [[1, 0, 0]] * 3])
-    draws[2, 1] = torch.nan
+    x = torch.zeros(5, 1, 1, 1, requires_grad=True)
+    # most votes, against the mean probability; a tie, which that decides; single infinities; draws that name no class
+    inf = torch.inf
+    draws = torch.tensor(
+        [
+            [[1.0, 0, 0], [1, 0, 0], [0, 50, 0]], [[0, 0, 2], [0, 1, 0], [0, 1, 2]],
+            [[inf, -inf, -inf], [0, 5, inf], [-inf, -inf, inf]], [[1, 0, 0], [torch.nan, 0, 0], [1, 0, 0]],
+            [[1, 0, 0], [inf, inf, 0], [1, 0, 0]],
+        ]
+    )  # fmt: skip
     scripted = iter(draws.unbind(1))
     logits = MajorityVote(lambda z: next(scripted) * (1 + z.flatten(1)), 3)(x)
-    assert logits[:2].argmax(1).tolist() == [0, 2] and logits[2].isnan().any()
+    assert logits[:3].argmax(1).tolist() == [0, 2, 2] and logits.isnan().any(1).tolist() == [False] * 3 + [True] * 2
     (slope,) = torch.autograd.grad(logits[0, 0], x)
     z = torch.zeros((), requires_grad=True)
     mean = (draws[0] * (1 + z)).softmax(1).mean(0).log()[0]

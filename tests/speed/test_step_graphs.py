@@ -130,6 +130,16 @@ def test_a_run_is_captured_if_those_before_it_say_that_it_pays(graphs, rerun, ta
     assert begin_steps_of_a_run(graphs, model, 100, len(taken)).replays == captured
 
 
+@pytest.mark.parametrize(("others", "captured"), [(0, True), (1, False)])
+def test_of_later_runs_less_is_expected_where_earlier_ones_did_not_meet_the_size(graphs, others, captured):
+    """A run met the size, then others did not, and now one does; two more are to come."""
+    model, graphs.to_come = Scale(), 0.0
+    for _ in range(WORTH // 2 + 10):
+        begin_steps_of_a_run(graphs, model, 100, 0).take()
+    loop = graphs.begin(Grow(model), start(), 100, certain=False, run=1 + others, later=2)
+    assert loop.replays == captured
+
+
 @pytest.mark.parametrize(("to_come", "enough"), [(0.0, 2 * WORTH - 1), (1.0, WORTH - 1)])
 def test_later_runs_count_in_this_batch_and_in_those_to_come(graphs, to_come, enough):
     """Each run takes one step; twice the cost is expected of this one, of the later ones, and of another batch."""

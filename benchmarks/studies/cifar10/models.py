@@ -166,13 +166,15 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Adversarially from fresh weights, or the base once more; the job's settings say which form."""
+    """Adversarially from fresh weights, from a model of the zoo, or the base once more, as the job's settings say."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
         # a second cycle of learning rates, after the one that left the base
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
+    elif how.get("begin"):
+        model, epochs = zoo.load(how["begin"]).to(job.settings["device"]), budget.base_epochs
     else:
         model, epochs = fresh(job, images, budget.width), budget.base_epochs
     kind = TradesTask if how.get("trades") else ArrestTask

@@ -1,8 +1,8 @@
 """The robust networks that are trained for the contest of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each is trained as the study's base is, for fewer passes over the images. A training that was stopped goes on
-where it was. What it leaves lies in the folder ``zoo``, in bfloat16 and with a card, and is judged and packed by
-``python -m benchmarks zoo NAME=FOLDER``.
+Each is trained as the study's base is, for fewer passes over the images; some go on from a network of the zoo. A
+training that was stopped goes on where it was. What it leaves lies in the folder ``zoo``, in bfloat16 and with a card,
+and is judged and packed by ``python -m benchmarks zoo NAME=FOLDER``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .. import Job, run
 from .models import train_base
 from .study import EPS, Training
 
-#: Passes over the training images.
-EPOCHS = 5
+#: The zoo's network from which some of them begin, so that one pass over the images is enough.
+BASE = "cifar10-pgd-at-w16"
 
 
 class Network(NamedTuple):
@@ -30,19 +30,22 @@ class Network(NamedTuple):
     width: int
     how: dict[str, object]
     training: str
-    epochs: int = EPOCHS
+    epochs: int
     seed: int = 0
 
 
 NETWORKS = {
-    "cifar10-trades-w16": Network(16, {"trades": True}, "trained by TRADES with PGD-5"),
-    "cifar10-half-eps-at-w16": Network(
-        16, {"share": 0.5}, "trained adversarially with PGD-5 at half the radius that it is judged at"
+    "cifar10-trades-w16": Network(
+        16, {"trades": True, "begin": BASE}, f"trained as {BASE}, then for one pass by TRADES with PGD-5", epochs=1
     ),
-    "cifar10-pgd-at-w20": Network(20, {}, "trained adversarially with PGD-5"),
+    "cifar10-half-eps-at-w16": Network(
+        16, {"share": 0.5, "begin": BASE},
+        f"trained as {BASE}, then for one pass with PGD-5 at half the radius that it is judged at", epochs=1,
+    ),
+    "cifar10-pgd-at-w20": Network(20, {}, "trained adversarially with PGD-5", epochs=3),
     # in no contest: the protocols' choices are made on it (`benchmarks.ideas`)
     "cifar10-dev-w8": Network(8, {}, "trained adversarially with PGD-5", epochs=3, seed=5),
-}
+}  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

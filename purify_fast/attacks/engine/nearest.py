@@ -60,6 +60,8 @@ class NearestSearch(RowSearch):
             lost = some_of(self.distance.isfinite() & ~self.active.fallen[rows.owner])
         if lost is not None:
             index = lost.nonzero()[:, 0]
+            if ends_across:
+                self.active.tried[rows.owner[index]] = True
             self._offer(rows.take(index), self.nearest[index])
         staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
         if staying is not None:
@@ -68,6 +70,11 @@ class NearestSearch(RowSearch):
     def finish(self) -> None:
         """Look at the last points, and offer the nearest ones of all rows."""
         self.note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
+        self._end()
+
+    def _end(self) -> None:
+        """Try the nearest points of all rows, which were searched to the end."""
+        self.active.tried[self.rows.owner] = True
         self._offer(self.rows, self.nearest)
 
     def _offer(self, rows: Rows, nearest: Tensor) -> None:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.philox import Stream, philox
 from ...protocols import Classifier
 from ..attacked_model import ask
-from ..ball import Ball, projected, sample_in_ball
+from ..ball import Ball, philox_key, projected, sample_in_ball
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
@@ -41,6 +42,9 @@ CANDIDATES = 20
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 #: Images in a group at least, where those nearest to a border are searched first.
 FEWEST_IN_GROUP = 8
+#: An image has its place in the order by its distance, or by lot where that comes first; lots are spread over so many
+#: times as many places, so that of the first group one image in five is there by lot.
+BY_LOT = 4
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
 #: Draws per image from which an image is costly, whatever the model.
@@ -189,6 +193,8 @@ class Reach(RowState):
         self.checks, self.steps, self.times = sorted(set(checks)), steps, times
         #: When the distances were noted for a check, and what they were.
         self.notes: dict[int, tuple[int, Tensor]] = {}
+        #: Which rows were nearer at the last check than when the distances were noted for it, bool ``[R]``.
+        self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
     def due(self, step: int) -> bool:
@@ -214,6 +220,7 @@ class Reach(RowState):
                 if step > noted_at:
                     pace = (before - missing) / (step - noted_at)
                     lost = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
+                    self.came_nearer = pace > 0
         self.last_step = step
         return lost
 
@@ -247,6 +254,9 @@ class ActiveSet:
         costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
         waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
         waiting: bool ``[N]``, which images are searched later, if at all.
+        tried: bool ``[N]``, which images have had a search that reached its end, or still came nearer when it was given
+            up.
+        unsearched: how many images were left out at the end, since no image of a group fell.
         borders: the borders nearest to the images, if they were asked for.
     """
 
@@ -255,8 +265,10 @@ class ActiveSet:
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by, self.waves_to_come = torch.full_like(y, -1), 0.0
-        self.waiting = torch.zeros_like(y, dtype=torch.bool)
+        self.waiting, self.tried = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
+        self.unsearched = 0
         self.borders: Borders | None = None
+        self._logits: Tensor | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
         """Begin: what is misclassified as it is needs no attack."""
@@ -264,22 +276,38 @@ class ActiveSet:
         self.leave, self.correct = leave, ~fallen
         self.fallen = fallen if leave else torch.zeros_like(fallen)
 
-    def groups(self, distance: Tensor, share: float) -> Iterator[None]:
+    def logits(self) -> Tensor:
+        """One prediction of each clean image, ``[N, classes]``; the model is asked once, for all groups."""
+        if self._logits is None:
+            self._logits = self.judge.logits(self.x)
+        return self._logits
+
+    def groups(self, distance: Tensor, share: float, seed: int) -> Iterator[None]:
         """One group of images after the other, until none of a group falls; the others wait meanwhile.
+
+        A distance may be wrong for a part of the images. So some images of each group are drawn by lot. And a group
+        whose searches were all given up where they stood still proves nothing: the next one is searched.
 
         Args:
             distance: how far each image is from a border, ``[N]``; the nearest come first.
             share: of the images that are left, in each group; at least `FEWEST_IN_GROUP`.
+            seed: of the lots.
         """
         left = self.left()
-        order = left[distance[left].nan_to_num(nan=torch.inf).argsort(stable=True)]
+        near = left[distance[left].nan_to_num(nan=torch.inf).argsort(stable=True)]
+        place = torch.arange(len(near), device=near.device) / max(1, len(near))
+        lot = philox(philox_key(seed, near.device), self.ids[near], 1, stream=Stream.LOTS, distribution="uniform")
+        order = near[torch.minimum(place, BY_LOT * lot.flatten()).argsort(stable=True)]
+        searched = 0
         for group in order.split(max(FEWEST_IN_GROUP, math.ceil(share * len(left)))):
             self.waiting[:] = True
             self.waiting[group] = False
             yield
-            if len(self.left()) == len(group):
+            searched += len(group)
+            if len(self.left()) == len(group) and bool(self.tried[group].any()):
                 break
         self.waiting[:] = False
+        self.unsearched = len(order) - searched
 
     def left(self) -> Tensor:
         """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
@@ -467,7 +495,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]
-    logits = active.judge.logits(x)
+    logits = active.logits()[left]
     count = min(count or logits.shape[1], logits.shape[1] - 1)
     candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
     goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
@@ -548,7 +576,10 @@ class RowSearch(RowState):
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
         """Those rows that are given up, bool ``[R]``; None if there are none. The arguments are those of `Reach`."""
         lost = None if self.reach is None else self.reach.lost(step, missing)
-        return None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
+        lost = None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
+        if lost is not None and self.reach is not None:
+            self.active.tried[self.rows.owner[lost & self.reach.came_nearer]] = True
+        return lost
 
     def may_end(self) -> Tensor | bool:
         """Which rows may be given up, bool ``[R]``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...attacks import AttackContext, apgd, pgd
+from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
 from ..progress import Progress, counted_model
@@ -147,7 +148,7 @@ def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, 
         return None, {}
     fell = short.fallen(left, None)
     further, missed = int(fell.sum()), {}
-    for name, surrogate in subject.surrogates():
+    for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, float(short.context.eps))):
         left = left & ~fell
         fell = short.fallen(left, surrogate)
         missed[name] = int(fell.sum())

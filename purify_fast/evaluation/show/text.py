@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,11 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of a table of all rows mean, a paragraph each; what no row has is not explained."""
     early = dict.fromkeys(row.attack for row in rows if _may_end_early(row))
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
-    nearest = dict.fromkeys(row.attack for row in rows if row.settings.get("nearest_first"))
-    told = {"early": list(early), "nearest": list(nearest), "published": list(published)}
+    nearest = Counter[str]()
+    for row in rows:
+        if "unsearched" in row.settings:
+            nearest[row.attack] += row.settings["unsearched"]
+    told = {"early": list(early), "nearest": list(nearest.items()), "published": list(published)}
     text = render("columns.jinja", rows=rows, **told)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 

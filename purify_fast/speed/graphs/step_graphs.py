@@ -91,26 +91,30 @@ class Tally:
         steps: so far.
         runs: how many runs took such steps.
         run: the number of the latest of these runs; -1 before the first.
-        before: how many steps the runs before it took.
+        first: the number of the first of these runs.
+        before: how many steps the runs before the latest one took.
         refusal: why the step is not captured, whatever it would save; "" where nothing is against it.
     """
 
     steps: int = 0
     runs: int = 0
     run: int = -1
+    first: int = -1
     before: int = 0
     refusal: str = ""
 
     def begin(self, run: int) -> None:
         """Count the next steps for a run; runs have different numbers."""
         if run != self.run:
+            self.first = run if self.runs == 0 else self.first
             self.run, self.runs, self.before = run, self.runs + 1, self.steps
 
     def expected(self, left: int, to_come: float) -> float:
-        """How many more steps are to be expected: for this run what earlier ones took, and as much for each later run.
+        """How many more steps are to be expected: for this run what earlier ones took, and some for each later run.
 
         The first run is expected to go on for as long as it went on so far, and nothing is expected of later runs:
-        where batches shrink, most sizes are met by one run alone.
+        where batches shrink, most sizes are met by one run alone. For the same reason the mean that is expected of
+        later runs is over all runs since the first, also those that did not meet the size.
 
         Args:
             left: how many steps this run has left at most.
@@ -119,8 +123,8 @@ class Tally:
         done = self.steps - self.before
         if self.runs <= 1:
             return min(done, left)
-        usual = self.before / (self.runs - 1)
-        return max(0.0, min(left, usual - done)) + to_come * usual
+        usual, mean = self.before / (self.runs - 1), self.before / (self.run - self.first)
+        return max(0.0, min(left, usual - done)) + to_come * mean
 
 
 class Steps:

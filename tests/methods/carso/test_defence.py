@@ -10,6 +10,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import AutoAttack
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.losses import LOSSES
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.protocols import protocol_attacks
@@ -227,7 +228,7 @@ def test_the_published_output_is_attacked_and_judges():
         assert not WithAggregation(defence, "peel_reference")(x).isfinite().all()
         y = defence(x).argmax(1)
         subject = Subject(defence, x, y, batch_size=8, n_eval=1, seed=0)
-    (spec,) = protocol_attacks("authors", subject, 0.05)
+    (spec,) = protocol_attacks("authors", subject, ThreatModel("linf", 0.05))
     assert spec.label == "as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = 3"
     assert spec.attack == AutoAttack(version="rand")
     # fewer steps and draws than its 100 and 20, which take a minute
