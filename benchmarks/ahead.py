@@ -96,6 +96,14 @@ def _cases() -> dict[str, tuple]:
     grad = x(2, 4, 1024, 1024)
     cases["contextual_attention-backward"] = (grad, pairs, norms, pairs, *grid)
 
+    for learned, channels in (("fixed", 3), ("learned", 6)):
+        for last, layout in ((False, ""), (True, "-channels_last")):
+            state, named = one(4, 3, 64, 64), (one(4, 8), SEED, IDS, IDS, SEED, True)
+            given = (state, x(4, channels, 64, 64, last=last), *named)
+            cases[f"diffusion_step-forward-{learned}{layout}"] = given
+            cases[f"diffusion_step-backward-{learned}{layout}"] = (state, *given)
+    cases["diffusion_step-forward-noiseless"] = (state, x(4, 3, 64, 64), *named[:-1], False)
+
     owners, quarters = (torch.zeros((1, 4, n, n), dtype=torch.uint8) for n in (8, 2))
     for last, layout in ((False, ""), (True, "-channels_last")):
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):

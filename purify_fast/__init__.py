@@ -1,8 +1,9 @@
 """Judge, train and speed up adversarial defences of image classifiers in PyTorch.
 
-- `purify_fast.Carso`, `purify_fast.Atop`: defences, ``defence(images in [0, 1]) -> logits``.
+- `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences,
+  ``defence(images in [0, 1]) -> logits``.
 - `purify_fast.load_defence`, `purify_fast.load_classifier`: what was saved, read back.
-- `purify_fast.methods.carso`, `.atop`, `.arrest`: each method's networks, settings and training.
+- `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
 - `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
 - `purify_fast.ops`: the fused operations. `purify_fast.speed`: what makes a frozen model fast.
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
     from .methods import arrest as arrest
     from .methods import atop as atop
     from .methods import carso as carso
+    from .methods import diffusion as diffusion
     from .methods.atop import Atop as Atop
     from .methods.carso import Carso as Carso
+    from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
     from .training import fit as fit
     from .training import load_classifier as load_classifier

@@ -174,3 +174,12 @@ def structure_fingerprint(module: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_stamp(tensor: Tensor) -> int:
+    """A number that changes whenever the tensor is written to or replaced by another.
+
+    Args:
+        tensor: any tensor; those made in inference mode count no writes.
+    """
+    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

@@ -15,6 +15,7 @@ enum class Stream : uint32_t {
   attack_start = 4,
   replay_noise = 5,
   augmentation = 6,
+  diffusion = 9,
 };
 
 enum class Distribution : int { bits = 0, uniform = 1, normal = 2 };

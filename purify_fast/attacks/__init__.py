@@ -10,6 +10,7 @@ from .autoattack import AutoAttack
 from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
 from .carlini_wagner import CarliniWagner, carlini_wagner
+from .checkpointed_steps import checkpointed_steps
 from .deepfool import DeepFool, deepfool
 from .fab import FABT, fab_t
 from .heads import AttackersHead
@@ -38,6 +39,7 @@ __all__ = [
     "StAdv",
     "apgd",
     "carlini_wagner",
+    "checkpointed_steps",
     "deepfool",
     "fab_t",
     "fgsm",

@@ -22,6 +22,7 @@ from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
 from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
+from .train_diffusion import TrainDiffusion
 from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
 from .training import Training
 from .tune import Tune
@@ -32,8 +33,8 @@ __all__ = ["main"]
 _KINDS: dict[str, type[Command]] = {
     kind.called: kind
     for kind in (
-        Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, ShowRecipe, Ablate, Evaluate,
-        ShowReport, Zoo, Tune, Info,
+        Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion, ShowRecipe, Ablate,
+        Evaluate, ShowReport, Zoo, Tune, Info,
     )
 }  # fmt: skip
 

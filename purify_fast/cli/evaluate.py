@@ -14,21 +14,23 @@ import tyro
 
 from .._files import folder_lock
 from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
-from .classifiers import is_named, own_model, refuse_other_images, saved_folder, zoo_name
+from .classifiers import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .command import DataCommand
 from .run_file import ball_of_run, write_run_file
+from .train_diffusion import Purification
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import DataSet
+    from ..methods.carso import Carso
 
 
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 
 @dataclass(frozen=True)
-class Evaluate(DataCommand):
+class Evaluate(DataCommand, Purification):
     """Attack a saved classifier or defence, or a model of your own, on held-out images; writes a report. Resumes.
 
     Args:
@@ -38,6 +40,8 @@ class Evaluate(DataCommand):
         official: A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors
             files of the purifier, and the file of its classifier. It needs --recipe.
         recipe: Which published system --official holds. It brings the data set, K and the radius.
+        classifier: The classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Other defences
+            bring theirs.
         classifier_weights: The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of
             which only tensors are read.
         eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be
@@ -76,6 +80,7 @@ class Evaluate(DataCommand):
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
     official: Path | None = None
     recipe: Published | None = None
+    classifier: str | None = None
     classifier_weights: Path | None = None
     eps: float | None = None
     norm: Norm | None = None
@@ -175,21 +180,36 @@ class Evaluate(DataCommand):
         from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
 
-        device, base = images.y_test.device, None
+        device = images.y_test.device
+        saved = self.own is None and self.recipe is None
+        if saved and not is_classifier(folder := saved_folder(self.folder)):
+            base = self.behind(folder, images)
+            model: nn.Module = load_defence(folder, base, process=self.process())
+            refuse_other_images(model, images, f"the model in {self.folder}")
+            return model, base
+        if self.classifier is not None or self.process() is not None:
+            options = "--classifier, --t-star, --denoising-steps and --solver"
+            raise ValueError(f"{options} are of a saved purifier: {self.own or self.official or self.folder} is none")
         if self.own is not None:
             return own_model(self.own, images), None
         if self.recipe is not None:
-            model = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
-            refuse_other_images(model, images, f"the system in {self.official}")
-            return model, model.classifier
-        folder = saved_folder(self.folder)
-        if is_classifier(folder):
-            model = load_classifier(folder).to(device)
-        else:
-            base = load_classifier(saved_folder(self.folder, classifier=True)).to(device)
-            model = load_defence(folder, base)
+            system: Carso = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
+            refuse_other_images(system, images, f"the system in {self.official}")
+            return system, system.classifier
+        model = load_classifier(folder).to(device)
         refuse_other_images(model, images, f"the model in {self.folder}")
-        return model, base
+        return model, None
+
+    def behind(self, folder: Path, images: DataSet) -> nn.Module:
+        """The classifier behind the defence in a folder, on the images' device."""
+        from ..methods.loading import is_denoiser
+        from ..training import load_classifier
+
+        if self.classifier is not None:
+            return trained_classifier(self.classifier, None, images)
+        if is_denoiser(folder):
+            raise ValueError(f"--classifier must be given: {self.folder} holds a denoiser alone")
+        return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
         """The held-out images to attack, their labels, and what the report must say of the choice."""

@@ -217,11 +217,14 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
 
 
-def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
-    """The defence of a kind in a folder, to start from; ValueError if there is something else."""
+def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:
+    """The defence of a kind in a folder, to start from; ValueError if there is something else.
+
+    ``options`` are further arguments of `purify_fast.load_defence`.
+    """
     from ..methods.loading import load_defence
 
-    defence = load_defence(folder, classifier, check=check)
+    defence = load_defence(folder, classifier, **options)
     if not isinstance(defence, kind):
         raise ValueError(f"{folder} holds a defence of the kind {type(defence).__name__}, not {kind.__name__}")
     return defence

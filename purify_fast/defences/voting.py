@@ -32,13 +32,28 @@ def undecided(logits: Tensor) -> Tensor:
     return logits.isnan().any(-1) | shared
 
 
-class MajorityVote(nn.Module):
-    """A random model whose prediction is the class that most of several draws name.
+def majority(logits: Tensor) -> Tensor:
+    """Logits whose largest is of the class that most of several draws name; ``[B, classes]``, float32 or float64.
 
     A count of votes has no gradient. So the logits are soft votes, the logarithms of the mean probabilities over the
     draws, and the gradient is theirs. Where another class has most votes than the soft ones say, its logit is raised
     until it leads; of several classes with most votes the soft votes decide. A draw that names no class (`undecided`)
     makes the prediction NaN.
+
+    Args:
+        logits: of each draw, ``[draws, B, classes]``, floating point.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
+    soft = logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
+    votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    first = soft.detach().masked_fill(votes < votes.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
+    behind = soft.detach().amax(1, keepdim=True) - soft.detach().gather(1, first)
+    return soft.scatter_add(1, first, torch.where(behind > 0, behind + LEAD, 0.0))
+
+
+class MajorityVote(nn.Module):
+    """A random model whose prediction is the class that most of several draws name, by `majority`.
 
     Args:
         model: images ``[B, C, H, W]`` to logits ``[B, classes]``; its ``draw_logits`` is used if it has one.
@@ -65,13 +80,7 @@ class MajorityVote(nn.Module):
         else:
             # each in a call of its own, because a model may draw once for all images of a call
             logits = torch.stack([self.model(x) for _ in range(self.draws)])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
-        soft = logits.log_softmax(2).logsumexp(0) - math.log(self.draws)
-        votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
-        first = soft.detach().masked_fill(votes < votes.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
-        behind = soft.detach().amax(1, keepdim=True) - soft.detach().gather(1, first)
-        return soft.scatter_add(1, first, torch.where(behind > 0, behind + LEAD, 0.0))
+        return majority(logits)
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
         """The same vote over another model's draws.

@@ -1,1 +1,1 @@
-"""The three methods: CARSO, AToP and ARREST. They do not import each other."""
+"""The methods: CARSO, AToP, ARREST and diffusion. They do not import each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from .atop.defence import Atop
 from .atop.purifier import rebuilt_purifier
 from .base import trained_tensors
 from .carso.defence import Carso
+from .diffusion.defence import DiffusionPurifier
+from .diffusion.denoiser import ALONE, rebuilt_denoiser
+
+
+def is_denoiser(folder: str | Path) -> bool:
+    """Whether a folder holds a denoiser without a classifier.
+
+    Args:
+        folder: where a model was saved.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is broken.
+    """
+    return bool(read_model(folder)[0]["kind"] == ALONE)
 
 
 def load_defence(
@@ -21,38 +37,57 @@ def load_defence(
     classifier: nn.Module | None = None,
     *,
     purifier: nn.Module | None = None,
+    process: Mapping[str, Any] | None = None,
     check: bool = True,
-) -> Carso | Atop:
+) -> Carso | Atop | DiffusionPurifier:
     """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode on the classifier's device.
+
+    A denoiser that `purify_fast.methods.diffusion.save_denoiser` wrote alone becomes a `DiffusionPurifier`.
 
     Args:
         folder: where ``model.safetensors`` is.
         classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
             the defence's copy was trained too, only its architecture counts.
-        purifier: of an AToP with a purifier of yours: a module of its architecture.
+        purifier: of an AToP with a purifier of yours, or a `DiffusionPurifier` with a denoiser of yours: a module of
+            its architecture.
+        process: fields of `purify_fast.methods.diffusion.Process` in place of those that were saved, such as ``t_star``
+            and ``steps``; of a `DiffusionPurifier` or a denoiser alone.
         check: refuse another classifier; turn off for one that was fine-tuned or converted since.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a broken file, no defence, another classifier, or a purifier is needed and not given.
+        ValueError: a broken file, no defence, another classifier, a purifier is needed and not given, or a process
+            that the denoiser was not trained for.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if kind not in ("Atop", "Carso"):
+    if kind not in ("Atop", "Carso", "DiffusionPurifier", ALONE):
         raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
-    if purifier is not None and kind != "Atop":
+    if purifier is not None and kind == "Carso":
         raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
+    if process is not None and kind in ("Atop", "Carso"):
+        raise ValueError(f"process: {folder} holds a {kind!r}, which has none")
     classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
+    if kind == ALONE:
+        # it was trained for no classifier, and any is as good
+        check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:
         raise ValueError(
             f"classifier: its weights ({weights}) are not those {folder} was trained for ({facts['classifier']}); "
             "pass check=False if that is meant"
         )
-    defence: Carso | Atop
+    defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":
         purifier = rebuilt_purifier(arguments.pop("purifier"), purifier, str(folder))
         defence = Atop(classifier, purifier, **arguments)
+    elif kind == "DiffusionPurifier":
+        denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, str(folder))
+        arguments["process"] = {**arguments["process"], **(process or {})}
+        defence = DiffusionPurifier(denoiser, classifier, **arguments)
+        trained = facts.get("last_time", 1.0)
+        if (latest := max(start for start, _ in defence.process.rounds)) > trained:
+            raise ValueError(f"t_star must be at most {trained}, the last time {folder} was trained for, got {latest}")
     else:
         defence = Carso(classifier, **arguments)
     defence.own_classifier = own_classifier

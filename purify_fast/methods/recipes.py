@@ -1,4 +1,4 @@
-"""The published trainings by name: ``recipe("atop/cifar_rt2")`` gives the defence, the task and the loop."""
+"""The published systems by name: ``recipe("atop/cifar_rt2")`` gives the defence, the task and the loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from .arrest.recipes import RECIPES as ARREST
 from .atop.recipes import RECIPES as ATOP
 from .base import Recipe
 from .carso.recipes import RECIPES as CARSO
+from .diffusion.recipes import RECIPES as DIFFUSION
 
-_BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST}
+_BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST, "diffusion": DIFFUSION}
 #: Every recipe by its whole name, such as "carso/cifar10".
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipes in _BY_METHOD.values() for recipe in recipes.values()}
 
 
 def recipe(name: str, method: str | None = None) -> Any:
-    """A published training: a `CarsoRecipe`, an `AtopRecipe` or an `ArrestRecipe`.
+    """A published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe`, or a `DiffusionRecipe`, which has no training.
 
     Args:
         name: of the method and the system, such as "carso/cifar10".

@@ -1,7 +1,8 @@
-"""Classifiers, the layers they are made of, and reading a classifier's internal representation."""
+"""Classifiers, a denoiser, the layers they are made of, and reading a classifier's internal representation."""
 
 from .classifiers import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, WideResNet, build_classifier
 from .representation import Representation
+from .unet import UNet
 
 __all__ = [
     "CLASSIFIERS",
@@ -9,6 +10,7 @@ __all__ = [
     "PreActResNet18",
     "Representation",
     "SmallCNN",
+    "UNet",
     "WideResNet",
     "build_classifier",
 ]

@@ -8,6 +8,7 @@ from .contextual_attention import contextual_attention as contextual_attention
 from .contextual_attention import key_validity as key_validity
 from .convolution import conv2d as conv2d
 from .decode_samples import decode_prior as decode_prior
+from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY
 from .dispatch.registry import choices_of_bits as choices_of_bits
 from .dispatch.registry import kernel_choices as kernel_choices

@@ -41,7 +41,9 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 6
     SQUARES = 7
     HOPS = 8
-    LOTS = 9
+    DIFFUSION = 9
+    DIFFUSION_TRAINING = 10
+    LOTS = 11
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")
@@ -62,14 +64,23 @@ def reference(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
     """The definition; arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
-    device = sample_ids.device
+    draw = first_draw + torch.arange(draws, device=sample_ids.device)
+    return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
+
+
+def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream: int, distribution: int) -> Tensor:
+    """The definition for draws by their indices, int64 [1, draws] or [B, draws]. Returns [B, draws, numel]."""
     groups = (numel + 3) // 4
-    element = torch.arange(groups, device=device)
-    draw = ((first_draw + torch.arange(draws, device=device)) & _MASK)[:, None]
+    element = torch.arange(groups, device=sample_ids.device)
     # one seed per call, broadcast; every counter word is widened to [B, draws, groups] by the arithmetic
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    zero = torch.zeros((sample_ids.shape[0], draws, groups), dtype=torch.int64, device=device)
-    counter = (zero + element, zero + draw, zero + (sample_ids & _MASK)[:, None, None], zero + stream)
+    zero = torch.zeros((sample_ids.shape[0], draw.shape[1], groups), dtype=torch.int64, device=sample_ids.device)
+    counter = (
+        zero + element,
+        zero + (draw & _MASK)[..., None],
+        zero + (sample_ids & _MASK)[:, None, None],
+        zero + stream,
+    )
     word = words(key, counter)
     if distribution == 0:
         out = torch.stack([w - ((w >> 31) << 32) for w in word], dim=-1).to(torch.int32)

@@ -138,6 +138,8 @@ NARROW = (
     ("decode_samples._last_two", "ld", {2, 4, 8}, "biases, and the last layer's weights, a few thousand numbers"),
     ("decode_samples._last_two", "st", {2, 4}, "an image of three channels"),
     ("*._add", "ld", {4}, "a few partial sums"),
+    ("diffusion_step-*-channels_last", "ld", {2, 4}, "in the prediction, from one pixel to the next are all channels"),
+    ("diffusion_step-*-channels_last", "st", {2, 4}, "likewise"),
     ("aggregate.*", "ld", {8}, "gradients of the classes: two for a thread, which has eight samples of each"),
     ("aggregate.*", "st", {8}, "results for the classes, likewise"),
     ("random_transform._owners", "st", {1}, "64 blocks"),
@@ -186,6 +188,7 @@ def test_double_scalars_are_narrowed_at_once(case, dtype):
 CLAMPS = {
     "aggregate-peel-*": ("min",),
     "apgd_step-*": ("max", "min"),
+    "diffusion_step-forward-*": ("max", "min"),
     "noisy_replay": ("max", "min"),
     "pgd_step-*": ("max", "min"),
     "random_transform-forward-*": ("max", "min"),
@@ -214,7 +217,11 @@ def test_a_sample_that_fits_is_read_once(case, dtype):
 
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.
-EXACT = ("pgd_step-linf", "apgd_step-linf", "square_proposal-linf", "random_transform-*", "noisy_replay")
+EXACT = (
+    "pgd_step-linf", "apgd_step-linf", "square_proposal-linf", "random_transform-*", "noisy_replay", "diffusion_step-*",
+)  # fmt: skip
+#: Of these, those that draw normals; `random_transform` beside the blocks of its masks.
+NORMALS = ("random_transform-*", "diffusion_step-forward-[fl]*", "diffusion_step-backward-learned*")
 FUSED = r"\bfma\.rn\.f32"
 
 
@@ -224,8 +231,9 @@ def test_exact_kernels_have_no_fused_multiply_add(case, dtype):
     (alone,) = launched("philox-normal", "fp32", 90)
     of_normals = len(re.findall(FUSED, alone.asm["ptx"])) // 4
     for kernel in launched(case, dtype, 90):
-        normal = name_of(kernel.src.fn) in ("random_transform._forward", "random_transform._backward")
-        elements = 4 if not normal or dtype == "fp32" else 8  # of a thread
+        normal = matches(case, NORMALS) and name_of(kernel.src.fn) != "random_transform._owners"
+        wide = dtype == "fp32" or matches(case, ("diffusion_step-*-channels_last",))
+        elements = 4 if wide else 8  # of a thread
         fused = len(re.findall(FUSED, kernel.asm["ptx"]))
         assert fused == (of_normals * elements if normal else 0), name_of(kernel.src.fn)
 
@@ -237,6 +245,11 @@ BUDGETS = {
     ("stitch-forward-channels_last", "bf16"): 120,
     ("stitch-backward", "bf16"): 345,
     ("random_transform-forward-masked", "bf16"): 600,
+    ("diffusion_step-forward-fixed", "bf16"): 550,
+    ("diffusion_step-forward-learned", "bf16"): 680,
+    ("diffusion_step-forward-noiseless", "bf16"): 160,
+    ("diffusion_step-backward-fixed", "bf16"): 213,
+    ("diffusion_step-backward-learned", "bf16"): 770,
     ("gated_elu-forward", "bf16"): 330,
     ("gated_elu-backward", "bf16"): 490,
     ("contextual_attention-forward", "fp32"): 784,
@@ -275,6 +288,8 @@ FULL = ("decode_samples._layer", "decode_samples._last_two")
 #: Where a thread moves two bytes at once, and why.
 TWO_BYTES = (
     ("contextual_attention-backward", "LDG", "of numbers of 16 bits the one that moves into a group"),
+    ("diffusion_step-*-channels_last", "LDG", "in the prediction, from one pixel to the next are all channels"),
+    ("diffusion_step-backward-*-channels_last", "STG", "likewise"),
     ("random_transform-forward-*-channels_last", "STG", "from one pixel to the next are all planes"),
     ("random_transform-backward-channels_last", "LDG", "likewise"),
     ("decode_samples-*-forward", "LDG", "the last layer's weights, a few thousand numbers"),

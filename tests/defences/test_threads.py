@@ -9,12 +9,14 @@ import sys
 import threading
 from pathlib import Path
 
+import denoisers
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.methods.carso import Carso
+from purify_fast.methods.diffusion import Process
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +32,17 @@ def atop():
     return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), block=4)
 
 
-MADE = {"CARSO": carso, "AToP": atop, "CARSO, accelerated": lambda: carso().accelerate(torch.float32)}
+def diffusion():
+    return denoisers.defence((1, 16, 16), process=Process(steps=3), samples=2)
+
+
+MADE = {
+    "CARSO": carso,
+    "AToP": atop,
+    "diffusion": diffusion,
+    "CARSO, accelerated": lambda: carso().accelerate(torch.float32),
+    "diffusion, accelerated": lambda: diffusion().accelerate(torch.bfloat16),
+}
 
 
 def in_threads(work, count=4):

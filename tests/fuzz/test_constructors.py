@@ -19,6 +19,7 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.training import ClassifierConfig, FitConfig
 from purify_fast.training.config import TrainingAttack
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = {kind.__name__: kind for kind in (
     AblationConfig, ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack,
     attacks.PGD, attacks.APGD, attacks.FGSM, attacks.BPDA, attacks.StAdv, attacks.Square, attacks.FABT,
-    attacks.AutoAttack, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump,
+    attacks.AutoAttack, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump, Process, Schedule,
 )}  # fmt: skip
 NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
 

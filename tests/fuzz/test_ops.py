@@ -132,6 +132,18 @@ def conv2d(draw) -> dict:
             "padding": padding, "dilation": dilation}  # fmt: skip
 
 
+def diffusion_step(draw) -> dict:
+    shape, dtype = (draw(st.integers(0, 4)), *image_shape(draw)), draw(st.sampled_from(FLOATS))
+    inner, halves = torch.promote_types(dtype, torch.float32), draw(st.integers(1, 2))
+    rows = draw(st.sampled_from([(), shape[:1]]))
+    values = torch.tensor([1.25, -0.75, 1.0, 0.4, 0.6, draw(st.sampled_from([0.3, 0.0])), -4.0, -2.0], dtype=inner)
+    return {"x": normal(draw, *shape, dtype=inner),
+            "prediction": normal(draw, shape[0], halves * shape[1], *shape[2:], dtype=dtype),
+            "coefficients": values.repeat(*rows, 1) if rows else values, **stream(draw, shape[0]),
+            "draws": torch.arange(shape[0]) // 2, "step": torch.tensor([draw(st.integers(0, 2**16 - 1))]),
+            "noisy": draw(st.booleans())}  # fmt: skip
+
+
 def gated_elu(draw) -> dict:
     shape = (draw(st.integers(0, 3)), 2 * draw(st.integers(1, 4)), *image_shape(draw)[:2])
     return {"features": normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS)))}
@@ -183,7 +195,7 @@ def decode_prior(draw) -> dict:
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
     aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
     reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
-    conv2d, hyperplane_projection,
+    conv2d, hyperplane_projection, diffusion_step,
 )}  # fmt: skip
 
 

@@ -41,7 +41,10 @@ def test_rows_beyond_an_axis(monkeypatch):
 
 
 def test_constants_are_the_references():
-    names = "aggregate noisy_replay pgd_step random_transform representation_distance sample_latent square_proposal"
+    names = (
+        "aggregate diffusion_step noisy_replay pgd_step random_transform representation_distance sample_latent "
+        "square_proposal"
+    )
     kernels, ops = (
         {name: import_module(f"purify_fast.{place}.{name}") for name in names.split()} for place in ("kernels", "ops")
     )
@@ -52,6 +55,8 @@ def test_constants_are_the_references():
     assert kernels["pgd_step"].HALVINGS.value == ops["pgd_step"].HALVINGS[torch.float32]
     drawn = kernels["random_transform"]
     assert (drawn.TRANSFORM_NOISE, drawn.MASK) == (Stream.TRANSFORM_NOISE, Stream.MASK)
+    step = kernels["diffusion_step"]
+    assert (step.DIFFUSION, step.STEPS.value) == (Stream.DIFFUSION, ops["diffusion_step"].STEPS)
     assert kernels["noisy_replay"].REPLAY_NOISE == Stream.REPLAY_NOISE
     assert kernels["sample_latent"].LATENT == Stream.LATENT
     square = kernels["square_proposal"]

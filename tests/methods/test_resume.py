@@ -7,7 +7,8 @@ from purify_fast import data
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models import PreActResNet18, SmallCNN
+from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
+from purify_fast.models import PreActResNet18, SmallCNN, UNet
 from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.checkpoint import read_tree
 
@@ -34,6 +35,10 @@ def carso(**options):
     return CarsoTask(defence, CarsoConfig(attack=ATTACK, kl_delay=0.0, **options))
 
 
+def diffusion(**options):
+    return DiffusionTask(UNet(1, 4), DiffusionConfig(**options))
+
+
 FINETUNED = {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "ema_decay": 0.5}
 TASKS = {
     "arrest": lambda: arrest(resnet()),
@@ -44,6 +49,8 @@ TASKS = {
     "atop": atop,
     "atop, discriminator": lambda: atop(gan_grad=True, discriminator_width=2),
     "carso": lambda: carso(optimizer="radam_lookahead", lookahead_steps=2),
+    "diffusion": diffusion,
+    "diffusion, bfloat16 and no average": lambda: diffusion(precision="bfloat16", ema_decay=0.0, noise_schedule="vp"),
     "carso, joint": lambda: carso(attack_target="pipeline", joint=True),
 }
 

@@ -6,6 +6,7 @@ from small_models import configured
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import CarsoConfig
+from purify_fast.methods.diffusion import DiffusionConfig
 from purify_fast.models.classifiers import SmallCNN
 
 
@@ -19,6 +20,10 @@ def atop(**options):
 
 def carso(**options):
     return configured(CarsoConfig, **options)
+
+
+def diffusion(**options):
+    return configured(DiffusionConfig, **options)
 
 
 def atop_defence(**options):
@@ -63,6 +68,12 @@ REFUSED = {
         ({"steps": 7}, "steps goes with attack_method='pgd', got 7"),
         ({"masks": "free_form"}, "masks 'free_form' is for pre-training"),
         ({"attack_method": "none", "alpha": 0.1}, "alpha goes with attack_method='pgd', got 0.1"),
+    ],
+    diffusion: [
+        ({"prediction": "eps"}, "prediction must be one of noise, x0, v, got 'eps'"),
+        ({"noise_schedule": "x"}, "noise_schedule must be one of linear, cosine, vp, got 'x'"),
+        ({"last_time": 0.0}, r"last_time must be in \(0, 1\], got 0.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
     ],
     atop_defence: [
         ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),

@@ -69,6 +69,15 @@ def passes_and_owners(size: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     return passes.to(dtype), (4 * owners).to(torch.uint8)[None]
 
 
+def states_and_predictions(halves: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The state, the prediction of so many times its channels, coefficients, a seed, ids and draws."""
+    numbers = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
+    return lambda size, dtype=torch.float32: (
+        *images(size, IMAGE), *images(size, (3 * halves, 8, 8), dtype=dtype), torch.tensor(numbers),
+        torch.tensor([size]), torch.arange(size) * 3 - 1, torch.arange(size) // 2,
+    )  # fmt: skip
+
+
 IMAGE = (3, 8, 8)
 STEP = (0.05, 0.1)
 FUNCTIONS = {
@@ -87,6 +96,15 @@ FUNCTIONS = {
     "contextual_attention": Function(
         ops.contextual_attention, features_and_keys, gradients=1, sizes=(2, 3), batch_only=True
     ),
+    **{
+        f"diffusion_step {name}": Function(
+            lambda x, m, coefficients, seed, ids, draws, noisy=name != "noiseless": ops.diffusion_step(
+                2 * x - 1, 2 * m - 1, coefficients, seed=seed, sample_ids=ids, draws=draws, step=seed + 1, noisy=noisy
+            ),
+            states_and_predictions(2 if name == "learned" else 1), gradients=2,
+            compiler="inductor" if name == "learned" else "aot_eager",
+        ) for name in ("fixed", "learned", "noiseless")
+    },
     "gated_elu": Function(lambda x: ops.gated_elu(6 * x - 3), of((6, 8, 10)), gradients=1, compiler="inductor"),
     **{
         f"hyperplane_projection {norm}": Function(
@@ -392,6 +410,24 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
         ({"dilation": 9}, "input with its padding is smaller than the kernel"),
     ]),
+    "diffusion_step": (
+        {"x": ROW, "prediction": ROW, "coefficients": torch.zeros(8), "seed": SEED, "sample_ids": IDS, "draws": IDS,
+         "step": SEED}, [
+            *NAMED, *ONE_PER_SAMPLE,
+            ({"x": ROW.half()}, r"x must be float32 or float64 \[B, C, ...\], got torch.float16 \[3, 4\]"),
+            ({"x": ROW[0]}, r"got torch.float32 \[4\]"),
+            ({"prediction": torch.zeros(3, 5)}, r"= \[3, 4\] or \[B, 2C, ...\], got \[3, 5\]"),
+            ({"prediction": ROW.double()}, "one of float16, bfloat16, float32 where x is torch.float32, got .*64"),
+            ({"x": ROW.double()}, "prediction must be one of float64 where x is torch.float64, got torch.float32"),
+            ({"coefficients": torch.zeros(6)}, r"torch.float32 \[8\] or \[B, 8\] = \[3, 8\], got .* \[6\]"),
+            ({"coefficients": torch.zeros(2, 8)}, r"got torch.float32 \[2, 8\]"),
+            ({"coefficients": torch.zeros(8).double()}, r"got torch.float64 \[8\]"),
+            ({"coefficients": torch.zeros(8, device=META)}, DEVICES),
+            ({"draws": IDS[:2]}, r"draws must be an int64 tensor \[3\], got torch.int64 \[2\]"),
+            ({"draws": IDS.int()}, r"draws must be an int64 tensor \[3\], got torch.int32 \[3\]"),
+            ({"step": IDS}, r"step must be an int64 tensor \[1\], got torch.int64 \[3\]"),
+            ({"step": 3}, r"step must be an int64 tensor \[1\], got 3"),
+        ]),
     "gated_elu": ({"features": ROW}, [
         ({"features": torch.zeros(4)}, r"features must be floating point \[B, 2C, ...\], got torch.float32 \[4\]"),
         ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),

@@ -15,7 +15,7 @@ from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
 SCRIPT = Path(__file__).with_name("together.py")
-KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan")
+KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan", "diffusion")
 NORMS = {  # layer, shape, images of the first process, mean, dtype
     "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
     "1d": ("1d", (6, 3), 2, 0.5, torch.float64),

@@ -8,7 +8,17 @@ from collections import Counter
 
 import pytest
 import torch
-from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task
+from small_runs import (
+    EPS,
+    SHAPE,
+    arrest_task,
+    atop_task,
+    attack,
+    batch,
+    carso_task,
+    diffusion_task,
+    purification_task,
+)
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
 from purify_fast.attacks.pgd import pgd_and_fgsm
@@ -33,6 +43,8 @@ STEPS = {
     "CARSO, pipeline": (lambda: carso_task("pipeline"), {}),
     "AToP": (lambda: atop_task("classifier"), {}),
     "AToP, pipeline": (lambda: atop_task("pipeline"), {}),
+    "diffusion": (diffusion_task, {}),
+    "diffusion, purification": (purification_task, {}),
 }
 
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from small_runs import SHAPE, Listener, arrest_task, atop_task, attack, batch, carso_task, classifier_task
+from small_runs import (
+    SHAPE,
+    Listener,
+    arrest_task,
+    atop_task,
+    attack,
+    batch,
+    carso_task,
+    classifier_task,
+    diffusion_task,
+)
 from torch import nn
 
 from purify_fast.methods.carso import CarsoConfig
@@ -25,7 +35,7 @@ def carso(precision):
     return carso_task(kl_delay=0.0, precision=precision)
 
 
-@pytest.mark.parametrize("make", [arrest_task, carso, atop_task, classifier_task])
+@pytest.mark.parametrize("make", [arrest_task, carso, atop_task, classifier_task, diffusion_task])
 def test_products_are_rounded_while_it_is_trained_if_asked(make):
     x = torch.randint(256, (16, *SHAPE), dtype=torch.uint8)
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()

@@ -15,7 +15,8 @@ from torch_functions import register
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models import layers
+from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
+from purify_fast.models import UNet, layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, distributed, fit
@@ -42,6 +43,8 @@ def small_task(kind):
         return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(standard))
     if kind == "convolutional":
         return ClassifierTask(SmallCNN(width=2), ClassifierConfig(standard))
+    if kind == "diffusion":
+        return DiffusionTask(UNet(1, 4), DiffusionConfig())
     if kind.startswith("atop"):
         defence = Atop(SmallCNN(width=2), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
         options = {"cls_delay": 0, "learning_rate": 1e-3, "attack": attack, "attack_method": "pgd"}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
 from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
-from ...models.representation import Representation, without_recorders
+from ...models.representation import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import (
@@ -39,31 +39,10 @@ from ...speed.folding.inference_copy import (
 )
 from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
+from ...training.moving_average import moving_average
 from ...training.schedules import RunLength, arrest_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_classifier
 from .config import ArrestConfig
-
-
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of a model that follows its weights and buffers; buffers of whole numbers are copied.
-
-    Args:
-        model: what to follow.
-        decay: share of the average that each step keeps.
-    """
-
-    def follow(averages: Iterable[Tensor], values: Iterable[Tensor], _: Tensor | int) -> None:
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
-
-    average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-    without_recorders(average.module).requires_grad_(False)
-    # its first update copies the weights, so that the average begins with them
-    average.update_parameters(model)
-    return average
 
 
 class ArrestTask(Task):

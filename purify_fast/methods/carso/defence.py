@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..._tensors import write_stamp
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
@@ -36,7 +37,6 @@ from .networks import (
     decoder_plan,
     decoder_plan_v1,
     kernel_decodes,
-    write_stamp,
 )
 from .official import fill, read_official, write_official
 

@@ -484,12 +484,3 @@ def kernel_decodes(device: torch.device) -> bool:
         device: of the latents.
     """
     return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)
-
-
-def write_stamp(tensor: Tensor) -> int:
-    """A number that changes whenever the tensor is written to or replaced by another.
-
-    Args:
-        tensor: any tensor; those made in inference mode count no writes.
-    """
-    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

@@ -1,0 +1,50 @@
+"""States of a sampler in float32, and what a denoiser predicts: images of CIFAR-10, and 8 of 256 pixels."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from purify_fast.ops import diffusion_step
+
+from . import Case, kinds, normal
+
+SHAPES = ((128, 3, 32, 32), (8, 3, 256, 256))
+LARGE = ((128, 3, 256, 256), (4096, 3, 32, 32))
+KINDS = kinds("fixed", "learned", "noiseless")
+#: A step of DDPM that clips, with variances to choose between.
+COEFFICIENTS = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
+
+
+def call(x: Tensor, prediction: Tensor, *named: Tensor, noisy: bool) -> Tensor:
+    names = ("coefficients", "seed", "sample_ids", "draws", "step")
+    return diffusion_step(x, prediction, **dict(zip(names, named, strict=True)), noisy=noisy)
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
+    b, c, *sides = shape
+    halves = 2 if variant == "learned" else 1
+    normals = 0 if variant == "noiseless" else 45  # as `philox` counts a normal
+    return Case(
+        shape,
+        dtype,
+        lambda: (
+            normal(*shape, dtype=torch.float32),
+            normal(b, halves * c, *sides, dtype=dtype),
+            torch.tensor(COEFFICIENTS),
+            torch.tensor([1234567890123]),
+            torch.arange(b) // 2,
+            torch.arange(b) % 2,
+            torch.tensor([7]),
+        ),
+        partial(call, noisy=variant != "noiseless"),
+        {
+            "forward": ("(8 + k*s)*n", f"({normals} + 10*k)*n"),
+            "backward": ("(12 + 2*k*s)*n", f"({normals if halves == 2 else 0} + 10*k)*n"),
+        },
+        variant,
+        differentiable=(0, 1),
+        symbols={"k": halves},
+    )

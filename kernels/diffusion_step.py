@@ -1,0 +1,151 @@
+"""`diffusion_step` in Triton: elementwise, the noise drawn in the kernel, by learned variances again in backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, empty, empty_like
+
+from ._common import first_of, grid, is_channels_last, memory_format, on, program, tile
+from .pgd_step import _clamp, _load
+from .philox import noise
+
+#: The fourth counter word, `purify_fast.ops.philox.Stream.DIFFUSION`.
+DIFFUSION = 9
+#: Steps that have noise of their own, `purify_fast.ops.diffusion_step.STEPS`.
+STEPS = tl.constexpr(65536)
+
+
+@triton.jit
+def _place(element, size, plane, channels, LEARNED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where the elements of a row of x are in a row of the prediction, and how far behind are those that choose."""
+    if CHANNELS_LAST:
+        plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
+        channel = element // plane
+        at = (element - channel * plane) * channels + channel
+        behind = channels // 2
+    else:
+        at, behind = element, tl.cast(size, element.dtype)
+    return at, behind
+
+
+@triton.jit
+def _normals(seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr,
+             PAIRS: tl.constexpr):  # fmt: skip
+    """Normals of the elements of this program, from group ``first`` on."""
+    draw = tl.load(draws_ptr + row) * STEPS + tl.load(step_ptr)
+    return noise(
+        tl.load(seed_ptr), first, draw, sample=tl.load(ids_ptr + row), stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
+    )
+
+
+@triton.jit
+def _deviation(v, s, lo, hi):
+    share = 0.5 * (v + 1.0)
+    return s * tl.exp(0.5 * (share * hi + (1.0 - share) * lo))
+
+
+@triton.jit
+def _forward(
+    x_ptr, m_ptr, k_ptr, seed_ptr, ids_ptr, draws_ptr, step_ptr, out_ptr, rows, size, plane, channels, stride,
+    LEARNED: tl.constexpr, NOISY: tl.constexpr, CHANNELS_LAST: tl.constexpr, STREAM: tl.constexpr,
+    GROUPS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row, block = program(rows)
+    image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
+    element = first + tl.arange(0, GROUPS * 4)
+    inside = element < size
+    at, behind = _place(element, size, plane, channels, LEARNED=LEARNED, CHANNELS_LAST=CHANNELS_LAST)
+    begin = image * size
+    x = _load(x_ptr + begin, element, inside)
+    m_ptr += begin * 2 if LEARNED else begin
+    m = _load(m_ptr, at, inside)
+    k_ptr += image * stride
+    c = tl.load(k_ptr + 2)
+    clipped = _clamp(tl.load(k_ptr) * x + tl.load(k_ptr + 1) * m, -c, c)
+    out = tl.load(k_ptr + 3) * clipped + tl.load(k_ptr + 4) * x
+    if NOISY:
+        s = tl.load(k_ptr + 5)
+        if s != 0:
+            z = _normals(
+                seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
+                STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
+            )  # fmt: skip
+            if LEARNED:
+                out += _deviation(_load(m_ptr, at + behind, inside), s, tl.load(k_ptr + 6), tl.load(k_ptr + 7)) * z
+            else:
+                out += s * z
+    tl.store(out_ptr + begin + element, out, mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad_ptr, x_ptr, m_ptr, k_ptr, seed_ptr, ids_ptr, draws_ptr, step_ptr, dx_ptr, dm_ptr, rows, size, plane, channels,
+    stride,
+    LEARNED: tl.constexpr, NOISY: tl.constexpr, CHANNELS_LAST: tl.constexpr, STREAM: tl.constexpr,
+    GROUPS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row, block = program(rows)
+    image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
+    element = first + tl.arange(0, GROUPS * 4)
+    inside = element < size
+    at, behind = _place(element, size, plane, channels, LEARNED=LEARNED, CHANNELS_LAST=CHANNELS_LAST)
+    begin = image * size
+    grad, x = _load(grad_ptr + begin, element, inside), _load(x_ptr + begin, element, inside)
+    of_prediction = begin * 2 if LEARNED else begin
+    m = _load(m_ptr + of_prediction, at, inside)
+    dm_ptr += of_prediction
+    k_ptr += image * stride
+    p, q, c = tl.load(k_ptr), tl.load(k_ptr + 1), tl.load(k_ptr + 2)
+    u = p * x + q * m
+    through = tl.where((u >= -c) & (u <= c), tl.load(k_ptr + 3) * grad, 0.0)
+    tl.store(dx_ptr + begin + element, p * through + tl.load(k_ptr + 4) * grad, mask=inside)
+    tl.store(dm_ptr + at, (q * through).to(dm_ptr.dtype.element_ty), mask=inside)
+    if LEARNED:
+        dv = tl.zeros_like(x)
+        if NOISY:
+            s = tl.load(k_ptr + 5)
+            if s != 0:
+                lo, hi = tl.load(k_ptr + 6), tl.load(k_ptr + 7)
+                v = _load(m_ptr + of_prediction, at + behind, inside)
+                z = _normals(
+                    seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
+                    STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
+                )  # fmt: skip
+                dv = grad * z * (0.25 * (hi - lo) * _deviation(v, s, lo, hi))
+        tl.store(dm_ptr + at + behind, dv.to(dm_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], results: tuple[Tensor, ...], noisy) -> None:
+    """``images``: as the kernel takes them, x and the prediction last; ``named``: from the coefficients to the step."""
+    *_, x, prediction = images
+    rows, last, channels = x.shape[0], is_channels_last(prediction), prediction.shape[1]
+    size = x.numel() // rows
+    # a thread moves single numbers of a prediction in channels_last, and whole vectors of the state
+    block, warps = tile(size, x) if last else tile(size, x, prediction)
+    coefficients = named[0].contiguous()
+    with on(x):
+        kernel[grid(rows, triton.cdiv(size, block))](
+            *(one.contiguous() for one in images[:-1]), prediction if last else prediction.contiguous(), coefficients,
+            *(one.contiguous() for one in named[1:]), *results, rows, size, size // x.shape[1], channels,
+            coefficients.shape[-1] if coefficients.dim() == 2 else 0,
+            LEARNED=channels > x.shape[1], NOISY=noisy, CHANNELS_LAST=last, STREAM=DIFFUSION, GROUPS=block // 4,
+            PAIRS=prediction.element_size() == 2 and not last, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:
+    """The next state; ``named``: coefficients, seed, sample_ids, draws, step, and whether there is noise."""
+    out = empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        _launch(_forward, (x, prediction), named[:-1], (out,), noisy=named[-1])
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, prediction: Tensor, *named) -> tuple[Tensor, Tensor]:
+    """The gradients of x, and of the prediction in its dtype and memory format."""
+    to_x = empty(x.shape, dtype=x.dtype, device=x.device)
+    to_prediction = empty_like(prediction, memory_format=memory_format(is_channels_last(prediction)))
+    if to_x.numel():
+        _launch(_backward, (grad, x, prediction), named[:-1], (to_x, to_prediction), noisy=named[-1])
+    return to_x, to_prediction

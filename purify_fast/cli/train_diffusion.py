@@ -1,0 +1,116 @@
+"""``purify-fast train diffusion``, and the options of a purification by diffusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..methods.diffusion.config import DiffusionConfig
+from ..training import FitConfig
+from .classifiers import trained_classifier
+from .command import Command
+from .train_purifier import saved_start, say_other_ball
+from .training import OnClassifier
+
+if TYPE_CHECKING:
+    from ..data import DataSet
+    from ..training import Task
+
+_NETWORK = ("width", "patch", "attention")
+_PROCESS = ("t_star", "denoising_steps", "solver")
+
+
+@dataclass(frozen=True)
+class Purification(Command):
+    """A command that purifies by diffusion.
+
+    Args:
+        t_star: Of a diffusion purifier: the time up to which it adds noise, as a share of the process; several for as
+            many rounds. Default: what was saved, or 0.1.
+        denoising_steps: Of a diffusion purifier: the solver's steps back from t*, one number or one for each round;
+            default: what was saved, or every training step.
+        solver: Of a diffusion purifier: how it goes back. Default: what was saved, or ddpm.
+    """
+
+    t_star: tuple[float, ...] = ()
+    denoising_steps: tuple[int, ...] = ()
+    solver: Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"] | None = None
+
+    def process(self) -> dict[str, Any] | None:
+        """What was given, as fields of `purify_fast.methods.diffusion.Process`; None for nothing."""
+        times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
+        given = {"t_star": times, "steps": steps, "solver": self.solver}
+        return {name: value for name, value in given.items() if value not in ((), None)} or None
+
+
+@dataclass(frozen=True)
+class TrainDiffusion(OnClassifier, Purification):
+    """Train a denoiser on clean images, or fine-tune one through its whole purification. Resumes an unfinished run.
+
+    Without --eps it needs no classifier: `evaluate OUT --classifier FOLDER` puts the denoiser before one. With --eps
+    the denoiser of --init is trained by the cross-entropy of --classifier on attacked and purified images.
+
+    Args:
+        init: A folder that this command wrote before, whose denoiser is fine-tuned.
+        width: Channels of the U-Net at full size, at most 16 or a multiple of 16.
+        patch: Side of the squares of pixels that the U-Net takes as one: 2 does a quarter of the work of 1.
+        attention: Let the U-Net's lowest level attend to all of its positions.
+    """
+
+    called: ClassVar[str] = "train diffusion"
+
+    out: Path = Path("runs/denoiser")
+    init: Path | None = None
+    width: int = 32
+    patch: int = 1
+    attention: bool = True
+    method: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch_size=64))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method.attack.eps > 0 and None in (self.init, self.classifier):
+            raise ValueError("--eps above 0 trains through the purification: give --init and --classifier")
+
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        if self.method.attack.eps == 0:
+            message = "{given}: of the training through the purification, which an --eps above 0 turns on"
+            return {("init", "classifier", "classifier_weights", "denoising_weight", *_PROCESS): message}
+        return {(*_NETWORK, "noise_schedule", "prediction"): f"--init {self.init} brings its own; leave out {{given}}"}
+
+    def task(self, images: DataSet) -> Task:
+        import torch
+
+        from ..methods.diffusion import DiffusionTask
+        from ..models import UNet
+
+        torch.manual_seed(self.loop.seed)
+        if self.method.attack.eps > 0:
+            return self.fine_tuning(images)
+        network = UNet(images.image_shape[0], self.width, patch=self.patch, attention=self.attention)
+        return DiffusionTask(network.to(images.y_train.device), self.method)
+
+    def fine_tuning(self, images: DataSet) -> Task:
+        """The training through the purification."""
+        from .._tensors import weights_fingerprint
+        from ..methods.diffusion import DiffusionPurifier, PurificationTask
+
+        # given, by `__post_init__`
+        assert self.init is not None and self.classifier is not None
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        say_other_ball(self.classifier, self.method.attack)
+        options = {"check": False, "process": self.process()}
+        defence = saved_start(self.init, DiffusionPurifier, classifier, **options)
+        return PurificationTask(defence, self.method, weights_fingerprint(defence.denoiser))
+
+    def save(self, trained: Any, images: DataSet) -> None:
+        from ..methods.diffusion import DiffusionPurifier, save_denoiser
+        from ..training import save_classifier
+
+        if isinstance(trained, DiffusionPurifier):
+            trained.save(self.out)
+            save_classifier(trained.classifier, self.out / "classifier")
+            return
+        process = {"schedule": self.method.noise_schedule, "prediction": self.method.prediction}
+        save_denoiser(trained, self.out, images.image_shape, process, last_time=self.method.last_time)

@@ -1,0 +1,18 @@
+"""Purification by diffusion: the defence, schedules and solvers, and the training of denoisers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .config import DiffusionConfig as DiffusionConfig
+    from .defence import DiffusionPurifier as DiffusionPurifier
+    from .denoiser import save_denoiser as save_denoiser
+    from .process import Process as Process
+    from .schedule import Schedule as Schedule
+    from .task import DiffusionTask as DiffusionTask
+    from .task import PurificationTask as PurificationTask
+
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

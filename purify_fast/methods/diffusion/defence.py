@@ -1,0 +1,274 @@
+"""Purification by diffusion: noise is added to an image, and a denoiser takes it away step by step.
+
+    x_T = alpha x + sigma z                           forward, to the time t*
+    x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   backward, from t* to the image; grad and w of the guidance, if any
+    logits = classifier(x_0)                          aggregated over K such processes
+
+Nie et al., "Diffusion Models for Adversarial Purification", ICML 2022, arXiv 2205.07460 (DiffPure) run it once; with
+guidance it is GDMP (Wang et al., arXiv 2205.14969); with several rounds of rising t* the gradual noise of Lee & Kim,
+ICCV 2023, arXiv 2303.09051; with one step to the end that of Carlini et al., ICLR 2023, arXiv 2206.10550.
+
+Its gradient is exact, whatever the number of steps, and takes the memory of one: each step is computed again when its
+gradient is, with the same noise, which is named by a seed and never kept (`purify_fast.attacks.checkpointed_steps`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from math import log
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..._tensors import dtype_of, first_tensor, write_stamp
+from ..._validation import check_counts, check_literal
+from ...attacks.checkpointed_steps import checkpointed_steps
+from ...defences.base import Defence, refuse_wrapped
+from ...defences.voting import majority
+from ...models.representation import count_classes, evaluation_mode
+from ...ops.aggregate import aggregate
+from ...ops.diffusion_step import diffusion_step
+from ...speed.folding.inference_copy import Accelerated
+from ..base import save_defence
+from .denoiser import Denoiser, description, read_pretrained
+from .guidance import distance_gradient
+from .process import Process, Table
+
+Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
+
+
+class DiffusionPurifier(Defence):
+    """A classifier behind a diffusion process. Images in [0, 1] in, finite logits out.
+
+    Args:
+        denoiser: any module ``(x_t [B, C, H, W], t [B]) -> prediction``, which may have twice the channels (learned
+            variances) or be an object with a tensor ``sample``, as of diffusers' ``UNet2DModel``. Its images are in
+            [-1, 1]. It is copied and frozen; ``defence.denoiser.requires_grad_(True)`` lets it be trained through the
+            whole process.
+        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
+            kept in evaluation mode; the caller's own is left untouched.
+        image_shape: (C, H, W).
+        process: how images are noised and denoised, a `Process` or its fields.
+        samples: K, processes per prediction.
+        aggregation: of the K predictions: ``mean`` of the logits, ``mean_softmax``, the log of the mean softmax,
+            ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
+        max_forward_batch: rows (images times draws) that go through the denoiser at once; None: all.
+
+    Raises:
+        ValueError: a setting out of range, or a denoiser or classifier that is wrapped or does not fit image_shape or
+            process.
+
+    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise
+    anywhere, and makes one prediction per image.
+    """
+
+    _rows: Tensor
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        classifier: nn.Module,
+        image_shape: tuple[int, int, int],
+        process: Process | Mapping[str, Any] = Process(),
+        *,
+        samples: int = 1,
+        aggregation: Aggregation = "mean",
+        max_forward_batch: int | None = None,
+    ):
+        super().__init__(classifier, image_shape)
+        refuse_wrapped("denoiser", denoiser)
+        check_literal("aggregation", aggregation, Aggregation)
+        check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
+        self.process = Process.of(process)
+        self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
+        # Frozen, because neither a prediction nor an attack wants gradients of its weights.
+        module = copy.deepcopy(denoiser).requires_grad_(False)
+        self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
+        if self.process.learns_variances and not self.denoiser.learns_variances:
+            raise ValueError("variance 'learned' needs a denoiser that gives twice as many channels as the images have")
+        table, self.noises = self.process.table()
+        for name, numbers in table._asdict().items():
+            # the bits of the numbers, which conversions of the defence to another dtype must not round
+            self.register_buffer(f"_{name}", numbers.view(torch.int64), persistent=False)
+        self.register_buffer("_rows", torch.arange(2 * len(self.noises)), persistent=False)
+        self.arguments: dict[str, Any] = {
+            "image_shape": list(self.image_shape),
+            "process": asdict(self.process),
+            "samples": samples,
+            "aggregation": aggregation,
+            "max_forward_batch": max_forward_batch,
+            "denoiser": description(denoiser),
+        }
+        self._ready()
+        blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
+        with evaluation_mode(self), torch.no_grad():
+            self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
+
+    # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
+
+    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
+        """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory of one step.
+
+        They are in [0, 1], but for a process that does not clip.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+            draws: sets of K draws.
+        """
+        self.check_images(x)
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
+        noisy = not self.noise_is_off
+        count = draws * self.samples if noisy else 1
+        seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
+        images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
+        # a row for each draw of each image
+        rows = images.repeat_interleave(count, 0)
+        names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
+        most = self.max_forward_batch or max(1, len(rows))
+        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
+        purified = torch.cat([self._denoised(part, noisy, seed, *name) for part, *name in parts])
+        return ((purified + 1) / 2).unflatten(0, (len(x), count))
+
+    def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
+        """What the whole process makes of images ``[B, C, H, W]`` in [-1, 1]."""
+        table = Table(*(getattr(self, f"_{name}").view(torch.float64) for name in Table._fields))
+        numbers = (table.coefficients, table.targets, table.weights)
+        coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
+        guidance = self.process.guidance
+
+        def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int) -> Tensor:
+            name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[word : word + 1]}
+            return diffusion_step(x, prediction, row, **name, noisy=noisy)
+
+        def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
+            if self.noises[j]:
+                return moved(x, x, coefficients[j], j)
+            prediction = self._run_part(self._predict, x, table.times[j].expand(len(x)))
+            following = moved(x, prediction, coefficients[j], j)
+            if guidance is None:
+                return following
+            target = moved(image[0], image[0], targets[j], len(self.noises) + j)
+            return following - weights[j] * distance_gradient(guidance, x, target)
+
+        return checkpointed_steps(
+            step,
+            images,
+            len(self.noises),
+            inputs=() if guidance is None else (images,),
+            parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
+            # the process names its noise, so that only the dropout of a training draws from generators
+            preserve_rng_state=self.training,
+        )
+
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser predicts of states, told the times ``t`` ``[B]``, as `diffusion_step` takes it."""
+        with self._autocast(x.device):
+            prediction = self._network(x.to(self.purifier_dtype), t)
+        return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """``[B, classes]``, float32, by the defence's aggregation.
+
+        Args:
+            logits: ``[B, K, classes]``.
+        """
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        if self.aggregation == "vote":
+            return majority(logits.transpose(0, 1))
+        if self.aggregation == "mean_softmax":
+            return aggregate(torch.log_softmax(logits, -1), "lse") - log(logits.shape[1])
+        return aggregate(logits, self.aggregation)
+
+    def with_process(self, process: Process) -> DiffusionPurifier:
+        """The same denoiser and classifier with another process, such as one of fewer steps; not accelerated.
+
+        Args:
+            process: of images of the same kind.
+        """
+        options = {name: self.arguments[name] for name in ("samples", "aggregation", "max_forward_batch")}
+        return DiffusionPurifier(self.denoiser.module, self.classifier, self.image_shape, process, **options)
+
+    # -- speed --------------------------------------------------------------------------------------------------------
+
+    @property
+    def purifier_dtype(self) -> torch.dtype:
+        """The precision of the denoiser's weights; the states are float32, or float64 if these are."""
+        return dtype_of(self.denoiser)
+
+    @property
+    def _is_frozen(self) -> bool:
+        return not self.training and not any(parameter.requires_grad for parameter in self.denoiser.parameters())
+
+    @property
+    def _network(self) -> Denoiser:
+        """What predicts: of an accelerated defence a copy in bfloat16, as long as the denoiser is not trained."""
+        if self.fast is not None and self.fast.packed is not None and self._is_frozen:
+            return self.fast.packed
+        return self.denoiser
+
+    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
+        return (self._predict,)
+
+    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
+        fast = super()._make_copies(settings)
+        if settings["dtype"] == torch.bfloat16 and self.purifier_dtype == torch.float32 and self._is_frozen:
+            self._pack(fast)
+        return fast
+
+    def _pack(self, fast: Accelerated) -> None:
+        """Copy the denoiser in bfloat16, in the memory of the copy before, which captured steps read."""
+        # outside of inference mode, because attacks differentiate through the copy
+        with torch.inference_mode(False), torch.no_grad():
+            if fast.packed is None:
+                fast.packed = self.denoiser.bfloat16_copy()
+            else:
+                for copied, tensor in zip(_tensors(fast.packed), _tensors(self.denoiser), strict=True):
+                    copied.copy_(tensor)
+        fast.packed_from = self._stamp
+
+    def prepare_replay(self) -> None:
+        """Make the copy of the denoiser again if its weights have changed (`PreparesReplay`)."""
+        fast = self.fast
+        if fast is None or fast.dtype != torch.bfloat16 or self.purifier_dtype != torch.float32 or not self._is_frozen:
+            return
+        if fast.packed is None or fast.packed_from != self._stamp:
+            self._pack(fast)
+
+    @property
+    def _stamp(self) -> int:
+        # All weights are updated together, so that one of them tells.
+        return write_stamp(first_tensor(self.denoiser))
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, classifier: nn.Module, process: Mapping[str, Any] | None = None, **options: Any
+    ) -> DiffusionPurifier:
+        """A purifier with a denoiser of diffusers, and the schedule that it was trained on.
+
+        Args:
+            folder: that of a pipeline, such as a copy of google/ddpm-cifar10-32; nothing is downloaded.
+            classifier: of images of the denoiser's size.
+            process: fields of `Process` other than those that the folder tells.
+            options: further arguments of `DiffusionPurifier`.
+
+        Raises:
+            ImportError: diffusers is not installed.
+            FileNotFoundError: there is no such folder, network or scheduler.
+            ValueError: a schedule or prediction that this package does not have.
+        """
+        denoiser, image_shape, known = read_pretrained(folder)
+        return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
+
+    save = save_defence
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,178 @@
+"""One interface to every denoiser: the package's U-Net, those of diffusers, any module of a user's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._tensors import first_tensor
+from ...models.representation import evaluation_mode
+from ...models.unet import UNet
+from ...training.checkpoint import save_model
+
+#: The package's own denoisers, by the name of their class; each keeps in ``arguments`` what makes it again.
+DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
+#: The kind of a saved denoiser that has no classifier.
+ALONE = "Denoiser"
+#: diffusers' network, which its ``config`` makes again.
+DIFFUSERS = "UNet2DModel"
+
+
+def _diffusers_model() -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError(f"{DIFFUSERS} is of diffusers: pip install 'purify-fast[diffusion]' ({error})") from error
+    return UNet2DModel
+
+
+def description(denoiser: nn.Module) -> dict[str, Any]:
+    """What makes the denoiser again, JSON values; of a module of a user's own its class's name alone."""
+    name = type(denoiser).__name__
+    if type(denoiser) is DENOISERS.get(name):
+        return {"kind": name, "arguments": denoiser.arguments}
+    if name == DIFFUSERS:
+        return {"kind": name, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
+    return {"kind": type(denoiser).__qualname__, "arguments": None}
+
+
+def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
+    """The denoiser that a saved `description` is of, or the one given, if it is of that kind; else ValueError."""
+    if given is not None:
+        if description(given)["kind"] != facts["kind"]:
+            raise ValueError(f"purifier: {folder} holds a {facts['kind']}, got a {type(given).__qualname__}")
+        return given
+    if facts["kind"] == DIFFUSERS:
+        return _diffusers_model().from_config(facts["arguments"])
+    if facts["kind"] not in DENOISERS:
+        raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
+    return DENOISERS[facts["kind"]](**facts["arguments"])
+
+
+def save_denoiser(
+    denoiser: nn.Module, folder: str | Path, image_shape: tuple[int, int, int], process: Mapping[str, Any], **extra: Any
+) -> None:
+    """Write a denoiser without a classifier; `purify_fast.load_defence` puts it before one.
+
+    Args:
+        denoiser: what `purify_fast.methods.diffusion.DiffusionTask` trained.
+        folder: where to; ``model.safetensors`` is written there.
+        image_shape: (C, H, W).
+        process: the fields of `purify_fast.methods.diffusion.Process` that its training decides.
+        extra: further facts, JSON values.
+    """
+    arguments = {"image_shape": list(image_shape), "process": dict(process), "denoiser": description(denoiser)}
+    save_model(folder, ALONE, arguments, denoiser.state_dict(), **extra)
+
+
+def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
+    """A denoiser of diffusers from its folder, its images' shape, and what the folder tells of its process.
+
+    Args:
+        folder: that of a ``DDPMPipeline`` or ``DDIMPipeline``, such as a copy of google/ddpm-cifar10-32. Nothing is
+            downloaded.
+
+    Returns:
+        The network; (C, H, W); and the fields ``schedule``, ``prediction``, ``variance`` and ``clip`` of a `Process`.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        FileNotFoundError: there is no such folder, network or scheduler.
+        ValueError: a schedule or prediction that this package does not have.
+    """
+    root = Path(folder)
+    network = root / "unet" if (root / "unet").is_dir() else root
+    scheduler = next((p for p in (root / "scheduler", root) if (p / "scheduler_config.json").is_file()), None)
+    if scheduler is None or not (network / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} needs config.json and scheduler_config.json, as diffusers' pipelines have")
+    process = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))
+    steps = process.get("num_train_timesteps", 1000)
+    kinds = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+    predictions = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+    beta, predicted = process.get("beta_schedule", "linear"), process.get("prediction_type", "epsilon")
+    for name, value, known in (("beta_schedule", beta, kinds), ("prediction_type", predicted, predictions)):
+        if value not in known:
+            raise ValueError(f"{scheduler}: {name} must be one of {', '.join(known)}, got {value!r}")
+    if process.get("trained_betas") is not None or process.get("thresholding") or process.get("rescale_betas_zero_snr"):
+        raise ValueError(f"{scheduler}: trained_betas, thresholding and rescale_betas_zero_snr are not supported")
+    scale = steps / 1000
+    schedule: dict[str, Any] = {"kind": kinds[beta], "steps": steps}
+    if beta == "linear":
+        schedule["first_beta"] = scale * process.get("beta_start", 1e-4)
+        schedule["last_beta"] = scale * process.get("beta_end", 0.02)
+    settings = {
+        "schedule": schedule,
+        "prediction": predictions[predicted],
+        "variance": "large" if process.get("variance_type") == "fixed_large" else "small",
+        "clip": bool(process.get("clip_sample", True)),
+    }
+    denoiser = _diffusers_model().from_pretrained(str(network), local_files_only=True)
+    size = denoiser.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return denoiser, (denoiser.config["in_channels"], height, width), settings
+
+
+class Denoiser(nn.Module):
+    """Any denoiser as one function ``(x_t, t) -> prediction``.
+
+    Args:
+        module: what predicts; used as it is, not copied. ``module(x, t)``, x ``[B, C, H, W]`` and t ``[B]``, gives a
+            tensor or, as diffusers' models do, an object with a tensor ``sample``: ``[B, C, H, W]``, or
+            ``[B, 2C, H, W]`` with learned variances, as guided-diffusion's models have them.
+        image_shape: (C, H, W).
+        whole_times: whether t is int64.
+
+    Attributes:
+        learns_variances: whether the module gives twice as many channels as the images have.
+
+    Raises:
+        ValueError: a module that does not run on two images, or returns something else; it names the module, what it
+            returned and what is allowed.
+    """
+
+    def __init__(self, module: nn.Module, image_shape: tuple[int, int, int], whole_times: bool):
+        super().__init__()
+        self.module, self.whole_times = module, whole_times
+        channels, h, w = image_shape
+        first = first_tensor(module)
+        images = torch.zeros((2, *image_shape), device=first.device, dtype=first.dtype)
+        name = type(module).__name__
+        try:
+            with evaluation_mode(module), torch.no_grad():
+                result = self(images, torch.ones(2, device=first.device, dtype=torch.float64))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            given = f"images {list(images.shape)} and times [2]"
+            raise ValueError(f"denoiser: {name} does not run on {given}: {error}") from error
+        shapes = [[2, channels, h, w], [2, 2 * channels, h, w]]
+        if not isinstance(result, Tensor) or list(result.shape) not in shapes or not result.is_floating_point():
+            got = (list(result.shape), result.dtype) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"denoiser: {name} must return floating point {shapes[0]} or {shapes[1]}, got {got}")
+        self.learns_variances = result.shape[1] == 2 * channels
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction.
+
+        Args:
+            x: states ``[B, C, H, W]``.
+            t: what the module is told of the time, ``[B]``, float64.
+        """
+        # bfloat16 has eight bits, too few for a thousand times
+        t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
+        given = self.module(x, t)
+        return given if isinstance(given, Tensor) else given.sample
+
+    def bfloat16_copy(self) -> Denoiser:
+        """A frozen copy whose convolutions and linear layers have bfloat16 weights, for an autocast to bfloat16."""
+        duplicate = copy.deepcopy(self).requires_grad_(False).eval()
+        for layer in duplicate.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(torch.bfloat16)
+        return duplicate

@@ -1,0 +1,146 @@
+"""The settings of a purification by diffusion, and the table of its steps.
+
+A step takes its numbers from a row of a table (`Table`), so that no value is read by the host. A round begins with a
+row that adds noise up to its t*; one row for each step of the solver follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._validation import AtLeast0, Share, check_counts, check_types
+from ...ops.diffusion_step import STEPS
+from .guidance import Guidance
+from .schedule import Schedule, Times
+from .solvers import Prediction, Solver, Variance, denoising, noising
+
+
+class Table(NamedTuple):
+    """The numbers of n rows, float64 where nothing else is noted."""
+
+    #: Of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
+    coefficients: Tensor
+    #: Those that noise an image up to the row's time, as guidance needs it, ``[n, 8]``.
+    targets: Tensor
+    #: What the denoiser is told of the time, ``[n]``.
+    times: Tensor
+    #: w, by which guidance is multiplied, ``[n]``.
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """How images are noised and denoised.
+
+    Args:
+        schedule: the noise that the denoiser was trained on.
+        prediction: what the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
+        times: what it is told of the time (`Schedule.told`); None: the training step's index, or with the schedule
+            ``vp`` score-SDE's continuous time.
+        solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
+            probability flow) or ``one_shot`` (the image that is predicted at t*).
+        t_star: the time up to which noise is added, as a share of the process; several for as many rounds, each of
+            which purifies the result of the one before.
+        steps: of the solver in each round; one number, or one for each round. None: every training step.
+        eta: of ddim: 0 adds no noise, 1 as much as ddpm.
+        variance: of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
+        clip: whether each step's estimate of the image is clipped to [-1, 1]. Without it purified images may leave
+            [0, 1] a little.
+        guidance: None, or the distance to the noised input by whose gradient each step is moved: ``mse`` or ``ssim``.
+        guidance_scale: g, factor of that gradient, beside the step's variance and sigma / alpha.
+
+    Raises:
+        ValueError: a setting out of range, or settings that do not go together; the message names them.
+    """
+
+    schedule: Schedule = Schedule()
+    prediction: Prediction = "noise"
+    times: Times | None = None
+    solver: Solver = "ddpm"
+    t_star: float | tuple[float, ...] = 0.1
+    steps: int | tuple[int, ...] | None = None
+    eta: Share = 0.0
+    variance: Variance = "small"
+    clip: bool = True
+    guidance: Guidance | None = None
+    guidance_scale: AtLeast0 = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("t_star", "steps"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        check_types(self)
+        counts = [n for _, n in self.rounds if n is not None]
+        for count in counts:
+            check_counts(steps=count)
+        if self.solver == "one_shot" and set(counts) - {1}:
+            raise ValueError(f"steps must be 1 or None for one_shot, which takes one step, got {self.steps}")
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"eta is of ddim: it must be 0 for {self.solver}, got {self.eta}")
+        noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
+        if self.guidance is not None and (noiseless or self.learns_variances):
+            raise ValueError(
+                "guidance moves a step by the variance of its noise: it goes with ddpm of a small or large variance, "
+                f"ddim with eta above 0, and vp_sde, got solver {self.solver!r} with variance {self.variance!r}"
+            )
+        # refuses what the schedule does not have; guidance draws its noise beside that of the steps
+        rows = len(self.table()[1])
+        if 2 * rows > STEPS:
+            raise ValueError(f"steps must be fewer in all rounds, {STEPS // 2} with one more for each, got {rows}")
+
+    @classmethod
+    def of(cls, given: Process | Mapping[str, Any]) -> Process:
+        """A process from its fields, as a saved model holds them.
+
+        Args:
+            given: a process, which is returned as it is, or its fields by name; the schedule as `Schedule.of` takes it.
+        """
+        if isinstance(given, Process):
+            return given
+        return cls(**{**given, "schedule": Schedule.of(given.get("schedule", "linear"))})
+
+    @property
+    def rounds(self) -> list[tuple[float, int | None]]:
+        """t* and the steps of each round."""
+        starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
+        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
+        if not starts or len(counts) != len(starts):
+            raise ValueError(f"steps must be one number, or one for each t_star, got {self.steps} for {self.t_star}")
+        return list(zip(starts, counts, strict=True))
+
+    @property
+    def learns_variances(self) -> bool:
+        """Whether the denoiser's second half of channels is the noise's variance."""
+        return self.solver == "ddpm" and self.variance == "learned"
+
+    @property
+    def told(self) -> Times:
+        """What the denoiser is told of the time."""
+        return self.times or ("continuous" if self.schedule.is_continuous else "index")
+
+    def table(self) -> tuple[Table, list[bool]]:
+        """The rows of all rounds, and which of them add noise to an image and ask no denoiser."""
+        rows, first = [], []
+        for start, count in self.rounds:
+            t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
+            steps, variances = denoising(
+                self.schedule,
+                t,
+                solver=self.solver,
+                prediction=self.prediction,
+                variance=self.variance,
+                eta=self.eta,
+                clip=self.clip,
+            )
+            forward, told = noising(self.schedule, t[:-1]), self.schedule.told(t[:-1], self.told)
+            weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
+            blank = torch.zeros(1, dtype=torch.float64)
+            rows.append(Table(forward[:1], forward[:1], blank, blank))
+            rows.append(Table(steps, forward, told, weights))
+            first += [True] + [False] * len(steps)
+        return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), first

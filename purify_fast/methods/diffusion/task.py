@@ -1,0 +1,233 @@
+"""The losses of a denoiser's training: on clean images, and through the whole purification.
+
+On clean images, with x in [-1, 1], t uniform over the schedule's times and z ~ N(0, I), per image,
+
+    x_t = alpha x + sigma z,   L = mean (D(x_t, t) - target)^2,   target = z, x or alpha z - sigma x
+
+for a denoiser D that predicts the noise (Ho et al., NeurIPS 2020, arXiv 2006.11239, equation 14), the image, or v
+(Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4).
+
+Through the whole purification, with x' adversarial against the defence itself, its purifier p and its classifier f,
+
+    L = CE(f(p(x')), y) + w L of clean images
+
+with exact gradients of both the attack and the loss. To train a purifier by its classifier's cross-entropy is AToP's
+idea (arXiv 2401.16352); ADBM (arXiv 2408.00315) fine-tunes a denoiser on adversarial images too, by another loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from ..._tensors import first_tensor, structure_fingerprint
+from ...models.representation import evaluation_mode
+from ...ops.philox import Stream, philox
+from ...speed.folding.inference_copy import autocast_to
+from ...speed.graphs.step_graphs import StepGraphs
+from ...training.config import settings
+from ...training.moving_average import moving_average
+from ...training.schedules import RunLength, one_cycle
+from ...training.task import Batch, Metrics, Task
+from ..base import PurifierTask, noise_of
+from .config import DiffusionConfig
+from .defence import DiffusionPurifier
+from .process import Process
+from .schedule import END, Schedule
+
+
+def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Tensor:
+    """Times spread evenly over a process, float64 ``[B]``.
+
+    Args:
+        schedule: of the process; a discrete one has the times of its training steps.
+        uniform: numbers in [0, 1), ``[B]``.
+        last: the latest time.
+    """
+    if schedule.is_continuous:
+        return END + (last - END) * uniform.double()
+    return ((uniform.double() * round(last * schedule.steps)).floor() + 1) / schedule.steps
+
+
+def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: DiffusionConfig) -> Tensor:
+    """The loss of one batch of clean images, float32.
+
+    Times and noise are functions of the batch's seed and of each image's sample id.
+
+    Args:
+        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to what it predicts, as x_t.
+        batch: the images.
+        process: its schedule, what is predicted, and how the denoiser is told the time.
+        config: the last time, and the precision.
+    """
+    clean, schedule = 2 * batch.x - 1, process.schedule
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=clean.device)
+    use: dict[str, Any] = {"stream": Stream.DIFFUSION_TRAINING}
+    noise = philox(seed, batch.sample_ids, clean[0].numel(), distribution="normal", **use).view_as(clean)
+    uniform = philox(seed, batch.sample_ids, 1, first_draw=1, **use).flatten()
+    times = training_times(schedule, uniform, config.last_time)
+    kept = schedule.alpha_bar(times).view(-1, 1, 1, 1)
+    alpha, sigma = kept.sqrt().to(clean.dtype), (1 - kept).sqrt().to(clean.dtype)
+    with autocast_to(clean.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32):
+        predicted = denoiser(alpha * clean + sigma * noise, schedule.told(times, process.told).to(clean.dtype))
+    if process.prediction == "noise":
+        target = noise
+    else:
+        target = clean if process.prediction == "x0" else alpha * noise - sigma * clean
+    return (predicted.to(clean.dtype) - target).square().mean()
+
+
+def purification_loss(
+    defence: DiffusionPurifier, batch: Batch, config: DiffusionConfig, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
+    """The loss of one batch through the whole purification, and metrics.
+
+    Args:
+        defence: whose denoiser is trained.
+        batch: the images.
+        config: the attack, and the weight of the loss of clean images.
+        graphs: captures the attack's step on a CUDA device, if given.
+    """
+    with noise_of(defence, batch):
+        adversarial = config.attack.run(defence, batch, graphs=graphs)
+        # other draws than those that the attack has seen
+        purified = defence.purify(adversarial)
+    logits, labels = defence.classify(purified).flatten(0, 1), batch.y.repeat_interleave(purified.shape[1])
+    cross_entropy = F.cross_entropy(logits, labels)
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
+    if config.denoising_weight > 0:
+        denoising = denoising_loss(defence.denoiser, batch, defence.process, config)
+        loss, metrics["denoising"] = loss + config.denoising_weight * denoising, denoising.detach()
+    return loss, metrics
+
+
+class DiffusionTask(Task):
+    """Trains a denoiser on clean images in `purify_fast.training.fit`.
+
+    Args:
+        denoiser: `purify_fast.models.UNet`, or any module (x_t ``[B, C, H, W]``, t ``[B]``) to what it predicts, as
+            x_t. It is trained in place. The time is the training step's index, 0 to 999; of the schedule "vp" 999 t.
+        config: how.
+        origin: what the denoiser starts from, if not from scratch; a run is resumed only with the same one.
+
+    Raises:
+        ValueError: a config with an attack.
+    """
+
+    def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
+        if config.attack.eps > 0:
+            raise ValueError(f"eps must be 0 to train on clean images, got {config.attack.eps}")
+        self.denoiser, self.config, self.origin = denoiser, config, origin
+        self.process = Process(Schedule(config.noise_schedule), config.prediction)
+        self.tf32 = config.precision == "tf32"
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+        self.average: AveragedModel | None = None
+        self.model: nn.Module = denoiser
+        if config.ema_decay > 0:
+            self.average = moving_average(denoiser, config.ema_decay, warm_up=True)
+            # what is trained together is one checkpoint
+            self.model = nn.ModuleDict({"denoiser": denoiser, "average": self.average})
+
+    @property
+    def result(self) -> nn.Module:
+        """The trained denoiser: the moving average if there is one, else the one that was given."""
+        return self.denoiser if self.average is None else self.average.module
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        return denoising_loss(self.denoiser, batch, self.process, self.config), {}
+
+    def after_step(self) -> None:
+        """The moving average follows the weights."""
+        if self.average is not None:
+            self.average.update_parameters(self.denoiser)
+
+    def validate(self, batch: Batch) -> Metrics:
+        """The loss of the result.
+
+        Args:
+            batch: held-out images.
+        """
+        with torch.no_grad():
+            return {"loss": denoising_loss(self.result, batch, self.process, self.config)}
+
+    def terms(self, length: RunLength) -> dict[str, int]:
+        return {"loss": 0}
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        return one_cycle(progress, self.config.learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        facts = {"structure": structure_fingerprint(self.denoiser), "origin": self.origin}
+        return {"task": "diffusion", **settings(self.config), **facts}
+
+    @torch.no_grad()
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        weight = first_tensor(self.denoiser)
+        image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
+        with evaluation_mode(self.denoiser):
+            try:
+                predicted = self.denoiser(image, image.new_zeros(1))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"x: the denoiser does not run on images {list(shape)}: {error}") from error
+        if predicted.shape != image.shape:
+            raise ValueError(
+                f"x: of an image {list(image.shape)} the denoiser must predict as much, got {list(predicted.shape)}"
+            )
+
+
+class PurificationTask(PurifierTask[DiffusionPurifier]):
+    """Fine-tunes a purifier's denoiser through the whole purification in `purify_fast.training.fit`.
+
+    Args:
+        defence: what is trained; its classifier stays as it is. Each step takes the samples that it takes.
+        config: how; its precision decides whether the defence is accelerated. The defence's process has the schedule
+            and the prediction.
+        origin: what the denoiser starts from; a run is resumed only with the same one.
+
+    Raises:
+        ValueError: a config without an attack.
+    """
+
+    name = "diffusion through the purification"
+    config: DiffusionConfig
+
+    def __init__(self, defence: DiffusionPurifier, config: DiffusionConfig, origin: str = "scratch"):
+        if not config.attack.eps > 0:
+            raise ValueError(f"eps must be above 0 to train through the purification, got {config.attack.eps}")
+        super().__init__(defence, config, origin)
+        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
+        defence.denoiser.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            defence.denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+        self.average: AveragedModel | None = None
+        if config.ema_decay > 0:
+            self.average = moving_average(defence.denoiser, config.ema_decay, warm_up=True)
+            self.model = nn.ModuleDict({"defence": defence, "average": self.average})
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        return purification_loss(self.defence, batch, self.config, self.graphs)
+
+    def after_step(self) -> None:
+        """The moving average follows the weights."""
+        if self.average is not None:
+            self.average.update_parameters(self.defence.denoiser)
+
+    def finish(self) -> None:
+        """Leave the moving average in the defence, if there is one."""
+        if self.average is not None:
+            self.defence.denoiser.load_state_dict(self.average.module.state_dict())
+        super().finish()
+
+    def terms(self, length: RunLength) -> dict[str, int]:
+        return {"cross_entropy": 0} | ({"denoising": 0} if self.config.denoising_weight > 0 else {})
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        return one_cycle(progress, self.config.learning_rate)

@@ -1,0 +1,270 @@
+"""One step of a diffusion sampler: the next state from the state, the network's prediction and noise, in one pass.
+
+    x0  = clip(P x + Q m, -c, c)
+    out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
+
+The solvers differ in the eight numbers (P, Q, c, A, B, s, lo, hi). With x = alpha x_0 + sigma z as the forward process,
+P and Q follow from what the network predicts:
+
+    the noise:   P = 1 / alpha,  Q = -sigma / alpha   (DDPM, Ho et al., NeurIPS 2020, arXiv 2006.11239)
+    the image:   P = 0,          Q = 1
+    v:           P = alpha,      Q = -sigma           (Salimans & Ho, ICLR 2022, arXiv 2202.00512)
+
+c = inf does not clip. A, B and s are those of DDPM's ancestral sampling, of DDIM with any eta (Song et al., ICLR 2021,
+arXiv 2010.02502), of Euler and Maruyama's step of the reverse SDE and Euler's step of its probability-flow ODE (Song et
+al., ICLR 2021, arXiv 2011.13456), or of one step to the end: A = 1, B = 0. The forward process itself, alpha x +
+sigma z, is A = 0, B = alpha, s = sigma, with x given as the prediction too and P = 0, Q = 0.
+
+Learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672): m has twice as many channels as x, and the second
+half v chooses between the logarithms lo and hi of two variances. Of the noise s remains a factor, 1 or 0:
+
+    out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
+
+Where s = 0 there is no noise, whatever v holds. Element i of a row is counted as in a contiguous tensor. The noise of
+a row is named by its sample id and by the draw index 2^16 draw + step, of which the low 32 bits count: it is the same
+wherever the row stands in a batch, and every step and every draw has its own.
+
+Backward draws z again from the seed, for learned variances; nothing but the inputs is kept for it. With g the gradient
+of out, and g0 = A g where -c <= P x + Q m <= c, else 0:
+
+    dx = P g0 + B g,   dm = Q g0,   dv = g s d z (hi - lo) / 4
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image, without_autocast
+from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_backward, define_op
+from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
+from .stitch import layout
+
+#: The names of the coefficients, in their order: P, Q, c, A, B, s, lo and hi of the formulas.
+COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
+#: Steps that have noise of their own; as many draws have.
+STEPS = 2**16
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Tensor) -> Tensor:
+    """Normals in x's shape and dtype."""
+    index, numel = draws * STEPS + step, math.prod(x.shape[1:])
+    kind = {"stream": Stream.DIFFUSION, "distribution": DISTRIBUTIONS.index("normal")}
+    made = drawn(seed, sample_ids, index[:, None], numel, **kind)
+    return made.view(x.shape).to(x.dtype)
+
+
+def _parts(x: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, and the numbers that choose a variance, if there are any; in x's dtype."""
+    channels = x.shape[1]
+    whole = prediction.to(x.dtype)
+    return whole[:, :channels], whole[:, channels:] if prediction.shape[1] > channels else None
+
+
+def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
+    """The eight coefficients, shaped so that each is broadcast over x."""
+    return [per_image(one, x) for one in coefficients.unbind(-1)]
+
+
+def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """The factor of the normals; 0 where s is, whatever v holds."""
+    if v is None:
+        return s
+    share = (v + 1) / 2
+    return s * torch.exp(0.5 * torch.where(s == 0, 0.0, share * hi + (1 - share) * lo))
+
+
+def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
+    """The definition, in x's dtype; ``named``: seed, sample_ids, draws, step, and whether there is noise."""
+    *name, noisy = named
+    m, v = _parts(x, prediction)
+    p, q, c, a, b, s, lo, hi = _each(coefficients, x)
+    image = p * x + q * m
+    # At both ends the gradient passes. torch.clamp is not used, since versions of torch differ in its gradient there.
+    clipped = torch.where((image >= -c) & (image <= c), image, image.detach().clamp(-c, c))
+    out = a * clipped + b * x
+    if noisy:
+        out = out + _deviation(v, s, lo, hi) * _noise(x, *name)
+    return out.contiguous()
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the prediction, in their dtypes and shapes."""
+    *name, noisy = named
+    m, v = _parts(x, prediction)
+    p, q, c, a, b, s, lo, hi = _each(coefficients, x)
+    image = p * x + q * m
+    through = torch.where((image >= -c) & (image <= c), a * grad, 0.0)
+    to_x, to_prediction = (p * through + b * grad).contiguous(), q * through
+    if v is not None:
+        slope = 0.25 * (hi - lo) * _deviation(v, s, lo, hi)
+        to_v = grad * _noise(x, *name) * torch.where(s == 0, 0.0, slope) if noisy else torch.zeros_like(x)
+        # autocast for CPUs refuses to join tensors of some dtypes
+        with without_autocast(x.device):
+            to_prediction = torch.cat([to_prediction, to_v], dim=1)
+    return to_x, to_prediction.to(prediction.dtype).contiguous(memory_format=layout(prediction))
+
+
+def _like(prediction: Tensor) -> Tensor:
+    return torch.empty_like(prediction, memory_format=layout(prediction))
+
+
+def variant(learned: bool, noisy: bool) -> str:
+    """What is raced on its own."""
+    return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
+
+
+#: Shape, whether variances are learned, whether there is noise, and the prediction's layout; and the dtypes that stand
+#: for it on a GPU.
+EXAMPLES = {
+    ((ROWS, 3, 32, 32), False, True, ""): "fb",
+    ((ROWS, 3, 33, 31), False, True, "channels_last"): "b",
+    ((ROWS, 5001), False, True, ""): "",
+    ((ROWS, 3, 16, 16), True, True, ""): "fb",
+    ((ROWS, 2, 9, 15), True, True, "channels_last"): "h",
+    ((ROWS, 3, 16, 16), False, False, ""): "f",
+    ((ROWS, 2, 9, 15), True, False, "channels_last"): "b",
+}
+RACED = tuple(
+    ((ROWS, 3, 32, 32), learned, noisy, "") for learned, noisy in ((False, True), (True, True), (False, False))
+)
+PROPERTIES: dict[str, Any] = {
+    "variant": lambda shape, learned, noisy, _: variant(learned, noisy),
+    "exact": lambda shape, learned, noisy, _: not noisy,
+    "slack": lambda shape, learned, noisy, _: 16.0 if noisy else 0.0,
+}
+
+
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    """A third of the images are clipped; in learned variances one row has no noise."""
+    shape, learned, noisy, memory, dtype, seed = setting
+    inner = wide_dtype(dtype)
+    x = normal(seed, *shape).to(inner)
+    prediction = normal(seed + 100, shape[0], shape[1] * (1 + learned), *shape[2:])
+    coefficients = torch.tensor([1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0], dtype=inner)
+    if learned:
+        coefficients = coefficients.repeat(ROWS, 1)
+        coefficients[:, 5] = torch.tensor([1.0, 0.0, 1.0])
+    drawing = torch.tensor([0, 3, 2**16 + 5]), torch.tensor([2**16 - 1])
+    return x, laid_out(prediction.to(dtype), memory), coefficients, *stream(seed), *drawing, noisy
+
+
+OP = define_op(
+    "diffusion_step",
+    "(Tensor x, Tensor prediction, Tensor coefficients, Tensor seed, Tensor sample_ids, Tensor draws, Tensor step, "
+    "bool noisy) -> Tensor",
+    reference=reference,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments, RACED, **PROPERTIES),
+    triton=Launcher("diffusion_step", "forward"),
+    replaces_many=("fixed", "learned", "noiseless"),
+    compiler_fuses=("noiseless",),
+    weigh=lambda x, prediction, *_: (prediction.dtype, x.numel()),
+)
+BACKWARD = define_backward(
+    OP,
+    "(Tensor grad, Tensor x, Tensor prediction, Tensor coefficients, Tensor seed, Tensor sample_ids, Tensor draws, "
+    "Tensor step, bool noisy) -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda grad, x, prediction, *_: (x.new_empty(x.shape), _like(prediction)),
+    changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
+    weigh=lambda grad, x, prediction, *_: (prediction.dtype, x.numel()),
+)
+
+
+def _backward(grad: Tensor, x: Tensor, prediction: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    which = variant(prediction.shape[1] > x.shape[1], given[-1])
+    return BACKWARD(grad, x, prediction, *given, variant=which)
+
+
+_diffusion_step = differentiable(OP.handle, _backward)
+
+
+def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
+    """ValueError unless shapes and dtypes fit each other."""
+    if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64 [B, C, ...], got {x.dtype} {list(x.shape)}")
+    batch, channels, *rest = x.shape
+    if prediction.shape not in (x.shape, (batch, 2 * channels, *rest)):
+        wanted = f"[B, C, ...] = {list(x.shape)} or [B, 2C, ...]"
+        raise ValueError(f"prediction must be {wanted}, got {list(prediction.shape)}")
+    dtypes = DTYPES if x.dtype == torch.float32 else (torch.float64,)
+    if prediction.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"prediction must be one of {names} where x is {x.dtype}, got {prediction.dtype}")
+    shapes = ((len(COEFFICIENTS),), (batch, len(COEFFICIENTS)))
+    if coefficients.shape not in shapes or coefficients.dtype != x.dtype:
+        got = f"{coefficients.dtype} {list(coefficients.shape)}"
+        raise ValueError(f"coefficients must be {x.dtype} [8] or [B, 8] = {list(shapes[1])}, got {got}")
+
+
+def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In a graph, views of those that are given twice: torch.compile refuses them in one autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return given
+    return tuple(
+        one.view_as(one) if any(one is before for before in given[:at]) else one for at, one in enumerate(given)
+    )
+
+
+def diffusion_step(
+    x: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    *,
+    seed: Tensor,
+    sample_ids: Tensor,
+    draws: Tensor,
+    step: Tensor,
+    noisy: bool = True,
+) -> Tensor:
+    """One step of a diffusion sampler, or of the forward process.
+
+    Args:
+        x: the state, ``[B, C, ...]``; float32, or float64; in the units of the process, images in [-1, 1] as a rule. A
+            row of a batch may be one of several draws of an image.
+        prediction: what the network made of it, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
+            bfloat16 or float32, float64 for a float64 x; contiguous or channels_last (anything else is copied).
+        coefficients: the numbers of `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, of x's dtype and on its
+            device. A schedule is a table of them, and a step takes one row: no value is read by the host. Without
+            learned variances the last two are not read. No gradient.
+        seed: int64 ``[1]``, on x's device.
+        sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`).
+        draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535.
+        step: int64 ``[1]``, the index of the step, from 0 to 65,535. Every addition of noise to one row takes another,
+            the forward process too.
+        noisy: False leaves the noise out, whatever its coefficient is, and draws nothing: for solvers without noise.
+
+    Returns:
+        The next state, in x's shape and dtype, contiguous, also under autocast.
+
+    Raises:
+        TypeError: seed or sample_ids is no tensor.
+        ValueError: shapes, dtypes or devices disagree.
+
+    The gradient reaches x and the prediction, first order; at both ends of the clip it passes. NaN propagates, but not
+    from what chooses a variance where the coefficient of the noise is 0. Deterministic given the seed, whatever the
+    split or the order of the batch; noise agrees to a few ulp in every backend. ``vmap`` is not supported by the
+    kernels.
+    """
+    _check(x, prediction, coefficients)
+    for name, value, size in (("draws", draws, x.shape[0]), ("step", step, 1)):
+        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != size:
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} must be an int64 tensor [{size}], got {got}")
+    others = {"x": x, "prediction": prediction, "coefficients": coefficients, "draws": draws, "step": step}
+    check_stream(seed, sample_ids, x.shape[0], **others)
+    which = variant(prediction.shape[1] > x.shape[1], noisy)
+    kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
+    call = reference if OP.plain(x.device, prediction.dtype, x.numel(), which) else kernel
+    given = (x, prediction, coefficients.detach(), seed, sample_ids, draws, step)
+    return call(*_distinct(given), noisy)

@@ -1,0 +1,113 @@
+"""A loop that is computed again step by step: its gradients, its draws, its memory."""
+
+import gc
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from torch import nn
+
+from purify_fast.attacks import checkpointed_steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plain(step, x, n, *inputs):
+    for i in range(n):
+        x = step(x, i, *inputs)
+    return x
+
+
+def network(channels=2, width=4, dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_the_gradients_are_those_of_plain_autograd(n):
+    net = network()
+
+    def step(x, i, guide):
+        return x + 0.3 * net(x) * (i + 1) - 0.1 * (x - guide).sin()
+
+    results = []
+    for run in (plain, checkpointed_steps):
+        generator = torch.Generator().manual_seed(1)
+        x, guide = torch.randn(2, 3, 2, 5, 7, dtype=torch.float64, generator=generator).unbind()
+        x.requires_grad_()
+        guide.requires_grad_()
+        weights = list(net.parameters())
+        given = (guide,) if run is plain else ()
+        options = {} if run is plain else {"inputs": [guide], "parameters": weights}
+        out = run(step, x, n, *given, **options)
+        results.append([out, *torch.autograd.grad(out.cos().sum(), [x, guide, *weights], allow_unused=True)])
+    for want, got in zip(*results, strict=True):
+        assert (want is None) == (got is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_that_draw_draw_the_same_again():
+    """Dropout, and the generators are afterwards where the plain loop leaves them."""
+    dropped = nn.Dropout(0.5)
+    results = []
+    for run in (plain, checkpointed_steps):
+        torch.manual_seed(3)
+        x = torch.ones(4, 6, requires_grad=True)
+        out = run(lambda x, i: dropped(x) + 0.1 * torch.randn_like(x), x, 4)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), x), torch.rand(3)))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(want, got)
+    # without the states the noise is another when it is drawn again, and so is the gradient
+    torch.manual_seed(3)
+    out = checkpointed_steps(lambda x, i: dropped(x), x, 4, preserve_rng_state=False)
+    assert not torch.equal(torch.autograd.grad(out.square().sum(), x)[0], results[0][1])
+
+
+def test_autocast_is_the_same_when_a_step_is_computed_again():
+    net = network(dtype=torch.float32)
+    gradients = []
+    for run, options in ((plain, {}), (checkpointed_steps, {"parameters": list(net.parameters())})):
+        x = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(lambda x, i: x + net(x).float(), x, 3, **options)
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, *net.parameters()]))
+    for want, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+        assert got.norm() > 0
+
+
+def test_what_is_wanted_of_a_step_is_checked():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="n must be at least 0, got -1"):
+        checkpointed_steps(lambda x, i: x, x, -1)
+    with pytest.raises(RuntimeError, match="step 0 wrote into it"):
+        checkpointed_steps(lambda x, i: x.mul_(2), x.clone(), 2)
+    out = checkpointed_steps(lambda x, i: x.detach() * 2, x, 2)
+    with pytest.raises(RuntimeError, match="step 1 records no gradient"):
+        out.sum().backward()
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    out = checkpointed_steps(lambda x, i: 2 * x, torch.ones(2), 3)
+    assert torch.equal(out, torch.full((2,), 8.0)) and out.grad_fn is None
+    with torch.no_grad():
+        assert checkpointed_steps(lambda x, i: 2 * x, torch.ones(2, requires_grad=True), 3).grad_fn is None
+
+
+def test_the_memory_is_that_of_one_step_and_an_image_for_each():
+    net = network(3, 32, torch.float32).requires_grad_(False)
+    most = {}
+    for n in (5, 100):
+        for run in (plain, checkpointed_steps):
+            x = torch.rand(2, 3, 16, 16).requires_grad_()
+            gc.collect()
+            with LiveBytes() as counted:
+                out = run(lambda x, i: x - 0.01 * net(x), x, n)
+                torch.autograd.grad(out.sum(), x)
+            most[n, run] = counted.most
+    images = 100 * 2 * 3 * 16 * 16 * 4
+    assert most[100, checkpointed_steps] <= 1.2 * most[5, checkpointed_steps] + images
+    # the count sees what plain autograd keeps
+    assert most[100, plain] > 10 * most[5, plain] > 10 * most[5, checkpointed_steps]

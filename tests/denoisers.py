@@ -1,0 +1,35 @@
+"""Denoisers of a few weights, and the defences around them that the tests of this folder take."""
+
+import torch
+from torch import nn
+
+from purify_fast.methods.diffusion import DiffusionPurifier, Process
+from purify_fast.models.classifiers import SmallCNN
+
+
+class Tiny(nn.Module):
+    """Two convolutions and the time; ``outputs`` channels, those of the images if None."""
+
+    def __init__(self, channels=3, outputs=None, width=6):
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.last = nn.Conv2d(width, outputs or channels, 3, padding=1)
+        self.time = nn.Linear(1, width)
+
+    def forward(self, x, t):
+        told = self.time(t[:, None].to(self.time.weight.dtype) / 1000)
+        return self.last(torch.tanh(self.first(x) + told[:, :, None, None]))
+
+
+def defence(shape=(3, 8, 12), denoiser=None, process=None, **options):
+    """A defence in float32 around fresh weights."""
+    torch.manual_seed(0)
+    channels = shape[0]
+    learned = isinstance(process, Process) and process.learns_variances
+    denoiser = Tiny(channels, 2 * channels if learned else None) if denoiser is None else denoiser
+    classifier = SmallCNN(channels, image_size=shape[1:], width=4)
+    return DiffusionPurifier(denoiser, classifier, shape, Process() if process is None else process, **options)
+
+
+def images(n=4, shape=(3, 8, 12), dtype=torch.float32):
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)

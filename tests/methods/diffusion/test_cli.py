@@ -1,0 +1,106 @@
+"""Denoisers on the command line: trained, put before a classifier, fine-tuned, resumed; and what is refused, how."""
+
+import json
+
+import pytest
+import torch
+from pictures import write_bars
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.evaluation import Report
+from purify_fast.methods.diffusion import DiffusionTask
+from purify_fast.models import SmallCNN
+from purify_fast.training import save_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
+    folder = tmp_path_factory.mktemp("diffusion")
+    write_bars(folder / "bars.npz", 64, 16, 16, 8)
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
+    return folder
+
+
+def run(made, command, *options):
+    return cli.main([*command.split(), "--data", str(made / "bars.npz"), "--device", "cpu", *map(str, options)])
+
+
+def train(made, out, *options):
+    """``train diffusion`` for an epoch of four steps; the exit status."""
+    return run(made, "train diffusion", "--out", out, "--epochs", 1, "--batch-size", 16, *options)
+
+
+@pytest.fixture(scope="module")
+def denoiser(made):
+    options = ["--width", 4, "--patch", 2, "--no-attention", "--noise-schedule", "cosine", "--prediction", "v"]
+    assert train(made, made / "denoiser", *options, "--last-time", 0.6, "--precision", "bfloat16") == 0
+    return made / "denoiser"
+
+
+def test_trained_evaluated_fine_tuned(made, denoiser, tmp_path, capsys):
+    classifier = made / "classifier"
+    loaded = purify_fast.load_defence(denoiser, purify_fast.training.load_classifier(classifier))
+    assert loaded.denoiser.module.arguments == {"channels": 1, "width": 4, "patch": 2, "attention": False}
+    assert (loaded.process.schedule.kind, loaded.process.prediction) == ("cosine", "v")
+    process = ["--t-star", 0.5, "--denoising-steps", 2, "--solver", "ddim"]
+    around = ["--classifier", classifier, "--eps", 0.05, *process]
+    assert run(made, f"evaluate {denoiser}", *around, *FEW, "--out", tmp_path / "report") == 0
+    report = Report.from_json((tmp_path / "report" / "report.json").read_text())
+    assert report.row("clean").n == 4 and "apgd" in {row.kind for row in report.rows}
+
+    tuned = tmp_path / "tuned"
+    assert train(made, tuned, "--init", denoiser, *around, "--steps", 2) == 0
+    assert f"attack it with: purify-fast evaluate {tuned} --data" in capsys.readouterr().out
+    assert json.loads((tuned / "log.jsonl").read_text())["cross_entropy"] > 0
+    assert run(made, f"evaluate {tuned}", *FEW, "--t-star", 0.25, "--out", tmp_path / "again") == 0
+    defences = [purify_fast.load_defence(tuned), loaded]
+    assert (defences[0].process.t_star, defences[0].process.steps, defences[0].process.solver) == (0.5, 2, "ddim")
+    weights = [torch.cat([p.flatten() for p in defence.denoiser.parameters()]) for defence in defences]
+    assert not torch.equal(*weights)
+
+
+def test_an_interrupted_run_goes_on(made, tmp_path, capsys, monkeypatch):
+    step, calls = DiffusionTask.training_step, []
+
+    def interrupted(self, batch):
+        calls.append(batch.step)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(DiffusionTask, "training_step", interrupted)
+    options = ["--width", 4, "--checkpoint-seconds", 0]
+    assert train(made, tmp_path / "cut", *options) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert train(made, tmp_path / "cut", *options) == 0 and calls == [0, 1, 2, 2, 3]
+    assert train(made, tmp_path / "cut", *options, "--prediction", "x0") == 2
+    assert "prediction: 'noise' there, 'x0' now" in capsys.readouterr().err
+
+
+def test_what_is_refused(made, denoiser, tmp_path, capsys):
+    def refused(command, *options):
+        assert run(made, command, *options) == 2
+        return capsys.readouterr().err
+
+    train_to = f"train diffusion --out {tmp_path / 'out'}"
+    classifier = ["--classifier", made / "classifier"]
+    assert "classifier: of the training through the purification" in refused(train_to, *classifier)
+    assert "t_star: of the training through the purification" in refused(train_to, "--t-star", 0.2)
+    assert "--eps above 0 trains through the purification: give --init" in refused(train_to, "--eps", 0.1, *classifier)
+    tuning = [train_to, "--eps", 0.1, "--init", denoiser, *classifier]
+    assert f"--init {denoiser} brings its own; leave out width" in refused(*tuning, "--width", 8)
+    assert "t_star must be at most 0.6" in refused(*tuning, "--t-star", 0.7)
+    assert "width must be even and at most 16, or a multiple of 16, got 17" in refused(train_to, "--width", 17)
+    assert not (tmp_path / "out").exists()
+    evaluate = f"evaluate {denoiser}"
+    assert f"--classifier must be given: {denoiser} holds a denoiser alone" in refused(evaluate, "--eps", 0.1)
+    assert "--eps must be given" in refused(evaluate, *classifier)
+    own = refused(f"evaluate {made / 'classifier'}", "--eps", 0.1, "--t-star", 0.1)
+    assert f"--solver are of a saved purifier: {made / 'classifier'} is none" in own

@@ -1,0 +1,347 @@
+"""The purifier's contract as a module: noise, modes, copies, files, other people's denoisers."""
+
+import copy
+import types
+
+import pytest
+import torch
+from denoisers import Tiny, defence, images
+from torch import nn
+
+import purify_fast
+from purify_fast.attacks import BPDA, PGD, BpdaModel, frozen
+from purify_fast.defences import MajorityVote
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
+from purify_fast.models.classifiers import SmallCNN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FEW = Process(steps=3)
+
+
+def gradient(made, x, seed=1):
+    leaf = x.clone().requires_grad_()
+    with made.fixed_noise(seed):
+        logits = made(leaf)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("process", [FEW, Process(steps=2, t_star=(0.1, 0.05), guidance="ssim", guidance_scale=9.0)])
+def test_the_contract_of_a_defence(process):
+    made, x = defence(process=process, samples=2), images(5)
+    before, weights = x.clone(), copy.deepcopy(made.state_dict())
+    logits, slope = gradient(made, x)
+    assert logits.shape == (5, 10) and logits.dtype == torch.float32 and logits.isfinite().all()
+    assert slope.isfinite().all() and (slope.flatten(1).norm(dim=1) > 0).all()
+    assert torch.equal(x, before) and all(torch.equal(v, weights[k]) for k, v in made.state_dict().items())
+    assert made(x[:0]).shape == (0, 10) and not made.training
+    assert not torch.equal(made(x), made(x))
+    with made.deterministic():
+        assert torch.equal(made(x), made(x)) and made.purify(x).shape == (5, 1, 3, 8, 12)
+    with pytest.raises(ValueError, match=r"x must be floating point \[B, 3, 8, 12\]"):
+        made(x[:, :1])
+
+
+def test_every_addition_of_noise_has_its_own():
+    """Draws, samples, rounds and images differ; under fixed noise every image has the same draws."""
+
+    class Nothing(nn.Module):
+        def forward(self, x, t):
+            return torch.zeros_like(x)
+
+    process = Process(solver="one_shot", prediction="noise", clip=False, t_star=(0.1, 0.1))
+    made = defence(denoiser=Nothing(), process=process, samples=3)
+    x = torch.full((2, 3, 8, 12), 0.5)
+    with made.fixed_noise(0):
+        fixed = made.purify(x)
+    assert torch.equal(fixed[0], fixed[1])
+    # what is left of two additions of noise, of one and the same it would be a multiple
+    flat = made.purify(x, draws=2).flatten(0, 1).flatten(1)
+    assert flat.shape == (12, 288)
+    alike = torch.corrcoef(flat) - torch.eye(12)
+    assert alike.abs().max() < 0.3
+    deviation = (2 * flat).std().item()
+    kept = Schedule().alpha_bar(torch.tensor(0.1)).item()
+    # independent noises add up by their squares
+    assert deviation == pytest.approx((2 * (1 / kept - 1)) ** 0.5, rel=0.05)
+
+
+def test_draws_of_one_call_are_those_of_several():
+    made, x = defence(process=FEW, samples=2), images()
+    torch.manual_seed(5)
+    together = made.draw_sample_logits(x, 3)
+    torch.manual_seed(5)
+    six = copy.deepcopy(made)
+    six.samples = 6
+    torch.testing.assert_close(together, six.sample_logits(x).unflatten(1, (3, 2)).transpose(0, 1))
+    with made.noise_ids(torch.tensor([7, 8, 9, 3])):
+        torch.manual_seed(5)
+        named = made.sample_logits(x)
+    with made.noise_ids(torch.tensor([3, 9])):
+        torch.manual_seed(5)
+        torch.testing.assert_close(made.sample_logits(x[[3, 2]]), named[[3, 2]])
+
+
+def test_aggregation():
+    x, logits = images(), 3 * torch.randn(4, 5, 10)
+    for name, want in {
+        "mean": logits.mean(1),
+        "mean_softmax": logits.softmax(-1).mean(1).log(),
+        "lse": logits.logsumexp(1),
+    }.items():
+        torch.testing.assert_close(defence(process=FEW, samples=5, aggregation=name).aggregate(logits), want)
+    made, one = (defence(process=FEW, samples=n, aggregation="vote") for n in (5, 1))
+    with made.fixed_noise(1):
+        votes = made.sample_logits(x).argmax(2)
+        assert torch.equal(made(x).argmax(1), votes.mode(1).values) or len(votes.unique()) > 1
+    torch.manual_seed(0)
+    voted = MajorityVote(one, 5)(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(made(x), voted)
+    assert gradient(made, x)[1].norm() > 0
+
+
+def test_a_frozen_denoiser_and_a_released_one():
+    denoiser = Tiny()
+    made = defence(denoiser=denoiser, process=FEW)
+    assert all(weight.requires_grad for weight in denoiser.parameters())
+    assert not any(weight.requires_grad for weight in made.parameters())
+    made.denoiser.requires_grad_(True)
+    made.train()
+    made(images()).sum().backward()
+    assert all(weight.grad.norm() > 0 for weight in made.denoiser.parameters())
+    # an attack asks for no gradient of them
+    made.zero_grad(set_to_none=True)
+    with frozen(made):
+        gradient(made, images())
+    assert all(weight.grad is None for weight in made.denoiser.parameters())
+
+
+def test_dropout_in_training_is_the_same_when_a_step_is_computed_again():
+    class Dropping(Tiny):
+        def forward(self, x, t):
+            return nn.functional.dropout(super().forward(x, t), 0.5, self.training)
+
+    made = defence(denoiser=Dropping(), process=FEW).double().train()
+    made.denoiser.requires_grad_(True)
+    weight = made.denoiser.module.last.bias
+    values = []
+    for shift in (0.0, 1e-6, -1e-6):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            weight[0] += shift
+        out = made.purify(images(dtype=torch.float64)).square().sum()
+        if shift == 0:
+            slope = torch.autograd.grad(out, weight)[0][0].item()
+        values.append(out.item())
+        with torch.no_grad():
+            weight[0] -= shift
+    assert (values[1] - values[2]) / 2e-6 == pytest.approx(slope, rel=1e-6)
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+class Seeing(Tiny):
+    """Keeps the dtypes that its layers work in."""
+
+    def forward(self, x, t):
+        result = super().forward(x, t)
+        self.seen = x.dtype, self.first.weight.dtype, result.dtype
+        return result
+
+
+def test_accelerated_it_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
+    made, x = defence(denoiser=Seeing(width=16), process=FEW, samples=2), images()
+    with made.fixed_noise(1):
+        plain = made.purify(x)
+    _, slope = gradient(made, x)
+    made.accelerate(torch.bfloat16)
+    with made.fixed_noise(1):
+        fast = made.purify(x)
+    _, fast_slope = gradient(made, x)
+    assert made.fast.packed.module.seen == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert fast.dtype == torch.float32 and 0 < (fast - plain).abs().max() < 0.02
+    assert torch.cosine_similarity(slope.flatten(), fast_slope.flatten(), 0) > 0.98
+    # the copy follows the weights, in its memory
+    memory = made.fast.packed.module.first.weight.data_ptr()
+    with torch.no_grad():
+        for weight in made.denoiser.parameters():
+            weight.mul_(1.5)
+    with made.fixed_noise(1):
+        changed = made.purify(x)
+    assert (changed - fast).abs().max() > 0.02 and made.fast.packed.module.first.weight.data_ptr() == memory
+    # a denoiser that may be trained computes with its own weights
+    made.denoiser.requires_grad_(True)
+    made(x).sum().backward()
+    assert made.denoiser.module.first.weight.grad.norm() > 0
+
+
+def test_a_compiled_denoiser_gives_the_same():
+    torch._dynamo.reset()
+    made, x = defence(process=FEW, samples=4), images()
+    want, slope = gradient(made, x)
+    made.accelerate(torch.float32, compile=True)
+    got, fast_slope = gradient(made, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast_slope, slope, rtol=1e-3, atol=1e-5)
+    assert made.fast.regions.keys() == {"_predict"}
+
+
+def test_the_whole_defence_is_one_graph():
+    torch._dynamo.reset()
+    made, x = defence(process=FEW, samples=2).requires_grad_(False), images()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (made, compiled):
+        leaf = x.clone().requires_grad_()
+        with made.fixed_noise(2):
+            logits = call(leaf)
+        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversion_does_not_round_the_schedule():
+    made, x = defence(process=Process(steps=100), denoiser=Tiny()), images()
+    with made.fixed_noise(1):
+        want = made.purify(x)
+        low = made.to(torch.bfloat16)
+        got = low.purify(x)
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 0.05
+    assert gradient(low, x)[1].isfinite().all()
+
+
+# -- attacks and evaluations ------------------------------------------------------------------------------------------
+
+
+def test_it_is_evaluated_like_the_others():
+    made, x = defence(process=FEW, samples=2), images()
+    attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
+    report = evaluate(made, x, torch.arange(4), eps=0.1, attacks=attacks, eot_iter=2, progress=False)
+    assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
+
+
+def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed():
+    made, x = defence(process=FEW), images().requires_grad_()
+    with made.fixed_noise(0):
+        (within,) = torch.autograd.grad(made(x).sum(), x)
+        first = made(x).sum()
+    with made.fixed_noise(1), made.deterministic():
+        (after,) = torch.autograd.grad(first, x)
+    assert torch.equal(within, after)
+
+
+def test_bpda_runs_through_it():
+    made, x = defence(process=FEW, samples=2), images()
+    leaf = x.clone().requires_grad_()
+    with made.fixed_noise(1):
+        torch.testing.assert_close(BpdaModel.of(made)(leaf), made(x))
+
+
+# -- other people's denoisers -----------------------------------------------------------------------------------------
+
+
+def test_learned_variances_and_objects_with_a_sample():
+    class Sample(Tiny):
+        def forward(self, x, t):
+            return types.SimpleNamespace(sample=super().forward(x, t))
+
+    x = images()
+    torch.manual_seed(0)
+    twice = Sample(3, 6)
+    once = Tiny()
+    once.load_state_dict({**twice.state_dict(), "last.weight": twice.last.weight[:3], "last.bias": twice.last.bias[:3]})
+    # where variances are not learned, the other channels are not looked at
+    (want, _), (got, _) = (gradient(defence(denoiser=denoiser, process=FEW), x) for denoiser in (once, twice))
+    torch.testing.assert_close(got, want)
+    learned = defence(denoiser=twice, process=Process(steps=3, variance="learned"))
+    assert not torch.allclose(gradient(learned, x)[0], want)
+    with pytest.raises(ValueError, match="variance 'learned' needs a denoiser that gives twice as many channels"):
+        defence(denoiser=once, process=Process(steps=3, variance="learned"))
+
+
+@pytest.mark.parametrize(("schedule", "times", "told"), [
+    (Schedule(steps=500), None, (torch.int64, [49, 32, 16])),
+    (Schedule(steps=500), "rescaled", (torch.float32, [98.0, 64.0, 32.0])),
+    (Schedule("vp"), None, (torch.float32, [99.9, 66.6, 33.3])),
+    (Schedule("vp"), "index", (torch.int64, [100, 66, 33])),
+])  # fmt: skip
+def test_what_a_denoiser_is_told(schedule, times, told):
+    heard = []
+
+    class Listening(Tiny):
+        def forward(self, x, t):
+            heard.append(t)
+            return super().forward(x, t)
+
+    made = defence(process=Process(schedule=schedule, times=times, steps=3), denoiser=Tiny())
+    made.denoiser.module = Listening()
+    made(images(2))
+    assert [t.dtype for t in heard] == [told[0]] * 3 and all(t.shape == (2,) for t in heard)
+    assert [t[0].item() for t in heard] == pytest.approx(told[1], rel=1e-5)
+
+
+def test_a_denoiser_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"denoiser: Tiny does not run on images \[2, 3, 8, 12\] and times \[2\]"):
+        defence(denoiser=Tiny(1))
+    with pytest.raises(ValueError, match=r"Tiny must return floating point \[2, 3, 8, 12\] or \[2, 6, 8, 12\], got"):
+        defence(denoiser=Tiny(3, 4))
+    with pytest.raises(ValueError, match="denoiser: unwrap it"):
+        defence(denoiser=nn.DataParallel(Tiny()))
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        defence(aggregation="peel")
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        defence(samples=0)
+
+
+def test_another_process_on_the_same_parts():
+    made, x = defence(process=FEW, samples=2, aggregation="lse"), images()
+    other = made.with_process(Process(solver="one_shot"))
+    assert other.samples == 2 and other.aggregation == "lse" and len(other.noises) == 2
+    again = other.with_process(FEW)
+    for name, weight in made.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    torch.testing.assert_close(gradient(again, x), gradient(made, x))
+
+
+def unet(channels=3, size=16):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    return diffusers.UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **blocks, **sizes)
+
+
+def test_a_network_of_diffusers_as_it_is(tmp_path):
+    network = unet()
+    classifier, x = SmallCNN(3, image_size=(16, 16), width=4), images(3, (3, 16, 16))
+    made = DiffusionPurifier(network, classifier, (3, 16, 16), FEW)
+    assert gradient(made, x)[1].norm() > 0
+    from diffusers import DDPMScheduler
+
+    network.save_pretrained(tmp_path / "unet")
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample=False).save_pretrained(
+        tmp_path / "scheduler"
+    )
+    read = DiffusionPurifier.from_pretrained(tmp_path, classifier, {"steps": 3}, samples=2)
+    wanted = Process(schedule=Schedule("cosine"), variance="large", clip=False, steps=3)
+    assert read.process == wanted and read.image_shape == (3, 16, 16)
+    read.save(tmp_path / "saved")
+    again = purify_fast.load_defence(tmp_path / "saved", classifier)
+    torch.testing.assert_close(gradient(again, x), gradient(read, x))
+
+
+def test_its_files(tmp_path):
+    guided = {"guidance": "mse", "guidance_scale": 3.0}
+    process = Process(t_star=(0.1, 0.05), steps=(3, 2), schedule=Schedule("cosine", 500), **guided)
+    classifier = SmallCNN(3, image_size=(8, 12), width=4)
+    torch.manual_seed(2)
+    denoiser = Tiny()
+    made = DiffusionPurifier(denoiser, classifier, (3, 8, 12), process, samples=2, aggregation="vote")
+    made.save(tmp_path)
+    with pytest.raises(ValueError, match="holds a Tiny of yours: give a module of its kind"):
+        purify_fast.load_defence(tmp_path, classifier)
+    again = purify_fast.load_defence(tmp_path, classifier, purifier=Tiny())
+    assert again.process == process and again.arguments == made.arguments
+    torch.testing.assert_close(gradient(again, images()), gradient(made, images()))

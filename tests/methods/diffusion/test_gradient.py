@@ -1,0 +1,205 @@
+"""The exact gradient against plain autograd through the whole process, written out as in the papers."""
+
+import gc
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from denoisers import Tiny, defence, images
+from live_bytes import LiveBytes
+
+from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.guidance import DISTANCES
+from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.ops import diffusion_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SEED = 5
+
+
+def normals(like, ids, draws, word):
+    """The noise of one addition, as the op draws it."""
+    only = torch.tensor([0, 0, torch.inf, 0, 0, 1, 0, 0], dtype=like.dtype)
+    name = {"seed": torch.tensor([SEED]), "sample_ids": ids, "draws": draws, "step": torch.tensor([word])}
+    return diffusion_step(torch.zeros_like(like), torch.zeros_like(like), only, **name)
+
+
+def textbook(made, x):
+    """Purified images [B, K, C, H, W] under fixed noise, step by step; plain autograd sees all of it."""
+    process, channels = made.process, x.shape[1]
+    schedule = process.schedule
+    image = (2 * x - 1).repeat_interleave(made.samples, 0)
+    ids, draws = torch.zeros(len(image), dtype=torch.int64), torch.arange(made.samples).repeat(len(x))
+    calls = sum(1 + len(schedule.times(t, 1 if process.solver == "one_shot" else n)) - 1 for t, n in process.rounds)
+    word, state = 0, image
+    for start, count in process.rounds:
+        times = schedule.times(start, 1 if process.solver == "one_shot" else count)
+        kept = schedule.alpha_bar(times[0])
+        state = kept.sqrt() * state + (1 - kept).sqrt() * normals(image, ids, draws, word)
+        word += 1
+        posterior = None
+        for i, (t, s) in enumerate(itertools.pairwise(times)):
+            kept, kept_s, last = schedule.alpha_bar(t), schedule.alpha_bar(s), i == len(times) - 2
+            alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+            told = schedule.told(t, process.told).to(torch.int64 if process.told == "index" else x.dtype)
+            whole = made.denoiser.module(state, told.expand(len(state)))
+            m, v = whole[:, :channels], whole[:, channels:]
+            x0 = {"noise": (state - sigma * m) / alpha, "x0": m, "v": alpha * state - sigma * m}[process.prediction]
+            x0 = x0.clamp(-1, 1) if process.clip else x0
+            z = normals(image, ids, draws, word)
+            beta = 1 - kept / kept_s
+            before, posterior = posterior, (1 - kept_s) / (1 - kept) * beta
+            if process.solver == "ddpm":
+                small = posterior if not last else beta if before is None else before
+                variance = small if process.variance != "large" or last else beta
+                mean = kept_s.sqrt() * beta / sigma**2 * x0 + (1 - beta).sqrt() * (1 - kept_s) / sigma**2 * state
+                deviation = variance.sqrt()
+                if process.learns_variances:
+                    deviation = torch.exp(((1 + v) / 2 * beta.log() + (1 - v) / 2 * small.log()) / 2)
+                following = mean if last else mean + deviation * z
+            elif process.solver == "ddim":
+                variance = process.eta**2 * posterior
+                ahead = (1 - kept_s - variance).clamp(min=0).sqrt() * (state - alpha * x0) / sigma
+                following = kept_s.sqrt() * x0 + ahead + variance.sqrt() * z
+            elif process.solver == "one_shot":
+                following = x0
+            else:
+                score = (alpha * x0 - state) / sigma**2
+                variance = schedule.rate(t) * (t - s)
+                share, noise = (1, variance.sqrt() * z) if process.solver == "vp_sde" else (0.5, 0)
+                following = state + variance * (state / 2 + share * score) + noise
+            if process.guidance is not None:
+                target = alpha * image + sigma * normals(image, ids, draws, calls + word)
+                distance = DISTANCES[process.guidance](state, target).sum()
+                moved = torch.autograd.grad(distance, state, create_graph=True)[0]
+                following = following - process.guidance_scale * variance * sigma / alpha * moved
+            state, word = following, word + 1
+    return ((state + 1) / 2).unflatten(0, (len(x), -1))
+
+
+def both(made, x):
+    """Of the textbook's process and of the defence: the images, and the gradient of a sum with fixed weights."""
+    results = []
+    for run in (lambda leaf: textbook(made, leaf), made.purify):
+        leaf = x.clone().requires_grad_()
+        with made.fixed_noise(SEED):
+            out = run(leaf)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x.dtype)
+        results.append((out.detach(), torch.autograd.grad((out * weights).sum(), leaf)[0]))
+    return results
+
+
+def close(got, want, tolerance):
+    assert (got - want).norm() <= tolerance * want.norm(), (got - want).norm() / want.norm()
+
+
+#: Solver and its options; those that guidance goes with.
+SOLVERS = {
+    "ddpm": {"solver": "ddpm", "steps": 4},
+    "ddpm, large": {"solver": "ddpm", "steps": 4, "variance": "large", "clip": False},
+    "ddpm, learned": {"solver": "ddpm", "steps": 4, "variance": "learned"},
+    "ddim": {"solver": "ddim", "steps": 3},
+    "ddim, eta": {"solver": "ddim", "steps": 3, "eta": 0.7, "clip": False},
+    "vp_sde": {"solver": "vp_sde", "steps": 5, "schedule": Schedule("vp"), "clip": False},
+    "vp_sde, linear": {"solver": "vp_sde", "steps": 5},
+    "ode": {"solver": "ode", "steps": 5, "schedule": Schedule("vp")},
+    "one_shot": {"solver": "one_shot", "schedule": Schedule("cosine", 200)},
+}
+GUIDED = ("ddpm", "ddpm, large", "ddim, eta", "vp_sde")
+SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
+CASES = [
+    (name, prediction, guidance, shape)
+    for number, (name, prediction) in enumerate(itertools.product(SOLVERS, ("noise", "x0", "v")))
+    for guidance in ((None, "mse", "ssim") if name in GUIDED else (None,))
+    for shape in (SHAPES[number % 3],)
+]
+
+
+def made_for(name, prediction, guidance, shape, samples, rounds):
+    options = {**SOLVERS[name], "prediction": prediction, "t_star": (0.3, 0.2)[:rounds] if rounds > 1 else 0.3}
+    if guidance is not None:
+        options |= {"guidance": guidance, "guidance_scale": 20.0}
+    return defence(shape, process=Process(**options), samples=samples)
+
+
+@pytest.mark.parametrize(("samples", "rounds"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("name", "prediction", "guidance", "shape"), CASES)
+def test_it_is_that_of_plain_autograd(name, prediction, guidance, shape, samples, rounds):
+    made = made_for(name, prediction, guidance, shape, samples, rounds)
+    (want, slope), (got, gradient) = both(made, images(2, shape))
+    close(got, want, 1e-5)
+    close(gradient, slope, 1e-5)
+    assert slope.norm() > 0
+    (want, slope), (got, gradient) = both(made.double(), images(2, shape, torch.float64))
+    close(got, want, 1e-10)
+    close(gradient, slope, 1e-10)
+
+
+def test_the_published_settings_are_those_of_their_papers():
+    """Of each recipe a few steps, in float64: what its process makes of an image is what the formulas make of it."""
+    for made in RECIPES.values():
+        process = made.process()
+        starts, steps = tuple(t for t, _ in process.rounds[::3]), None if process.solver == "one_shot" else 6
+        process = replace(process, t_star=starts, steps=steps)
+        purifier = made.defence(Tiny(), Linear(), process=process, samples=2).double()
+        (want, slope), (got, gradient) = both(purifier, images(2, (3, 32, 32), torch.float64))
+        close(got, want, 1e-10)
+        close(gradient, slope, 1e-10)
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, features=3 * 32 * 32):
+        super().__init__()
+        self.layer = torch.nn.Linear(features, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_it_reaches_the_weights_of_a_released_denoiser():
+    made = made_for("ddpm", "noise", "mse", (3, 8, 12), 2, 2).double()
+    made.denoiser.requires_grad_(True)
+    weights, results = list(made.denoiser.parameters()), []
+    for run in (lambda x: textbook(made, x), made.purify):
+        with made.fixed_noise(SEED):
+            x = images(2, dtype=torch.float64).requires_grad_()
+            results.append(torch.autograd.grad(run(x).square().sum(), [x, *weights]))
+    for want, got in zip(*results, strict=True):
+        close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "vp_sde", "ddpm, learned"])
+def test_parts_and_orders_of_a_batch_change_nothing(name):
+    """Split and permuted batches have split and permuted logits and gradients; so have chunks of any size."""
+    made = made_for(name, "noise", "mse" if name in GUIDED else None, (3, 8, 12), 2, 2)
+    x, order = images(5), torch.tensor([4, 2, 0, 1, 3])
+
+    def run(x):
+        leaf = x.clone().requires_grad_()
+        with made.fixed_noise(SEED):
+            logits = made(leaf)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
+
+    logits, gradient = run(x)
+    for one, other in ((run(x[order]), (logits[order], gradient[order])), (
+        [torch.cat(pair) for pair in zip(run(x[:2]), run(x[2:]), strict=True)], (logits, gradient)
+    )):  # fmt: skip
+        for got, want in zip(one, other, strict=True):
+            close(got, want, 1e-5)
+    for made.max_forward_batch in (1, 3, 100):
+        for got, want in zip(run(x), (logits, gradient), strict=True):
+            close(got, want, 1e-5)
+
+
+def test_a_hundred_steps_take_the_memory_of_five_and_their_images():
+    most = {}
+    for steps in (5, 100):
+        process = Process(steps=steps, t_star=0.1)
+        made = defence((3, 16, 16), Tiny(width=48), process, samples=2)
+        leaf = images(2, (3, 16, 16)).requires_grad_()
+        gc.collect()
+        with LiveBytes() as counted:
+            torch.autograd.grad(made(leaf).sum(), leaf)
+        most[steps] = counted.most
+    assert most[100] <= 1.2 * most[5] + 100 * 4 * 3 * 16 * 16 * 4

@@ -1,0 +1,112 @@
+"""The U-Net: images of any size, what it computes by hand, the time, bfloat16, and what it refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.models.unet import UNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(**options):
+    """A U-Net whose last layers are no longer zero, as after some training."""
+    torch.manual_seed(0)
+    model = UNet(**{"width": 8, **options}).eval()
+    for weight in model.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "patch"),
+    [(1, (8, 8), 1), (1, (28, 28), 2), (3, (32, 32), 2), (3, (9, 14), 1), (1, (3, 4), 1), (3, (9, 12), 3)],
+)
+@pytest.mark.parametrize("attention", [False, True])
+def test_images_of_any_size(channels, size, patch, attention):
+    model = network(channels=channels, patch=patch, attention=attention)
+    x, t = torch.randn(3, channels, *size, requires_grad=True), torch.tensor([0.0, 10.5, 1000.0])
+    out = model(x, t)
+    assert out.shape == x.shape and out.isfinite().all()
+    # an image's result is its own
+    torch.testing.assert_close(model(x[1:2], t[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x[1:], t[1]), model(x[1:], t[1].expand(2)))
+    out.square().sum().backward()
+    assert x.grad.abs().amax((1, 2, 3)).min() > 0
+    assert all(weight.grad is not None and weight.grad.any() for name, weight in model.named_parameters())
+
+
+def test_it_is_small():
+    sizes = [sum(weight.numel() for weight in UNet(3, width, patch=2).parameters()) for width in (16, 32)]
+    # in megabytes of bfloat16, of which a model of the zoo has at most 3
+    assert [round(2 * size / 1e6, 1) for size in sizes] == [0.5, 1.9]
+
+
+def test_fresh_it_predicts_nothing():
+    torch.manual_seed(0)
+    assert not UNet(1, 8)(torch.randn(2, 1, 8, 8), torch.tensor([3, 700])).any()
+
+
+def test_attention_by_hand():
+    attention = network(channels=1).attention
+    h = torch.randn(2, 32, 3, 2)
+    query, key, value = attention.project(attention.norm(h)).flatten(2).chunk(3, 1)
+    seen = torch.einsum("bqk,bck->bcq", torch.einsum("bcq,bck->bqk", query, key).div(32**0.5).softmax(-1), value)
+    torch.testing.assert_close(attention(h), h + attention.out(seen.reshape(h.shape)))
+
+
+def test_the_time_is_told():
+    model, x = network(channels=1), torch.randn(2, 1, 8, 8)
+    near = [model(x, torch.tensor(t)) for t in (500, 500.0, 501.0, 900.0)]
+    assert torch.equal(near[0], near[1])
+    apart = [(other - near[0]).norm() for other in near[2:]]
+    assert 0 < apart[0] < apart[1]
+    # frequencies from 1 to 1 / 10,000
+    assert model.frequencies[0] == 1 and model.frequencies[-1].item() == pytest.approx(1e-4)
+
+
+def test_bfloat16_is_near_float32():
+    model, x, t = network(channels=3, width=16), torch.randn(4, 3, 16, 16), torch.full((4,), 100)
+    exact = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x, t)
+    assert rounded.dtype == torch.bfloat16
+    assert F.cosine_similarity(rounded.float().flatten(), exact.flatten(), 0) > 0.999
+
+
+def test_it_compiles_whole():
+    torch._dynamo.reset()
+    model, x, t = network(channels=1), torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t), model(x, t))
+
+
+def test_the_constructor_arguments_make_it_again():
+    model = network(channels=1, width=16, patch=2, attention=False)
+    again = UNet(**model.arguments)
+    again.load_state_dict(model.state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(5)
+    assert torch.equal(again(x, t), model(x, t))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 9}, "width must be even and at most 16, or a multiple of 16, got 9"),
+        ({"width": 24}, "or a multiple of 16, got 24"),
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"patch": 1.5}, "patch must be a whole number, got 1.5"),
+    ],
+)
+def test_sizes_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**options)
+
+
+def test_images_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"multiples of 2 and at least 6, got \[2, 1, 8, 7\]"):
+        UNet(1, 8, patch=2)(torch.zeros(2, 1, 8, 7), torch.tensor(1))
+    for shape in ((2, 1, 8, 8), (2, 3, 8, 2), (3, 8, 8)):
+        with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\], .* got \[[\d, ]*\]"):
+            UNet(3, 8)(torch.zeros(shape), torch.tensor(1))

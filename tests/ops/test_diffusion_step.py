@@ -1,0 +1,197 @@
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from purify_fast.ops import Stream, diffusion_step, philox
+
+op = import_module("purify_fast.ops.diffusion_step")
+SEED, STEP = torch.tensor([0x0123456789ABCDEF]), torch.tensor([3])
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (3, 3, 8, 8), (5, 2, 9, 15), (2, 5001), (3, 1, 2047), (0, 3, 4, 4))
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def named(batch: int, step: Tensor = STEP) -> dict[str, Tensor]:
+    """The names of the noise of a batch in which two draws of an image are neighbors."""
+    return {
+        "seed": SEED,
+        "sample_ids": torch.arange(batch) // 2 * 3 - 1,
+        "draws": torch.arange(batch) % 2,
+        "step": step,
+    }
+
+
+def coefficients(dtype: torch.dtype = torch.float32, **changes: float) -> Tensor:
+    """Of a step that clips at 1, with the changes."""
+    given = dict(zip(op.COEFFICIENTS, (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0), strict=True))
+    return torch.tensor(list((given | changes).values()), dtype=dtype)
+
+
+def noise(shape: tuple[int, ...], name: dict[str, Tensor]) -> Tensor:
+    """The normals of a batch, each row on its own through the public stream."""
+    numel = math.prod(shape[1:])
+    word = (name["draws"] * 2**16 + name["step"]).tolist()
+    rows = [
+        philox(name["seed"], one[None], numel, stream=Stream.DIFFUSION, distribution="normal", first_draw=at)
+        for one, at in zip(name["sample_ids"], word, strict=True)
+    ]
+    return torch.cat(rows).view(shape) if rows else torch.empty(shape)
+
+
+# the noise
+
+
+def test_the_noise_is_the_named_stream(backend):
+    shape, name = (4, 3, 5, 7), named(4)
+    zero = torch.zeros(shape)
+    out = diffusion_step(zero, zero, coefficients(noise=1.0), **name)
+    assert torch.equal(out, noise(shape, name))
+    for other in ({"seed": SEED + 1}, {"step": STEP + 1}, {"draws": name["draws"] + 1}):
+        again = diffusion_step(zero, zero, coefficients(noise=1.0), **(name | other))
+        assert (again != out).float().mean() > 0.99
+    far = {"draws": torch.full((4,), 2**16 + 1), "step": torch.tensor([2**16 - 1])}
+    wrapped = {"draws": torch.full((4,), 1), "step": far["step"]}  # the low 32 bits count
+    a, b = (diffusion_step(zero, zero, coefficients(noise=1.0), **(name | one)) for one in (far, wrapped))
+    assert torch.equal(a, b)
+
+
+def test_a_row_has_its_noise_wherever_it_stands(backend):
+    x, m, name = numbers(6, 3, 4, 4).float(), numbers(6, 6, 4, 4, seed=1).float(), named(6)
+    whole, order = diffusion_step(x, m, coefficients(), **name), torch.tensor([4, 0, 5, 1, 3, 2])
+    moved = name | {key: name[key][order] for key in ("sample_ids", "draws")}
+    assert torch.equal(diffusion_step(x[order], m[order], coefficients(), **moved), whole[order])
+
+
+def test_one_tensor_in_two_places_compiles(backend):
+    """The forward process gives the image as the prediction too, and a seed may be a step."""
+    x = numbers(2, 1, 4, 4).float().requires_grad_()
+    values, one = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=0.8, noise=0.6), torch.tensor([1])
+
+    def noised(x: Tensor) -> Tensor:
+        ids = torch.zeros(2, dtype=torch.int64)
+        return diffusion_step(x, x, values, seed=one, sample_ids=ids, draws=ids, step=one)
+
+    compiled = torch.compile(noised, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, noised(x))
+    assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
+
+
+# the solvers: a state whose noise is predicted exactly is led to where the closed form says
+
+
+@pytest.mark.parametrize("kind", ["noise", "image", "v"])
+def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
+    image, z = numbers(2, 3, 8, 8).clamp(-1, 1).float(), numbers(2, 3, 8, 8, seed=1).float()
+    alpha, sigma = 0.8, 0.6
+    name = named(2, torch.tensor([0]))
+    forward = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=alpha, noise=sigma)
+    state = diffusion_step(image, image, forward, **name)
+    torch.testing.assert_close(state, alpha * image + sigma * noise(image.shape, name))
+    state = alpha * image + sigma * z
+    prediction = {"noise": z, "image": image, "v": alpha * z - sigma * image}[kind]
+    p, q = {"noise": (1 / alpha, -sigma / alpha), "image": (0.0, 1.0), "v": (alpha, -sigma)}[kind]
+    to_end = coefficients(of_state=p, of_prediction=q, image=1.0, state=0.0)
+    torch.testing.assert_close(diffusion_step(state, prediction, to_end, **name, noisy=False), image)
+    # DDIM with eta = 0: the next state keeps the noise
+    next_alpha, next_sigma = 0.96, 0.28
+    b = next_sigma / sigma
+    ddim = coefficients(of_state=p, of_prediction=q, image=next_alpha - b * alpha, state=b, noise=0.0)
+    torch.testing.assert_close(diffusion_step(state, prediction, ddim, **name), next_alpha * image + next_sigma * z)
+
+
+def test_learned_variances_lie_between_the_two(backend):
+    shape, name = (2, 3, 4, 4), named(2)
+    zero, lo, hi = torch.zeros(shape), -4.0, -2.0
+    for v, log in ((-1.0, lo), (1.0, hi), (0.0, (lo + hi) / 2), (3.0, 2 * hi - lo)):
+        m = torch.cat([zero, torch.full(shape, v)], dim=1)
+        out = diffusion_step(zero, m, coefficients(noise=1.0), **name)
+        torch.testing.assert_close(out, math.exp(log / 2) * noise(shape, name))
+
+
+# values
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["noisy", "noiseless"])
+@pytest.mark.parametrize("halves", [1, 2], ids=["fixed", "learned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(backend, within_budget, poisoned, monkeypatch, shape, dtype, halves, noisy):
+    # normals differ by a few ulp between backends (test_philox.py): here everything else is compared
+    monkeypatch.setattr(op, "_noise", lambda x, *key: noise(x.shape, name).to(x.dtype))
+    inner, name = torch.promote_types(dtype, torch.float32), named(shape[0])
+    x, m = numbers(*shape).to(inner), numbers(shape[0], shape[1] * halves, *shape[2:], seed=1).to(dtype)
+    grad = numbers(*shape, seed=2).to(inner)
+    each = torch.stack([coefficients(inner, noise=0.3 * (i % 3)) for i in range(shape[0])] or [coefficients(inner)])
+    each = each[: shape[0]]
+    named_values = (*(name[key] for key in ("seed", "sample_ids", "draws", "step")), noisy)
+    for values in (coefficients(inner), each):
+        leaves = x.clone().requires_grad_(), m.clone().requires_grad_()
+        out = diffusion_step(*leaves, values, **name, noisy=noisy)
+        golden = op.reference(x.double(), m.double(), values.double(), *named_values)
+        same = op.reference(x, m, values, *named_values)
+        within_budget(out.detach(), golden, same)
+        got = torch.autograd.grad(out, leaves, grad)
+        golden = op.reference_backward(grad.double(), x.double(), m.double(), values.double(), *named_values)
+        same = op.reference_backward(grad, x, m, values, *named_values)
+        for value, exact, rounded in zip(got, golden, same, strict=True):
+            if backend == "reference":  # autograd's rounding, not the reference backward's
+                eps = 8 * torch.finfo(value.dtype).eps
+                atol = eps * exact.abs().amax().item() if exact.numel() else 0.0
+                torch.testing.assert_close(value.double(), exact, rtol=eps, atol=atol)
+            else:
+                within_budget(value, exact, rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_gradient_of_the_prediction_has_its_layout(backend, dtype):
+    x, name = numbers(3, 3, 8, 6).float(), named(3)
+    m = numbers(3, 6, 8, 6, seed=1).to(dtype)
+    results = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        leaf = m.contiguous(memory_format=memory).requires_grad_()
+        out = diffusion_step(x, leaf, coefficients(), **name)
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        assert grad.dtype == dtype and out.is_contiguous()
+        if backend != "reference":  # there PyTorch chooses
+            assert grad.is_contiguous(memory_format=memory)
+        results.append((out.detach(), grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_both_ends_of_the_clip_pass_the_gradient(backend):
+    x = torch.tensor([[-1.0, 1.0, -1.5, 1.5, 0.0, math.nan]]).requires_grad_()
+    m, name = torch.zeros(1, 6).requires_grad_(), named(1)
+    for c, passing in ((1.0, [1, 1, 0, 0, 1, 0]), (math.inf, [1, 1, 1, 1, 1, 0])):
+        values = coefficients(of_state=1.0, of_prediction=2.0, clip=c, image=0.5, state=0.25)
+        out = diffusion_step(x, m, values, **name, noisy=False)
+        to_x, to_m = torch.autograd.grad(out.sum(), (x, m))
+        assert to_x[0].tolist() == [0.25 + 0.5 * one for one in passing]
+        assert to_m[0].tolist() == [1.0 * one for one in passing]
+        assert out[0].isnan().tolist() == [False] * 5 + [True]
+
+
+def test_nan(backend):
+    """NaN stays where it is, and what chooses a variance is not seen where there is no noise."""
+    name = named(2)
+    x, m = numbers(2, 1, 8).float(), numbers(2, 2, 8, seed=1).float()
+    x[0, 0, 1], m[0, 0, 2], m[0, 1, 3], m[1, 1, 4] = (math.nan,) * 4
+    each = torch.stack([coefficients(noise=1.0), coefficients(noise=0.0)])
+    x.requires_grad_()
+    m.requires_grad_()
+    out = diffusion_step(x, m, each, **name)
+    assert [row.isnan().nonzero().flatten().tolist() for row in out[:, 0]] == [[1, 2, 3], []]
+    to_x, to_m = torch.autograd.grad(out.sum(), (x, m))
+    assert not to_x.isnan().any()
+    assert [row.isnan().nonzero().flatten().tolist() for row in to_m.flatten(0, 1)] == [[], [3], [], []]
+    assert not to_m[1, 1].any()
+    values = diffusion_step(x, m, coefficients(clip=math.nan), **name)
+    assert values.isnan().all()
+    quiet = diffusion_step(x, m, each[:1].expand(2, 8), **name, noisy=False)
+    assert quiet.isnan().sum() == 2
