@@ -68,7 +68,7 @@ def _forward(
         s = tl.load(k_ptr + 5)
         if s != 0:
             z = _normals(
-                seed_ptr, ids_ptr, draws_ptr, step_ptr, image, first_of(block, size, GROUPS),
+                seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
                 STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
             )  # fmt: skip
             if LEARNED:
@@ -109,7 +109,7 @@ def _backward(
                 lo, hi = tl.load(k_ptr + 6), tl.load(k_ptr + 7)
                 v = _load(m_ptr + of_prediction, at + behind, inside)
                 z = _normals(
-                    seed_ptr, ids_ptr, draws_ptr, step_ptr, image, first_of(block, size, GROUPS),
+                    seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
                     STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
                 )  # fmt: skip
                 dv = grad * z * (0.25 * (hi - lo) * _deviation(v, s, lo, hi))

@@ -19,8 +19,7 @@ PF_INLINE W predicted_image(W x, W m, const StepCoefficients<W>& k) {
 // The next state without noise; NaN stays.
 template <class W>
 PF_INLINE W stepped(W x, W m, const StepCoefficients<W>& k) {
-  const W image = min_nan(max_nan(predicted_image(x, m, k), -k.clip), k.clip);
-  return k.image * image + k.state * x;
+  return k.image * clamp_nan(predicted_image(x, m, k), -k.clip, k.clip) + k.state * x;
 }
 
 // The factor of a normal where variances are learned; v chooses between two of them.

@@ -34,16 +34,21 @@ PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noi
     });
   }
 }
-// to_v is null where variances are not learned.
+// At most a chunk. to_v is null where variances are not learned.
 template <class T, class W = wide_t<T>>
 PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, const float* noise,
                              StepCoefficients<W> k, W* to_x, T* to_m, T* to_v, int64_t n) {
-  store_all(to_x, n, [=](int64_t i) PF_INLINED_LAMBDA {
-    return k.of_state * image_slope<W>(x[i], load(m[i]), grad[i], k) + k.state * grad[i];
-  });
-  store_all(to_m, n, [=](int64_t i) PF_INLINED_LAMBDA {
-    return k.of_prediction * image_slope<W>(x[i], load(m[i]), grad[i], k);
-  });
+  W rounded[chunk];
+  W* slopes = rounded;
+  if constexpr (sizeof(T) == sizeof(W)) slopes = to_m;
+  for (int64_t i = 0; i < n; ++i) {
+    const W through = image_slope<W>(x[i], load(m[i]), grad[i], k);
+    to_x[i] = k.of_state * through + k.state * grad[i];
+    slopes[i] = k.of_prediction * through;
+  }
+  if constexpr (sizeof(T) < sizeof(W)) {
+    for (int64_t i = 0; i < n; ++i) store(to_m[i], slopes[i]);
+  }
   if (to_v == nullptr) return;
   if (noise == nullptr) {
     store_all(to_v, n, [](int64_t) PF_INLINED_LAMBDA { return W(0); });
@@ -116,7 +121,8 @@ struct Job {
   template <class W>
   StepCoefficients<W> of_row(int64_t row) const {
     const W* k = data<W>(coefficients) + (coefficients.dim() == 2 ? row * coefficients_of_a_row : 0);
-    return {k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7]};
+    const W image = k[2] == k[2] ? k[3] : k[2];  // comparisons would not see that a clip is NaN
+    return {k[0], k[1], k[2], image, k[4], k[5], k[6], k[7]};
   }
   // Normals of count elements of a row from `first` on, a multiple of 4.
   void draw(int64_t row, int64_t first, int64_t count, float* noise) const {
@@ -127,12 +133,16 @@ struct Job {
 };
 
 // A prediction as the loops read it: contiguous, or channels_last.
-Tensor in_planes(const Tensor& x) { return x.dim() == 4 && is_channels_last(x) ? x : dense(x); }
+bool has_last(const Tensor& x) { return x.dim() == 4 && is_channels_last(x); }
+Tensor in_planes(const Tensor& x) { return has_last(x) ? x : dense(x); }
+Tensor new_planes(const Tensor& x) {
+  return has_last(x) ? new_images(x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type(), true) : new_like(x);
+}
 
 Job job_of(const Tensor& x, const Tensor& prediction, const Tensor& coefficients, const Tensor& seed,
            const Tensor& sample_ids, const Tensor& draws, const Tensor& step, bool noisy) {
   const int64_t rows = x.size(0), n = x.numel() / rows, channels = prediction.size(1);
-  const Planes planes{channels, n / x.size(1), prediction.dim() == 4 && is_channels_last(prediction)};
+  const Planes planes{channels, n / x.size(1), has_last(prediction)};
   return {rows,
           n,
           planes,
@@ -200,12 +210,9 @@ std::tuple<Tensor, Tensor> diffusion_step_backward(Tensor grad, Tensor x, Tensor
   coefficients = dense(coefficients, wide_dtype(dtype));
   sample_ids = dense(sample_ids);
   draws = dense(draws);
-  Tensor out_x = new_like(x);
-  if (x.numel() == 0) return {out_x, new_like(prediction)};
+  Tensor out_x = new_like(x), out_m = new_planes(prediction);
+  if (x.numel() == 0) return {out_x, out_m};
   const Job job = job_of(x, prediction, coefficients, seed, sample_ids, draws, step, noisy);
-  Tensor out_m = job.planes.channels_last ? new_images(job.rows, job.planes.channels, prediction.size(2),
-                                                       prediction.size(3), dtype, true)
-                                          : new_like(prediction);
   dispatch(dtype, "diffusion_step_backward", [&](auto tag) {
     using T = decltype(tag);
     using W = wide_t<T>;

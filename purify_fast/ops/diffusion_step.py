@@ -55,7 +55,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Tensor) -> Tensor:
     """Normals in x's shape and dtype."""
     index, numel = draws * STEPS + step, math.prod(x.shape[1:])
-    made = drawn(seed, sample_ids, index[:, None], numel, Stream.DIFFUSION, DISTRIBUTIONS.index("normal"))
+    kind = {"stream": Stream.DIFFUSION, "distribution": DISTRIBUTIONS.index("normal")}
+    made = drawn(seed, sample_ids, index[:, None], numel, **kind)
     return made.view(x.shape).to(x.dtype)
 
 

@@ -63,10 +63,10 @@ def reference(
 ) -> Tensor:
     """The definition; arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
     draw = first_draw + torch.arange(draws, device=sample_ids.device)
-    return drawn(seed, sample_ids, draw[None], numel, stream, distribution)
+    return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
 
 
-def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, stream: int, distribution: int) -> Tensor:
+def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream: int, distribution: int) -> Tensor:
     """The definition for draws by their indices, int64 [1, draws] or [B, draws]. Returns [B, draws, numel]."""
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=sample_ids.device)

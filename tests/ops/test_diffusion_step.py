@@ -191,5 +191,7 @@ def test_nan(backend):
     assert not to_x.isnan().any()
     assert [row.isnan().nonzero().flatten().tolist() for row in to_m.flatten(0, 1)] == [[], [3], [], []]
     assert not to_m[1, 1].any()
+    values = diffusion_step(x, m, coefficients(clip=math.nan), **name)
+    assert values.isnan().all()
     quiet = diffusion_step(x, m, each[:1].expand(2, 8), **name, noisy=False)
     assert quiet.isnan().sum() == 2
