@@ -20,7 +20,7 @@ TESTS = {
     "apgd_step": "the_formula_by_hand gradients_without_a_direction_move_nothing nan_in_the_images_propagates "
     "special_radii",
     "diffusion_step": "the_noise_is_the_named_stream a_row_has_its_noise_wherever_it_stands "
-    "an_exact_prediction_gives_the_image_in_one_step learned_variances_lie_between_the_two values_and_gradients "
+    "an_exact_prediction_gives_the_image_in_one_step learned_variances_lie_between_the_two "
     "the_gradient_of_the_prediction_has_its_layout both_ends_of_the_clip_pass_the_gradient nan",
     "gated_elu": "published_values far_out_nothing_is_lost non_finite_features_are_not_hidden",
     "hyperplane_projection": "gradients_of_any_size rows_without_a_plane_do_not_move",

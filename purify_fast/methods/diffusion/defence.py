@@ -15,6 +15,7 @@ gradient is, with the same noise, which is named by a seed and never kept (`puri
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import log
@@ -31,11 +32,11 @@ from ...defences.base import Defence, refuse_wrapped
 from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.aggregate import aggregate
-from ...ops.diffusion_step import diffusion_step
+from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.folding.inference_copy import Accelerated
 from ..base import save_defence
 from .denoiser import Denoiser, description, read_pretrained
-from .guidance import distance_gradient
+from .guidance import GRADIENTS
 from .process import Process, Table
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
@@ -90,14 +91,15 @@ class DiffusionPurifier(Defence):
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
             raise ValueError("variance 'learned' needs a denoiser that gives twice as many channels as the images have")
-        table, self.noises = self.process.table()
+        table, self.begins = self.process.table()
+        self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         for name, numbers in table._asdict().items():
             # the bits of the numbers, which conversions of the defence to another dtype must not round
             self.register_buffer(f"_{name}", numbers.view(torch.int64), persistent=False)
-        self.register_buffer("_rows", torch.arange(2 * len(self.noises)), persistent=False)
+        self.register_buffer("_rows", torch.arange(2 * len(self.begins)), persistent=False)
         self.arguments: dict[str, Any] = {
             "image_shape": list(self.image_shape),
-            "process": asdict(self.process),
+            "process": json.loads(json.dumps(asdict(self.process))),
             "samples": samples,
             "aggregation": aggregation,
             "max_forward_batch": max_forward_batch,
@@ -117,9 +119,14 @@ class DiffusionPurifier(Defence):
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: sets of K draws.
+            draws: sets of K draws, 65,536 draws at most.
+
+        Raises:
+            ValueError: images of another shape, or more draws.
         """
         self.check_images(x)
+        if draws * self.samples > STEPS:
+            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
         if not torch.compiler.is_compiling():
             self.prepare_replay()
         noisy = not self.noise_is_off
@@ -141,24 +148,24 @@ class DiffusionPurifier(Defence):
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
 
-        def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int) -> Tensor:
+        def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
             name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[word : word + 1]}
-            return diffusion_step(x, prediction, row, **name, noisy=noisy)
+            return diffusion_step(x, prediction, row, **name, noisy=noisy and adds_noise)
 
         def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
-            if self.noises[j]:
-                return moved(x, x, coefficients[j], j)
+            if self.begins[j]:
+                return moved(x, x, coefficients[j], j, True)
             prediction = self._run_part(self._predict, x, table.times[j].expand(len(x)))
-            following = moved(x, prediction, coefficients[j], j)
+            following = moved(x, prediction, coefficients[j], j, self.adds_noise[j])
             if guidance is None:
                 return following
-            target = moved(image[0], image[0], targets[j], len(self.noises) + j)
-            return following - weights[j] * distance_gradient(guidance, x, target)
+            target = moved(image[0], image[0], targets[j], len(self.begins) + j, True)
+            return following - weights[j] * GRADIENTS[guidance](x, target)
 
         return checkpointed_steps(
             step,
             images,
-            len(self.noises),
+            len(self.begins),
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
             # the process names its noise, so that only the dropout of a training draws from generators

@@ -2,7 +2,14 @@
 
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z' the noised input,   w = variance g sigma / alpha
 
-The authors' code (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has this in purification/diff_purify.py:15-31 and
+D is the mean square difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With local
+means E under a Gaussian window, m = E[x], n = E[y]:
+
+    SSIM = mean of S,  S = (2 m n + C1) / (m^2 + n^2 + C1) (2 cov + C2) / (var + C2),
+    cov = E[x y] - m n,   var = E[x^2] - m^2 + E[y^2] - n^2
+
+The gradients are written out, so that what follows them is differentiated like any other formula. The authors' code
+(JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
 pytorch_diffusion/diffusion.py:80-82 and 269-271, and averages D over the images of a batch too. Here D is of each image
 alone, so that no image changes another.
 """
@@ -10,32 +17,35 @@ alone, so that no image changes another.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._tensors import without_autocast
+
 Guidance = Literal["mse", "ssim"]
 #: Of SSIM: the window's side and standard deviation in pixels, and what keeps its fractions finite.
 WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
-def mse(x: Tensor, y: Tensor) -> Tensor:
-    """The mean square difference of each image, ``[B]``.
+def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """The gradient to x of each image's mean square difference, in the shape of x.
 
     Args:
         x: images ``[B, C, H, W]``.
         y: likewise.
     """
-    return (x - y).square().flatten(1).mean(1)
+    return 2 * (x - y) / prod(x.shape[1:])
 
 
-def ssim_distance(x: Tensor, y: Tensor) -> Tensor:
-    """1 - SSIM of each image, ``[B]``: Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13.
+def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """The gradient to x of each image's 1 - SSIM, in the shape of x; zeros are around the images.
 
     Args:
-        x: images ``[B, C, H, W]``; zeros are around them, and the range of the constants is 1.
+        x: images ``[B, C, H, W]``.
         y: likewise.
     """
     offsets = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
@@ -43,28 +53,20 @@ def ssim_distance(x: Tensor, y: Tensor) -> Tensor:
     window = (line[:, None] * line).expand(x.shape[1], 1, WINDOW, WINDOW)
 
     def local(image: Tensor) -> Tensor:
-        return F.conv2d(image, window, padding=WINDOW // 2, groups=image.shape[1])
+        with without_autocast(image.device):
+            return F.conv2d(image, window, padding=WINDOW // 2, groups=image.shape[1])
 
-    mean_x, mean_y = local(x), local(y)
-    variances = local(x * x) - mean_x.square() + local(y * y) - mean_y.square()
-    covariance = local(x * y) - mean_x * mean_y
-    means = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
-    return 1 - (means * (2 * covariance + C2) / (variances + C2)).flatten(1).mean(1)
+    m, n = local(x), local(y)
+    means, squares = 2 * m * n + C1, m.square() + n.square() + C1
+    covariance = 2 * (local(x * y) - m * n) + C2
+    variances = local(x.square() + y.square()) - m.square() - n.square() + C2
+    similarity = means * covariance / (squares * variances)
+    # S by m, by E[x^2] and by E[x y]; the window is symmetric, so that the adjoint of a local mean is a local mean
+    by_product = 2 * means / (squares * variances)
+    by_square = -similarity / variances
+    by_mean = 2 * n * covariance / (squares * variances) - 2 * m * similarity / squares
+    by_mean = by_mean - n * by_product - 2 * m * by_square
+    return -(local(by_mean) + 2 * x * local(by_square) + y * local(by_product)) / prod(x.shape[1:])
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "ssim": ssim_distance}
-
-
-def distance_gradient(guidance: Guidance, x: Tensor, y: Tensor) -> Tensor:
-    """The gradient of each image's distance to x, which is differentiable to x and y where gradients are recorded.
-
-    Args:
-        guidance: which distance.
-        x: states ``[B, C, H, W]``.
-        y: noised inputs, likewise.
-    """
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        point = x if x.requires_grad else x.detach().requires_grad_()
-        distance = DISTANCES[guidance](point, y).sum()
-        return torch.autograd.grad(distance, point, create_graph=recorded)[0]
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_gradient, "ssim": ssim_gradient}

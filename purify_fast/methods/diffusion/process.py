@@ -88,7 +88,7 @@ class Process:
                 "guidance moves a step by the variance of its noise: it goes with ddpm of a small or large variance, "
                 f"ddim with eta above 0, and vp_sde, got solver {self.solver!r} with variance {self.variance!r}"
             )
-        # refuses what the schedule does not have; guidance draws its noise beside that of the steps
+        # the table refuses what the schedule does not have; guidance draws noise beside that of the steps
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
             raise ValueError(f"steps must be fewer in all rounds, {STEPS // 2} with one more for each, got {rows}")
@@ -124,8 +124,8 @@ class Process:
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
     def table(self) -> tuple[Table, list[bool]]:
-        """The rows of all rounds, and which of them add noise to an image and ask no denoiser."""
-        rows, first = [], []
+        """The rows of all rounds, and which of them begin one: they noise an image, and ask no denoiser."""
+        rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
             steps, variances = denoising(
@@ -142,5 +142,5 @@ class Process:
             blank = torch.zeros(1, dtype=torch.float64)
             rows.append(Table(forward[:1], forward[:1], blank, blank))
             rows.append(Table(steps, forward, told, weights))
-            first += [True] + [False] * len(steps)
-        return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), first
+            begins += [True] + [False] * len(steps)
+        return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins

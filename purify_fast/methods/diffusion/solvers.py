@@ -18,7 +18,7 @@ m is what the denoiser predicts at t. With alpha and sigma at t, alpha' and sigm
     ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       equation 13 there, by Euler
     one_shot  A = 1,  B = 0,  d = 0                         Carlini et al., arXiv 2206.10550, section 3
 
-The score of x_t is (alpha x0 - x) / sigma^2, which gives the last three their A and B. The last step adds no noise.
+The score of x_t is (alpha x0 - x) / sigma^2, which gives vp_sde and ode their A and B. DDPM's last step adds no noise.
 """
 
 from __future__ import annotations

@@ -8,12 +8,28 @@ import pytest
 import torch
 from denoisers import Tiny, defence, images
 from live_bytes import LiveBytes
+from torch import nn
 
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.guidance import DISTANCES
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.ops import diffusion_step
 
+
+def ssim_distance(x, y):
+    """1 - SSIM, by the formula of its paper."""
+    line = torch.exp(-(torch.arange(-5, 6, dtype=x.dtype) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, 11, 11)
+
+    def local(image):
+        return nn.functional.conv2d(image, window, padding=5, groups=x.shape[1])
+
+    m, n, c1, c2 = local(x), local(y), 0.01**2, 0.03**2
+    variance_x, variance_y, covariance = local(x * x) - m * m, local(y * y) - n * n, local(x * y) - m * n
+    similar = (2 * m * n + c1) * (2 * covariance + c2) / ((m * m + n * n + c1) * (variance_x + variance_y + c2))
+    return 1 - similar.mean((1, 2, 3))
+
+
+DISTANCES = {"mse": lambda x, y: (x - y).square().mean((1, 2, 3)), "ssim": ssim_distance}
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 5
 
@@ -148,10 +164,10 @@ def test_the_published_settings_are_those_of_their_papers():
         close(gradient, slope, 1e-10)
 
 
-class Linear(torch.nn.Module):
+class Linear(nn.Module):
     def __init__(self, features=3 * 32 * 32):
         super().__init__()
-        self.layer = torch.nn.Linear(features, 10)
+        self.layer = nn.Linear(features, 10)
 
     def forward(self, x):
         return self.layer(x.flatten(1))
