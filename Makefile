@@ -111,7 +111,7 @@ $(COMPAT)/site/.done: Makefile | $(STAMPS)/base
 
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
-	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
+	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test,diffusion]'
 	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
 	$(PIP) --no-deps robustbench torchattacks
 	# their attacks run on this package's defences, and inside its reports
