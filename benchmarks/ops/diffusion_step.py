@@ -41,10 +41,10 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
         ),
         partial(call, noisy=variant != "noiseless"),
         {
-            "forward": ("(8 + k*s)*n", f"({normals} + 10*k)*n"),
-            "backward": ("(12 + 2*k*s)*n", f"({normals if halves == 2 else 0} + 10*k)*n"),
+            "forward": ("(8 + N*s)*n", f"({normals} + 10*N)*n" if normals else "10*N*n"),
+            "backward": ("(12 + 2*N*s)*n", f"({normals} + 10*N)*n" if halves == 2 else "10*N*n"),
         },
         variant,
         differentiable=(0, 1),
-        symbols={"k": halves},
+        symbols={"N": halves},
     )
