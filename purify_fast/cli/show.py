@@ -39,7 +39,7 @@ class Demo(Command):
 
 @dataclass(frozen=True)
 class ShowRecipe(Command):
-    """List the published trainings, or print one: every number with its source and how well it is known.
+    """List the published trainings and purifications, or print one: every number with its source and how well it is known.
 
     Args:
         name: Which recipe to print, such as atop/cifar_rt2; the names of all by default.
