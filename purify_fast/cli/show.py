@@ -39,7 +39,7 @@ class Demo(Command):
 
 @dataclass(frozen=True)
 class ShowRecipe(Command):
-    """List the published trainings and purifications, or print one: every number with its source and how well it is known.
+    """List the published trainings and purifiers, or print one: every number with its source, and how sure it is.
 
     Args:
         name: Which recipe to print, such as atop/cifar_rt2; the names of all by default.
@@ -58,7 +58,7 @@ class ShowRecipe(Command):
         width = max(map(len, RECIPES))
         for name, published in RECIPES.items():
             print(f"{name.ljust(width)}  {published.title}")
-        print("`purify-fast recipe NAME` prints one; `purify-fast train METHOD --recipe NAME` trains by it.")
+        print("`purify-fast recipe NAME` prints one; `purify-fast train METHOD --recipe NAME` trains, not for diffusion.")
 
 
 @dataclass(frozen=True)
