@@ -360,7 +360,7 @@ def test_an_attack_ends_with_the_first_group_that_stands(loss):
     searched = (found != x).flatten(1).any(1)
     assert left_out == [64 - int(searched.sum())] and left_out[0] in (32, 40) and searched[:16].all()
     # the farthest half is nearly half of those that were drawn by lot
-    assert 2 <= searched[32:].sum() <= 6
+    assert 1 <= searched[32:].sum() <= 6
 
 
 def test_lots_belong_to_images_and_what_stood_still_does_not_end_an_attack(monkeypatch):
