@@ -58,7 +58,9 @@ class ShowRecipe(Command):
         width = max(map(len, RECIPES))
         for name, published in RECIPES.items():
             print(f"{name.ljust(width)}  {published.title}")
-        print("`purify-fast recipe NAME` prints it; `purify-fast train METHOD --recipe NAME` trains by those that train.")
+        print(
+            "`purify-fast recipe NAME` prints it; `purify-fast train METHOD --recipe NAME` trains by those that train."
+        )
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ EXAMPLES = {
     ((ROWS, 5001), False, True, ""): "",
     ((ROWS, 3, 16, 16), True, True, ""): "",
     ((ROWS, 2, 9, 15), True, True, "channels_last"): "b",
-    ((ROWS, 3, 16, 16), False, False, ""): "f",
+    ((ROWS, 3, 16, 16), False, False, ""): "h",
     ((ROWS, 2, 9, 15), True, False, "channels_last"): "",
 }
 RACED = tuple(
