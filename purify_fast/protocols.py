@@ -144,6 +144,14 @@ class AuthorsEvaluation(Protocol):
 
 
 @runtime_checkable
+class OwnSurrogates(Protocol):
+    """Knows models whose gradients may find what its own do not."""
+
+    def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
+        """Such models of the same images and classes, by what they are, as in "the gradients of ..."."""
+
+
+@runtime_checkable
 class Accelerates(Protocol):
     """Computes through fast copies of its parts from then on."""
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import frozen
+from ..attacks import BpdaModel, frozen
 from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
 from ..contents import attributes
-from ..protocols import Classifier, DeterministicMode, has_classifier, supports
+from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from .softening import REVISION, Softening
 
 #: How much softer the softened copies are: a gate's slope is divided by these. One more copy keeps every value.
@@ -72,7 +72,20 @@ class Softened(_Around):
             return self.model(leaf)
 
 
-class WithoutNoise(_Around):
+class _WithSameAnswer(_Around):
+    """A random model in a mode in which it gives the same answer every time."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """Logits of ``draws`` calls, ``[draws, B, classes]``, from one call.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            draws: number of calls.
+        """
+        return self(x).expand(draws, -1, -1)
+
+
+class WithoutNoise(_WithSameAnswer):
     """A random model in its deterministic mode.
 
     Args:
@@ -81,6 +94,18 @@ class WithoutNoise(_Around):
 
     def forward(self, x: Tensor) -> Tensor:
         with self.model.deterministic():  # type: ignore[attr-defined]
+            return self.model(x)
+
+
+class WithFixedNoise(_WithSameAnswer):
+    """A random model with one draw of its noise, the same in every call.
+
+    Args:
+        model: with ``fixed_noise(seed)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.model.fixed_noise(0):  # type: ignore[attr-defined]
             return self.model(x)
 
 
@@ -142,6 +167,12 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel
     candidates += [(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
     if supports(model, DeterministicMode):
         candidates.append(("a copy without noise", WithoutNoise(model)))
+    if supports(model, FixedNoise):
+        candidates.append(("a copy with fixed noise", WithFixedNoise(model)))
+    if is_purifier(model):
+        candidates.append(("a copy whose purifier is the identity backward", BpdaModel.of(model)))
+    if supports(model, OwnSurrogates):
+        candidates += cast(OwnSurrogates, model).attack_surrogates()
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))

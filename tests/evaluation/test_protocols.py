@@ -45,8 +45,8 @@ def test_surrogates_are_found_in_modules_objects_and_functions():
     assert names(average, x) == ["first alone", "second alone", "all parts together"]
     assert names(Holder(), x) == ["inner alone"]
     noisy = names(NoisyEnsemble(first, 0.1, samples=4), x)
-    copies = [f"a {kind}" for kind in ("straight-through copy", "copy without noise", "copy of fewer samples")]
-    assert noisy == ["classifier alone", *copies]
+    copies = ["straight-through copy", "copy without noise", "copy with fixed noise", "copy of fewer samples"]
+    assert noisy == ["classifier alone", *(f"a {kind}" for kind in copies)]
     # a clamp that is reached away from the images alone
     grey, clamped = torch.full_like(x, 0.5), lambda images: standard()(images.clamp(0.4, 0.6))
     assert names(clamped, grey) == ["a straight-through copy"]

@@ -17,10 +17,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,12 @@ from .denoiser import Denoiser, description, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
 
+if TYPE_CHECKING:
+    from ...evaluation import AttackSpec
+
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
+#: Surrogates have so many times fewer steps, or fewer gradients of the denoiser.
+FEWER = 4
 
 
 class DiffusionPurifier(Defence):
@@ -91,12 +97,7 @@ class DiffusionPurifier(Defence):
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
             raise ValueError("variance 'learned' needs a denoiser that gives twice as many channels as the images have")
-        table, self.begins = self.process.table()
-        self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
-        for name, numbers in table._asdict().items():
-            # the bits of the numbers, which conversions of the defence to another dtype must not round
-            self.register_buffer(f"_{name}", numbers.view(torch.int64), persistent=False)
-        self.register_buffer("_rows", torch.arange(2 * len(self.begins)), persistent=False)
+        self._make_table()
         self.arguments: dict[str, Any] = {
             "image_shape": list(self.image_shape),
             "process": json.loads(json.dumps(asdict(self.process))),
@@ -109,6 +110,18 @@ class DiffusionPurifier(Defence):
         blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), torch.no_grad():
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
+
+    def _make_table(self) -> None:
+        """The numbers of the process, as buffers on the device of the noise, and which steps are followed."""
+        table, self.begins = self.process.table()
+        self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
+        rows = {"_rows": torch.arange(2 * len(self.begins))}
+        # the bits of the numbers, which conversions of the defence to another dtype must not round
+        rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
+        for name, tensor in rows.items():
+            self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
+        #: At which rows the gradient goes through the denoiser; elsewhere its prediction counts as a constant.
+        self.followed: list[bool] = [True] * len(self.begins)
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
@@ -155,7 +168,8 @@ class DiffusionPurifier(Defence):
         def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
             if self.begins[j]:
                 return moved(x, x, coefficients[j], j, True)
-            prediction = self._run_part(self._predict, x, table.times[j].expand(len(x)))
+            seen = x if self.followed[j] else x.detach()
+            prediction = self._run_part(self._predict, seen, table.times[j].expand(len(x)))
             following = moved(x, prediction, coefficients[j], j, self.adds_noise[j])
             if guidance is None:
                 return following
@@ -193,13 +207,52 @@ class DiffusionPurifier(Defence):
         return aggregate(logits, self.aggregation)
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """The same denoiser and classifier with another process, such as one of fewer steps; not accelerated.
+        """The same denoiser and classifier, which both share, with another process; not accelerated.
 
         Args:
-            process: of images of the same kind.
+            process: of images of the same kind, such as one of fewer steps.
         """
-        options = {name: self.arguments[name] for name in ("samples", "aggregation", "max_forward_batch")}
-        return DiffusionPurifier(self.denoiser.module, self.classifier, self.image_shape, process, **options)
+        other = copy.copy(self)
+        other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
+        other.fast = other.acceleration = None
+        other.process, other.arguments = process, {**self.arguments, "process": asdict(process)}
+        other._make_table()
+        return other
+
+    # -- attacks ------------------------------------------------------------------------------------------------------
+
+    def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
+        """Purifiers whose gradients may find more than its own (`purify_fast.protocols.OwnSurrogates`).
+
+        A gradient through many steps is a product of as many derivatives. Those of shorter processes have fewer: Lee &
+        Kim, ICCV 2023, arXiv 2303.09051, section 4.2, attack through a process of fewer steps.
+        """
+        ends = [j for j, begins in enumerate(self.begins) if begins] + [len(self.begins)]
+        counts = [after - before - 1 for before, after in pairwise(ends)]
+        if max(counts) == 1:
+            return []
+        short = tuple(-(-count // FEWER) for count in counts)
+        one_shot = replace(self.process, solver="one_shot", steps=None, eta=0.0, variance="small", guidance=None)
+        one = ("one step in place of its process", self.with_process(one_shot))
+        skipping = self.with_process(self.process)
+        skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
+        few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
+        skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
+        # of one step every solver makes about the same
+        return [few, skips, one] if max(short) > 1 else [skips, one]
+
+    def authors_attacks(self, eps: float) -> list[AttackSpec]:
+        """How the authors of such purifiers evaluate them (`purify_fast.protocols.AuthorsEvaluation`).
+
+        Args:
+            eps: radius in image units.
+
+        Source: `purify_fast.methods.diffusion.released_evaluation`.
+        """
+        # a prediction does without the package that judges it
+        from .released_evaluation import authors_attacks
+
+        return authors_attacks(self, eps)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+"""Purification by diffusion as its authors evaluate it: the protocol "authors", to be compared with their numbers.
+
+DiffPure (NVlabs/DiffPure at 985703f) is attacked by AutoAttack, version rand (lines 24 and 25 of
+run_scripts/cifar10/run_cifar_rand_inf.sh), through the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
+runners/diffpure_sde.py). That one solves the SDE once more, backward in time, and the equation of the adjoint beside it
+(google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
+adjoint_sde.py). Both are discretized by themselves, so that it is not the gradient of what was computed:
+
+    y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a,    from the purified image back to t*
+
+GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) is attacked by PGD with 10 steps on the classifier alone (lines 25 to 28 of
+attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and by BPDA with 40 steps of 2/255 at 8/255 and 15 draws
+(lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). No line of these repositories is
+used here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...attacks import BPDA, PGD, AutoAttack
+from ...evaluation import AttackSpec
+from ...ops.diffusion_step import diffusion_step
+from .schedule import END
+from .solvers import denoising
+
+DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
+ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
+STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
+
+
+class AdjointGradient(nn.Module):
+    """A purifier with the reverse SDE, of one round and one draw, whose gradient is that of the adjoint SDE.
+
+    Args:
+        defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
+    """
+
+    def __init__(self, defence: nn.Module):
+        super().__init__()
+        self.defence = defence
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``, float32.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        defence: Any = self.defence
+        images = 2 * x.to(torch.promote_types(defence.purifier_dtype, torch.float32)) - 1
+        return defence.classify((_Adjoint.apply(defence, images)[:, None] + 1) / 2)[:, 0]
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, defence: Any, images: Tensor) -> Tensor:
+        seed, ids = defence.noise(len(images), images.device)
+        ids, draws = ids.expand(len(images)), torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        state = defence._denoised(images, True, seed, ids, draws)
+        ctx.defence = defence
+        ctx.save_for_backward(state, seed, ids, draws)
+        return state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        y, seed, ids, draws = ctx.saved_tensors
+        defence, process = ctx.defence, ctx.defence.process
+        schedule, ((start, count),) = process.schedule, process.rounds
+        t = schedule.times(start, count)
+        # a step backward begins where the forward one ended
+        least = END if schedule.is_continuous else 1 / schedule.steps
+        t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
+        options = {"solver": "vp_sde", "prediction": process.prediction, "variance": process.variance, "eta": 0.0}
+        rows, _ = denoising(schedule, t, **options, clip=process.clip)
+        rows, told = rows.to(y), schedule.told(t[:-1], process.told).to(y.device)
+        for j in reversed(range(len(rows))):
+            word = torch.full_like(seed, j + 1)
+            with torch.enable_grad():
+                leaf = y.detach().requires_grad_()
+                prediction = defence._predict(leaf, told[j].expand(len(leaf)))
+                # y + f dt + g dW: the noise is that of the step forward
+                ahead = diffusion_step(leaf, prediction, rows[j], seed=seed, sample_ids=ids, draws=draws, step=word)
+            (grad,) = torch.autograd.grad(ahead, leaf, grad)
+            y = 2 * leaf.detach() - ahead.detach()
+        # the noise is added outside of the SDE, by autograd: alpha x + sigma z
+        return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad)
+
+
+def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
+    """The rows of the protocol "authors", see this module.
+
+    PGD and BPDA keep the best of their points, where the authors' take the last. GDMP's BPDA adds the signs of the
+    gradients of its draws, here these are averaged. Its PGD attacks in a ball of 8/256.
+
+    Args:
+        defence: a `DiffusionPurifier`.
+        eps: radius in image units; the authors' steps of 2/255 at 8/255 are a quarter of it.
+    """
+    # the authors predict from one draw
+    one_draw = defence.with_process(defence.process)
+    one_draw.samples = 1
+    rows = [
+        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=ALONE, judge=one_draw),
+        AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=one_draw),
+    ]
+    if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
+        rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=AdjointGradient(one_draw)))
+    return rows

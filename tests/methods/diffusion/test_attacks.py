@@ -1,0 +1,130 @@
+"""Attacks on a purifier by diffusion: exact gradients, surrogates, ways to predict, and its authors' evaluations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from denoisers import defence, images
+
+from purify_fast.attacks import AutoAttack, BpdaModel
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.evaluation import evaluate, lee_kim_2023
+from purify_fast.evaluation.protocols import PROTOCOLS
+from purify_fast.evaluation.surrogates import surrogates
+from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.released_evaluation import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (1, 8, 8)
+QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
+BALL = ThreatModel("linf", 0.1)
+VP = Schedule("vp")
+
+
+def gradient(model, x, seed=1):
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
+
+
+# -- attacks and ways to predict ---------------------------------------------------------------------------------------
+
+
+def test_published_attacks_follow_exact_gradients():
+    made, x = defence(SHAPE, process=Process(steps=2), samples=2), images(3, SHAPE)
+    with torch.no_grad():
+        y = made(x).argmax(1)
+    lee_kim = replace(lee_kim_2023(0.1), attack=replace(lee_kim_2023(0.1).attack, steps=3))
+    report = evaluate(made, x, y, **QUIET, steps=2, attacks=[lee_kim, *PROTOCOLS["rand"](None, BALL)])
+    for row in report.rows[1:3]:
+        assert row.health["gradients"] > 0 and row.health["zero"] == row.health["nonfinite"] == 0, row.attack
+
+
+# -- surrogates --------------------------------------------------------------------------------------------------------
+
+
+def test_surrogates_share_the_weights_and_are_shorter():
+    process = Process(t_star=(0.1, 0.2), steps=(8, 5), guidance="mse", guidance_scale=2.0)
+    made = defence(SHAPE, process=process, samples=2)
+    few, skips, one = (model for _, model in made.attack_surrogates())
+    assert few.process.rounds == [(0.1, 2), (0.2, 2)] and few.process.guidance == "mse"
+    assert [sum(model.noises) for model in (few, skips, one)] == [2, 2, 2] and len(one.noises) == 4
+    assert one.process.solver == "one_shot" and one.process.guidance is None
+    for model in (few, skips, one):
+        assert model.denoiser is made.denoiser and model.classifier is made.classifier and model.samples == 2
+    # of each round the last step, and every fourth before it; the rows that add noise ask no denoiser
+    expected = [j % 4 == 0 for count in (8, 5) for j in reversed(range(count))]
+    assert [row for row, noise in zip(skips.followed, skips.noises, strict=True) if not noise] == expected
+    assert all(made.followed)
+
+
+def test_skipped_gradients_leave_values_as_they_are():
+    made, x = defence(SHAPE, process=Process(t_star=0.3, steps=6)), images(4, SHAPE)
+    ((_, few), (name, skips), _) = made.attack_surrogates()
+    assert name == "a process whose denoiser has a gradient at every step in 4"
+    for model, same in ((skips, True), (few, False)):
+        torch.manual_seed(1)
+        logits = made(x)
+        torch.manual_seed(1)
+        assert torch.equal(model(x), logits) == same
+        assert not torch.allclose(gradient(model, x), gradient(made, x))
+    skips.followed = [True] * len(skips.noises)
+    assert torch.equal(gradient(skips, x), gradient(made, x))
+    # without any gradient of the denoiser a step of DDIM is linear in the state
+    ddim = made.with_process(Process(solver="ddim", t_star=0.3, steps=6, clip=False))
+    ddim.followed = [False] * len(ddim.noises)
+    torch.testing.assert_close(gradient(ddim, x), gradient(BpdaModel.of(ddim), x), rtol=1e-4, atol=1e-7)
+
+
+def test_one_step_has_no_shorter_form():
+    assert defence(SHAPE, process=Process(solver="one_shot")).attack_surrogates() == []
+    names = [name for name, _ in defence(SHAPE, process=Process(steps=3)).attack_surrogates()]
+    assert names == ["a process whose denoiser has a gradient at every step in 4", "one step in place of its process"]
+
+
+def test_strong_tries_them_by_itself():
+    made, x = defence(SHAPE, process=Process(steps=5)), images(2, SHAPE)
+    names = [name for name, _ in surrogates(made, x, 10, BALL)]
+    wanted = {
+        "classifier alone",
+        "a copy without noise",
+        "a copy with fixed noise",
+        "a copy whose purifier is the identity backward",
+        "a process of fewer steps",
+        "a process whose denoiser has a gradient at every step in 4",
+        "one step in place of its process",
+    }
+    assert wanted <= set(names)
+
+
+# -- what its authors run ----------------------------------------------------------------------------------------------
+
+
+def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
+    x, apart = images(3, SHAPE, torch.float64), []
+    for steps in (8, 16):
+        made = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.2, steps=steps, clip=False)).double()
+        exact, other = gradient(made, x), gradient(AdjointGradient(made), x)
+        torch.manual_seed(1)
+        logits = made(x)
+        torch.manual_seed(1)
+        assert torch.equal(AdjointGradient(made)(x), logits)
+        apart.append(float((exact - other).norm() / exact.norm()))
+    assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
+
+
+def test_the_rows_of_its_authors():
+    sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
+    rows = sde.authors_attacks(8 / 255)
+    assert [row.label for row in rows] == [DIFFPURE, ALONE, STRAIGHT]
+    rand, alone, straight = (row.resolved for row in rows)
+    assert isinstance(rand, AutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
+    assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
+    assert all(row.judge.samples == 1 for row in rows[1:]) and rows[0].judge.defence.samples == 1 and sde.samples == 3
+    ddpm = defence(SHAPE, process=Process(steps=2))
+    assert [row.label for row in ddpm.authors_attacks(0.1)] == [ALONE, STRAIGHT]
+    x = images(2, SHAPE)
+    report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), **QUIET, protocol="authors")
+    assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}
+    assert all("left out" not in note for note in report.notes)
