@@ -168,9 +168,9 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
         "FLOP that ours computes, by formula and as counted while it ran; the limit is their time at the highest "
         "bfloat16 matrix rate measured on the device; parts are timed one by one, beside the whole. Bytes are not "
         "counted: activations are most of them, and the compiler decides which are moved. Of one image, forward: F "
-        "classifier, E the condition's encoders, Q the posterior's, D decoder, G generator; B images, K samples, S "
-        "steps of PGD; 2: with the gradient to the images, 3: to the weights too. "
-        "[All contestants](../benchmarks/results/{folder}/pipelines.md).",
+        "classifier, E the condition's encoders, Q the posterior's, D decoder, G generator, N denoiser; B images, K "
+        "samples, S steps of PGD, T of the diffusion process; 2: with the gradient to the images, 3: to the weights "
+        "too, or with a process computed again. [All contestants](../benchmarks/results/{folder}/pipelines.md).",
         "",
         *table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, "of the limit", "its parts", "on"], body),
     ]

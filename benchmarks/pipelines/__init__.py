@@ -117,7 +117,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
     """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
-    from . import arrest_step, atop_finetune, carso_inference, carso_training
+    from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion
 
-    modules = (carso_inference, carso_training, atop_finetune, arrest_step)
+    modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
+from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import UNet
 from ...training.checkpoint import save_model
@@ -173,6 +174,9 @@ class Denoiser(nn.Module):
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
+                if type(layer) is nn.Conv2d:
+                    # the same layer, which on a CPU takes the package's convolution where that is faster
+                    layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(torch.bfloat16)
         return duplicate

@@ -1,0 +1,155 @@
+"""A prediction behind a diffusion process of 100 steps, K = 8, and one exact gradient of it to the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from purify_fast.methods.diffusion import DiffusionPurifier
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.unet import UNet
+from purify_fast.ops import use_backend
+from purify_fast.ops.diffusion_step import diffusion_step
+
+from . import Case, Contestant, Job, columns
+from .carso_inference import classifier
+
+IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
+SEED = 3
+#: bfloat16 rounds every one of the steps.
+PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.1
+
+
+def denoiser(width: int) -> UNet:
+    """Random weights under which the prediction depends on the state: a fresh network predicts 0 of everything."""
+    torch.manual_seed(0)
+    made = UNet(3, width, patch=2)
+    for layer in made.modules():
+        if isinstance(layer, nn.Conv2d) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.5 / layer.weight[0].numel() ** 0.5)
+    return made
+
+
+def defence(device: torch.device, quick: bool) -> DiffusionPurifier:
+    """ResNet-18 behind a U-Net for 32 x 32 images; toys for a quick run."""
+    side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
+    network = denoiser(width)
+    judge = SmallCNN(3, 10, (side, side), 4) if quick else classifier()
+    process = {"t_star": T_STAR, "steps": steps}
+    return DiffusionPurifier(network, judge, (3, side, side), process, samples=samples).to(device)
+
+
+def images(made: DiffusionPurifier, device: torch.device) -> Tensor:
+    return torch.rand(IMAGES, *made.image_shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def loss(logits: Tensor) -> Tensor:
+    """Cross-entropy to class 0, summed over the images, so that each has the gradient that it has alone."""
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), reduction="sum")
+
+
+class Plain:
+    """The process as one would write it: the networks in a loop, noise by `torch.randn_like`.
+
+    Args:
+        keep: whether autograd keeps all activations; else every step is a `torch.utils.checkpoint`.
+    """
+
+    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool):
+        self.made, self.keep = defence(device, quick), keep
+        self.x = images(self.made, device)
+        table, noises = self.made.process.table()
+        self.numbers = table.coefficients.tolist()
+        self.times = table.times.long().tolist()
+        self.count = len(noises) - 1
+        compile = partial(torch.compile, dynamic=False, disable=not compiled)
+        self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
+
+    def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
+        """DDPM's, from the denoised image, clipped, and the state."""
+        p, q, _, image, state, noise, _, _ = self.numbers[i]
+        predicted = self.denoise(x, torch.full((len(x),), self.times[i], device=x.device))
+        return image * (p * x + q * predicted).clamp(-1, 1) + state * x + noise * z
+
+    def __call__(self, x: Tensor, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """The mean logits of K processes, each with its own noise, a function of the state and the step."""
+        x = (2 * x - 1).repeat_interleave(self.made.samples, 0)
+        x = self.numbers[0][4] * x + self.numbers[0][5] * noise(x, 0)
+        for i in range(1, self.count + 1):
+            z = noise(x, i)
+            x = self.step(x, z, i) if self.keep else checkpoint(self.step, x, z, i, use_reentrant=False)
+        return self.classify((x + 1) / 2).unflatten(0, (-1, self.made.samples)).mean(1)
+
+    def fixed(self, x: Tensor, i: int) -> Tensor:
+        """The noise that ours draws under `fixed_noise`."""
+        names = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        draws = torch.arange(len(x), device=x.device) % self.made.samples
+        only_noise = torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0], device=x.device)
+        at = {"seed": names[:1] + SEED, "sample_ids": names, "draws": draws, "step": names[:1] + i}
+        blank = torch.zeros_like(x, requires_grad=False)
+        return diffusion_step(blank, blank, only_noise, **at)
+
+    def gradient(self, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
+        x = self.x.clone().requires_grad_()
+        return torch.autograd.grad(loss(self(x, noise).float()), x)[0]
+
+
+def fresh(x: Tensor, i: int) -> Tensor:
+    return torch.randn_like(x)
+
+
+def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True) -> Job:
+    plain = Plain(device, quick, compiled, keep)
+    call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
+    # neither the package's convolutions nor its other kernels
+    call = use_backend("reference")(call)
+    return Job(lambda: call(fresh), lambda: call(plain.fixed))
+
+
+def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False) -> Job:
+    made = defence(device, quick).accelerate(compile=compiled)
+    x = images(made, device)
+
+    def of_images() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(made(leaf)), leaf)[0]
+
+    run = of_images if gradient else torch.no_grad()(lambda: made(x))
+
+    def result() -> Tensor:
+        with made.fixed_noise(SEED):
+            return run()
+
+    if gradient or compiled:
+        return Job(run, result)
+    with torch.no_grad():
+        purified = made.purify(x)
+    parts = {"purifying": lambda: made.purify(x), "classifying": lambda: made.classify(purified)}
+    return Job(run, result, {name: torch.no_grad()(part) for name, part in parts.items()})
+
+
+def _gradients() -> dict[str, Contestant]:
+    """The columns of a gradient: the plain loop keeps all activations; checkpointed, those of one step at a time."""
+    step_by_step, whole = (partial(_plain, gradient=True, keep=keep) for keep in (False, True))
+    checkpointed, plain = (
+        columns(form, partial(_ours, gradient=True), captured=False) for form in (step_by_step, whole)
+    )
+    named = {label.replace("plain", "plain, checkpointed", 1): one for label, one in checkpointed.items()}
+    ours = {label: named.pop(label) for label in list(named) if label.startswith("ours")}
+    kept = ("plain, allocator raised", "plain, bfloat16", "torch.compile of plain, bfloat16")
+    return named | {label: plain[label] for label in kept} | ours
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    steps = 3 if quick else STEPS
+    shape = f"{IMAGES} images, K = {2 if quick else SAMPLES}, {steps} steps of DDPM"
+    predictions = columns(partial(_plain, gradient=False), partial(_ours, gradient=False), captured=False)
+    return {
+        "prediction": Case(shape, PREDICTION_TOLERANCE, predictions, "B K (T N + F)"),
+        "gradient": Case(shape, GRADIENT_TOLERANCE, _gradients(), "B K (3 T N + 2 F)"),
+    }
