@@ -49,13 +49,13 @@ def test_surrogates_share_the_weights_and_are_shorter():
     made = defence(SHAPE, process=process, samples=2)
     few, skips, one = (model for _, model in made.attack_surrogates())
     assert few.process.rounds == [(0.1, 2), (0.2, 2)] and few.process.guidance == "mse"
-    assert [sum(model.noises) for model in (few, skips, one)] == [2, 2, 2] and len(one.noises) == 4
+    assert [sum(model.begins) for model in (few, skips, one)] == [2, 2, 2] and len(one.begins) == 4
     assert one.process.solver == "one_shot" and one.process.guidance is None
     for model in (few, skips, one):
         assert model.denoiser is made.denoiser and model.classifier is made.classifier and model.samples == 2
     # of each round the last step, and every fourth before it; the rows that add noise ask no denoiser
     expected = [j % 4 == 0 for count in (8, 5) for j in reversed(range(count))]
-    assert [row for row, noise in zip(skips.followed, skips.noises, strict=True) if not noise] == expected
+    assert [row for row, noise in zip(skips.followed, skips.begins, strict=True) if not noise] == expected
     assert all(made.followed)
 
 
@@ -69,11 +69,11 @@ def test_skipped_gradients_leave_values_as_they_are():
         torch.manual_seed(1)
         assert torch.equal(model(x), logits) == same
         assert not torch.allclose(gradient(model, x), gradient(made, x))
-    skips.followed = [True] * len(skips.noises)
+    skips.followed = [True] * len(skips.begins)
     assert torch.equal(gradient(skips, x), gradient(made, x))
     # without any gradient of the denoiser a step of DDIM is linear in the state
     ddim = made.with_process(Process(solver="ddim", t_star=0.3, steps=6, clip=False))
-    ddim.followed = [False] * len(ddim.noises)
+    ddim.followed = [False] * len(ddim.begins)
     torch.testing.assert_close(gradient(ddim, x), gradient(BpdaModel.of(ddim), x), rtol=1e-4, atol=1e-7)
 
 
