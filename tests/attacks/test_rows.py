@@ -355,12 +355,12 @@ def test_an_attack_ends_with_the_first_group_that_stands(loss):
     eps, left_out = torch.full((64,), 1e-6), []
     eps[:12] = 0.3
     attack, options = (square, {"n_queries": 300}) if loss is None else (apgd, {"steps": 20, "loss": loss})
-    found = attack(linear, x, y, eps=eps, nearest_first=1 / 8, unsearched=left_out, **options)
+    found = attack(linear, x, y, eps=eps, nearest_first=1 / 8, seed=1, unsearched=left_out, **options)
     assert (linear(found).argmax(1) != y).tolist() == [True] * 12 + [False] * 52
     searched = (found != x).flatten(1).any(1)
     assert left_out == [64 - int(searched.sum())] and left_out[0] in (32, 40) and searched[:16].all()
     # the farthest half is nearly half of those that were drawn by lot
-    assert 1 <= searched[32:].sum() <= 6
+    assert 2 <= searched[32:].sum() <= 6
 
 
 def test_lots_belong_to_images_and_what_stood_still_does_not_end_an_attack(monkeypatch):
