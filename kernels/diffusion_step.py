@@ -17,7 +17,7 @@ STEPS = tl.constexpr(65536)
 
 
 @triton.jit
-def _place(element, size, plane, channels, LEARNED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
     """Where the elements of a row of x are in a row of the prediction, and how far behind are those that choose."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
@@ -55,7 +55,7 @@ def _forward(
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
     inside = element < size
-    at, behind = _place(element, size, plane, channels, LEARNED=LEARNED, CHANNELS_LAST=CHANNELS_LAST)
+    at, behind = _place(element, size, plane, channels, CHANNELS_LAST=CHANNELS_LAST)
     begin = image * size
     x = _load(x_ptr + begin, element, inside)
     m_ptr += begin * 2 if LEARNED else begin
@@ -89,7 +89,7 @@ def _backward(
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
     inside = element < size
-    at, behind = _place(element, size, plane, channels, LEARNED=LEARNED, CHANNELS_LAST=CHANNELS_LAST)
+    at, behind = _place(element, size, plane, channels, CHANNELS_LAST=CHANNELS_LAST)
     begin = image * size
     grad, x = _load(grad_ptr + begin, element, inside), _load(x_ptr + begin, element, inside)
     of_prediction = begin * 2 if LEARNED else begin
