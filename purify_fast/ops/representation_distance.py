@@ -109,9 +109,9 @@ def _variant(layers: int) -> str:
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
 #: The kind and the layers, with the dtypes that stand for it on a GPU.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
-    ("l2", ONE): "b",
-    ("abs_cosine", TWO): "bh",
-    ("l2", TWO): "f",
+    ("l2", ONE): "",
+    ("abs_cosine", TWO): "h",
+    ("l2", TWO): "b",
 }
 RACED = tuple(
     (kind, layers) for kind in ("abs_cosine", "l2") for layers in (((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,)))

@@ -44,9 +44,9 @@ def compiled(cells: Iterable[Cell]) -> set[tuple]:
     return keys
 
 
-def test_all_kernels_are_verified_by_128_compiles():
+def test_all_kernels_are_verified_by_120_compiles():
     found = compiled((name, "", None) for name in GPU_OPS)
-    assert 0 < len(found) <= 128, len(found)
+    assert 0 < len(found) <= 120, len(found)
 
 
 @pytest.fixture
