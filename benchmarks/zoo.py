@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,10 +36,15 @@ from .studies.cifar10 import clean_accuracy as share_correct
 LARGEST, ALL = 3_000_000, 20_000_000
 #: The protocols that a card has a number of, and the share of the images that each one attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
+#: Those of a purifier by diffusion, which predicts at random; "votes" attacks and judges a majority of `VOTES` draws.
+DIFFUSION_PROTOCOLS = {"rand": 1.0, "strong": 0.25, "votes": 0.25}
+VOTES = 10
 #: Images that the first of these attacks, if the command does not say another number.
 IMAGES = 200
 #: Test images of clean accuracy, at most.
 CLEAN = 10_000
+#: How a card calls the method of a `DiffusionPurifier`.
+DIFFUSION = "diffusion"
 
 
 def size_of(folder: Path) -> int:
@@ -161,23 +167,35 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
     return model
 
 
+def protocols_of(card: Card) -> dict[str, float]:
+    """The protocols that judge a model, and the share of the images that each one attacks.
+
+    Args:
+        card: what is known of the model.
+    """
+    return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
+
+
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its card.
 
     Args:
         card: what is known of it.
         model: in evaluation mode.
-        images: how many held-out images are attacked; `PROTOCOLS` has the share of each protocol.
+        images: how many held-out images are attacked; `protocols_of` has the share of each protocol.
         data: the data set that it was trained on.
         out: where the reports are kept, so that an interrupted evaluation goes on.
     """
     name, attacked = card.name, {}
-    for protocol, share in PROTOCOLS.items():
+    for protocol, share in protocols_of(card).items():
         count = max(1, round(share * images))
         chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
+        asked: dict[str, Any] = {"protocol": protocol}
+        if protocol == "votes":
+            asked = {"protocol": "rand", "predict": "votes", "n_eval": VOTES}
         report = evaluate(
-            model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), protocol=protocol,
-            name=name, dataset_name=card.data, out=out / name / protocol,
+            model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm),
+            name=name, dataset_name=card.data, out=out / name / protocol, **asked,
         )  # fmt: skip
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
@@ -217,7 +235,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks zoo``."""
     models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(packed.list())}"
     parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in PROTOCOLS.items()).replace("%", "%%")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in (PROTOCOLS | DIFFUSION_PROTOCOLS).items())
+    shares = shares.replace("%", "%%")
     images = f"how many held-out images are attacked: {shares}; {IMAGES} by default"
     parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
     parser.add_argument(

@@ -17,10 +17,20 @@ from .carso_digits import CarsoDigits
 from .carso_mnist import CarsoMnist
 from .carso_resnet18 import CarsoResnet18
 from .cifar10 import Cifar10
+from .diffusion import Diffusion
 
 STUDIES: dict[str, Study] = {
     study.name: study
-    for study in (CarsoDigits(), CarsoMnist(), CarsoResnet18(), Cifar10(), AtopDigits(), AtopMnist(), ArrestMnist())
+    for study in (
+        CarsoDigits(),
+        CarsoMnist(),
+        CarsoResnet18(),
+        Cifar10(),
+        AtopDigits(),
+        AtopMnist(),
+        ArrestMnist(),
+        Diffusion(),
+    )
 }
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 

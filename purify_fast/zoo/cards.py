@@ -52,7 +52,7 @@ class Card:
     Args:
         name: the model's name in the zoo.
         title: what it is, in one sentence.
-        method: the defence: "classifier", "CARSO", "AToP" or "ARREST".
+        method: the defence: "classifier", "CARSO", "AToP", "ARREST" or "diffusion".
         study_only: whether it is here to be studied, not to be relied on: a purifier that was trained with its paper's
             objective alone.
         data: the data set that it was trained on, as `purify_fast.data.load_dataset` calls it.
@@ -64,7 +64,8 @@ class Card:
         version: the version of this package that made the numbers.
         licence: of the weights.
         clean: accuracy on images that are not attacked.
-        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`.
+        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "votes" is the protocol
+            "rand" against the majority of ten draws.
         classifier: the model of the zoo that stands behind the defence; None where the model is a classifier itself.
     """
 
