@@ -85,9 +85,6 @@ def load_defence(
         denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, str(folder))
         arguments["process"] = {**arguments["process"], **(process or {})}
         defence = DiffusionPurifier(denoiser, classifier, **arguments)
-        trained = facts.get("last_time", 1.0)
-        if (latest := max(start for start, _ in defence.process.rounds)) > trained:
-            raise ValueError(f"t_star must be at most {trained}, the last time {folder} was trained for, got {latest}")
     else:
         defence = Carso(classifier, **arguments)
     defence.own_classifier = own_classifier

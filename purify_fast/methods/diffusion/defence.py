@@ -64,10 +64,11 @@ class DiffusionPurifier(Defence):
         aggregation: of the K predictions: ``mean`` of the logits, ``mean_softmax``, the log of the mean softmax,
             ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
         max_forward_batch: rows (images times draws) that go through the denoiser at once; None: all.
+        last_time: up to which time the denoiser was trained, as a share of the process.
 
     Raises:
         ValueError: a setting out of range, or a denoiser or classifier that is wrapped or does not fit image_shape or
-            process.
+            process; also a t_star after ``last_time``.
 
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise
     anywhere, and makes one prediction per image.
@@ -85,12 +86,13 @@ class DiffusionPurifier(Defence):
         samples: int = 1,
         aggregation: Aggregation = "mean",
         max_forward_batch: int | None = None,
+        last_time: float = 1.0,
     ):
         super().__init__(classifier, image_shape)
         refuse_wrapped("denoiser", denoiser)
         check_literal("aggregation", aggregation, Aggregation)
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
-        self.process = Process.of(process)
+        self.process, self.last_time = Process.of(process), last_time
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
         # Frozen, because neither a prediction nor an attack wants gradients of its weights.
         module = copy.deepcopy(denoiser).requires_grad_(False)
@@ -104,6 +106,7 @@ class DiffusionPurifier(Defence):
             "samples": samples,
             "aggregation": aggregation,
             "max_forward_batch": max_forward_batch,
+            "last_time": last_time,
             "denoiser": description(denoiser),
         }
         self._ready()
@@ -113,6 +116,11 @@ class DiffusionPurifier(Defence):
 
     def _make_table(self) -> None:
         """The numbers of the process, as buffers on the device of the noise, and which steps are followed."""
+        if (latest := max(start for start, _ in self.process.rounds)) > self.last_time:
+            raise ValueError(
+                f"t_star must be at most {self.last_time}, the last time that the denoiser was trained for, "
+                f"got {latest}"
+            )
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins))}

@@ -57,7 +57,11 @@ def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str
 
 
 def save_denoiser(
-    denoiser: nn.Module, folder: str | Path, image_shape: tuple[int, int, int], process: Mapping[str, Any], **extra: Any
+    denoiser: nn.Module,
+    folder: str | Path,
+    image_shape: tuple[int, int, int],
+    process: Mapping[str, Any],
+    last_time: float = 1.0,
 ) -> None:
     """Write a denoiser without a classifier; `purify_fast.load_defence` puts it before one.
 
@@ -66,10 +70,10 @@ def save_denoiser(
         folder: where to; ``model.safetensors`` is written there.
         image_shape: (C, H, W).
         process: the fields of `purify_fast.methods.diffusion.Process` that its training decides.
-        extra: further facts, JSON values.
+        last_time: up to which time it was trained, as a share of the process.
     """
-    arguments = {"image_shape": list(image_shape), "process": dict(process), "denoiser": description(denoiser)}
-    save_model(folder, ALONE, arguments, denoiser.state_dict(), **extra)
+    arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
+    save_model(folder, ALONE, arguments | {"denoiser": description(denoiser)}, denoiser.state_dict())
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:

@@ -13,6 +13,7 @@ With N training steps, i is the step at t = i / N, and alpha_bar(i / N) the prod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import pi
@@ -35,6 +36,14 @@ LARGEST_BETA = 0.999
 #: Where a process in continuous time ends: at 0 the score is infinite. NVlabs/DiffPure, runners/diffpure_sde.py:228.
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
+
+
+# a training asks for it in every step, and would copy it to the device each time
+@functools.lru_cache(maxsize=16)
+def _products(schedule: Schedule, device: torch.device) -> Tensor:
+    """alpha_bar of all training steps and of the image before them, float64 ``[N + 1]``."""
+    with torch.inference_mode(False):
+        return torch.cat([torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)]).to(device)
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,7 @@ class Schedule:
         if self.is_continuous:
             low, high = USUAL_STEPS * self.first_beta, USUAL_STEPS * self.last_beta
             return torch.exp(-low * t - 0.5 * (high - low) * t.square())
-        products = torch.cat([torch.ones(1, dtype=torch.float64), (1 - self.betas).cumprod(0)])
-        return products.to(t.device)[self._step(t)]
+        return _products(self, t.device)[self._step(t)]
 
     def rate(self, t: Tensor) -> Tensor:
         """beta(t) of the SDE dx = -beta x / 2 dt + sqrt(beta) dw, whose discrete form has steps of 1 / N; float64.

@@ -149,10 +149,11 @@ def test_a_saved_denoiser_is_put_before_a_classifier(kind, tmp_path):
     assert defence.process == Process(Schedule(kind), "v", t_star=0.3, steps=4)
     state = network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in defence.denoiser.module.state_dict().items())
-    with pytest.raises(ValueError, match=r"t_star must be at most 0\.5, the last time .* was trained for, got 0\.6"):
-        purify_fast.load_defence(tmp_path, classifier(), process={"t_star": 0.6})
     # saved with its classifier, it keeps what was chosen, until another process is asked for
     defence.save(tmp_path / "whole")
+    for folder in (tmp_path, tmp_path / "whole"):
+        with pytest.raises(ValueError, match=r"t_star must be at most 0\.5, the last time that the .*, got 0\.6"):
+            purify_fast.load_defence(folder, classifier(), process={"t_star": 0.6})
     assert purify_fast.load_defence(tmp_path / "whole", classifier()).process == defence.process
     again = purify_fast.load_defence(tmp_path / "whole", classifier(), process={"solver": "one_shot", "steps": None})
     assert (again.process.solver, again.process.t_star, again.process.steps) == ("one_shot", 0.3, None)
