@@ -10,6 +10,8 @@ import torch
 from benchmarks import __main__ as program
 from benchmarks import zoo
 from purify_fast import zoo as packed
+from purify_fast.attacks import PGD
+from purify_fast.data import load_dataset
 from purify_fast.training.checkpoint import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
 
@@ -98,6 +100,23 @@ def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo
     )
     # the classifier is the one of the zoo
     assert torch.equal(judged[0].classifier.head.weight, packed.load("digits-pgd-at").head.weight)
+
+
+def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypatch):
+    asked = {}
+
+    def evaluate(model, x, y, out, **options):
+        asked[out.name] = len(x), {name: options[name] for name in ("protocol", "predict", "n_eval") if name in options}
+        return real(model, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=1)], name=options["name"])
+
+    real = zoo.evaluate
+    monkeypatch.setattr(zoo, "evaluate", evaluate)
+    monkeypatch.setattr(zoo, "clean_accuracy", lambda *_: Accuracy(0.5, 2))
+    name = "digits-diffpure"
+    card = zoo.judge(packed.card(name), packed.load(name), 8, load_dataset("digits"), tmp_path)
+    votes = {"protocol": "rand", "predict": "votes", "n_eval": zoo.VOTES}
+    assert asked == {"rand": (8, {"protocol": "rand"}), "strong": (2, {"protocol": "strong"}), "votes": (2, votes)}
+    assert list(card.attacked) == ["rand", "strong", "votes"]
 
 
 def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
