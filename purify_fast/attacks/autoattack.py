@@ -89,7 +89,8 @@ class AutoAttack(BallAttack):
         return name
 
     def draws(self, context: AttackContext) -> int:
-        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
+        differ = context.draws_differ and self.version == "rand"
+        return context.predictions(self.eot_iter or DRAWS) if differ else 1
 
     def revision(self) -> str:
         """That of this class, and the installed package with its version."""

@@ -51,6 +51,8 @@ class AttackContext:
         num_classes: classes of the model; 0: not known, so that no loss is replaced by one for fewer classes.
         steps: steps of an attack that does not say how many.
         eot_iter: draws averaged per step by an attack that does not say how many.
+        votes: draws that each prediction of the attacked model takes by itself, where it is a vote; a step then averages
+            over so many votes that their draws are those that were asked for.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
         judge_draws: fresh draws of a random model, all of which must be misclassified for an image to fall; None: as
             many as are averaged per step. An attack that stops at the first lucky draw would leave weak images behind.
@@ -83,6 +85,7 @@ class AttackContext:
     num_classes: int = 0
     steps: int = 100
     eot_iter: int = 1
+    votes: int = 1
     draws_differ: bool = True
     judge_draws: int | None = None
     judge_share: float = 1.0
@@ -103,6 +106,10 @@ class AttackContext:
         check_at_least_one(
             judge_draws=self.judge_draws, max_forward_batch=self.max_forward_batch, batch_size=self.batch_size
         )
+
+    def predictions(self, draws: int) -> int:
+        """How many predictions take so many draws."""
+        return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
         """Fresh predictions by which an image falls, where so many draws are averaged per step."""
@@ -146,8 +153,8 @@ class Attack(abc.ABC):
         """The attack's own ball, or the report's."""
 
     def draws(self, context: AttackContext) -> int:
-        """Draws of the model averaged per step: one where they do not differ."""
-        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+        """Predictions of the model averaged per step: one where they do not differ."""
+        return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
         """Steps, draws and loss with nothing left open; the margin in place of a loss that needs more classes."""

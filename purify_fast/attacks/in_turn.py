@@ -36,7 +36,7 @@ class InTurn:
     ):
         self.model, self.x, self.y, self.context = model, x, y.to(x.device), context
         self.device = x.device if device is None else device
-        draws, most = context.judges(context.eot_iter), context.max_forward_batch
+        draws, most = context.judges(context.predictions(context.eot_iter)), context.max_forward_batch
         with frozen(model):
             apart = drawn_once_per_call(model, x[:FEW].to(self.device), draws, most)
             self.judge = Judge(model, draws, most, apart)

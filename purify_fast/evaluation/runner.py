@@ -285,7 +285,7 @@ def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> At
     if predict == "votes":
         most = context.max_forward_batch
         most = None if most is None else max(1, most // n_eval)
-        return replace(context, eot_iter=-(-context.eot_iter // n_eval), max_forward_batch=most)
+        return replace(context, votes=n_eval, max_forward_batch=most)
     return context
 
 

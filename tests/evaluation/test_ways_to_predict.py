@@ -6,7 +6,7 @@ import pytest
 import torch
 from digit_nets import digits, standard
 
-from purify_fast.attacks import APGD
+from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import MajorityVote, NoisyEnsemble
 from purify_fast.evaluation import as_attack, evaluate
 
@@ -44,6 +44,23 @@ def test_closed_forms(predict):
         assert abs(value - expected) < 5 * (expected * (1 - expected) / COUNT) ** 0.5, (found, value)
     assert f"{N} fresh draws of the model" in report.to_text() and row.n_eval == (1 if predict == "votes" else N)
     assert any(f"of {N} draws" in words for words in report.title)
+
+
+def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
+    seen = []
+
+    def noisy(x):
+        seen.append(len(x))
+        return torch.stack([x.flatten(1).mean(1), 0 * x.flatten(1)[:, 0]], 1) + 0.01 * torch.randn(len(x), 2)
+
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    counts = []
+    for steps in (1, 11):
+        seen.clear()
+        evaluate(noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N,
+                 progress=False)  # fmt: skip
+        counts.append(sum(seen))
+    assert counts[1] - counts[0] == 10 * 20
 
 
 def test_what_is_refused():

@@ -98,7 +98,7 @@ def cost(subject: Subject, context: AttackContext) -> int:
 
 def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
     """Draws of each step of a short attack, and draws that judge it."""
-    return (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
+    return (min(4, context.predictions(context.eot_iter)), JUDGES) if subject.is_random else (1, 1)
 
 
 def probe(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> Probes:
