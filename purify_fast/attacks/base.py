@@ -51,7 +51,7 @@ class AttackContext:
         num_classes: classes of the model; 0: not known, so that no loss is replaced by one for fewer classes.
         steps: steps of an attack that does not say how many.
         eot_iter: draws averaged per step by an attack that does not say how many.
-        votes: draws that each prediction of the attacked model takes by itself, where it is a vote; a step then averages
+        votes: draws that each prediction of the attacked model takes by itself, where it is a vote; a step averages
             over so many votes that their draws are those that were asked for.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
         judge_draws: fresh draws of a random model, all of which must be misclassified for an image to fall; None: as

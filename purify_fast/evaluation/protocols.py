@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
+import torch
+
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.base import ThreatModel
@@ -95,7 +97,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
-    if supports(subject.single, SampleLogits):
+    if _has_several_samples(subject):
         attacks += [_head(subject.single, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
@@ -103,6 +105,14 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
+
+
+def _has_several_samples(subject: Subject) -> bool:
+    """Whether a prediction is made of several samples; of a single one every aggregation is about the same."""
+    if not supports(subject.single, SampleLogits):
+        return False
+    with torch.no_grad():
+        return bool(cast(SampleLogits, subject.single).sample_logits(subject.some()[:1]).shape[1] > 1)
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
