@@ -16,6 +16,7 @@ from .dispatch.registry import pin_kernels as pin_kernels
 from .dispatch.registry import resume_choices as resume_choices
 from .dispatch.registry import use_backend as use_backend
 from .gated_elu import gated_elu as gated_elu
+from .group_norm_silu import group_norm_silu as group_norm_silu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection
 from .noisy_replay import noisy_replay as noisy_replay
 from .pgd_step import pgd_step as pgd_step

@@ -187,40 +187,43 @@ WEIGHT_GRADIENT = define_op(
 )
 
 
-def _by_kernel(images: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[list[int], ...]) -> Tensor:
-    """The kernel's result, with channels first."""
+def _by_kernel(images: Tensor, rounded: Tensor, bias: Tensor | None, settings: tuple[list[int], ...]) -> Tensor:
+    """The kernel's result for images ``[B, C, H, W]`` and weights ``[O, K, L, C]``, with channels first."""
     # A view that a function of autograd returns cannot be changed in place, as the next layer may want to. `.data` is
     # the same memory and no view. Nobody else holds it.
-    return _first(OP.handle(images, weight, bias, *settings)).data
+    return _first(OP.handle(_last(images), rounded, bias, *settings)).data
 
 
+# Without `setup_context`: with it every call of `apply` inspects the signature of `forward`, for 20 us.
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
+        ctx: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rounded: Tensor,
+        settings: tuple[list[int], ...],
     ) -> Tensor:
-        return _by_kernel(input, rounded, bias, settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, weight, bias, rounded, ctx.settings = inputs
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.size, ctx.kernel = input.shape[1:3], list(weight.shape[1:3])
-        # of frozen weights the input is not needed
-        ctx.save_for_backward(rounded, input if any(ctx.needs_input_grad[1:3]) else None)
+        ctx.size, ctx.settings = images.shape[2:], settings
+        # of frozen weights the images are not needed
+        ctx.save_for_backward(rounded, images if any(ctx.needs_input_grad[1:3]) else None)
+        return _by_kernel(images, rounded, bias, settings)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rounded, input = ctx.saved_tensors
+        rounded, images = ctx.saved_tensors
         grad = _last(grad)
         of_input, of_weight, of_bias = None, None, None
         variant = kind(rounded.shape[3], rounded.shape[0], ctx.settings[0])
         if ctx.needs_input_grad[0]:
-            of_input = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
-        if input is not None:
-            of_weight, of_bias = WEIGHT_GRADIENT(grad, input, ctx.kernel, *ctx.settings, variant=variant)
-            of_weight = of_weight.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            of_input = _first(INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant))
+        if images is not None:
+            kernel = list(rounded.shape[1:3])
+            of_weight, of_bias = WEIGHT_GRADIENT(grad, _last(images), kernel, *ctx.settings, variant=variant)
+            of_weight = _first(of_weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return of_input, of_weight, of_bias, None, None
 
@@ -317,8 +320,7 @@ def conv2d(
         or _plain(input, elements, kind(weight.shape[1], weight.shape[0], settings[0]))
     ):
         return F.conv2d(input, weight, bias, *settings)
-    images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
-    rounded = kernels.detach().to(torch.bfloat16)
+    images, rounded = input.to(torch.bfloat16), _last(weight).detach().to(torch.bfloat16)
     if needs_gradient(input, weight, *([] if bias is None else [bias])):
-        return _Convolution.apply(images, kernels, bias, rounded, settings)
+        return _Convolution.apply(images, weight, bias, rounded, settings)
     return _by_kernel(images, rounded, bias, settings)

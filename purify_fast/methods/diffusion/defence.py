@@ -168,6 +168,8 @@ class DiffusionPurifier(Defence):
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
+        # chosen once, since a look at all parameters takes as long as a small layer
+        network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
             name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[word : word + 1]}
@@ -177,7 +179,9 @@ class DiffusionPurifier(Defence):
             if self.begins[j]:
                 return moved(x, x, coefficients[j], j, True)
             seen = x if self.followed[j] else x.detach()
-            prediction = self._run_part(self._predict, seen, table.times[j].expand(len(x)))
+            times = table.times[j].expand(len(x))
+            compiled = self.fast is not None and self.fast.regions
+            prediction = self._run_part(self._predict, seen, times) if compiled else self._predict(seen, times, network)
             following = moved(x, prediction, coefficients[j], j, self.adds_noise[j])
             if guidance is None:
                 return following
@@ -194,10 +198,10 @@ class DiffusionPurifier(Defence):
             preserve_rng_state=self.training,
         )
 
-    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser predicts of states, told the times ``t`` ``[B]``, as `diffusion_step` takes it."""
+    def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
+        """What a network predicts of states, told the times ``t`` ``[B]``, as `diffusion_step` takes it."""
         with self._autocast(x.device):
-            prediction = self._network(x.to(self.purifier_dtype), t)
+            prediction = (network or self._network)(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
     def aggregate(self, logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor
 from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
-from ...models.unet import UNet
+from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import save_model
 
 #: The package's own denoisers, by the name of their class; each keeps in ``arguments`` what makes it again.
@@ -181,6 +181,6 @@ class Denoiser(nn.Module):
                 if type(layer) is nn.Conv2d:
                     # the same layer, which on a CPU takes the package's convolution where that is faster
                     layer.__class__ = Conv2d
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
         return duplicate

@@ -1,0 +1,227 @@
+#include "common.h"
+#include "convolution.h"
+
+#if PF_HAS_PAIRS
+
+namespace pf::cpu {
+namespace {
+
+using convolution::Lines;
+using convolution::load_numbers;
+
+constexpr int64_t lanes = 16;  // channels of a vector
+constexpr __mmask16 all = 0xffff;
+
+struct Sizes {
+  int64_t images, pixels, channels, width;  // width: channels of a group, a multiple of 16
+  float eps;
+  int64_t groups() const { return channels / width; }
+};
+
+PF_PAIRS_INLINE void store_numbers(uint16_t* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// The sigmoid, to 1e-4 of itself: results are rounded to bfloat16, whose numbers are 4e-3 apart. NaN stays.
+PF_PAIRS_INLINE __m512 sigmoid(__m512 x) {
+  // 2^t = exp(-x), finite; 2^t = 2^whole 2^rest with the rest between -1/2 and 1/2
+  const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+  const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(t, whole);
+  __m512 p = _mm512_set1_ps(0.0096181291f);  // Taylor's, ln(2)^k / k!
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.0555041087f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.240226507f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.693147181f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
+  return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, whole)));
+}
+
+// 16 channels of a group: (x - center) is multiplied by the group's 1 / deviation, then by weight, and bias is added.
+struct Affine {
+  __m512 center, scale, bias;
+};
+
+// Of one group of one image: what `Affine` needs.
+class Group {
+ public:
+  PF_PAIRS Group(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
+    const float pixels = static_cast<float>(s.pixels), share = 1 / static_cast<float>(s.width);
+    Lines<float> means(s.width), squares(s.width);
+    mean = 0;
+    for (int64_t c = 0; c < s.width; c += lanes) {
+      // differences to the first pixel: squares of large numbers would lose the digits of the deviation
+      const __m512 pivot = at(0, c), zero = _mm512_setzero_ps();
+      __m512 sums[4] = {zero, zero, zero, zero}, products[4] = {zero, zero, zero, zero};
+      for (int64_t p = 0; p < s.pixels; p += 4) {
+        PF_UNROLL for (int k = 0; k < 4; ++k) {
+          if (p + k >= s.pixels) break;
+          const __m512 d = _mm512_sub_ps(at(p + k, c), pivot);
+          sums[k] = _mm512_add_ps(sums[k], d);
+          products[k] = _mm512_fmadd_ps(d, d, products[k]);
+        }
+      }
+      const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+      const __m512 own = _mm512_add_ps(_mm512_add_ps(products[0], products[1]), _mm512_add_ps(products[2], products[3]));
+      const __m512 apart = _mm512_div_ps(sum, _mm512_set1_ps(pixels));
+      const __m512 of_channel = _mm512_add_ps(_mm512_add_ps(pivot, apart), moved_by(c));
+      _mm512_store_ps(means.get() + c, of_channel);
+      _mm512_store_ps(squares.get() + c, _mm512_fnmadd_ps(sum, apart, own));
+      mean += _mm512_reduce_add_ps(of_channel) * share;
+    }
+    float total = 0;
+    for (int64_t c = 0; c < s.width; c += lanes) {
+      const __m512 d = _mm512_sub_ps(_mm512_load_ps(means.get() + c), _mm512_set1_ps(mean));
+      const __m512 between = _mm512_mul_ps(_mm512_mul_ps(d, d), _mm512_set1_ps(pixels));
+      total += _mm512_reduce_add_ps(_mm512_add_ps(between, _mm512_load_ps(squares.get() + c)));
+    }
+    inverse = 1 / std::sqrt(total / (pixels * static_cast<float>(s.width)) + s.eps);
+  }
+  PF_PAIRS_INLINE __m512 at(int64_t pixel, int64_t c) const { return load_numbers(x + pixel * s.channels + c, all); }
+  PF_PAIRS_INLINE __m512 moved_by(int64_t c) const {
+    return shift ? _mm512_loadu_ps(shift + c) : _mm512_setzero_ps();
+  }
+  PF_PAIRS_INLINE Affine affine(const float* weight, const float* bias, int64_t c) const {
+    return {_mm512_sub_ps(_mm512_set1_ps(mean), moved_by(c)),
+            _mm512_mul_ps(_mm512_set1_ps(inverse), _mm512_loadu_ps(weight + c)), _mm512_loadu_ps(bias + c)};
+  }
+  float mean, inverse;
+
+ private:
+  const Sizes& s;
+  const uint16_t* x;
+  const float* shift;
+};
+
+// What both directions read; `shift` [rows, channels], of one row or one for each image, or null.
+struct Operands {
+  const uint16_t* x;
+  const float *weight, *bias, *shift;
+  int64_t shift_rows;
+};
+
+template <class F>
+void for_each_group(const Sizes& s, const Operands& in, int64_t begin, int64_t end, F f) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / s.groups(), channel = i % s.groups() * s.width;
+    const int64_t first = image * s.pixels * s.channels + channel;
+    const float* shift = in.shift ? in.shift + (in.shift_rows > 1 ? image : 0) * s.channels + channel : nullptr;
+    f(first, channel, shift);
+  }
+}
+
+PF_PAIRS void forward_group(const Sizes& s, const Operands& in, int64_t first, int64_t channel, const float* shift,
+                            uint16_t* out) {
+  const Group group(s, in.x + first, shift);
+  for (int64_t c = 0; c < s.width; c += lanes) {
+    const Affine a = group.affine(in.weight + channel, in.bias + channel, c);
+    for (int64_t p = 0; p < s.pixels; ++p) {
+      const __m512 n = _mm512_fmadd_ps(_mm512_sub_ps(group.at(p, c), a.center), a.scale, a.bias);
+      store_numbers(out + first + p * s.channels + c, _mm512_mul_ps(n, sigmoid(n)));
+    }
+  }
+}
+
+PF_PAIRS void backward_group(const Sizes& s, const Operands& in, const uint16_t* grad, int64_t first, int64_t channel,
+                             const float* shift, float* kept, uint16_t* out) {
+  const Group group(s, in.x + first, shift);
+  const __m512 one = _mm512_set1_ps(1.0f);
+  float plain = 0, along = 0;
+  for (int64_t c = 0; c < s.width; c += lanes) {
+    const Affine a = group.affine(in.weight + channel, in.bias + channel, c);
+    __m512 sums = _mm512_setzero_ps(), products = sums;
+    for (int64_t p = 0; p < s.pixels; ++p) {
+      const __m512 d = _mm512_sub_ps(group.at(p, c), a.center), n = _mm512_fmadd_ps(d, a.scale, a.bias);
+      const __m512 near = sigmoid(n), far = _mm512_sub_ps(one, near);
+      const __m512 slope = _mm512_mul_ps(near, _mm512_fmadd_ps(n, far, one));
+      // the gradient of (x - center) times 1 / deviation, of which that of the mean and the deviation is taken below
+      const __m512 g = load_numbers(grad + first + p * s.channels + c, all);
+      const __m512 m = _mm512_mul_ps(_mm512_mul_ps(g, slope), a.scale);
+      sums = _mm512_add_ps(sums, m);
+      products = _mm512_fmadd_ps(m, d, products);
+      _mm512_store_ps(kept + c * s.pixels + p * lanes, m);
+    }
+    plain += _mm512_reduce_add_ps(sums);
+    along += _mm512_reduce_add_ps(products);
+  }
+  const float share = 1 / static_cast<float>(s.pixels * s.width);
+  const __m512 of_mean = _mm512_set1_ps(plain * share);
+  const __m512 of_deviation = _mm512_set1_ps(along * share * group.inverse * group.inverse);
+  for (int64_t c = 0; c < s.width; c += lanes) {
+    const __m512 center = group.affine(in.weight + channel, in.bias + channel, c).center;
+    for (int64_t p = 0; p < s.pixels; ++p) {
+      const __m512 d = _mm512_sub_ps(group.at(p, c), center);
+      const __m512 m = _mm512_sub_ps(_mm512_load_ps(kept + c * s.pixels + p * lanes), of_mean);
+      store_numbers(out + first + p * s.channels + c, _mm512_fnmadd_ps(d, of_deviation, m));
+    }
+  }
+}
+
+Tensor words_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() >= 2 && x.scalar_type() == ScalarType::BFloat16, "group_norm_silu: ", name,
+                  " must be bfloat16 [B, ..., C]");
+  return dense(x);
+}
+const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
+
+// f(sizes, operands, result) for a result like x; nothing if it is empty.
+template <class F>
+Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& shift,
+            int64_t groups, double eps, F f) {
+  const Tensor x = words_of(images, "x");
+  const int64_t count = x.size(0), channels = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0, "group_norm_silu: groups must be of 16 channels each, "
+                  "or of a multiple");
+  STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels,
+                  "group_norm_silu: weight and bias must be one number per channel");
+  const Tensor w = dense(weight, ScalarType::Float), b = dense(bias, ScalarType::Float);
+  std::optional<Tensor> moved;
+  if (shift.has_value()) {
+    STD_TORCH_CHECK(shift->dim() == 2 && shift->size(1) == channels && (shift->size(0) == 1 || shift->size(0) == count),
+                    "group_norm_silu: shift must be [B, C] or [1, C]");
+    moved = dense(*shift, ScalarType::Float);
+  }
+  Tensor out = new_like(x);
+  if (out.numel() == 0) return out;
+  const Sizes s{count, x.numel() / (count * channels), channels, channels / groups, static_cast<float>(eps)};
+  const float* by = moved.has_value() ? data<float>(*moved) : nullptr;
+  f(s, Operands{words(x), data<float>(w), data<float>(b), by, moved.has_value() ? moved->size(0) : 0},
+    static_cast<uint16_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> shift, int64_t groups, double eps) {
+  return like(x, weight, bias, shift, groups, eps, [](const Sizes& s, const Operands& in, uint16_t* out) {
+    parallel_rows(s.images * s.groups(), s.pixels * s.width, [&](int64_t begin, int64_t end) {
+      for_each_group(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
+        forward_group(s, in, first, channel, moved, out);
+      });
+    });
+  });
+}
+
+Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> shift,
+                                int64_t groups, double eps) {
+  const Tensor g = words_of(grad, "grad");
+  STD_TORCH_CHECK(g.numel() == x.numel(), "group_norm_silu_backward: grad must have the shape of x");
+  return like(x, weight, bias, shift, groups, eps, [&](const Sizes& s, const Operands& in, uint16_t* out) {
+    parallel_rows(s.images * s.groups(), 2 * s.pixels * s.width, [&](int64_t begin, int64_t end) {
+      Lines<float> kept(s.pixels * s.width);
+      for_each_group(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
+        backward_group(s, in, words(g), first, channel, moved, kept.get(), out);
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  // elsewhere there is no kernel, and the reference serves
+  if (pf::cpu::convolution::supported()) {
+    m.impl("group_norm_silu", TORCH_BOX(&pf::cpu::group_norm_silu));
+    m.impl("group_norm_silu_backward", TORCH_BOX(&pf::cpu::group_norm_silu_backward));
+  }
+}
+
+#endif

@@ -1,0 +1,170 @@
+"""Group normalization and SiLU, as they stand before the convolutions of a denoiser, in one pass.
+
+    y = n s(n),   n = w (h - mean) / sqrt(var + eps) + b,   h = x + shift,   s the sigmoid
+
+mean and variance of h are over the pixels and the channels of a group of one image (Wu & He, "Group Normalization",
+ECCV 2018, arXiv 1803.08494). The shift is a number for each channel, such as a diffusion's embedded time. Backward,
+from the inputs alone, with m = g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var + eps) and means over the group:
+
+    dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
+
+The kernel is for one case: bfloat16 in channels_last and groups of 16 channels or a multiple, on a processor that
+`purify_fast.ops.conv2d` has kernels for. It gives the gradient of x alone: whoever trains the weights gets PyTorch's
+own operators. There is no kernel for a GPU, where compilers fuse the definition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from .dispatch.examples import ROWS, examples, normal, wide_dtype
+from .dispatch.gradient import first_order, needs_gradient
+from .dispatch.registry import define_backward, define_op, second_argument, wide
+from .gated_elu import last_channels
+
+#: The kernel works on so many channels at once, all of one group.
+LANES = 16
+
+
+def _composed(images: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+    """The definition for images ``[B, C, ...]``."""
+    if shift is not None:
+        images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
+    return F.silu(F.group_norm(images, groups, weight, bias, eps))
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+    """The definition, x ``[B, ..., C]``: float32 arithmetic (float64 for float64), x's dtype out."""
+    shift = None if shift is None else wide(shift)
+    out = _composed(wide(x).movedim(-1, 1), wide(weight), wide(bias), shift, groups, eps)
+    return out.movedim(1, -1).to(x.dtype).contiguous()
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """grad times dy/dx, in x's dtype and shape."""
+    h = wide(x).flatten(1, -2) if shift is None else wide(x).flatten(1, -2) + wide(shift)[:, None]
+    # [B, pixels, groups, channels of a group]
+    h, size = h.unflatten(2, (groups, -1)), (1, 3)
+    w, b = (wide(one).view(groups, -1) for one in (weight, bias))
+    variance, mean = torch.var_mean(h, size, correction=0, keepdim=True)
+    inverse = (variance + eps).rsqrt()
+    unit = (h - mean) * inverse
+    n = unit * w + b
+    slope = torch.sigmoid(n) * (1 + n * torch.sigmoid(-n))
+    m = grad.to(h.dtype).reshape(h.shape) * slope * w
+    of_x = (m - m.mean(size, keepdim=True) - unit * (m * unit).mean(size, keepdim=True)) * inverse
+    return of_x.view(x.shape).to(x.dtype).contiguous()
+
+
+#: The shape with channels last, groups, and the rows of the shift, 0 for none.
+EXAMPLES = (
+    ((ROWS, 7, 6, 32), 2, 1),
+    ((ROWS, 5, 4, 96), 2, ROWS),
+    ((ROWS, 9, 1, 16), 1, 0),
+)
+#: Maps of `purify_fast.models.UNet` of width 32.
+RACED = (((ROWS, 16, 16, 32), 2, 1), ((ROWS, 8, 8, 192), 12, 0), ((ROWS, 4, 4, 128), 8, 1))
+
+
+def _arguments(
+    shape: tuple[int, ...], groups: int, shifts: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, float]:
+    channels, kind = shape[-1], wide_dtype(dtype)
+    # parameters have no rows, of which a race makes more
+    weight, bias = (Parameter(normal(seed + 100 * i, channels).to(kind), False) for i in (1, 2))
+    rows = normal(seed + 300, shifts, channels).to(kind) if shifts else None
+    shift = Parameter(rows, False) if rows is not None and shifts < ROWS else rows
+    return normal(seed, *shape, scale=2.0).to(dtype), weight, bias, shift, groups, 1e-5
+
+
+OP = define_op(
+    "group_norm_silu",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps) -> Tensor",
+    reference=reference,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    examples=examples(_arguments, EXAMPLES, dtypes=(torch.bfloat16,)),
+    raced=examples(_arguments, RACED, dtypes=(torch.bfloat16,)),
+)
+BACKWARD = define_backward(
+    OP,
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps)"
+    " -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, x, *_: x.new_empty(x.shape),
+    weigh=second_argument,
+)
+
+
+class _Normalized(torch.autograd.Function):
+    """The kernel's result for images ``[B, C, H, W]``, whose weights need no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, *numbers: Any) -> Tensor:
+        x = images.permute(0, 2, 3, 1)
+        ctx.save_for_backward(x, *numbers[:3])
+        ctx.settings = numbers[3:]
+        return OP.handle(x, *numbers).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = *ctx.saved_tensors, *ctx.settings
+        return BACKWARD(grad.permute(0, 2, 3, 1), *given).permute(0, 3, 1, 2), None, None, None, None, None
+
+
+def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
+    """ValueError unless the arguments of `group_norm_silu` are as it documents them."""
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, ...], got {x.dtype} {list(x.shape)}")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must be at least 1 and divide the {channels} channels, got {groups}")
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        shapes = f"{list(weight.shape)} and {list(bias.shape)}"
+        raise ValueError(f"weight and bias must be [C] = [{channels}], got {shapes}")
+    if shift is not None and shift.shape not in ((1, channels), (x.shape[0], channels)):
+        raise ValueError(f"shift must be [B, C] = {[x.shape[0], channels]} or [1, C], got {list(shift.shape)}")
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """SiLU of the group normalization of ``x + shift``.
+
+    Args:
+        x: ``[B, C, ...]``, floating point. A kernel takes ``[B, C, H, W]`` in bfloat16 and channels_last.
+        groups: how many groups the channels are normalized in.
+        weight: ``[C]``, in float32 or x's dtype.
+        bias: as weight.
+        shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before; None: nothing.
+        eps: added to the variances.
+
+    Returns:
+        As x, in the dtype that PyTorch's operators give; by a kernel bfloat16 in channels_last.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
+    By a kernel there are first-order gradients only, of x, and no ``vmap``; where another tensor needs a gradient,
+    PyTorch's operators serve. Statistics are in float32, as is all between x and the result (float64 for float64).
+    """
+    _check(x, groups, weight, bias, shift)
+    numbers = (weight, bias) if shift is None else (weight, bias, shift)
+    if (
+        x.dtype != torch.bfloat16
+        or x.shape[1] % (LANES * groups)
+        or not last_channels(x)
+        or needs_gradient(*numbers)
+        or OP.plain(x.device, x.dtype, x.numel())
+    ):
+        return _composed(x, weight, bias, shift, groups, eps)
+    if needs_gradient(x):
+        return _Normalized.apply(x, weight, bias, shift, groups, eps)
+    return OP.handle(x.permute(0, 2, 3, 1), weight, bias, shift, groups, eps).permute(0, 3, 1, 2)
