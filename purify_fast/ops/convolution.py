@@ -236,6 +236,32 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
+#: What `_settings` has made of settings that can be told apart by a look-up.
+_known: dict[Any, tuple[list[int], ...]] = {}
+
+
+def _settings(*given: int | Sequence[int]) -> tuple[list[int], ...]:
+    """Stride, padding and dilation of rows and columns; ValueError unless they are as `conv2d` documents them."""
+    plain = torch.compiler.is_compiling() or not all(type(one) is tuple for one in given)
+    if not plain and given in _known:
+        return _known[given]
+    made = tuple(map(_pair, ("stride", "padding", "dilation"), given, (1, 0, 1)))
+    if not plain:
+        _known[given] = made
+    return made
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the tensors are what layers have most often, which needs no further check."""
+    shapes = type(input) is Tensor and type(weight) is Parameter and input.dim() == 4 and weight.dim() == 4
+    if not shapes or input.shape[1] != weight.shape[1] or 0 in weight.shape:
+        return False
+    if bias is not None and (type(bias) is not Parameter or bias.shape != weight.shape[:1]):
+        return False
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    return all(tensor.dtype == torch.bfloat16 and tensor.device == input.device for tensor in tensors)
+
+
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """TypeError or ValueError unless the tensors of `conv2d` are as it documents them."""
     named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -311,8 +337,9 @@ def conv2d(
     of threads, and that of an image not on the others. Which of both serves depends on the size of the batch. Numbers
     below float32's normal range count as zero.
     """
-    _check(input, weight, bias)
-    settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
+    if not _fits(input, weight, bias):
+        _check(input, weight, bias)
+    settings = _settings(stride, padding, dilation)
     elements = _elements(input, weight, *settings)
     if (
         elements == 0

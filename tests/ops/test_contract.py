@@ -433,6 +433,15 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),
         ({"features": torch.zeros(3, 5, 4, 4)}, "features need an even number of channels, 2C, got 5"),
     ]),
+    "group_norm_silu": ({"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)}, [
+        ({"x": torch.zeros(6)}, r"x must be floating point \[B, C, ...\], got torch.float32 \[6\]"),
+        ({"x": torch.zeros(2, 6, 9, 8).long()}, r"got torch.int64 \[2, 6, 9, 8\]"),
+        ({"groups": 4}, "groups must be at least 1 and divide the 6 channels, got 4"),
+        ({"groups": 0}, "got 0"),
+        ({"weight": torch.ones(5)}, r"weight and bias must be \[C\] = \[6\], got \[5\] and \[6\]"),
+        ({"bias": torch.ones(6, 1)}, r"got \[6\] and \[6, 1\]"),
+        ({"shift": torch.ones(3, 6)}, r"shift must be \[B, C\] = \[2, 6\] or \[1, C\], got \[3, 6\]"),
+    ]),
     "hyperplane_projection": ({"x": ROW, "w": ROW, "b": 0.0}, [
         ({"w": torch.zeros(3, 5)}, r"x and w need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
         ({"w": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),

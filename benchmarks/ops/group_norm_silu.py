@@ -1,0 +1,41 @@
+"""Maps of a U-Net of width 32 for images of 32 x 32 in patches of 2: at full, half and quarter size, and joined ones."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from purify_fast.ops import group_norm_silu
+
+from . import Case, normal
+
+SHAPES = ((32, 32, 16, 16), (32, 96, 16, 16), (32, 192, 8, 8), (32, 128, 4, 4))
+LARGE = ((512, 96, 16, 16), (512, 128, 4, 4))
+KINDS = ((torch.bfloat16, "channels_last"),)
+#: Channels of a group.
+WIDTH = 16
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
+    channels = shape[1]
+    call = partial(_of_tensors, groups=channels // WIDTH)
+    return Case(
+        shape,
+        dtype,
+        lambda: (
+            normal(*shape, dtype=dtype, layout=variant),
+            *(normal(channels, dtype=torch.float32) for _ in range(2)),
+            normal(1, channels, dtype=torch.float32),
+        ),
+        call,
+        {"forward": ("2*n*s", "30*n"), "backward": ("3*n*s", "45*n")},
+        variant,
+        (0,),
+    )
+
+
+def _of_tensors(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor, groups: int
+) -> torch.Tensor:
+    return group_norm_silu(x, groups, weight, bias, shift)
