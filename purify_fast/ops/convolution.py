@@ -237,16 +237,18 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
 
 
 #: What `_settings` has made of settings that can be told apart by a look-up.
-_known: dict[Any, tuple[list[int], ...]] = {}
+_known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 
-def _settings(*given: int | Sequence[int]) -> tuple[list[int], ...]:
+def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Stride, padding and dilation of rows and columns; ValueError unless they are as `conv2d` documents them."""
-    plain = torch.compiler.is_compiling() or not all(type(one) is tuple for one in given)
-    if not plain and given in _known:
+    # layers have tuples; a compiler would take the look-up for something that changes
+    kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
+    if kept and given in _known:
         return _known[given]
-    made = tuple(map(_pair, ("stride", "padding", "dilation"), given, (1, 0, 1)))
-    if not plain:
+    stride, padding, dilation = given
+    made = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    if kept:
         _known[given] = made
     return made
 

@@ -94,8 +94,7 @@ OP = define_op(
 )
 BACKWARD = define_backward(
     OP,
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps)"
-    " -> Tensor",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, x, *_: x.new_empty(x.shape),
     weigh=second_argument,
