@@ -1,4 +1,4 @@
-"""Maps of a U-Net of width 32 for images of 32 x 32 in patches of 2: at full, half and quarter size, and joined ones."""
+"""Maps of a U-Net of width 32 for 32 x 32 images in patches of 2: at full, half and quarter size, and joined ones."""
 
 from __future__ import annotations
 

@@ -231,23 +231,48 @@ PF_PAIRS_INLINE void spread_kernel(const uint16_t* from, int64_t step, bool turn
   }
 }
 
+// Columns of 8 x 8 numbers, the first `count`, to rows that are `pitch` numbers apart.
+PF_PAIRS_INLINE void store_columns(const uint32_t (*from)[8], int64_t count, int64_t pitch, uint32_t* to) {
+  __m256i x[8], y[8];
+  PF_UNROLL for (int i = 0; i < 8; ++i) x[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(from[i]));
+  PF_UNROLL for (int i = 0; i < 8; i += 2) {
+    y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  PF_UNROLL for (int i = 0; i < 8; i += 4) {
+    PF_UNROLL for (int k = 0; k < 2; ++k) {
+      x[i + 2 * k] = _mm256_unpacklo_epi64(y[i + k], y[i + 2 + k]);
+      x[i + 2 * k + 1] = _mm256_unpackhi_epi64(y[i + k], y[i + 2 + k]);
+    }
+  }
+  PF_UNROLL for (int i = 0; i < 4; ++i) {
+    y[i] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x20);
+    y[i + 4] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x31);
+  }
+  PF_UNROLL for (int i = 0; i < 8; ++i) {
+    if (i < count) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * pitch), y[i]);
+  }
+}
+
 // Weights of a convolution [outputs, 9, inputs] as pairs of neighboring inputs, to[16][block][pair][channels].
 PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const Blocks& blocks, uint32_t* to) {
   const int64_t pairs = (inputs + 1) / 2, plane = blocks.pitch * pairs;
+  alignas(32) uint32_t made[16][8][8];  // [product][output][pair]
   for (const Block& block : blocks.list) {
     uint32_t* place = to + block.before * pairs;
-    for (int64_t o = 0; o < block.pitch; ++o) {
+    for (int64_t o = 0; o < block.pitch; o += 8) {
       for (int64_t c = 0; c < inputs; c += 16) {
-        Floats u;
-        const bool there = o < block.count;
-        spread_kernel(there ? weight + (block.first + o) * 9 * inputs + c : weight, inputs, false,
-                      there ? first_of(inputs - c) : __mmask16(0), u);
-        const int64_t count = std::min<int64_t>(8, pairs - c / 2);
-        PF_UNROLL for (int i = 0; i < 16; ++i) {
-          alignas(32) uint32_t made[8];
-          _mm256_store_si256(reinterpret_cast<__m256i*>(made), rounded_numbers(u[i / 4][i % 4]));
-          for (int64_t p = 0; p < count; ++p) place[i * plane + (c / 2 + p) * block.pitch + o] = made[p];
+        for (int64_t k = 0; k < 8; ++k) {
+          Floats u;
+          const bool there = o + k < block.count;
+          spread_kernel(there ? weight + (block.first + o + k) * 9 * inputs + c : weight, inputs, false,
+                        there ? first_of(inputs - c) : __mmask16(0), u);
+          PF_UNROLL for (int i = 0; i < 16; ++i) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(made[i][k]), rounded_numbers(u[i / 4][i % 4]));
+          }
         }
+        uint32_t* at = place + c / 2 * block.pitch + o;
+        for (int64_t i = 0; i < 16; ++i) store_columns(made[i], pairs - c / 2, block.pitch, at + i * plane);
       }
     }
   }
