@@ -41,7 +41,7 @@ def _norm(channels: int, width: int) -> nn.GroupNorm:
 
 def _active(norm: nn.GroupNorm, h: Tensor, shift: Tensor | None = None) -> Tensor:
     """SiLU of the normalized map, to which a number for each channel, if given, is added before."""
-    return group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, shift, norm.eps)
+    return group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, shift=shift, eps=norm.eps)
 
 
 class TimeLayer(nn.Linear):

@@ -31,8 +31,9 @@ from .gated_elu import last_channels
 LANES = 16
 
 
-def _composed(images: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
-    """The definition for images ``[B, C, ...]``."""
+def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], groups: int, eps: float) -> Tensor:
+    """The definition for images ``[B, C, ...]``, and weight, bias and shift."""
+    weight, bias, shift = numbers
     if shift is not None:
         images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
     return F.silu(F.group_norm(images, groups, weight, bias, eps))
@@ -41,7 +42,7 @@ def _composed(images: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None
 def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
     """The definition, x ``[B, ..., C]``: float32 arithmetic (float64 for float64), x's dtype out."""
     shift = None if shift is None else wide(shift)
-    out = _composed(wide(x).movedim(-1, 1), wide(weight), wide(bias), shift, groups, eps)
+    out = _composed(wide(x).movedim(-1, 1), (wide(weight), wide(bias), shift), groups, eps)
     return out.movedim(1, -1).to(x.dtype).contiguous()
 
 
@@ -163,7 +164,7 @@ def group_norm_silu(
         or needs_gradient(*numbers)
         or OP.plain(x.device, x.dtype, x.numel())
     ):
-        return _composed(x, weight, bias, shift, groups, eps)
+        return _composed(x, (weight, bias, shift), groups, eps)
     if needs_gradient(x):
         return _Normalized.apply(x, weight, bias, shift, groups, eps)
     return OP.handle(x.permute(0, 2, 3, 1), weight, bias, shift, groups, eps).permute(0, 3, 1, 2)
