@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .._tensors import without_autocast
 from .._validation import check_counts
-from ..ops.dispatch.gradient import first_order
+from ..ops.dispatch.gradient import first_order, transformed
 from ..ops.group_norm_silu import group_norm_silu
 from .layers import Conv2d
 
@@ -190,5 +190,5 @@ class _Doubled(torch.autograd.Function):
 def _joined(low: Tensor, skip: Tensor) -> Tensor:
     """A map of the level below, enlarged to the size of this one, and this one's own."""
     sides = skip.shape[2:]
-    doubled = low.device.type == "cpu" and sides == (2 * low.shape[2], 2 * low.shape[3])
+    doubled = low.device.type == "cpu" and not transformed() and sides == (2 * low.shape[2], 2 * low.shape[3])
     return torch.cat([_Doubled.apply(low) if doubled else F.interpolate(low, size=sides, mode="nearest"), skip], 1)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
-from .dispatch.gradient import first_order, needs_gradient
+from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op, wide
 
 #: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
@@ -194,7 +194,7 @@ def _by_kernel(images: Tensor, rounded: Tensor, bias: Tensor | None, settings: t
     return _first(OP.handle(_last(images), rounded, bias, *settings)).data
 
 
-# Without `setup_context`: with it every call of `apply` inspects the signature of `forward`, for 20 us.
+# Without `setup_context`, see `transformed`.
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -334,10 +334,10 @@ def conv2d(
         TypeError: input, weight or bias is no tensor.
         ValueError: shapes, dtypes, devices or settings do not fit.
 
-    By a kernel there are first-order gradients only, and no ``vmap``: a gradient made with ``create_graph=True`` has no
-    gradient itself. ``use_backend("reference")`` gives up the kernel for them. The result does not depend on the number
-    of threads, and that of an image not on the others. Which of both serves depends on the size of the batch. Numbers
-    below float32's normal range count as zero.
+    Inside transforms of ``torch.func`` PyTorch's serves. By a kernel there are first-order gradients only: one made
+    with ``create_graph=True`` has no gradient itself. ``use_backend("reference")`` gives up the kernel for them. The
+    result does not depend on the number of threads, and that of an image not on the others. Which of both serves
+    depends on the size of the batch. Numbers below float32's normal range count as zero.
     """
     if not _fits(input, weight, bias):
         _check(input, weight, bias)
@@ -346,6 +346,7 @@ def conv2d(
     if (
         elements == 0
         or input.device.type != "cpu"
+        or transformed()
         or _plain(input, elements, kind(weight.shape[1], weight.shape[0], settings[0]))
     ):
         return F.conv2d(input, weight, bias, *settings)

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
-from .dispatch.gradient import first_order, needs_gradient
+from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 from .gated_elu import last_channels
 
@@ -152,8 +152,9 @@ def group_norm_silu(
     Raises:
         ValueError: shapes or dtypes do not fit.
 
-    By a kernel there are first-order gradients only, of x, and no ``vmap``; where another tensor needs a gradient,
-    PyTorch's operators serve. Statistics are in float32, as is all between x and the result (float64 for float64).
+    By a kernel there are first-order gradients only, of x. Where another tensor needs a gradient, and inside transforms
+    of ``torch.func``, PyTorch's operators serve. Statistics are in float32, as is all between x and the result of a
+    kernel.
     """
     _check(x, groups, weight, bias, shift)
     numbers = (weight, bias) if shift is None else (weight, bias, shift)
@@ -161,6 +162,7 @@ def group_norm_silu(
         x.dtype != torch.bfloat16
         or x.shape[1] % (LANES * groups)
         or not last_channels(x)
+        or transformed()
         or needs_gradient(*numbers)
         or OP.plain(x.device, x.dtype, x.numel())
     ):

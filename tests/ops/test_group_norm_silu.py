@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from purify_fast.models import UNet
 from purify_fast.ops import group_norm_silu, use_backend
 
 op = import_module("purify_fast.ops.group_norm_silu")
@@ -118,3 +119,17 @@ def test_the_result_depends_on_no_other_image_and_on_no_threads(kernels):
         torch.set_num_threads(threads)
     alone = torch.cat([group_norm_silu(part, 2, *numbers) for part in x.split(7)])
     assert torch.equal(alone, whole)
+
+
+def test_transforms_of_torch_func_pass_through_a_network(kernels):
+    """Through its convolutions and enlarged maps too; they refuse functions of autograd that are made for speed."""
+    torch.manual_seed(0)
+    net = UNet(3, 16).to(HALF).requires_grad_(False)
+    torch.nn.init.normal_(net.leave.weight)
+    x, t = normal(2, 3, 16, 16), torch.tensor(50.0)
+    found = torch.func.grad(lambda x: net(x, t).float().square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    with use_backend("reference"):
+        (wanted,) = torch.autograd.grad(net(leaf, t).float().square().sum(), leaf)
+    # PyTorch's own gradient of an enlarged map rounds in between
+    assert wanted.any() and (found.float() - wanted.float()).norm() < 0.05 * wanted.float().norm()

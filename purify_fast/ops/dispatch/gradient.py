@@ -124,6 +124,15 @@ SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType d
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
+def transformed() -> bool:
+    """Whether a call is inside a transform of ``torch.func``, eagerly.
+
+    They refuse functions of autograd whose ``forward`` takes the context. One that has ``setup_context`` in its place
+    takes 20 us more a call, in which PyTorch inspects a signature.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def may_save(x: Tensor) -> bool:
     """Whether kernels that only a CPU has can be called.
 
@@ -132,7 +141,7 @@ def may_save(x: Tensor) -> bool:
     """
     if not SAVING_KERNELS or x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
         return False
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or transformed())
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
