@@ -1,8 +1,8 @@
 """What diffusion purifiers withstand: as their authors attack them, and through the exact gradient of every step.
 
-The models are those of the zoo, on three data sets: a purifier before a classifier of clean images, one before an
+The models are those of the zoo: of each data set a purifier before a classifier of clean images, one before an
 adversarially trained classifier, that classifier alone, and CARSO and AToP. All models of a data set face the same
-images in one ball. The purifiers of digits are also attacked with other processes.
+images in one ball. The purifiers are also attacked with other processes.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def cells(found: Found, alone: Found) -> dict[str, str]:
 
 
 class Diffusion(Study):
-    """What diffusion purifiers withstand, on digits, MNIST and CIFAR-10."""
+    """What diffusion purifiers withstand."""
 
     name, dataset, workers = "diffusion", "digits", 1
     amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
