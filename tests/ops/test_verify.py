@@ -396,7 +396,8 @@ def test_what_serves_unraced_replaces_a_dozen_launches(name, variant):
     launches = sum(most_launches(one, variant) for one in both)
     for one in both:
         if one in REGISTRY:
-            assert (variant in REGISTRY[one].serves_unraced("eager")) == (launches >= 12), (one, launches)
+            serves = launches >= 12 and REGISTRY[one].launch is not None
+            assert (variant in REGISTRY[one].serves_unraced("eager")) == serves, (one, launches)
 
 
 def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
