@@ -61,7 +61,8 @@ class Group {
         }
       }
       const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-      const __m512 own = _mm512_add_ps(_mm512_add_ps(products[0], products[1]), _mm512_add_ps(products[2], products[3]));
+      const __m512 own =
+          _mm512_add_ps(_mm512_add_ps(products[0], products[1]), _mm512_add_ps(products[2], products[3]));
       const __m512 apart = _mm512_div_ps(sum, _mm512_set1_ps(pixels));
       const __m512 of_channel = _mm512_add_ps(_mm512_add_ps(pivot, apart), moved_by(c));
       _mm512_store_ps(means.get() + c, of_channel);
@@ -77,9 +78,7 @@ class Group {
     inverse = 1 / std::sqrt(total / (pixels * static_cast<float>(s.width)) + s.eps);
   }
   PF_PAIRS_INLINE __m512 at(int64_t pixel, int64_t c) const { return load_numbers(x + pixel * s.channels + c, all); }
-  PF_PAIRS_INLINE __m512 moved_by(int64_t c) const {
-    return shift ? _mm512_loadu_ps(shift + c) : _mm512_setzero_ps();
-  }
+  PF_PAIRS_INLINE __m512 moved_by(int64_t c) const { return shift ? _mm512_loadu_ps(shift + c) : _mm512_setzero_ps(); }
   PF_PAIRS_INLINE Affine affine(const float* weight, const float* bias, int64_t c) const {
     return {_mm512_sub_ps(_mm512_set1_ps(mean), moved_by(c)),
             _mm512_mul_ps(_mm512_set1_ps(inverse), _mm512_loadu_ps(weight + c)), _mm512_loadu_ps(bias + c)};
@@ -169,7 +168,8 @@ Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, cons
             int64_t groups, double eps, F f) {
   const Tensor x = words_of(images, "x");
   const int64_t count = x.size(0), channels = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0, "group_norm_silu: groups must be of 16 channels each, "
+  STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0,
+                  "group_norm_silu: groups must be of 16 channels each, "
                   "or of a multiple");
   STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels,
                   "group_norm_silu: weight and bias must be one number per channel");
