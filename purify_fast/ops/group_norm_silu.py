@@ -36,7 +36,8 @@ def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], gro
     weight, bias, shift = numbers
     if shift is not None:
         images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
-    return F.silu(F.group_norm(images, groups, weight, bias, eps))
+    # `F.group_norm` refuses groups of one value
+    return F.silu(torch.group_norm(images, groups, weight, bias, eps))
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
@@ -120,15 +121,25 @@ class _Normalized(torch.autograd.Function):
 
 
 def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
-    """ValueError unless the arguments of `group_norm_silu` are as it documents them."""
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [B, C, ...], got {x.dtype} {list(x.shape)}")
+    """TypeError or ValueError unless the arguments of `group_norm_silu` are as it documents them."""
+    named = {"x": x, "weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point() or tensor.device != x.device:
+            raise ValueError(f"{name} must be floating point on {x.device}, got {tensor.dtype} on {tensor.device}")
+    if x.dim() < 2:
+        raise ValueError(f"x must be [B, C, ...], got {list(x.shape)}")
     channels = x.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups must be at least 1 and divide the {channels} channels, got {groups}")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels == 0 or channels % groups:
+        raise ValueError(
+            f"groups must be a whole number, at least 1, that divides the {channels} channels, got {groups}"
+        )
     if weight.shape != (channels,) or bias.shape != (channels,):
         shapes = f"{list(weight.shape)} and {list(bias.shape)}"
         raise ValueError(f"weight and bias must be [C] = [{channels}], got {shapes}")
+    if weight.dtype != bias.dtype or weight.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise ValueError(f"weight and bias must be float32 or {x.dtype}, got {weight.dtype} and {bias.dtype}")
     if shift is not None and shift.shape not in ((1, channels), (x.shape[0], channels)):
         raise ValueError(f"shift must be [B, C] = {[x.shape[0], channels]} or [1, C], got {list(shift.shape)}")
 
@@ -150,7 +161,8 @@ def group_norm_silu(
         As x, in the dtype that PyTorch's operators give; by a kernel bfloat16 in channels_last.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        TypeError: something is no tensor.
+        ValueError: shapes, dtypes or devices do not fit.
 
     By a kernel there are first-order gradients only, of x. Where another tensor needs a gradient, and inside transforms
     of ``torch.func``, PyTorch's operators serve. Statistics are in float32, as is all between x and the result of a

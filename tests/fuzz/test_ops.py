@@ -149,6 +149,15 @@ def gated_elu(draw) -> dict:
     return {"features": normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS)))}
 
 
+def group_norm_silu(draw) -> dict:
+    groups, batch, dtype = draw(st.integers(1, 3)), draw(st.integers(0, 3)), draw(st.sampled_from(FLOATS))
+    channels = groups * draw(st.sampled_from([1, 3, 16, 32]))
+    x = normal(draw, batch, channels, *image_shape(draw)[:2], dtype=dtype)
+    weight, bias = (normal(draw, channels, dtype=dtype) for _ in range(2))
+    shift = normal(draw, draw(st.sampled_from([1, batch])), channels, dtype=dtype) if draw(st.booleans()) else None
+    return {"x": x, "groups": groups, "weight": weight, "bias": bias, "shift": shift}
+
+
 def reconstruction_loss(draw) -> dict:
     shape, dtype = (draw(st.integers(0, 4)), *image_shape(draw)), draw(st.sampled_from(FLOATS))
     return {"logits": 3 * normal(draw, *shape, dtype=dtype), "target": uniform(draw, *shape, dtype=dtype)}
@@ -195,7 +204,7 @@ def decode_prior(draw) -> dict:
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
     aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
     reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
-    conv2d, hyperplane_projection, diffusion_step,
+    conv2d, hyperplane_projection, diffusion_step, group_norm_silu,
 )}  # fmt: skip
 
 
