@@ -469,7 +469,8 @@ def races(context: Context) -> Outcome:
         f"{len(ratios)} races, {sum(ratio > 1 for ratio in ratios)} won by the kernel, {len(tuned.changes)} calls "
         f"served by another than before, {len(problems)} with a problem"
     )
-    details = {"errors": problems, "changes": [asdict(one) for one in tuned.changes]}
+    changes = [{**vars(one), "call": f"{one.call.style} {one.call.cell}"} for one in tuned.changes]
+    details = {"errors": problems, "changes": changes}
     return Outcome(PASSED if ratios and not problems else FAILED, summary, details, tuned.left_out)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from benchmarks import __main__ as program
 from benchmarks import gpu_check, gpu_sections, limits, measure, report, running
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch.op import Call
+from purify_fast.ops.dispatch.tune import Change
 
 ROOT = Path(__file__).parents[2]
 
@@ -272,10 +275,17 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     monkeypatch.setattr("purify_fast.ops.dispatch.tune.REGISTRY", kept)
     monkeypatch.setattr(gpu_sections.tune, "RUN", 1e-5)
     monkeypatch.setitem(gpu_sections.tune.ELEMENTS, "cpu", {"small": 2**10})
+    # which calls change hands depends on the machine: one is made up
+    call = Call(CPU, "all", torch.float32, 10)
+    change, tune = Change("noisy_replay", call, "reference", "cpp", 2.0), gpu_sections.tune.tune
+    monkeypatch.setattr(gpu_sections.tune, "tune", lambda *a, **k: replace(tune(*a, **k), changes=[change]))
     out = tmp_path / "cpu"
     context = gpu_sections.Context(out, CPU, True, 60.0, lambda share, what: None)
     outcome = gpu_sections.races(context)
     assert outcome.state == "passed" and not outcome.left_out, outcome
+    (change,) = json.loads(json.dumps(outcome.details))["changes"]
+    served = {"before": "reference", "after": "cpp", "gain": 2.0}
+    assert change == {"op": "noisy_replay", "call": f"eager {call.cell}", **served}
     raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
     before = {path: path.read_bytes() for path in (ROOT / "docs/performance.md", ROOT / "purify_fast/ops/races.json")}

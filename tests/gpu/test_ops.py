@@ -111,22 +111,23 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
             if kind == "ours":
                 torch._dynamo.reset()
                 compiled = call(torch.compile(case.call, fullgraph=True, backend="aot_eager"))
-                if DEVICE.type == "cpu":
-                    # eager calls on a CPU have kernels of their own that keep what backward needs: the last bit differs
-                    torch.testing.assert_close(compiled, results[kind])
-                else:
+                if DEVICE.type == "cuda":
                     same_bits(compiled, results[kind])
-    triples = zip(results["ours"], results["same"], results["golden"], strict=True)
-    for index, (ours, same, golden) in enumerate(triples):
+    # eager calls on a CPU have kernels of their own that keep what backward needs, so that the last bits differ there:
+    # the compiled graph is held to the same bounds as they are
+    outputs = len(results["ours"]) - len(case.differentiable)
+    for index, (*judged, same, golden) in enumerate(
+        zip(results["ours"], compiled, results["same"], results["golden"], strict=True)
+    ):
         size = golden.double().abs().max().item()
-        if index < len(results["ours"]) - len(case.differentiable):  # a distance is 1 less what is near 1
+        if index < outputs:  # a distance is 1 less what is near 1
             size = max(1.0, size)
-        errors = [x.double().cpu() - golden.double() for x in (ours, same)]
+        errors = [x.double().cpu() - golden.double() for x in (*judged, same)]
         # the decoder's gradient jumps where rounding decides on which side of zero an input of its LeakyReLU is
         rms = name == "decode_samples" and index > 0
-        error, budget = ((e.square().mean().sqrt() if rms else e.abs().max()).item() for e in errors)
-        rounding = 2 * torch.finfo(ours.dtype).eps + 16 * case.slack * 2**-23
-        assert error <= 2 * budget + rounding * size, (error, budget, size)
+        *found, budget = ((e.square().mean().sqrt() if rms else e.abs().max()).item() for e in errors)
+        rounding = 2 * torch.finfo(same.dtype).eps + 16 * case.slack * 2**-23
+        assert max(found) <= 2 * budget + rounding * size, (found, budget, size)
 
 
 @pytest.mark.parametrize("op", OPS)
