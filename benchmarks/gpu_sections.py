@@ -525,7 +525,7 @@ SECTIONS = {
     "limits": Section("ops", measured_limits, (10, 10)),
     "replays": Section("ops", replays, (45, 20), (REPLAYS,)),
     "races": Section("ops", races, (130, 40), (shipping.FILE,)),
-    "ops": Section("pipelines", ops, (120, 15), (report.ROWS,)),
+    "ops": Section("pipelines", ops, (120, 22), (report.ROWS,)),
     "sanitizer": Section("pipelines", sanitizer, (110, 20)),
     "pipelines": Section("pipelines", raced_pipelines, (250, 45), (report.PIPELINES,)),
 }
