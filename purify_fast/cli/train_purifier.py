@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .._validation import Count, Positive, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
 from .classifiers import is_named, saved_folder, trained_classifier
 from .run_file import ball_of_run
-from .training import FollowsRecipe, OnClassifier
+from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..methods.atop import AtopTask
     from ..methods.base import PurifierTask, Recipe
     from ..methods.carso import CarsoTask
-    from ..training import TrainingAttack
+    from ..training import BankConfig, TrainingAttack
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 _NETWORK = ("purifier", "width", "residual", "weights")
@@ -63,7 +64,40 @@ class TrainPurifier(OnClassifier):
 
 
 @dataclass(frozen=True)
-class TrainCarso(FollowsRecipe, TrainPurifier):
+class KeepsAttacks(Training):
+    """A command whose attacks on the frozen classifier can be kept.
+
+    Args:
+        bank: Keep up to so many attacked variants of each image in a file, and train on them again in later epochs in
+            place of attacking; for the papers' objectives, which attack the classifier alone. Default: attack in every
+            step.
+        bank_refresh: With --bank: the share of the adversarial images that is attacked all the same, and takes the
+            place of the oldest variants.
+        bank_folder: With --bank: where the file is kept, for later runs too; default: banks in the folder of caches.
+        bank_gigabytes: With --bank: the most that all banks in that folder may take.
+    """
+
+    bank: Count | None = None
+    bank_refresh: Share = 0.05
+    bank_folder: Path | None = None
+    bank_gigabytes: Positive = 20.0
+
+    def superseded(self) -> dict[tuple[str, ...], str]:
+        if self.bank is not None:
+            return super().superseded()
+        names = ("bank_refresh", "bank_folder", "bank_gigabytes")
+        return super().superseded() | {names: "{given} goes with --bank, the number of variants that are kept"}
+
+    def bank_config(self) -> BankConfig | None:
+        from ..training import BankConfig
+
+        if self.bank is None:
+            return None
+        return BankConfig(self.bank, self.bank_refresh, self.bank_folder, self.bank_gigabytes)
+
+
+@dataclass(frozen=True)
+class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes.
 
     Args:
@@ -173,7 +207,7 @@ class TrainGenerator(TrainPurifier):
 
 
 @dataclass(frozen=True)
-class TrainAtop(FollowsRecipe, TrainGenerator):
+class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
     """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
 
     Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..methods.base import Recipe
-    from ..training import Task
+    from ..training import BankConfig, Task
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Training(DataCommand):
     def save(self, trained: Any, images: DataSet) -> None:
         """Save what the training results in."""
 
+    def bank_config(self) -> BankConfig | None:
+        """How the training's adversarial images are kept; None for a training that keeps none."""
+        return None
+
     def run(self) -> None:
         from .._process import processes
         from ..training import Callback, TrainingState, fit, summary
@@ -59,7 +63,8 @@ class Training(DataCommand):
 
         images, title = self.load_data(), self.called.split()[-1]
         task = self.task(images)
-        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, callbacks=[Begun()])
+        options: dict[str, Any] = {"folder": self.out, "title": title, "callbacks": [Begun()]}
+        last = fit(task, images.x_train, images.y_train, self.loop, bank=self.bank_config(), **options)
         if processes()[0] == 0:
             print(summary(last))
             self.save(task.result, images)

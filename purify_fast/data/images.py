@@ -99,22 +99,45 @@ def crop_flip(
     if padding < 0 or (mode == "reflect" and padding >= min(h, w)):
         raise ValueError(f"padding must be at least 0, and below {min(h, w)} for reflect, got {padding}")
     device = x.device
-    if not isinstance(seed, Tensor):
-        # filled on the device: a tensor made of a list would be copied there, which waits for the device
-        seed = torch.full((1,), seed, dtype=torch.int64, device=device)
-    u = philox(seed, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
+    u = _draws(seed, sample_ids, epoch)
     # u < 1, but its product can round up to the bound
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding
     rows = torch.arange(h, device=device) + shift[:, :1]
     cols = torch.arange(w, device=device).expand(b, w)
     if flip:
-        cols = torch.where(u[:, 2:] < 0.5, w - 1 - cols, cols)
+        cols = torch.where(_mirrored(u)[:, None], w - 1 - cols, cols)
     cols = cols + shift[:, 1:2]
     inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
     rows, cols = _fold(rows, h, mode), _fold(cols, w, mode)
     image, channel = torch.arange(b, device=device).view(b, 1, 1, 1), torch.arange(c, device=device).view(1, c, 1, 1)
     out = x[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
     return out.masked_fill(~inside, 0) if mode == "zero" else out
+
+
+def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
+    """Which images `crop_flip` mirrors.
+
+    Args:
+        seed: as of `crop_flip`.
+        sample_ids: int64 ``[B]``.
+        epoch: as of `crop_flip`.
+
+    Returns:
+        bool ``[B]``.
+    """
+    return _mirrored(_draws(seed, sample_ids, epoch))
+
+
+def _draws(seed: int | Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
+    """The numbers of an image's augmentation, uniform ``[B, 3]``: rows, columns, and whether it is mirrored."""
+    if not isinstance(seed, Tensor):
+        # filled on the device: a tensor made of a list would be copied there, which waits for the device
+        seed = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
+    return philox(seed, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
+
+
+def _mirrored(draws: Tensor) -> Tensor:
+    return draws[:, 2] < 0.5
 
 
 def _fold(index: Tensor, size: int, mode: PaddingMode) -> Tensor:

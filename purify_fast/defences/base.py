@@ -43,6 +43,7 @@ class Defence(StochasticDefence):
 
     arguments: dict[str, Any]
     num_classes: int
+    not_dependencies = frozenset({"bank"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
@@ -58,6 +59,8 @@ class Defence(StochasticDefence):
         self.own_classifier = False
         #: The terms of the loss that trained it, and the step from which on each acted; empty without a training.
         self.acts_from_step: dict[str, int] = {}
+        #: What it was trained with: of an adversarial bank, the variants of an image and the share made anew; or empty.
+        self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -17,7 +17,7 @@ from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..training.checkpoint import save_model
-from ..training.config import FitConfig, settings
+from ..training.config import FitConfig, TrainingAttack, settings
 from ..training.task import Batch, Task, check_labels
 
 D = TypeVar("D", bound=Defence)
@@ -182,6 +182,24 @@ class PurifierTask(Task, Generic[D]):
         facts = {"defence": self.defence.arguments, "classifier": self.classifier}
         return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
 
+    def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
+        """What decides which images the training's attacks on the frozen classifier make, but for the radius.
+
+        Args:
+            attack: the attack.
+
+        Raises:
+            ValueError: the radius rises from epoch to epoch.
+        """
+        if attack.eps_warmup:
+            raise ValueError(
+                f"bank: with eps_warmup {attack.eps_warmup:g} the attack's radius is another one in each of the first "
+                "epochs: leave eps_warmup out, or train without a bank"
+            )
+        # the precision of the attacked copy
+        facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
+        return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
+
     def finish(self) -> None:
         super().finish()
         self.defence.refresh()
@@ -213,7 +231,7 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
         folder: where to; ``model.safetensors`` is written there.
     """
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
-    facts |= {"acts_from_step": defence.acts_from_step}
+    facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
     save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
 
 

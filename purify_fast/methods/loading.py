@@ -88,7 +88,7 @@ def load_defence(
     else:
         defence = Carso(classifier, **arguments)
     defence.own_classifier = own_classifier
-    defence.acts_from_step = facts.get("acts_from_step", {})
+    defence.acts_from_step, defence.bank = facts.get("acts_from_step", {}), facts.get("bank", {})
     wanted = trained_tensors(defence)
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:

@@ -44,6 +44,7 @@ class Stream(enum.IntEnum):
     DIFFUSION = 9
     DIFFUSION_TRAINING = 10
     LOTS = 11
+    BANK = 12
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

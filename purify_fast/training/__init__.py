@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .bank import BankConfig as BankConfig
     from .callbacks import Callback as Callback
     from .callbacks import TensorBoardLog as TensorBoardLog
     from .callbacks import TrainingState as TrainingState

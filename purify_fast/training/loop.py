@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .. import ops
 from .._files import folder_lock
@@ -29,12 +31,13 @@ from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
+from .bank import AdversarialBank, BankConfig, BankedImages
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, from_first, named_when_lost, signs_of_life
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Diverged, LossWatch, Run
-from .sources import HeldOut, Images, held_out_source, step_seed, training_source
+from .sources import HeldOut, Images, InMemory, Source, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
 
 logger = logging.getLogger("purify_fast")
@@ -56,6 +59,7 @@ def fit(
     *,
     callbacks: Sequence[Callback] = (),
     validation: HeldOut | None = None,
+    bank: BankConfig | None = None,
 ) -> dict[str, float]:
     """Train ``task``, resuming from ``folder`` if it holds a checkpoint of the same run.
 
@@ -84,6 +88,8 @@ def fit(
         callbacks: what else listens to the training, see `Callback`.
         validation: held-out images, in place of the config's validation_share: (images, labels), or as ``x``, all of
             them in every process.
+        bank: keeps the adversarial images of a training that attacks a model which it never changes, and reads them
+            again in later epochs; None attacks in every step. A run is resumed with the same variants and refresh.
 
     Returns:
         The last epoch's mean metrics, with those of its validation.
@@ -91,9 +97,10 @@ def fit(
     Raises:
         TypeError: a task that is no `Task`, or images in no form that can be trained on.
         ValueError: images, labels or a loader that cannot be trained on, or that the model does not take; fewer images
-            than a batch; a keep_best that the task does not measure; a checkpoint of another run; with several
-            processes, a batch they cannot share evenly, other data or settings than the first one's, or a model in
-            training mode with a BatchNorm that is not synchronized.
+            than a batch; a keep_best that the task does not measure; a checkpoint of another run; a bank where the
+            attacked model is trained, images are cropped at random or come from a loader, or it would be too large;
+            with several processes, a batch they cannot share evenly, other data or settings than the first one's, or a
+            model in training mode with a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. Where this one cannot raise it, because it waits in a
@@ -108,7 +115,7 @@ def fit(
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, source, held_out, folder)
+    run = Run(task, config, source, held_out, folder, bank=None if bank is None else open_bank(task, source, bank))
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
@@ -125,7 +132,10 @@ def fit(
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
         with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
+            measured = _measure_attacks(run, progress and first)
             _train(run, listeners, stop)
+            if run.bank is not None and measured:
+                _tell(run.bank.summary(*measured), progress and first)
         task.finish()
         if run.best:
             task.model.load_state_dict(run.best["model"])
@@ -133,6 +143,68 @@ def fit(
         for listener in listeners:
             listener.on_end(_state(run, 0, run.last, config.epochs - 1))
         return run.last
+
+
+def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
+    """The bank of a training, with what earlier runs left in it.
+
+    Args:
+        task: the training.
+        source: of its images.
+        bank: its settings.
+
+    Raises:
+        ValueError: a training whose images cannot be kept; the message says why.
+    """
+    attacks = task.frozen_attacks()
+    if attacks is None:
+        raise ValueError(
+            "bank: this training attacks a model that it changes, or attacks nothing; what can be kept is attacks on a "
+            "frozen classifier, those of CARSO and AToP with attack_target 'classifier'"
+        )
+    if not isinstance(source, InMemory):
+        raise ValueError("bank: a loader's images are not known before they arrive: give images in a tensor")
+    if source.config.padding:
+        raise ValueError(
+            f"bank: images that are cropped at random (padding {source.config.padding}) are others in every epoch, so "
+            "that an attack on one is none on the next; train without padding or without a bank"
+        )
+    # the digest is of the labels too, which the attacks raise the loss of
+    views = 2 if source.config.flip else 1
+    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
+    return AdversarialBank(bank, attacks, images, source.batch_size)
+
+
+def _measure_attacks(run: Run, told: bool) -> tuple[int, float] | None:
+    """Measure the attacks of the run's next step, and tell what the bank will save; None where nothing is left to do.
+
+    Returns:
+        The images that were attacked, and the seconds that it took.
+    """
+    if run.bank is None or run.step >= run.total:
+        return None
+    with contextlib.closing(run.source.epoch(run.epoch, run.step % run.steps)) as batches:
+        raw = next(batches)
+    batch = replace(run.batch(raw, run.step, step_seed(run.config.seed, run.step)), bank=None)
+    rows = round(len(batch.x) * sum(one.share for one in run.bank.attacks.attacks))
+    # kernels are verified and memory is taken when an attack runs for the first time
+    for _ in range(2):
+        began = time.monotonic()
+        attacked = run.task.attack_frozen(batch)
+        # waits for the device
+        attacked.flatten()[:1].tolist()
+    seconds = time.monotonic() - began
+    epochs = (run.total - run.step) / run.steps
+    _tell(run.bank.forecast(epochs, run.source.images, rows, seconds), told)
+    return rows, seconds
+
+
+def _tell(text: str, shown: bool) -> None:
+    """Write a line beside the progress bar, or to the log ``purify_fast`` where there is none."""
+    if shown:
+        tqdm.write(text, file=sys.stderr)
+    elif processes()[0] == 0:
+        logger.info(text)
 
 
 @contextlib.contextmanager
@@ -172,8 +244,10 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
             run.validate()
             state = replace(state, metrics=run.last)
-        row = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
+        row: dict[str, Any] = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
         row["images_per_second"] = round(state.images_per_second, 1)
+        if run.bank is not None:
+            row["bank"] = {**run.bank.config.facts, "made": run.bank.made, "read": run.bank.read}
         run.rows.append({**row, **({"acts_from_step": run.terms} if run.terms else {})})
         run.write_log()
         for listener in listeners:

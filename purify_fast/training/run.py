@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .._files import atomic, with_room, write_text
 from .._process import processes
-from ..data import crop_flip, to_float
+from ..data import crop_flip, mirrored, to_float
+from .bank import AdversarialBank
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
@@ -65,6 +66,7 @@ class Run:
         source: of its images. A run whose source is not reproducible is resumed at the end of an epoch only.
         held_out: what it is validated with, all of it in every process; None for nothing.
         folder: for its checkpoints; None keeps none.
+        bank: of the training's adversarial images; None for none.
 
     Attributes:
         facts: what must be equal for a checkpoint to be resumed.
@@ -82,13 +84,17 @@ class Run:
     """
 
     def __init__(
-        self, task: Task, config: FitConfig, source: Source, held_out: Source | None = None, folder: Path | None = None
-    ):
+        self, task: Task, config: FitConfig, source: Source, held_out: Source | None = None,
+        folder: Path | None = None, *, bank: AdversarialBank | None = None,
+    ):  # fmt: skip
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
+        self.bank = bank
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:
             self.facts["validation"] = held_out.description
+        if bank is not None:
+            self.facts["bank"] = task.bank = bank.config.facts
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.acts_from_step = task.terms(self.length)
         self.total, self.step, self.rate, self.saved_at = self.length.steps, 0, 1.0, time.monotonic()
@@ -102,14 +108,23 @@ class Run:
         return self.step // self.steps
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """The input of a step: what the source gave, as floats, cropped and mirrored as the settings say."""
+        """The input of a step: what the source gave, as floats, cropped and mirrored as the settings say.
+
+        Without ``augment``, as for held-out images, it is not augmented, and nothing is kept of its attacks.
+        """
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
         if augment and (config.padding or config.flip):
             x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
+        banked = None
+        if augment and self.bank is not None:
+            flipped = mirrored(config.seed, ids, epoch) if config.flip else None
+            banked = self.bank.at_step(step, seed, ids, flipped)
         before = self.length.images_before(step)
-        return Batch(x, labels, ids, seed, epoch=epoch, epochs=config.epochs, step=step, images_before=before)
+        return Batch(
+            x, labels, ids, seed, epoch=epoch, epochs=config.epochs, step=step, images_before=before, bank=banked
+        )
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to those of its epoch; a term that does not act yet measures nothing."""
@@ -179,6 +194,9 @@ class Run:
         """Write the checkpoint."""
         # without the other processes, so that they need not agree on when
         if self.folder is not None and processes()[0] == 0:
+            if self.bank is not None:
+                # what the steps before the checkpoint wrote is not made again by those after it
+                self.bank.flush()
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._tensors import first_tensor
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.graphs.step_graphs import StepGraphs
+from .bank import BankedStep, FrozenAttacks
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 
@@ -32,6 +33,7 @@ class Batch:
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
         images_before: images that the steps before have trained on, of all processes together.
+        bank: what is kept of attacks on these images, for a task that has `Task.frozen_attacks`; None: nothing is.
     """
 
     x: Tensor
@@ -42,6 +44,7 @@ class Batch:
     epochs: int = 1
     step: int = 0
     images_before: int = 0
+    bank: BankedStep | None = None
 
     def progress_in(self, unit: DelayUnit) -> int:
         """How much of the run is behind this batch.
@@ -83,6 +86,7 @@ class Task:
         graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
             CUDA device.
         acts_from_step: the answer of `terms` for the run; `fit` sets it.
+        bank: the facts of the adversarial bank that it is trained with; `fit` sets it. Empty without one.
     """
 
     model: nn.Module
@@ -90,6 +94,7 @@ class Task:
     tf32: bool = False
     graphs: StepGraphs | None = None
     acts_from_step: Mapping[str, int] = MappingProxyType({})
+    bank: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def result(self) -> nn.Module:
@@ -130,6 +135,24 @@ class Task:
         """
         return {}
 
+    def frozen_attacks(self) -> FrozenAttacks | None:
+        """The attacks of the training, if all of them are on a model that it never changes; None otherwise.
+
+        They can be kept in a bank then, and `attack_frozen` says what they make of a batch.
+
+        Raises:
+            ValueError: such attacks, which differ from epoch to epoch.
+        """
+        return None
+
+    def attack_frozen(self, batch: Batch) -> Tensor:
+        """The batch as the attacks of `frozen_attacks` leave it, shape and dtype of its images.
+
+        Args:
+            batch: the images. With a bank the step that follows reads what was made here.
+        """
+        raise NotImplementedError
+
     def describe(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed, as JSON values; ``task`` names the kind of training."""
         raise NotImplementedError
@@ -164,6 +187,8 @@ class Task:
         if self.acts_from_step:
             # saved with the model
             self.result.acts_from_step = dict(self.acts_from_step)  # type: ignore[assignment]
+        if self.bank:
+            self.result.bank = dict(self.bank)  # type: ignore[assignment]
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuse images or labels that the model does not take, before any step.

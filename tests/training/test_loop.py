@@ -24,16 +24,17 @@ import sys, torch
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import SmallCNN
-from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training import BankConfig, FitConfig, TrainingAttack, fit
 torch.set_num_threads(1)
 torch.manual_seed(0)
 digits = data.load_dataset("digits")
 defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-target = sys.argv[2]
+target, _, banked = sys.argv[2].partition(", ")
 task = CarsoTask(defence, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=0.2, steps=3)))
-config = FitConfig(4, 64, padding=1, flip=True, checkpoint_seconds=0.2)
+config = FitConfig(4, 64, padding=0 if banked else 1, flip=True, checkpoint_seconds=0.2)
+bank = BankConfig(8, 0.3, sys.argv[1] + " bank") if banked else None
 print("ready", flush=True)
-fit(task, digits.x_train, digits.y_train, config, sys.argv[1])
+fit(task, digits.x_train, digits.y_train, config, sys.argv[1], bank=bank)
 """
 
 
@@ -55,7 +56,7 @@ def run(folder, target, kill_after=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["classifier", "pipeline"])
+@pytest.mark.parametrize("target", ["classifier", "pipeline", "classifier, with a bank"])
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(tmp_path, target):
     assert run(tmp_path / "whole", target)[0] == 0
     kills, code = 0, None
@@ -72,7 +73,8 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(
         assert torch.equal(tensor, killed["model"][name]), name
     assert whole["last"] == killed["last"]
     logs = [
-        [json.loads(line) | {"images_per_second": 0} for line in (tmp_path / name / "log.jsonl").open()]
+        # what a process made and read is since it began
+        [json.loads(line) | {"images_per_second": 0, "bank": 0} for line in (tmp_path / name / "log.jsonl").open()]
         for name in ("whole", "killed")
     ]
     assert logs[0] == logs[1] and [row["epoch"] for row in logs[0]] == [0, 1, 2, 3]

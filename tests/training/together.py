@@ -19,7 +19,7 @@ from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
 from purify_fast.models import UNet, layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, distributed, fit
+from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, distributed, fit, loop
 from purify_fast.training.config import TrainingAttack
 from purify_fast.training.distributed import from_first
 
@@ -68,6 +68,18 @@ def weights(out, kind, folder=None):
             parameter.data.add_(1.0)
     last = fit(task, *small_set(), LOOP, folder)
     torch.save({"state": task.model.state_dict(), "last": last, "steps": len(steps)}, out)
+
+
+def banked(out, folder, banks):
+    """Train with a bank; the weights, and what this process made and read."""
+    opened, open_bank = [], loop.open_bank
+    loop.open_bank = lambda *arguments: opened.append(open_bank(*arguments)) or opened[-1]
+    try:
+        task, config = small_task("published"), FitConfig(16, 32, flip=True)
+        fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
+    finally:
+        loop.open_bank = open_bank
+    torch.save({"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}, out)
 
 
 def disturbed(kind, folder, act):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ...attacks import fgsm
 from ...speed.graphs.step_graphs import StepGraphs
+from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.schedules import RunLength, one_cycle
 from ...training.task import Batch, Metrics, Update
 from ..base import PurifierTask, noise_of
@@ -46,11 +47,19 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
         return batch.x
     pipeline = config.attack_target == "pipeline"
     model = defence if pipeline else defence.frozen_classifier
-    with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
+
+    def make(rows: Tensor | None) -> Tensor:
         if config.attack_method == "pgd":
-            return config.attack.run(model, batch, graphs=graphs)
+            return config.attack.run(model, batch, graphs=graphs, rows=rows)
         now = config.attack.at_epoch(batch.epoch, batch.epochs)
-        return fgsm(model, batch.x, batch.y, eps=now.eps, norm=now.norm, graphs=graphs)
+        x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
+        return fgsm(model, x, y, eps=now.eps, norm=now.norm, graphs=graphs)
+
+    if batch.bank is not None and not pipeline:
+        count = len(batch.x)
+        return batch.bank.images(batch.x, slice(count), torch.zeros(count, dtype=torch.int64), make)
+    with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
+        return make(None)
 
 
 @dataclass(frozen=True)
@@ -258,6 +267,17 @@ class AtopTask(PurifierTask[Atop]):
         deceived = generator_loss(self.discriminator, one_pass)
         metrics = {**one_pass.metrics, "deceived": deceived.detach()}
         return one_pass.loss + self.config.gan_weight * deceived, metrics
+
+    def frozen_attacks(self) -> FrozenAttacks | None:
+        config, attack = self.config, self.config.attack
+        if config.attack_target != "classifier" or config.attack_method == "none":
+            return None
+        random = config.attack_method == "pgd" and attack.random_start
+        facts = {**self.attack_facts(attack), "attack_method": config.attack_method}
+        return FrozenAttacks((FrozenAttack(attack.eps, random, share=1.0),), attack.norm, facts)
+
+    def attack_frozen(self, batch: Batch) -> Tensor:
+        return attacked(self.defence, batch, self.config, self.graphs)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.pgd import pgd_and_fgsm
+from ...attacks.pgd import fgsm, pgd, pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_graphs import StepGraphs
+from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
@@ -57,7 +58,8 @@ def balanced_batch(
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    All four attacks share one call, with a radius per image.
+    All four attacks share one call, with a radius per image. With a bank, those of its images that it has are read, and
+    the others attacked in two calls.
 
     Every process lays out its own share of the batch, as the official code does. The shares of
     `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
@@ -80,20 +82,30 @@ def balanced_batch(
     if atom == 0:
         return x
     attacked = slice(len(x) - 4 * atom, None)
+    clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
     eps = torch.full((2 * atom,), attack.eps, device=x.device)
     eps[:atom] /= 2
-    adversarial = pgd_and_fgsm(
-        classifier,
-        x[attacked],
-        batch.y[attacked],
-        eps=eps.repeat(2),
-        alpha=attack.step_size(eps),
-        steps=attack.steps,
-        norm=attack.norm,
-        seed=batch.seed,
-        sample_ids=batch.sample_ids[attacked],
-        graphs=graphs,
-    )
+    options: dict[str, Any] = {"norm": attack.norm, "graphs": graphs}
+    starts: dict[str, Any] = {"steps": attack.steps, "seed": batch.seed}
+
+    def make(rows: Tensor | None) -> Tensor:
+        if rows is None:
+            step = attack.step_size(eps)
+            return pgd_and_fgsm(
+                classifier, clean, y, eps=eps.repeat(2), alpha=step, sample_ids=ids, **starts, **options
+            )
+        slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
+        weak_or_strong = eps[slow]
+        step = attack.step_size(weak_or_strong)
+        by_pgd = pgd(
+            classifier, clean[slow], y[slow], eps=weak_or_strong, alpha=step, sample_ids=ids[slow], **starts, **options
+        )
+        return torch.cat([by_pgd, fgsm(classifier, clean[fast], y[fast], eps=eps.repeat(2)[fast], **options)])
+
+    if batch.bank is None:
+        adversarial = make(None)
+    else:
+        adversarial = batch.bank.images(clean, attacked, torch.arange(4).repeat_interleave(atom), make)
     return torch.cat([x[: attacked.start], adversarial])
 
 
@@ -247,6 +259,22 @@ class CarsoTask(PurifierTask[Carso]):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return training_loss(self.defence, batch, self.config, self.graphs)
+
+    def frozen_attacks(self) -> FrozenAttacks | None:
+        config = self.config.for_statistics(self.defence.arguments["std"])
+        if config.attack_target != "classifier" or config.adversarial_fraction == 0:
+            return None
+        # in the order of `balanced_batch`
+        attacks = tuple(
+            FrozenAttack(eps, random, share=config.adversarial_fraction / 4)
+            for random in (True, False)
+            for eps in (config.attack.eps / 2, config.attack.eps)
+        )
+        return FrozenAttacks(attacks, config.attack.norm, self.attack_facts(config.attack))
+
+    def attack_frozen(self, batch: Batch) -> Tensor:
+        config = self.config.for_statistics(self.defence.arguments["std"])
+        return balanced_batch(self.defence.frozen_classifier, batch, config, self.graphs)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config

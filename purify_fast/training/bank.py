@@ -1,0 +1,494 @@
+"""The adversarial bank: images that were attacked once are kept in a file, and trained on again in later epochs.
+
+Where a training attacks a model that stays as it is, each epoch draws its adversarial images from the same
+distribution. A *variant* is one of them: an image, attacked by one of the training's attacks from one random start.
+The bank keeps up to M variants of each image, and a step reads one in place of attacking, if there are enough. A share
+rho of a step's adversarial images is attacked all the same, and takes the place of the oldest variants.
+
+With x the image and x' the attacked one, a variant is
+
+    q = round((x' - x) / s),   s = max |x' - x| / 127,   q in int8, s in float32
+
+and is read as x + s q, projected onto the ball and the box of the attack. Before the projection no number is further
+from x' than s / 2 <= eps / 254, in any of the norms; in "linf" the projection takes none away from x'. In "l2" and "l1"
+it may, but takes the image as a whole no further: |x'' - x'|_2 <= sqrt(D) eps / 254 for D numbers.
+
+A step trains on what the bank holds of it, also of the variants that it has just made. So it is a function of the
+seed, the step and the bank, and a run that was killed reads what it wrote before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from .._validation import Count, Norm, Positive, Share, check_types
+from ..attacks.ball import Ball, projected
+from ..ops.dispatch import cache
+from ..ops.philox import Stream, philox
+
+logger = logging.getLogger("purify_fast")
+
+#: Attacking two images takes about as long as attacking a dozen: fewer than these are gathered from several steps.
+TOGETHER = 16
+#: Images by which it is estimated how full a bank is.
+LOOK = 512
+#: A part of the key: the layout of the file, and what decides which draws an image gets.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """The adversarial bank of a training.
+
+    Args:
+        variants: M, how many variants of an image are kept, over all attacks of the training; at least one for each. An
+            attack without a random start makes the same image each time and keeps one.
+        refresh: rho, the share of the adversarial images that is attacked although the bank has enough. 1 is the
+            training without a bank, to the bit.
+        folder: where the file is kept, for later runs too; None: ``banks`` in the folder of caches (PURIFY_FAST_CACHE).
+        gigabytes: the most that the folder's banks may take together, in units of 10^9 bytes. Banks that were not used
+            for the longest time are removed for a new one.
+
+    Raises:
+        ValueError: a setting out of range; the message names it.
+    """
+
+    variants: Count = 4
+    refresh: Share = 0.05
+    folder: Path | None = None
+    gigabytes: Positive = 20.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """M and rho, as a run's log, its checkpoint and the saved model state them."""
+        return {"variants": self.variants, "refresh": self.refresh}
+
+
+@dataclass(frozen=True)
+class FrozenAttack:
+    """One of a training's attacks on a model that stays as it is.
+
+    Args:
+        eps: radius of the ball in image units.
+        random: whether it begins at a random point, so that it makes another image each time.
+        share: of the batch that it attacks.
+    """
+
+    eps: float
+    random: bool
+    share: float
+
+
+@dataclass(frozen=True)
+class FrozenAttacks:
+    """A training's attacks on a model that stays as it is.
+
+    Args:
+        attacks: all of them; a batch names each by its index.
+        norm: of the ball.
+        facts: what else decides which images they make, the weights of the model among it, as JSON values.
+    """
+
+    attacks: tuple[FrozenAttack, ...]
+    norm: Norm
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BankedImages:
+    """The images of a bank.
+
+    Args:
+        count: images of the whole data set, by whose indices the bank is ordered.
+        shape: of one image, (C, H, W).
+        data: what tells the data set from others, its digest among it.
+        views: 2 if images are mirrored at random, which makes two images of one; else 1.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    data: str
+    views: int = 1
+
+
+def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """What is kept of attacked images.
+
+    Args:
+        x: the images ``[B, ...]``.
+        attacked: the same after the attack.
+
+    Returns:
+        q, int8 ``[B, D]``, and s, float32 ``[B]``.
+    """
+    difference = (attacked.detach() - x).flatten(1).float()
+    scale = difference.abs().amax(1) / 127
+    steps = difference / torch.where(scale > 0, scale, 1.0)[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
+    """Attacked images by what was kept of them, within the ball and the box.
+
+    Args:
+        x: the images ``[B, ...]``.
+        steps: q, int8 ``[B, D]``.
+        scale: s, ``[B]``.
+        ball: of the attack.
+    """
+    return projected(x, x + steps.view(x.shape).to(x.dtype) * per_image(scale, x), ball)
+
+
+class AdversarialBank:
+    """Variants of images in a file, which many processes may use at the same time.
+
+    The file has a record for each place. A record holds its own checksum, over its place too: one that is cut off, torn
+    by a kill or by another process that wrote it at the same time, or damaged, counts as missing, and is made again. So
+    no process waits for another one. On one machine they see at once what the others wrote.
+
+    Attributes:
+        path: the file, whose name is a key over model, data, attacks and layout.
+        made: images that this process attacked.
+        read: images that it read in place of attacking.
+        damaged: records that were found damaged.
+        seconds: that this process spent on reading and writing.
+
+    Args:
+        config: M, rho, and where the file is.
+        attacks: what attacks the images.
+        images: which images.
+        batch_size: images of a step, of all processes together.
+
+    Raises:
+        ValueError: fewer variants than attacks, or more bytes than the limit.
+        OSError: the file cannot be made; on a full disk before any work.
+    """
+
+    def __init__(self, config: BankConfig, attacks: FrozenAttacks, images: BankedImages, batch_size: int):
+        self.config, self.attacks, self.images = config, attacks, images
+        self.slots = _slots(config.variants, attacks)
+        self.made = self.read = self.damaged = 0
+        self.seconds = 0.0
+        size = math.prod(images.shape)
+        head = [("check", "<u4"), ("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
+        kind = np.dtype([*head, ("steps", "i1", (size,))])
+        places = self.slots[-1].stop
+        text = json.dumps([FORMAT, attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places,
+                           images.count, list(images.shape), images.data, images.views], sort_keys=True)  # fmt: skip
+        folder = cache.folder() / "banks" if config.folder is None else Path(config.folder)
+        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.bank"
+        shape = (images.count * images.views, places)
+        self.bytes = math.prod(shape) * kind.itemsize
+        _make_room(self.path, self.bytes, round(config.gigabytes * 1e9))
+        self.records = np.memmap(self.path, dtype=kind, mode="r+", shape=shape)
+        adversarial = batch_size * sum(one.share for one in attacks.attacks)
+        self.period = 1
+        if 0 < config.refresh < 1:
+            wanted = math.ceil(TOGETHER / max(config.refresh * adversarial, 1e-9))
+            self.period = max(1, min(wanted, int(1 / config.refresh + 1e-9)))
+
+    def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
+        """The bank as one step uses it.
+
+        Args:
+            step: its number in the run.
+            seed: of its draws.
+            sample_ids: of the batch's images, int64 ``[B]``.
+            mirrored: which images are mirrored, bool ``[B]``; None for none.
+        """
+        entries = sample_ids.cpu() * self.images.views
+        return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
+
+    def find(self, entries: np.ndarray, kinds: np.ndarray, seed: int, draws: np.ndarray) -> Found:
+        """Read one variant of each image, that of this very step if there is one.
+
+        Args:
+            entries: of the images, int ``[A]``.
+            kinds: index of each image's attack, ``[A]``.
+            seed: of the step.
+            draws: uniform numbers, which choose among the variants, ``[A]``.
+
+        Returns:
+            What was found. Where places of an image and its attack are empty, nothing is, so that they are filled.
+        """
+        began = time.monotonic()
+        found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
+                      np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))  # fmt: skip
+        for kind, places in enumerate(self.slots):
+            here = np.flatnonzero(kinds == kind)
+            used = self.records["number"][entries[here], places] > 0
+            own = used & (self.records["draw"][entries[here], places] == seed)
+            count = used.shape[1]
+            any_place = np.minimum((draws[here] * count).astype(np.int64), count - 1)
+            chosen = places.start + np.where(own.any(1), own.argmax(1), any_place)
+            for row in np.flatnonzero(own.any(1) | used.all(1)):
+                at = int(entries[here[row]]), int(chosen[row])
+                # a copy: another process may write there at any moment
+                record = self.records[at].copy()
+                if record["check"] != _checksum(record, at):
+                    self.damaged += 1
+                    self.records["number"][at] = 0
+                    continue
+                image = here[row]
+                found.steps[image], found.scale[image] = record["steps"], record["scale"]
+                found.there[image], found.own[image] = True, own[row].any()
+        self.seconds += time.monotonic() - began
+        return found
+
+    def keep(self, entries: np.ndarray, kinds: np.ndarray, seed: int, steps: np.ndarray, scale: np.ndarray) -> None:
+        """Write variants, each in an empty place or in that of the oldest.
+
+        Args:
+            entries: of the images, int ``[A]``.
+            kinds: index of each image's attack, ``[A]``.
+            seed: of the step that made them.
+            steps: q, int8 ``[A, D]``.
+            scale: s, float32 ``[A]``. What is not finite is not kept.
+        """
+        began = time.monotonic()
+        for i in np.flatnonzero(np.isfinite(scale)):
+            entry, places = int(entries[i]), self.slots[kinds[i]]
+            numbers = self.records["number"][entry, places]
+            if (self.records["draw"][entry, places][numbers > 0] == seed).any():
+                continue
+            at = entry, places.start + int(numbers.argmin())
+            record = np.zeros((), self.records.dtype)
+            record["number"], record["draw"] = int(numbers.max()) + 1, seed
+            record["scale"], record["steps"] = scale[i], steps[i]
+            record["check"] = _checksum(record, at)
+            self.records[at] = record
+        self.seconds += time.monotonic() - began
+
+    def flush(self) -> None:
+        """Have what was written on the disk; a kill loses nothing without it, a power failure might."""
+        self.records.flush()
+
+    def fullness(self) -> list[float]:
+        """The share of the places of each attack that hold a variant, by a look at some of the images."""
+        entries = np.unique(np.linspace(0, len(self.records) - 1, LOOK).astype(np.int64))
+        return [float((self.records["number"][entries, places] > 0).mean()) for places in self.slots]
+
+    def left_to_make(self, epochs: float) -> tuple[float, float]:
+        """What a run will make, in images for each image of its data.
+
+        Args:
+            epochs: of the run that are left.
+
+        Returns:
+            How many it will attack, with the bank as full as it is, and how many it would attack without it.
+        """
+        attacked = asked = 0.0
+        for attack, places, full in zip(self.attacks.attacks, self.slots, self.fullness(), strict=True):
+            uses, count = epochs * attack.share, places.stop - places.start
+            filled = (1 - full) * _expected_at_most(count, epochs, attack.share)
+            attacked += filled + self.config.refresh * (uses - filled)
+            asked += uses
+        return attacked, asked
+
+    def forecast(self, epochs: float, images: int, rows: int, seconds: float) -> str:
+        """What the bank will save, in words.
+
+        Args:
+            epochs: of the run that are left.
+            images: of an epoch.
+            rows: adversarial images of the step that was measured.
+            seconds: that its attacks took.
+        """
+        attacked, asked = self.left_to_make(epochs)
+        each = seconds / max(rows, 1) * images
+        full = 100 * sum(self.fullness()) / len(self.slots)
+        return (
+            f"adversarial bank: {self.config.variants} variants of an image, a share {self.config.refresh:g} made "
+            f"anew, {full:.0f} % full, {self.bytes / 1e9:.3g} GB in {self.path}. A step's attacks on {rows} images "
+            f"take {seconds:.3g} s. In the {epochs:g} epochs that are left about {attacked * images:,.0f} images will "
+            f"be attacked in place of {asked * images:,.0f}: {_duration(attacked * each)} of attacks in place of "
+            f"{_duration(asked * each)}"
+        )
+
+    def summary(self, rows: int, seconds: float) -> str:
+        """What the bank saved this process since it began, in words; arguments as of `forecast`."""
+        saved = self.read * seconds / max(rows, 1) - self.seconds
+        damaged = f"; {self.damaged:,} were damaged and made again" if self.damaged else ""
+        return (
+            f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which saved about "
+            f"{_duration(saved)} of attacks"
+        )
+
+
+@dataclass
+class Found:
+    """Variants that were read.
+
+    Args:
+        steps: q, int8 ``[A, D]``.
+        scale: s, float32 ``[A]``.
+        there: where there was a variant, bool ``[A]``.
+        own: where it is the one that this very step makes, bool ``[A]``.
+    """
+
+    steps: np.ndarray
+    scale: np.ndarray
+    there: np.ndarray
+    own: np.ndarray
+
+
+@dataclass(frozen=True)
+class BankedStep:
+    """The bank as one step uses it.
+
+    Args:
+        bank: the bank.
+        step: its number in the run.
+        seed: of its draws.
+        entries: where the bank has the images of the batch, int64 ``[B]`` on the CPU.
+    """
+
+    bank: AdversarialBank
+    step: int
+    seed: int
+    entries: Tensor
+
+    def images(self, x: Tensor, rows: slice, kinds: Tensor, make: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Adversarial images of some of the batch.
+
+        Args:
+            x: the images to attack, ``[A, C, H, W]``.
+            rows: which of the batch they are.
+            kinds: the index of each image's attack, int64 ``[A]`` on the CPU, rising.
+            make: attacks those of the images whose indices it is given, int64 on x's device; all for None.
+
+        Returns:
+            Images, shape and dtype of x's.
+        """
+        bank, entries = self.bank, self.entries[rows]
+        at, kind = entries.numpy(), kinds.numpy()
+        if bank.config.refresh == 1:
+            made = make(None)
+            bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
+            bank.made += len(x)
+            return made
+        # one number says whether an image is made anew, the other one which variant is read
+        draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
+        found = bank.find(at, kind, self.seed, draws[:, 1])
+        anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
+        due = ~found.there | (anew & ~found.own)
+        if due.any():
+            # With what the step made before it was killed: a model's last bits may depend on the size of the batch.
+            due |= found.own
+            index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
+            some = x if index is None else x[index]
+            kept = (each.cpu().numpy() for each in quantized(some, make(index)))
+            found.steps[due], found.scale[due] = kept
+            bank.keep(at[due], kind[due], self.seed, found.steps[due], found.scale[due])
+        bank.made += int(due.sum())
+        bank.read += int((~due).sum())
+        eps = torch.tensor([one.eps for one in bank.attacks.attacks])[kinds]
+        steps, scale = torch.from_numpy(found.steps).to(x.device), torch.from_numpy(found.scale).to(x.device)
+        return restored(x, steps, scale, Ball(eps.to(x.device), bank.attacks.norm))
+
+
+def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
+    """The places of each attack in an image's entry; ValueError if they are too few."""
+    every = attacks.attacks
+    if variants < len(every):
+        raise ValueError(f"variants must be at least {len(every)}, one for each attack of the training, got {variants}")
+    random = sum(one.random for one in every)
+    counts, place, seen = [], 0, 0
+    for one in every:
+        # what the others leave is shared out, the first get one more where it does not come out even
+        share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
+        seen += one.random
+        counts.append(slice(place, place + share))
+        place += share
+    return counts
+
+
+def _checksum(record: Any, place: tuple[int, int]) -> int:
+    """Of a record without its first field, and of where it stands."""
+    return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
+
+
+def _make_room(path: Path, size: int, limit: int) -> None:
+    """Make the file of a bank, or find it as it is; the banks beside it that are oldest go if there are too many."""
+    if size > limit:
+        raise ValueError(
+            f"the adversarial bank needs {size / 1e9:.3g} GB, more than its limit of {limit / 1e9:.3g} GB: keep fewer "
+            "variants or raise the limit (gigabytes)"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
+    total = size + sum(_size(other) for other in others)
+    for other in others:
+        if total <= limit:
+            break
+        total -= _size(other)
+        # a process that uses it keeps what it has open
+        with contextlib.suppress(OSError):
+            other.unlink()
+            logger.warning("the adversarial bank %s was not used for the longest time and is removed", other)
+    new = not path.exists()
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        if (allocate := getattr(os, "posix_fallocate", None)) is not None:
+            # a disk that is full later would end the process, which writes to memory and is told of no error
+            allocate(handle, 0, size)
+        else:
+            os.truncate(handle, size)
+    except OSError as error:
+        if new:
+            path.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB", str(path)) from error
+    finally:
+        os.close(handle)
+    os.utime(path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        # another process removed it
+        return 0
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _expected_at_most(count: int, trials: float, share: float) -> float:
+    """The mean of min(count, K), K binomial of so many trials, rounded, with the probability ``share``."""
+    n, below, mean = round(trials), 0.0, 0.0
+    for k in range(count):
+        probability = math.comb(n, k) * share**k * (1 - share) ** (n - k) if k <= n else 0.0
+        below += probability
+        mean += k * probability
+    return mean + count * (1 - below)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

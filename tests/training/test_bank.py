@@ -1,0 +1,505 @@
+"""The adversarial bank: what it keeps and how exactly, which attacks it saves, kills, sharing, and what it refuses."""
+
+import json
+import logging
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import SHAPE, StopAt, Stopped, atop_task, attack, carso_task, classifier_task, same
+
+from purify_fast import load_defence
+from purify_fast.attacks import pgd
+from purify_fast.attacks.ball import Ball
+from purify_fast.methods.carso import task as carso_training
+from purify_fast.training import BankConfig, FitConfig, fit, loop
+from purify_fast.training.bank import (
+    AdversarialBank,
+    BankedImages,
+    FrozenAttack,
+    FrozenAttacks,
+    quantized,
+    restored,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TASKS = {
+    "carso": lambda **options: carso_task(kl_delay=0.0, **options),
+    "atop": atop_task,
+    "atop, random starts": lambda: atop_task_by_pgd(),
+}
+
+
+def atop_task_by_pgd():
+    made = atop_task()
+    return type(made)(made.defence, type(made.config)(attack_method="pgd", attack=attack(), cls_delay=0))
+
+
+def images(n=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=generator), torch.arange(n) % 10
+
+
+def train(task, folder, epochs=3, banks=None, callbacks=(), loop=None, **bank):
+    """Train for epochs of four steps; with a folder of banks with a bank."""
+    config = FitConfig(epochs, **{"batch_size": 16, **(loop or {})})
+    settings = None if banks is None else BankConfig(folder=banks, **bank)
+    fit(task, *images(), config, folder, progress=False, callbacks=callbacks, bank=settings)
+    return task
+
+
+def rows(folder):
+    return [json.loads(line)["bank"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class Calls:
+    """Counts the images that CARSO's attacks are given while a training runs."""
+
+    def __init__(self, monkeypatch):
+        self.pgd = self.fgsm = 0
+        for name in ("pgd", "fgsm", "pgd_and_fgsm"):
+            monkeypatch.setattr(carso_training, name, self.counting(name, getattr(carso_training, name)))
+        # the measured step attacks too
+        monkeypatch.setattr(loop, "_measure_attacks", lambda run, told: (8, 1.0))
+
+    def counting(self, name, function):
+        def counted(model, x, *rest, **options):
+            self.pgd += {"pgd": len(x), "fgsm": 0, "pgd_and_fgsm": len(x) // 2}[name]
+            self.fgsm += {"pgd": 0, "fgsm": len(x), "pgd_and_fgsm": len(x) // 2}[name]
+            return function(model, x, *rest, **options)
+
+        return counted
+
+
+# -- the training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_with_all_made_anew_it_is_the_plain_training_to_the_bit(tmp_path, kind):
+    plain = train(TASKS[kind](), tmp_path / "plain")
+    banked = train(TASKS[kind](), tmp_path / "banked", banks=tmp_path / "banks", refresh=1.0)
+    assert same(plain, banked)
+    assert all(row["read"] == 0 for row in rows(tmp_path / "banked"))
+    # what it kept serves a run that reads
+    assert rows(train_and_folder(TASKS[kind](), tmp_path))[-1]["read"] > 0
+
+
+def train_and_folder(task, tmp_path):
+    train(task, tmp_path / "later", banks=tmp_path / "banks", refresh=0.0)
+    return tmp_path / "later"
+
+
+def test_without_refreshing_a_full_bank_is_read_and_nothing_is_attacked(tmp_path, monkeypatch):
+    calls = Calls(monkeypatch)
+    # every image of a step is attacked, each by one of four attacks: after 24 epochs hardly a place is empty
+    train(TASKS["carso"](adversarial_fraction=1.0), tmp_path / "a", epochs=24, banks=tmp_path / "banks", refresh=0.0)
+    filled = calls.pgd + calls.fgsm
+    known = {"variants": 4, "refresh": 0.0, "made": filled, "read": 24 * 64 - filled}
+    assert 248 <= filled <= 256 and rows(tmp_path / "a")[-1] == known
+    # a later run with the same key starts with it, with another seed and other settings of the purifier
+    calls.pgd = calls.fgsm = 0
+    train(TASKS["carso"](beta=0.5), tmp_path / "b", epochs=5, banks=tmp_path / "banks", refresh=0.0, loop={"seed": 5})
+    assert calls.pgd + calls.fgsm <= 256 - filled and len(list((tmp_path / "banks").iterdir())) == 1
+    assert rows(tmp_path / "b")[-1]["read"] >= 5 * 32 - (256 - filled)
+
+
+def test_the_share_that_is_made_anew_is_rho(tmp_path):
+    task = TASKS["atop, random starts"]
+    made = []
+    for batch in (16, 64):
+        options = {"banks": tmp_path / f"banks of {batch}", "variants": 1}
+        train(task(), tmp_path / f"first of {batch}", epochs=1, refresh=0.0, **options)
+        folder = tmp_path / f"second of {batch}"
+        train(task(), folder, epochs=12, refresh=0.25, loop={"seed": 1, "batch_size": batch}, **options)
+        made.append(rows(folder)[-1]["made"])
+    # a quarter of 768 images: in batches of 16 all images of every fourth step; in large ones by draws, of which three
+    # standard deviations are 36
+    assert made[0] == 192 and 0 < abs(made[1] - 192) <= 36
+
+
+def test_an_attack_without_a_random_start_keeps_one_variant_of_an_image(tmp_path):
+    train(TASKS["atop"](), tmp_path / "a", epochs=3, banks=tmp_path / "banks", refresh=0.0, variants=4)
+    assert [row["made"] for row in rows(tmp_path / "a")] == [64, 64, 64]
+    train(TASKS["atop, random starts"](), tmp_path / "b", epochs=6, banks=tmp_path / "banks", refresh=0.0, variants=4)
+    assert [row["made"] for row in rows(tmp_path / "b")] == [64, 128, 192, 256, 256, 256]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_every_image_of_a_step_is_attacked_by_the_attack_of_its_place(tmp_path, monkeypatch, norm):
+    """Half by PGD and half by FGSM, each with half of eps and with all of it, also where variants are read."""
+    eps, seen = {"linf": 0.1, "l2": 1.0, "l1": 6.0}[norm], []
+    balanced = carso_training.balanced_batch
+
+    def watched(classifier, batch, config, graphs=None):
+        perturbed = balanced(classifier, batch, config, graphs)
+        seen.append(((perturbed - batch.x).flatten(1), perturbed))
+        return perturbed
+
+    monkeypatch.setattr(carso_training, "balanced_batch", watched)
+    monkeypatch.setattr(loop, "_measure_attacks", lambda run, told: None)
+    task = TASKS["carso"](attack=attack(eps=eps, norm=norm, steps=4))
+    train(task, tmp_path / "a", epochs=16, banks=tmp_path / "banks", refresh=0.3)
+    assert rows(tmp_path / "a")[-1]["read"] > 100
+    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
+    sizes = torch.stack([torch.linalg.vector_norm(change, order, dim=1) for change, _ in seen])
+    assert (sizes[:, :8] == 0).all()
+    for place, radius in ((8, eps / 2), (10, eps), (12, eps / 2), (14, eps)):
+        size = sizes[:, place : place + 2]
+        assert (size <= radius * (1 + 1e-5)).all() and (size > 0.6 * radius).all()
+    if norm == "linf":
+        # a step of FGSM has one length where the gradient is not 0, but at the borders of the box
+        images = torch.stack([image[14:].flatten(1) for _, image in seen])
+        lengths = torch.stack([change[14:].abs() for change, _ in seen])[(images > 0) & (images < 1)]
+        assert ((lengths < 1e-6) | ((lengths - eps).abs() <= eps / 254 + 1e-6)).all()
+    assert all(image.min() >= 0 and image.max() <= 1 for _, image in seen)
+
+
+def test_the_log_and_the_saved_model_say_what_the_bank_was(tmp_path):
+    task = train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.25)
+    task.result.save(tmp_path / "saved")
+    loaded = load_defence(tmp_path / "saved", task.defence.classifier)
+    assert loaded.bank == {"variants": 6, "refresh": 0.25}
+    assert all(row | loaded.bank == row for row in rows(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"bank: \{'refresh': 0.25, 'variants': 6\} there|bank: \{'variants': 6"):
+        train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.5)
+    with pytest.raises(ValueError, match="None now"):
+        train(TASKS["carso"](), tmp_path / "a")
+
+
+def test_what_it_will_save_is_told_before_the_first_step_and_what_it_saved_after_the_last(tmp_path, caplog):
+    class Heard:
+        on_end = on_epoch = lambda self, state: None
+
+        def on_step(self, state):
+            heard.append(len(caplog.messages))
+
+    heard = []
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        train(TASKS["carso"](), tmp_path / "a", epochs=10, banks=tmp_path / "banks", callbacks=[Heard()])
+    told = [text for text in caplog.messages if text.startswith("adversarial bank")]
+    assert len(told) == 2 and heard[0] == heard[-1] == caplog.messages.index(told[0]) + 1
+    assert "4 variants of an image, a share 0.05 made anew, 0 % full" in told[0] and "in place of 320" in told[0]
+    # what was made is about what was foretold
+    made = rows(tmp_path / "a")[-1]["made"]
+    foretold = int(told[0].split("about ")[1].split(" images")[0])
+    assert abs(made - foretold) < 40 and f"{made} images were attacked and {320 - made} read" in told[1]
+
+
+def test_held_out_images_are_attacked_afresh(tmp_path, monkeypatch):
+    """Those of another set have the numbers of images that are trained on."""
+    calls = Calls(monkeypatch)
+    config, bank = FitConfig(20, 16), BankConfig(folder=tmp_path / "banks", refresh=0.0)
+    x, y = images()
+    fit(TASKS["carso"](adversarial_fraction=1.0), x, y, config, tmp_path / "a", progress=False, bank=bank)
+    before = calls.pgd
+    config = FitConfig(3, 16, seed=1)
+    fit(TASKS["carso"](), x, y, config, tmp_path / "b", progress=False, bank=bank, validation=(255 - x, y))
+    # 32 of 64 held-out images in each of three validations, half of them by PGD
+    assert calls.pgd - before >= 3 * 16
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["carso", "atop, random starts"])
+@pytest.mark.parametrize("stops", [(1, 2), (6, 11, 15)])
+def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind, stops):
+    """Killed after a step that no checkpoint has: the bank knows more than the checkpoint then."""
+    # so few variants that the second epoch fills all places of an image, and the others read one of two
+    options = {"epochs": 6, "variants": 6 if kind == "carso" else 2, "refresh": 0.4}
+    whole = train(TASKS[kind](), tmp_path / "whole", banks=tmp_path / "banks of whole", **options)
+    for step in stops:
+        with pytest.raises(Stopped):
+            train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", callbacks=[StopAt(step)], **options)
+    resumed = train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", **options)
+    assert same(whole, resumed)
+    files = [next((tmp_path / name).iterdir()).read_bytes() for name in ("banks of whole", "banks")]
+    assert files[0] == files[1]
+
+
+def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    options = {"epochs": 3, "variants": 8, "refresh": 0.4}
+    whole = train(TASKS["carso"](), tmp_path / "whole", banks=tmp_path / "banks of whole", **options)
+    keep = AdversarialBank.keep
+
+    def torn(self, entries, kinds, seed, steps, scale):
+        if self.made > 20:
+            keep(self, entries[:3], kinds[:3], seed, steps[:3], scale[:3])
+            # the third one half
+            places = self.slots[kinds[2]]
+            place = places.start + int((self.records["draw"][entries[2], places] == seed).argmax())
+            self.records["steps"][entries[2], place][100:] = 0
+            raise Stopped
+        keep(self, entries, kinds, seed, steps, scale)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(AdversarialBank, "keep", torn)
+        train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", **options)
+    resumed = train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", **options)
+    assert same(whole, resumed)
+
+
+def test_a_step_that_is_taken_again_makes_all_that_it_made_or_nothing(tmp_path):
+    """The last bits of what a model computes may depend on how many images it is given."""
+    bank, x = small_bank(tmp_path), torch.rand(4, *SHAPE)
+
+    def asked(seed):
+        calls = []
+        step = bank.at_step(0, seed, torch.arange(4))
+        step.images(x, slice(4), torch.zeros(4, dtype=torch.int64), lambda rows: calls.append(rows) or (
+            x if rows is None else x[rows]))  # fmt: skip
+        return calls
+
+    assert asked(1) == [None] and asked(2) == [None] and asked(2) == asked(3) == []
+    bank.records["scale"][1, 1] = 7.0
+    assert asked(2) == [None] and bank.damaged == 1
+    bank.records["scale"][1] = 7.0
+    # of another step's images only those that are missing
+    ((rows,),) = [asked(3)]
+    assert rows.tolist() == [1]
+
+
+def test_a_damaged_record_is_noticed_and_made_again(tmp_path, caplog):
+    train(TASKS["atop"](), tmp_path / "a", epochs=1, banks=tmp_path / "banks", refresh=0.0)
+    (path,) = (tmp_path / "banks").iterdir()
+    content = bytearray(path.read_bytes())
+    size = len(content) // 64
+    for image in (3, 40):
+        content[image * size + 100] ^= 1
+    # a record at another's place
+    content[7 * size : 8 * size] = content[8 * size : 9 * size]
+    path.write_bytes(content)
+    # another seed: a step of the same takes what it made itself for a part of what it has to make
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        train(TASKS["atop"](), tmp_path / "b", epochs=2, banks=tmp_path / "banks", refresh=0.0, loop={"seed": 1})
+    assert [row["made"] for row in rows(tmp_path / "b")] == [3, 3]
+    assert "3 were damaged and made again" in caplog.text
+
+
+# -- the key ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_path):
+    def made(task, x=None, **options):
+        data = images()
+        bank = BankConfig(folder=tmp_path / "banks", refresh=0.0, **options)
+        fit(
+            task,
+            data[0] if x is None else x,
+            data[1],
+            FitConfig(1, 16),
+            tmp_path / str(len(seen)),
+            progress=False,
+            bank=bank,
+        )
+        seen.append(rows(tmp_path / str(len(seen)))[-1]["made"])
+        return seen[-1]
+
+    seen = []
+    assert made(TASKS["carso"]()) == 32 and made(TASKS["carso"]()) == 0
+    other = TASKS["carso"]()
+    with torch.no_grad():
+        next(other.defence.classifier.parameters())[0, 0, 0, 0] += 1e-3
+    other = type(other)(other.defence, other.config)
+    assert made(other) == 32
+    assert made(TASKS["carso"](), x=images()[0].flip(3)) == 32
+    assert made(TASKS["carso"](attack=attack(eps=0.11))) == 32
+    assert made(TASKS["carso"](attack=attack(steps=3))) == 32
+    assert made(TASKS["carso"](attack=attack(norm="l2"))) == 32
+    assert made(TASKS["carso"](precision="bfloat16")) == 32
+    assert made(TASKS["carso"](), variants=5) == 32
+    # what does not decide what an attack makes is no part of the key
+    assert made(TASKS["carso"](learning_rate=1e-4, beta=0.3)) == 0
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5), ("l1", 12.0)])
+def test_a_variant_is_within_eps_over_254_of_what_was_made_and_in_ball_and_box(norm, eps):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    x, y = torch.rand(50, 3, 8, 8), torch.arange(50) % 10
+    x[:10], x[10:20] = 0.0, 1.0
+    made = pgd(model, x, y, eps=eps, norm=norm, steps=5, alpha=eps / 2)
+    steps, scale = quantized(x, made)
+    assert steps.dtype == torch.int8 and scale.shape == (50,)
+    read = restored(x, steps, scale, Ball(torch.full((50,), eps), norm))
+    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
+    assert read.min() >= 0 and read.max() <= 1
+    distance = torch.linalg.vector_norm((read - x).flatten(1).double(), order, dim=1)
+    assert (distance <= eps * (1 + 1e-6)).all()
+    error = (read - made).flatten(1).double()
+    if norm == "linf":
+        assert error.abs().max() <= eps / 254 * (1 + 1e-4)
+    assert (error.norm(dim=1) <= 192**0.5 * eps / 254).all()
+    unprojected = x + steps.view(x.shape) * scale[:, None, None, None]
+    assert ((unprojected - made).abs().flatten(1).amax(1) <= scale / 2 * (1 + 1e-4)).all()
+    assert (scale / 2 <= eps / 254 * (1 + 1e-4)).all() and error.abs().max() > 0
+
+
+def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_kept(tmp_path):
+    bank = small_bank(tmp_path, variants=1, random=False)
+    x = torch.rand(3, *SHAPE)
+    broken = torch.stack([x[0], x[1], torch.full(SHAPE, float("nan"))])
+    for seed, made in ((1, 3), (2, 1)):
+        asked = []
+        step = bank.at_step(0, seed, torch.arange(3))
+        got = step.images(x, slice(3), torch.zeros(3, dtype=torch.int64), lambda rows, a=asked: a.append(rows) or (
+            broken if rows is None else broken[rows]))  # fmt: skip
+        assert torch.equal(got[:2], x[:2]) and got[2].isnan().all()
+        assert [3 if rows is None else len(rows) for rows in asked] == [made]
+
+
+def small_bank(folder, variants=2, random=True, refresh=0.0, views=1, count=10, **config):
+    attacks = FrozenAttacks((FrozenAttack(0.1, random, 1.0),), "linf", {"model": "some"})
+    settings = BankConfig(variants, refresh, folder, **config)
+    return AdversarialBank(settings, attacks, BankedImages(count, SHAPE, "data", views), 4)
+
+
+def test_the_oldest_variant_gives_way(tmp_path):
+    bank = small_bank(tmp_path, variants=3)
+    entries, kinds = np.array([4]), np.array([0])
+    for seed in range(10, 15):
+        bank.keep(entries, kinds, seed, np.full((1, 256), seed, np.int8), np.ones(1, np.float32))
+        # a step that is taken again writes nothing twice
+        bank.keep(entries, kinds, seed, np.full((1, 256), seed, np.int8), np.ones(1, np.float32))
+    assert sorted(bank.records["draw"][4]) == [12, 13, 14]
+    assert bank.find(entries, kinds, 13, np.zeros(1)).steps[0, 0] == 13
+    read = {int(bank.find(entries, kinds, 99, np.array([u])).steps[0, 0]) for u in (0.0, 0.5, 0.99)}
+    assert read == {12, 13, 14}
+
+
+def test_few_images_are_gathered_from_several_steps_and_many_are_not():
+    def period(refresh, batch, share):
+        attacks = FrozenAttacks((FrozenAttack(0.1, True, share),), "linf", {})
+        return _period(refresh, batch, attacks)
+
+    # 32 images, of which 0.05 are fewer than two: every tenth step makes half of its images
+    assert period(0.05, 64, 0.5) == 10
+    assert period(0.05, 5120, 0.5) == 1
+    assert period(0.5, 4, 0.5) == 2
+    assert period(0.0, 64, 0.5) == period(1.0, 64, 0.5) == 1
+
+
+def _period(refresh, batch, attacks):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = BankedImages(3, SHAPE, "data")
+        return AdversarialBank(BankConfig(1, refresh, Path(folder)), attacks, images, batch).period
+
+
+def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
+    """FGSM's image of a mirrored image is not that of the image: what is read must be of what the step sees."""
+    options = {"epochs": 6, "loop": {"flip": True}}
+    plain = train(TASKS["atop"](), tmp_path / "plain", **options)
+    banked = train(TASKS["atop"](), tmp_path / "banked", banks=tmp_path / "banks", refresh=0.0, **options)
+    assert rows(tmp_path / "banked")[-1]["read"] > 200 and 100 < rows(tmp_path / "banked")[-1]["made"] <= 128
+    # the same images up to what int8 leaves
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(banked.model.state_dict()[name], value, rtol=2e-2, atol=2e-3)
+    other = next((tmp_path / "banks").iterdir())
+    train(TASKS["atop"](), tmp_path / "straight", banks=tmp_path / "banks", refresh=0.0)
+    assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list(other.parent.iterdir())) == 2
+
+
+# -- its size ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_that_is_too_large_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"needs 0\.1\d* GB, more than its limit of 0\.01 GB: keep fewer variants"):
+        small_bank(tmp_path / "banks", variants=4, count=100_000, gigabytes=0.01)
+    assert not (tmp_path / "banks").exists()
+
+
+def test_the_banks_of_a_folder_are_bounded_together_and_those_not_used_for_long_go(tmp_path, caplog):
+    sizes = {small_bank(tmp_path / "one", count=count).bytes: count for count in (10, 11, 12)}
+    limit = sum(sizes) / 1e9
+    paths = []
+    for age, count in ((300, 10), (200, 11), (100, 12)):
+        paths.append(small_bank(tmp_path, count=count, gigabytes=limit).path)
+        os.utime(paths[-1], (paths[-1].stat().st_mtime - age,) * 2)
+    # used again, so that it is not the oldest any more
+    small_bank(tmp_path, count=10, gigabytes=limit)
+    assert all(path.exists() for path in paths)
+    newest = small_bank(tmp_path, count=9, gigabytes=limit)
+    assert [path.exists() for path in paths] == [True, False, True] and newest.path.exists()
+    assert f"{paths[1]} was not used for the longest time and is removed" in caplog.text
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.bank")) <= limit * 1e9
+    # the file has its whole size at once, so that a disk that fills up later ends no training
+    assert newest.path.stat().st_size == newest.bytes
+    assert newest.path.stat().st_blocks * 512 >= newest.bytes
+
+
+def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: no room for a bank of .* GB: .*\.bank"):
+        small_bank(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "options", "message"),
+    [
+        (lambda: carso_task("pipeline"), {}, {}, "attacks a model that it changes"),
+        (lambda: atop_task("pipeline"), {}, {}, "attacks a model that it changes"),
+        (classifier_task, {}, {}, "attacks a model that it changes"),
+        (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1\) are others in every epoch"),
+        (
+            TASKS["carso"],
+            {},
+            {"variants": 3},
+            "variants must be at least 4, one for each attack of the training, got 3",
+        ),
+        (lambda: TASKS["carso"](attack=attack(eps_warmup=0.5)), {}, {}, "eps_warmup 0.5"),
+    ],
+    ids=["carso", "atop", "classifier", "padding", "variants", "warm-up"],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path, make, settings, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(make(), tmp_path / "a", banks=tmp_path / "banks", loop=settings, **options)
+    assert not (tmp_path / "banks").exists() or not list((tmp_path / "banks").iterdir())
+
+
+def test_a_loader_is_refused(tmp_path):
+    x, y = images()
+    batches = [(x[:16], y[:16])]
+    with pytest.raises(ValueError, match="a loader's images are not known before they arrive"):
+        fit(TASKS["carso"](), batches, None, FitConfig(1), bank=BankConfig(folder=tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [{"variants": 0}, {"refresh": 1.5}, {"gigabytes": 0.0}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BankConfig(**wrong)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_a_bank_and_train_as_one(tmp_path, together):
+    alone = runpy.run_path(str(Path(__file__).with_name("together.py")))
+    folder = tmp_path / "two"
+    codes, errors = together(folder, 2, ("banked", "banked", (str(folder / "run"), str(folder / "banks"))))
+    assert codes == [0, 0], errors
+    alone["banked"](tmp_path / "one", str(tmp_path / "run of one"), str(tmp_path / "banks of one"))
+    one, first, second = (torch.load(path) for path in (tmp_path / "one", folder / "banked-0", folder / "banked-1"))
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    # an image that one process attacked is read by the other
+    for name in ("made", "read"):
+        assert first[name] + second[name] == one[name] > 100 and min(first[name], second[name]) > 0
+    for name, value in one["state"].items():
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-3)
+    # the file is theirs together, with the variants of one process
+    (shared,), (own,) = (list(path.iterdir()) for path in (folder / "banks", tmp_path / "banks of one"))
+    assert shared.name == own.name
