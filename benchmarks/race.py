@@ -63,7 +63,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             job = chosen.make(device, quick)
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),
-                "time": lambda: seconds([job.run], device),
+                "time": lambda: seconds([job.run], device) / job.times,
                 "flops": lambda: counted(job.run)[2],
                 "rate": lambda: _matrix_rate(device, effort.matrix),
                 "parts": lambda: {name: seconds([part], device) for name, part in job.parts.items()},

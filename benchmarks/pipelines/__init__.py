@@ -19,6 +19,7 @@ class Job:
     run: Callable[[], object]  # what is timed
     result: Callable[[], Tensor]  # what must agree with the first contestant's
     parts: dict[str, Callable[[], object]] = field(default_factory=dict)  # of `run`, timed on their own
+    times: int = 1  # how often `run` does what the others' do once
 
 
 Make = Callable[[torch.device, bool], Job]  # device, quick
@@ -58,7 +59,7 @@ class Case:
 def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
     """The same under `torch.autocast` to bfloat16."""
     job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
-    return Job(cast(job.run), cast(job.result))
+    return Job(cast(job.run), cast(job.result), times=job.times)
 
 
 def _made(make: Make, device: torch.device, quick: bool) -> Job:
@@ -67,7 +68,7 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
     if not quick:
         return job
     eager = torch.compiler.set_stance("force_eager")
-    return Job(eager(job.run), eager(job.result), job.parts)
+    return Job(eager(job.run), eager(job.result), job.parts, job.times)
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:

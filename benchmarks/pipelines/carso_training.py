@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,13 +18,16 @@ from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.speed import StepGraphs
-from purify_fast.training import Batch
+from purify_fast.training import BankConfig, Batch
+from purify_fast.training.bank import AdversarialBank, BankedImages
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step
+from . import Case, Contestant, Job, columns, optimizer_step
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
+#: The bank's variants, the share that is made anew, the recipe's epochs, and the steps that one figure is the mean of.
+VARIANTS, REFRESH, EPOCHS, STEPS = 4, 0.05, 200, 60
 
 
 def setting(target: str, quick: bool, precision: str = "float32") -> CarsoConfig:
@@ -137,6 +144,46 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
     return Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
 
 
+def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
+    """The published step with a bank, the mean of `STEPS` steps: a full one, or as in a run that fills it.
+
+    In a run of `EPOCHS`, the steps are spread evenly over the epochs, and a variant is missing with the probability that
+    it has there: that none of the epochs before has asked for it.
+    """
+    made = defence(device, quick, samples=1)
+    task, batch = CarsoTask(made, setting("classifier", quick, "bfloat16")), batch_of(made, device, quick)
+    made.accelerate()
+    attacks = task.frozen_attacks()
+    assert attacks is not None
+    folder, size, steps = tempfile.TemporaryDirectory(), len(batch.x), 2 if quick else STEPS
+    images = BankedImages(size, made.image_shape, "random")
+    bank = AdversarialBank(BankConfig(VARIANTS, REFRESH, Path(folder.name)), attacks, images, size)
+    chance, taken = torch.Generator().manual_seed(0), 0
+
+    def at(seed: int) -> Batch:
+        return replace(batch, seed=seed, step=taken, bank=bank.at_step(taken, seed, batch.sample_ids))
+
+    def run() -> Tensor:
+        nonlocal taken
+        made.train()
+        for number in range(steps):
+            taken += 1
+            if whole_run:
+                before = (number + 0.5) * EPOCHS / steps - 0.5
+                missing = torch.rand(size, generator=chance) < (1 - attacks.attacks[0].share) ** before
+                bank.records["number"][missing.numpy()] = 0
+            loss = optimizer_step(task, at(batch.seed + taken))
+        return loss
+
+    def result() -> Tensor:
+        # an image stands at the same place in every step, so that this one fills the bank
+        made.train()
+        return task.training_step(at(batch.seed))[0].detach()
+
+    weakref.finalize(run, folder.cleanup)
+    return Job(run, result, times=steps)
+
+
 def cases(quick: bool) -> dict[str, Case]:
     every = {}
     for name, target, with_what, work in (
@@ -144,5 +191,9 @@ def cases(quick: bool) -> dict[str, Case]:
         ("pipeline step", "pipeline", "K = 1", "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)"),
     ):
         shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
-        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)), work)
+        contestants = columns(partial(_plain, target=target), partial(_ours, target=target))
+        if target == "classifier":
+            contestants["ours, bank"] = Contestant(partial(_banked, whole_run=False), True)
+            contestants["ours, bank, whole run"] = Contestant(partial(_banked, whole_run=True), True)
+        every[name] = Case(shape, 0.03, contestants, work)
     return every

@@ -44,8 +44,8 @@ from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
 
-#: Attacking two images takes about as long as attacking a dozen: fewer than these are gathered from several steps.
-TOGETHER = 16
+#: Fewer images than these are gathered from several steps, since an attack on a few takes nearly as long as on many.
+TOGETHER = 64
 #: Images by which it is estimated how full a bank is.
 LOOK = 512
 #: A part of the key: the layout of the file, and what decides which draws an image gets.

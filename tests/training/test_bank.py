@@ -378,8 +378,9 @@ def test_few_images_are_gathered_from_several_steps_and_many_are_not():
         attacks = FrozenAttacks((FrozenAttack(0.1, True, share),), "linf", {})
         return _period(refresh, batch, attacks)
 
-    # 32 images, of which 0.05 are fewer than two: every tenth step makes half of its images
-    assert period(0.05, 64, 0.5) == 10
+    # 32 images, of which 0.05 are fewer than two: every twentieth step makes all of its images
+    assert period(0.05, 64, 0.5) == 20
+    assert period(0.05, 1024, 0.5) == 3
     assert period(0.05, 5120, 0.5) == 1
     assert period(0.5, 4, 0.5) == 2
     assert period(0.0, 64, 0.5) == period(1.0, 64, 0.5) == 1
