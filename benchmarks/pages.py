@@ -43,7 +43,12 @@ ROOT = Path(__file__).parents[1]
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _VALUE = re.compile(r"(<!-- value: ([^/>]+)/([^/>]+)/([^>]+?) -->).*?(<!-- end -->)", re.S)
 #: How the contestants of a race are called on a page for readers.
-NAMES = {"ours": "**purify_fast**", "ours, compiled": "**purify_fast, compiled**"}
+NAMES = {
+    "ours": "**purify_fast**",
+    "ours, compiled": "**purify_fast, compiled**",
+    "bank": "**purify_fast, with a full bank**",
+    "bank, whole run": "**purify_fast, with a bank, mean of 200 epochs**",
+}
 
 
 def every_page() -> list[Path]:

@@ -34,11 +34,13 @@ class Contestant:
         raised: whether glibc's allocator thresholds are.
         tf32: whether a GPU rounds the operands of its float32 products to ten bits; by default float32 is IEEE's, as
             this package's own evaluation and training have it.
+        less_work: whether it computes less than ours, so that ours' FLOP say nothing about it.
     """
 
     make: Make
     raised: bool
     tf32: bool = False
+    less_work: bool = False
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
 def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
     """The published step with a bank, the mean of `STEPS` steps: a full one, or as in a run that fills it.
 
-    In a run of `EPOCHS`, the steps are spread evenly over the epochs, and a variant is missing with the probability that
-    it has there: that none of the epochs before has asked for it.
+    In a run of `EPOCHS`, the steps are spread evenly over the epochs, and a variant is missing with the probability
+    that none of the epochs before has asked for it.
     """
     made = defence(device, quick, samples=1)
     task, batch = CarsoTask(made, setting("classifier", quick, "bfloat16")), batch_of(made, device, quick)
@@ -193,7 +193,7 @@ def cases(quick: bool) -> dict[str, Case]:
         shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
         contestants = columns(partial(_plain, target=target), partial(_ours, target=target))
         if target == "classifier":
-            contestants["ours, bank"] = Contestant(partial(_banked, whole_run=False), True)
-            contestants["ours, bank, whole run"] = Contestant(partial(_banked, whole_run=True), True)
+            contestants["bank"] = Contestant(partial(_banked, whole_run=False), True, less_work=True)
+            contestants["bank, whole run"] = Contestant(partial(_banked, whole_run=True), True, less_work=True)
         every[name] = Case(shape, 0.03, contestants, work)
     return every

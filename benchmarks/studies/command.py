@@ -13,6 +13,7 @@ from . import Study, positive, run
 from .arrest_mnist import ArrestMnist
 from .atop_digits import AtopDigits
 from .atop_mnist import AtopMnist
+from .bank import Bank
 from .carso_digits import CarsoDigits
 from .carso_mnist import CarsoMnist
 from .carso_resnet18 import CarsoResnet18
@@ -30,6 +31,7 @@ STUDIES: dict[str, Study] = {
         AtopMnist(),
         ArrestMnist(),
         Diffusion(),
+        Bank(),
     )
 }
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
