@@ -16,6 +16,7 @@ from purify_fast.attacks import pgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.methods.carso import task as carso_training
 from purify_fast.training import BankConfig, FitConfig, fit, loop
+from purify_fast.training import bank as bank_module
 from purify_fast.training.bank import (
     AdversarialBank,
     BankedImages,
@@ -106,7 +107,8 @@ def test_without_refreshing_a_full_bank_is_read_and_nothing_is_attacked(tmp_path
     assert rows(tmp_path / "b")[-1]["read"] >= 5 * 32 - (256 - filled)
 
 
-def test_the_share_that_is_made_anew_is_rho(tmp_path):
+def test_the_share_that_is_made_anew_is_rho(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_module, "TOGETHER", 16)
     task = TASKS["atop, random starts"]
     made = []
     for batch in (16, 64):
