@@ -44,6 +44,8 @@ REFUSED = {
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
     "train carso --recipe cifar10 --init x": "--recipe brings its own purifier",
     "train carso --official-code": "--official-code is of a --recipe",
+    "train carso --bank-refresh 0.5": "bank_refresh goes with --bank",
+    "train atop --init None --bank 0": "bank must be at least 1, got 0",
     "train arrest --recipe resnet": "recipe must be one of",
     "train arrest --keep-teacher --flip": "--keep-teacher is for images that are not augmented",
     **{

@@ -11,11 +11,12 @@ import pytest
 import torch
 from small_runs import SHAPE, StopAt, Stopped, atop_task, attack, carso_task, classifier_task, same
 
-from purify_fast import load_defence
+from purify_fast import cli, load_defence
 from purify_fast.attacks import pgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.methods.carso import task as carso_training
-from purify_fast.training import BankConfig, FitConfig, fit, loop
+from purify_fast.models import SmallCNN
+from purify_fast.training import BankConfig, FitConfig, fit, loop, save_classifier
 from purify_fast.training import bank as bank_module
 from purify_fast.training.bank import (
     AdversarialBank,
@@ -201,6 +202,23 @@ def test_held_out_images_are_attacked_afresh(tmp_path, monkeypatch):
     fit(TASKS["carso"](), x, y, config, tmp_path / "b", progress=False, bank=bank, validation=(255 - x, y))
     # 32 of 64 held-out images in each of three validations, half of them by PGD
     assert calls.pgd - before >= 3 * 16
+
+
+def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path, capfd):
+    x, y = images()
+    arrays = {"x_train": x[:, 0].numpy(), "y_train": y.numpy(), "x_test": x[:, 0].numpy(), "y_test": y.numpy()}
+    np.savez(tmp_path / "small.npz", **arrays)
+    save_classifier(SmallCNN(width=2), tmp_path / "classifier")
+    words = ["--data", str(tmp_path / "small.npz"), "--classifier", str(tmp_path / "classifier"), "--device", "cpu"]
+    words += ["--layers", "conv2", "--steps", "1", "--kl-delay", "0", "--epochs", "4", "--batch-size", "16"]
+    words += ["--bank", "5", "--bank-refresh", "0.25", "--bank-folder", str(tmp_path / "banks")]
+    assert cli.main(["train", "carso", *words, "--out", str(tmp_path / "a")]) == 0
+    told = capfd.readouterr().err
+    assert "5 variants of an image, a share 0.25 made anew, 0 % full" in told and "which saved about" in told
+    assert cli.main(["train", "carso", "--config", str(tmp_path / "a" / "run.yaml"), "--out", str(tmp_path / "b")]) == 0
+    first, second = (rows(tmp_path / name)[-1] for name in "ab")
+    assert first.items() >= {"variants": 5, "refresh": 0.25}.items() and second["made"] < first["made"]
+    assert len(list((tmp_path / "banks").iterdir())) == 1
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
