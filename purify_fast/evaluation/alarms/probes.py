@@ -29,8 +29,9 @@ STARTS = 5
 JUDGES = 9
 #: Surrogates that a model with gates or thresholds has; the time of a probe is estimated by it.
 USUAL_SURROGATES = 3
-#: Wrong classes that are tried by the gradients of each.
-TARGETS = 3
+#: Wrong classes that are tried by the gradients of each. Of a random model, each of whose steps takes several draws,
+#: only the nearest one is tried.
+TARGETS, TARGETS_OF_RANDOM = 3, 1
 
 Curve = list[tuple[float, float]]
 
@@ -43,7 +44,7 @@ class Probes:
         n: images.
         chance: one over the number of classes.
         eps: over the radius in image units, the last one huge.
-        steps: over the steps of the attack.
+        steps: over the steps of the attack; what fell to fewer steps counts as fallen.
         eot: over the draws averaged per step; empty for a model that predicts the same every time.
         samples: over the samples K of a defence that has them.
         one_start: accuracy left by one random start, on average.
@@ -90,7 +91,7 @@ def cost(subject: Subject, context: AttackContext) -> int:
     draws, judges = _draws(subject, context)
     attacks = [*[STEPS // 2] * STARTS, *[STEPS] * len(_radii(context, subject.x)), *ITERATIONS]
     passes = sum(attacks) * draws + len(attacks) * judges
-    passes += (1 + USUAL_SURROGATES) * (TARGETS * STEPS * draws + judges)
+    passes += (1 + USUAL_SURROGATES) * (_targets(subject) * STEPS * draws + judges)
     if subject.is_random:
         passes += STEPS * sum(DRAWS) + len(DRAWS) * judges
     return passes * min(answers.PROBED, len(subject.x))
@@ -99,6 +100,10 @@ def cost(subject: Subject, context: AttackContext) -> int:
 def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
     """Draws of each step of a short attack, and draws that judge it."""
     return (min(4, context.predictions(context.eot_iter)), JUDGES) if subject.is_random else (1, 1)
+
+
+def _targets(subject: Subject) -> int:
+    return TARGETS_OF_RANDOM if subject.is_random else TARGETS
 
 
 def probe(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> Probes:
@@ -112,16 +117,19 @@ def probe(before: Before, context: AttackContext, left: Tensor, progress: Progre
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
-    short = _Short(counted_model(subject.model, progress), x, y, context, draws=draws, judges=judges)
+    model = counted_model(subject.model, progress)
+    short = _Short(model, x, y, context, draws=draws, judges=judges, targets=_targets(subject))
     starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
     together = torch.stack(starts)
     some = slice(subject.batch_size)
     near = _near(context, x)
+    # the point that the sweeps over the radius and over the draws have in common
+    plain = short.accuracy()
     probes = Probes(
         n=len(x),
         chance=1 / subject.num_classes,
-        eps=[(eps, short.accuracy(eps=eps)) for eps in _radii(context, x)],
-        steps=[(float(steps), short.accuracy(steps=steps)) for steps in ITERATIONS],
+        eps=[(eps, plain if eps == context.eps else short.accuracy(eps=eps)) for eps in _radii(context, x)],
+        steps=_over_steps(short),
         one_start=float(together.float().mean()),
         all_starts=float(together.all(0).float().mean()),
         cosine=answers.cosine(subject, y[some], x[some], near[some]),
@@ -129,7 +137,7 @@ def probe(before: Before, context: AttackContext, left: Tensor, progress: Progre
     )
     probes.further, probes.missed = _missed(short, subject, left.to(x.device))
     if subject.is_random:
-        probes.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
+        probes.eot = [(float(n), plain if n == draws else short.accuracy(eot_iter=n)) for n in DRAWS]
         probes.varying = answers.varying(before.model, x, y)
     samples = getattr(subject.single, "samples", None)
     if isinstance(samples, int) and samples > 1:
@@ -155,24 +163,48 @@ def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, 
     return further, missed
 
 
+def _over_steps(short: _Short) -> Curve:
+    """Accuracy over the steps of the attack; what fell to fewer steps is not attacked again."""
+    curve: Curve = []
+    robust = None
+    for steps in ITERATIONS:
+        robust = short.robust(robust, steps=steps)
+        curve.append((float(steps), float(robust.float().mean())))
+    return curve
+
+
 class _Short:
     """Short attacks on the same few images."""
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, *, draws: int, judges: int):
+    def __init__(
+        self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, *, draws: int, judges: int, targets: int
+    ):
         self.model, self.x, self.y, self.context = model, x, y, context
-        self.draws, self.judges = draws, judges
+        self.draws, self.judges, self.targets = draws, judges, targets
 
-    def robust(self, *, eps: float | None = None, seed: int = 0, random_start: bool = False, **options: Any) -> Tensor:
-        """Which images are right after PGD on the margin, bool ``[n]``."""
+    def robust(self, among: Tensor | None = None, *, eps: float | None = None, seed: int = 0, **options: Any) -> Tensor:
+        """Which images are right after PGD on the margin, bool ``[n]``; those that are not among these count as wrong.
+
+        Args:
+            among: the images that are attacked, bool ``[n]``; None for all.
+            eps: the radius; None: that of the report.
+            seed: of a random start.
+            **options: of `pgd`.
+        """
         torch.manual_seed(self.context.seed)
+        right = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device) if among is None else among.clone()
+        if not bool(right.any()):
+            return right
+        x, y = self.x[right], self.y[right]
         settings: dict[str, Any] = {"steps": STEPS, "eot_iter": self.draws, "loss": "margin"} | options
         attacked = pgd(
-            self.model, self.x, self.y, eps=self.context.eps if eps is None else eps, norm=self.context.norm,
-            random_start=random_start, keep_best=True, seed=seed,
+            self.model, x, y, eps=self.context.eps if eps is None else eps, norm=self.context.norm,
+            keep_best=True, seed=seed, sample_ids=right.nonzero()[:, 0],
             max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
             **settings,
         )  # fmt: skip
-        return self._mostly_right(attacked, self.y)
+        right[right.clone()] = self._mostly_right(attacked, y)
+        return right
 
     def _mostly_right(self, x: Tensor, y: Tensor) -> Tensor:
         logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
@@ -190,7 +222,7 @@ class _Short:
         loss = usable_loss("dlr_targeted", context.num_classes)
         attacked = apgd(
             self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm, steps=STEPS,
-            loss=loss, n_target_classes=TARGETS, eot_iter=self.draws, judge_draws=self.judges,
+            loss=loss, n_target_classes=self.targets, eot_iter=self.draws, judge_draws=self.judges,
             gradients_from=gradients_from, seed=context.seed + 1, sample_ids=at,
             max_forward_batch=context.max_forward_batch or context.batch_size,
         )  # fmt: skip
