@@ -17,6 +17,7 @@ from . import (
     gpu_check,
     ideas,
     instructions,
+    memory,
     pages,
     pipelines,
     roofline,
@@ -77,6 +78,7 @@ COMMANDS = {
     ),
     "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
     "captures": Command("what an evaluation captures on a GPU, counted without one", captures.main, captures.arguments),
+    "memory": Command("memory of the gradient through a diffusion process", memory.main, memory.arguments),
     "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),
     "ship": Command(
         "let what purify-fast tune found on this machine ship with the package", pages.ship, pages.ship_arguments

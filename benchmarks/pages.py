@@ -27,6 +27,7 @@ from . import (
     front_page,
     instructions,
     launches,
+    memory,
     options,
     performance,
     report,
@@ -113,6 +114,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "roofline": roofline.table,
     "captures": captures.chapter,
     "broken": broken.table,
+    "memory": memory.table,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"

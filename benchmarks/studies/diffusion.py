@@ -158,7 +158,8 @@ class Diffusion(Study):
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
             asked = [(name, None, group) for name in part["purifiers"] for group in GROUPS]
             asked += [(name, None, group) for name in part["beside"] for group in BESIDE]
-            asked += [(name, process, "exact") for name in part["purifiers"] for process in part.get("processes", ())]
+            # a hundred thousand gradients each: of one of the purifiers
+            asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
                 if budget.quick and group == "authors":
                     continue
