@@ -7,7 +7,9 @@ import multiprocessing
 import resource
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +41,8 @@ def network(name: str) -> nn.Module:
     """A denoiser for CIFAR-10's images with random weights, by its name in the table."""
     if name == SMALL:
         return denoiser(32)
-    from diffusers import UNet2DModel
-
     torch.manual_seed(0)
-    return UNet2DModel(
+    return import_module("diffusers").UNet2DModel(
         sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -72,7 +72,7 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
     return made.classifier((x + 1) / 2)
 
 
-def measured(name: str, form: str, steps: int, images: int) -> dict[str, object]:
+def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     """One row: the largest memory of this process above that with the networks alone.
 
     Args:
@@ -111,12 +111,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> Path:
     """``python -m benchmarks memory``: writes the file after each row, and goes on where it was."""
     path = chosen.out / FILE
-    rows = list(report.read_csv(path)) if path.exists() else []
+    rows: list[dict[str, Any]] = list(report.read_csv(path)) if path.exists() else []
     done = {(row["network"], row["form"], int(row["steps"])) for row in rows}
-    for one in tqdm([one for one in MEASURED if one not in done], desc="memory", unit=" rows"):
+    for name, form, steps in tqdm([one for one in MEASURED if one not in done], desc="memory", unit=" rows"):
         # the largest memory of a process never falls
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measured, *one, chosen.images).result())
+            rows.append(pool.submit(measured, name, form, steps, chosen.images).result())
         report.write_csv(path, rows)
     return path
 
@@ -131,6 +131,7 @@ def table(results: Path) -> list[str]:
     body = []
     for name in (SMALL, LARGE):
         for form in (PLAIN, CHECKPOINTED, OURS, OURS_BFLOAT16):
-            found = [cells.get((name, form, str(steps))) for steps in STEPS]
-            body.append([name, form, *(f"{float(row['gigabytes']):.2f} ({float(row['of_process']):.2f})" if row else "-" for row in found)])
+            found = [cells.get((name, form, str(steps)), {}) for steps in STEPS]
+            shown = [[f"{float(row[one]):.2f}" for one in ("gigabytes", "of_process") if row] for row in found]
+            body.append([name, form, *("{} ({})".format(*each) if each else "-" for each in shown)])
     return report.table(["denoiser", "gradient", *(f"GB, {steps} steps" for steps in STEPS)], body)
