@@ -23,6 +23,8 @@ logger = logging.getLogger("purify_fast")
 
 #: The names of a run's last checkpoint, and of the one before it.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+#: The checkpoint of the last validation that was good, of a run that returns to it after a collapse.
+GOOD = "checkpoint.good.safetensors"
 #: The name of a saved model.
 MODEL = "model.safetensors"
 

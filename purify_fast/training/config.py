@@ -160,6 +160,10 @@ class FitConfig:
             seconds until there is room.
         on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
             returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
+        on_collapse: "back_off" returns to the last good checkpoint when the accuracy of a validation is below half of
+            the best one so far, and goes on with half of the learning rate, at most 5 times; it needs held-out images.
+            So it ends for single-step adversarial training that overfits to its own attack within an epoch, the
+            catastrophic overfitting of Wong et al. (ICLR 2020). "off" goes on.
         cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
             launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
             memory of one attack step for itself. Choose "off" for a model that keeps settings in an object of a class
@@ -186,6 +190,7 @@ class FitConfig:
     keep_best: Literal["off", "loss", "accuracy"] = "off"
     on_full: OnFull = "stop"
     on_nan: Literal["stop", "back_off"] = "stop"
+    on_collapse: Literal["off", "back_off"] = "off"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: Literal["auto", "off"] = "auto"
@@ -196,10 +201,21 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is trained; every number is this package's own choice.
+    """How a classifier is trained; every number is this package's own choice, where no source is named.
 
     Args:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
+        adversarial: how the training examples are made. "pgd" is the attack as it is. The others are cheaper, know
+            linf alone, and take eps for the length of a step where the attack has no alpha. "n_fgsm": one step without
+            projection from noise in twice the ball (de Jorge et al., NeurIPS 2022, Algorithm 1). "nuat": one step, and
+            cross-entropy on clean images beside the nuclear norm of what the logits change (Sriramanan et al., NeurIPS
+            2021); one process. "free": each batch is trained on as often as the attack has steps, and the gradient
+            that moves the weights moves the images too (Shafahi et al., NeurIPS 2019, Algorithm 1, but every batch
+            begins at a random point of the ball and not at the last batch's): an epoch counts as so many.
+            Validations of the cheaper ones are by PGD-10.
+        nuclear_weight: of the nuclear norm in "nuat" at its highest. It rises from 0, epoch by epoch, over the first
+            nine tenths of the epochs; 4.5 is the authors' for a ResNet-18 on CIFAR-10 and batches of 64 (their
+            CIFAR10/NuAT_cifar10.py, lines 37 and 274).
         learning_rate: the highest rate of a one-cycle schedule.
         weight_decay: of AdamW.
         precision: "float32", which on a GPU is that of IEEE too; "tf32", which there rounds what is multiplied to ten
@@ -211,9 +227,19 @@ class ClassifierConfig:
     """
 
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
+    adversarial: Literal["pgd", "n_fgsm", "nuat", "free"] = "pgd"
+    nuclear_weight: AtLeast0 = 4.5
     learning_rate: Positive = 3e-3
     weight_decay: Annotated[float, Range(0, below=True)] = 5e-4
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.adversarial == "pgd":
+            return
+        if self.attack.norm != "linf" or self.attack.start_std is not None or not self.attack.random_start:
+            raise ValueError(f"adversarial {self.adversarial!r} knows norm linf and a random uniform start alone")
+        if self.attack.eps == 0:
+            raise ValueError(f"adversarial {self.adversarial!r} needs an attack with eps above 0, got eps 0")
+        if self.adversarial != "free" and self.attack.steps != 1:
+            raise ValueError(f"adversarial {self.adversarial!r} takes one step, got steps={self.attack.steps}")

@@ -111,10 +111,13 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    if folder is None and config.on_nan == "back_off":
-        raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
+    for name in ("on_nan", "on_collapse"):
+        if folder is None and getattr(config, name) == "back_off":
+            raise ValueError(f"{name} 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
+    if held_out is None and config.on_collapse == "back_off":
+        raise ValueError("on_collapse 'back_off' watches an accuracy on held-out images: give a validation_share")
     run = Run(task, config, source, held_out, folder, bank=None if bank is None else open_bank(task, source, bank))
     if processes()[1] > 1:
         task.model.train()
@@ -241,8 +244,12 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
             _back_off(run, watch, error)
             continue
         ended = state.epoch + 1
-        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
+        validated = ended % run.config.validation_every == 0 or ended == run.config.epochs
+        if run.held_out is not None and validated:
             run.validate()
+            if run.collapsed():
+                _back_off_from_collapse(run, state.epoch)
+                continue
             state = replace(state, metrics=run.last)
         row: dict[str, Any] = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
         row["images_per_second"] = round(state.images_per_second, 1)
@@ -253,6 +260,8 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
+        if run.config.on_collapse == "back_off" and validated:
+            run.keep_good()
         if run.step < run.total:
             _end_if_asked(run, stop)
 
@@ -314,6 +323,21 @@ def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
         raise Diverged(explanation, step) from error
     run.resume()
+    run.rate = rate
+    if processes()[0] == 0:
+        logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
+
+
+def _back_off_from_collapse(run: Run, epoch: int) -> None:
+    """Return to the last good checkpoint with a smaller learning rate; Diverged if that was done often enough."""
+    accuracy, rate = run.last["validation_accuracy"], run.rate * BACK_OFF
+    explanation = (
+        f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to {accuracy:.3f}, less than half of "
+        "what it was"
+    )
+    if rate < BACK_OFF**BACK_OFFS:
+        raise Diverged(f"{explanation}, at {run.rate:g} of the learning rate too; attack with more steps or less eps")
+    run.return_to_good()
     run.rate = rate
     if processes()[0] == 0:
         logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)

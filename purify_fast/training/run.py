@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -21,7 +22,7 @@ from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
 from .bank import AdversarialBank
-from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
@@ -30,14 +31,16 @@ from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 #: Settings that do not change the result, so that they may differ when a run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "on_collapse", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
-_WRITTEN = (Path(CHECKPOINT).stem, "diverged", "log", "model", "run")
+_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", "run")
 
 #: Steps from one look at the losses to the next: each look waits for the device.
 INTERVAL = 100
 #: Bytes of batches that are remembered of a source that cannot give them again.
 REMEMBERED = 2**28
+#: A run whose accuracy falls to less than this share of its best one has collapsed.
+COLLAPSE = 0.5
 #: Images that show what a task measures, before it is trained.
 LOOK = 8
 #: The file with the images, labels and seed of the step whose loss was no number.
@@ -200,6 +203,25 @@ class Run:
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
 
+    def keep_good(self) -> None:
+        """Keep the checkpoint that was just written, to return to it after a collapse."""
+        self._copy(CHECKPOINT, GOOD)
+
+    def return_to_good(self) -> None:
+        """Go on from the checkpoint of the last good validation."""
+        self._copy(GOOD, CHECKPOINT)
+        self.resume()
+
+    def _copy(self, name: str, other: str) -> None:
+        if self.folder is not None and processes()[0] == 0:
+            source, path = self.folder / name, self.folder / other
+
+            def copy() -> None:
+                with atomic(path) as temporary:
+                    shutil.copyfile(source, temporary)
+
+            with_room(copy, path, self.config.on_full)
+
     def save_if_due(self, now: bool = False) -> None:
         """Write the checkpoint in the middle of an epoch if it is due: ``now``, or because the last one is old enough.
 
@@ -244,21 +266,30 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a choice of the best by something that the task does not measure, by a look at a few images.
+        """Refuse a choice of the best, or a watch, by something that the task does not measure, by a look at a few images.
 
         Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
 
         Raises:
             ValueError: the message names what the task measures.
         """
-        chosen = self.config.keep_best
-        if self.held_out is None or chosen in ("off", "loss"):
+        chosen = {self.config.keep_best} - {"off", "loss"}
+        if self.config.on_collapse == "back_off":
+            chosen.add("accuracy")
+        if self.held_out is None or not chosen:
             return
         images, labels, ids = next(self.held_out.epoch(0, 0))
         with self.finished():
             measured = self.measure((images[:LOOK], labels[:LOOK], ids[:LOOK]))
-        if chosen not in measured:
-            raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
+        for name in chosen - measured.keys():
+            option = f"keep_best {name!r}" if name == self.config.keep_best else "on_collapse 'back_off'"
+            raise ValueError(f"{option}: this training measures {', '.join(measured)}, not {name}")
+
+    def collapsed(self) -> bool:
+        """Whether the accuracy of the validation just made is below `COLLAPSE` of the best one before it."""
+        accuracy = "validation_accuracy"
+        best = max((row[accuracy] for row in self.rows if accuracy in row), default=0.0)
+        return self.config.on_collapse == "back_off" and self.last[accuracy] < COLLAPSE * best
 
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
