@@ -18,6 +18,7 @@ from . import (
     ideas,
     instructions,
     memory,
+    minutes,
     pages,
     pipelines,
     roofline,
@@ -72,6 +73,9 @@ COMMANDS = {
     ),
     "robust_networks": Command(
         "train a robust network for the contest of attacks", robust_networks.main, robust_networks.arguments
+    ),
+    "minutes": Command(
+        "robust accuracy against minutes of adversarial training", minutes.main, minutes.arguments, minutes.check
     ),
     "gpu_check": Command(
         "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments

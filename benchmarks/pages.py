@@ -28,6 +28,7 @@ from . import (
     instructions,
     launches,
     memory,
+    minutes,
     options,
     performance,
     report,
@@ -115,6 +116,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "captures": captures.chapter,
     "broken": broken.table,
     "memory": memory.table,
+    "minutes": minutes.table,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"

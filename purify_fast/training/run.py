@@ -31,7 +31,9 @@ from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 #: Settings that do not change the result, so that they may differ when a run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "on_collapse", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = (
+    "checkpoint_seconds", "on_full", "on_nan", "on_collapse", "cuda_graphs", "cudnn_benchmark", "fused_optimizers",
+)  # fmt: skip
 #: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", "run")
 
@@ -266,7 +268,7 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a choice of the best, or a watch, by something that the task does not measure, by a look at a few images.
+        """Refuse a choice of the best, or a watch, by what the task does not measure, by a look at a few images.
 
         Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
 

@@ -1,4 +1,4 @@
-"""The cheaper forms of adversarial training, each against its algorithm written plainly; and the watch for a collapse."""
+"""Cheaper forms of adversarial training, each against its algorithm written plainly; the watch for a collapse."""
 
 import logging
 
@@ -244,7 +244,7 @@ def test_the_good_checkpoint_is_of_before_the_collapse(tmp_path):
 
 def test_a_run_gives_up_after_five_times_and_says_what_it_needs(tmp_path):
     config = FitConfig(**CONFIG, on_collapse="back_off")
-    with pytest.raises(Diverged, match="training collapsed.* at 0.03125 of the learning rate too"):
+    with pytest.raises(Diverged, match=r"training collapsed.* at 0\.03125 of the learning rate too"):
         fit(Collapsing(1, limit=0.0), *images(), config, tmp_path, progress=False)
     with pytest.raises(ValueError, match="on_collapse 'back_off' goes back to a checkpoint: give a folder"):
         fit(Collapsing(1, limit=0.0), *images(), config, progress=False)
