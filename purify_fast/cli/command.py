@@ -54,7 +54,8 @@ class DataCommand(Command):
 
     Args:
         data: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, an .npz file with
-            x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/.
+            x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/, or with tar
+            shards, train/*.tar and val/*.tar.
         data_root: Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder.
         download: Let torchvision download the official files if they are missing.
         size: Height and width that images are resized and cropped to, before anything attacks them; one number for
@@ -63,6 +64,8 @@ class DataCommand(Command):
             say.
         stream: Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller
             GPU.
+        decode: When an image folder's images are decoded: once, into a copy on the disk, or each_time that they are
+            read.
         cache: Where an image folder's decoded images are kept; default: .purify_fast in that folder.
         on_bad_image: What happens to an image folder's images that cannot be decoded: refuse names them, skip leaves
             them out.
@@ -78,6 +81,7 @@ class DataCommand(Command):
     size: tuple[int, ...] | None = None
     num_classes: int | None = None
     stream: bool = False
+    decode: Literal["once", "each_time"] = "once"
     cache: Path | None = None
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     follow_links: bool = False
@@ -88,7 +92,7 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        names = ("download", "stream", "cache", "on_bad_image", "follow_links")
+        names = ("download", "stream", "decode", "cache", "on_bad_image", "follow_links")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)

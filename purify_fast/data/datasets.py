@@ -23,6 +23,8 @@ DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 #: What happens to an image that cannot be decoded.
 OnBadImage = Literal["refuse", "skip"]
+#: When the images of a folder are decoded.
+Decode = Literal["once", "each_time"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +78,7 @@ def load_dataset(
     download: bool = False,
     image_size: tuple[int, int] | None = None,
     stream: bool = False,
+    decode: Decode = "once",
     cache: str | Path | None = None,
     workers: int | None = None,
     on_bad_image: OnBadImage = "refuse",
@@ -91,7 +94,9 @@ def load_dataset(
             multiples of 1/255), ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3; labels are
             integers ``[N]`` or ``[N, 1]``, every one of 0 .. max present.
             An image folder holds ``train/<class>/*.jpg|png`` and ``val/`` or ``test/`` in the same form, or is
-            tiny-imagenet-200. Classes are the sorted folder names, images RGB; they are decoded once, into ``cache``.
+            tiny-imagenet-200. Classes are the sorted folder names, images RGB. It may hold tar shards instead, in
+            WebDataset's form, uncompressed: ``train/*.tar`` and ``val/*.tar`` or ``test/*.tar``, in which
+            ``<name>.jpg|png`` stands beside ``<name>.cls``, the label as a number.
         root: a folder to look in too; there the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
             For the names above None is the current folder.
         num_classes: overrides the number of classes, for sets that lack some.
@@ -101,8 +106,13 @@ def load_dataset(
             are resized whenever they are read (`purify_fast.data.streaming.ResizedImages`).
         stream: reads an image folder's decoded images batch by batch in any case; by default where they take more than
             half of the memory that is available.
-        cache: where an image folder's decoded images are kept; default: ``.purify_fast`` in that folder.
-        workers: processes that decode, 0 for none but this; default: one per CPU.
+        decode: when an image folder's images are decoded: "once", into ``cache``, or "each_time" that they are read,
+            which takes no room on the disk. The pixels are the same. An image that cannot be decoded is then found when
+            it is read.
+        cache: where an image folder's decoded images are kept, and the index of its shards; default: ``.purify_fast``
+            in that folder.
+        workers: processes that decode once, threads that decode each time; 0 for none but this one; default: one per
+            CPU.
         on_bad_image: "refuse" ends with the names of an image folder's images that cannot be decoded; "skip" leaves
             them out, and a warning names them.
         follow_links: whether an image folder's symbolic links may lead out of it.
@@ -119,6 +129,9 @@ def load_dataset(
     """
     name = str(name_or_path)
     check_literal("on_bad_image", on_bad_image, OnBadImage)
+    check_literal("decode", decode, Decode)
+    if decode == "each_time" and on_bad_image == "skip":
+        raise ValueError("on_bad_image 'skip' goes with decode 'once': only then all images are looked at beforehand")
     if workers is not None:
         Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
@@ -138,14 +151,15 @@ def load_dataset(
         from .folders import read_folder
 
         x, y, present = read_folder(
-            place, image_size, stream=stream, cache=None if cache is None else Path(cache),
-            workers=workers, on_bad_image=on_bad_image, follow_links=follow_links,
+            place, image_size, stream=stream, decode_once=decode == "once", workers=workers,
+            cache=None if cache is None else Path(cache), on_bad_image=on_bad_image, follow_links=follow_links,
         )  # fmt: skip
         classes = chosen_classes(present, num_classes)
         title = name if name in NAMES else place.resolve().name
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)
-    if stream:
-        raise ValueError(f"{name} is not an image folder: only these are streamed")
+    if stream or decode == "each_time":
+        what = "streamed" if stream else "decoded each time"
+        raise ValueError(f"{name} is not an image folder: only these are {what}")
     if place is None:
         tensors, classes = _digits(), chosen_classes(10, num_classes)
     else:

@@ -1,17 +1,19 @@
-"""Image folders: decoded once, in several processes, into a cache of uint8 arrays; then read whole or streamed."""
+"""Image folders and tar shards: decoded once into a cache of uint8 arrays, or whenever an image is read."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from tqdm import tqdm
 
 from .._files import atomic, write_text
 from .._tensors import content_hash, text_hash
+from .shards import FORM as FORM_OF_SHARDS
+from .shards import Member, members, shards_of
 from .streaming import StreamedImages
 
 logger = logging.getLogger("purify_fast")
@@ -41,14 +45,14 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 CHUNK = 32
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
-    "val/val_annotations.txt"
+    f"val/val_annotations.txt, or {FORM_OF_SHARDS}"
 )
 
 
 class Split(NamedTuple):
-    """N image files, and their labels, int64 ``[N]``."""
+    """N images, files or members of shards, and their labels, int64 ``[N]``."""
 
-    files: list[Path]
+    files: Sequence[Path | Member]
     labels: Tensor
 
 
@@ -61,6 +65,7 @@ def read_folder(
     image_size: tuple[int, int] | None,
     *,
     stream: bool,
+    decode_once: bool,
     cache: Path | None,
     workers: int | None,
     on_bad_image: str,
@@ -80,20 +85,22 @@ def read_folder(
             or, without ``image_size``, that differ in size.
         OSError: the cache cannot be written, or its disk has too little space.
     """
-    splits, classes = _listed(folder)
+    root = folder / CACHE if cache is None else cache / folder.resolve().name
+    splits, classes = _listed(folder, root)
     for split in splits.values():
-        _check_links(folder, split.files, follow_links)
+        _check_links(folder, [_file(image) for image in split.files], follow_links)
     source = _fingerprint(folder, splits, classes)
-    size = "native" if image_size is None else f"{image_size[0]}x{image_size[1]}"
-    place = (folder / CACHE if cache is None else cache / folder.resolve().name) / size
-    cached = _opened(place, source, splits)
-    if cached is None:
-        # Linux tells the CPUs that this process may use
-        cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        count = cpus if workers is None else workers
-        with _locked(place):
-            # another process may have written it meanwhile
-            cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=count)
+    # Linux tells the CPUs that this process may use
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    count = cpus if workers is None else workers
+    if decode_once:
+        cached = _decoded_once(root, source, splits, image_size, count)
+    else:
+        size = first_size(splits["train"].files) if image_size is None else image_size
+        how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
+        cached = {
+            part: (EncodedImages(split.files, size, f"{part} of {source}", **how), {}) for part, split in splits.items()
+        }
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {}
     y: dict[str, Tensor] = {}
@@ -128,7 +135,24 @@ def available_memory() -> int:
     return free
 
 
+def _decoded_once(
+    root: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, workers: int
+) -> Cached:
+    """The decoded images, from the cache in a folder, which is written first where it is missing."""
+    place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
+    cached = _opened(place, source, splits)
+    if cached is None:
+        with _locked(place):
+            # another process may have written it meanwhile
+            cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=workers)
+    return cached
+
+
 # ---- what there is
+
+
+def _file(image: Path | Member) -> Path:
+    return image.shard if isinstance(image, Member) else image
 
 
 def _is_image(path: str) -> bool:
@@ -141,12 +165,23 @@ def _classes_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
-    """The two splits, and the names of the classes."""
+def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
+    """The two splits, and the names of the classes; ``index`` is a folder that keeps where the images of shards are."""
     held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
         lacks = "train/" if held_out is not None else "val/ and test/"
         raise FileNotFoundError(f"{folder} is no image folder: it lacks {lacks}; it must hold {FORM}")
+    if shards_of(folder / "train"):
+        if not shards_of(held_out):
+            raise FileNotFoundError(f"{held_out} has no shards, and train has: there must be {FORM_OF_SHARDS}")
+        splits = {}
+        for part, place in {"train": folder / "train", "test": held_out}.items():
+            images, labels = members(shards_of(place), SUFFIXES, index / f"shards_{part}.npz")
+            splits[part] = Split(images, torch.tensor(labels, dtype=torch.int64))
+        highest = int(splits["train"].labels.max())
+        if int(splits["test"].labels.max()) > highest:
+            raise ValueError(f"{held_out} has labels above {highest}, the largest of train")
+        return splits, [str(label) for label in range(highest + 1)]
     classes = _classes_in(folder / "train")
     if len(classes) < 2:
         raise ValueError(f"{folder / 'train'} must hold a folder for each of at least 2 classes, got {classes}")
@@ -208,10 +243,12 @@ def _annotated(path: Path, classes: list[str]) -> Split:
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
     """A hash of the files' names, sizes, times and labels."""
     content = text_hash(json.dumps([FORMAT, classes]))
+    looked = functools.cache(Path.stat)
     for part, split in splits.items():
-        for path, label in zip(split.files, split.labels.tolist(), strict=True):
-            facts = path.stat()
-            name = path.relative_to(folder).as_posix()
+        for image, label in zip(split.files, split.labels.tolist(), strict=True):
+            path = _file(image)
+            facts, name = looked(path), path.relative_to(folder).as_posix()
+            name += f":{image.name}" if isinstance(image, Member) else ""
             content.update(json.dumps([part, name, facts.st_size, facts.st_mtime_ns, label]).encode())
     return content.hexdigest()
 
@@ -280,7 +317,7 @@ def _write(
 # ---- decoding
 
 
-def first_size(files: list[Path]) -> tuple[int, int]:
+def first_size(files: Sequence[Path | Member]) -> tuple[int, int]:
     """(H, W) of the first image that can be decoded; ValueError if none can."""
     for path in files:
         image = _image(path, None)
@@ -290,7 +327,7 @@ def first_size(files: list[Path]) -> tuple[int, int]:
 
 
 def decode(
-    files: list[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
+    files: Sequence[Path | Member], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
 ) -> dict[int, str]:
     """Decode images into one ``.npy`` file, uint8 ``[N, 3, H, W]``; all of it passes through in chunks.
 
@@ -333,14 +370,14 @@ def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
+def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
     """Every file's image or what is wrong with it, in order; a bounded number wait."""
     workers = min(workers, len(files) // CHUNK)
-    loader: DataLoader[Path] = DataLoader(
+    loader: DataLoader[Path | Member] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a data set
         CHUNK,
         num_workers=workers,
-        collate_fn=partial(_images, size=size),
+        collate_fn=functools.partial(_images, size=size),
         # a spawned process would import the caller's script again; these touch only Pillow
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # the loader draws a seed for its processes, which need none
@@ -350,17 +387,17 @@ def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> I
         yield from images
 
 
-def _images(files: list[Path], size: tuple[int, int] | None) -> list[np.ndarray | str]:
+def _images(files: Sequence[Path | Member], size: tuple[int, int] | None) -> list[np.ndarray | str]:
     return [_image(path, size) for path in files]
 
 
-def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
+def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | str:
     """RGB uint8 [3, H, W], or a sentence that names the file and says what is wrong with it.
 
     Transparency and a camera's note on orientation are ignored.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(BytesIO(path.read()) if isinstance(path, Member) else path) as file:
             if file.mode not in MODES:
                 return f"{path}: its mode is {file.mode}, not one of {', '.join(MODES)}"
             image = file.convert("RGB")
@@ -374,3 +411,51 @@ def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
         covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
         image = functional.center_crop(functional.resize(image, covering), list(size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class EncodedImages(StreamedImages):
+    """Images that stay as they are, JPEG or PNG, and are decoded whenever they are read, by several threads.
+
+    What decoding once would store is too much for some disks: ImageNet's 1.28 million training images take 193 GB at
+    224 x 224. The pixels are the same.
+
+    Args:
+        files: the images, files or members of shards; they must not change while this is used.
+        size: (H, W) of what is read.
+        digest: stands for the images in `purify_fast._tensors.digest`.
+        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
+        workers: threads that decode; 0 for none but the caller's.
+        device: where the images go that are read.
+    """
+
+    def __init__(
+        self, files: Sequence[Path | Member], size: tuple[int, int], digest: str, *, resize: bool, workers: int,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.files, self.size, self.resize, self.workers = files, size, resize, workers
+        self.device = torch.empty(0, device=device).device
+        self.shape = torch.Size((len(files), 3, *size))
+        self.digest = f"{digest} at {size[0]} x {size[1]}"
+
+    def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8) if out is None else out
+        with contextlib.ExitStack() as stack:
+            each = stack.enter_context(ThreadPoolExecutor(self.workers)).map if self.workers > 1 else map
+            for row, image in enumerate(each(self._read_one, ids.tolist())):
+                images[row] = torch.from_numpy(image)
+        return images
+
+    def _read_one(self, number: int) -> np.ndarray:
+        image = _image(self.files[number], self.size if self.resize else None)
+        if isinstance(image, str):
+            raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and begin anew")
+        if image.shape[1:] != self.size:
+            got, wanted = (" x ".join(map(str, size)) for size in (image.shape[1:], self.size))
+            raise ValueError(f"{self.files[number]} has {got} pixels, others {wanted}: give image_size=(H, W)")
+        return image
+
+    def to(self, device: torch.device | str) -> EncodedImages:
+        return EncodedImages(
+            self.files, self.size, self.digest.rpartition(" at ")[0], resize=self.resize, workers=self.workers,
+            device=device,
+        )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Tar shards in WebDataset's form: the members of each sample share a name up to the first dot of its last part.
+
+A shard is not unpacked. Its headers are read once, and each image is then read from its place in the file, in any
+order: so every image keeps its number, and processes and resumed runs agree on it.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .._files import atomic
+from .._tensors import text_hash
+
+#: WebDataset's name for a label: a number as text.
+LABEL = "cls"
+#: What a folder of shards looks like, for messages.
+FORM = "train/*.tar and val/*.tar or test/*.tar, in WebDataset's form: <name>.jpg|png beside <name>.cls, a number"
+
+
+class Member(NamedTuple):
+    """An image in a shard.
+
+    Args:
+        shard: the file.
+        name: of the member, for messages.
+        offset: of its first byte.
+        size: in bytes.
+    """
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards of a split, sorted; none where the folder holds something else."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def members(shards: list[Path], suffixes: tuple[str, ...], index: Path) -> tuple[list[Member], list[int]]:
+    """The images of some shards and their labels, in the order in which they stand there.
+
+    Args:
+        shards: the files.
+        suffixes: how the names of images end.
+        index: file that keeps what was found, so that the shards' headers are read once; written if it is missing or
+            of other files.
+
+    Raises:
+        ValueError: a shard that is compressed or no tar file, an image without a label, or a label without an image.
+    """
+    facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
+    source = text_hash(json.dumps(facts)).hexdigest()
+    try:
+        with np.load(index) as kept:
+            if str(kept["source"]) == source:
+                return _listed([kept[f"arr_{k}"] for k in range(5)], shards)
+    except (OSError, ValueError, KeyError):
+        pass
+    found = [(number, *one) for number, path in enumerate(shards) for one in _samples(path, suffixes)]
+    if not found:
+        raise ValueError(f"{shards[0].parent} holds no image ({', '.join(suffixes)}) in its shards")
+    # shard, name, offset, size and label
+    columns = [np.array([one[k] for one in found]) for k in range(5)]
+    index.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(index) as temporary, temporary.open("wb") as file:
+        np.savez(file, *columns, source=np.array(source))
+    return _listed(columns, shards)
+
+
+def _listed(columns: list[np.ndarray], shards: list[Path]) -> tuple[list[Member], list[int]]:
+    numbers, names, offsets, sizes, labels = (column.tolist() for column in columns)
+    places = zip(numbers, names, offsets, sizes, strict=True)
+    return [Member(shards[i], name, offset, size) for i, name, offset, size in places], labels
+
+
+def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int, int]]:
+    """The name, offset, size and label of each image of a shard."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    try:
+        # "r:" is of an uncompressed file, in which a member has a place
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                folder, _, last = member.name.rpartition("/")
+                key, ending = f"{folder}/{last.partition('.')[0]}", last.lower().rpartition(".")[2]
+                if f".{ending}" in suffixes:
+                    if key in images:
+                        raise ValueError(f"{path} has two images of the name {key.lstrip('/')!r}")
+                    images[key] = member
+                elif ending == LABEL:
+                    content = shard.extractfile(member)
+                    assert content is not None
+                    labels[key] = _label(content.read(), f"{path}:{member.name}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no uncompressed tar file: {error}") from error
+    if images.keys() != labels.keys():
+        lacking = min(images.keys() ^ labels.keys())
+        what = "label (.cls)" if lacking in images else "image"
+        raise ValueError(f"{path}: {lacking.lstrip('/')!r} has no {what}; {FORM}")
+    for key, member in images.items():
+        yield member.name, member.offset_data, member.size, labels[key]
+
+
+def _label(text: bytes, where: str) -> int:
+    try:
+        if (label := int(text)) >= 0:
+            return label
+    except ValueError:
+        pass
+    raise ValueError(f"{where} must hold a label, a number of at least 0, got {text[:40]!r}")
