@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -87,3 +89,25 @@ def processes() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def patience() -> timedelta:
+    """How long an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
+
+    Raises:
+        ValueError: the variable holds no number above 0.
+    """
+    text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < 1e9:
+            return timedelta(seconds=seconds)
+    raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
+
+
+def sendable(error: BaseException) -> BaseException:
+    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
+    # whatever a class of the user's raises when it is pickled or made anew
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -55,7 +55,6 @@ class AttackedBatch:
     Args:
         images: the attacked images, ``[B, C, H, W]``.
         health: counts of the gradients, by name.
-        generators: the states of torch's random generators after it: the CPU's, and that of the model's GPU if any.
         seconds: how long it took.
         warnings: what the attack told.
         fallen: how many images fell to what, by name.
@@ -64,7 +63,6 @@ class AttackedBatch:
 
     images: Tensor
     health: dict[str, int]
-    generators: list[Tensor]
     seconds: float
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
@@ -87,16 +85,22 @@ class PartialRow:
         if content is None:
             return None
         values, tensors = content
-        images = tensors.pop("images")
-        return AttackedBatch(images, generators=[tensors[name] for name in sorted(tensors)], **values)
+        return AttackedBatch(tensors["images"], **values)
 
     def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
         """Keep the finished batch of the images with these indices."""
         if self.folder is None:
             return
-        generators = {f"generator{i}": state for i, state in enumerate(batch.generators)}
-        values = {name: value for name, value in vars(batch).items() if name not in ("images", "generators")}
-        write_sealed(self._path(ids), values, generators | {"images": batch.images})
+        values = {name: value for name, value in vars(batch).items() if name != "images"}
+        write_sealed(self._path(ids), values, {"images": batch.images})
+
+    def begin(self, points: Tensor | None = None) -> Tensor:
+        """The points at which the attack begins, for other processes; kept where they are given."""
+        assert self.folder is not None
+        path = self.folder / "begin.safetensors"
+        if points is not None:
+            write_sealed(path, {}, {"points": points})
+        return read_sealed(path)[1]["points"]
 
     def remove(self) -> None:
         """Remove the folder: the row is finished."""

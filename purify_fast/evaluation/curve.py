@@ -95,6 +95,10 @@ class Curve:
     specs: Sequence[AttackSpec]
     radii: Sequence[float]
 
+    def specs_at(self, radius: float, norm: str) -> list[AttackSpec]:
+        """The attacks at one of the radii."""
+        return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
+
     def costs(self, context: AttackContext) -> list[int | None]:
         """Forward passes per image at most, for each radius; None where that is not known."""
         costs = [spec.resolved.cost(context) for spec in self.specs]
@@ -115,7 +119,8 @@ class Curve:
             standing = measure.clean("random").robust & ~left if below else left
             before: tuple[float, Tensor] | None = None
             for radius in side:
-                row = _row(self.specs, radius, measure, Images(standing, safe, before))
+                at_radius = self.specs_at(radius, measure.context.norm)
+                row = _row(at_radius, radius, measure, Images(standing, safe, before))
                 rows.append(row)
                 standing = row.robust & ~safe
                 points = measure.subject.x.clone()
@@ -150,11 +155,10 @@ class Images(NamedTuple):
     before: tuple[float, Tensor] | None
 
 
-def _row(specs: Sequence[AttackSpec], radius: float, measure: Measure, images: Images) -> Row:
+def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, images: Images) -> Row:
     """The row of a radius, with the best points of the images that still stand."""
     standing, safe, before = images
     subject, norm = measure.subject, measure.context.norm
-    at_radius = [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in specs]  # type: ignore[call-arg]
     begin = None
     if before is not None:
         begin = subject.x + (before[1] - subject.x) * (radius / before[0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec, check_adversarial
 from .subject import Judgement, Subject, Variant
+from .team import Task, Team
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
@@ -57,10 +61,25 @@ class Measure:
         name: of the model.
         cache: the finished rows.
         progress: counts and shows.
+        team: the processes that make the rows.
+
+    Attributes:
+        attacks: all of the evaluation, in the same order in every process.
     """
 
-    def __init__(self, subject: Subject, context: AttackContext, name: str, cache: RowCache, progress: Progress):
-        self.subject, self.context, self.name, self.cache, self.progress = subject, context, name, cache, progress
+    def __init__(
+        self,
+        subject: Subject,
+        context: AttackContext,
+        name: str,
+        *,
+        cache: RowCache,
+        progress: Progress,
+        team: Team,
+    ):
+        self.subject, self.context, self.name = subject, context, name
+        self.cache, self.progress, self.team = cache, progress, team
+        self.attacks: list[AttackSpec] = []
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
         # the last one, whose images may be tried on another variant
@@ -187,7 +206,7 @@ class Measure:
                 "seed": subject.seed,
                 "classes": subject.num_classes,
                 # which image gets which draws depends on them
-                "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
+                "batches": _batches_of(settings, context) if subject.is_random else [],
                 "attack": None if specs is None else attacks[0] if isinstance(specs, AttackSpec) else attacks,
                 "settings": settings,
             }
@@ -240,26 +259,27 @@ class Measure:
             unfinished: has the batches that an interrupted run finished.
             begin: where the search begins, ``[N, C, H, W]``; None: as the attack says.
         """
-        subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
-        index = torch.from_numpy(alive).nonzero()[:, 0]
-        subject.reseed("attack")
-        target = self._target(spec)
-        with subject.variant(spec.variant), frozen(target):
-            context = dataclasses.replace(
-                self.context,
-                draws_differ=self._draws_differ(spec, target),
-                gradients_from=spec.gradients_from,
-                seed=subject.seed + spec.seed,
-                begin=begin,
-            )
+        attack, team = spec.resolved, self.team
+        kept = team.folder(unfinished, self.cache.folder)
+        with self._batches(spec, alive, kept, begin) as batches:
+            context = batches.context
             # of a target that predicts the same every time one draw is enough
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
-            counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
-            with self.progress.row(label, None if cost is None else cost * len(index)):
-                sums = attack_in_batches(
-                    attack, counted, index, subject=subject, context=context, unfinished=unfinished
-                )
+            total = None if cost is None else cost * sum(map(len, batches.parts))
+            with self.progress.row(row_name(spec, self.context), total):
+                if team.world > 1 and (missing := batches.missing()):
+                    assert kept.folder is not None
+                    if begin is not None:
+                        kept.begin(begin)
+                    task = Task(
+                        0, self.attacks.index(spec), self.subject.first, self.subject.data, alive.tobytes(),
+                        context.draws_differ, missing, str(kept.folder.resolve()), begin is not None,
+                    )  # fmt: skip
+                    team.share(task, batches.make, self.progress)
+                sums = batches.sums()
+        if kept is not unfinished:
+            kept.remove()
         if sums.warnings or isinstance(attack, AutoAttack):
             settings["warnings"] = sums.warnings
         if sums.fallen:
@@ -267,7 +287,68 @@ class Measure:
         if sums.unsearched:
             settings["unsearched"] = sum(sums.unsearched)
         sums.images = sums.images[: len(alive)]
-        return Outcome(spec, index, sums, settings)
+        return Outcome(spec, batches.index, sums, settings)
+
+    def help(self, task: Task) -> None:
+        """Make some batches of an attack for the first process.
+
+        Args:
+            task: the batches, of images that the measure has.
+
+        Raises:
+            ValueError: they are other images than the first process has, or it keeps batches where this one cannot see.
+        """
+        mine = self.team.taken(task, self.progress)
+        first = next(mine, None)
+        if first is None:
+            return
+        if task.data != self.subject.data:
+            raise ValueError(
+                f"process {self.team.rank} has other images than the first from number {task.first} on: all processes "
+                "of a group must read the same images in the same order"
+            )
+        kept = PartialRow(Path(task.folder))
+        self.team.check_folder(Path(task.folder))
+        spec, alive = self.attacks[task.attack], np.frombuffer(task.alive, dtype=bool)
+        begin = kept.begin() if task.begins else None
+        with self._batches(spec, alive, kept, begin, task.draws_differ) as batches:
+            for number in itertools.chain([first], mine):
+                batches.make(number)
+
+    @contextlib.contextmanager
+    def _batches(
+        self,
+        spec: AttackSpec,
+        alive: np.ndarray,
+        kept: PartialRow,
+        begin: Tensor | None,
+        draws_differ: bool | None = None,
+    ) -> Iterator[Batches]:
+        """What an attack is run on, batch by batch, with the model as the attack's variant has it within the block.
+
+        Args:
+            spec: the attack.
+            alive: bool ``[n]``, which of the first n images it is given.
+            kept: keeps the batches.
+            begin: where the search begins.
+            draws_differ: whether the target differs from call to call; None: that is tried.
+        """
+        subject = self.subject
+        subject.reseed("attack")
+        target = self._target(spec)
+        with subject.variant(spec.variant), frozen(target):
+            # tried in every process, for the draws that it takes
+            tried = self._draws_differ(spec, target)
+            context = dataclasses.replace(
+                self.context,
+                draws_differ=tried if draws_differ is None else draws_differ,
+                gradients_from=spec.gradients_from,
+                seed=subject.seed + spec.seed,
+                begin=begin,
+            )
+            counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
+            index = torch.from_numpy(alive.copy()).nonzero()[:, 0]
+            yield Batches(spec.resolved, counted, index, subject=subject, context=context, kept=kept)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
@@ -339,22 +420,21 @@ def _examples(subject: Subject, adversarial: Tensor, index: Tensor, judged: Judg
     )
 
 
+def _batches_of(settings: dict[str, Any], context: AttackContext) -> list[Any]:
+    """The settings on which it depends which image gets which draws."""
+    # there was a time when a batch went on with the random numbers of the one before it
+    seeds = ["a seed each"] if settings.get("attacked", 0) > (context.batch_size or 0) else []
+    return [context.batch_size, context.max_forward_batch, *seeds]
+
+
 # -- one attack, batch by batch ---------------------------------------------------------------------------------------
 
 
-def attack_in_batches(
-    attack: Attack,
-    target: Classifier,
-    index: Tensor,
-    *,
-    subject: Subject,
-    context: AttackContext,
-    unfinished: PartialRow,
-) -> AttackedBatch:
-    """Attack some of the images.
+class Batches:
+    """The batches of an attack, each of which can be made without the others.
 
     Random starts are tied to an image's index, so that of a model that predicts the same every time the batches do not
-    matter. The random generators go on from batch to batch, also where an earlier run made some of them.
+    matter. For a random one each batch has a seed of its own.
 
     Args:
         attack: the attack.
@@ -362,38 +442,59 @@ def attack_in_batches(
         index: the images, int64.
         subject: brings them.
         context: what the evaluation tells the attack.
-        unfinished: keeps the batches, and has those that an interrupted run finished.
-
-    Returns:
-        All the images, attacked in the places of ``index``, with the sums over the batches.
-
-    Raises:
-        TypeError: the attack returned no tensor.
-        ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
+        kept: keeps the batches, and has those that an interrupted run or another process finished.
     """
-    sums = AttackedBatch(subject.x.clone(), {}, [], 0.0)
-    health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
-    begun = 0
-    for part in index.split(context.batch_size) if len(index) else ():
-        begun += len(part)
-        batch = unfinished.read(part)
-        if batch is None:
-            if context.graphs is not None:
-                context.graphs.to_come = (len(index) - begun) / len(part)
-            batch = _attack(attack, target, part, subject, context)
-            unfinished.keep(part, batch)
-        else:
-            torch.set_rng_state(batch.generators[0])
-            for state in batch.generators[1:]:
-                torch.cuda.set_rng_state(state, subject.device)
-        sums.images[part] = batch.images.to(subject.x.device)
-        sums.seconds += batch.seconds
-        health.update(batch.health)
-        fallen.update(batch.fallen)
-        sums.unsearched += batch.unsearched
-        sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-    sums.health, sums.fallen = dict(health), dict(fallen)
-    return sums
+
+    def __init__(
+        self,
+        attack: Attack,
+        target: Classifier,
+        index: Tensor,
+        *,
+        subject: Subject,
+        context: AttackContext,
+        kept: PartialRow,
+    ):
+        self.attack, self.target, self.index, self.kept = attack, target, index, kept
+        self.subject, self.context = subject, context
+        self.parts = index.split(context.batch_size or len(index)) if len(index) else ()
+
+    def missing(self) -> list[int]:
+        """The numbers of the batches that are still to be made."""
+        return [number for number, part in enumerate(self.parts) if self.kept.read(part) is None]
+
+    def make(self, number: int) -> AttackedBatch:
+        """Attack the images of a batch, and keep it.
+
+        Args:
+            number: of the batch.
+
+        Raises:
+            TypeError: the attack returned no tensor.
+            ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
+        """
+        part = self.parts[number]
+        if self.context.graphs is not None:
+            self.context.graphs.to_come = sum(map(len, self.parts[number + 1 :])) / len(part)
+        self.subject.reseed_batch(number)
+        batch = _attack(self.attack, self.target, part, self.subject, self.context)
+        self.kept.keep(part, batch)
+        return batch
+
+    def sums(self) -> AttackedBatch:
+        """All the images, attacked in the places of the index, with the sums over the batches."""
+        sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
+        health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+        for number, part in enumerate(self.parts):
+            batch = self.kept.read(part) or self.make(number)
+            sums.images[part] = batch.images.to(self.subject.x.device)
+            sums.seconds += batch.seconds
+            health.update(batch.health)
+            fallen.update(batch.fallen)
+            sums.unsearched += batch.unsearched
+            sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+        sums.health, sums.fallen = dict(health), dict(fallen)
+        return sums
 
 
 def _attack(
@@ -415,8 +516,8 @@ def _attack(
     images, told, health = search() if graphs is None else graphs.without_if_memory_ends(search, device)
     check_adversarial(attack.name(context), images, x, attack.threat_model(context))
     counts = {name: health.count(name) for name in COUNTS}
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    seconds = time.perf_counter() - begin
-    batch = AttackedBatch(images.detach().cpu(), counts, states, seconds)
+    # when the images are there, the device has done its work
+    found = images.detach().cpu()
+    batch = AttackedBatch(found, counts, time.perf_counter() - begin)
     batch.warnings, batch.fallen, batch.unsearched = told.warnings, told.fell_to, told.unsearched
     return batch

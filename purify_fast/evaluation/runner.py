@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,13 +42,14 @@ from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
 from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
 from .measure import Measure
-from .plan import ball_name, beside_fixed, feasible, threat_name, unusual_radius
+from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress
 from .protocols import ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
 from .rows import Row, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
+from .team import Team
 
 logger = logging.getLogger("purify_fast")
 
@@ -112,6 +113,7 @@ def evaluate(
     probes: bool | None = None,
     progress: bool = True,
     curve: Sequence[float] = (),
+    together: bool = True,
 ) -> Report:
     """Attack a model in every way asked for, and report what it withstands.
 
@@ -172,6 +174,11 @@ def evaluate(
         curve: further radii, in image units. What still stands is attacked at each of them by those attacks of the
             report that have no radius of their own, from the best point of the smaller radius on. Each is a row, such
             as "worst, L-inf 2/255", and all of them are `Report.curve`.
+        together: whether the processes of torch's default process group share the work. Each of them then calls this
+            function with the same arguments, and attacks batches of ``batch_size`` images. The rows are those of one
+            process. The first process alone writes and shows something; the others get the report without its pictures.
+            Machines that do not share their temporary files need an ``out`` that they share. False: each process works
+            by itself.
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
@@ -184,7 +191,8 @@ def evaluate(
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, a way to predict for a
-            deterministic model, or ``out`` is a file.
+            deterministic model, ``out`` is a file, or the processes evaluate different things.
+        ConnectionError: the first of several processes does not answer.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -212,6 +220,7 @@ def evaluate(
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
+        team = stack.enter_context(Team(together))
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device))
@@ -220,7 +229,7 @@ def evaluate(
         subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed, predict=predict)
         subject.more = more
         # taken after the trial predictions: a model that stores its last input is then always in the same state
-        mark = (None, "") if out is None else fingerprint_or_reason(subject.model, revision)
+        mark = (None, "") if out is None and team.world == 1 else fingerprint_or_reason(subject.model, revision)
         report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
         report.notes += notes_of_protocol(protocol, model)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
@@ -235,29 +244,58 @@ def evaluate(
         )  # fmt: skip
         context = _knowing(context, predict, n_eval)
         cache = RowCache(None)
-        if out is not None:
+        if out is not None or team.world > 1:
+            # the choice of kernels stays the same during the evaluation
+            served = team.from_first("kernels", lambda: kernel_choices(device))
+            stack.enter_context(pin_kernels(served))
+        if out is not None and team.rank == 0:
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
-            # the choice of kernels stays the same during the evaluation
-            served = kernel_choices(device)
-            stack.enter_context(pin_kernels(served))
             cache = RowCache(Path(out), served, revision)
             cache.know(subject.model, mark[0])
             for model in others:
                 torch.manual_seed(seed)
                 model(subject.some())
                 cache.know(model, fingerprint(model, revision))
-        measure = Measure(subject, context, name, cache, Progress(name, progress))
+        progress = progress and team.rank == 0
+        measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress), team=team)
         feasible_plan, notes = feasible(plan, subject, context, name)
         report.notes += notes
         over = Curve(attacks_of_curve(feasible_plan, context, radii), radii)
+        measure.attacks = feasible_plan + [spec for radius in radii for spec in over.specs_at(radius, norm)]
+        if team.world > 1:
+            team.check_same(_what_is_made(measure, mark[0]))
+        if team.rank > 0:
+            return _help(measure, chunks)
         probe_cost = 0 if before is None else cost_of_probes(subject, context)
         report.rows = _all_rows(feasible_plan, measure, chunks, over, probe_cost)
         report.rows += worst_rows(report.rows)
         report.curves |= over.points(report.rows, name, float(eps))
         _conclude(report, measure, before)
-    report.notes += unusual_radius(dataset_name, norm, eps)
+        report.notes += unusual_radius(dataset_name, norm, eps)
+        team.end(report.to_json)
     return report
+
+
+def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
+    """What must be the same in all processes that share an evaluation."""
+    subject, context = measure.subject, measure.context
+    return {
+        "images": subject.data,
+        "models": [mark, subject.num_classes, subject.is_random],
+        "seed": subject.seed,
+        "batch size": [context.batch_size, context.max_forward_batch],
+        "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
+    }
+
+
+def _help(measure: Measure, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
+    """Make batches for the first process until its report is there."""
+    for task in measure.team.tasks():
+        while measure.subject.first < task.first:
+            measure.turn_to(measure.subject.going_on(*next(chunks)))
+        measure.help(task)
+    return Report.from_json(measure.team.report())
 
 
 def _in_words(predict: Predict | None, n_eval: int) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._tensors import digest
+from .._tensors import digest, text_hash
 from ..attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
@@ -255,6 +255,14 @@ class Subject:
         """Put the random generators where the phase begins."""
         # the noise of one part of the images is not that of the next
         torch.manual_seed(3 * (self.seed + self.first) + PHASES[phase])
+
+    def reseed_batch(self, number: int) -> None:
+        """Put the random generators where a batch of an attack begins, whichever process made those before it.
+
+        The first one goes on from where its attack began.
+        """
+        if number:
+            torch.manual_seed(int(text_hash(f"{self.seed} {self.first} {number}").hexdigest()[:15], 16))
 
     def judge(
         self,

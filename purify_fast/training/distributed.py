@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import re
 import sys
 import threading
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from .._process import processes
+from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
@@ -255,7 +254,7 @@ def from_first(make: Callable[[], Any]) -> Any:
             torch.save(make(), file)
             message = [file.getvalue()]
         except BaseException as error:
-            message = [_sendable(error)]
+            message = [sendable(error)]
             # what ended the first process is raised here, even where the others are gone and cannot be told
             with contextlib.suppress(BaseException):
                 dist.broadcast_object_list(message, src=0)
@@ -267,29 +266,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
 
 
-def _sendable(error: BaseException) -> BaseException:
-    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
-    # whatever a class of the user's raises when it is pickled or made anew
-    with contextlib.suppress(Exception):
-        pickle.loads(pickle.dumps(error))
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
 # -- torchrun's processes ----------------------------------------------------------------------------------------------
-
-
-def patience() -> timedelta:
-    """How long an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
-
-    Raises:
-        ValueError: the variable holds no number above 0.
-    """
-    text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
-    with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) < 1e9:
-            return timedelta(seconds=seconds)
-    raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,352 @@
+"""One evaluation by several processes: they share the batches of each attack, and the first one does all the rest.
+
+The first process of torch's default process group runs the evaluation as it would alone. When it comes to an attack, it
+publishes which batches are to be made, and every process takes the next one that nobody has taken, so that hard images
+keep none waiting. A finished batch is a file in a folder that all see, where an interrupted evaluation finds it too.
+What a batch consists of depends on the images alone, and its seed on its number: who made it does not matter.
+
+Everything goes through the store of the process group. No collective operation takes part: nobody waits for a process
+that is slow, and the batches of one that died are made by the first process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from .._process import patience, processes, sendable
+from .cache import PartialRow
+from .progress import Progress
+
+logger = logging.getLogger("purify_fast")
+
+BEAT = 5.0  # seconds between two signs of life
+SILENCE = 75.0  # seconds without one after which a process is lost
+LONGEST = 0.5  # seconds between two looks into the store, at most
+GOODBYE = 10.0  # seconds that the first process waits for the others at the end
+VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
+
+_AGAIN = "Start the same again to go on from the batches that are finished, with as many processes as there are then"
+
+
+class Task(NamedTuple):
+    """The batches of one attack on some images.
+
+    Args:
+        number: counts the tasks of an evaluation.
+        attack: the number of the attack among those of the evaluation.
+        first: the number of the first image of the part that is attacked.
+        data: the checksum of that part.
+        alive: bool ``[n]`` as bytes, which images of the part are attacked.
+        draws_differ: whether the first process found the attacked model to differ from call to call.
+        batches: the numbers of the batches that are missing.
+        folder: where they go.
+        begins: whether the folder has the points at which the attack begins.
+    """
+
+    number: int
+    attack: int
+    first: int
+    data: str
+    alive: bytes
+    draws_differ: bool
+    batches: list[int]
+    folder: str
+    begins: bool
+
+
+class Team:
+    """The processes that make one evaluation, a context manager: what is raised in one of them is raised in all.
+
+    Args:
+        together: whether the processes of the group share the work; False: this one works alone.
+
+    Attributes:
+        rank: the number of this process.
+        world: how many there are.
+    """
+
+    _evaluations = 0
+    _scratch: Path | None = None
+
+    def __init__(self, together: bool = True):
+        self.rank, self.world = processes() if together else (0, 1)
+        self._tasks, self._ended = 0, False
+        if self.world > 1:
+            Team._evaluations += 1
+            name = f"purify_fast evaluation {Team._evaluations}"
+            # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+            store = dist.distributed_c10d._get_default_store()
+            self.store, self.signs = PrefixStore(name, store), _Signs(PrefixStore(name, store.clone()), self.rank)
+
+    def __enter__(self) -> Team:
+        if self.world > 1:
+            self.signs.thread.start()
+        if self.rank > 0:
+            # the first process says it
+            logger.addFilter(_nothing)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.world == 1:
+            return
+        try:
+            if error is not None and not isinstance(error, (dist.DistError, ProcessLost)):
+                # what ended this process is raised here, even where the others cannot be told
+                with contextlib.suppress(dist.DistError):
+                    self._fail(error)
+        finally:
+            self.signs.over.set()
+            logger.removeFilter(_nothing)
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+        if isinstance(error, dist.DistError):
+            raise ProcessLost(
+                f"process {self.rank} of {self.world} cannot reach the store of the process group "
+                f"({str(error).splitlines()[0]}): the process or the machine that has it ended. {_AGAIN}"
+            ) from error
+
+    # -- what all agree on --------------------------------------------------------------------------------------------
+
+    def from_first(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives in the first process, in every process.
+
+        Args:
+            name: under which the others find it.
+            make: called by the first process alone.
+        """
+        if self.rank > 0:
+            return self._wait_for_value(name)
+        value = make()
+        if self.world > 1:
+            self.store.set(name, _as_text(value))
+        return value
+
+    def check_same(self, call: Mapping[str, Any]) -> None:
+        """Refuse processes that evaluate something else than the first one.
+
+        Args:
+            call: what is evaluated, by name.
+
+        Raises:
+            ValueError: anything differs; the message names it.
+        """
+        first = self.from_first("call", lambda: dict(call))
+        different = [name for name, value in call.items() if value != first[name]]
+        if different:
+            raise ValueError(
+                f"process {self.rank} evaluates something else than the first ({', '.join(different)} differ): all "
+                "processes of a group call evaluate alike, and share the work; with together=False each works alone"
+            )
+
+    # -- the first process --------------------------------------------------------------------------------------------
+
+    def folder(self, unfinished: PartialRow, out: Path | None) -> PartialRow:
+        """Where the batches of an attack go: where they are kept, or a folder for this evaluation alone.
+
+        Args:
+            unfinished: keeps them, or nothing.
+            out: a folder that all processes see; None: the system's for temporary files.
+        """
+        if self.world == 1 or unfinished.folder is not None:
+            return unfinished
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="shared-", dir=out))
+        return PartialRow(self._scratch / str(self._tasks))
+
+    def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
+        """Have the batches of an attack made by all processes; those that are lost on the way are left out.
+
+        Args:
+            task: the batches.
+            make: makes one.
+            progress: counts the images of all processes.
+        """
+        Path(task.folder).mkdir(parents=True, exist_ok=True)
+        task = task._replace(number=self._tasks)
+        self._tasks += 1
+        self.store.set(f"task {task.number}", _as_text(tuple(task)))
+        for number in self.taken(task, progress):
+            make(number)
+        for number in task.batches:
+            owner = int(self.store.get(f"taken {task.number} {number}"))
+            if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
+                progress.count(int(images))
+
+    def end(self, report: Callable[[], str]) -> None:
+        """The evaluation is made.
+
+        Args:
+            report: what the other processes get.
+        """
+        if self.world > 1:
+            self._end(report())
+
+    # -- the others ---------------------------------------------------------------------------------------------------
+
+    def tasks(self) -> Iterator[Task]:
+        """What there is to do for another process than the first, until the evaluation ends."""
+        while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
+            self._tasks += 1
+            yield Task(*_as_value(text))
+
+    def report(self) -> str:
+        """What the first process gave to `end`, when there are no tasks any more."""
+        report = self._wait_for_value("ended")
+        self._ended = True
+        self.store.set(f"left {self.rank}", "yes")
+        if isinstance(report, BaseException):
+            raise report
+        return str(report)
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder that this process does not see; ValueError."""
+        end = time.monotonic() + VISIBLE
+        while not folder.is_dir():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"process {self.rank}, on {socket.gethostname()}, does not see {folder}, where the first one looks "
+                    "for its batches: give out=FOLDER (--out), one that all machines share"
+                )
+            # a batch that others have made already is looked for by none
+            time.sleep(LONGEST)
+
+    # -- all ----------------------------------------------------------------------------------------------------------
+
+    def taken(self, task: Task, progress: Progress) -> Iterator[int]:
+        """The batches that this process takes; one is finished when the next is asked for.
+
+        Args:
+            task: the batches.
+            progress: counts the images of this process.
+        """
+        for number in task.batches:
+            if self.store.check(["failed"]):
+                raise _as_value(self.store.get("failed"))
+            if self.store.check([f"lost {self.rank}"]):
+                raise ProcessLost(f"process {self.rank} was silent, and the others went on without it")
+            own, place = str(self.rank).encode(), f"{task.number} {number}"
+            if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
+                before = progress.images
+                yield number
+                self.store.set(f"made {place}", str(progress.images - before))
+
+    def _wait_for(self, name: str, owner: int = 0, other: str | None = None) -> bytes | None:
+        """What is under a name; None where the other name is there, or where its owner, another one, is lost.
+
+        Raises:
+            ProcessLost: the first process is lost, or does not begin.
+        """
+        pause = 0.01
+        while not self.store.check([name]):
+            if other is not None and self.store.check([other]):
+                return None
+            if self.rank == 0 and self.store.check(["failed"]):
+                raise _as_value(self.store.get("failed"))
+            if self.signs.lost(owner):
+                if self.rank > 0:
+                    raise ProcessLost(
+                        f"process {self.rank} of {self.world} had no sign of life of the first. It died, was stopped, "
+                        f"cannot be reached, or evaluates nothing. {_AGAIN}"
+                    )
+                if self.store.compare_set(f"lost {owner}", "", "yes"):
+                    logger.warning("process %d gave no sign of life for %g s: go on without it", owner, SILENCE)
+                return None
+            time.sleep(pause)
+            pause = min(LONGEST, 1.5 * pause)
+        return self.store.get(name)
+
+    def _wait_for_value(self, name: str) -> Any:
+        """What the first process gave under a name."""
+        text = self._wait_for(name)
+        assert text is not None
+        return _as_value(text)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the others of an error; another process than the first leaves when that has heard of it."""
+        if self._ended or self.store.check([f"lost {self.rank}"]):
+            return
+        self.store.compare_set("failed", "", _as_text(sendable(error)))
+        if self.rank == 0:
+            self._end(sendable(error))
+        else:
+            with contextlib.suppress(ProcessLost):
+                self._wait_for("ended")
+                self.store.set(f"left {self.rank}", "yes")
+
+    def _end(self, result: object) -> None:
+        """Give the others the result, and time to read it: the store may be in this process, and end with it."""
+        self._ended = True
+        self.store.set("ended", _as_text(result))
+        end = time.monotonic() + GOODBYE
+        for other in range(1, self.world):
+            here = self.store.check([f"alive {other}"]) and not self.store.check([f"lost {other}"])
+            while here and not self.store.check([f"left {other}"]) and time.monotonic() < end:
+                time.sleep(0.01)
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the evaluation does not answer."""
+
+
+class _Signs:
+    """The signs of life of the processes of a team.
+
+    Silence is counted while this process waits, in steps of a beat at most, so that one that was stopped and goes on
+    does not take the time in which it heard nothing for the others' silence.
+
+    Args:
+        store: a connection of its own; one that the evaluation waits at would keep the signs back.
+        rank: the number of this process.
+    """
+
+    def __init__(self, store: Store, rank: int):
+        self.store, self.rank = store, rank
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._give, daemon=True)
+        self._last: dict[int, bytes] = {}
+        self._looked: dict[int, float] = {}
+        self._silence: dict[int, float] = {}
+
+    def _give(self) -> None:
+        beats = 0
+        while beats == 0 or not self.over.wait(BEAT):
+            beats += 1
+            # a store that does not answer is silence
+            with contextlib.suppress(dist.DistError):
+                self.store.set(f"alive {self.rank}", str(beats))
+
+    def lost(self, other: int) -> bool:
+        """Whether another process, for which this one waits, gives no signs any more; it may take long to begin."""
+        now = time.monotonic()
+        sign = self.store.get(f"alive {other}") if self.store.check([f"alive {other}"]) else b""
+        if sign != self._last.get(other):
+            self._last[other], self._silence[other] = sign, 0.0
+        self._silence[other] += min(now - self._looked.get(other, now), BEAT)
+        self._looked[other] = now
+        return self._silence[other] >= (SILENCE if sign else patience().total_seconds())
+
+
+def _as_text(value: Any) -> str:
+    return pickle.dumps(value).hex()
+
+
+def _as_value(text: bytes) -> Any:
+    return pickle.loads(bytes.fromhex(text.decode()))
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
