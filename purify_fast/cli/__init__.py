@@ -76,13 +76,15 @@ def _run(arguments: list[str]) -> None:
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        if several > 1 and not isinstance(command, Training):
-            raise ValueError(f"only train is shared by several processes, here {several}: run this in one")
+        if several > 1 and not isinstance(command, (Training, Evaluate)):
+            raise ValueError(
+                f"only train and evaluate are shared by several processes, here {several}: run this in one"
+            )
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device
 
         retain_freed_memory()
-        if isinstance(command, Training):
+        if isinstance(command, (Training, Evaluate)):
             command = replace(command, device=own_device(usable_device(command.device)))
         # the first of several processes writes
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))

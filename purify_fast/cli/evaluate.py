@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -230,15 +231,19 @@ class Evaluate(DataCommand, Purification):
 
     def run(self) -> None:
         from ..attacks.arguments import check_eps
+        from ..training.distributed import from_first
 
         check_eps(self.eps, self.norm or "linf")
-        with folder_lock(self.report_folder()):
+        with contextlib.ExitStack() as stack:
+            # the first of several processes writes; all of them are refused together
+            from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
             self.judge(self.load_data())
 
     def judge(self, images: DataSet) -> None:
         """Attack the model; print the report and write it."""
         import torch
 
+        from .._process import processes
         from ..defences.base import Defence
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
@@ -264,6 +269,8 @@ class Evaluate(DataCommand, Purification):
         }
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(model, x, y, **options)
+        if processes()[0] > 0:
+            return
         report.notes += notes
         print(report.to_text())
         report.save(out, model)

@@ -67,7 +67,9 @@ class ResultsInClassifier(Training):
 
         save_classifier(trained, self.out)
         x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
-        print(evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name).to_text())
+        # of several processes the first one alone is here
+        report = evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name, together=False)
+        print(report.to_text())
 
 
 @dataclass(frozen=True)

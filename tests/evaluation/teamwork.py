@@ -6,6 +6,7 @@ ACTIONS is a list of (function of this file, arguments). What a function gives i
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def made(kind, out=None, **more):
     options |= {"attacks": [PGD(steps=3), APGD(steps=4, restarts=2, nearest_first=0.5)]}
     if kind == "deterministic":
         options["attacks"] += [FABT(steps=3), Square(n_queries=20)]
-        return evaluate(plain, x, y, curve=[0.02, 0.08], **options | more)
+        return evaluate(plain, x, y, **{"curve": [0.02, 0.08]} | options | more)
     if kind == "random":
         model = NoisyEnsemble(plain, 0.1, samples=2)
         fixed = AttackSpec(PGD(steps=2), "fixed")
@@ -146,13 +147,21 @@ def counted(kind, out):
 
 
 def stopped(kind, out):
-    """The second process is stopped in its first batch, and goes on when the others have made that."""
+    """The second process is stopped in its first batch, and goes on when the first has said that it is lost."""
     impatient()
-    original = cache.PartialRow.keep
+    original, lost = cache.PartialRow.keep, Path(f"{out}.lost")
+
+    class Told(logging.Handler):
+        def emit(self, record):
+            lost.touch()
+
+    if RANK == 0:
+        logging.getLogger("purify_fast").addHandler(Told())
 
     def keep(self, *args):
         if RANK == 1:
-            subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+            wait = f"for i in $(seq 300); do [ -e {lost} ] && break; sleep 0.1; done"
+            subprocess.Popen(["sh", "-c", f"{wait}; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
         return original(self, *args)
 

@@ -58,9 +58,25 @@ def test_several_processes(tmp_path):
     assert "trained in 2 processes" in done.stdout and (tmp_path / "carso" / "run.yaml").is_file()
 
 
+def test_a_job_of_slurm(tmp_path):
+    """With a Slurm of one machine, whose `srun` runs the command once."""
+    pytest.importorskip("sklearn")
+    for name, content in {"scontrol": "echo localhost", "srun": 'exec "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    words = "zoo:digits-pgd-at --protocol fast --images 10 --batch-size 2 --device cpu --out report"
+    command = ["bash", str(EXAMPLES / "slurm.sh"), *words.split()]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "worst" in done.stdout and (tmp_path / "report" / "report.json").is_file()
+
+
 def test_every_example_is_tested_and_listed():
     scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
-    assert scripts == {*SMALL, "multi_gpu.sh"}
+    assert scripts == {*SMALL, "multi_gpu.sh", "slurm.sh"}
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}]({name})" in listed for name in scripts)
     for name in SMALL:
