@@ -39,6 +39,9 @@ from purify_fast._files import write_text
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "soak.md"
 PURIFY = [sys.executable, "-m", "purify_fast"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PURIFY[1:]]
+#: In a command's words, the folder that it writes to.
+OUT = "<out>"
 #: Facts that differ from run to run without being a result.
 NO_RESULTS = ("seconds", "images_per_second", "date")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
@@ -60,6 +63,11 @@ class Command:
     out: str = "--out"
     program: tuple[str, ...] = tuple(PURIFY)
 
+    def every_word(self, out: Path) -> list[str]:
+        """The words of one run that writes to ``out``."""
+        words = [word.replace(OUT, str(out)) for word in self.words]
+        return [*words, self.out, str(out)] if self.out else words
+
     def folder(self, out: Path) -> Path:
         """Where it writes if it is told to write to ``out``."""
         return out.with_name(out.name + "-quick") if self.name == "demo" else out
@@ -72,6 +80,8 @@ def commands(data: Path, inputs: Path) -> list[Command]:
     attack = ("--eps", "0.1", "--steps", "2")
     few = ("--protocol", "fast", "--images", "12", "--steps", "4", "--eot-iter", "2")
     carso = ("--layers", "conv2", "--cond-dim", "8", "--latent-dim", "4", "--samples", "2", "--decoder-width", "2")
+    # a bank in the caches would have what other runs attacked
+    bank = ("--bank", "2", "--bank-refresh", "0.2", "--bank-folder", f"{OUT}/bank")
     rows = ("--standard-epochs", "3", "--scratch-epochs", "2", "--attack-steps", "3", "--images", "16")
     atop = ("train", "atop", *base, *images, "--init", str(inputs / "train generator"), "--eps", "0.1")
     ablate = ("ablate", *images, *rows, *attack, "--width", "2", "--epochs", "2", *FAST)
@@ -79,12 +89,21 @@ def commands(data: Path, inputs: Path) -> list[Command]:
         Command("train classifier", ("train", "classifier", *images, "--width", "4", "--epochs", "16", *attack, *FAST)),
         Command("train carso", ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST)),
         Command(
+            "train carso, bank",
+            ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST, *bank),
+        ),
+        Command(
             "train generator",
             ("train", "generator", *base, *images, "--width", "2", "--epochs", "2", "--batch-size", "32", *FAST),
         ),
         Command("train atop", (*atop, "--cls-delay", "1", "--epochs", "3", "--batch-size", "32", *FAST)),
         Command("train arrest", ("train", "arrest", *base, *images, "--epochs", "10", *attack, *FAST)),
         Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few)),
+        Command(
+            "evaluate, 2 processes",
+            ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few, "--batch-size", "2"),
+            program=tuple(TORCHRUN),
+        ),
         Command("ablate", ablate),
         Command("demo", ("demo", "--quick"), program=(sys.executable, __file__, "small")),
         Command("tune", ("tune", "--device", "cpu", "--ops", *RACED, "--minutes", "10"), out=""),
@@ -118,7 +137,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def start(command: Command, out: Path, cache: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
-    words = [*command.program, *command.words, *((command.out, str(out)) if command.out else ()), *more]
+    words = [*command.program, *command.every_word(out), *more]
     # no file, which a full disk would cut off too
     process = subprocess.Popen(words, cwd=ROOT, env=environment(cache if command.out else out),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -205,6 +224,7 @@ class Soak:
         self.needed = [c for c in every if c in self.commands or c.name.startswith("train ")]
         self.faults: dict[str, Callable[[Command, Path], None]] = {
             "SIGKILL": self.killed,
+            "one of the processes killed": self.one_killed,
             "SIGTERM": self.terminated,
             "full disk, stopped": self.full_stop,
             "full disk, waited for": self.full_wait,
@@ -227,7 +247,9 @@ class Soak:
         for command in self.needed:
             began = time.monotonic()
             out = self.inputs / command.name
-            code, errors = ended(start(command, out, self.cache))
+            # several processes are to find what one finds
+            alone = replace(command, program=tuple(PURIFY)) if command.program == tuple(TORCHRUN) else command
+            code, errors = ended(start(alone, out, self.cache))
             if code:
                 raise RuntimeError(f"{command.name} undisturbed: exit status {code}\n{errors[-3000:]}")
             self.seconds[command.name] = time.monotonic() - began
@@ -298,6 +320,10 @@ class Soak:
 
     def applies(self, kind: str, command: Command) -> bool:
         """Whether a fault can happen to a command: not all write checkpoints or take the training's options."""
+        if command.program == tuple(TORCHRUN):
+            return kind in ("SIGKILL", "one of the processes killed")
+        if kind == "one of the processes killed":
+            return False
         if kind in ("full disk, waited for", "changed bit"):
             return command.name.startswith("train ")
         if kind == "small tmpfs":
@@ -336,6 +362,16 @@ class Soak:
     def killed(self, command: Command, out: Path) -> None:
         # with all processes that it started, as when a machine fails
         self.disturb("SIGKILL", command, out, lambda process: os.killpg(process.pid, signal.SIGKILL), (-9, 0))
+
+    def one_killed(self, command: Command, out: Path) -> None:
+        """torchrun ends the others, or the first process goes on without it: that is a race between the two."""
+
+        def kill_one(process: subprocess.Popen) -> None:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(int(self.draw.choice(children)), signal.SIGKILL)
+
+        self.disturb("one of the processes killed", command, out, kill_one, None)
 
     def terminated(self, command: Command, out: Path) -> None:
         self.disturb("SIGTERM", command, out, lambda process: process.terminate(), (-15, 143, 0))
@@ -453,13 +489,13 @@ def cycle(folder: Path) -> int:
     torch.set_num_threads(1)
     inputs = folder / "steady inputs"
     for command in commands(folder / "data.npz", inputs):
-        if command.name in ("demo", "ablate", "tune"):
+        if command.name in ("demo", "ablate", "tune", "evaluate, 2 processes"):
             continue
         out = inputs / command.name
         if command.name != "evaluate":
             shutil.rmtree(out, ignore_errors=True)
         # few epochs, since it is the number of calls that matters; in fewer, CARSO's KL term would never act
-        words = [*command.words, command.out, str(out)]
+        words = command.every_word(out)
         if "--epochs" in words:
             words[words.index("--epochs") + 1] = "4"
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
