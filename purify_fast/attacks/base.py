@@ -312,8 +312,9 @@ class RestartedAttack(Attack):
             best = attack(objective, 0)
             if self.restarts == 1:
                 return best
-            # one draw of every image in a pass
-            judge = Objective(model, "margin", draws, max(1, len(y)), apart=apart)
+            # one draw of every image in a pass at most
+            most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
+            judge = Objective(model, "margin", draws, most, apart=apart)
 
             def score(points: Tensor) -> Tensor:
                 wrong, margins = judge.score(points, y)

@@ -160,7 +160,8 @@ class Search:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]
             self.health.add(gradients=self.points * len(self.begin), nonfinite=nonfinite, zero=zero)
             with torch.no_grad():
-                correct = self.objective.model(x).argmax(1) == self.y
+                parts = x.split(self.objective.max_forward_batch or max(1, len(x)))
+                correct = torch.cat([self.objective.model(part) for part in parts]).argmax(1) == self.y
             self.health.see_move(self.begin, last, correct)
         if "best" not in self.memory:
             return last

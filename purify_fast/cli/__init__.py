@@ -16,6 +16,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from .._files import folder_lock
+from .._memory import ran_out_of_memory
 from .._version import __version__
 from .command import Command, usable_device
 from .evaluate import Evaluate
@@ -140,12 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        # of a GPU's memory PyTorch tells by a class of its own, of a CPU's by the text of the error alone
-        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not memory and "can't allocate memory" not in str(error):
+        if not ran_out_of_memory(error):
             return _bug(error)
         print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
-              "give a smaller --batch-size, or --max-forward-batch where there is one", file=sys.stderr)  # fmt: skip
+              "give a smaller --batch-size, of `evaluate` --batch-size auto", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)

@@ -61,9 +61,12 @@ class Evaluate(DataCommand, Purification):
         predict: How these predictions decide. worst_of, an image counts as fallen if any of them is wrong; votes, their
             majority is the defence's one prediction, and what is attacked. With either, attacks are also run under
             fixed noise, where the defence has that.
-        batch_size: Images that are attacked together.
+        batch_size: Images that are attacked together. auto: as by default, of which as many go through the model at once
+            as memory allows; the results are the same.
         max_forward_batch: Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets
             which draws.
+        memory: With --batch-size auto: the most that the process may take in all, such as 20GB; default: as much as
+            there is.
         cuda_graphs: On a GPU, capture a step of an attack once and replay it: where launching takes longer than
             computing (auto), wherever that is possible, or never.
         cudnn_benchmark: On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last
@@ -92,8 +95,9 @@ class Evaluate(DataCommand, Purification):
     eot_iter: int = 5
     n_eval: int = 5
     predict: Literal["worst_of", "votes"] | None = None
-    batch_size: int = 250
+    batch_size: int | Literal["auto"] = 250
     max_forward_batch: int | None = None
+    memory: str | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "off"
     seed: int = 0

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from .._files import atomic, write_text
+from .._memory import available_memory
 from .._tensors import content_hash, text_hash
 from .shards import FORM as FORM_OF_SHARDS
 from .shards import Member, members, shards_of
@@ -120,19 +121,6 @@ def read_folder(
         x[part] = images if streamed else images[:]
         y[part] = torch.from_numpy(np.delete(splits[part].labels.numpy(), list(left_out)))
     return x, y, len(classes)
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken: what Linux calls available, within the control group's limit; elsewhere 8 GiB."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 8 * 2**30
-    # there may be no such group, or "max" in its file
-    with contextlib.suppress(OSError, ValueError):
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
 
 
 def _decoded_once(

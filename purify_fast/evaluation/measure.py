@@ -507,13 +507,16 @@ def _attack(
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, unsearched=[]
-        )
+            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, unsearched=[],
+            max_forward_batch=subject.room.limit(context.max_forward_batch),
+        )  # fmt: skip
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
         return attack.search(target, x.clone(), y, told), told, health
 
     graphs, device = context.graphs, subject.device
-    images, told, health = search() if graphs is None else graphs.without_if_memory_ends(search, device)
+    images, told, health = subject.room.within(
+        search if graphs is None else functools.partial(graphs.without_if_memory_ends, search, device)
+    )
     check_adversarial(attack.name(context), images, x, attack.threat_model(context))
     counts = {name: health.count(name) for name in COUNTS}
     # when the images are there, the device has done its work

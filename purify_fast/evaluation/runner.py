@@ -37,9 +37,11 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms import Evidence, Probes, findings, outlook, probe
 from .alarms.answers import PROBED, Before
 from .alarms.probes import cost as cost_of_probes
+from .alarms.probes import parts as parts_of_probes
 from .cache import RowCache
 from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
+from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
 from .measure import Measure
 from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
@@ -49,7 +51,7 @@ from .report import Report
 from .rows import Row, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import Team
+from .team import PROBES, Task, Team
 
 logger = logging.getLogger("purify_fast")
 
@@ -101,8 +103,9 @@ def evaluate(
     eot_iter: int = 5,
     n_eval: int = 5,
     predict: Predict | None = None,
-    batch_size: int = 250,
+    batch_size: BatchSize = USUAL_BATCH,
     max_forward_batch: int | None = None,
+    memory: int | str | None = None,
     cuda_graphs: CudaGraphs = "auto",
     cudnn_benchmark: CudnnBenchmark = "off",
     seed: int = 0,
@@ -150,8 +153,14 @@ def evaluate(
             is has a row beside it under fixed noise, where the model has ``fixed_noise``. None: an image counts as
             fallen if any of them is wrong, attacks look for images that five fresh draws misclassify, and fixed noise
             is attacked only where an attack says so.
-        batch_size: images attacked together.
+        batch_size: images attacked together. "auto": 250 as by default, of which as many go through the model in one
+            pass as memory allows. That is measured on a pass of a few images, and halved when memory runs out. The
+            results are those of 250; of a random model, which image gets which draws depends on it, as with
+            ``max_forward_batch``. Functions, and attacks of other packages, are given 250 images in any case.
         max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
+        memory: with the batch size "auto", the most that this process may take in all of the memory in which the model
+            computes, in bytes or as "20GB". None: as much as there is, on a CPU within the limits of the process and
+            of its control group.
         cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
             longer than computing; "always" wherever that is possible, "off" never. Choose "off" for a model that keeps
             settings in an object of a class of its own, no module, dataclass or namespace, and changes them there while
@@ -198,8 +207,9 @@ def evaluate(
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
-    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size)
-    chunks = in_chunks(x, y, max(CHUNK * batch_size, PROBED))
+    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval)
+    together = images_together(batch_size, memory)
+    chunks = in_chunks(x, y, max(CHUNK * together, PROBED))
     images, labels, more = next(chunks)
     norm = read_norm(norm)
     check_at_least_one(max_forward_batch=max_forward_batch)
@@ -226,20 +236,23 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed, predict=predict)
+        subject = Subject(model, images, labels, batch_size=together, n_eval=n_eval, seed=seed, predict=predict)
         subject.more = more
+        if batch_size == "auto":
+            make_room(subject, [subject.model], memory, RowCache(None))
         # taken after the trial predictions: a model that stores its last input is then always in the same state
         mark = (None, "") if out is None and team.world == 1 else fingerprint_or_reason(subject.model, revision)
         report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
         report.notes += notes_of_protocol(protocol, model)
-        before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
+        asked = protocol not in (None, "authors") if probes is None else probes
+        before = subject.room.within(lambda: Before(subject)) if asked else None
         plan = given if protocol is None else protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base)
         if predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=batch_size,
+            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=together,
             graphs=StepGraphs(cuda_graphs), copies=GradientCopies(),
         )  # fmt: skip
         context = _knowing(context, predict, n_eval)
@@ -257,6 +270,10 @@ def evaluate(
                 torch.manual_seed(seed)
                 model(subject.some())
                 cache.know(model, fingerprint(model, revision))
+        if batch_size == "auto":
+            make_room(subject, others, memory, cache)
+            at_once = team.from_first("images at once", lambda: subject.room.limit(context.max_forward_batch))
+            context = replace(context, max_forward_batch=at_once)
         progress = progress and team.rank == 0
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress), team=team)
         feasible_plan, notes = feasible(plan, subject, context, name)
@@ -266,7 +283,7 @@ def evaluate(
         if team.world > 1:
             team.check_same(_what_is_made(measure, mark[0]))
         if team.rank > 0:
-            return _help(measure, chunks)
+            return _help(measure, before, chunks)
         probe_cost = 0 if before is None else cost_of_probes(subject, context)
         report.rows = _all_rows(feasible_plan, measure, chunks, over, probe_cost)
         report.rows += worst_rows(report.rows)
@@ -289,9 +306,14 @@ def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
     }
 
 
-def _help(measure: Measure, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-    """Make batches for the first process until its report is there."""
+def _help(measure: Measure, before: Before | None, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
+    """Make batches, and parts of the probes, for the first process until its report is there."""
     for task in measure.team.tasks():
+        if task.attack == PROBES:
+            assert before is not None
+            left = torch.frombuffer(bytearray(task.alive), dtype=torch.bool)
+            measure.team.give(task, [*_parts(measure, before, left).values()], measure.progress)
+            continue
         while measure.subject.first < task.first:
             measure.turn_to(measure.subject.going_on(*next(chunks)))
         measure.help(task)
@@ -460,6 +482,18 @@ def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
             row.settings["doubts"] = [finding.alarm for finding in doubts]
 
 
+def _parts(measure: Measure, before: Before, left: Tensor) -> dict[str, Callable[[], Any]]:
+    """The parts of the probes, each of which is made again with fewer images at once when memory runs out."""
+    room, context = measure.subject.room, measure.context
+
+    def make(name: str) -> Any:
+        told = replace(context, max_forward_batch=room.limit(context.max_forward_batch))
+        return parts_of_probes(before, told, left, measure.progress)[name]()
+
+    names = parts_of_probes(before, context, left, measure.progress)
+    return {name: functools.partial(room.within, functools.partial(make, name)) for name in names}
+
+
 def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
     """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
     context, subject = measure.context, measure.subject
@@ -470,10 +504,16 @@ def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
 
     def make() -> dict[str, Any]:
         with measure.progress.row("probes", cost_of_probes(subject, context)):
-            return asdict(probe(before, context, left, measure.progress))
+            made = _parts(measure, before, left)
+            task = Task(
+                0, PROBES, subject.first, subject.data, left.numpy().tobytes(), False, [*range(len(made))], "", False
+            )
+            values = measure.team.values(task, [*made.values()], measure.progress)
+            measured = dict(zip(made, values, strict=True))
+            return asdict(subject.room.within(lambda: probe(before, context, measured)))
 
     settings = {
-        "probes": 2, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
+        "probes": 3, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
         "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
         "attacks": [row.attack for row in evidence.rows], "left": digest(left),
         "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,

@@ -31,6 +31,7 @@ from ..defences import Defence, MajorityVote
 from ..defences.voting import undecided
 from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
+from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
 from .inputs import are_probabilities, returning_logits
@@ -131,7 +132,7 @@ class Subject:
         model: images to logits.
         x: images, float32 in [0, 1].
         y: labels, int64.
-        batch_size: images in one prediction.
+        batch_size: images in one prediction at most.
         n_eval: how often a random model judges each image; of "votes", how many draws make its one prediction.
         seed: of everything random.
         predict: how these decide; None: as "worst_of".
@@ -139,6 +140,7 @@ class Subject:
     Attributes:
         first: the number of its first image in all that is evaluated, where that comes part by part.
         more: whether further parts are to come.
+        room: how many images there is room for in one pass; without a limit at first.
         model: what is judged: the model itself, or the vote of its draws.
         single: the model itself, whose modes and parts can be asked for.
         is_random: whether two predictions of the model on the same images differ.
@@ -162,8 +164,9 @@ class Subject:
         predict: Predict | None = None,
     ):
         self.x, self.y = x, y
-        self.batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
+        self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
+        self.room = Room(None, self.device)
         self.data, self.first, self.more = digest(x, y), 0, False
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, self.some()[:1])
@@ -181,6 +184,11 @@ class Subject:
         self.single = self.model
         if predict == "votes":
             self.model, self.n_eval = MajorityVote(self.single, n_eval), 1
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one prediction."""
+        return self.room.at_most(self._batch_size)
 
     def _check_labels(self) -> None:
         bad = (self.y < 0) | (self.y >= self.num_classes)
@@ -284,6 +292,16 @@ class Subject:
             by: another model, which judges each image once.
             index: which of the images they are, int64; None: the first ``len(x)``.
         """
+        return self.room.within(lambda: self._judge(x, variant, phase, by, index))
+
+    def _judge(
+        self,
+        x: Tensor,
+        variant: Variant,
+        phase: Literal["clean", "judge"],
+        by: Classifier | None,
+        index: Tensor | None,
+    ) -> Judgement:
         y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.of(variant), self.judges(variant)) if by is None else (by, 1)
         self.reseed(phase)

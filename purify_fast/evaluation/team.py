@@ -19,7 +19,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -42,18 +42,22 @@ VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
 _AGAIN = "Start the same again to go on from the batches that are finished, with as many processes as there are then"
 
 
+#: In place of an attack's number: what the model is asked besides the attacks.
+PROBES = -1
+
+
 class Task(NamedTuple):
-    """The batches of one attack on some images.
+    """The batches of one attack on some images, or the parts of the probes.
 
     Args:
         number: counts the tasks of an evaluation.
-        attack: the number of the attack among those of the evaluation.
+        attack: the number of the attack among those of the evaluation, or `PROBES`.
         first: the number of the first image of the part that is attacked.
         data: the checksum of that part.
-        alive: bool ``[n]`` as bytes, which images of the part are attacked.
+        alive: bool ``[n]`` as bytes, which images of the part are attacked; of the probes, which are left.
         draws_differ: whether the first process found the attacked model to differ from call to call.
         batches: the numbers of the batches that are missing.
-        folder: where they go.
+        folder: where they go; of the probes, whose parts give values, none.
         begins: whether the folder has the points at which the attack begins.
     """
 
@@ -175,7 +179,8 @@ class Team:
             make: makes one.
             progress: counts the images of all processes.
         """
-        Path(task.folder).mkdir(parents=True, exist_ok=True)
+        if task.folder:
+            Path(task.folder).mkdir(parents=True, exist_ok=True)
         task = task._replace(number=self._tasks)
         self._tasks += 1
         self.store.set(f"task {task.number}", _as_text(tuple(task)))
@@ -185,6 +190,23 @@ class Team:
             owner = int(self.store.get(f"taken {task.number} {number}"))
             if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
                 progress.count(int(images))
+
+    def values(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
+        """What some functions give, each of which any process may call.
+
+        Args:
+            task: has a number for each.
+            parts: the functions.
+            progress: counts the images of all processes.
+        """
+        number, values = self._tasks, dict[int, Any]()
+        if self.world > 1:
+            self.share(task, lambda part: values.update({part: parts[part]()}), progress)
+        for part in set(task.batches) - values.keys():
+            name = f"value {number} {part}"
+            there = self.world > 1 and self.store.check([name])
+            values[part] = _as_value(self.store.get(name)) if there else parts[part]()
+        return [values[part] for part in task.batches]
 
     def end(self, report: Callable[[], str]) -> None:
         """The evaluation is made.
@@ -202,6 +224,17 @@ class Team:
         while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
             self._tasks += 1
             yield Task(*_as_value(text))
+
+    def give(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
+        """Call some of the functions of `values`, for the first process.
+
+        Args:
+            task: has a number for each.
+            parts: the functions.
+            progress: counts the images of this process.
+        """
+        for part in self.taken(task, progress):
+            self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
         """What the first process gave to `end`, when there are no tasks any more."""

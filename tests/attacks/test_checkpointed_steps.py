@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from torch import nn
 
 from purify_fast.attacks import checkpointed_steps
+from purify_fast.speed.memory import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -35,7 +35,8 @@ class Before:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
-        self.model = in_parts(subject.model, subject.batch_size)
+        # asked anew each time: it falls where memory runs out
+        self.model = lambda x: in_parts(subject.model, subject.batch_size)(x)
         self.predicted = self.predictions()
         # not so for a random model that neither has fixed noise nor draws from the global generator
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,42 +108,63 @@ def _targets(subject: Subject) -> int:
     return TARGETS_OF_RANDOM if subject.is_random else TARGETS
 
 
-def probe(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> Probes:
-    """Ask the model; to be called after the attacks.
+def parts(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> dict[str, Callable[[], Any]]:
+    """The short attacks, each of which can be made without the others; the longest ones first.
 
     Args:
-        before: its answers before them.
+        before: the model's answers before the attacks.
         context: what the evaluation tells attacks.
         left: which of the first images withstood every attack of the report, bool ``[n]``.
-        progress: counts the images that the model was given.
+        progress: counts the images that the model is given.
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
     model = counted_model(subject.model, progress)
     short = _Short(model, x, y, context, draws=draws, judges=judges, targets=_targets(subject))
-    starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
-    together = torch.stack(starts)
-    some = slice(subject.batch_size)
-    near = _near(context, x)
+    made: dict[str, Callable[[], Any]] = {
+        "missed": lambda: _missed(short, subject, left.to(x.device)),
+        "steps": lambda: _over_steps(short),
+    }
+    if subject.is_random:
+        made |= {f"draws {n}": partial(short.accuracy, eot_iter=n) for n in DRAWS if n != draws}
+    made |= {f"eps {eps}": partial(short.accuracy, eps=eps) for eps in _radii(context, x) if eps != context.eps}
     # the point that the sweeps over the radius and over the draws have in common
-    plain = short.accuracy()
+    made["plain"] = short.accuracy
+    samples = getattr(subject.single, "samples", None)
+    if isinstance(samples, int) and samples > 1:
+        made["samples"] = lambda: _over_samples(subject.single, samples, short)
+    starts = {"random_start": True, "steps": STEPS // 2}
+    return made | {f"start {seed}": lambda seed=seed: short.robust(seed=seed, **starts).cpu() for seed in range(STARTS)}
+
+
+def probe(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> Probes:
+    """Ask the model; to be called after the attacks.
+
+    Args:
+        before: its answers before them.
+        context: what the evaluation tells attacks.
+        measured: what `parts` gave.
+    """
+    subject, x, y = before.subject, before.x, before.y
+    together = torch.stack([measured[f"start {seed}"] for seed in range(STARTS)])
+    some, near, plain = slice(subject.batch_size), _near(context, x), measured["plain"]
+    further, missed = measured["missed"]
     probes = Probes(
         n=len(x),
         chance=1 / subject.num_classes,
-        eps=[(eps, plain if eps == context.eps else short.accuracy(eps=eps)) for eps in _radii(context, x)],
-        steps=_over_steps(short),
+        eps=[(eps, measured.get(f"eps {eps}", plain)) for eps in _radii(context, x)],
+        steps=measured["steps"],
+        samples=measured.get("samples", []),
         one_start=float(together.float().mean()),
         all_starts=float(together.all(0).float().mean()),
         cosine=answers.cosine(subject, y[some], x[some], near[some]),
         batch_changes=answers.batch_changes(subject, x),
+        further=further,
+        missed=missed,
     )
-    probes.further, probes.missed = _missed(short, subject, left.to(x.device))
     if subject.is_random:
-        probes.eot = [(float(n), plain if n == draws else short.accuracy(eot_iter=n)) for n in DRAWS]
+        probes.eot = [(float(n), measured.get(f"draws {n}", plain)) for n in DRAWS]
         probes.varying = answers.varying(before.model, x, y)
-    samples = getattr(subject.single, "samples", None)
-    if isinstance(samples, int) and samples > 1:
-        probes.samples = _over_samples(subject.single, samples, short)
     # last: a model that counts has counted the short attacks too
     probes.later_changes = before.later_changes()
     probes.state_changed = before.state_changed()

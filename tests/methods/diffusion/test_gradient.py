@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
-from live_bytes import LiveBytes
 from torch import nn
 
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.ops import diffusion_step
+from purify_fast.speed.memory import LiveBytes
 
 
 def ssim_distance(x, y):

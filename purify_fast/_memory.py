@@ -1,0 +1,112 @@
+"""The host's memory: what may still be taken, and whether an error says that there was too little."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Bytes of each unit.
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40
+}  # fmt: skip
+#: What is assumed where the system tells nothing.
+USUAL = 8 * 2**30
+
+
+def bytes_of(amount: int | str) -> int:
+    """An amount of memory in bytes: a number of them, or a text such as "20GB", "512 MB" or "8GiB".
+
+    Args:
+        amount: the amount.
+
+    Raises:
+        ValueError: any other text, or less than one byte.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
+    if found is None or found[2] not in UNITS or (count := int(float(found[1]) * UNITS[found[2]])) < 1:
+        raise ValueError(f"memory must be a number of bytes, or a text such as 20GB or 8GiB, got {amount!r}")
+    return count
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take on the host.
+
+    It is the least of three: what Linux calls available, what is left to the control groups of the process, and what is
+    left of its own limits on address space and data. Elsewhere 8 GiB.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return USUAL
+    return max(0, min([free, *_left_to_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), *_left_by_limits()]))
+
+
+def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
+    """What is left to each control group that this process is in, of both versions.
+
+    Args:
+        groups: the file that names them.
+        mounted: where they are found.
+    """
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top = mounted / "memory" if controllers else mounted
+            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else (
+                "memory.max", "memory.current"
+            )  # fmt: skip
+            inside = Path(place.lstrip("/"))
+            # in a container the names of the outer groups may not be there
+            for group in (top / part for part in (inside, *inside.parents)):
+                # the file says "max" where there is no limit
+                with contextlib.suppress(OSError, ValueError):
+                    most = int((group / limit).read_text())
+                    yield most - int((group / used).read_text()) + _reclaimable(group)
+
+
+def _reclaimable(group: Path) -> int:
+    """The bytes of files that a control group holds and would give back at once."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(lines.get("total_inactive_file", lines["inactive_file"]))
+    return 0
+
+
+def _left_by_limits() -> Iterator[int]:
+    """What the process's own limits leave of its address space and of its data."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    page = resource.getpagesize()
+    sizes = [int(word) * page for word in Path("/proc/self/statm").read_text().split()]
+    for limit, taken in ((resource.RLIMIT_AS, sizes[0]), (resource.RLIMIT_DATA, sizes[5])):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY:
+            yield soft - taken
+
+
+def resident_memory() -> int:
+    """Bytes of the host's memory that this process takes; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(dict(line.split(":", 1) for line in status.splitlines() if line)["VmRSS"].split()[0])
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out.
+
+    Args:
+        error: of a GPU's memory PyTorch tells by a class of its own, of a CPU's by the text of a RuntimeError alone.
+    """
+    texts = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or by_text

@@ -1,0 +1,87 @@
+"""``batch_size="auto"``: how many images go through the models of an evaluation at once, by the memory that there is.
+
+The images are attacked in batches of the usual size, whatever the memory: an attack that searches the images nearest to
+a border first chooses among those of a batch. What follows the memory is how many of a batch's images, and of their
+draws, stand in one pass of the model, which changes no result of a model that answers the same every time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from .._memory import bytes_of
+from ..attacks.arguments import check_at_least_one
+from ..attacks.objective import Objective
+from ..protocols import Classifier
+from ..speed.memory import Room, free_memory, images_that_fit
+from .cache import RowCache
+from .subject import Subject
+
+logger = logging.getLogger("purify_fast")
+
+#: Images attacked together where nothing else is asked for.
+USUAL_BATCH = 250
+#: So many tensors of the size of its images an attack is taken to remember.
+REMEMBERED = 16
+
+BatchSize = int | Literal["auto"]
+
+
+def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
+    """How many images are attacked together.
+
+    Args:
+        batch_size: a number, or "auto".
+        memory: that an automatic one may take; None: as much as there is.
+
+    Raises:
+        ValueError: neither a number nor "auto", or an amount of memory that cannot be used.
+    """
+    if batch_size == "auto":
+        if memory is not None:
+            bytes_of(memory)
+        return USUAL_BATCH
+    if isinstance(batch_size, str):
+        raise ValueError(f'batch_size must be a number or "auto", got {batch_size!r}')
+    if memory is not None:
+        raise ValueError(f'memory goes with batch_size="auto", and batch_size is {batch_size}')
+    check_at_least_one(batch_size=batch_size)
+    return batch_size
+
+
+def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
+    """Measure how many images there is room for, and let the subject's room be so large.
+
+    Args:
+        subject: the model with its images; within `purify_fast.attacks.frozen`.
+        models: those through which gradients are taken.
+        memory: that the process may take in all; None: as much as there is.
+        cache: keeps the number. A run that goes on takes it again where it still fits: of a random model the draws
+            depend on it.
+    """
+    device = subject.device
+    # of the images that an attack remembers, all are in memory at once
+    remembered = REMEMBERED * subject.x[: subject.batch_size].nbytes
+    images = subject.room.images
+    for model in models:
+        objective = Objective(model, "ce")
+
+        def gradient(count: int, objective: Objective = objective) -> object:
+            some = torch.arange(count) % len(subject.x)
+            x, y = subject.x[some.to(subject.x.device)], subject.y[some.to(subject.y.device)]
+            return objective.gradient(x.to(device), y.to(device))
+
+        fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
+        # a model that keeps its last input is left in the state in which it was found
+        model(subject.some())
+        images = fitting if images is None else min(images, fitting)
+    if images is not None:
+        name = cache.key({"images at once": subject.data}, subject.model)
+        kept: int = cache.values(name, lambda: {"images": images})["images"]
+        images = min(images, kept)
+        logger.info("%d images go through the model at once", images)
+    subject.room = Room(images, device, yields=True)

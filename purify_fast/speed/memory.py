@@ -1,0 +1,161 @@
+"""How many images go through a model at once, by a measured pass of a few and the memory that there is."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
+from .graphs.step_graphs import same_draws_again
+
+logger = logging.getLogger("purify_fast")
+
+#: Images of the measured passes: the first, and at most the second.
+FIRST, SECOND = 1, 8
+#: The share of the memory that is planned with. The rest is for what is not counted, and for gaps between tensors.
+PLANNED = 0.8
+#: More images at once gain next to nothing, and a number that does not follow every change of the memory is kept.
+MOST = 1024
+
+Result = TypeVar("Result")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators made and that are still held, and the most of them.
+
+    What operators take for themselves while they run, such as a library's scratch memory, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.most = 0, 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, once for as long as it lives."""
+        key = storage._cdata
+        if key in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen.add(key)
+        self.live += size
+        self.most = max(self.most, self.live)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that some work takes at once: as a GPU's allocator tells, on a CPU as counted.
+
+    Args:
+        work: what is measured; it is done once.
+        device: where it computes.
+    """
+    if device.type != "cuda":
+        with LiveBytes() as counted:
+            work()
+        return counted.most
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_memory(device: torch.device, budget: int | str | None) -> int:
+    """Bytes that this process may still take on a device.
+
+    Args:
+        device: a GPU, or the CPU.
+        budget: the most that it may take in all, in bytes or as "20GB"; None: as much as there is.
+
+    Raises:
+        ValueError: a budget that is no amount of memory.
+    """
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reserved
+        return free if budget is None else min(free, bytes_of(budget) - torch.cuda.memory_allocated(device))
+    return available_memory() if budget is None else bytes_of(budget) - resident_memory()
+
+
+def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
+    """How many images some work can take at once, from its memory with one image and with a few, in a straight line.
+
+    Args:
+        work: a function of the number of images. It draws nothing from what comes after it.
+        free: bytes that it may take.
+        device: where it computes.
+
+    Returns:
+        A power of two from 1 to 1,024; 1 also where one image does not fit.
+    """
+    again = same_draws_again(device)
+    try:
+        one = peak_memory(lambda: work(FIRST), device)
+        several = max(2, min(SECOND, int(PLANNED * free) // max(1, one)))
+        slope = (peak_memory(lambda: work(several), device) - one) / (several - FIRST)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        return 1
+    finally:
+        again()
+    fitting = FIRST + (PLANNED * free - one) / max(1.0, slope)
+    return 1 << (int(min(MOST, max(1.0, fitting))).bit_length() - 1)
+
+
+class Room:
+    """How many images go through a model at once: halved each time that memory runs out, where it may be.
+
+    Args:
+        images: so many at most; None: no limit.
+        device: where the model computes.
+        yields: whether work is done again with half as many when memory runs out; if not, the error is raised.
+    """
+
+    def __init__(self, images: int | None, device: torch.device, yields: bool = False):
+        self.images, self.device, self.yields = images, device, yields
+
+    def at_most(self, wanted: int) -> int:
+        """So many, or as many as there is room for."""
+        return wanted if self.images is None else min(wanted, self.images)
+
+    def limit(self, wanted: int | None) -> int | None:
+        """The lower of another limit and of this one; None is no limit."""
+        return self.images if wanted is None else self.at_most(wanted)
+
+    def within(self, work: Callable[[], Result]) -> Result:
+        """Do some work. Where memory runs out, do it again with half as many images at once, down to one.
+
+        Args:
+            work: asks this object how many, and can be done several times; each run draws the same random numbers.
+        """
+        again = same_draws_again(self.device)
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not (self.yields and ran_out_of_memory(error)) or self.images in (None, 1):
+                    raise
+            # outside of the except block, whose traceback holds the tensors of the work that failed
+            assert self.images is not None
+            self.images //= 2
+            logger.warning("memory ran out: from here on %d images go through the model at once", self.images)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            again()

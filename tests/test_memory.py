@@ -1,0 +1,80 @@
+"""How much memory is left, by what the system says."""
+
+import resource
+import sys
+
+import pytest
+
+from purify_fast import _memory
+from purify_fast._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
+
+
+@pytest.mark.parametrize(
+    "amount, wanted",
+    [
+        (5, 5),
+        ("7", 7),
+        ("20GB", 20 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("512mb", 512 * 10**6),
+        ("2K", 2000),
+        ("3t", 3 * 10**12),
+    ],
+)
+def test_amounts(amount, wanted):
+    assert bytes_of(amount) == wanted
+
+
+@pytest.mark.parametrize("amount", ["", "GB", "-1", 0, "0.1", "20 GB RAM", "1e9", "5ib"])
+def test_what_is_no_amount(amount):
+    with pytest.raises(ValueError, match="memory must be a number of bytes"):
+        bytes_of(amount)
+
+
+def test_control_groups_of_both_versions(tmp_path):
+    """The limit may be that of any group above, and what files take is given back at once."""
+
+    def group(place, **content):
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in content.items():
+            (folder / name.replace("__", ".")).write_text(text)
+
+    names = tmp_path / "cgroup"
+    names.write_text("0::/a/b\n")
+    group("a/b", memory__max="max\n", memory__current="70\n")
+    group("a", memory__max="1000\n", memory__current="300\n", memory__stat="anon 1\ninactive_file 100\n")
+    assert list(_memory._left_to_groups(names, tmp_path)) == [800]
+    names.write_text("3:cpu,cpuacct:/a\n5:memory:/a\n")
+    usage = {"memory__limit_in_bytes": "500\n", "memory__usage_in_bytes": "200\n"}
+    group("memory/a", **usage, memory__stat="inactive_file 1\ntotal_inactive_file 50\n")
+    group("memory", **usage)
+    assert list(_memory._left_to_groups(names, tmp_path)) == [350, 300]
+    assert list(_memory._left_to_groups(tmp_path / "none", tmp_path)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+def test_limits_of_the_process():
+    assert 10**6 < resident_memory() < 10**12
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    address_space = next(iter(open("/proc/self/statm"))).split()[0]
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (int(address_space) * resource.getpagesize() + 50 * 2**20, hard))
+        assert 0 < available_memory() <= 50 * 2**20
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+    assert available_memory() > 50 * 2**20
+
+
+@pytest.mark.parametrize(
+    "error, wanted",
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_which_errors_are_of_memory(error, wanted):
+    assert ran_out_of_memory(error) == wanted
