@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_control_groups_of_both_versions(tmp_path):
 def test_limits_of_the_process():
     assert 10**6 < resident_memory() < 10**12
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    address_space = next(iter(open("/proc/self/statm"))).split()[0]
+    address_space = Path("/proc/self/statm").read_text().split()[0]
     try:
         resource.setrlimit(resource.RLIMIT_AS, (int(address_space) * resource.getpagesize() + 50 * 2**20, hard))
         assert 0 < available_memory() <= 50 * 2**20

@@ -61,8 +61,8 @@ class Evaluate(DataCommand, Purification):
         predict: How these predictions decide. worst_of, an image counts as fallen if any of them is wrong; votes, their
             majority is the defence's one prediction, and what is attacked. With either, attacks are also run under
             fixed noise, where the defence has that.
-        batch_size: Images that are attacked together. auto: as by default, of which as many go through the model at once
-            as memory allows; the results are the same.
+        batch_size: Images that are attacked together. auto: as by default, of which as many go through the model at
+            once as memory allows; the results are the same.
         max_forward_batch: Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets
             which draws.
         memory: With --batch-size auto: the most that the process may take in all, such as 20GB; default: as much as

@@ -208,8 +208,8 @@ def evaluate(
     """
     check_folder("out", out)
     check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval)
-    together = images_together(batch_size, memory)
-    chunks = in_chunks(x, y, max(CHUNK * together, PROBED))
+    in_batch = images_together(batch_size, memory)
+    chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
     images, labels, more = next(chunks)
     norm = read_norm(norm)
     check_at_least_one(max_forward_batch=max_forward_batch)
@@ -236,7 +236,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        subject = Subject(model, images, labels, batch_size=together, n_eval=n_eval, seed=seed, predict=predict)
+        subject = Subject(model, images, labels, batch_size=in_batch, n_eval=n_eval, seed=seed, predict=predict)
         subject.more = more
         if batch_size == "auto":
             make_room(subject, [subject.model], memory, RowCache(None))
@@ -252,7 +252,7 @@ def evaluate(
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=together,
+            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=in_batch,
             graphs=StepGraphs(cuda_graphs), copies=GradientCopies(),
         )  # fmt: skip
         context = _knowing(context, predict, n_eval)
@@ -487,7 +487,8 @@ def _parts(measure: Measure, before: Before, left: Tensor) -> dict[str, Callable
     room, context = measure.subject.room, measure.context
 
     def make(name: str) -> Any:
-        told = replace(context, max_forward_batch=room.limit(context.max_forward_batch))
+        at_once = room.limit(context.max_forward_batch)
+        told = replace(context, max_forward_batch=at_once, batch_size=measure.subject.batch_size)
         return parts_of_probes(before, told, left, measure.progress)[name]()
 
     names = parts_of_probes(before, context, left, measure.progress)

@@ -35,8 +35,6 @@ class Before:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
-        # asked anew each time: it falls where memory runs out
-        self.model = lambda x: in_parts(subject.model, subject.batch_size)(x)
         self.predicted = self.predictions()
         # not so for a random model that neither has fixed noise nor draws from the global generator
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
@@ -47,6 +45,10 @@ class Before:
         torch.manual_seed(self.subject.seed)
         with self.subject.variant(quiet(self.subject)):
             return self.model(self.x).argmax(1)
+
+    def model(self, x: Tensor) -> Tensor:
+        """The model's answers, to so many images at once as there is room for now."""
+        return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
         """The largest share of the predictions that differ from those before, in several predictions one by one."""

@@ -133,8 +133,11 @@ def parts(before: Before, context: AttackContext, left: Tensor, progress: Progre
     samples = getattr(subject.single, "samples", None)
     if isinstance(samples, int) and samples > 1:
         made["samples"] = lambda: _over_samples(subject.single, samples, short)
-    starts = {"random_start": True, "steps": STEPS // 2}
-    return made | {f"start {seed}": lambda seed=seed: short.robust(seed=seed, **starts).cpu() for seed in range(STARTS)}
+
+    def start(seed: int) -> Tensor:
+        return short.robust(seed=seed, random_start=True, steps=STEPS // 2).cpu()
+
+    return made | {f"start {seed}": partial(start, seed) for seed in range(STARTS)}
 
 
 def probe(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> Probes:
