@@ -139,13 +139,13 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
     Args:
         capture: the stand-in; counts by attack.
     """
-    attack_in_batches = measure.attack_in_batches
 
-    def noted(attack: Any, *args: Any, context: Any, **options: Any) -> Any:
-        other = context.gradients_from is not None
-        capture.attack = attack.name(context) + (" by the gradients of another model" if other else "")
-        capture.counts[capture.attack] = Counts()
-        return attack_in_batches(attack, *args, context=context, **options)
+    class Noted(measure.Batches):
+        def __init__(self, attack: Any, *args: Any, context: Any, **options: Any):
+            other = context.gradients_from is not None
+            capture.attack = attack.name(context) + (" by the gradients of another model" if other else "")
+            capture.counts[capture.attack] = Counts()
+            super().__init__(attack, *args, context=context, **options)
 
     def graphs(mode: CudaGraphs) -> StepGraphs:
         return _Noted(mode, capture=capture)
@@ -153,7 +153,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
     runner = importlib.import_module("purify_fast.evaluation.runner")
     with (
         mock.patch.object(rows, "takes_every_size", lambda device: False),
-        mock.patch.object(measure, "attack_in_batches", noted),
+        mock.patch.object(measure, "Batches", Noted),
         mock.patch.object(runner, "StepGraphs", graphs),
         mock.patch.object(Square, "explore", lambda attack, active, objective, run: None),
     ):
