@@ -273,8 +273,9 @@ class Measure:
                     if begin is not None:
                         kept.begin(begin)
                     task = Task(
-                        0, self.attacks.index(spec), self.subject.first, self.subject.data, alive.tobytes(),
-                        context.draws_differ, missing, str(kept.folder.resolve()), begin is not None,
+                        attack=self.attacks.index(spec), first=self.subject.first, data=self.subject.data,
+                        alive=alive.tobytes(), batches=missing, folder=str(kept.folder.resolve()),
+                        draws_differ=context.draws_differ, begins=begin is not None,
                     )  # fmt: skip
                     team.share(task, batches.make, self.progress)
                 sums = batches.sums()

@@ -256,42 +256,65 @@ def evaluate(
             graphs=StepGraphs(cuda_graphs), copies=GradientCopies(),
         )  # fmt: skip
         context = _knowing(context, predict, n_eval)
-        cache = RowCache(None)
+        served = None
         if out is not None or team.world > 1:
             # the choice of kernels stays the same during the evaluation
             served = team.from_first("kernels", lambda: kernel_choices(device))
             stack.enter_context(pin_kernels(served))
+        cache = RowCache(None)
         if out is not None and team.rank == 0:
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
-            cache = RowCache(Path(out), served, revision)
-            cache.know(subject.model, mark[0])
-            for model in others:
-                torch.manual_seed(seed)
-                model(subject.some())
-                cache.know(model, fingerprint(model, revision))
+            cache = _kept_rows(RowCache(Path(out), served, revision), subject, others, mark[0])
         if batch_size == "auto":
             make_room(subject, others, memory, cache)
             at_once = team.from_first("images at once", lambda: subject.room.limit(context.max_forward_batch))
             context = replace(context, max_forward_batch=at_once)
         progress = progress and team.rank == 0
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress), team=team)
-        feasible_plan, notes = feasible(plan, subject, context, name)
-        report.notes += notes
-        over = Curve(attacks_of_curve(feasible_plan, context, radii), radii)
-        measure.attacks = feasible_plan + [spec for radius in radii for spec in over.specs_at(radius, norm)]
-        if team.world > 1:
-            team.check_same(_what_is_made(measure, mark[0]))
-        if team.rank > 0:
-            return _help(measure, before, chunks)
-        probe_cost = 0 if before is None else cost_of_probes(subject, context)
-        report.rows = _all_rows(feasible_plan, measure, chunks, over, probe_cost)
-        report.rows += worst_rows(report.rows)
-        report.curves |= over.points(report.rows, name, float(eps))
-        _conclude(report, measure, before)
-        report.notes += unusual_radius(dataset_name, norm, eps)
-        team.end(report.to_json)
+        last = unusual_radius(dataset_name, norm, eps)
+        return _filled(report, measure, plan, mark=mark[0], before=before, chunks=chunks, radii=radii, last_notes=last)
+
+
+def _filled(
+    report: Report,
+    measure: Measure,
+    plan: Sequence[AttackSpec],
+    *,
+    mark: str | None,
+    before: Before | None,
+    chunks: Iterator[tuple[Tensor, Tensor, bool]],
+    radii: Sequence[float],
+    last_notes: list[str],
+) -> Report:
+    """The report with its rows; of another process than the first, the first one's report."""
+    subject, context, team = measure.subject, measure.context, measure.team
+    feasible_plan, notes = feasible(plan, subject, context, measure.name)
+    report.notes += notes
+    curve = Curve(attacks_of_curve(feasible_plan, context, radii), radii)
+    measure.attacks = feasible_plan + [spec for radius in radii for spec in curve.specs_at(radius, context.norm)]
+    if team.world > 1:
+        team.check_same(_what_is_made(measure, mark))
+    if team.rank > 0:
+        return _help(measure, before, chunks)
+    probe_cost = 0 if before is None else cost_of_probes(subject, context)
+    report.rows = _all_rows(feasible_plan, measure, chunks, curve, probe_cost)
+    report.rows += worst_rows(report.rows)
+    report.curves |= curve.points(report.rows, measure.name, float(context.eps))
+    _conclude(report, measure, before)
+    report.notes += last_notes
+    team.end(report.to_json)
     return report
+
+
+def _kept_rows(cache: RowCache, subject: Subject, others: Sequence[Classifier], mark: str | None) -> RowCache:
+    """The rows in a folder, which know the models that they may depend on."""
+    cache.know(subject.model, mark)
+    for model in others:
+        torch.manual_seed(subject.seed)
+        model(subject.some())
+        cache.know(model, fingerprint(model, cache.revision))
+    return cache
 
 
 def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
@@ -506,9 +529,8 @@ def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
     def make() -> dict[str, Any]:
         with measure.progress.row("probes", cost_of_probes(subject, context)):
             made = _parts(measure, before, left)
-            task = Task(
-                0, PROBES, subject.first, subject.data, left.numpy().tobytes(), False, [*range(len(made))], "", False
-            )
+            alive, batches = left.numpy().tobytes(), [*range(len(made))]
+            task = Task(attack=PROBES, first=subject.first, data=subject.data, alive=alive, batches=batches)
             values = measure.team.values(task, [*made.values()], measure.progress)
             measured = dict(zip(made, values, strict=True))
             return asdict(subject.room.within(lambda: probe(before, context, measured)))

@@ -50,26 +50,26 @@ class Task(NamedTuple):
     """The batches of one attack on some images, or the parts of the probes.
 
     Args:
-        number: counts the tasks of an evaluation.
         attack: the number of the attack among those of the evaluation, or `PROBES`.
         first: the number of the first image of the part that is attacked.
         data: the checksum of that part.
         alive: bool ``[n]`` as bytes, which images of the part are attacked; of the probes, which are left.
-        draws_differ: whether the first process found the attacked model to differ from call to call.
         batches: the numbers of the batches that are missing.
         folder: where they go; of the probes, whose parts give values, none.
+        draws_differ: whether the first process found the attacked model to differ from call to call.
         begins: whether the folder has the points at which the attack begins.
+        number: counts the tasks of an evaluation.
     """
 
-    number: int
     attack: int
     first: int
     data: str
     alive: bytes
-    draws_differ: bool
     batches: list[int]
-    folder: str
-    begins: bool
+    folder: str = ""
+    draws_differ: bool = False
+    begins: bool = False
+    number: int = 0
 
 
 class Team:
@@ -270,7 +270,7 @@ class Team:
             if self.store.check(["failed"]):
                 raise _as_value(self.store.get("failed"))
             if self.store.check([f"lost {self.rank}"]):
-                raise ProcessLost(f"process {self.rank} was silent, and the others went on without it")
+                raise ProcessLost(f"process {self.rank} gave no sign of life, and the first one went on without it")
             own, place = str(self.rank).encode(), f"{task.number} {number}"
             if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
                 before = progress.images

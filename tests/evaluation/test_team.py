@@ -140,7 +140,7 @@ def test_one_that_was_stopped_ends_when_it_goes_on(one, tmp_path):
     )
     assert codes == [0, 0] and time.monotonic() - began < 60, errors
     assert result(tmp_path, "stopped") == one["random"]
-    assert "process 1 was silent" in result(tmp_path, "stopped", 1)
+    assert "process 1 gave no sign of life" in result(tmp_path, "stopped", 1)
 
 
 def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
