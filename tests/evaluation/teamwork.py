@@ -5,6 +5,7 @@
 ACTIONS is a list of (function of this file, arguments). What a function gives is written to FOLDER/FUNCTION-RANK.json.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, cache, evaluate, team
 from purify_fast.evaluation.measure import Measure
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
+from purify_fast.training.distributed import torchrun_group
 
 KINDS = ("deterministic", "random", "own", "diffusion", "stream")
 RANK = int(os.environ.get("RANK", 0))
@@ -215,11 +217,13 @@ def unseen():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, actions = sys.argv[1], eval(sys.argv[2])
-    if "WORLD_SIZE" in os.environ:
-        where = os.environ.get("STORE", "env://")
-        dist.init_process_group("gloo", init_method=where, rank=RANK, world_size=int(os.environ["WORLD_SIZE"]))
-    for name, arguments in actions:
-        result = globals()[name](*arguments)
-        Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(result))
-    if "WORLD_SIZE" in os.environ:
+    # torchrun's store has the addresses of those that it started before; a file or a port has none
+    if "STORE" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=os.environ["STORE"], rank=RANK, world_size=world)
+    with contextlib.nullcontext() if "STORE" in os.environ else torchrun_group():
+        for name, arguments in actions:
+            result = globals()[name](*arguments)
+            Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(result))
+    if "STORE" in os.environ:
         dist.destroy_process_group()
