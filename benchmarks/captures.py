@@ -32,11 +32,12 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure
 from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.speed.counting import counted
 from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.speed.graphs.step_graphs import WORTH, CudaGraphs, State, StepFunction, StepGraphs, Steps
 
 from . import RESULTS, options, report
-from .launches import Replays, counted
+from .launches import Replays
 
 FILE, BEFORE = "captures.csv", "captures_before.csv"
 #: Images of an evaluation, and of a batch, as many users have them.

@@ -10,20 +10,15 @@ operator; the decoder, which has none on a CPU, is counted by its layers.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-import purify_fast.ops.convolution  # noqa: F401  (registers the ops that are counted below)
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -194,80 +189,3 @@ def table(results: Path) -> list[str]:
     return report.table(
         ["training", "references", "kernels by rule", fewer, "captured", fewer, "all kernels", fewer], body
     )
-
-
-class _NoModules(SimpleNamespace):
-    """Stands where PyTorch's counter watches modules; everything then counts as one."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # weight [O, K, L, C], result [B, H, W, O]: a product and a sum for each weight and pixel, as the definition has it
-    return 2 * math.prod(weight) * math.prod(out_shape[:3])
-
-
-def _input_gradient(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(weight) * math.prod(grad[:3])
-
-
-def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(grad) * math.prod(kernel) * input[3]
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """How this package's convolutions count, whose shapes have channels last."""
-    ops = torch.ops.purify_fast
-    return {
-        ops.convolution: _forward,
-        ops.convolution_input_gradient: _input_gradient,
-        ops.convolution_weight_gradient: _weight_gradient,
-    }
-
-
-class Flops(FlopCounterMode):
-    """PyTorch's counter without its hooks at the modules' inputs.
-
-    Those hooks count by module. They refuse an attack: it differentiates to a leaf that a module reads, by
-    `torch.autograd.grad`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_formulas())
-        self.mod_tracker = _NoModules(parents={"Global"})  # type: ignore[assignment]
-
-    @property
-    def total(self) -> int:
-        """How many there were."""
-        return self.get_total_flops()
-
-
-class Moved(Launches):
-    """Counts launches, and the bytes that they read and write.
-
-    Attributes:
-        bytes: how many, as if no cache held anything.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.count
-        result = super().__torch_dispatch__(function, types, args, kwargs)
-        if self.count > before:
-            leaves = tree_leaves((args, kwargs, result))
-            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
-        return result
-
-
-def counted(run: Callable[[], object]) -> tuple[int, int, int]:
-    """The launches of a call, the bytes that they read and write, and the FLOP of its products."""
-    with Flops() as flops, Moved() as moved:
-        run()
-    return moved.count, moved.bytes, flops.total

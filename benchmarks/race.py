@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from purify_fast.speed import retain_freed_memory
+from purify_fast.speed.counting import counted
 from purify_fast.speed.precision import float32_products
 
-from .launches import counted
 from .limits import operands
 from .measure import environment, quantile, seconds
 from .pipelines import Case, registry

@@ -23,6 +23,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.speed.counting import EAGER, GPUS, REPLAYED, SHARE, counted
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
@@ -30,15 +31,10 @@ from purify_fast.training.config import TrainingAttack
 
 from . import RESULTS, report
 from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, of_model, per_step
-from .launches import Replays, arrest, atop, counted, served
+from .launches import Replays, arrest, atop, served
 
 FILE = "roofline.csv"
-#: Assumed of the device: bytes moved in a second, FLOP in a second in both precisions, and the share of those that
-#: convolutions reach.
-BYTES_PER_SECOND, BFLOAT16, TF32, SHARE = 3.0e12, 790e12, 395e12, 0.6
-#: Assumed of the host: seconds for an operator that PyTorch dispatches with its backward pass, and for a kernel of a
-#: graph, which the device itself starts.
-EAGER, REPLAYED = 9e-6, 1.3e-6
+H100 = GPUS["h100"]
 #: The attacks whose step is modelled.
 STEPS = ("APGD-100 ce", "APGD-T 100", "FAB-T 100", "Square")
 #: Where a step is counted, and for which batches it is modelled.
@@ -173,7 +169,7 @@ def row_of(step: str, count: Count, size: int, rate: float) -> dict[str, Any]:
         size: images.
         rate: FLOP in a second at most.
     """
-    memory, products = count.bytes / BYTES_PER_SECOND, count.flop / (SHARE * rate)
+    memory, products = count.bytes / H100.bytes_per_second, count.flop / (SHARE * rate)
     launching = count.launches * EAGER
     graph = count.launches - count.beside
     replaying = max(count.beside * EAGER, graph * REPLAYED)
@@ -202,8 +198,8 @@ def write(results: Path) -> Path:
         results: the folder.
     """
     steps: list[tuple[str, float, Callable[[int], Count]]]
-    steps = [(name, BFLOAT16, partial(of_attack, name)) for name in STEPS]
-    steps += [(name, TF32, partial(of_training, make)) for name, make in TRAININGS.items()]
+    steps = [(name, H100.bfloat16, partial(of_attack, name)) for name in STEPS]
+    steps += [(name, H100.tf32, partial(of_training, make)) for name, make in TRAININGS.items()]
     rows = []
     with served("by rule"):
         for name, rate, count in tqdm(steps, desc="roofline", unit=" steps"):

@@ -21,6 +21,7 @@ from .._version import __version__
 from .command import Command, usable_device
 from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
+from .plan import Plan, read_plan
 from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
 from .train_diffusion import TrainDiffusion
@@ -35,7 +36,7 @@ _KINDS: dict[str, type[Command]] = {
     kind.called: kind
     for kind in (
         Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion, ShowRecipe, Ablate,
-        Evaluate, ShowReport, Zoo, Tune, Info,
+        Evaluate, Plan, ShowReport, Zoo, Tune, Info,
     )
 }  # fmt: skip
 
@@ -48,6 +49,8 @@ def _any_of(kinds: dict[str, type]) -> Any:
 
 def _read(arguments: list[str]) -> Command:
     """The command that the words describe."""
+    if arguments[:1] == [Plan.called]:
+        return read_plan(arguments[1:], _read)
     for length in (1, 2):
         name = " ".join(arguments[:length])
         if name in _KINDS:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from benchmarks import __main__ as program
 from benchmarks import race, report
-from benchmarks.launches import Flops, counted
 from benchmarks.pipelines import (
     Case,
     Contestant,
@@ -19,6 +18,7 @@ from benchmarks.pipelines import (
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.ops import conv2d, use_backend
+from purify_fast.speed.counting import Flops, counted
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")

@@ -1,0 +1,165 @@
+"""What a call asks of a device: operators to launch, bytes to move, FLOP of products; and how long a GPU takes for it.
+
+The time on a GPU is a model and no measurement: the longest of what the host needs to launch the operators, what the
+memory needs to move their bytes, and what the tensor cores need for their products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+# registers the ops that are counted below
+import purify_fast.ops.convolution  # noqa: F401
+
+from ..ops.dispatch.tune import Launches
+
+
+class Gpu(NamedTuple):
+    """What is assumed of a GPU: four fifths to nine tenths of what its data sheet promises.
+
+    Args:
+        bytes_per_second: that its memory moves.
+        bfloat16: FLOP in a second at most, in that precision.
+        tf32: the same where float32 products are rounded to ten bits.
+    """
+
+    bytes_per_second: float
+    bfloat16: float
+    tf32: float
+
+
+GPUS = {
+    "h100": Gpu(3.0e12, 790e12, 395e12),
+    "h200": Gpu(4.3e12, 790e12, 395e12),
+    "a100": Gpu(1.8e12, 250e12, 125e12),
+}
+#: The share of a GPU's rate that convolutions reach.
+SHARE = 0.6
+#: Seconds that the host takes for an operator that PyTorch dispatches with its backward pass, and the device for a
+#: kernel of a graph, which it starts by itself.
+EAGER, REPLAYED = 9e-6, 1.3e-6
+
+
+class _NoModules(SimpleNamespace):
+    """Stands where PyTorch's counter watches modules; everything then counts as one."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    # weight [O, K, L, C], result [B, H, W, O]: a product and a sum for each weight and pixel, as the definition has it
+    return 2 * math.prod(weight) * math.prod(out_shape[:3])
+
+
+def _input_gradient(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * math.prod(grad[:3])
+
+
+def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * math.prod(kernel) * input[3]
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """How this package's convolutions count, whose shapes have channels last."""
+    ops = torch.ops.purify_fast
+    return {
+        ops.convolution: _forward,
+        ops.convolution_input_gradient: _input_gradient,
+        ops.convolution_weight_gradient: _weight_gradient,
+    }
+
+
+class Flops(FlopCounterMode):
+    """PyTorch's counter without its hooks at the modules' inputs.
+
+    Those hooks count by module. They refuse an attack: it differentiates to a leaf that a module reads, by
+    `torch.autograd.grad`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_formulas())
+        self.mod_tracker = _NoModules(parents={"Global"})  # type: ignore[assignment]
+
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return self.get_total_flops()
+
+
+class Moved(Launches):
+    """Counts launches, and the bytes that they read and write.
+
+    Attributes:
+        bytes: how many, as if no cache held anything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.count
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.count > before:
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+class Cost(NamedTuple):
+    """What a call asks for.
+
+    Args:
+        launches: operators that the host launches.
+        bytes: read and written.
+        flop: of products.
+    """
+
+    launches: float
+    bytes: float
+    flop: float
+
+    def line(self, other: Cost, share: float) -> Cost:
+        """The cost on the straight line through this one and another; 0 is this one, 1 the other."""
+        moved, flop = (a + (b - a) * share for a, b in ((self.bytes, other.bytes), (self.flop, other.flop)))
+        return Cost(other.launches, moved, flop)
+
+    def plus(self, other: Cost) -> Cost:
+        """Both, one after the other."""
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> Cost:
+        """So many calls."""
+        return Cost(*(factor * value for value in self))
+
+    def seconds(self, gpu: Gpu, rate: float) -> float:
+        """How long a GPU takes.
+
+        Args:
+            gpu: the GPU.
+            rate: its FLOP in a second, in the precision of the products.
+        """
+        return max(self.launches * EAGER, self.bytes / gpu.bytes_per_second, self.flop / (SHARE * rate))
+
+
+def counted(run: Callable[[], object]) -> Cost:
+    """What a call asks for.
+
+    Args:
+        run: the call.
+    """
+    with Flops() as flops, Moved() as moved:
+        run()
+    return Cost(moved.count, moved.bytes, flops.total)

@@ -1,0 +1,135 @@
+"""What a training will take: some of its steps are taken, and their cost is continued to the end of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from .._memory import resident_memory
+from ..speed.counting import Cost, counted
+from ..speed.forecast import Forecast
+from ..speed.memory import peak_memory
+from .config import FitConfig
+from .loop import train_step
+from .run import Run
+from .sources import HeldOut, Images, held_out_source, step_seed, training_source
+from .task import Batch, Task
+
+#: Images with which a step is counted for a GPU, from which it is continued to the batch.
+COUNTED = (8, 16)
+
+
+def forecast(
+    task: Task,
+    x: Images,
+    y: torch.Tensor | None,
+    config: FitConfig,
+    *,
+    validation: HeldOut | None = None,
+    gpu: str | None = None,
+    gpus: int = 1,
+    seconds: float = 10.0,
+) -> Forecast:
+    """What `purify_fast.training.fit` will take with the same arguments. It moves the task's weights: make another.
+
+    A step costs more once a delayed term of the loss acts, so that each period between two delays has its own probe.
+
+    Args:
+        task: the training.
+        x: as of `fit`.
+        y: as of `fit`.
+        config: how long and how.
+        validation: as of `fit`.
+        gpu: a name of `purify_fast.speed.counting.GPUS`, for which steps are counted and their time is modelled; None:
+            this CPU, on which they are timed.
+        gpus: how many share the batches.
+        seconds: that the probe may take on a CPU, about.
+
+    Raises:
+        ValueError: images that cannot be trained on, as of `fit`.
+    """
+    held_out = held_out_source(task, x, y, config, validation)
+    run = Run(task, config, training_source(task, x, y, config), held_out)
+    begins = sorted({0, *(step for step in run.terms.values() if 0 < step < run.total)})
+    cost, time_taken, memory = Cost(0, 0, 0), 0.0, 0.0
+    for begin, end in zip(begins, [*begins[1:], run.total], strict=True):
+        steps = _steps(run, begin)
+        step, needed = _count(task, next(steps))
+        cost = cost.plus(step.times(end - begin))
+        memory = max(memory, needed)
+        if gpu is None:
+            one_step = partial(_take, task, steps)
+            time_taken += (end - begin) * _timed(one_step, seconds / len(begins))
+    if held_out is not None:
+        # the last epoch's end has one in any case
+        passes = -(-config.epochs // config.validation_every)
+        batches = [*held_out.epoch(0, 0)]
+        with run.finished():
+            cost = cost.plus(counted(lambda: run.measure(batches[0])).times(passes * len(batches)))
+            if gpu is None:
+                time_taken += passes * len(batches) * _timed(lambda: run.measure(batches[0]), 0.0)
+    kind = "this CPU" if gpu is None else f"{gpus} {gpu}"
+    what = f"{run.total:,} steps of {run.source.batch_size or 'given'} images on {kind}"
+    if gpu is None:
+        return Forecast(what, cost, resident_memory_peak(), time_taken)
+    precision = "bfloat16" if getattr(getattr(task, "config", None), "precision", "") == "bfloat16" else "tf32"
+    return Forecast(what, cost, memory, gpu=gpu, gpus=gpus, precision=precision)
+
+
+def resident_memory_peak() -> int:
+    """The most bytes that this process has taken so far."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        # Linux counts in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_memory()
+
+
+def _steps(run: Run, begin: int) -> Iterator[Batch]:
+    """The batches of a run from a step on, those of its epoch again and again."""
+    while True:
+        for step, raw in enumerate(run.source.epoch(begin // run.steps, begin % run.steps), begin):
+            yield run.batch(raw, step, step_seed(run.config.seed, step))
+
+
+def _count(task: Task, batch: Batch) -> tuple[Cost, float]:
+    """The cost of a step, and the bytes of tensors at its peak: on a straight line through two small batches."""
+    costs, peaks, sizes = [], [], [min(size, len(batch.x)) for size in COUNTED]
+    # what is made once is made
+    train_step(task, _part(batch, sizes[0]))
+    for size in sizes:
+        step = partial(train_step, task, _part(batch, size))
+        costs.append(counted(step))
+        peaks.append(peak_memory(step, batch.x.device))
+    share = (len(batch.x) - sizes[0]) / max(1, sizes[1] - sizes[0])
+    tensors = [*task.model.parameters(), *task.model.buffers()]
+    for optimizer in task.optimizers.values():
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    kept = sum(tensor.nbytes for tensor in tensors)
+    return costs[0].line(costs[1], share), kept + peaks[0] + (peaks[1] - peaks[0]) * share
+
+
+def _take(task: Task, steps: Iterator[Batch]) -> None:
+    train_step(task, next(steps))
+
+
+def _part(batch: Batch, size: int) -> Batch:
+    return replace(batch, x=batch.x[:size], y=batch.y[:size], sample_ids=batch.sample_ids[:size], bank=None)
+
+
+def _timed(call: Callable[[], object], seconds: float) -> float:
+    """The median time of a call, of at least two behind a first one that is not counted."""
+    call()
+    times, began = list[float](), time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - began < seconds:
+        before = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
