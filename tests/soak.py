@@ -81,7 +81,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
     few = ("--protocol", "fast", "--images", "12", "--steps", "4", "--eot-iter", "2")
     carso = ("--layers", "conv2", "--cond-dim", "8", "--latent-dim", "4", "--samples", "2", "--decoder-width", "2")
     # a bank in the caches would have what other runs attacked
-    bank = ("--bank", "2", "--bank-refresh", "0.2", "--bank-folder", f"{OUT}/bank")
+    bank = ("--bank", "4", "--bank-refresh", "0.2", "--bank-folder", f"{OUT}/bank")
     rows = ("--standard-epochs", "3", "--scratch-epochs", "2", "--attack-steps", "3", "--images", "16")
     atop = ("train", "atop", *base, *images, "--init", str(inputs / "train generator"), "--eps", "0.1")
     ablate = ("ablate", *images, *rows, *attack, "--width", "2", "--epochs", "2", *FAST)
