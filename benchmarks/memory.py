@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from purify_fast._memory import peak_resident_memory
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18
 
@@ -88,18 +88,14 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
         made.accelerate()
     x = torch.rand(images, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     run = partial(plain, made, kept=form == PLAIN) if form in (PLAIN, CHECKPOINTED) else made
-    before = _peak()
+    before = peak_resident_memory() / GIGABYTE
     torch.autograd.grad(loss(run(x).float()), x)
+    peak = peak_resident_memory() / GIGABYTE
     return {
         "network": name, "parameters": sum(p.numel() for p in made.denoiser.parameters()), "images": images,
-        "form": form, "steps": steps, "gigabytes": round(_peak() - before, 3), "of_process": round(_peak(), 3),
+        "form": form, "steps": steps, "gigabytes": round(peak - before, 3), "of_process": round(peak, 3),
         **measure.environment(torch.device("cpu")),
     }  # fmt: skip
-
-
-def _peak() -> float:
-    # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIGABYTE
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

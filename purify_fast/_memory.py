@@ -101,6 +101,16 @@ def resident_memory() -> int:
     return 1024 * int(dict(line.split(":", 1) for line in status.splitlines() if line)["VmRSS"].split()[0])
 
 
+def peak_resident_memory() -> int:
+    """The most bytes of the host's memory that this process has taken so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out.
 

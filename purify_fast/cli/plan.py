@@ -12,6 +12,7 @@ import tyro
 from .._validation import Count
 from .command import Command
 from .evaluate import Evaluate
+from .parsing import parse
 from .training import OnClassifier, Training
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
         words: the plan's own options, then the run's words.
         read: reads the command of a run.
     """
-    from .parsing import parse
-
     begin = next((i for i, word in enumerate(words) if word in ("train", "evaluate")), len(words))
     plan = parse(Plan, words[:begin])
     assert isinstance(plan, Plan)

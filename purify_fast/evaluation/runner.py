@@ -45,7 +45,7 @@ from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
 from .measure import Measure
 from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
-from .progress import Progress
+from .progress import Progress, counted_model
 from .protocols import ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
 from .rows import Row, joined, worst_rows
@@ -508,13 +508,14 @@ def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
 def _parts(measure: Measure, before: Before, left: Tensor) -> dict[str, Callable[[], Any]]:
     """The parts of the probes, each of which is made again with fewer images at once when memory runs out."""
     room, context = measure.subject.room, measure.context
+    model = counted_model(measure.subject.model, measure.progress)
 
     def make(name: str) -> Any:
         at_once = room.limit(context.max_forward_batch)
         told = replace(context, max_forward_batch=at_once, batch_size=measure.subject.batch_size)
-        return parts_of_probes(before, told, left, measure.progress)[name]()
+        return parts_of_probes(before, told, left, model)[name]()
 
-    names = parts_of_probes(before, context, left, measure.progress)
+    names = parts_of_probes(before, context, left, model)
     return {name: functools.partial(room.within, functools.partial(make, name)) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""One evaluation by several processes: they share the batches of each attack, and the first one does all the rest.
+"""One evaluation by several processes: they share each attack's batches and the probes; the first one does the rest.
 
 The first process of torch's default process group runs the evaluation as it would alone. When it comes to an attack, it
 publishes which batches are to be made, and every process takes the next one that nobody has taken, so that hard images

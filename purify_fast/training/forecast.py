@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .._memory import resident_memory
+from .._memory import peak_resident_memory
 from ..speed.counting import Cost, counted
 from ..speed.forecast import Forecast
 from ..speed.memory import peak_memory
@@ -77,19 +76,9 @@ def forecast(
     kind = "this CPU" if gpu is None else f"{gpus} {gpu}"
     what = f"{run.total:,} steps of {run.source.batch_size or 'given'} images on {kind}"
     if gpu is None:
-        return Forecast(what, cost, resident_memory_peak(), time_taken)
+        return Forecast(what, cost, peak_resident_memory(), time_taken)
     precision = "bfloat16" if getattr(getattr(task, "config", None), "precision", "") == "bfloat16" else "tf32"
     return Forecast(what, cost, memory, gpu=gpu, gpus=gpus, precision=precision)
-
-
-def resident_memory_peak() -> int:
-    """The most bytes that this process has taken so far."""
-    with contextlib.suppress(ImportError):
-        import resource
-
-        # Linux counts in KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return resident_memory()
 
 
 def _steps(run: Run, begin: int) -> Iterator[Batch]:

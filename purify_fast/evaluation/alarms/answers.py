@@ -47,7 +47,7 @@ class Before:
             return self.model(self.x).argmax(1)
 
     def model(self, x: Tensor) -> Tensor:
-        """The model's answers, to so many images at once as there is room for now."""
+        """The model's answers, to as many images at a time as there is room for."""
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:

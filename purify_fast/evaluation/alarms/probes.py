@@ -15,7 +15,6 @@ from ...attacks import AttackContext, apgd, pgd
 from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
-from ..progress import Progress, counted_model
 from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
@@ -108,18 +107,17 @@ def _targets(subject: Subject) -> int:
     return TARGETS_OF_RANDOM if subject.is_random else TARGETS
 
 
-def parts(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> dict[str, Callable[[], Any]]:
+def parts(before: Before, context: AttackContext, left: Tensor, model: Classifier) -> dict[str, Callable[[], Any]]:
     """The short attacks, each of which can be made without the others; the longest ones first.
 
     Args:
         before: the model's answers before the attacks.
         context: what the evaluation tells attacks.
         left: which of the first images withstood every attack of the report, bool ``[n]``.
-        progress: counts the images that the model is given.
+        model: what is attacked, the subject's own with a counter.
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
-    model = counted_model(subject.model, progress)
     short = _Short(model, x, y, context, draws=draws, judges=judges, targets=_targets(subject))
     made: dict[str, Callable[[], Any]] = {
         "missed": lambda: _missed(short, subject, left.to(x.device)),
