@@ -200,6 +200,27 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
                 place.rmdir()
 
 
+def lock_file(handle: int, *, shared: bool) -> bool:
+    """Lock an open file without waiting, until it is closed or its process ends.
+
+    Args:
+        handle: its descriptor. Copies of it have the same lock, which holds until the last one is closed.
+        shared: many may hold such a lock at the same time; one that is not shared is held alone.
+
+    Returns:
+        Whether it is locked. On Windows always True: that system lets nobody remove a file that is open.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            # another one's, or the file system refuses locks
+            return False
+    return True
+
+
 def _this_process() -> str:
     since = datetime.datetime.now().isoformat(" ", "seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv)[:300]})"

@@ -115,8 +115,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out.
 
     Args:
-        error: of a GPU's memory PyTorch tells by a class of its own, of a CPU's by the text of a RuntimeError alone.
+        error: any error. PyTorch has a class for a GPU's memory. For a CPU's memory only the text of a RuntimeError
+            says so.
     """
     texts = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
-    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    by_text = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or by_text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 #: The norms of a ball.
 Norm = Literal["linf", "l2", "l1"]
+#: What the public functions take; AutoAttack and RobustBench write the second half.
+NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 #: What a training or an evaluation computes in: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16"]
 #: What an attack computes its gradients in: `purify_fast.attacks.engine.gradient_copy`.
@@ -77,6 +80,38 @@ def check_counts(**counts: Any) -> None:
     """ValueError unless each argument, by its name, is a whole number of at least 1."""
     for name, value in counts.items():
         _check_type(name, value, Count)
+
+
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless the argument ``name`` is a number; a fraction in quotes is written out."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return
+    got, hint = repr(value), ""
+    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+\s*/\s*[\d.]+\s*", value):
+        hint = f": write {' / '.join(part.strip() for part in value.split('/'))} without quotes"
+    elif (shape := getattr(value, "shape", None)) is not None:
+        got = f"{type(value).__module__}.{type(value).__name__} {list(shape)}"
+        hint = f": float({name}) makes a number" if math.prod(shape) == 1 else ""
+    raise TypeError(f"{name} must be a number, such as 8 / 255, got {got}{hint}")
+
+
+def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
+    """A norm's name as this package writes it.
+
+    Args:
+        norm: the name in upper or lower case, with or without ``-`` or ``_``: ``Linf``, ``L-inf`` and ``l_inf`` mean
+            ``linf``.
+        allowed: the norms that the caller takes, as this package writes them.
+
+    Raises:
+        ValueError: another name.
+    """
+    known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
+    if known not in allowed:
+        raise ValueError(
+            f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case means the same, as in Linf)"
+        )
+    return cast(Norm, known)
 
 
 def check_literal(name: str, value: Any, literal: Any) -> None:

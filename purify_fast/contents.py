@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compiler import outside_graphs
+
 #: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
 BARE = frozenset(vars(nn.Module()))
 #: Those of them that hold what is called with a forward or a backward pass.
@@ -212,7 +214,7 @@ def _is_settings(kind: type) -> bool:
 # -- modules among the parts ------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that a module holds without having registered them, the outermost ones, each with its place.
 

@@ -91,7 +91,7 @@ def apgd_step(
 
     Deterministic; ``linf`` is bit-exact across backends.
     """
-    check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi, NORMS)
+    norm = check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi, NORMS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     with torch.no_grad():

@@ -156,6 +156,6 @@ def hyperplane_projection(
 
     Deterministic.
     """
-    check({"x": x, "w": w}, norm, lo, hi)
+    norm = check({"x": x, "w": w}, norm, lo, hi)
     with torch.no_grad():
         return OP(x, w, per_sample("b", b, x), NORMS.index(norm), float(lo), float(hi), variant=norm)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike, per_image
+from .._validation import Norm, read_norm
 from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 
@@ -179,13 +180,16 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     return value.to(device=x.device, dtype=dtype).expand(x.shape[0]).contiguous()
 
 
-def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> None:
-    """What every step asks of its images, by name, its norm and its box; ValueError otherwise."""
+def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:
+    """What every step asks of its images, by name, its norm and its box; ValueError otherwise.
+
+    Returns:
+        The norm, as this package writes it.
+    """
     check_alike(**images)
-    if norm not in norms:
-        raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
     if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
+    return read_norm(norm, norms)
 
 
 def pgd_step(
@@ -221,7 +225,7 @@ def pgd_step(
 
     Deterministic; ``linf`` is bit-exact across backends.
     """
-    check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
+    norm = check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
     with torch.no_grad():

@@ -231,7 +231,7 @@ def square_proposal(
 
     Deterministic; ``linf`` is bit-exact across backends. What numbers outside [0, 1) give is not defined.
     """
-    check({"x": x, "x_nat": x_nat}, norm, lo, hi)
+    norm = check({"x": x, "x_nat": x_nat}, norm, lo, hi)
     _check(x, numbers, edge, norm, pattern)
     with torch.no_grad():
         radii, index = per_sample("eps", eps, x), NORMS.index(norm)

@@ -151,7 +151,16 @@ class Cost(NamedTuple):
             gpu: the GPU.
             rate: its FLOP in a second, in the precision of the products.
         """
-        return max(self.launches * EAGER, self.bytes / gpu.bytes_per_second, self.flop / (SHARE * rate))
+        return self.limit(gpu, rate)[1]
+
+    def limit(self, gpu: Gpu, rate: float) -> tuple[str, float]:
+        """What takes a GPU longest, in a word, and how many seconds; the arguments are those of `seconds`."""
+        times = {
+            "launching": self.launches * EAGER,
+            "moving bytes": self.bytes / gpu.bytes_per_second,
+            "products": self.flop / (SHARE * rate),
+        }
+        return max(times.items(), key=lambda item: item[1])
 
 
 def counted(run: Callable[[], object]) -> Cost:

@@ -32,21 +32,23 @@ class Forecast:
     @property
     def time(self) -> float:
         """Seconds of the whole run."""
-        if self.seconds is not None:
-            return self.seconds
+        return self._limit()[1] if self.seconds is None else self.seconds
+
+    def _limit(self) -> tuple[str, float]:
+        """What takes the GPUs longest, in a word, and how many seconds."""
         assert self.gpu is not None
         gpu = GPUS[self.gpu]
-        return self.cost.seconds(gpu, gpu.bfloat16 if self.precision == "bfloat16" else gpu.tf32) / self.gpus
+        limit, seconds = self.cost.limit(gpu, gpu.bfloat16 if self.precision == "bfloat16" else gpu.tf32)
+        return limit, seconds / self.gpus
 
     def to_text(self) -> str:
         """A small table, and a sentence on what it rests on."""
-        rows = {
-            "FLOP of products": f"{self.cost.flop:.3g}",
-            "bytes moved": f"{self.cost.bytes:.3g}",
-            "operators launched": f"{self.cost.launches:.3g}",
-            "memory at the peak": f"{self.memory / 1e9:.2f} GB",
-            "time": in_words(self.time),
-        }
+        rows = {"products": f"{amount(self.cost.flop)} FLOP", "bytes moved": amount(self.cost.bytes)}
+        time = in_words(self.time)
+        if self.seconds is None:
+            rows["operators launched"] = amount(self.cost.launches)
+            time += f", limited by {self._limit()[0]}"
+        rows |= {"memory at the peak": f"{self.memory / 1e9:.2f} GB", "time": time}
         width = max(map(len, rows))
         basis = "the time and the memory are measured on a few steps here, and continued in a straight line"
         if self.seconds is None:
@@ -59,8 +61,18 @@ class Forecast:
         return "\n".join([f"{self.what}:", *lines, f"({basis}.)"])
 
 
+def amount(value: float) -> str:
+    """A large number in words, such as "230 thousand"; three digits of it."""
+    words = ("", " thousand", " million", " billion", " trillion", " quadrillion", " quintillion", " sextillion")
+    # 999,500 and above are written as 1 million
+    power = next((i for i in range(len(words)) if value < 999.5 * 1000**i), len(words) - 1)
+    return f"{value / 1000**power:.3g}{words[power]}"
+
+
 def in_words(seconds: float) -> str:
     """A time that a person can plan with."""
+    if seconds < 1:
+        return "under a second"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

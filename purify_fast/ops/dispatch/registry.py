@@ -10,8 +10,8 @@ replace a dozen launches or more, and inside compiled graphs only if compilers d
 serves only if it was found right on this machine (`verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
-``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``cpp,triton``: each op takes
-the first that it has. `use_backend` does so for a block.
+``PURIFY_FAST_BACKEND``, which is read once at import, forces one, or several, as ``cpp,triton``: each op takes the
+first that it has for its tensors, and raises an error if it has none. `use_backend` does so for a block.
 
 Kernels differ from their references in the last bits. So what decides who serves is read once, in the first process
 when a run begins (`kernel_choices`), and holds until the run ends (`pin_kernels`), in all of its processes and when it
@@ -32,6 +32,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ... import _library
+from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, SIZES, Backend, Call, Definition
@@ -54,11 +55,11 @@ _forced: tuple[Backend, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, ops are served by the backends of this name on their devices.
+    """Within the block, the backend of this name serves ops.
 
     Args:
-        name: ``reference``, ``cpp`` or ``triton``, or several with commas between: of those of its device, an
-            op takes the first that it has. None restores the measured default.
+        name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several with commas between: an op takes the
+            first that it has for its tensors' device. None restores the measured default.
 
     Raises:
         ValueError: an unknown name. An op that has none of them raises RuntimeError when it is called.
@@ -151,20 +152,23 @@ class Op(Definition):
         """The backend that is forced for devices of a type; None if none is.
 
         Raises:
-            RuntimeError: none of those that are forced exists here.
+            RuntimeError: the op has none of the forced ones on such a device.
         """
-        names = [name for name in _forced if kind in BACKENDS[name]]
-        for name in names:
-            if name in self.available[kind]:
+        there = self.available.get(kind, ("reference",))
+        for name in _forced:
+            if name in there:
                 return name
-        if not names:
+        if not _forced:
             return None
-        missing, there = " and ".join(map(repr, names)), ", ".join(self.available[kind])
-        raise RuntimeError(f"{self.name}: backend {missing} is forced but missing; on {kind} there are: {there}")
+        missing = " or ".join(map(repr, _forced))
+        raise RuntimeError(
+            f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}; there are: "
+            f"{', '.join(there)}. Add one that it has, as in use_backend('{','.join(_forced)},reference')"
+        )
 
 
 # Decided while a graph is traced, as a call of its own that is no part of it. A graph may be of every size.
-@torch._dynamo.assume_constant_result
+@constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
     call = Call(device, variant, dtype, 0, "graph")

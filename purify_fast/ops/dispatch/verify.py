@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..._memory import ran_out_of_memory
 from . import cache, races
 from .examples import Example, double, tensors, to
 from .op import Call, Definition
@@ -225,7 +226,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
-        status = "no memory" if _lacks_memory(error) else "raised"
+        status = "no memory" if ran_out_of_memory(error) else "raised"
     return Verdict(
         **asdict(worst),
         backend=op.kernel(device.type),
@@ -234,13 +235,6 @@ def _verify(op: Definition, part: Call) -> Verdict:
         seconds=round(time.perf_counter() - began, 3),
         date=datetime.datetime.now().isoformat(timespec="seconds"),
     )
-
-
-def _lacks_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
 def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
