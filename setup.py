@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -20,9 +22,6 @@ from setuptools import setup
 
 MODES = ("auto", "none", "cpu")
 ROOT = Path(__file__).resolve().parent
-HOW = (
-    "in an environment that has torch, run: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e ."
-)
 
 DEFINES = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: runs on every later one
@@ -48,6 +47,27 @@ def build_mode(environ: Mapping[str, str]) -> str:
     return mode
 
 
+def pip_arguments() -> list[str]:
+    """What was typed after ``pip``; where the process that runs this build does not say so, the usual words."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+    except OSError:
+        words = []
+    names = [re.fullmatch(r"pip[0-9.]*", Path(word).name) is not None for word in words[:3]]
+    typed = words[names.index(True) + 1 :] if True in names else []
+    return typed if typed[:1] in (["install"], ["wheel"]) else ["install", "."]
+
+
+def how(environ: Mapping[str, str]) -> str:
+    """What to type so that the kernels are built: the command that was typed, made whole."""
+    command, *rest = pip_arguments()
+    rest = ["--no-build-isolation", *(word for word in rest if word != "--no-build-isolation")]
+    chosen = environ.get("PURIFY_FAST_BUILD")
+    mode = f"PURIFY_FAST_BUILD={shlex.quote(chosen)} " if chosen else ""
+    again = f"{mode}pip {shlex.join([command, *rest])}"
+    return f"in an environment that has torch, run: pip install 'setuptools>=77' ninja && {again}"
+
+
 def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = shutil.which) -> str:
     """The C++ compiler; raises Impossible."""
     for name in (environ.get("CXX"), "g++", "c++", "clang++"):
@@ -63,10 +83,10 @@ def check_setuptools(version: str) -> None:
         version: of setuptools.
 
     Raises:
-        SystemExit: it is older than 77.
+        SystemExit: it is older than 77; the message repeats the command that was typed.
     """
     if int(version.split(".")[0]) < 77:
-        raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {HOW}")
+        raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {how(os.environ)}")
 
 
 def sources_digest() -> str:
@@ -87,7 +107,7 @@ def extension(mode: str) -> dict:
         return {}
     try:
         if importlib.util.find_spec("torch") is None:
-            raise Impossible(f"torch is not importable here; {HOW}")
+            raise Impossible(f"torch is not importable here; {how(os.environ)}")
         compiler(os.environ)
         return torch_extension(mode)
     except Impossible as reason:

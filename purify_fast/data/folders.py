@@ -30,7 +30,7 @@ from .._memory import available_memory
 from .._tensors import content_hash, text_hash
 from .shards import FORM as FORM_OF_SHARDS
 from .shards import Member, members, shards_of
-from .streaming import StreamedImages
+from .streaming import GIVE_SIZE, StreamedImages
 
 logger = logging.getLogger("purify_fast")
 
@@ -344,7 +344,7 @@ def decode(
                 failed[number] = image
             elif image.shape[1:] != size:
                 got = " x ".join(map(str, image.shape[1:]))
-                raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
+                raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: {GIVE_SIZE}")
             else:
                 file.write(image.tobytes())
         file.seek(0)
@@ -439,7 +439,7 @@ class EncodedImages(StreamedImages):
             raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and begin anew")
         if image.shape[1:] != self.size:
             got, wanted = (" x ".join(map(str, size)) for size in (image.shape[1:], self.size))
-            raise ValueError(f"{self.files[number]} has {got} pixels, others {wanted}: give image_size=(H, W)")
+            raise ValueError(f"{self.files[number]} has {got} pixels, others {wanted}: {GIVE_SIZE}")
         return image
 
     def to(self, device: torch.device | str) -> EncodedImages:

@@ -14,6 +14,8 @@ import numpy as np
 from filelock import FileLock
 from torchvision import datasets
 
+from .streaming import GIVE_SIZE
+
 READERS: dict[str, Any] = {
     "mnist": datasets.MNIST,
     "fashion_mnist": datasets.FashionMNIST,
@@ -48,7 +50,7 @@ def find_official(
     if npz.is_file():
         return npz
     if name == "imagenette" and image_size is None:
-        raise ValueError("imagenette's images differ in size: give image_size=(H, W)")
+        raise ValueError(f"imagenette's images differ in size: {GIVE_SIZE}")
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if download:
         root.mkdir(parents=True, exist_ok=True)
@@ -63,15 +65,16 @@ def find_official(
         raise
     # a broken file can raise anything
     except Exception as error:
-        how = f"curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
-        if name != "tiny_imagenet":
-            size = "" if name != "imagenette" else f", image_size={image_size}"
-            call = f"load_dataset({name!r}, {str(root)!r}, download=True{size})"
-            how = f'python -c "from purify_fast.data import load_dataset; {call}", or --download on the command line'
+        size = "" if name != "imagenette" else f", image_size={image_size}"
+        call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
+        how = f'add --download to the command, or get it with: python -c "{call}"'
+        if name == "tiny_imagenet":
+            how = f"get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
+        elif download:
+            how = "the download has failed; remove files that are damaged, and try again"
         raise FileNotFoundError(
-            f"no data set {name!r}: looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
-            f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}; "
-            f"remove files that are damaged, then get it with: {how}"
+            f"no data set {name!r}: {how}. Looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
+            f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}"
         ) from error
 
 

@@ -16,6 +16,8 @@ from .._tensors import digest
 
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
+#: What to do about images that differ in size.
+GIVE_SIZE = "give --size H W, or image_size=(H, W) in Python"
 
 
 class StreamedImages:

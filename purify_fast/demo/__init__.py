@@ -26,6 +26,8 @@ from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
 from .setting import EPS, QUICK, Budget, Workspace, digits
 
+#: Fewer images than this, and the standard error may be five points.
+FEW = 100
 __all__ = ["EPS", "QUICK", "Budget", "Workspace", "run"]
 
 
@@ -49,16 +51,17 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     print(f"digits: {len(images.x_train)} images to train on, {budget.images} held out to attack, L-inf eps {EPS}")
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
-    # every model once, with the lowest number of all attacks on it
-    summary: dict[str, tuple[Row, Row]] = {}
+    # every model once: its clean number, the lowest of all attacks on it, and what speaks against that
+    summary: dict[str, tuple[Row, Row, str]] = {}
     sections = []
     for title in METHODS:
         reports[title], section = _report(workspace, title)
         sections.append(section)
         for name, lowest in reports[title].headlines.items():
             clean = next(row for row in reports[title].rows if (row.model, row.kind) == (name, "clean"))
-            summary.setdefault(name, (clean, lowest))
-    page = render(__package__, "report.md.jinja", quick=quick, summary=summary, sections=sections, percent=percent)
+            summary.setdefault(name, (clean, lowest, signs(reports[title], name)))
+    values = {"quick": quick, "out": workspace.out.as_posix(), "summary": summary, "sections": sections}
+    page = render(__package__, "report.md.jinja", percent=percent, **values)
     write_text(workspace.out / "report.md", page)
     folders = " and ".join(map(_folder, METHODS))
     print(f"written: {workspace.out}/report.md; report.html and report.json in {folders} there")
@@ -104,8 +107,9 @@ def _train_all(workspace: Workspace, names: Sequence[str]) -> None:
 def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     """One method's report, printed and saved, and its part of the page."""
     models, beside = METHODS[title]
-    # every row is there already
-    reports = {name: attack(workspace, name, constant_step=not beside) for name in (*beside, *models)}
+    # every row is there already, made by this run or by one before it
+    read = replace(workspace, progress=False)
+    reports = {name: attack(read, name, constant_step=not beside) for name in (*beside, *models)}
     report, place = merge(reports.values()), workspace.out / _folder(title)
     conclusions = sentences(title, reports, workspace.budget)
     print(f"\n{report.to_text()}\n\n{conclusions}")
@@ -116,6 +120,24 @@ def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     # the report's own headings stand below the method's
     tables = re.sub(r"^#+", lambda heading: f"##{heading[0]}", (place / "report.md").read_text(), flags=re.MULTILINE)
     return report, (title, place.name, conclusions, tables, sorted(path.name for path in place.glob("*.png")))
+
+
+def signs(report: Report, name: str) -> str:
+    """Whether anything says that the attacks on a model failed, and how little the lowest number is worth otherwise.
+
+    Args:
+        report: with the model's rows and findings.
+        name: of the model.
+    """
+    lowest = report.headlines[name]
+    if not lowest.reliable:
+        return "**ALARM**: the attack lacked gradients"
+    found = [finding for finding in report.findings if finding.model == name and finding.beside_headline]
+    doubts = [finding.alarm for finding in found if finding.verdict == "unreliable"]
+    if doubts:
+        return f"**ALARM**: {', '.join(doubts)}"
+    words = ["none"] if lowest.n >= FEW else [f"none on {lowest.n} images, which are few"]
+    return "; ".join([*words, *(f"fails *{finding.alarm}*" for finding in found)])
 
 
 def _folder(title: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -67,6 +67,8 @@ class Card:
         attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "votes" is the protocol
             "rand" against the majority of ten draws.
         classifier: the model of the zoo that stands behind the defence; None where the model is a classifier itself.
+        attacks: a short hash of each protocol's attacks, of their options and revisions, by the name of the protocol. A
+            protocol whose hash is missing was run before cards had them.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Card:
     clean: Accuracy
     attacked: dict[str, Accuracy]
     classifier: str | None = None
+    attacks: dict[str, str] = field(default_factory=dict)
 
     @property
     def lowest(self) -> Accuracy:
