@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._compiler import is_compiled
 from .._tensors import dtype_of, first_tensor
 from ..models.representation import Representation
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
@@ -245,7 +246,7 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):
         raise ValueError(f"{name}: unwrap it ({name}.module); for several GPUs run one process per GPU")
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if is_compiled(module):
         raise ValueError(f"{name}: unwrap it ({name}._orig_mod), and compile the defence instead")
 
 

@@ -176,12 +176,38 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def check_library_name(spec: str) -> None:
+    """Refuse a name that a library does not know.
+
+    Args:
+        spec: ``torchvision:NAME`` or ``timm:NAME``.
+
+    Raises:
+        ValueError: the library has no classifier of this name.
+        ModuleNotFoundError: the library is not installed.
+    """
+    library, _, name = spec.partition(":")
+    if library == "torchvision":
+        from torchvision import models
+
+        known, place = models.list_models(module=models), "torchvision.models.list_models()"
+        if name in known:
+            return
+    else:
+        timm = importlib.import_module("timm")
+        if timm.is_model(name):
+            return
+        known, place = timm.list_models(), "timm.list_models()"
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"near: {', '.join(near)}; " if near else ""
+    raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} names all")
+
+
 def _torchvision_model(name: str, num_classes: int) -> nn.Module:
     # it takes 1.7 seconds to import, and most classifiers do without it
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        raise ValueError(f"torchvision has no classifier {name!r}; torchvision.models.list_models() names them")
+    check_library_name(f"torchvision:{name}")
     return models.get_model(name, weights=None, num_classes=num_classes)
 
 
@@ -200,10 +226,10 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
 
 
 def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    timm = importlib.import_module("timm")
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; timm.list_models() names them")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    check_library_name(f"timm:{name}")
+    return importlib.import_module("timm").create_model(
+        name, pretrained=False, num_classes=num_classes, in_chans=in_channels
+    )
 
 
 def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:

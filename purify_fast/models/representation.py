@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,17 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
     return logits.shape[1]
 
 
+def _instead(name: str, modules: Iterable[str]) -> str:
+    """What to give in place of a layer's name: the paths that end in it, or those with an end that is near to it."""
+    depth = name.count(".") + 1
+    ends = {path: ".".join(path.split(".")[-depth:]) for path in modules if path}
+    if whole := [path for path, end in ends.items() if end == name]:
+        return f"give its full path: {' or '.join(whole[:5])}"
+    close = difflib.get_close_matches(name, {*ends, *ends.values()}, 4)
+    near = [path for path, end in ends.items() if path in close or end in close] or list(ends)
+    return f"near: {', '.join(near[:5])}"
+
+
 class Representation:
     """Reads the outputs of ``layers`` in one forward pass of ``model``; several threads may read at once.
 
@@ -115,8 +126,7 @@ class Representation:
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
         for name in layers:
             if name not in modules or name == "":
-                near = difflib.get_close_matches(name, modules, 3) or [n for n in modules if n][:5]
-                raise ValueError(f"layers: the classifier has no module {name!r}; near: {', '.join(near)}")
+                raise ValueError(f"layers: the classifier has no module {name!r}; {_instead(name, modules)}")
         self.model, self.layers = model, tuple(layers)
         self.traced: list[Tensor | None] | None = None
         self.outputs: dict[int, list[Tensor | None]] = {}

@@ -30,12 +30,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
+from .._files import lock_file
 from .._tensors import per_image
 from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
@@ -59,11 +61,12 @@ class BankConfig:
     Args:
         variants: M, how many variants of an image are kept, over all attacks of the training; at least one for each. An
             attack without a random start makes the same image each time and keeps one.
-        refresh: rho, the share of the adversarial images that is attacked although the bank has enough. 1 is the
-            training without a bank, to the bit.
+        refresh: rho, the share of the adversarial images that is attacked although the bank has enough, by the attacks
+            with a random start; the others would make the same image again. 1 is the training without a bank, to the
+            bit.
         folder: where the file is kept, for later runs too; None: ``banks`` in the folder of caches (PURIFY_FAST_CACHE).
-        gigabytes: the most that the folder's banks may take together, in units of 10^9 bytes. Banks that were not used
-            for the longest time are removed for a new one.
+        gigabytes: the most that the folder's banks may take together, in units of 10^9 bytes. For a new bank those that
+            were not used for the longest time are removed, but none that a run has open.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -163,13 +166,14 @@ class AdversarialBank:
 
     The file has a record for each place. A record holds its own checksum, over its place too: one that is cut off, torn
     by a kill or by another process that wrote it at the same time, or damaged, counts as missing, and is made again. So
-    no process waits for another one. On one machine they see at once what the others wrote.
+    no process waits for another one. On one machine they see at once what the others wrote. No other run removes the
+    file while this object lives.
 
     Attributes:
         path: the file, whose name is a key over model, data, attacks and layout.
         made: images that this process attacked.
         read: images that it read in place of attacking.
-        damaged: records that were found damaged.
+        damaged: damaged records that were made again.
         seconds: that this process spent on reading and writing.
 
     Args:
@@ -179,8 +183,8 @@ class AdversarialBank:
         batch_size: images of a step, of all processes together.
 
     Raises:
-        ValueError: fewer variants than attacks, or more bytes than the limit.
-        OSError: the file cannot be made; on a full disk before any work.
+        ValueError: fewer variants than attacks, or more bytes than the limit leaves beside the banks in use.
+        OSError: the file cannot be made or locked; on a full disk before any work.
     """
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks, images: BankedImages, batch_size: int):
@@ -198,9 +202,13 @@ class AdversarialBank:
         self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.bank"
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
-        _make_room(self.path, self.bytes, round(config.gigabytes * 1e9))
-        self.records = np.memmap(self.path, dtype=kind, mode="r+", shape=shape)
-        adversarial = batch_size * sum(one.share for one in attacks.attacks)
+        with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
+            # the map keeps a descriptor of its own, and with it the lock
+            self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
+        # an index of a map takes several times as long as one of an array
+        self.records: np.ndarray = np.asarray(self._map)
+        self._random = np.array([one.random for one in attacks.attacks])
+        adversarial = batch_size * sum(one.share for one in attacks.attacks if one.random)
         self.period = 1
         if 0 < config.refresh < 1:
             wanted = math.ceil(TOGETHER / max(config.refresh * adversarial, 1e-9))
@@ -233,24 +241,14 @@ class AdversarialBank:
         began = time.monotonic()
         found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
                       np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))  # fmt: skip
-        for kind, places in enumerate(self.slots):
-            here = np.flatnonzero(kinds == kind)
-            used = self.records["number"][entries[here], places] > 0
-            own = used & (self.records["draw"][entries[here], places] == seed)
-            count = used.shape[1]
-            any_place = np.minimum((draws[here] * count).astype(np.int64), count - 1)
-            chosen = places.start + np.where(own.any(1), own.argmax(1), any_place)
-            for row in np.flatnonzero(own.any(1) | used.all(1)):
-                at = int(entries[here[row]]), int(chosen[row])
-                # a copy: another process may write there at any moment
-                record = self.records[at].copy()
-                if record["check"] != _checksum(record, at):
-                    self.damaged += 1
-                    self.records["number"][at] = 0
-                    continue
-                image = here[row]
-                found.steps[image], found.scale[image] = record["steps"], record["scale"]
-                found.there[image], found.own[image] = True, own[row].any()
+        for image, (entry, kind) in enumerate(zip(entries.tolist(), kinds.tolist(), strict=True)):
+            records, whole = self._variants(entry, self.slots[kind])
+            own = [there and draw == seed for there, draw in zip(whole, records["draw"].tolist(), strict=True)]
+            if any(own) or all(whole):
+                count = len(whole)
+                chosen = own.index(True) if any(own) else min(int(draws[image] * count), count - 1)
+                found.steps[image], found.scale[image] = records["steps"][chosen], records["scale"][chosen]
+                found.there[image], found.own[image] = True, any(own)
         self.seconds += time.monotonic() - began
         return found
 
@@ -267,10 +265,13 @@ class AdversarialBank:
         began = time.monotonic()
         for i in np.flatnonzero(np.isfinite(scale)):
             entry, places = int(entries[i]), self.slots[kinds[i]]
-            numbers = self.records["number"][entry, places]
-            if (self.records["draw"][entry, places][numbers > 0] == seed).any():
+            records, whole = self._variants(entry, places)
+            if (records["draw"][whole] == seed).any():
                 continue
-            at = entry, places.start + int(numbers.argmin())
+            numbers = np.where(whole, records["number"], 0)
+            place = int(numbers.argmin())
+            self.damaged += bool(records["number"][place]) and not whole[place]
+            at = entry, places.start + place
             record = np.zeros((), self.records.dtype)
             record["number"], record["draw"] = int(numbers.max()) + 1, seed
             record["scale"], record["steps"] = scale[i], steps[i]
@@ -278,14 +279,31 @@ class AdversarialBank:
             self.records[at] = record
         self.seconds += time.monotonic() - began
 
+    def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, list[bool]]:
+        """The records of an image in some places, and which of them hold a variant."""
+        # a copy: another process may write there at any moment
+        records = self.records[entry, places].copy()
+        heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
+        whole = [
+            number > 0 and check == _checksum(records[i], (entry, places.start + i))
+            for i, (number, check) in enumerate(heads)
+        ]
+        return records, whole
+
     def flush(self) -> None:
-        """Have what was written on the disk; a kill loses nothing without it, a power failure might."""
-        self.records.flush()
+        """Have what was written on the disk; a kill loses nothing without it, a power failure might.
+
+        The file counts as used at this moment.
+        """
+        self._map.flush()
+        # a person may have removed it
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
 
     def fullness(self) -> list[float]:
         """The share of the places of each attack that hold a variant, by a look at some of the images."""
-        entries = np.unique(np.linspace(0, len(self.records) - 1, LOOK).astype(np.int64))
-        return [float((self.records["number"][entries, places] > 0).mean()) for places in self.slots]
+        entries = np.unique(np.linspace(0, len(self.records) - 1, LOOK).astype(np.int64)).tolist()
+        return [float(np.mean([self._variants(entry, places)[1] for entry in entries])) for places in self.slots]
 
     def left_to_make(self, epochs: float) -> tuple[float, float]:
         """What a run will make, in images for each image of its data.
@@ -300,7 +318,7 @@ class AdversarialBank:
         for attack, places, full in zip(self.attacks.attacks, self.slots, self.fullness(), strict=True):
             uses, count = epochs * attack.share, places.stop - places.start
             filled = (1 - full) * _expected_at_most(count, epochs, attack.share)
-            attacked += filled + self.config.refresh * (uses - filled)
+            attacked += filled + (self.config.refresh * (uses - filled) if attack.random else 0.0)
             asked += uses
         return attacked, asked
 
@@ -390,6 +408,8 @@ class BankedStep:
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
+        # an attack without a random start would make what is there
+        anew &= bank._random[kind]
         due = ~found.there | (anew & ~found.own)
         if due.any():
             # With what the step made before it was killed: a model's last bits may depend on the size of the batch.
@@ -427,24 +447,57 @@ def _checksum(record: Any, place: tuple[int, int]) -> int:
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
-def _make_room(path: Path, size: int, limit: int) -> None:
-    """Make the file of a bank, or find it as it is; the banks beside it that are oldest go if there are too many."""
+def _opened(path: Path, size: int, limit: int) -> BinaryIO:
+    """The file of a bank, with its whole size, locked against its removal for as long as it is open."""
     if size > limit:
         raise ValueError(
             f"the adversarial bank needs {size / 1e9:.3g} GB, more than its limit of {limit / 1e9:.3g} GB: keep fewer "
             "variants or raise the limit (gigabytes)"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # one run at a time, so that two new banks do not take the same room
+    with FileLock(path.parent / ".lock"):
+        _make_room(path, size, limit)
+        file = os.fdopen(_allocated(path, size), "r+b")
+        lock_file(file.fileno(), shared=True)
+    return file
+
+
+def _make_room(path: Path, size: int, limit: int) -> None:
+    """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
     others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
-    total = size + sum(_size(other) for other in others)
+    sizes = {other: _size(other) for other in others}
+    in_use = sum(sizes[other] for other in others if not _is_unused(other))
+    if size + in_use > limit:
+        raise ValueError(
+            f"the adversarial bank needs {size / 1e9:.3g} GB, and other runs use {in_use / 1e9:.3g} GB of banks in "
+            f"{path.parent}, together more than the limit of {limit / 1e9:.3g} GB: raise the limit (gigabytes), give "
+            "another folder or wait for these runs"
+        )
+    total = size + sum(sizes.values())
     for other in others:
         if total <= limit:
             break
-        total -= _size(other)
-        # a process that uses it keeps what it has open
-        with contextlib.suppress(OSError):
-            other.unlink()
-            logger.warning("the adversarial bank %s was not used for the longest time and is removed", other)
+        # nobody begins to use it meanwhile: that needs the lock of the folder
+        if _is_unused(other):
+            with contextlib.suppress(OSError):
+                other.unlink()
+                total -= sizes[other]
+                logger.warning("the adversarial bank %s was not used for the longest time and is removed", other)
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether no run has a bank open."""
+    try:
+        with path.open("r+b") as file:
+            return lock_file(file.fileno(), shared=False)
+    except OSError:
+        # gone meanwhile, or another user's
+        return not path.exists()
+
+
+def _allocated(path: Path, size: int) -> int:
+    """A descriptor of a bank's file, which is made if it is missing, and has its whole size."""
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
@@ -454,12 +507,12 @@ def _make_room(path: Path, size: int, limit: int) -> None:
         else:
             os.truncate(handle, size)
     except OSError as error:
+        os.close(handle)
         if new:
             path.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB", str(path)) from error
-    finally:
-        os.close(handle)
     os.utime(path)
+    return handle
 
 
 def _size(path: Path) -> int:

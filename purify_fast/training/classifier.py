@@ -19,7 +19,7 @@ from ..models.foreign import ForeignClassifier
 from ..ops.pgd_step import pgd_step
 from ..speed.folding.inference_copy import autocast_to
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, TrainingAttack, settings
+from .config import ClassifierConfig, settings
 from .schedules import one_cycle, rising
 from .single_step import n_fgsm, nuclear_norm, nuclear_step
 from .task import Batch, Metrics, Task, Update, check_classifier
@@ -68,12 +68,9 @@ class ClassifierTask(Task):
             point = pgd_step(point.detach(), point.grad, x, alpha, attack.eps, lo=0.0, hi=1.0)
 
     def validate(self, batch: Batch) -> Metrics:
-        if self.config.adversarial == "pgd":
-            return super().validate(batch)
-        # a model that overfits to one step is seen by an attack of several
-        attack = TrainingAttack(eps=self.config.attack.eps, steps=10)
+        attack = self.config.attack.of_validations()
         with self._precision(batch.x):
-            x = attack.run(self.model, batch, graphs=self.graphs)
+            x = attack.run(self.model, batch, graphs=self.graphs) if attack.eps > 0 else batch.x
             with torch.no_grad():
                 loss, metrics = self._cross_entropy(x, batch.y)
         return {"loss": loss, **metrics}

@@ -19,6 +19,7 @@ from .._validation import (
     Share,
     ShareBelow1,
     check_types,
+    read_norm,
 )
 from .schedules import rising
 
@@ -39,7 +40,7 @@ class TrainingAttack:
     Args:
         eps: radius of the ball in image units; 0 trains on clean images, where a method allows that.
         steps: steps of PGD.
-        norm: norm of the ball: "linf", "l2" or "l1".
+        norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
         alpha: length of a step in image units when eps has its full size; None takes relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps, where alpha is None.
         random_start: whether PGD begins at a random point of the ball and not at the image itself.
@@ -62,6 +63,9 @@ class TrainingAttack:
     eps_warmup: Share = 0.0
 
     def __post_init__(self) -> None:
+        if (norm := read_norm(self.norm)) != self.norm:
+            # the dataclass is frozen
+            object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
             raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
@@ -113,6 +117,13 @@ class TrainingAttack:
             random_start=now.random_start, start_std=now.start_std, seed=batch.seed, sample_ids=ids, graphs=graphs,
         )  # fmt: skip
 
+    def of_validations(self) -> TrainingAttack:
+        """The attack on held-out images: this one, or PGD-10 from a random start where this one has fewer steps.
+
+        A model that overfits to an attack of few steps withstands that attack alone.
+        """
+        return self if self.steps >= 10 or self.eps == 0 else TrainingAttack(eps=self.eps, steps=10, norm=self.norm)
+
     def step_size(self, eps: Radius) -> Radius | float:
         """The length of a step.
 
@@ -155,7 +166,8 @@ class FitConfig:
         validation_share: share of the images, drawn by the seed, that is not trained on but validated with; 0 for none.
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
         keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
-            the lowest loss or the highest accuracy, under the training's own attack at its full eps.
+            the lowest loss or the highest accuracy, under the training's own attack at its full eps. Classifiers whose
+            training attack has fewer than 10 steps are validated by PGD-10.
         on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
             seconds until there is room.
         on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
@@ -212,7 +224,7 @@ class ClassifierConfig:
             2021); one process. "free": each batch is trained on as often as the attack has steps, and the gradient
             that moves the weights moves the images too (Shafahi et al., NeurIPS 2019, Algorithm 1, but every batch
             begins at a random point of the ball and not at the last batch's): an epoch counts as so many.
-            Validations of the cheaper ones are by PGD-10.
+            Validations of the cheaper ones are by PGD-10, as are those of attacks with fewer steps.
         nuclear_weight: of the nuclear norm in "nuat" at its highest. It rises from 0, epoch by epoch, over the first
             nine tenths of the epochs; 4.5 is the authors' for a ResNet-18 on CIFAR-10 and batches of 64 (their
             CIFAR10/NuAT_cifar10.py, lines 37 and 274).

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._tensors import first_tensor
-from ..._validation import Norm
+from ..._validation import NormName
 from ...attacks import pgd
 from ...models.representation import Representation
 
@@ -52,7 +52,7 @@ def rank_layers(
     y: Tensor,
     *,
     eps: float,
-    norm: Norm = "linf",
+    norm: NormName = "linf",
     steps: int = 20,
     seed: int = 0,
 ) -> list[LayerScore]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..._tensors import dtype_of, first_tensor, write_stamp
 from ..._validation import check_counts, check_literal
-from ...attacks.checkpointed_steps import checkpointed_steps
+from ...attacks.checkpointed_steps import checkpointed_steps, draws_numbers
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
@@ -113,6 +113,10 @@ class DiffusionPurifier(Defence):
         blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), torch.no_grad():
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
+            times: Any = self._times
+            times = times.view(torch.float64)[-1].expand(len(blank))
+            # such as dropout that stays on: the process does not name it
+            self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
         """The numbers of the process, as buffers on the device of the noise, and which steps are followed."""
@@ -160,7 +164,14 @@ class DiffusionPurifier(Defence):
         most = self.max_forward_batch or max(1, len(rows))
         parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
         purified = torch.cat([self._denoised(part, noisy, seed, *name) for part, *name in parts])
-        return ((purified + 1) / 2).unflatten(0, (len(x), count))
+        return self._as_images(purified).unflatten(0, (len(x), count))
+
+    def _as_images(self, state: Tensor) -> Tensor:
+        """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may lead out of [0, 1]."""
+        if self.process.clip:
+            # at both ends the gradient passes, which torch.clamp decides otherwise in some versions
+            state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
+        return (state + 1) / 2
 
     def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         """What the whole process makes of images ``[B, C, H, W]`` in [-1, 1]."""
@@ -194,8 +205,9 @@ class DiffusionPurifier(Defence):
             len(self.begins),
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
-            # the process names its noise, so that only the dropout of a training draws from generators
-            preserve_rng_state=self.training,
+            # the process names its noise, so that the dropout of a training alone draws from generators, or the
+            # denoiser itself
+            preserve_rng_state=self.training or self._denoiser_draws,
         )
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:

@@ -49,8 +49,8 @@ class Process:
         steps: of the solver in each round; one number, or one for each round. None: every training step.
         eta: of ddim: 0 adds no noise, 1 as much as ddpm.
         variance: of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
-        clip: whether each step's estimate of the image is clipped to [-1, 1]. Without it purified images may leave
-            [0, 1] a little.
+        clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1].
+            Without it purified images may leave [0, 1] a little.
         guidance: None, or the distance to the noised input by whose gradient each step is moved: ``mse`` or ``ssim``.
         guidance_scale: g, factor of that gradient, beside the step's variance and sigma / alpha.
 

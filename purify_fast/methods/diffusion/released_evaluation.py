@@ -10,8 +10,9 @@ adjoint_sde.py). Both are discretized by themselves, so that it is not the gradi
 
 GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) is attacked by PGD with 10 steps on the classifier alone (lines 25 to 28 of
 attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and by BPDA with 40 steps of 2/255 at 8/255 and 15 draws
-(lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). No line of these repositories is
-used here.
+(lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). Each draw of BPDA is one
+purification. The prediction that counts is the class of the sum of the logits of ten (lines 149 to 162 of
+runners/empirical.py, and 99 to 126 of utils/accuracy.py). No line of these repositories is used here.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .solvers import denoising
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
+#: Purifications by which GDMP's authors predict (``path_number``, line 25 of both files of settings).
+PATHS = 10
 
 
 class AdjointGradient(nn.Module):
@@ -53,7 +56,44 @@ class AdjointGradient(nn.Module):
         """
         defence: Any = self.defence
         images = 2 * x.to(torch.promote_types(defence.purifier_dtype, torch.float32)) - 1
-        return defence.classify((_Adjoint.apply(defence, images)[:, None] + 1) / 2)[:, 0]
+        return defence.classify(defence._as_images(_Adjoint.apply(defence, images))[:, None])[:, 0]
+
+
+class TenPaths(nn.Module):
+    """A purifier that predicts from ten purifications, and whose ``purify`` makes one, as GDMP's BPDA does.
+
+    Args:
+        defence: a `DiffusionPurifier`, of any number of samples.
+    """
+
+    def __init__(self, defence: Any):
+        super().__init__()
+        self.paths, self.path = _with_samples(defence, PATHS), _with_samples(defence, 1)
+        self.classifier = defence.classifier
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``, float32, the mean over the purifications.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        return self.paths(x)
+
+    def purify(self, x: Tensor) -> Tensor:
+        """One purification of each image, ``[B, 1, C, H, W]``.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        return self.path.purify(x)
+
+
+def _with_samples(defence: Any, samples: int) -> Any:
+    """The same defence with the mean of so many samples."""
+    other = defence.with_process(defence.process)
+    other.samples, other.aggregation = samples, "mean"
+    return other
 
 
 class _Adjoint(torch.autograd.Function):
@@ -102,13 +142,13 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
         defence: a `DiffusionPurifier`.
         eps: radius in image units; the authors' steps of 2/255 at 8/255 are a quarter of it.
     """
-    # the authors predict from one draw
-    one_draw = defence.with_process(defence.process)
-    one_draw.samples = 1
+    ten = TenPaths(defence)
     rows = [
-        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=ALONE, judge=one_draw),
-        AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=one_draw),
+        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=ALONE, judge=ten),
+        AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
-        rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=AdjointGradient(one_draw)))
+        # DiffPure's authors predict from one draw
+        adjoint = AdjointGradient(_with_samples(defence, 1))
+        rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
     return rows
