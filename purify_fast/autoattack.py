@@ -21,9 +21,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._validation import check_literal
+from ._validation import NormName, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
-from .attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
+from .attacks.arguments import check_at_least_one, check_eps
 from .attacks.attacked_model import TRIED_CALLS, differ
 from .attacks.engine.gradient_copy import GradientCopies
 from .attacks.in_turn import FEW, InTurn
@@ -163,8 +163,8 @@ class AutoAttack:
         """Attack images, and return what was found.
 
         Args:
-            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8.
-            y_orig: labels, int64 ``[N]``.
+            x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
+            y_orig: labels, integers ``[N]``.
             bs: images attacked together.
             return_labels: whether the classes predicted on the returned images are returned too.
             state_path: None; `purify_fast.evaluate` with ``out`` is what can be interrupted.
@@ -196,8 +196,8 @@ class AutoAttack:
         """The same for every attack by itself, on all images.
 
         Args:
-            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8.
-            y_orig: labels, int64 ``[N]``.
+            x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
+            y_orig: labels, integers ``[N]``.
             bs: images attacked together.
             return_labels: whether predicted classes are returned too.
             batch_size: pyautoattack's name of ``bs``.
@@ -215,8 +215,8 @@ class AutoAttack:
         """The share of images that one prediction classifies correctly.
 
         Args:
-            x_orig: images ``[N, C, H, W]`` in [0, 1], float32 or uint8; adversarial ones as well.
-            y_orig: labels, int64 ``[N]``.
+            x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1]; adversarial ones as well.
+            y_orig: labels, integers ``[N]``.
             bs: images in one forward pass.
 
         Raises:

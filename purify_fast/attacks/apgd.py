@@ -21,7 +21,7 @@ from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
 from .ball import projected
 from .base import AttackContext, Radius, TargetedAttack, run_alone
-from .engine.rows import ActiveSet, Goals, Rows, RowSearch, shrinks_after
+from .engine.rows import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
 from .search import GradientHealth, better_of, forgiven
@@ -66,8 +66,8 @@ class APGD(TargetedAttack):
     def name(self, context: AttackContext) -> str:
         steps, _, loss = self.decided(context)
         if loss not in TARGETED:
-            return self.full_name(f"APGD-{steps} {loss}", context, targeted=False)
-        return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"), context)
+            return self.full_name(f"APGD-{steps} {loss}", targeted=False)
+        return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"))
 
     def targets(self, context: AttackContext) -> int | None:
         return super().targets(context) if self.decided(context).loss in TARGETED else None
@@ -76,13 +76,12 @@ class APGD(TargetedAttack):
         steps, draws, loss = self.decided(context)
         runs = self.restarts * (self.targets(context) or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # the clean image is judged, and a prediction tells the order or the number of classes
-        in_order = loss in TARGETED or self.in_order(context)
-        before = context.judges(draws) + (self.cost_of_order(context) if in_order else loss in FEWEST_CLASSES)
+        # the clean image is judged, and a prediction tells the order of the targets or the number of classes
+        before = context.judges(draws) + (self.cost_of_order(context) if loss in TARGETED else loss in FEWEST_CLASSES)
         return runs * (steps * draws + at_the_end) + before
 
     def revision(self) -> str:
-        return "7"
+        return "8"
 
     def leaves(self) -> bool:
         return self.leave_when_fallen
@@ -105,7 +104,7 @@ class APGD(TargetedAttack):
             if classes < FEWEST_CLASSES[loss]:
                 least = FEWEST_CLASSES[loss]
                 raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
-        return self.borders(active, objective).classes if loss in TARGETED else (None,)
+        return nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
 
 
 def apgd(

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._validation import Norm, check_literal
+from .._validation import check_number
 
 #: How far a pixel may be out of its range, as a share of that: as far as rounding takes it.
 ROUNDING = 1e-4
-#: What the public functions take; AutoAttack and RobustBench write the second half.
-NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
-
-
-def read_norm(norm: str) -> Norm:
-    """A norm's name as this package writes it: ``Linf``, ``L2`` and ``L1`` mean the same; ValueError for another."""
-    known = norm.lower() if isinstance(norm, str) else norm
-    if known not in get_args(Norm):
-        # the name is shown as it was given
-        check_literal("norm", norm, Norm)
-    return cast(Norm, known)
 
 
 def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
@@ -72,16 +59,34 @@ def check_at_least_one(**counts: int | None) -> None:
 
 
 def check_not_negative(**sizes: float | Tensor | None) -> None:
-    """ValueError for a negative number or NaN; a tensor's values are not read, which would wait for the device."""
+    """ValueError for a negative number or NaN, TypeError for what is no number; None is allowed.
+
+    A tensor's values are not read: that would wait for the device.
+    """
     for name, value in sizes.items():
-        if isinstance(value, str):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if isinstance(value, (int, float)) and not value >= 0:
+        if value is None or isinstance(value, Tensor):
+            continue
+        check_number(name, value)
+        if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def check_eps(eps: float | Tensor | None, norm: str | None, largest: float = 1.0) -> None:
-    """ValueError for a radius that is negative, or an L-inf radius beyond ``largest``, the range of the pixels."""
+def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, per_image: bool = False) -> None:
+    """Refuse a radius that is not allowed.
+
+    Args:
+        eps: the radius in image units.
+        norm: of the ball, as `read_norm` returns it; None where it is not known.
+        largest: the range of the pixels, beyond which no L-inf radius makes sense.
+        per_image: whether a tensor ``[B]`` is allowed, with a radius for each image.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a negative radius, NaN, or an L-inf radius beyond ``largest``.
+    """
+    if per_image and isinstance(eps, Tensor):
+        return
+    check_number("eps", eps)
     check_not_negative(eps=eps)
-    if norm == "linf" and isinstance(eps, (int, float)) and eps > largest:
+    if norm == "linf" and eps > largest:
         raise ValueError(f"eps is in image units, at most {largest:g} for linf, got {eps}: is {eps:g}/255 meant?")

@@ -95,6 +95,24 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     return answer
 
 
+def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
+    """The gradient of a number to images; None where there is none.
+
+    The number does not depend on them, or PyTorch has no derivative of a function on the way, such as of ``x // 1``.
+    """
+    if not value.requires_grad:
+        return None
+    # a compiler cannot trace the block below
+    if torch.compiler.is_compiling():
+        return torch.autograd.grad(value, leaf, allow_unused=True)[0]
+    try:
+        return torch.autograd.grad(value, leaf, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "derivative for" in str(error) and "is not implemented" in str(error):
+            return None
+        raise
+
+
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
     """Refuse a model that writes to its input in whatever way; it is called on copies, with gradients and without.
 

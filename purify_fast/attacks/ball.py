@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Norm
+from .._validation import Norm, read_norm
 from ..ops.pgd_step import per_sample, pgd_step
 from ..ops.philox import Stream, philox
-from .arguments import check_eps, read_norm
+from .arguments import check_eps
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ def ball_around(
         The ball; its eps is on x's device, float32, or float64 where x is.
 
     Raises:
+        TypeError: a radius that is neither a number nor a tensor.
         ValueError: an unknown norm, or a radius of a wrong shape or size.
     """
     known = read_norm(norm)
-    check_eps(eps, known, max(1.0, clip_max - clip_min))
+    check_eps(eps, known, max(1.0, clip_max - clip_min), per_image=True)
     return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
 
 

@@ -1,12 +1,14 @@
 """What an attack is, and what it is told.
 
 Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch.
-Whatever the options leave open comes from a `AttackContext`, which an evaluation makes of its report's settings.
+Whatever the options leave open comes from an `AttackContext`, which an evaluation makes of its report's settings, or
+whoever calls the attack.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, get_args
@@ -14,15 +16,16 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .._validation import Count, GradientPrecision, Norm, ShareAbove0, check_types
+from .._compiler import outside_graphs
+from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
-from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
+from .arguments import check_at_least_one, check_eps, check_images
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import CANDIDATES, ActiveSet, Borders, Goals, Judge, Rows, nearest_borders, waves
-from .losses import Loss, margin, scaled_margin, usable_loss
+from .engine.rows import CANDIDATES, ActiveSet, Goals, Judge, Rows, waves
+from .losses import Loss, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
 
@@ -72,7 +75,8 @@ class AttackContext:
             attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
         warnings: an attack appends what the reader of its result must know.
         fell_to: an attack that tries several targets or restarts adds to the name of each how many images fell to it.
-        unsearched: an attack that searches some images first, and may then end, appends how many it left out.
+        stood_still: an attack appends, as a tensor [], how many of its images no search came nearer to a border before
+            it was given up: that they withstood it says nothing.
 
     Raises:
         ValueError: a name or a count that is not allowed.
@@ -100,7 +104,7 @@ class AttackContext:
     gradients_from: Classifier | None = None
     warnings: list[str] = field(default_factory=list)
     fell_to: dict[str, int] = field(default_factory=dict)
-    unsearched: list[int] = field(default_factory=list)
+    stood_still: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_at_least_one(
@@ -180,6 +184,29 @@ class Attack(abc.ABC):
             Adversarial images, shape and dtype of x.
         """
 
+    # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
+    @functools.partial(outside_graphs, recursive=False)
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Attack a batch of images without an evaluation, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``.
+
+        Args:
+            model: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
+            x: images ``[B, C, H, W]`` in [0, 1].
+            y: labels, int64 ``[B]``.
+            options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
+
+        Returns:
+            Adversarial images, shape and dtype of x.
+
+        Raises:
+            TypeError: an option that `AttackContext` does not have.
+            ValueError: no radius, or images, labels or options that are not allowed.
+        """
+        context = AttackContext(**options)
+        if "eps" not in options and self.threat_model(context).eps == 0:
+            raise ValueError(f"eps must be given: {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
+        return self.search(self.target(model), x, y, context)
+
     def revision(self) -> str | None:
         """Names what the attack computes; kept rows of an evaluation are used again only where it is the same.
 
@@ -216,13 +243,14 @@ class BallAttack(Attack):
     norms: ClassVar[tuple[str, ...]] = get_args(Norm)
 
     eps: float | None = None
-    norm: Norm | None = None
+    norm: NormName | None = None
 
     def __post_init__(self) -> None:
         norm = None if self.norm is None else self._known(self.norm)
         if norm is not None and self.eps is None:
             raise ValueError(f"the norm {norm} needs an eps of its own")
-        check_eps(self.eps, norm)
+        if self.eps is not None:
+            check_eps(self.eps, norm)
         # the dataclass is frozen
         object.__setattr__(self, "norm", norm)
         check_types(self)
@@ -240,9 +268,9 @@ class BallAttack(Attack):
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
-        norm, eps = self._known(self.norm or context.norm), float(context.eps if self.eps is None else self.eps)
+        norm, eps = self._known(self.norm or context.norm), context.eps if self.eps is None else self.eps
         check_eps(eps, norm)
-        return ThreatModel(norm, eps)
+        return ThreatModel(norm, float(eps))
 
     def _known(self, norm: str) -> Norm:
         """A norm's name as this package writes it; ValueError for one that the attack cannot search."""
@@ -342,10 +370,6 @@ class EngineAttack(BallAttack):
             after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 500th query on. Auto-PGD never
             does so in the l1 ball or where fallen images stay, and Square with several draws. DeepFool, C&W and
             HopSkipJump refuse it: theirs is no steady pace.
-        nearest_first: the share of a batch's images, above 0 and at least 8 of them, that are searched at once: those
-            nearest to a border before the attack first, and some drawn by lot. The attack ends with the first such
-            group of which no image falls, unless all its searches stood still when they were given up. None, or a model
-            that is judged by several draws: all images are searched.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -357,7 +381,6 @@ class EngineAttack(BallAttack):
     restarts: Count = 1
     precision: GradientPrecision = "auto"
     give_up: bool = False
-    nearest_first: ShareAbove0 | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -383,38 +406,13 @@ class EngineAttack(BallAttack):
                     apart = drawn_once_per_call(source, x, draws, most)
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
                 active.judge_clean_images(leave=self.leaves())
-                if self.nearest_first is None or not self.in_order(context):
-                    self.explore(active, objective, context)
-                else:
-                    distance = self.distance(active, objective)
-                    for _ in active.groups(distance, self.nearest_first, context.seed):
-                        self.explore(active, objective, context)
-                    context.unsearched.append(active.unsearched)
+                self.explore(active, objective, context)
+                context.stood_still.append((~active.fallen & ~active.tried).sum())
         return active.best
-
-    def in_order(self, context: AttackContext) -> bool:
-        """Whether the images nearest to a border are searched first, and the attack may end with them."""
-        # a random model's images fall bit by bit: a group of which none falls for certain proves nothing
-        return self.nearest_first is not None and context.judges(self.draws(context)) == 1
-
-    def labeled(self, name: str, context: AttackContext) -> str:
-        """A name with the number of restarts, and with the order of the images."""
-        return name + times(self.restarts) + (", nearest first" if self.in_order(context) else "")
-
-    def settings(self, context: AttackContext) -> dict[str, Any]:
-        # the groups are those of the images that are attacked together
-        together = {"batch_size": context.batch_size} if self.nearest_first is not None else {}
-        return super().settings(context) | together
 
     def leaves(self) -> bool:
         """Whether images leave the attack as soon as they have fallen."""
         return True
-
-    def distance(self, active: ActiveSet, objective: Objective) -> Tensor:
-        """How far images are from a border, ``[N]``: here by how much the label leads, over the logits' spread."""
-        logits = active.logits()
-        # some images may have logits many times as large as others; of two classes the spread is the margin itself
-        return -(scaled_margin if logits.shape[1] > 2 else margin)(logits, active.y)
 
     def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
         """The rows of the runs towards some goals."""
@@ -451,25 +449,16 @@ class TargetedAttack(EngineAttack):
     steps: Count | None = None
     n_target_classes: Count | None = usual_targets
 
-    def full_name(self, name: str, context: AttackContext, targeted: bool = True) -> str:
+    def full_name(self, name: str, targeted: bool = True) -> str:
         """A name with the number of target classes where that is not the usual one, and of restarts."""
         count = self.n_target_classes
         if targeted and count != self.usual_targets:
             name += f", {'all' if count is None else count} targets"
-        return self.labeled(name, context)
+        return name + times(self.restarts)
 
     def targets(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""
         return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
-
-    def distance(self, active: ActiveSet, objective: Objective) -> Tensor:
-        return self.borders(active, objective).distance
-
-    def borders(self, active: ActiveSet, objective: Objective) -> Borders:
-        """The borders nearest to the images, by the linear approximation; computed once for a batch."""
-        if active.borders is None:
-            active.borders = nearest_borders(active, objective, self.n_target_classes)
-        return active.borders
 
     def cost_of_order(self, context: AttackContext) -> int:
         """Forward passes per image that it takes to find the borders nearest to it."""
@@ -481,7 +470,7 @@ class TargetedAttack(EngineAttack):
 
 
 # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+@functools.partial(outside_graphs, recursive=False)
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Run an attack without an evaluation; each option is a field of the attack or of `AttackContext`."""
     own = {field.name for field in fields(attack)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count, GradientPrecision
 from ..protocols import Classifier
-from .base import AttackContext, EngineAttack, Radius, run_alone
+from .base import AttackContext, EngineAttack, Radius, run_alone, times
 from .engine.nearest import NearestSearch
 from .engine.rows import ActiveSet, has_fallen, shrinks_after
 from .objective import Objective
@@ -54,14 +54,12 @@ class CarliniWagner(EngineAttack):
     constants: Count = CONSTANTS
 
     def name(self, context: AttackContext) -> str:
-        return self.labeled(f"C&W {self.constants} x {self.decided(context).steps}", context)
+        return f"C&W {self.constants} x {self.decided(context).steps}" + times(self.restarts)
 
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
-        # the order of the images takes a prediction
-        before = judges + self.in_order(context)
-        return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + before
+        return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + judges
 
     def revision(self) -> str:
         return "2"

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 Step = Callable[..., Tensor]
 
@@ -50,7 +52,8 @@ def checkpointed_steps(
         ValueError: n is negative.
         RuntimeError: ``step`` writes into the x that it is given; in the backward pass, it records no gradient.
 
-    Autocast is the same when a step is computed again. Inside ``torch.compile`` the loop is a plain one.
+    Autocast is the same when a step is computed again, and so are PyTorch's function modes, which may give a step
+    another gradient. Inside ``torch.compile`` the loop is a plain one.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -63,17 +66,31 @@ def checkpointed_steps(
     return _Steps.apply(step, n, preserve_rng_state, len(inputs), x, *inputs, *parameters)
 
 
+def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
+    """Whether a call takes numbers from PyTorch's generators, which are afterwards as they were.
+
+    Args:
+        function: what is called, once.
+        device: where it computes.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _generators(device)
+        function()
+        pairs = zip(before, _generators(device), strict=True)
+        return not all(a is None or torch.equal(a, cast(Tensor, b)) for a, b in pairs)
+
+
 class _Steps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, n: int, keep_rng: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
         states: list[Tensor] = []
-        ctx.generators = []
+        ctx.generators, ctx.modes = [], _function_modes()
         for i in range(n):
             states.append(x)
             version = x._version
             if keep_rng:
                 ctx.generators.append(_generators(x.device))
-            following = step(x, i, *others[:count])
+            following = _recorded(step, x, i, others[:count]) if ctx.modes else step(x, i, *others[:count])
             if x._version != version:
                 raise RuntimeError(f"step must leave the x that it is given as it is: step {i} wrote into it")
             x = following
@@ -107,7 +124,10 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
     # A cache of autocast may hold weights that were cast while nothing was recorded.
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
-    with torch.enable_grad(), autocast, _drawing_from(ctx.generators[i : i + 1], x.device):
+    with contextlib.ExitStack() as stack:
+        blocks = torch.enable_grad(), autocast, _drawing_from(ctx.generators[i : i + 1], x.device), *ctx.modes
+        for block in blocks:
+            stack.enter_context(block)
         result = ctx.step(leaves[0], i, *leaves[1:])
     if not result.requires_grad:
         if needed[0]:
@@ -120,6 +140,27 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     if needed[0] and gradients[0] is None:
         gradients[0] = torch.zeros_like(x)
     return gradients
+
+
+def _function_modes() -> list[Any]:
+    """The modes that act on what a step computes, from the outside in; where new tensors are placed changes nothing."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+
+
+def _recorded(step: Step, x: Tensor, i: int, others: Sequence[Tensor]) -> Tensor:
+    """A step as its gradient is computed: a mode may compute something else where gradients are recorded."""
+    # the modes may change what detaches and what switches gradients on
+    with torch._C.DisableTorchFunction():
+        before = torch.is_grad_enabled()
+        given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (x, *others)]
+        torch._C._set_grad_enabled(True)
+    try:
+        following = step(given[0], i, *given[1:])
+    finally:
+        with torch._C.DisableTorchFunction():
+            torch._C._set_grad_enabled(before)
+    with torch._C.DisableTorchFunction():
+        return following.detach()
 
 
 def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:

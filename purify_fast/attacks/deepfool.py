@@ -46,14 +46,13 @@ class DeepFool(TargetedAttack):
     loss: ClassVar[str] = "margin"
 
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"DeepFool {self.decided(context).steps}", context)
+        return self.full_name(f"DeepFool {self.decided(context).steps}")
 
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
         # the clean image tells the likeliest classes
-        before = judges + (self.cost_of_order(context) if self.in_order(context) else 1)
-        return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + before
+        return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def revision(self) -> str:
         return "2"

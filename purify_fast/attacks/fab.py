@@ -21,7 +21,7 @@ from ..ops.hyperplane_projection import hyperplane_projection
 from ..protocols import Classifier
 from .base import AttackContext, Radius, TargetedAttack, run_alone
 from .engine.nearest import NearestSearch, border, length_of
-from .engine.rows import ActiveSet, Rows, has_fallen, shrinks_after
+from .engine.rows import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
 from .objective import Gradient, Objective
 
 #: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
@@ -45,7 +45,7 @@ class FABT(TargetedAttack):
     loss: ClassVar[str] = "margin_targeted"
 
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"FAB-T {self.decided(context).steps}", context)
+        return self.full_name(f"FAB-T {self.decided(context).steps}")
 
     def cost(self, context: AttackContext) -> int:
         # at the end the last point is looked at, and the nearest one is tried and judged
@@ -57,7 +57,7 @@ class FABT(TargetedAttack):
         return "7"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        goals = self.borders(active, objective).classes
+        goals = nearest_borders(active, objective, self.n_target_classes)
         steps = self.decided(context).steps
         for rows in self.waves(active, goals, context, at_image=True):
             _FabSearch(objective, active, rows, steps, health=context.health, give_up=self.give_up).run()

@@ -22,7 +22,7 @@ from .._validation import Count, GradientPrecision
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier
 from .ball import philox_key
-from .base import AttackContext, EngineAttack, Radius, run_alone
+from .base import AttackContext, EngineAttack, Radius, run_alone, times
 from .engine.nearest import NearestSearch, length_of
 from .engine.rows import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
@@ -68,7 +68,7 @@ class HopSkipJump(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        return self.labeled(f"HopSkipJump{queries}", context)
+        return f"HopSkipJump{queries}" + times(self.restarts)
 
     def cost(self, context: AttackContext) -> int:
         judges = context.judges(self.draws(context))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_graphs import State, StepGraphs, Steps
-from .attacked_model import logits_of_draws
+from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
 
 #: After how many gradients without a graph it is asked again whether there is one by now.
@@ -27,7 +27,7 @@ ASKED_AGAIN = 10
 class Gradient(NamedTuple):
     """A gradient to images, and how good these images were."""
 
-    #: Of the loss summed over the draws, shape of the images; zero where the logits do not depend on them.
+    #: Of the loss summed over the draws, shape of the images; zero where there is none.
     image: Tensor
     #: Mean over the draws, ``[B]``.
     loss: Tensor
@@ -128,9 +128,7 @@ class Objective:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits, labels = self._losses(leaf, y, draws)
-            gradient = None
-            if losses.requires_grad:
-                gradient = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
+            gradient = gradient_to(leaf, losses.sum())
         if gradient is None:
             gradient = torch.zeros_like(x)
         return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)

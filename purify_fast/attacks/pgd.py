@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0
+from .._validation import AtLeast0, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
-from .arguments import NormName, check_images, check_not_negative
+from .arguments import check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
 from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone

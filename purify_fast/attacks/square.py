@@ -24,7 +24,7 @@ from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
 from .ball import Ball, philox_key, projected
-from .base import AttackContext, EngineAttack, Radius, run_alone
+from .base import AttackContext, EngineAttack, Radius, run_alone, times
 from .engine.rows import ActiveSet, Reach, RowState, some_of
 from .objective import Objective
 
@@ -66,7 +66,7 @@ class Square(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        return self.labeled(f"Square{queries}", context)
+        return f"Square{queries}" + times(self.restarts)
 
     def revision(self) -> str:
         return "6"

@@ -21,7 +21,7 @@ from .._tensors import per_image
 from .._validation import AtLeast0, check_types
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
-from .arguments import check_images, check_not_negative
+from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
 from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
 from .losses import Loss
@@ -121,7 +121,7 @@ class StAdv(RestartedAttack):
     random_start: bool = False
 
     def __post_init__(self) -> None:
-        check_not_negative(eps=self.eps)
+        check_eps(self.eps, None, per_image=True)
         check_types(self)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:

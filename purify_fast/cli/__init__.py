@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | recipe | ablate | evaluate | report | zoo | tune | info``.
+"""The command line: ``purify-fast demo | train ... | recipe | ablate | evaluate | check | plan | report | zoo | ...``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -18,6 +18,7 @@ import tyro
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._version import __version__
+from .check import Check
 from .command import Command, usable_device
 from .evaluate import Evaluate
 from .parsing import Refused, cli, overlays, parse
@@ -36,7 +37,7 @@ _KINDS: dict[str, type[Command]] = {
     kind.called: kind
     for kind in (
         Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion, ShowRecipe, Ablate,
-        Evaluate, Plan, ShowReport, Zoo, Tune, Info,
+        Evaluate, Check, Plan, ShowReport, Zoo, Tune, Info,
     )
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def _read(arguments: list[str]) -> Command:
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     # as torchrun says it
     several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
@@ -92,7 +93,7 @@ def _run(arguments: list[str]) -> None:
             command = replace(command, device=own_device(usable_device(command.device)))
         # the first of several processes writes
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
-        command.run()
+        return command.run() or 0
 
 
 def _rank() -> int:
@@ -124,14 +125,15 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words behind the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C; 1, with a
-        traceback, for an error of this package or of the code of a model of the user's own.
+        The exit status: 0; 1 of ``check``, where an image does not fall again; 2, with one line on stderr, for input
+        that cannot be used; 130 after Ctrl-C; 1, with a traceback, for an error of this package or of the code of a
+        model of the user's own.
     """
     if (own := sys.modules.get("purify_fast.models.foreign")) is not None:
         # models of an earlier command in this process have no part in this one's errors
         own.forget_imported()
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:
         # Whoever read the output has closed it, such as `head`: there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -152,4 +154,3 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    return 0

@@ -54,9 +54,10 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
         ModuleNotFoundError: the module is not installed.
         ValueError: no function that returns a module, or one that does not run on the images.
     """
-    from ..models.foreign import made_by
+    from ..models.foreign import check_library_name, made_by
 
     if is_of_library(spec):
+        check_library_name(spec)
         raise ValueError(
             f"{spec} has fresh weights, which are not worth an attack: train it by `train classifier --model {spec}` "
             "and evaluate that folder, or name a function of yours that loads its weights, as module:function"
@@ -86,6 +87,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         FileNotFoundError: the folder or the weights are not there.
         ValueError: they are broken, or do not fit.
     """
+    from ..models.foreign import check_library_name
     from ..training import load_classifier
 
     text = str(classifier)
@@ -96,6 +98,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         refuse_other_images(saved, images, f"the classifier in {classifier}")
         return saved
     if weights is None and is_of_library(text):
+        check_library_name(text)
         raise ValueError(
             f"--classifier {text} has fresh weights: give trained ones with --classifier-weights, or train it first "
             f"with `train classifier --model {text}`"
@@ -128,14 +131,12 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     ``what`` is how the message calls the model, a defence or one of this package's classifiers.
     """
     from ..defences.base import Defence
+    from ..evaluation.inputs import image_shape_of
 
-    if isinstance(model, Defence):
-        shape, classes = model.image_shape, model.num_classes
-    else:
-        # every classifier that is loaded has them
-        facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
-        shape = (facts["in_channels"], *facts.get("image_size", images.image_shape[1:]))
-        classes = facts["num_classes"]
+    # every classifier that is loaded has arguments
+    facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
+    classes = model.num_classes if isinstance(model, Defence) else facts["num_classes"]
+    shape = image_shape_of(model, images.image_shape) or images.image_shape
     if tuple(shape) != images.image_shape:
         hint = f"; --size {shape[1]} {shape[2]} resizes the images" if shape[0] == images.image_shape[0] else ""
         raise ValueError(f"images are {_size(images.image_shape)}, {what} was trained on {_size(shape)}{hint}")

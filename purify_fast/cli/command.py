@@ -33,8 +33,8 @@ class Command(ABC):
         check_types(self)
 
     @abstractmethod
-    def run(self) -> None:
-        """Do what the command is for."""
+    def run(self) -> int | None:
+        """Do what the command is for; the exit status, None for 0."""
 
     def writes(self) -> Path | None:
         """The folder that the command writes, in which no other run may write meanwhile; None for none."""
@@ -124,5 +124,7 @@ def usable_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {why}; give auto, cpu, cuda or cuda:N") from error
+        # PyTorch answers a name that it does not know with all that it knows
+        why = "PyTorch has no such device" if why.startswith("Expected one of") else why
+        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
     return name

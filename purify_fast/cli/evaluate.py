@@ -17,7 +17,7 @@ from .._files import folder_lock
 from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
 from .classifiers import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .command import DataCommand
-from .run_file import ball_of_run, write_run_file
+from .run_file import ball_of_run, typed, write_run_file
 from .train_diffusion import Purification
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class Evaluate(DataCommand, Purification):
         seed: Seed of everything random.
         precision: tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a
             slightly different function: images are rounded to 8 bits. The report says which it was.
+        keep: Which attacked images the report keeps: some, for its pictures; all, every image that fell too, for
+            `purify-fast check`.
+        claim: The robust accuracy that somebody claims, in percent, such as 70. The report says whether what is left
+            refutes it, and how many images would decide.
         out: Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation. Of a
             model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has
             the folder's name in front.
@@ -102,10 +106,16 @@ class Evaluate(DataCommand, Purification):
     cudnn_benchmark: CudnnBenchmark = "off"
     seed: int = 0
     precision: Precision = "float32"
+    keep: Literal["some", "all"] = "some"
+    claim: float | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.claim is not None:
+            from ..evaluation.claims import check_claim
+
+            check_claim(self.claim)
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
@@ -205,6 +215,19 @@ class Evaluate(DataCommand, Purification):
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, None
 
+    def prepared(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
+        """The same in the precision that was asked for, but for TF32, which is a setting of PyTorch."""
+        import torch
+
+        from ..defences.base import Defence
+
+        model, base = self.loaded(images)
+        if self.precision == "bfloat16":
+            if not isinstance(model, Defence):
+                raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
+            model.accelerate(torch.bfloat16)
+        return model, base
+
     def behind(self, folder: Path, images: DataSet) -> nn.Module:
         """The classifier behind the defence in a folder, on the images' device."""
         from ..methods.loading import is_denoiser
@@ -237,7 +260,8 @@ class Evaluate(DataCommand, Purification):
         from ..attacks.arguments import check_eps
         from ..training.distributed import from_first
 
-        check_eps(self.eps, self.norm or "linf")
+        if self.eps is not None:
+            check_eps(self.eps, self.norm or "linf")
         with contextlib.ExitStack() as stack:
             # the first of several processes writes; all of them are refused together
             from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
@@ -245,19 +269,12 @@ class Evaluate(DataCommand, Purification):
 
     def judge(self, images: DataSet) -> None:
         """Attack the model; print the report and write it."""
-        import torch
-
         from .._process import processes
-        from ..defences.base import Defence
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 
-        model, base = self.loaded(images)
+        model, base = self.prepared(images)
         out, (eps, norm) = self.report_folder(), self.ball()
-        if self.precision == "bfloat16":
-            if not isinstance(model, Defence):
-                raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
-            model.accelerate(torch.bfloat16)
         x, y, notes = self.chosen(images)
         if self.images > len(y):
             # at once, and in the report: an evaluation may take hours
@@ -276,6 +293,8 @@ class Evaluate(DataCommand, Purification):
         if processes()[0] > 0:
             return
         report.notes += notes
+        report.about.pop("call")
+        report.about["command"] = typed(self)
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)

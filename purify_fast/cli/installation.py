@@ -18,7 +18,7 @@ from ..evaluation.show.tables import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import cache, races
 from ..ops.dispatch.op import Call, Style
-from ..ops.dispatch.registry import Op
+from ..ops.dispatch.registry import Op, forced_backends
 from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 
@@ -91,13 +91,19 @@ def _verdicts(kind: str) -> dict[str, Verdict]:
 
 
 def _served(kind: str) -> str:
-    """How many ops kernels serve in eager calls, and which kernels are wrong, in a sentence."""
+    """How many ops kernels serve in eager calls, which do not run, and which kernels are wrong, in a sentence."""
     verdicts = _verdicts(kind)
     eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
-    kernels = sum(backend != "reference" for backend in eager)
+    served = f"kernels serve {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
+    if forced := forced_backends():
+        served += f", the reference serves {eager.count('reference')}; {','.join(forced)} is forced"
+        if failing := eager.count("nothing"):
+            served += f": the other {failing} raise an error, since they have no such kernel on {kind}"
+    else:
+        served += ", the reference serves the others"
     wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
     text = f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-    return f"on {kind}, kernels serve {kernels} of {len(eager)} ops, the reference serves the others{text}"
+    return f"on {kind}, {served}{text}"
 
 
 def _raced(kind: str) -> str:

@@ -11,6 +11,7 @@ Values are read as tyro reads them, but for three things:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from functools import wraps
 from pathlib import Path
@@ -25,7 +26,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from .._validation import Norm
+from .._validation import Norm, read_norm
 from .._version import __version__
 from . import run_file
 from .command import Command
@@ -58,8 +59,11 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return None
 
     def read(words: list[str]) -> str:
-        plain = words[0].lower().replace("-", "")
-        return plain if plain in allowed and plain in get_args(Norm) else words[0]
+        if allowed == get_args(Norm):
+            # the configuration refuses an unknown norm in its own words
+            with contextlib.suppress(ValueError):
+                return read_norm(words[0])
+        return words[0]
 
     return PrimitiveConstructorSpec(
         nargs=1,

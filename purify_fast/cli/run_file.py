@@ -7,6 +7,7 @@ release of this package wrote it.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def run_file(command: Command) -> str:
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+
+
+def typed(command: Command) -> str:
+    """The command line that repeats a command: its folder, and every option that is not the default."""
+    usual, words = values(type(command)()), ["purify-fast", command.called]
+    for name, value in values(command).items():
+        if name == "folder":
+            words.insert(2, str(value))
+        elif value != usual[name]:
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            else:
+                words += [option, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def write_run_file(command: Command, folder: Path) -> None:

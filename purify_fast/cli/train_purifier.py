@@ -145,7 +145,13 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]
-        return CarsoTask(self.published().defence(classifier, **sizes), self.method)
+        try:
+            return CarsoTask(self.published().defence(classifier, **sizes), self.method)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. --recipe {self.recipe} is for its own data and classifier: name layers of your classifier "
+                f"with --layers; for other classes {self.without_recipe()}"
+            ) from error
 
 
 @dataclass(frozen=True)

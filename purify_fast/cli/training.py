@@ -112,12 +112,17 @@ class FollowsRecipe(Training):
     def superseded(self) -> dict[tuple[str, ...], str]:
         return {("official_code",): "--official-code is of a --recipe: name one"} if self.recipe is None else {}
 
+    def without_recipe(self) -> str:
+        """How to train on other data than the recipe's, as the end of an error."""
+        listed = f"`purify-fast recipe {self.published().name}` lists them"
+        return f"leave out --recipe and give its numbers as options ({listed})"
+
     def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
             raise ValueError(
                 f"--recipe {recipe.name} is for images of shape {recipe.image_shape}; --data {self.data} has "
-                f"{images.image_shape}: resize them with --size, or leave out --recipe"
+                f"{images.image_shape}: resize them with --size, or {self.without_recipe()}"
             )
         return images
 

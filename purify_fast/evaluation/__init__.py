@@ -5,9 +5,11 @@ from .rows import Examples, Paired, Row
 from .runner import evaluate
 from .specs import AttackSpec, as_attack, lee_kim_2023
 from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
+from .witnesses import CheckedWitnesses, check_witnesses
 
 __all__ = [
     "AttackSpec",
+    "CheckedWitnesses",
     "Examples",
     "Paired",
     "Report",
@@ -16,6 +18,7 @@ __all__ = [
     "ar_bd",
     "ar_point_dist",
     "as_attack",
+    "check_witnesses",
     "evaluate",
     "lee_kim_2023",
     "merge",

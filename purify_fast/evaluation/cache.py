@@ -58,7 +58,8 @@ class AttackedBatch:
         seconds: how long it took.
         warnings: what the attack told.
         fallen: how many images fell to what, by name.
-        unsearched: how many images were left out, of an attack that may end before all are searched.
+        fell: which images the attacked model misclassifies now, as 0 and 1 in the order of the images.
+        stood_still: how many images no search came nearer to a border.
     """
 
     images: Tensor
@@ -66,7 +67,8 @@ class AttackedBatch:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
-    unsearched: list[int] = field(default_factory=list)
+    fell: list[int] = field(default_factory=list)
+    stood_still: int = 0
 
 
 class PartialRow:
@@ -173,7 +175,8 @@ class RowCache:
 
         def content() -> Content:
             row = make(unfinished)
-            arrays = {} if row.examples is None else dict(vars(row.examples))
+            kept = {} if row.examples is None else vars(row.examples)
+            arrays = {name: array for name, array in kept.items() if array is not None}
             arrays |= {name: each for name in ("margins", "points") if (each := getattr(row, name)) is not None}
             return row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()}
 

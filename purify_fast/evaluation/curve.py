@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
+from .._validation import check_number
 from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
 from .cache import PartialRow
@@ -39,9 +40,11 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         largest: what a radius may be at most.
 
     Raises:
+        TypeError: a radius that is no number.
         ValueError: a radius that is not above 0, or too large, or several that a report would call by one name.
     """
     for radius in curve:
+        check_number("each of curve", radius)
         # written so that NaN is refused too
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
@@ -174,8 +177,9 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         for spec in at_radius:
             if not alive.any():
                 break
-            sums = measure.attack(spec, alive, PartialRow(None), begin).sums
             index = torch.from_numpy(alive).nonzero()[:, 0]
+            order = measure.in_order(spec, index, lead.numpy())
+            sums = measure.attack(spec, order, PartialRow(None), begin).sums
             judged = subject.judge(sums.images[index], "random", "judge", index=index)
             # The point of the smallest lead is nearest to falling. A lead that is no number is larger than any other,
             # and still better than none.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._compiler import is_compiled
 from .._tensors import digest, text_hash
 from ..contents import HOOKS, PLAIN, attributes, not_dependencies, variables
 from .inputs import LogitsOf
@@ -203,9 +204,7 @@ class _Marks:
             yield self.of(part, (*path, str(name)))
 
     def _module(self, module: nn.Module, path: Path) -> Iterator[str]:
-        # not imported for this: nothing is compiled then
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        if is_compiled(module):
             yield self.of(module._orig_mod, path)
         else:
             yield from (self.of(type(module), path), str(module.training))

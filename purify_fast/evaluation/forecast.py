@@ -16,7 +16,7 @@ from ..speed.memory import peak_memory
 from .alarms.answers import PROBED
 from .fitting import USUAL_BATCH
 from .report import Report
-from .runner import evaluate
+from .runner import evaluate, has_signs
 from .subject import device_of
 
 #: Images with which it is counted what the evaluation asks of the device.
@@ -75,7 +75,7 @@ def forecast(
             break
         count = min(4 * count, len(x))
     signs = 0.0
-    if options.get("protocol") not in (None, "authors") and options.get("probes") is not False:
+    if has_signs(options.get("protocol"), options.get("attacks"), options.get("probes")):
         began = time.perf_counter()
         asked = some(few)
         signs = time.perf_counter() - began - _of_attacks(asked)

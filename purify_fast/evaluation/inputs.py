@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..defences.base import Defence
 from ..protocols import Classifier
 
+#: What labels may be.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: What PyTorch says where images have a shape that a model does not take.
+SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
 #: What is to be done about a model that returns probabilities.
 INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
@@ -21,10 +26,9 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     """Images and labels as `evaluate` needs them, a part after the other.
 
     Args:
-        x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``, which are one part; or, without ``y``, a DataLoader or
-            any other iterable of batches (images, labels) or (images, labels, indices), which is read once. The indices
-            are not used.
-        y: labels, int64 ``[N]``.
+        x: images as `collect` takes them, which are one part; or, without ``y``, a DataLoader or any other iterable of
+            batches (images, labels) or (images, labels, indices), which is read once. The indices are not used.
+        y: labels, integers ``[N]``.
         least: images of each part of an iterable; more where a batch of it reaches beyond, and fewer in the last part.
 
     Yields:
@@ -32,7 +36,7 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: something else than tensors, or than batches of them.
+        TypeError: something else than tensors or arrays, or than batches of them.
     """
     if y is not None:
         yield *collect(x, y), False
@@ -56,43 +60,52 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Images and labels as `evaluate` needs them.
 
     Args:
-        x: images, uint8 or float32 in [0, 1], ``[N, C, H, W]``.
-        y: labels, int64 ``[N]``.
+        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
+        y: labels, integers ``[N]``, likewise.
 
     Returns:
         Images, float32 in [0, 1], and labels, int64.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: something else than tensors.
+        TypeError: something else than tensors or arrays.
     """
+    x, y = _of_array(x), _of_array(y)
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-            raise TypeError(f"{name} must be a torch.Tensor, got {kind}{_as_tensor(name, value)}")
+            raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {kind}{_as_tensor(name, value)}")
     if x.dim() != 4 or len(x) == 0:
         hint = ": x[:, None] makes grey images [N, 1, H, W]" if x.dim() == 3 and x.shape[0] not in (1, 3) else ""
         hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
-    if y.shape != (len(x),) or y.dtype != torch.int64:
-        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+    if y.shape != (len(x),) or y.dtype not in INTEGERS:
+        raise ValueError(f"y must be integers [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
     # tensors made in inference mode take part in no gradient
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
-        return x.float() / 255, y
-    if x.dtype != torch.float32:
-        hint = "x.float() makes them float32" if x.is_floating_point() else "x.byte() makes them uint8, if in 0..255"
-        raise ValueError(f"x must be uint8 or float32, got {x.dtype}: {hint}")
+        return x.float() / 255, y.to(torch.int64)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: x.byte() makes uint8, if it is in 0..255")
+    x = x.float()
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be in [0, 1] and free of NaN, got {_range(x)}")
-    return x.clone() if x.is_inference() else x.detach(), y
+    return x.clone() if x.is_inference() else x.detach(), y.to(torch.int64)
+
+
+def _of_array(value: Any) -> Any:
+    """The tensor of a NumPy array of numbers; anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+        return value
+    # PyTorch takes no other byte order, no negative strides, and warns of arrays that must not be written to
+    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _as_tensor(name: str, value: Any) -> str:
     """The line that makes a tensor of what was given; empty where none does."""
     if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
         return f": torch.stack({name}) makes one of them"
-    return f": torch.as_tensor({name}) makes one of it" if isinstance(value, (np.ndarray, list, tuple)) else ""
+    return f": torch.as_tensor({name}) makes one of it" if isinstance(value, (list, tuple)) else ""
 
 
 def _as_labels(x: Tensor, y: Tensor) -> str:
@@ -135,11 +148,11 @@ def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             got = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise TypeError(f"batch {i} must be (images, labels) or (images, labels, indices), got {got}")
-        x, y = batch[:2]
+        x, y = map(_of_array, batch[:2])
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             got = f"{type(x).__name__} and {type(y).__name__}"
             hint = _as_tensor("images", x) or _as_tensor("labels", y)
-            raise TypeError(f"batch {i} must have tensors as images and labels, got {got}{hint}")
+            raise TypeError(f"batch {i} must have tensors or arrays as images and labels, got {got}{hint}")
         kind = x.dtype, list(x.shape[1:])
         first = first or kind
         if x.dim() != 4 or y.shape != (len(x),) or kind != first:
@@ -192,14 +205,20 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: no tensor is returned, and nothing that has one as ``logits``.
-        ValueError: another shape than ``[B, classes]`` with two classes at least, or the model fails on images whose
-            channels come last.
+        ValueError: classes in place of logits, another shape than ``[B, classes]`` with two classes at least, or the
+            model does not take images of this shape.
     """
     output = _first_output(model, some)
     if isinstance(output, Tensor):
         logits = output
     else:
         model, logits = LogitsOf(model), _logits_in(output)
+    if _seem_classes(logits):
+        raise ValueError(
+            f"the model returns one whole number for each image, {logits.dtype} {list(logits.shape)}, such as "
+            f"{logits.flatten()[0]:g}: this looks like the class. An evaluation needs the logits [B, classes]: return "
+            "them without argmax, max or topk"
+        )
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         raise ValueError(
             f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
@@ -208,7 +227,43 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         )
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
+    if not logits.is_floating_point():
+        raise ValueError(f"the model must return logits in floating point, got {logits.dtype} {list(logits.shape)}")
     return model, logits.shape[1]
+
+
+def _seem_classes(output: Tensor) -> bool:
+    """Whether these are predicted classes in place of logits: one whole number from 0 for each image."""
+    if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
+        return False
+    return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
+
+
+def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of the images that a model of this package was made for; None for another model.
+
+    Args:
+        model: any callable.
+        given: the shape of the images at hand, (C, H, W), which stands where the model takes any size.
+    """
+    if isinstance(model, Defence):
+        return model.image_shape
+    facts = getattr(model, "arguments", None)
+    if not isinstance(facts, Mapping) or "in_channels" not in facts:
+        return None
+    return (facts["in_channels"], *facts.get("image_size", given[1:]))
+
+
+def _wanted(model: Any, given: Sequence[int]) -> str:
+    """What is known of the images that a model takes, as the end of a sentence; empty where nothing is."""
+    shape = image_shape_of(model, given)
+    if shape is not None and shape != tuple(given):
+        return f": it was trained on {list(shape)}"
+    layers = model.modules() if isinstance(model, nn.Module) else ()
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if first is None or first.in_channels == given[0]:
+        return ""
+    return f": its first convolution takes {first.in_channels} channels"
 
 
 def _first_output(model: Classifier, some: Tensor) -> Any:
@@ -218,7 +273,13 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
     except Exception as error:
         # a size that only images [N, H, W, C] usually have
         if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
-            raise
+            if not isinstance(error, RuntimeError) or not any(text in str(error) for text in SHAPE_ERRORS):
+                raise
+            given = list(some.shape[1:])
+            raise ValueError(
+                f"x has images [C, H, W] = {given}, which the model does not take{_wanted(model, given)} "
+                f"(PyTorch says: {str(error).splitlines()[0]})"
+            ) from error
         raise ValueError(
             f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to come last; "

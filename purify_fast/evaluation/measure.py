@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
+from ..attacks.engine.rows import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .cache import AttackedBatch, PartialRow, RowCache
@@ -26,6 +28,8 @@ from .plan import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec, check_adversarial
+from .stopping import REVISION as STOPPING
+from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
@@ -62,6 +66,7 @@ class Measure:
         cache: the finished rows.
         progress: counts and shows.
         team: the processes that make the rows.
+        keep_all: whether rows keep every image that fell, and not only some for the pictures.
 
     Attributes:
         attacks: all of the evaluation, in the same order in every process.
@@ -76,9 +81,10 @@ class Measure:
         cache: RowCache,
         progress: Progress,
         team: Team,
+        keep_all: bool = False,
     ):
         self.subject, self.context, self.name = subject, context, name
-        self.cache, self.progress, self.team = cache, progress, team
+        self.cache, self.progress, self.team, self.keep_all = cache, progress, team, keep_all
         self.attacks: list[AttackSpec] = []
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
@@ -96,20 +102,22 @@ class Measure:
             self._clean[variant] = self._row(settings, None, lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
-    def attacked(self, spec: AttackSpec, left: np.ndarray) -> Row:
+    def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
         """One attack's row.
 
         Args:
             spec: the attack.
             left: bool ``[n]``, which images earlier attacks on the variant left right.
+            margins: the least margins that they reached, ``[n]``; infinite where there is none.
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
             # what the defence gets wrong, its authors' model may get right
             alive = np.ones_like(alive)
-        settings = self.settings_of(spec) | {"attacked": int(alive.sum())}
-        images = {"alive": digest(torch.from_numpy(alive))}
-        row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, settings))
+        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
+        settings = self.settings_of(spec) | {"attacked": len(index)}
+        images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
+        row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, index, settings))
         # no part of the key: the same attack by any name
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
@@ -137,11 +145,11 @@ class Measure:
             # its images are gone where the attack's own row was kept by an earlier run
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
-                search = self.attack(spec, alive, unfinished)
+                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], unfinished)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
             # an image falls only by what the attack made of it
-            row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
+            row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
             row.transferred = True
             row.seconds = time.perf_counter() - begin
             return row
@@ -150,10 +158,28 @@ class Measure:
         row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
         return row
 
+    def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
+        """The images that an attack searches, int64, in its order.
+
+        Args:
+            spec: the attack.
+            index: the images that it is given, int64.
+            margins: the least margins that other attacks reached, of all images, ``[n]``.
+        """
+        if spec.nearest is not None:
+            reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
+            return index[reached.argsort(stable=True)[: spec.nearest]]
+        if spec.until is not None:
+            return nearest_first(index, margins, self.subject.first, self.subject.seed + spec.seed)
+        return index
+
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Which of its images an attack is given, of those that a variant classifies correctly."""
-        most = None if spec.max_images is None else max(0, spec.max_images - self.subject.first)
-        return (left if spec.survivors_only else self.clean(variant).robust)[:most]
+        return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
+
+    def _most(self, spec: AttackSpec) -> int | None:
+        """Of the present images, how many an attack is about at most."""
+        return None if spec.max_images is None else max(0, spec.max_images - self.subject.first)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
@@ -166,6 +192,8 @@ class Measure:
             "gradients_from": None if spec.gradients_from is None else on,
             "judge": None if spec.judge is None else type(spec.judge).__name__,
             "published": spec.published,
+            "until": None if spec.until is None else [spec.until, STOPPING],
+            "nearest": spec.nearest,
         }
         return spec.resolved.settings(self.context) | {
             "variant": spec.variant,
@@ -211,6 +239,7 @@ class Measure:
                 "settings": settings,
             }
             whole |= {"first": subject.first} if subject.first else {}
+            whole |= {"keep": "all"} if self.keep_all and specs is not None else {}
             if context.judge_share < 1:
                 whole["judges"] = [context.judge_draws, context.judge_share]
             key = self.cache.key(whole, subject.model, *([spec.other_model for spec in several] or [None]))
@@ -248,47 +277,49 @@ class Measure:
             **fields,
         )
 
-    def attack(
-        self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow, begin: Tensor | None = None
-    ) -> Outcome:
+    def attack(self, spec: AttackSpec, index: Tensor, unfinished: PartialRow, begin: Tensor | None = None) -> Outcome:
         """Run an attack on the images that it is given.
 
         Args:
             spec: the attack.
-            alive: bool ``[n]``, which of the first n images it is given.
+            index: the images that it is given, int64, in the order in which it searches them.
             unfinished: has the batches that an interrupted run finished.
             begin: where the search begins, ``[N, C, H, W]``; None: as the attack says.
         """
         attack, team = spec.resolved, self.team
         kept = team.folder(unfinished, self.cache.folder)
-        with self._batches(spec, alive, kept, begin) as batches:
+        with self._batches(spec, index, kept, begin) as batches:
             context = batches.context
             # of a target that predicts the same every time one draw is enough
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
             total = None if cost is None else cost * sum(map(len, batches.parts))
             with self.progress.row(row_name(spec, self.context), total):
-                if team.world > 1 and (missing := batches.missing()):
+                if team.world > 1 and batches.missing(range(len(batches.parts))):
                     assert kept.folder is not None
                     if begin is not None:
                         kept.begin(begin)
                     task = Task(
                         attack=self.attacks.index(spec), first=self.subject.first, data=self.subject.data,
-                        alive=alive.tobytes(), batches=missing, folder=str(kept.folder.resolve()),
+                        images=index.numpy().tobytes(), batches=[], folder=str(kept.folder.resolve()),
                         draws_differ=context.draws_differ, begins=begin is not None,
                     )  # fmt: skip
-                    team.share(task, batches.make, self.progress)
-                sums = batches.sums()
+                    sums = batches.sums(
+                        lambda missing: team.share(task._replace(batches=missing), batches.make, self.progress),
+                        team.world,
+                    )
+                else:
+                    sums = batches.sums()
         if kept is not unfinished:
             kept.remove()
         if sums.warnings or isinstance(attack, AutoAttack):
             settings["warnings"] = sums.warnings
         if sums.fallen:
             settings["fallen to"] = sums.fallen
-        if sums.unsearched:
-            settings["unsearched"] = sum(sums.unsearched)
-        sums.images = sums.images[: len(alive)]
-        return Outcome(spec, batches.index, sums, settings)
+        if batches.rule is not None:
+            settings |= {"unsearched": batches.rule.unsearched, "may hold": batches.rule.may_hold}
+        sums.images = sums.images[: self._most(spec)]
+        return Outcome(spec, index, sums, settings)
 
     def help(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
@@ -310,9 +341,9 @@ class Measure:
             )
         kept = PartialRow(Path(task.folder))
         self.team.check_folder(Path(task.folder))
-        spec, alive = self.attacks[task.attack], np.frombuffer(task.alive, dtype=bool)
+        spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
         begin = kept.begin() if task.begins else None
-        with self._batches(spec, alive, kept, begin, task.draws_differ) as batches:
+        with self._batches(spec, index, kept, begin, task.draws_differ) as batches:
             for number in itertools.chain([first], mine):
                 batches.make(number)
 
@@ -320,7 +351,7 @@ class Measure:
     def _batches(
         self,
         spec: AttackSpec,
-        alive: np.ndarray,
+        index: Tensor,
         kept: PartialRow,
         begin: Tensor | None,
         draws_differ: bool | None = None,
@@ -329,7 +360,7 @@ class Measure:
 
         Args:
             spec: the attack.
-            alive: bool ``[n]``, which of the first n images it is given.
+            index: the images that it is given, int64, in the order in which it searches them.
             kept: keeps the batches.
             begin: where the search begins.
             draws_differ: whether the target differs from call to call; None: that is tried.
@@ -348,18 +379,20 @@ class Measure:
                 begin=begin,
             )
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
-            index = torch.from_numpy(alive.copy()).nonzero()[:, 0]
-            yield Batches(spec.resolved, counted, index, subject=subject, context=context, kept=kept)
+            rule = None
+            if spec.until is not None and not context.draws_differ:
+                rule = StoppingRule(spec.until, len(index), len(subject.y))
+            yield Batches(spec.resolved, counted, index, subject=subject, context=context, kept=kept, rule=rule)
 
     def _measure_attack(
-        self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
+        self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], unfinished: PartialRow
     ) -> Row:
-        search = self.attack(spec, alive, unfinished)
+        search = self.attack(spec, index, unfinished)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
-        # what was not attacked counts as lost
-        row = self._judged(search, settings, judged, judged.right & alive)
+        # what was not attacked, because earlier attacks broke it, counts as lost
+        row = self._judged(search, settings, judged, judged.right & alive, alive)
         health = search.sums.health
         row.health = health if health["gradients"] else None
         target = spec.other_model if spec.target is None else spec.target
@@ -368,8 +401,11 @@ class Measure:
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
 
-    def _judged(self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
-        """The row of an attack's images, from the predictions that count."""
+    def _judged(
+        self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
+    ) -> Row:
+        """The row of an attack's images, from the predictions that count; given: the images that can fall here."""
+        shown = _shown(search.index, judged, given if self.keep_all else None)
         return self._new_row(
             judged,
             right,
@@ -380,7 +416,7 @@ class Measure:
             seconds=0.0,
             reliable=GradientHealth(dict(search.sums.health)).reliable,
             settings=settings | search.settings,
-            examples=_examples(self.subject, search.sums.images, search.index, judged),
+            examples=_examples(self.subject, search.sums.images, *shown, judged, self.keep_all),
             margins=judged.margins,
         )
 
@@ -406,18 +442,38 @@ class Measure:
         return hidden or subject.draws(target)
 
 
-def _examples(subject: Subject, adversarial: Tensor, index: Tensor, judged: Judgement) -> Examples | None:
-    """Images for the pictures: some that fell to the attack; where none did, some that withstood it."""
-    if len(index) == 0:
+def _shown(index: Tensor, judged: Judgement, given: np.ndarray | None) -> tuple[Tensor, bool]:
+    """The images that a row keeps, int64, and whether they fell; where none did, some that withstood the attack.
+
+    Args:
+        index: the images that were attacked.
+        judged: the predictions on all images.
+        given: bool ``[n]``, the images that can fall, where all that did are kept; None: some are kept.
+    """
+    wrong = torch.from_numpy(~judged.right.all(0))
+    if given is None:
+        fallen = index[wrong[index]][:EXAMPLES]
+    else:
+        # an image that was not attacked falls too, by the draws of a random model
+        wrong &= torch.from_numpy(given)
+        others = torch.ones_like(wrong).index_fill(0, index, False)
+        fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
+    return (fallen, True) if len(fallen) else (index[:EXAMPLES], False)
+
+
+def _examples(
+    subject: Subject, adversarial: Tensor, shown: Tensor, fell: bool, judged: Judgement, numbered: bool
+) -> Examples | None:
+    """Attacked images for the pictures, and as witnesses."""
+    if len(shown) == 0:
         return None
-    fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
-    shown = (fallen if len(fallen) else index)[:EXAMPLES]
     return Examples(
         clean=subject.x[shown].cpu().numpy(),
         adversarial=adversarial[shown].cpu().numpy(),
         labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
-        fell=np.full(len(shown), len(fallen) > 0),
+        fell=np.full(len(shown), fell),
         predicted=judged.classes[shown.numpy()],
+        index=shown.numpy() + subject.first if numbered else None,
     )
 
 
@@ -444,6 +500,7 @@ class Batches:
         subject: brings them.
         context: what the evaluation tells the attack.
         kept: keeps the batches, and has those that an interrupted run or another process finished.
+        rule: decides after each batch whether the attack stops; None: every batch is made.
     """
 
     def __init__(
@@ -455,14 +512,16 @@ class Batches:
         subject: Subject,
         context: AttackContext,
         kept: PartialRow,
+        rule: StoppingRule | None = None,
     ):
-        self.attack, self.target, self.index, self.kept = attack, target, index, kept
+        self.attack, self.target, self.kept, self.rule = attack, target, kept, rule
         self.subject, self.context = subject, context
-        self.parts = index.split(context.batch_size or len(index)) if len(index) else ()
+        most = context.batch_size or len(index)
+        self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
 
-    def missing(self) -> list[int]:
-        """The numbers of the batches that are still to be made."""
-        return [number for number, part in enumerate(self.parts) if self.kept.read(part) is None]
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some batches, by their numbers, that are still to be made."""
+        return [number for number in numbers if self.kept.read(self.parts[number]) is None]
 
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch, and keep it.
@@ -479,23 +538,49 @@ class Batches:
             self.context.graphs.to_come = sum(map(len, self.parts[number + 1 :])) / len(part)
         self.subject.reseed_batch(number)
         batch = _attack(self.attack, self.target, part, self.subject, self.context)
+        if self.rule is not None:
+            batch.fell = self.subject.room.within(functools.partial(self._fallen, part, batch.images))
         self.kept.keep(part, batch)
         return batch
 
-    def sums(self) -> AttackedBatch:
-        """All the images, attacked in the places of the index, with the sums over the batches."""
+    def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
+        """Which attacked images the model misclassifies, as 0 and 1."""
+        subject = self.subject
+        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.max_forward_batch))
+        return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
+
+    def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
+        """All the images, attacked in the places of the index, with the sums over the batches up to the last one made.
+
+        Args:
+            share: has some batches, by their numbers, made by several processes; None: this one makes all.
+            at_once: so many batches are shared before the rule is asked; without a rule, all of them are. A batch that
+                was made although the rule stops before it is left out: the rows are those of one process.
+        """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+        step = at_once if self.rule is not None else len(self.parts)
         for number, part in enumerate(self.parts):
+            if share is not None and number % step == 0:
+                missing = self.missing(range(number, min(number + step, len(self.parts))))
+                if missing:
+                    share(missing)
             batch = self.kept.read(part) or self.make(number)
             sums.images[part] = batch.images.to(self.subject.x.device)
             sums.seconds += batch.seconds
             health.update(batch.health)
             fallen.update(batch.fallen)
-            sums.unsearched += batch.unsearched
             sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+            if self.rule is not None and self.rule.see([bool(fell) for fell in batch.fell], _no_evidence(batch)):
+                break
         sums.health, sums.fallen = dict(health), dict(fallen)
         return sums
+
+
+def _no_evidence(batch: AttackedBatch) -> int:
+    """How many images that withstood say nothing about others: all where the attack lacked gradients."""
+    usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+    return batch.stood_still if usable else len(batch.fell)
 
 
 def _attack(
@@ -508,7 +593,7 @@ def _attack(
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, unsearched=[],
+            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[],
             max_forward_batch=subject.room.limit(context.max_forward_batch),
         )  # fmt: skip
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
@@ -523,5 +608,5 @@ def _attack(
     # when the images are there, the device has done its work
     found = images.detach().cpu()
     batch = AttackedBatch(found, counts, time.perf_counter() - begin)
-    batch.warnings, batch.fallen, batch.unsearched = told.warnings, told.fell_to, told.unsearched
+    batch.warnings, batch.fallen, batch.stood_still = told.warnings, told.fell_to, sum(map(int, told.stood_still))
     return batch

@@ -134,7 +134,7 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
-    """The row's name, of a random model as of a deterministic one, but for the order in which images are searched."""
+    """The row's name, of a random model as of a deterministic one."""
     name = _own_name(spec, context) if spec.label is None else spec.label
     # a label may say so itself
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
@@ -154,6 +154,7 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
+    name += "" if spec.nearest is None else f", {spec.nearest} nearest"
     return name + ("" if spec.max_images is None else f", first {spec.max_images}")
 
 

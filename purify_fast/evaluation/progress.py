@@ -23,8 +23,8 @@ class Progress:
     Args:
         name: of the model.
         shown: whether to show anything.
-        costs: forward passes of single images that each row takes at most, in order, and the probes as one more row;
-            None where it is not known.
+        costs: forward passes of single images that each row takes at most, in order, and before them the probes as
+            one more row; None where it is not known.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):

@@ -6,7 +6,7 @@ is attacked no more, so that the costly ones see few images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ import torch
 
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
-from ..attacks.base import ThreatModel
+from ..attacks.base import EngineAttack, ThreatModel
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
 from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
@@ -28,6 +28,13 @@ ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "author
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Steps of the first attack of "fast" and "standard": most images fall to the first few.
 FIRST_STEPS = 10
+#: The share of the images that an attack of "fast", or of "standard", may leave in what it does not search.
+FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
+#: So many images, those nearest to falling, are searched again by further attacks, and so many by the costly ones: they
+#: decide the number.
+NEAREST, FEWEST_NEAREST = 24, 10
+#: Queries of Square where it searches many images.
+SHORT_QUERIES = 1000
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
 RAND_DRAWS = 20
 #: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
@@ -61,22 +68,37 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
+def _nearest(attack: Attack, images: int, **options: Any) -> AttackSpec:
+    """An attack on the few images to which the ones before it came nearest, from another random start."""
+    return _left(attack, nearest=images, seed=1, **options)
+
+
 def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    few = APGD(loss="dlr_targeted", steps=50, n_target_classes=4, give_up=True, nearest_first=1 / 8)
+    first = _left(APGD(loss="margin", steps=FIRST_STEPS))
     if subject.is_random:
-        few = replace(few, loss="margin_targeted")
-    return [_left(APGD(loss="margin", steps=FIRST_STEPS)), _left(few)]
+        return [first, _left(APGD(loss="margin_targeted", steps=50, n_target_classes=4, give_up=True))]
+    return [
+        first,
+        _left(APGD(loss="margin_targeted", give_up=True), until=FAST_SHARE),
+        _nearest(APGD(loss="dlr_targeted", give_up=True), NEAREST),
+        _nearest(APGD(restarts=2), NEAREST),
+        _nearest(FABT(give_up=True), NEAREST),
+        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True), FEWEST_NEAREST),
+    ]
 
 
 def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    losses: tuple[ApgdLoss, ...] = ("dlr_targeted", "ce", "margin_targeted")
-    attacks = [
-        APGD(loss="margin", steps=FIRST_STEPS),
-        *(APGD(loss=loss, give_up=True, nearest_first=1 / 4) for loss in losses),
-        FABT(give_up=True, nearest_first=1 / 8),
-        Square(give_up=True, nearest_first=1 / 8),
+    losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
+    searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2)
+    return [
+        _left(APGD(loss="margin", steps=FIRST_STEPS)),
+        *(_left(attack, until=STANDARD_SHARE) for attack in searches),
+        *_without_noise(subject, ball),
+        _nearest(FABT(give_up=True), NEAREST),
+        # what decides the number, at full length
+        *(_nearest(attack, FEWEST_NEAREST) for attack in (every, FABT(n_target_classes=None), Square())),
     ]
-    return [_left(attack) for attack in attacks] + _without_noise(subject, ball)
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -105,6 +127,31 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
+
+
+def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """The attacks with every search on every image and to its end, and the rows of the model's surrogates.
+
+    Surrogates come after the attacks by the model's own gradients, which are to show what these find, and before the
+    costly ones. What ends no search early and has these rows comes back as it is.
+
+    Args:
+        attacks: of a protocol.
+        subject: what is attacked.
+        ball: norm and radius of the report.
+    """
+    whole = [_whole(spec) for spec in attacks]
+    named = {spec.label for spec in whole}
+    joined = [_transferred(*pair) for pair in subject.surrogates(ball)]
+    at = next((i for i, spec in enumerate(whole) if isinstance(spec.resolved, (FABT, Square))), len(whole))
+    return [*whole[:at], *(spec for spec in joined if spec.label not in named), *whole[at:]]
+
+
+def _whole(spec: AttackSpec) -> AttackSpec:
+    attack = spec.resolved
+    if isinstance(attack, EngineAttack):
+        attack = replace(attack, give_up=False)
+    return replace(spec, attack=attack, until=None, nearest=None)
 
 
 def _has_several_samples(subject: Subject) -> bool:
@@ -164,6 +211,8 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
+#: The protocols whose searches run to their end where signs of masked gradients are found before them.
+SEARCHES = ("fast", "standard", "rand", "strong")
 #: Every protocol by its name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
     "fast": _fast,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from .rows import CURVE, Paired, Row, attack_names, model_names
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
+from .witnesses import FILE, Witnesses
 
 FORMAT = 1
 
@@ -30,11 +33,15 @@ class Report:
         notes: remarks, one sentence each.
         about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package), as far as they are known; ``predict`` where a way to predict was named;
-            and ``precision`` where it is not float32.
+            ``precision`` where it is not float32; ``claim``, the robust accuracy that was claimed, in percent; and for
+            whoever repeats it the ``date`` of the first `save`, the ``command`` or the ``call``, ``model`` (a hash of
+            what it computes with) and ``processor``.
         findings: whether the numbers can be believed, alarm by alarm.
         outlooks: what it would take to go lower, by model.
         curves: accuracy over the radius, the steps, K and EOT, by model, for the page; see `curve`.
         threats: the threat model that each model was evaluated in, where they are not the same (`merge`).
+        witnesses: the images that fell, as the model saw them, where `evaluate` was given ``keep="all"``. `save` writes
+            them to a file of their own; a report that is read from JSON, or merged, has none.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -44,6 +51,7 @@ class Report:
     outlooks: list[Outlook] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     threats: dict[str, str] = field(default_factory=dict)
+    witnesses: Witnesses | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
@@ -111,8 +119,10 @@ class Report:
     def headline(self) -> Row:
         """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
         rows = list(self.headlines.values())
-        if len(rows) != 1:
-            raise ValueError(f"one model with attacks is needed, there are {len(rows)}: use headlines")
+        if not rows:
+            raise ValueError("the report has no attack on the model as it is: its accuracy is that of row('clean')")
+        if len(rows) > 1:
+            raise ValueError(f"the report must have one model, got {', '.join(self.headlines)}: use headlines")
         return rows[0]
 
     @property
@@ -174,6 +184,8 @@ class Report:
             "threats": self.threats,
             "rows": [row.to_dict() for row in self.rows],
         }
+        if self.witnesses is not None:
+            content["witnesses"] = self.witnesses.summary()
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -230,17 +242,20 @@ class Report:
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
     def _set_aside(self, folder: Path) -> None:
-        """Move a report on another threat model, data set, protocol or precision into a folder of its own."""
+        """Move a report on something else, or with other settings, into a folder of its own."""
         try:
-            about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
+            there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        named = ("threat", "dataset", "protocol", "predict", "precision")
-        if all(about.get(name) == self.about.get(name) for name in named):
+        if _identity(there) == _identity(json.loads(self.to_json())):
             return
+        about = there.get("about", {})
+        named = ("threat", "dataset", "protocol", "predict", "precision")
         words = [about[name] for name in named if name in about]
-        place = folder / ", ".join(["earlier", *words]).replace("/", "_")
-        place.mkdir(exist_ok=True)
+        name = ", ".join(["earlier", *words]).replace("/", "_")
+        number = next(number for number in itertools.count(1) if not (folder / _numbered(name, number)).exists())
+        place = folder / _numbered(name, number)
+        place.mkdir()
         for path in folder.glob("report.*"):
             path.replace(place / path.name)
         self.notes.append(f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}")
@@ -248,8 +263,11 @@ class Report:
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``report.json`` and ``report.md``, each of which appears whole or not at all.
 
-        A report on another threat model, data set, protocol or precision that is in the folder already is moved into a
-        folder "earlier, ..." in it.
+        Where every image that fell was kept, they are written too, to ``report.witnesses.safetensors``; see
+        `purify_fast.evaluation.check_witnesses`.
+
+        A report with other settings, or on something else, that is in the folder already is moved into a folder
+        "earlier, ..." in it.
 
         Args:
             folder: made if it is missing.
@@ -262,6 +280,12 @@ class Report:
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
+        # the file before the report that names it
+        if self.witnesses is None:
+            (folder / FILE).unlink(missing_ok=True)
+        else:
+            self.witnesses.save(folder)
+        self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
         # last, so that a defence that fails on the pictures loses nothing
@@ -306,6 +330,18 @@ def merge(reports: Iterable[Report]) -> Report:
     if double:
         raise ValueError(f"rows must differ in model or attack, these do not: {', '.join(double)}")
     return merged
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}, {number}"
+
+
+def _identity(content: Mapping[str, Any]) -> Any:
+    """What two reports have in common if one may replace the other, of their JSON: what was run on which images."""
+    apart = ("date", "command", "call", "version", "processor", "claim")
+    about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
+    told = ("model", "attack", "n", "n_eval", "seed", "data")
+    return about, [[row.get(name) for name in told] for row in content.get("rows", [])]
 
 
 def _named(report: Report, words: list[str]) -> Report:

@@ -33,6 +33,7 @@ class Examples:
         fell: which of them fell to the attack, bool ``[M]``.
         predicted: the classes predicted after the attack, int64 ``[M]``, of an image that fell by a prediction that was
             wrong; -1 where it names no class.
+        index: their places in the data, int64 ``[M]``, where every image that fell is kept; None where some are.
     """
 
     clean: np.ndarray
@@ -40,6 +41,17 @@ class Examples:
     labels: np.ndarray
     fell: np.ndarray
     predicted: np.ndarray
+    index: np.ndarray | None = None
+
+    def first(self, count: int) -> Examples:
+        """The first so many, as they are kept for the pictures."""
+        arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
+        return Examples(**arrays | {"index": None})
+
+    def with_following(self, following: Examples) -> Examples:
+        """All that fell, of these images and of those of the part of the data that follows."""
+        both = [part for part in (self, following) if part.fell.any()] or [self]
+        return Examples(**{name: np.concatenate([vars(part)[name] for part in both]) for name in vars(self)})
 
 
 @dataclass(repr=False)
@@ -113,6 +125,14 @@ class Row:
     def accuracy(self) -> float:
         """Share of robust images."""
         return float(self.robust.mean())
+
+    @property
+    def always_right(self) -> float:
+        """Share of the images that are right in every one of the predictions, the criterion of every attack.
+
+        Of a clean row ``robust`` and ``accuracy`` are about the first prediction: it decides what is attacked.
+        """
+        return self.worst if self.kind == "clean" else self.accuracy
 
     @property
     def standard_error(self) -> float:
@@ -226,11 +246,15 @@ def joined(row: Row, following: Row) -> Row:
         summed["attacked"] = row.settings["attacked"] + following.settings["attacked"]
     if fallen := [part.settings["fallen to"] for part in (row, following) if "fallen to" in part.settings]:
         summed["fallen to"] = dict(sum(map(Counter, fallen), Counter[str]()))
-    if unsearched := [part.settings["unsearched"] for part in (row, following) if "unsearched" in part.settings]:
-        summed["unsearched"] = sum(unsearched)
+    for name in ("unsearched", "may hold"):
+        if left_out := [part.settings[name] for part in (row, following) if name in part.settings]:
+            summed[name] = sum(left_out)
     if "warnings" in row.settings:
         summed["warnings"] = list(dict.fromkeys([*row.settings["warnings"], *following.settings["warnings"]]))
     shown = [part.examples for part in (row, following) if part.examples is not None]
+    examples = next((part for part in shown if part.fell.any()), shown[0] if shown else None)
+    if len(shown) == 2 and shown[0].index is not None:
+        examples = shown[0].with_following(shown[1])
     both = row.margins is not None and following.margins is not None
     return replace(
         row,
@@ -242,7 +266,7 @@ def joined(row: Row, following: Row) -> Row:
         reliable=known or not robust.any(),
         settings=row.settings | summed,
         nonfinite_predictions=row.nonfinite_predictions + following.nonfinite_predictions,
-        examples=next((part for part in shown if part.fell.any()), shown[0] if shown else None),
+        examples=examples,
         margins=np.concatenate([row.margins, following.margins]) if both else None,
     )
 
@@ -279,6 +303,24 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
                 label = name if n == full else f"{name}, first {n}"
                 groups.append((label, [row for row in deployed if row.n >= n], n))
     return [_row(*group) for group in groups]
+
+
+def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None:
+    """Count images that fell to something else than the attacks as fallen, in the rows over all attacks.
+
+    Args:
+        rows: of one model.
+        fallen: the numbers of the images, which fell within the report's ball.
+        eps: its radius: what fell there has fallen within every larger one.
+    """
+    for row in rows:
+        larger = row.settings.get("eps", 0) > eps
+        if row.kind == "worst" and row.deployed and (row.threat is None or larger):
+            row.robust = row.robust.copy()
+            row.robust[[image for image in fallen if image < row.n]] = False
+            row.mean = row.worst = row.accuracy
+            row.reliable = row.reliable or not row.robust.any()
+            row.settings["probes"] = sum(image < row.n for image in fallen)
 
 
 def _row(label: str, group: Sequence[Row], n: int) -> Row:

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._tensors import digest, text_hash
-from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
+from .._validation import CudaGraphs, CudnnBenchmark, NormName, check_folder, check_literal, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
-from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
+from ..attacks.arguments import check_at_least_one, check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.base import ThreatModel
@@ -34,24 +35,29 @@ from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from .alarms import Evidence, Probes, findings, outlook, probe
+from .alarms import Evidence, Probes, findings, outlook, probe, signs_of_masking
 from .alarms.answers import PROBED, Before
+from .alarms.probes import AskedBefore, asked_before
 from .alarms.probes import cost as cost_of_probes
 from .alarms.probes import parts as parts_of_probes
 from .cache import RowCache
+from .claims import check_claim
 from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
 from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
-from .measure import Measure
+from .measure import EXAMPLES, Measure
 from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress, counted_model
-from .protocols import ProtocolName, notes_of_protocol, protocol_attacks
+from .protocols import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
+from .repeating import processor_name, written_call
 from .report import Report
-from .rows import Row, joined, worst_rows
+from .rows import Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
+from .stopping import notes_of_unsearched
 from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import PROBES, Task, Team
+from .team import PROBES, SIGNS, Task, Team
+from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 
@@ -64,8 +70,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 CHUNK = 4
 
 
-def short_interrupts(function: F) -> F:
-    """A decorator of `evaluate`: a KeyboardInterrupt is raised again from here, with a message.
+def called_by_people(function: F) -> F:
+    """A decorator of `evaluate`: ``device`` is refused, and a KeyboardInterrupt is raised again from here, in words.
 
     The frames of the attack say nothing to whoever pressed Ctrl-C; a debugger has them in ``__context__``. Subclasses,
     and an interrupt that has a message, are of somebody's own making and pass as they are.
@@ -73,8 +79,15 @@ def short_interrupts(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            raise TypeError(
+                f"evaluate takes no device, got device={kwargs['device']!r}: it computes on the model's own device. "
+                "Move the model first, as in model.to('cuda'); the images follow it"
+            )
         try:
-            return function(*args, **kwargs)
+            report = function(*args, **kwargs)
+            report.about["call"] = written_call(function, args, kwargs)
+            return report
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or error.args:
                 raise
@@ -86,7 +99,7 @@ def short_interrupts(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-@short_interrupts
+@called_by_people
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -117,6 +130,8 @@ def evaluate(
     progress: bool = True,
     curve: Sequence[float] = (),
     together: bool = True,
+    keep: Literal["some", "all"] = "some",
+    claim: float | None = None,
 ) -> Report:
     """Attack a model in every way asked for, and report what it withstands.
 
@@ -126,12 +141,12 @@ def evaluate(
             afterwards as they were; so are those of modules that it holds in plain lists, objects or hooks. A function
             is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
             it can be seen to use are told in a warning and in the report's notes.
-        x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
-            batches (images, labels) or (images, labels, indices), which is read once, in parts of four batches of
-            ``batch_size`` images, or of 64 images: a part goes through all attacks before the next one is read. The
-            first part is held to the end, for the signs, and each other one until the next is read. A batch that is
-            not allowed is found when it is read.
-        y: labels, int64 ``[N]``.
+        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
+            float32. Or, without ``y``, a DataLoader or any other iterable of batches (images, labels) or (images,
+            labels, indices), which is read once, in parts of four batches of ``batch_size`` images, or of 64 images: a
+            part goes through all attacks before the next one is read. The first part is held to the end, for the signs,
+            and each other one until the next is read. A batch that is not allowed is found when it is read.
+        y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 where anything is attacked.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
@@ -140,10 +155,11 @@ def evaluate(
             do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", what those
             who published the defence ran, to compare with their numbers, in no headline. The last two need the package
             pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
-        attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; functions
-            ``(model, x, y) -> x_adv``, which `as_attack` describes; or `AttackSpec` around either. An empty list: the
-            accuracy on clean images alone. Variants that the defence lacks, or that are not what they promise (noise
-            that `fixed_noise` does not fix), are left out, with a note.
+        attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
+            torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
+            `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
+            defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
+            a note.
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
@@ -188,6 +204,10 @@ def evaluate(
             process. The first process alone writes and shows something; the others get the report without its pictures.
             Machines that do not share their temporary files need an ``out`` that they share. False: each process works
             by itself.
+        keep: which attacked images the report keeps. "some": a few of each row, for its pictures. "all": every image
+            that fell as well, exactly as the model saw it; `Report.save` writes them to a file, about 4 KB for each
+            image of CIFAR-10, and `check_witnesses` tries them again.
+        claim: the robust accuracy that somebody claims, in percent: the report says whether what is left refutes it.
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
@@ -203,31 +223,28 @@ def evaluate(
             deterministic model, ``out`` is a file, or the processes evaluate different things.
         ConnectionError: the first of several processes does not answer.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
-        TypeError: images or labels that are no tensors, or an attack that is none.
+        TypeError: images or labels that are neither tensors nor arrays, an eps that is no number, an attack that is
+            none, or a ``device``.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
-    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval)
+    check_claim(claim)
+    norm = read_norm(norm)
+    check_eps(eps, norm)
+    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval, max_forward_batch=max_forward_batch)
     in_batch = images_together(batch_size, memory)
     chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
     images, labels, more = next(chunks)
-    norm = read_norm(norm)
-    check_at_least_one(max_forward_batch=max_forward_batch)
+    check_literal("keep", keep, Literal["some", "all"])
     if predict is not None:
         check_literal("predict", predict, Predict)
     protocol, given = _protocol_or_attacks(protocol, attacks)
-    check_eps(eps, norm)
-    if eps == 0 and (given or protocol or probes):
-        raise ValueError(
-            "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
-            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
-        )
+    _check_moves(eps, bool(given or protocol or probes))
     radii = radii_of(curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
-    about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol, "predict": _in_words(predict, n_eval),
-             "precision": precision_name(model, device)}  # fmt: skip
-    report = Report(about=about | {what: value for what, value in named.items() if value is not None})
+    report = Report(about=_about(norm, eps, seed, model, device, claim=claim))
+    named = {"dataset": dataset_name, "protocol": protocol, "predict": _in_words(predict, n_eval)}
+    report.about |= {what: value for what, value in named.items() if value is not None}
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(together))
@@ -241,11 +258,12 @@ def evaluate(
         if batch_size == "auto":
             make_room(subject, [subject.model], memory, RowCache(None))
         # taken after the trial predictions: a model that stores its last input is then always in the same state
-        mark = (None, "") if out is None and team.world == 1 else fingerprint_or_reason(subject.model, revision)
+        mark = fingerprint_or_reason(subject.model, revision)
+        report.about |= {} if mark[0] is None else {"model": mark[0]}
         report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
         report.notes += notes_of_protocol(protocol, model)
-        asked = protocol not in (None, "authors") if probes is None else probes
-        before = subject.room.within(lambda: Before(subject)) if asked else None
+        signs = has_signs(protocol, attacks, probes)
+        before = subject.room.within(lambda: Before(subject)) if signs else None
         plan = given if protocol is None else protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base)
         if predict is not None:
             plan = beside_fixed(plan, subject)
@@ -271,50 +289,140 @@ def evaluate(
             at_once = team.from_first("images at once", lambda: subject.room.limit(context.max_forward_batch))
             context = replace(context, max_forward_batch=at_once)
         progress = progress and team.rank == 0
-        measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress), team=team)
-        last = unusual_radius(dataset_name, norm, eps)
-        return _filled(report, measure, plan, mark=mark[0], before=before, chunks=chunks, radii=radii, last_notes=last)
+        shown = Progress(name, progress)
+        measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=keep == "all")
+        judged = {"random": subject.is_random, "n_eval": n_eval, "predict": predict, "seed": seed}
+        witnessed = None if keep == "some" else _about_model(subject, mark[0]) | judged
+        acting = _Acting(plan, protocol in SEARCHES, measure, stack)
+        return _filled(report, acting, mark=mark[0], before=before, chunks=chunks, radii=radii,
+                       last_notes=unusual_radius(dataset_name, norm, eps), witnessed=witnessed)  # fmt: skip
+
+
+def _check_moves(eps: float, attacked: bool) -> None:
+    """ValueError for a radius of 0 where something is attacked."""
+    if eps == 0 and attacked:
+        raise ValueError(
+            "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
+            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
+        )
+
+
+@dataclass
+class _Acting:
+    """The attacks of an evaluation, which search further where signs of masked gradients are found before them.
+
+    Args:
+        plan: the attacks without such signs.
+        acts: whether they search further: those of a protocol do, and a list of attacks is run as it is.
+        measure: what makes rows.
+        stack: holds what is frozen for as long as the evaluation runs.
+    """
+
+    plan: Sequence[AttackSpec]
+    acts: bool
+    measure: Measure
+    stack: contextlib.ExitStack
+
+    def act(self, signs: Sequence[str]) -> list[str]:
+        """Let every search run to its end, if there are signs; the sentence that says so."""
+        if not (signs and self.acts):
+            return []
+        subject, context, cache = self.measure.subject, self.measure.context, self.measure.cache
+        further = to_the_end(self.plan, subject, ThreatModel(context.norm, float(context.eps)))
+        if further == list(self.plan):
+            return []
+        joined = len(further) - len(self.plan)
+        self.plan = further
+        _know(cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject)
+        rows = f", and {joined} rows that follow the gradients of other models joined" if joined else ""
+        return [
+            f"before the attacks, signs of masked gradients were found: {'; '.join(signs)}. So every search ran on "
+            f"every image and to its end{rows}"
+        ]
 
 
 def _filled(
     report: Report,
-    measure: Measure,
-    plan: Sequence[AttackSpec],
+    acting: _Acting,
     *,
     mark: str | None,
     before: Before | None,
     chunks: Iterator[tuple[Tensor, Tensor, bool]],
     radii: Sequence[float],
     last_notes: list[str],
+    witnessed: dict[str, Any] | None,
 ) -> Report:
     """The report with its rows; of another process than the first, the first one's report."""
+    measure = acting.measure
     subject, context, team = measure.subject, measure.context, measure.team
-    feasible_plan, notes = feasible(plan, subject, context, measure.name)
-    report.notes += notes
-    curve = Curve(attacks_of_curve(feasible_plan, context, radii), radii)
-    measure.attacks = feasible_plan + [spec for radius in radii for spec in curve.specs_at(radius, context.norm)]
+
+    def planned() -> tuple[list[AttackSpec], Curve]:
+        plan, notes = feasible(acting.plan, subject, context, measure.name)
+        report.notes += [note for note in notes if note not in report.notes]
+        curve = Curve(attacks_of_curve(plan, context, radii), radii)
+        measure.attacks = plan + [spec for radius in radii for spec in curve.specs_at(radius, context.norm)]
+        return plan, curve
+
+    plan, curve = planned()
     if team.world > 1:
         team.check_same(_what_is_made(measure, mark))
     if team.rank > 0:
-        return _help(measure, before, chunks)
-    probe_cost = 0 if before is None else cost_of_probes(subject, context)
-    report.rows = _all_rows(feasible_plan, measure, chunks, curve, probe_cost)
+        return _help(measure, before, chunks, lambda signs: acting.act(signs) and planned())
+    asked = None if before is None else _ask(measure, before, _costs(plan, measure, curve))
+    if asked is not None:
+        signs = signs_of_masking(asked, subject.is_random)
+        told = acting.act(signs)
+        if team.world > 1:
+            images = json.dumps(signs).encode()
+            team.share(Task(SIGNS, subject.first, subject.data, images, []), lambda _: None, measure.progress)
+        report.notes += told
+        plan, curve = planned() if told else (plan, curve)
+    report.rows = _all_rows(plan, measure, chunks, curve)
+    if witnessed is not None:
+        _gather(report, measure, witnessed)
     report.rows += worst_rows(report.rows)
-    report.curves |= curve.points(report.rows, measure.name, float(context.eps))
-    _conclude(report, measure, before)
-    report.notes += last_notes
+    _conclude(report, measure, before, asked)
+    for model, points in curve.points(report.rows, measure.name, float(context.eps)).items():
+        report.curves[model] = report.curves.get(model, {}) | points
+    report.notes += notes_of_unsearched(report.rows) + last_notes
     team.end(report.to_json)
     return report
+
+
+def _about_model(subject: Subject, mark: str | None) -> dict[str, Any]:
+    """What witnesses say of the model."""
+    return {"model": model_marks(subject.single, mark), "classes": subject.num_classes}
+
+
+def _gather(report: Report, measure: Measure, about: dict[str, Any]) -> None:
+    """Move every image that fell from the rows into the report's witnesses; the rows keep some for the pictures."""
+    found = gathered(report.rows, about)
+    if found is not None:
+
+        def still_wrong(images: Tensor) -> Tensor:
+            judge = measure.subject.going_on(images, found.labels, False)
+            return torch.from_numpy(~judge.judge(images, "random", "judge").right.all(0))
+
+        report.witnesses = found.small(still_wrong)
+    for row in report.rows:
+        row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
 
 
 def _kept_rows(cache: RowCache, subject: Subject, others: Sequence[Classifier], mark: str | None) -> RowCache:
     """The rows in a folder, which know the models that they may depend on."""
     cache.know(subject.model, mark)
+    _know(cache, others, subject)
+    return cache
+
+
+def _know(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
+    """Let kept rows know further models."""
+    if cache.folder is None:
+        return
     for model in others:
         torch.manual_seed(subject.seed)
         model(subject.some())
         cache.know(model, fingerprint(model, cache.revision))
-    return cache
 
 
 def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
@@ -329,18 +437,46 @@ def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
     }
 
 
-def _help(measure: Measure, before: Before | None, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-    """Make batches, and parts of the probes, for the first process until its report is there."""
+def _help(
+    measure: Measure,
+    before: Before | None,
+    chunks: Iterator[tuple[Tensor, Tensor, bool]],
+    act: Callable[[list[str]], object],
+) -> Report:
+    """Make batches, and parts of the probes, for the first process until its report is there.
+
+    Args:
+        measure: what makes rows.
+        before: the answers of the model before the attacks.
+        chunks: the images that follow.
+        act: takes the signs that the probes gave.
+    """
     for task in measure.team.tasks():
         if task.attack == PROBES:
             assert before is not None
-            left = torch.frombuffer(bytearray(task.alive), dtype=torch.bool)
-            measure.team.give(task, [*_parts(measure, before, left).values()], measure.progress)
+            measure.team.give(task, [*_parts(measure, before).values()], measure.progress)
+            continue
+        if task.attack == SIGNS:
+            act(json.loads(task.images))
             continue
         while measure.subject.first < task.first:
             measure.turn_to(measure.subject.going_on(*next(chunks)))
         measure.help(task)
     return Report.from_json(measure.team.report())
+
+
+def _about(
+    norm: NormName, eps: float, seed: int, model: Classifier, device: torch.device, *, claim: float | None
+) -> dict[str, str]:
+    """What all rows have in common, and what was claimed."""
+    about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
+    about["processor"] = processor_name(device)
+    precision = precision_name(model, device)
+    if precision is not None:
+        about["precision"] = precision
+    if claim is not None:
+        about["claim"] = f"{claim:g}"
+    return about
 
 
 def _in_words(predict: Predict | None, n_eval: int) -> str | None:
@@ -399,6 +535,13 @@ def _freeze_others(
     return others
 
 
+def has_signs(protocol: ProtocolName | None, attacks: Sequence[Any] | None, probes: bool | None) -> bool:
+    """Whether an evaluation asks the model for signs of a failed attack; the arguments are those of `evaluate`."""
+    if probes is not None:
+        return probes
+    return attacks is None and protocol != "authors"
+
+
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
@@ -419,14 +562,13 @@ def _all_rows(
     measure: Measure,
     chunks: Iterable[tuple[Tensor, Tensor, bool]],
     curve: Curve,
-    probe_cost: int,
 ) -> list[Row]:
     """The rows of all images: of those that the measure has, and of the chunks that follow."""
     subject = measure.subject
-    rows, data = _rows(plan, measure, curve, probe_cost), [subject.data]
+    rows, data = _rows(plan, measure, curve), [subject.data]
     for images, labels, more in chunks:
         measure.turn_to(measure.subject.going_on(images, labels, more))
-        following = {row.attack: row for row in _rows(plan, measure, curve, probe_cost)}
+        following = {row.attack: row for row in _rows(plan, measure, curve)}
         rows = [joined(row, following[row.attack]) if row.attack in following else row for row in rows]
         data.append(measure.subject.data)
     if len(data) > 1:
@@ -437,21 +579,29 @@ def _all_rows(
     return rows
 
 
-def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve, probe_cost: int) -> list[Row]:
+def _costs(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[int | None]:
+    """Forward passes of single images that each row takes at most; None where that is not known."""
+    context, n = measure.context, len(measure.subject.y)
+    asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in plan]
+    asked += [(cost, n) for cost in curve.costs(context)]
+    return [None if cost is None else cost * images for cost, images in asked]
+
+
+def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[Row]:
     """The rows of the clean images, one for each variant, of the attacks in the order of the plan, and of the curve.
 
     The images of an attack on a variant are tried on the deployed model, in a row of its own.
     """
     variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in plan)]))
     subject, made = measure.subject, measure.progress.rows
-    costs: list[int | None] = [spec.resolved.cost(measure.context) for spec in plan]
-    costs += curve.costs(measure.context)
-    costs = [None if cost is None else cost * len(subject.y) for cost in costs]
+    n = len(subject.y)
     # how many images are to come is not known
-    measure.progress.costs[made:] = [*costs, *([probe_cost] if probe_cost else []), *([None] if subject.more else [])]
+    measure.progress.costs[made:] = [*_costs(plan, measure, curve), *([None] if subject.more else [])]
     all_rows = [measure.clean(variant) for variant in variants]
     # survivors are tracked for each threat model by itself
     left: dict[tuple[str, str | None], np.ndarray] = {}
+    # the least margin that any attack on a variant has reached
+    margins: dict[tuple[str, str | None], np.ndarray] = {}
     # what every attack on all images left
     standing = measure.clean("random").robust.copy()
     for spec in plan:
@@ -459,7 +609,8 @@ def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve, probe_cost
             continue
         threat = threat_name(spec, measure.context)
         before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
-        rows = [measure.attacked(spec, before[spec.variant])]
+        reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
+        rows = [measure.attacked(spec, before[spec.variant], reached)]
         source = ", kept by an earlier run" if measure.cache.was_kept else ""
         if spec.variant != "random" and rows[0].is_attack:
             rows.append(measure.tried(spec, before[spec.variant], before["random"]))
@@ -468,6 +619,9 @@ def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve, probe_cost
             measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
             left[name, threat] = before[name].copy()
             left[name, threat][: row.n] &= row.robust | (not row.is_attack)
+            if row.is_attack and row.margins is not None:
+                known = margins.setdefault((name, threat), np.full(n, np.inf))
+                known[: row.n] = np.fmin(known[: row.n], row.margins)
             if row.is_attack and row.deployed and threat is None and spec.max_images is None:
                 standing &= row.robust
     return all_rows + curve.rows(measure, standing)
@@ -476,19 +630,22 @@ def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve, probe_cost
 # -- whether the numbers can be believed ------------------------------------------------------------------------------
 
 
-def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
+def _conclude(report: Report, measure: Measure, before: Before | None, asked: AskedBefore | None) -> None:
     """Add to a report the findings of the alarms, the curves of the probes and the outlook; mark what is not believed.
 
     Args:
         report: of one model, with all of its rows.
         measure: what made them.
         before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
+        asked: what was measured before the attacks.
     """
     rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
     subject = measure.subject
     evidence = Evidence(rows, classes=subject.num_classes, probabilities=subject.has_probabilities)
-    if before is not None:
-        evidence = replace(evidence, probes=_probes(measure, before, evidence))
+    if before is not None and asked is not None:
+        probes = _probes(measure, before, asked, evidence)
+        evidence = replace(evidence, probes=probes)
+        count_fallen(report.rows, probes.fallen, float(measure.context.eps))
     report.findings = [replace(finding, model=measure.name) for finding in findings(evidence)]
     if evidence.probes is not None:
         report.curves[measure.name] = report.curves.get(measure.name, {}) | evidence.probes.curves()
@@ -497,15 +654,18 @@ def _conclude(report: Report, measure: Measure, before: Before | None) -> None:
         report.outlooks = [replace(expected, model=measure.name)]
     doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
     inconsistent = any(finding.of_answers for finding in doubts)
+    # where no attack counted gradients, the probes have followed them
+    followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
     for row in report.rows:
         # at 0 % there is nothing to doubt: nothing stopped the attacks
         headline = row.kind == "worst" and row.threat is None and row.deployed
+        row.reliable = row.reliable or (headline and followed)
         if headline and doubts and (row.accuracy > 0 or inconsistent):
             row.reliable = False
             row.settings["doubts"] = [finding.alarm for finding in doubts]
 
 
-def _parts(measure: Measure, before: Before, left: Tensor) -> dict[str, Callable[[], Any]]:
+def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:
     """The parts of the probes, each of which is made again with fewer images at once when memory runs out."""
     room, context = measure.subject.room, measure.context
     model = counted_model(measure.subject.model, measure.progress)
@@ -513,33 +673,53 @@ def _parts(measure: Measure, before: Before, left: Tensor) -> dict[str, Callable
     def make(name: str) -> Any:
         at_once = room.limit(context.max_forward_batch)
         told = replace(context, max_forward_batch=at_once, batch_size=measure.subject.batch_size)
-        return parts_of_probes(before, told, left, model)[name]()
+        return parts_of_probes(before, told, model)[name]()
 
-    names = parts_of_probes(before, context, left, model)
+    names = parts_of_probes(before, context, model)
     return {name: functools.partial(room.within, functools.partial(make, name)) for name in names}
 
 
-def _probes(measure: Measure, before: Before, evidence: Evidence) -> Probes:
-    """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
+def _settings_of_probes(measure: Measure) -> dict[str, Any]:
+    """What the answers to the probes depend on, but for the model."""
+    context, subject = measure.context, measure.subject
+    return {
+        "probes": 6, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
+        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
+        "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
+    }  # fmt: skip
+
+
+def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> AskedBefore:
+    """The probes that come before the attacks; later: what the rows after them take at most."""
+    context, subject, progress = measure.context, measure.subject, measure.progress
+    passes = cost_of_probes(subject, context)
+    progress.costs = [passes, *later]
+
+    def make() -> dict[str, Any]:
+        with progress.row("probes", passes):
+            made = _parts(measure, before)
+            task = Task(PROBES, subject.first, subject.data, b"", [*range(len(made))])
+            values = measure.team.values(task, [*made.values()], progress)
+            measured = dict(zip(made, values, strict=True))
+            return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
+
+    key = measure.cache.key(_settings_of_probes(measure) | {"before": True}, subject.model)
+    asked = AskedBefore(**measure.cache.values(key, make))
+    progress.next_row()
+    return asked
+
+
+def _probes(measure: Measure, before: Before, asked: AskedBefore, evidence: Evidence) -> Probes:
+    """All of them; kept answers are used again only after the same attacks, which some are compared with."""
     context, subject = measure.context, measure.subject
     # which of the first images withstood every attack on the model as it is; none without an attack
     n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
     robust = evidence.robust(n)
-    left = torch.zeros(n, dtype=torch.bool) if robust is None else torch.from_numpy(robust)
+    left = np.zeros(n, dtype=bool) if robust is None else robust
 
     def make() -> dict[str, Any]:
-        with measure.progress.row("probes", cost_of_probes(subject, context)):
-            made = _parts(measure, before, left)
-            alive, batches = left.numpy().tobytes(), [*range(len(made))]
-            task = Task(attack=PROBES, first=subject.first, data=subject.data, alive=alive, batches=batches)
-            values = measure.team.values(task, [*made.values()], measure.progress)
-            measured = dict(zip(made, values, strict=True))
-            return asdict(subject.room.within(lambda: probe(before, context, measured)))
+        return asdict(subject.room.within(lambda: probe(before, context, asked, left.tolist())))
 
-    settings = {
-        "probes": 3, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
-        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
-        "attacks": [row.attack for row in evidence.rows], "left": digest(left),
-        "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
-    }  # fmt: skip
-    return Probes(**measure.cache.values(measure.cache.key(settings, subject.model), make))
+    attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
+    key = measure.cache.key(_settings_of_probes(measure) | attacks, subject.model)
+    return Probes(**measure.cache.values(key, make))

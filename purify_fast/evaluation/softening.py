@@ -9,33 +9,50 @@ takes part in arithmetic, the same is computed with the counterpart, and that ha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from math import isinf, sqrt
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softsign
+from torch.autograd.function import BackwardCFunction
+from torch.nn.functional import pad, softsign
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 #: Raised whenever a softened model would compute something else: kept rows of one are used again by this number.
-REVISION = 1
+REVISION = 2
 #: The slope of a comparison, in units of the size of what is compared: where values stay exact, and at temperature 1.
 #: It falls with the root of the temperature: ten times lower slopes find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
 #: Functions whose first argument is divided by the temperature: they saturate.
 _SATURATING = {
-    "sigmoid", "expit", "special_expit", "logsigmoid", "hardsigmoid", "tanh", "hardtanh", "softmax", "log_softmax",
+    "sigmoid", "expit", "special_expit", "logsigmoid", "hardsigmoid", "tanh", "softmax", "log_softmax",
 }  # fmt: skip
 #: Functions with a gradient of zero, everywhere or outside of a range; the identity's gradient takes its place.
 _FLAT = {
     "round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "hardshrink",
     "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
 }  # fmt: skip
+#: Functions that go in steps, of floating-point numbers and of integers, by the same function without steps. Who rounds
+#: takes a remainder away, others use it: half of the gradient leaves some to both.
+_STEPS: dict[str, Callable[..., Any]] = {
+    "div": lambda a, b: a / b,
+    "floordiv": lambda a, b: a / b,
+    "rfloordiv": lambda a, b: b / a,
+    "remainder": lambda a, b: a / 2,
+    "fmod": lambda a, b: a / 2,
+    "frac": lambda a: a / 2,
+    "rshift": lambda a, b: a / 2**b,
+    "lshift": lambda a, b: a * 2**b,
+    "clamp": lambda a, *bounds: a,
+    "and": lambda *each: sum(value for value in each if _follows(value)),
+    "or": lambda *each: sum(value for value in each if _follows(value)),
+}
 #: All of these, and those that are flat with some arguments alone, as `_is_flat` tells.
-_SOFTENED = _SATURATING | _FLAT | {"clamp", "threshold"}
+_SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
 #: Comparisons: whether the first argument is to be the larger one.
 _COMPARISONS = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1) | dict.fromkeys(
     ("lt", "le", "less", "less_equal"), -1
@@ -66,14 +83,24 @@ _OF_MASKS: dict[str, Callable[..., Any]] = {
     "any": torch.amax,
     "all": torch.amin,
 }
+#: Functions that look rows up in a table, and where their table and their indices stand.
+_LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
 #: Functions of which counterparts may be arguments, and that have a form in place.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
 #: Other names of the same functions, in the names that a `Softening` makes of theirs.
-_SPELLINGS = {"invert": "not", "clip": "clamp", "iand": "and_", "ior": "or_"}
+_SPELLINGS = {
+    "invert": "not", "clip": "clamp", "divide": "div", "floor_divide": "floordiv", "right_shift": "rshift",
+    "left_shift": "lshift", "iand": "and_", "ior": "or_", "irshift": "rshift_", "ilshift": "lshift_",
+}  # fmt: skip
 #: What is raised where a formula was not written for what it is given, which then stays as it is.
 _UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: Which argument of a choice among values says along which dimension, and where the indices are in its result.
-_CHOICES = {"argmax": (1, None), "max": (1, 1), "topk": (2, 1), "sort": (1, 1), "argsort": (1, None)}
+_CHOICES = {
+    "argmax": (1, None), "argmin": (1, None), "max": (1, 1), "min": (1, 1), "median": (1, 1), "kthvalue": (2, 1),
+    "topk": (2, 1), "sort": (1, 1), "argsort": (1, None),
+}  # fmt: skip
+#: What leaves of the indices of a choice some along the dimension of what they choose from.
+_SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 
 class Softening(TorchFunctionMode):
@@ -89,24 +116,45 @@ class Softening(TorchFunctionMode):
         self.temperature = temperature
         self.slope = EXACT_SLOPE if temperature is None else SOFT_SLOPE / sqrt(temperature)
         # of a tensor that is not floating-point: its version when it was made, and its counterpart; or, of indices of
-        # the largest values, what they choose from, and along which dimension
+        # chosen values, what they choose from, and along which dimension; or how much of each index is there, and None
         self.beside: Any = WeakTensorKeyDictionary()
+        self._hooks: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> Self:
+        # a softened form may need what the model, whose own form does not, writes to later: copies are kept of it
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
+        self._hooks.append(contextlib.ExitStack())
+        self._hooks[-1].enter_context(kept)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.pop().close()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = _plain_name(func), kwargs or {}
+        self.let_through(args)
         if name == "set_grad_enabled":
             # a block without gradients inside the model; whether there are any at all is decided outside of it
             return None
         first: Any = args[0] if args else None
-        if name == "detach":
+        if name == "detach" or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return first
+        if name in ("numpy", "array") and _floating(first):
+            return func(first.detach(), *args[1:], **kwargs)
         known = any(map(self._known, args))
+        if kwargs.get("inplace") and name in _SOFTENED:
+            name, kwargs = name + "_", {key: value for key, value in kwargs.items() if key != "inplace"}
         with contextlib.suppress(*_UNKNOWN):
             if name == "setitem" and known:
                 return self._set(func, *args)
-            if name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set()) and name.endswith("_"):
+            if name.endswith("_") and (
+                name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set())
+                or _goes_in_steps(name[:-1], first, **kwargs)
+            ):
                 # an operation in place changes its argument, which the model goes on with
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
@@ -131,23 +179,38 @@ class Softening(TorchFunctionMode):
         first: Any = args[0] if args else None
         if _is_flat(name, *args[1:], **kwargs) and _floating(first):
             return _straight(hard, first)
+        if name == "hardtanh" and self.temperature is not None:
+            return _straight(hard, _wider(self.temperature, *args, **kwargs))
         if name in _COMPARISONS and len(args) == 2:
             a, b = map(self._or_itself, args)
             self._keep(hard, self._compared(a, b, _COMPARISONS[name]))
+        elif name in ("eq", "ne") and len(args) == 2 and args[0] is not args[1]:
+            soft = self._equal(hard, *args)
+            self._keep(hard, soft if name == "eq" or soft is None else 1 - soft)
+        elif name in ("bucketize", "searchsorted"):
+            values, bounds = map(self._or_itself, args[:2] if name == "bucketize" else args[1::-1])
+            return self._stepped(hard, self._between(values, bounds))
+        elif _goes_in_steps(name, hard, **kwargs):
+            return self._stepped(hard, _STEPS[name](*map(self._or_itself, args)))
+        elif name in _LOOKUPS and self._index(name, args) is not None:
+            return self._soft(hard, self._looked_up(name, func, hard, args, kwargs))
         elif name in _CASTS and _floating(first):
             if not (_floating(hard) or hard.dtype == torch.bool):
                 values = hard.dequantize() if hard.is_quantized else hard.to(first.dtype)
                 self._keep(hard, _straight(values, first))
         elif name in _CASTS:
-            return self._soft(hard, self._kept(first, Tensor))
-        elif name in ("scatter", "one_hot"):
-            index, value = (first, None) if name == "one_hot" else (args[2], [*args[3:], *kwargs.values()])
-            choice = self._kept(index, tuple)
-            return hard if choice is None else self._soft(hard, self._scattered(first, index, choice, value))
+            if (choice := self._kept(first, tuple)) is None:
+                return self._soft(hard, self._kept(first, Tensor))
+            if _floating(hard):
+                return self._soft(hard, self._or_itself(first))
+            self.beside[hard] = hard._version, choice
+        elif name == "scatter":
+            choice = self._kept(args[2], tuple)
+            return hard if choice is None else self._soft(hard, self._scattered(args, choice, [*kwargs.values()]))
         elif name in _SHAPES:
             choice, soft = self._kept(first, tuple), self._kept(first, Tensor)
-            if choice is not None and hard.dim() == first.dim():
-                self.beside[hard] = hard._version, choice
+            if choice is not None:
+                self.beside[hard] = hard._version, self._reshaped(name, func, hard, args, kwargs)
             return hard if soft is None else self._soft(hard, func(soft, *args[1:], **kwargs))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
             # arithmetic with an infinity, such as that of what is masked out of a softmax, has no softened form
@@ -157,6 +220,14 @@ class Softening(TorchFunctionMode):
                 args = (args[1], first, *args[2:])
             return hard if rule is None else self._soft(hard, rule(*map(self._or_itself, args), **kwargs))
         return hard
+
+    def let_through(self, values: Any) -> None:
+        """Look for results of a user's own ``autograd.Function``, whose gradients nobody has checked."""
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self.let_through(value)
+            elif isinstance(value, Tensor) and isinstance(value.grad_fn, BackwardCFunction):
+                _let_through(value.grad_fn, self.temperature is None)
 
     # -- counterparts -------------------------------------------------------------------------------------------------
 
@@ -181,7 +252,11 @@ class Softening(TorchFunctionMode):
         """What takes an argument's place in a formula: its counterpart, or the value as a number."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._or_itself, value))
-        soft = self._kept(value, Tensor)
+        soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
+        if choice is not None:
+            # the mean of the indices, by how much of each is there
+            weights = self._weights(value, choice)
+            return _straight(value.to(weights.dtype), weights @ torch.arange(weights.shape[-1]).to(weights))
         if soft is None and isinstance(value, Tensor) and value.dtype == torch.bool:
             return value.float()
         return value if soft is None else soft
@@ -195,6 +270,16 @@ class Softening(TorchFunctionMode):
             return hard
         return _straight(hard, soft) if self.temperature is None else soft.to(hard.dtype)
 
+    def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
+        """The result of a function that goes in steps, with the gradient of one that does not."""
+        if not _follows(smooth) or smooth.shape != hard.shape:
+            return hard
+        straight = _straight(hard.to(smooth.dtype), smooth)
+        if _floating(hard):
+            return straight
+        self._keep(hard, straight)
+        return hard
+
     # -- what hardens -------------------------------------------------------------------------------------------------
 
     def _compared(self, a: Any, b: Any, sign: int = 1) -> Tensor | None:
@@ -202,33 +287,121 @@ class Softening(TorchFunctionMode):
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None
-        size = (abs(a) + abs(b)).detach()
-        if size.dim() > 1:
-            # of each image, or of whatever stands first
-            size = size.flatten(1).mean(1).view(-1, *[1] * (size.dim() - 1))
         # its gradient vanishes nowhere, as a sigmoid's does far from the threshold
-        return 0.5 + 0.5 * softsign(self.slope * difference / size.clamp_min(torch.finfo(size.dtype).tiny))
+        return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
+
+    def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
+        """The softened form of ``a == b``."""
+        for index, other in ((a, b), (b, a)):
+            choice = self._kept(index, tuple)
+            if choice is not None:
+                weights = self._weights(index, choice).expand(*hard.shape, -1)
+                wanted = torch.as_tensor(other, device=hard.device).long().expand(hard.shape)
+                there = (wanted >= 0) & (wanted < weights.shape[-1])
+                return weights.gather(-1, (wanted * there)[..., None])[..., 0] * there
+        one, other = self._or_itself(a), self._or_itself(b)
+        difference = abs(one - other) if _floating(one) or _floating(other) else None
+        if difference is None or not difference.requires_grad or (isinstance(b, float) and isinf(b)):
+            return None
+        if isinstance(a, Tensor) and a.dtype == torch.bool:
+            return 1 - difference
+        return 1 / (1 + self.slope * difference / _size(one, other))
+
+    def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
+        """By which of some bounds numbers stand, as if it rose evenly from the first bound to the last."""
+        bounds = bounds[bounds.isfinite()] if bounds.dim() == 1 else bounds
+        if bounds.shape[-1] == 1:
+            return self._compared(values, bounds)
+        width = (bounds[..., -1:] - bounds[..., :1]).clamp_min(torch.finfo(values.dtype).tiny)
+        return values * ((bounds.shape[-1] - 1) / width)
+
+    # -- indices ------------------------------------------------------------------------------------------------------
 
     def _choose(self, name: str, hard: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what indices of the largest values choose from."""
+        """Note what indices of chosen values choose from."""
         at, place = _CHOICES[name]
-        dim = args[at] if len(args) > at else kwargs.get("dim", None if "max" in name else -1)
-        smallest = name == "topk" and kwargs.get("largest") is False
-        if isinstance(dim, int) and not isinstance(dim, bool) and not smallest:
+        source, last = args[0], None if name in ("argmax", "argmin", "max", "min", "median") else -1
+        dim = args[at] if len(args) > at else kwargs.get("dim", last)
+        if dim is None and name in ("argmax", "argmin"):
+            source, dim = source.flatten(), 0
+        if isinstance(dim, int) and not isinstance(dim, bool):
             index = hard if place is None else hard[place]
-            self.beside[index] = index._version, (args[0], dim)
+            self.beside[index] = index._version, (source, dim % source.dim())
 
-    def _scattered(
-        self, x: Tensor, index: Tensor, choice: tuple[Tensor, int], value: list[Any] | None
-    ) -> Tensor | None:
-        """The softened form of ``one_hot(index)``, or of ``x.scatter(dim, index, value)``, for the largest values."""
+    def _weights(self, index: Tensor, choice: tuple[Tensor, int | None]) -> Tensor:
+        """How much of each index is where one was chosen, ``[*index.shape, choices]``: the more, the less it missed."""
         source, dim = choice
-        least = source.gather(dim, index if index.dim() == source.dim() else index.unsqueeze(dim))
-        soft = self._compared(source, least.amin(dim, keepdim=True))
-        if soft is None or value is None:
-            return None if soft is None else soft.movedim(dim, -1)
-        alone = len(value) == 1 and _is_number(value[0])
-        return soft * value[0] + (1 - soft) * self._or_itself(x) if alone else None
+        if dim is None:
+            return source
+        alone = index.dim() < source.dim()
+        chosen = source.gather(dim, index.unsqueeze(dim) if alone else index)
+        missed = (source.movedim(dim, -1)[..., None, :] - chosen.movedim(dim, -1)[..., None]).abs()
+        near = 1 / (1 + self.slope * missed / _size(source, source).view(-1, *[1] * (missed.dim() - 1)))
+        near = near / near.sum(-1, keepdim=True)
+        return near.squeeze(-2) if alone else near.movedim(-2, dim)
+
+    def _reshaped(
+        self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, int | None]:
+        """What indices choose from whose tensor was given another shape."""
+        choice = self._kept(args[0], tuple)
+        source, dim = choice
+        if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
+            return choice
+        weights = self._weights(args[0], choice).movedim(-1, 0).contiguous()
+        return torch.vmap(lambda each: func(each, *args[1:], **kwargs), out_dims=-1)(weights), None
+
+    def _scattered(self, args: tuple[Any, ...], choice: tuple[Tensor, int | None], named: list[Any]) -> Tensor | None:
+        """The softened form of ``x.scatter(dim, index, value)``, for the indices of chosen values."""
+        x, at, index, *value = *args, *named
+        source, dim = choice
+        if dim is None:
+            soft: Tensor | None = source.sum(at).movedim(-1, at)
+        else:
+            chosen = source.gather(dim, index if index.dim() == source.dim() else index.unsqueeze(dim))
+            largest = chosen.mean(dim, keepdim=True) >= source.mean(dim, keepdim=True)
+            sign = largest.to(source.dtype) * 2 - 1
+            soft = self._compared(sign * source, (sign * chosen).amin(dim, keepdim=True))
+        alone = soft is not None and len(value) == 1 and _is_number(value[0])
+        return soft * value[0] + (1 - soft) * self._or_itself(x) if alone else None  # type: ignore[operator]
+
+    def _index(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
+        """The indices by which a function looks up, if they depend on the images."""
+        place = _LOOKUPS[name][1]
+        index = args[place] if len(args) > place else None
+        if isinstance(index, tuple) and all(each == slice(None) for each in index[1:] if not isinstance(each, Tensor)):
+            index = index[0] if sum(isinstance(each, Tensor) for each in index) == 1 else None
+        masks = (torch.bool, torch.uint8)
+        known = isinstance(index, Tensor) and index.dtype not in masks and self._known(index)
+        return cast(Tensor, index) if known else None
+
+    def _looked_up(
+        self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The softened form of what stands in a table at indices, or of ``one_hot`` of them."""
+        (of_table, of_index), index = _LOOKUPS[name], self._index(name, args)
+        assert index is not None
+        table, choice = None if of_table is None else args[of_table], self._kept(index, tuple)
+        if name == "index_select" and args[1] != 0:
+            return None
+        if choice is not None:
+            weights = self._weights(index, choice)
+            if table is None:
+                return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
+            rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
+            found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
+            # a table of the images' own values has a gradient already
+            return hard + (found - found.detach()) if table.requires_grad else found
+        # of a number in steps: what stands at the next steps
+        least, most, whole = *index.aminmax(), index.long()
+        above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
+        given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
+        others = [[*given[:of_index], each, *given[of_index + 1 :]] for each in (above, below)]
+        rise, fall = (func(*other, **({} if name == "one_hot" else kwargs)) for other in others)
+        soft = self._kept(index, Tensor)
+        moved = (soft - soft.detach()) / (above - below).clamp_min(1)
+        moved = moved.view(*moved.shape, *[1] * (hard.dim() - moved.dim()))
+        return hard + moved * (rise - fall).detach()
 
     def _set(self, func: Callable[..., Any], x: Tensor, index: Any, value: Any) -> None:
         """``x[mask] = value``."""
@@ -242,7 +415,8 @@ class Softening(TorchFunctionMode):
 def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
     """The form of an operation in place that returns its result."""
     name = func.__name__.strip("_")
-    name = {"iand": "bitwise_and", "ior": "bitwise_or"}.get(name, name)
+    name = {f"i{each}": f"bitwise_{each}" for each in ("and", "or")}.get(name, name)
+    name = {"irshift": "bitwise_right_shift", "ilshift": "bitwise_left_shift"}.get(name, name)
     return getattr(torch, name, None) or getattr(torch.nn.functional, name)
 
 
@@ -258,6 +432,82 @@ def _is_flat(name: str, /, *bounds: Any, **named: Any) -> bool:
     """Whether a function has no gradient somewhere, and is no ReLU or the guard of a division."""
     given = [each for each in (*bounds, *named.values()) if each is not None]
     return name in _FLAT or (name == "clamp" and len(given) == 2) or (name == "threshold" and 0 not in given[:1])
+
+
+def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
+    """Whether a function is one of `_STEPS`, of which some go in steps for integers or by an option alone."""
+    whole = isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
+    return name in _STEPS and (
+        named.get("rounding_mode") is not None if name == "div" else whole or name not in ("clamp", "and", "or")
+    )
+
+
+def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
+    """``hardtanh`` of a range so many times as wide, around the same middle."""
+    middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
+    return x.clamp(middle - temperature * half, middle + temperature * half)
+
+
+def _let_through(node: Any, always: bool) -> None:
+    """Give the input of a user's ``autograd.Function`` the gradient of its output, if it has the same shape.
+
+    Args:
+        node: of the graph, such as the ``grad_fn`` of what the function returned.
+        always: also where its own gradient is neither missing nor zero: it may be wrong.
+    """
+    function = node._forward_cls
+    if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
+        # `apply` of a node asks its class for the function's backward
+        node._forward_cls = _with_gradient(function, always)
+
+
+@functools.lru_cache(maxsize=64)
+def _with_gradient(function: Any, always: bool) -> type:
+    by_vjp = function.vjp is not torch.autograd.Function.vjp
+    own = function.vjp if by_vjp else function.backward
+
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        found: Any = None
+        # a function that no one differentiates may have no backward, or a wrong one
+        with contextlib.suppress(Exception):
+            found = own(ctx, grad, *others)
+        needed = ctx.needs_input_grad
+        every = list(found) if isinstance(found, tuple) else [found] + [None] * (len(needed) - 1)
+        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
+        places = [place for place, need in enumerate(needed) if need]
+        for place, (node, number) in zip(places, edges, strict=True):
+            if grad is not None and node._input_metadata[number].shape == list(grad.shape):
+                every[place] = grad if always or every[place] is None else _where_useful(every[place], grad)
+                break
+        return tuple(every)
+
+    # what has a `vjp` may have no `backward`
+    named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
+    return type(function.__name__, (function,), named)
+
+
+def _where_useful(own: Tensor, other: Tensor) -> Tensor:
+    """A gradient, and another one for the images for which it is zero or not finite."""
+    each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
+    useless = (each == 0).all(1) | ~each.isfinite().all(1)
+    return torch.where(useless.view(-1, *[1] * (own.dim() - 1)) if own.dim() else useless[0], other, own)
+
+
+def _size(a: Any, b: Any) -> Tensor:
+    """How large what is compared is, of each image, or of whatever stands first."""
+    size = (abs(a) + abs(b)).detach()
+    if size.dim() > 1:
+        size = size.flatten(1).mean(1).view(-1, *[1] * (size.dim() - 1))
+    return size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def _without(tensor: Tensor, dim: int) -> list[int]:
+    """The sizes of a tensor but for one."""
+    return [size for place, size in enumerate(tensor.shape) if place != dim]
+
+
+def _follows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _floating(value: Any) -> bool:

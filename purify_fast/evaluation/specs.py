@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from .._validation import Norm, check_literal
+from .._validation import NormName, check_literal
 from ..attacks import BPDA, PGD, Attack, AttackContext, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.base import BallAttack, ThreatModel
 from ..attacks.bpda import Aggregation
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
+from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
@@ -36,7 +37,7 @@ def as_attack(
     *,
     name: str | None = None,
     eps: float | None = None,
-    norm: Norm | None = None,
+    norm: NormName | None = None,
     revision: str | None = None,
 ) -> FunctionAttack:
     """A function as an attack, for `evaluate` or an `AttackSpec`.
@@ -44,8 +45,8 @@ def as_attack(
     Args:
         function: ``(model, x, y) -> x_adv``. It gets a module from images to logits in evaluation mode, float32 images
             ``[B, C, H, W]`` in [0, 1] and int64 labels ``[B]`` on the model's device, with gradients enabled, and must
-            return images of the same shape and dtype, in [0, 1] and in the ball. An attack of another package that
-            takes ``(x, y)`` fits behind ``lambda model, x, y: PGD(model, eps=8 / 255)(x, y)``.
+            return images of the same shape and dtype, in [0, 1] and in the ball. Or an attack of torchattacks, Foolbox
+            or ART, which runs as it is, on the judged model: see `purify_fast.evaluation.other_packages`.
         name: of the row; the function's own name if None.
         eps: radius of the ball in image units, if it is another than the report's.
         norm: norm of that ball; it needs an eps.
@@ -56,15 +57,19 @@ def as_attack(
 
     Raises:
         TypeError: no function.
-        ValueError: a name that is empty, or a ball that is not allowed.
+        ValueError: a name that is empty, a ball that is not allowed, or an attack of another package that is made for
+            other images or labels.
     """
     given: Any = function
+    other = of_other_package(given)
+    if other is not None:
+        return FunctionAttack(function=other, row_name=name or other.name, eps=eps, norm=norm, own_revision=revision)
     if isinstance(given, type) and issubclass(given, Attack):
         raise TypeError(f"{given.__name__} is a class of attacks: write {given.__name__}()")
     if not callable(given):
         raise TypeError(
-            "an attack is one of purify_fast.attacks, such as PGD(), an AttackSpec or a function "
-            f"(model, x, y) -> x_adv, got {given!r}"
+            "an attack is one of purify_fast.attacks, such as PGD(), one of torchattacks, Foolbox or ART, an "
+            f"AttackSpec or a function (model, x, y) -> x_adv, got {given!r}"
         )
     if name is None:
         name = getattr(function, "__name__", type(function).__name__)
@@ -83,7 +88,7 @@ class FunctionAttack(BallAttack):
 
     kind: ClassVar[str] = "function"
 
-    function: AttackFunction
+    function: AttackFunction | OtherAttack
     row_name: str
     own_revision: str | None = None
 
@@ -99,6 +104,12 @@ class FunctionAttack(BallAttack):
         """1: the function asks the model as often as it likes."""
         return 1
 
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        threat = super().threat_model(context)
+        if isinstance(self.function, OtherAttack):
+            self.function.check_ball(threat)
+        return threat
+
     def settings(self, context: AttackContext) -> dict[str, Any]:
         norm, eps = self.threat_model(context)
         return {"norm": norm, "eps": eps}
@@ -111,6 +122,7 @@ class FunctionAttack(BallAttack):
         function: Any = self.function
         while isinstance(function, functools.partial):
             function = function.func
+        function = function.attack if isinstance(function, OtherAttack) else function
         named = function if inspect.isroutine(function) else type(function)
         return [str(named.__module__), named.__qualname__]
 
@@ -131,9 +143,12 @@ class FunctionAttack(BallAttack):
             ValueError: a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than rounding.
         """
         # attacks of other packages switch modes and gradients as they like
-        with torch.enable_grad(), frozen(target):
-            images = self.function(target, x.clone(), y.clone())
         threat = self.threat_model(context)
+        with torch.enable_grad(), frozen(target):
+            if isinstance(self.function, OtherAttack):
+                images = self.function.run(target, x.clone(), y.clone(), threat, context.warnings)
+            else:
+                images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
         # what rounding left outside comes back to the border
         return pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
@@ -165,19 +180,33 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
             f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: "
             f"{beyond:.3g} outside the allowed range [0, 1]"
         )
-    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
-    if order is None:
-        return
-    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
-    # of a whole image's rounding errors the norm of the allowed ones
-    count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm]
-    allowed = threat.eps * (1 + 1e-5) + ROUNDING * count
-    if len(lengths) and float(lengths.amax()) > allowed:
-        worst, length = int(lengths.argmax()), float(lengths.amax())
+    how_far = moved(images, x, threat)
+    if how_far is not None and len(images) and float(how_far[0].amax()) > how_far[1]:
+        worst, length = int(how_far[0].argmax()), float(how_far[0].amax())
         raise ValueError(
             f"the attack {name!r} left the ball: image {worst} of the batch is moved by {length:.6g} in the norm "
             f"{threat.norm}, {length - threat.eps:.3g} more than the allowed eps = {threat.eps:.6g}"
         )
+
+
+def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
+    """How far each image was moved, float64 ``[B]``, and how far it may be with rounding.
+
+    Args:
+        images: attacked images ``[B, C, H, W]``.
+        x: the clean ones.
+        threat: the ball.
+
+    Returns:
+        None for a norm that measures no change of pixels, such as "flow".
+    """
+    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if order is None:
+        return None
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+    # of a whole image's rounding errors the norm of the allowed ones
+    count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm] if len(x) else 1.0
+    return lengths, threat.eps * (1 + 1e-5) + ROUNDING * count
 
 
 # -- the attack of a row ----------------------------------------------------------------------------------------------
@@ -208,6 +237,10 @@ class AttackSpec:
         judge: repeat an evaluation of others, who judge this model by one prediction: it is attacked where there is no
             target, on every image, and it judges. Such a row is about that model and not about the defence: it is in no
             headline and in no ``worst``, and its label, "as ...", names the source.
+        until: search the images first to which the attacks before came nearest, and stop when what is left can hold at
+            most this share of all images, at 95 % (`purify_fast.evaluation.stopping`). None, or a random model, whose
+            images fall bit by bit: every image is searched.
+        nearest: attack only so many images, those to which the attacks before came nearest; None: all.
         published: the publication whose attack this is, where it counts an image as robust by other predictions than a
             row does; the report says so.
 
@@ -226,13 +259,17 @@ class AttackSpec:
     gradients_from: Classifier | None = None
     seed: int = 0
     judge: Classifier | None = None
+    until: float | None = None
+    nearest: int | None = None
     published: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
             object.__setattr__(self, "attack", as_attack(self.attack))
         check_literal("variant", self.variant, Variant)
-        check_at_least_one(max_images=self.max_images)
+        check_at_least_one(max_images=self.max_images, nearest=self.nearest)
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
         check_not_negative(seed=self.seed)
         if self.target is not None and self.target != CLASSIFIER and not callable(self.target):
             raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")

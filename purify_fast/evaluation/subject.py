@@ -222,9 +222,14 @@ class Subject:
         """A copy of a few images, to try models on."""
         return self.x[:8].to(self.device, copy=True)
 
-    def surrogates(self, ball: ThreatModel) -> list[tuple[str, Classifier]]:
-        """What a careful attacker, whose ball has this norm and radius, attacks in the model's place, by name."""
-        return surrogates(self.single, self.some(), self.num_classes, ball)
+    def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
+        """What a careful attacker, whose ball has this norm and radius, attacks in the model's place, by name.
+
+        Args:
+            ball: norm and radius.
+            absent: where to write why there is no such model, by its name.
+        """
+        return surrogates(self.single, self.some(), self.num_classes, ball, absent)
 
     def draws(self, model: Classifier) -> bool:
         """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""

@@ -20,6 +20,7 @@ from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
 from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
+from .identity_backward import IdentityBackward, blocking
 from .softening import REVISION, Softening
 
 #: How much softer the softened copies are: a gate's slope is divided by these. One more copy keeps every value.
@@ -28,8 +29,10 @@ TEMPERATURES = (10.0, 100.0)
 MOST_PARTS = 4
 #: How deep in a model parts are looked for.
 DEPTH = 2
-#: Gradients are the same if they differ by no more than this share of the largest.
+#: Gradients are the same if those of each image differ by no more than this share of its largest.
 ROUNDING = 1e-4
+#: How many characters of the reason why there is no such copy are told.
+REASON = 160
 #: Corners of the ball, at which gradients are compared too, are points so many radii away, projected onto it.
 FAR = 100.0
 
@@ -65,11 +68,11 @@ class Softened(_Around):
     def _within(self, mode: Softening, x: Tensor) -> Tensor:
         # what depends on the images is told by what requires a gradient, also where none is wanted
         leaf = x if x.requires_grad else x.detach().requires_grad_()
-        # a softened form may need what the model, whose own form does not, writes to later: copies are kept of it
-        kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
         # the model may take gradients itself: what it switches on or off inside is not followed, so they are on
-        with torch.enable_grad(), kept, mode:
-            return self.model(leaf)
+        with torch.enable_grad(), mode:
+            logits = self.model(leaf)
+        mode.let_through([logits])
+        return logits
 
 
 class _WithSameAnswer(_Around):
@@ -148,7 +151,9 @@ class Together(nn.Module):
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)
 
 
-def surrogates(model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel) -> list[tuple[str, Classifier]]:
+def surrogates(
+    model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
+) -> list[tuple[str, Classifier]]:
     """The surrogates that a model has, by name; what does not run, or gives no finite logits, is left out.
 
     Args:
@@ -156,15 +161,21 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel
         x: a few images ``[B, C, H, W]`` on its device.
         num_classes: of its logits.
         ball: norm and radius of the attacks.
+        absent: where to write why there is no such copy, by its name.
     """
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
-        parts = [(name, part) for name, part in parts if _gradient(part, x, num_classes) is not None]
+        parts = [(name, part) for name, part in parts if isinstance(_gradient(part, x, num_classes), Tensor)]
+        within = [("", model)] if isinstance(model, nn.Module) else [*_inside(model, DEPTH)]
+        blocked = blocking(model, [(name, each) for name, each in within if isinstance(each, nn.Module)], x)
     candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
         candidates.append(("all parts together", Together([part for _, part in parts])))
     candidates.append(("a straight-through copy", Softened(model, None)))
     candidates += [(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
+    for group in blocked:
+        named = f"a copy whose {' and '.join(group)} {'is' if len(group) == 1 else 'are'} the identity backward"
+        candidates.append((named, IdentityBackward(model, [*group.values()])))
     if supports(model, DeterministicMode):
         candidates.append(("a copy without noise", WithoutNoise(model)))
     if supports(model, FixedNoise):
@@ -182,9 +193,13 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            copied = isinstance(candidate, Softened) and any(_same(gradient, other) for other in seen)
+            if not isinstance(gradient, Tensor):
+                if absent is not None:
+                    absent[name] = gradient
+                continue
             # a copy with the gradients of the model, or of another copy, finds nothing new
-            if gradient is not None and not copied:
+            copies = isinstance(candidate, (Softened, IdentityBackward))
+            if not (copies and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
                 seen.append(gradient)
     return usable
@@ -197,28 +212,38 @@ def _tried(model: Classifier, x: Tensor) -> Iterator[None]:
         yield
 
 
-def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | None:
-    """The gradient to the images of a model's logits; None where logits of all classes, or it, are not finite."""
+def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
+    """The gradient to the images of a model's logits; the reason where there is none, or it is not finite."""
     # whatever code a user's model has may refuse what it was not written for
-    with contextlib.suppress(Exception), torch.enable_grad():
-        # a random model draws the same as its copies
-        torch.manual_seed(0)
-        leaf = x.detach().clone().requires_grad_()
-        logits = model(leaf)
-        with torch.no_grad():
-            # attacks judge points without gradients
-            model(x)
-        if isinstance(logits, Tensor) and logits.shape == (len(x), num_classes) and bool(logits.isfinite().all()):
-            gradient = torch.autograd.grad(logits.float().square().sum(), leaf, allow_unused=True)[0]
-            return gradient if gradient is not None and bool(gradient.isfinite().all()) else None
-    return None
+    try:
+        with torch.enable_grad():
+            # a random model draws the same as its copies
+            torch.manual_seed(0)
+            leaf = x.detach().clone().requires_grad_()
+            logits = model(leaf)
+            with torch.no_grad():
+                # attacks judge points without gradients
+                model(x)
+            if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
+                return f"it gives no logits of {num_classes} classes"
+            if not bool(logits.isfinite().all()):
+                return "its logits are not finite"
+            gradient = None
+            if logits.requires_grad:
+                gradient = torch.autograd.grad(logits.float().square().sum(), leaf, allow_unused=True)[0]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0][:REASON]
+    if gradient is None:
+        return "its logits have no gradient to the images"
+    return gradient if bool(gradient.isfinite().all()) else "its gradient is not finite"
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two gradients differ by no more than rounding."""
-    if one is None or other is None:
+def _same(one: Tensor, other: Tensor | str) -> bool:
+    """Whether two gradients differ by no more than rounding, for each image by itself."""
+    if isinstance(other, str):
         return False
-    return float((one - other).abs().amax()) <= ROUNDING * float(other.abs().amax())
+    apart, size = ((each.flatten(1).abs().amax(1)) for each in (one - other, other))
+    return bool((apart <= ROUNDING * size).all())
 
 
 def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:

@@ -42,18 +42,19 @@ VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
 _AGAIN = "Start the same again to go on from the batches that are finished, with as many processes as there are then"
 
 
-#: In place of an attack's number: what the model is asked besides the attacks.
-PROBES = -1
+#: In place of an attack's number: what the model is asked besides the attacks, and the signs that this gave.
+PROBES, SIGNS = -1, -2
 
 
 class Task(NamedTuple):
     """The batches of one attack on some images, or the parts of the probes.
 
     Args:
-        attack: the number of the attack among those of the evaluation, or `PROBES`.
+        attack: the number of the attack among those of the evaluation, or `PROBES` or `SIGNS`.
         first: the number of the first image of the part that is attacked.
         data: the checksum of that part.
-        alive: bool ``[n]`` as bytes, which images of the part are attacked; of the probes, which are left.
+        images: int64 as bytes, the images of the part that are attacked, in their order. Of the probes nothing; of the
+            signs their words, as JSON.
         batches: the numbers of the batches that are missing.
         folder: where they go; of the probes, whose parts give values, none.
         draws_differ: whether the first process found the attacked model to differ from call to call.
@@ -64,7 +65,7 @@ class Task(NamedTuple):
     attack: int
     first: int
     data: str
-    alive: bytes
+    images: bytes
     batches: list[int]
     folder: str = ""
     draws_differ: bool = False

@@ -35,6 +35,7 @@ from ...protocols import (
 from ...speed.folding.batchnorm import fold_sequential
 from ...speed.folding.halving import replace_resizing
 from ...speed.folding.inference_copy import Accelerated, InferenceCopy
+from ..attacked_model import gradient_to
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
 FEWEST_WEIGHTS = 250_000
@@ -274,6 +275,5 @@ def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:
     """Of the largest logit's lead over the second, summed over the images; flat, and 0 where there is none."""
     leaf.requires_grad_()
     first, second = _run(model, leaf, model).topk(2, 1).values.unbind(1)
-    lead = (first - second).sum()
-    gradient = torch.autograd.grad(lead, leaf, allow_unused=True)[0] if lead.requires_grad else None
+    gradient = gradient_to(leaf, (first - second).sum())
     return torch.zeros_like(leaf).flatten() if gradient is None else gradient.flatten()

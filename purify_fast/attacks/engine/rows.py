@@ -18,20 +18,18 @@ experience and no law: a search that stands still is given up too, although it m
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.philox import Stream, philox
 from ...protocols import Classifier
 from ..attacked_model import ask
-from ..ball import Ball, philox_key, projected, sample_in_ball
+from ..ball import Ball, projected, sample_in_ball
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
@@ -40,11 +38,6 @@ from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 CANDIDATES = 20
 #: The order of the dual of each ball's norm: by it a linear function changes within the ball.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: Images in a group at least, where those nearest to a border are searched first.
-FEWEST_IN_GROUP = 8
-#: An image has its place in the order by its distance, or by lot where that comes first; lots are spread over so many
-#: times as many places, so that of the first group one image in five is there by lot.
-BY_LOT = 4
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
 #: Draws per image from which an image is costly, whatever the model.
@@ -59,6 +52,9 @@ SMALLEST, FINER_FROM = 16, 128
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: Shorter runs are not judged by their pace.
 FEWEST_STEPS = 50
+#: After this share of the steps a row is given up that is further from its border than so many times the most that any
+#: row of the same attack has gained from there on, once so many rows have shown their gain.
+EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: After which of the first steps the batch may shrink; later every `SHRINK_EVERY` steps. Each of these waits for the
 #: device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
@@ -180,6 +176,29 @@ def _taken(value: Any, index: Tensor) -> Any:
     return value
 
 
+class Gains:
+    """How much nearer to their borders the rows of an attack came after its first steps.
+
+    Attributes:
+        largest: the most that any row gained, in the unit of the loss or distance.
+        rows: how many rows were searched beyond the first check of their pace.
+    """
+
+    def __init__(self) -> None:
+        self.largest, self.rows = 0.0, 0
+
+    def see(self, gained: Tensor) -> None:
+        """Take note of what each row has gained, ``[R]``; waits for the device."""
+        if len(gained):
+            self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
+
+    def out_of_reach(self, missing: Tensor) -> Tensor | None:
+        """Which rows are further from their borders than rows have been seen to come, bool ``[R]``; None: not known."""
+        if self.rows < FEWEST_GAINS:
+            return None
+        return missing.isfinite() & (missing > GAINS * self.largest)
+
+
 class Reach(RowState):
     """Watches how far each row is from its border.
 
@@ -187,10 +206,13 @@ class Reach(RowState):
         checks: after how many steps rows are given up; the pace is that of the last half of the steps before.
         steps: of the whole search.
         times: the pace may rise so many times.
+        gains: of the rows that the attack has searched before; None: rows are given up by their pace alone.
     """
 
-    def __init__(self, checks: Iterable[int], steps: int, times: float):
-        self.checks, self.steps, self.times = sorted(set(checks)), steps, times
+    def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
+        self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
+        #: After how many steps the gains begin, and how far each row was from its border then, ``[R]``.
+        self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
         #: When the distances were noted for a check, and what they were.
         self.notes: dict[int, tuple[int, Tensor]] = {}
         #: Which rows were nearer at the last check than when the distances were noted for it, bool ``[R]``.
@@ -211,7 +233,7 @@ class Reach(RowState):
             missing: how far each row is from its border, in the unit of the loss or distance, ``[R]``; at most 0 across
                 it, and smaller with every call, or as it was.
         """
-        lost = None
+        lost = self._beyond_gains(step, missing)
         for check in self.checks:
             if self.last_step < check // 2 <= step:
                 self.notes[check] = step, missing
@@ -219,12 +241,27 @@ class Reach(RowState):
                 noted_at, before = self.notes.pop(check)
                 if step > noted_at:
                     pace = (before - missing) / (step - noted_at)
-                    lost = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
+                    beyond = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
+                    lost = beyond if lost is None else lost | beyond
                     self.came_nearer = pace > 0
         self.last_step = step
         return lost
 
+    def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
+        """Which rows are given up by what other rows have gained; what these rows gain is noted."""
+        if self.gains is None:
+            return None
+        if self.last_step < self.early_step <= step:
+            self.early, self.came_nearer = missing, torch.ones_like(missing, dtype=torch.bool)
+            return self.gains.out_of_reach(missing)
+        if step > self.early_step:
+            self.gains.see(self.early - missing)
+            if self.last_step < self.checks[0] <= step:
+                self.gains.rows += len(missing)
+        return None
+
     def take(self, index: Tensor) -> None:
+        self.early = self.early[index] if self.early.dim() else self.early
         self.notes = {check: (at, missing[index]) for check, (at, missing) in self.notes.items()}
 
 
@@ -253,11 +290,9 @@ class ActiveSet:
         correct: bool ``[N]``, which clean images have not fallen by themselves.
         costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
         waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
-        waiting: bool ``[N]``, which images are searched later, if at all.
         tried: bool ``[N]``, which images have had a search that reached its end, or still came nearer when it was given
             up.
-        unsearched: how many images were left out at the end, since no image of a group fell.
-        borders: the borders nearest to the images, if they were asked for.
+        gains: what rows have gained after their first steps.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -265,9 +300,8 @@ class ActiveSet:
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by, self.waves_to_come = torch.full_like(y, -1), 0.0
-        self.waiting, self.tried = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
-        self.unsearched = 0
-        self.borders: Borders | None = None
+        self.tried = torch.zeros_like(y, dtype=torch.bool)
+        self.gains = Gains()
         self._logits: Tensor | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
@@ -277,46 +311,18 @@ class ActiveSet:
         self.fallen = fallen if leave else torch.zeros_like(fallen)
 
     def logits(self) -> Tensor:
-        """One prediction of each clean image, ``[N, classes]``; the model is asked once, for all groups."""
+        """One prediction of each clean image, ``[N, classes]``; the model is asked once."""
         if self._logits is None:
             self._logits = self.judge.logits(self.x)
         return self._logits
 
-    def groups(self, distance: Tensor, share: float, seed: int) -> Iterator[None]:
-        """One group of images after the other, until none of a group falls; the others wait meanwhile.
-
-        A distance may be wrong for a part of the images. So some images of each group are drawn by lot. And a group
-        whose searches were all given up where they stood still proves nothing: the next one is searched.
-
-        Args:
-            distance: how far each image is from a border, ``[N]``; the nearest come first.
-            share: of the images that are left, in each group; at least `FEWEST_IN_GROUP`.
-            seed: of the lots.
-        """
-        left = self.left()
-        near = left[distance[left].nan_to_num(nan=torch.inf).argsort(stable=True)]
-        place = torch.arange(len(near), device=near.device) / max(1, len(near))
-        lot = philox(philox_key(seed, near.device), self.ids[near], 1, stream=Stream.LOTS, distribution="uniform")
-        order = near[torch.minimum(place, BY_LOT * lot.flatten()).argsort(stable=True)]
-        searched = 0
-        for group in order.split(max(FEWEST_IN_GROUP, math.ceil(share * len(left)))):
-            self.waiting[:] = True
-            self.waiting[group] = False
-            yield
-            searched += len(group)
-            if len(self.left()) == len(group) and bool(self.tried[group].any()):
-                break
-        self.waiting[:] = False
-        self.unsearched = len(order) - searched
-
     def left(self) -> Tensor:
         """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
 
-        Those that have not fallen, or where none leave, those of which not every draw is misclassified; and that do not
-        wait.
+        Those that have not fallen, or where none leave, those of which not every draw is misclassified.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
-        return (stands & ~self.waiting).nonzero()[:, 0]
+        return stands.nonzero()[:, 0]
 
     def settle(self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None) -> tuple[Tensor, bool]:
         """Judge the rows that claim a success.
@@ -453,7 +459,7 @@ def waves(
             rows = rows.take(_repeated_to(torch.arange(len(wave), device=x.device), size))
         yield rows
         is_first = False
-    for number in active.felled_by[(active.felled_by >= 0) & ~active.waiting].tolist():
+    for number in active.felled_by[active.felled_by >= 0].tolist():
         restart, target = divmod(number, len(goals))
         name = f"restart {restart + 1}" if goals[target] is None else f"target {target + 1}"
         if goals[target] is not None and restarts > 1:
@@ -468,21 +474,8 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
-class Borders(NamedTuple):
-    """Where the borders nearest to the images are.
-
-    Args:
-        classes: beyond them, the nearest first, each int64 ``[N]``.
-        distance: of the nearest, ``[N]``, in the dual norm's unit of length, that of the ball; infinite for images that
-            have fallen.
-    """
-
-    classes: tuple[Tensor, ...]
-    distance: Tensor
-
-
-def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> Borders:
-    """The borders that are nearest by the linear approximation at the clean image.
+def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
+    """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
     The distance is the difference of the logits over the norm of its gradient, by which MALT orders target classes
     (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240); here it is the dual of the ball's norm. It is computed
@@ -492,6 +485,9 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
         active: the images.
         objective: what the search follows, with any loss.
         count: how many classes; None: all.
+
+    Returns:
+        The nearest class of each image first, then the next, each int64 ``[N]``.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]
@@ -499,7 +495,6 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     count = min(count or logits.shape[1], logits.shape[1] - 1)
     candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
     goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
-    nearest = torch.full_like(active.score[0], torch.inf)
     if len(left):
         distances = []
         for candidate in candidates:
@@ -507,10 +502,9 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
             slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
             # the gradient is a sum over the draws, the loss a mean, and negative where the label is ahead
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
-        ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).sort(dim=1, stable=True)
-        goals[left] = torch.stack(candidates, 1).gather(1, ranked.indices[:, :count])
-        nearest[left] = ranked.values[:, 0].to(nearest.dtype)
-    return Borders(goals.unbind(1), nearest)
+        ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
+        goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
+    return goals.unbind(1)
 
 
 def shrinks_after(step: int) -> bool:
@@ -549,7 +543,8 @@ class RowSearch(RowState):
         # the batch may shrink after any of the first steps
         self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
         judged = give_up and steps >= FEWEST_STEPS
-        self.reach = Reach([round(share * steps) for share in SHARES], steps, TIMES) if judged else None
+        checks = [round(share * steps) for share in SHARES]
+        self.reach = Reach(checks, steps, TIMES, active.gains) if judged else None
         #: faulty: how many gradients of each row were not finite, and how many zero; counted: of how many.
         self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 

@@ -4,7 +4,19 @@ A sign passes, is noted or makes the number unreliable, or nothing was measured 
 """
 
 from .evidence import STATES, Evidence, Finding, Outlook, Verdict, outlook
+from .masking import signs_of_masking
 from .probes import Probes, probe
 from .signs import findings
 
-__all__ = ["STATES", "Evidence", "Finding", "Outlook", "Probes", "Verdict", "findings", "outlook", "probe"]
+__all__ = [
+    "STATES",
+    "Evidence",
+    "Finding",
+    "Outlook",
+    "Probes",
+    "Verdict",
+    "findings",
+    "outlook",
+    "probe",
+    "signs_of_masking",
+]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from ...attacks.attacked_model import gradient_to
 from ...attacks.losses import margin
 from ...protocols import Classifier, FixedNoise, supports
 from ..fingerprint import fingerprint
 from ..subject import Subject, Variant
+
+#: Why a model's gradients tell nothing.
+Missing = Literal["not finite", "no gradient", "zero gradient"]
 
 #: Images that are asked, at most.
 PROBED = 64
@@ -19,7 +25,7 @@ ALONE = 16
 #: Lengths of small steps, in image units: a model that rounds its input needs the larger one.
 SMALL = (1e-3, 8e-3)
 #: Random directions of small steps.
-DIRECTIONS = 4
+DIRECTIONS = 2
 #: By how much of their spread logits may differ through rounding, in bfloat16 too.
 SAME_LOGITS = 0.05
 
@@ -159,8 +165,8 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
     return torch.equal(after(1), after(2))
 
 
-def cosine(subject: Subject, y: Tensor, *points: Tensor) -> float | None:
-    """Cosine between the changes of the margin that gradients promise and those that are measured.
+def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing, float]:
+    """Whether a model changes as its gradients say.
 
     Args:
         subject: the model with its images.
@@ -168,39 +174,49 @@ def cosine(subject: Subject, y: Tensor, *points: Tensor) -> float | None:
         points: images ``[B, C, H, W]``: the clean ones, and others near them.
 
     Returns:
-        The smallest over the points; None where something was not finite, or there was no gradient.
+        Of the points, the smallest cosine between the changes of the margin that gradients promise and those that are
+        measured. "not finite": a logit or a gradient is NaN or infinite; "no gradient": PyTorch has none of the output
+        to the images; "zero gradient": it is 0 everywhere. And the largest share of the images whose gradient is zero,
+        not finite or missing.
     """
-    cosines = [_cosine(subject, point, y) for point in points]
-    known = [value for value in cosines if value is not None]
-    return min(known) if len(known) == len(cosines) else None
+    measured = [_differences(subject, point, y) for point in points]
+    missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
+    cosine = missing[0] if missing else min(cosine for cosine, _ in measured if not isinstance(cosine, str))
+    return cosine, max(without for _, without in measured)
 
 
-def _cosine(subject: Subject, x: Tensor, y: Tensor) -> float | None:
-    cosines: list[float] = []
-    for length in SMALL:
-        promised, measured = zip(*(_changes(subject, x, y, length, seed) for seed in range(DIRECTIONS)), strict=True)
-        a, b = torch.cat(promised).double(), torch.cat(measured).double()
-        if not bool(a.isfinite().all() and b.isfinite().all()) or float(a.norm()) == 0:
-            return None
-        cosines.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
-    return max(cosines)
-
-
-def _changes(subject: Subject, x: Tensor, y: Tensor, length: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Promised and measured changes of every image's margin along one random direction of signs."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-    direction = length * signs
+def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
     with subject.variant(quiet(subject)):
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            value = _margin(subject, leaf, y)
-            gradient = None
-            if value.requires_grad:
-                gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
-        ahead, behind = _margin(subject, x + direction, y), _margin(subject, x - direction, y)
-    promised = torch.zeros_like(ahead) if gradient is None else (gradient * direction).flatten(1).sum(1)
-    return promised, (ahead - behind) / 2
+            gradient = gradient_to(leaf, _margin(subject, leaf, y).sum())
+        reason: Missing = "zero gradient" if gradient is not None else "no gradient"
+        gradient = torch.zeros_like(x) if gradient is None else gradient
+        flat = gradient.flatten(1)
+        without = float((~(flat.isfinite().all(1) & flat.any(1))).float().mean())
+        cosines: list[float] = []
+        for length in SMALL:
+            changes = [_changes(subject, x, y, length * _signs(x, seed), gradient) for seed in range(DIRECTIONS)]
+            promised, measured = zip(*changes, strict=True)
+            a, b = torch.cat(promised).double(), torch.cat(measured).double()
+            if not bool(a.isfinite().all() and b.isfinite().all()):
+                return "not finite", without
+            if float(a.norm()) == 0:
+                return reason, without
+            cosines.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
+    return max(cosines), without
+
+
+def _signs(x: Tensor, seed: int) -> Tensor:
+    """A random direction of signs for each image."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+
+
+def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Promised and measured changes of every image's margin along a step."""
+    ahead, behind = _margin(subject, x + step, y), _margin(subject, x - step, y)
+    return (gradient * step).flatten(1).sum(1), (ahead - behind) / 2
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:

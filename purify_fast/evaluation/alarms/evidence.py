@@ -9,9 +9,17 @@ from typing import Literal
 import numpy as np
 
 from ..rows import Row
+from .answers import Missing
 from .probes import Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
+
+#: What is missing where a model's gradients tell nothing, in words.
+MISSING: dict[Missing, str] = {
+    "not finite": "logits or gradients are not finite",
+    "no gradient": "there is no gradient: PyTorch has none of the output to the images",
+    "zero gradient": "the gradient is zero everywhere",
+}
 
 #: What a sign may say of the number, in words for the reader of a report.
 STATES = {
@@ -36,6 +44,7 @@ class Finding:
         of_answers: whether the alarm is about a model that gives no answer, or not always the same: its successes and
             failures are both doubtful, also where no image is left.
         prominent: whether it is told beside the headline where it is no more than noted.
+        advice: what to do about it; empty where there is nothing to do.
     """
 
     alarm: str
@@ -45,11 +54,17 @@ class Finding:
     model: str = ""
     of_answers: bool = False
     prominent: bool = False
+    advice: str = ""
 
     @property
     def beside_headline(self) -> bool:
         """Whether a reader of the lowest number must know it."""
         return self.verdict == "unreliable" or (self.verdict == "noted" and self.prominent)
+
+    @property
+    def told(self) -> str:
+        """The alarm in a sentence, with the row that tells."""
+        return f"{self.alarm}: {self.measured}" + (f" ({self.row})" if self.row else "")
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,27 @@ class Evidence:
         n = max((row.n for row in self.rows), default=0) if n is None else n
         robust = self.robust(n) if n else None
         return None if robust is None else float(robust.mean())
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether every image has fallen, to the attacks or to the probes."""
+        robust = self.robust(max((row.n for row in self.rows), default=0))
+        if robust is None:
+            return False
+        robust[self.fallen_to_probes(len(robust))] = False
+        return not robust.any()
+
+    def fallen_to_probes(self, n: int) -> list[int]:
+        """Which of the first n images withstood every attack and fell to a probe, by number."""
+        return [] if self.probes is None else [image for image in self.probes.fallen if image < n]
+
+    def blind(self) -> str:
+        """Why short attacks along the model's gradients could find nothing; empty where they could."""
+        counted = self.with_counted_gradients()
+        if self.probes is not None and isinstance(self.probes.cosine, str):
+            return MISSING[self.probes.cosine]
+        lacked = bool(counted) and all(row.lacked_gradients for row in counted)
+        return f"the attacks had no usable gradients ({counted[0].describe_health()})" if lacked else ""
 
     def robust(self, n: int) -> np.ndarray | None:
         """Which of the first n images withstood every attack on as many, bool ``[n]``; None without such an attack."""
@@ -135,10 +171,21 @@ def outlook(evidence: Evidence) -> Outlook | None:
     signs = [_last_gain(fallen, full), _unseen(fallen, full), _margins(fallen, robust), _steps(evidence, robust)]
     known = [sign for sign in signs if sign is not None]
     points = min(max(points for points, _ in known), float(robust.mean()))
+    left = robust.copy()
+    left[evidence.fallen_to_probes(full)] = False
     text = (
         f"by this estimate one more effort of this kind would take about {100 * points:.1f} of the "
         f"{100 * robust.mean():.1f} percentage points that are left"
     )
+    taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
+    if taken:
+        # the attacks alone say too little: what the probes took of a part is expected of all
+        among = int(robust[:asked].sum())
+        points = taken / among * float(left.mean())
+        text = (
+            f"the probes took {taken} of the {among} images that the attacks had left of the first {asked}: no "
+            "estimate from the attacks alone holds"
+        )
     return Outlook(points, (text, *(sentence for _, sentence in known)))
 
 
@@ -199,8 +246,8 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
 
 
 def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
-    """Whether more steps still find more."""
-    if evidence.probes is None:
+    """Whether more steps still find more; without gradients none can."""
+    if evidence.probes is None or evidence.blind():
         return None
     (a, before), (b, after) = evidence.probes.steps[-2:]
     gain = max(0.0, before - after)

@@ -1,9 +1,13 @@
-"""What a model is asked besides the attacks: short sweeps on a few images, and whether it answers the same again."""
+"""What a model is asked besides the attacks: short sweeps on a few images, and whether it answers the same again.
+
+The short attacks come before the attacks of the report: what they show decides how far those search. They are asked
+through the gradient copy that attacks use, and an image that has fallen leaves them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks import AttackContext, apgd, pgd
+from ...attacks import AttackContext, apgd
 from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
@@ -19,11 +23,12 @@ from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
-#: Steps of every short attack.
-STEPS = 20
+#: Steps of the short attacks that look for what others left, and of those of the sweeps.
+STEPS, SWEEP = 20, 10
 #: Shares of the report's radius that the sweep tries, before the radius at which every image is within reach.
-RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
-ITERATIONS = (1, 3, 10, 30, 100)
+RADII = (0.5, 1.0, 2.0, 4.0)
+#: The steps of the sweep over the steps; one more is of the sweep over the radius.
+ITERATIONS = (1, 3, 10, 30)
 DRAWS = (1, 4, 16)
 STARTS = 5
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
@@ -32,9 +37,11 @@ JUDGES = 9
 USUAL_SURROGATES = 3
 #: Wrong classes that are tried by the gradients of each. Of a random model, each of whose steps takes several draws,
 #: only the nearest one is tried.
-TARGETS, TARGETS_OF_RANDOM = 3, 1
+TARGETS, TARGETS_OF_RANDOM = 2, 1
 
 Curve = list[tuple[float, float]]
+#: By the name of a surrogate, which images fell to its gradients, as 0 and 1.
+Fallen = dict[str, list[int]]
 
 
 @dataclass
@@ -50,17 +57,19 @@ class Probes:
         samples: over the samples K of a defence that has them.
         one_start: accuracy left by one random start, on average.
         all_starts: accuracy left by all of them.
-        cosine: between promised and measured changes; None where something was not finite, or there was no gradient.
+        cosine: between promised and measured changes; in words why there is none.
         batch_changes: share of the predictions that depend on the batch; None: cannot be told.
         varying: share of the correctly classified images whose class changes from draw to draw.
         watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be told.
         later_changes: share of the predictions on clean images that differ from those before the attacks.
         state_changed: whether weights, buffers or attributes differ from those before the attacks.
         sets_seed: whether the model sets the seed of torch's generator itself.
-        further: how many images that withstood every attack of the report fell to a short one; None where none was
-            left.
-        missed: how many of those that this left fell to the gradients of each surrogate, by its name, in the order in
-            which they were tried.
+        further: how many images that withstood every attack of the report had fallen to a short one before; None where
+            none was left.
+        missed: how many of those that this left had fallen to the gradients of each surrogate, by its name, in the
+            order in which they were tried.
+        absent: why there is no such surrogate, by its name.
+        fallen: which images withstood every attack of the report and fell to a probe within the same ball, by number.
     """
 
     n: int
@@ -69,7 +78,7 @@ class Probes:
     steps: Curve
     one_start: float
     all_starts: float
-    cosine: float | None
+    cosine: float | answers.Missing
     batch_changes: float | None
     eot: Curve = field(default_factory=list)
     samples: Curve = field(default_factory=list)
@@ -80,6 +89,8 @@ class Probes:
     sets_seed: bool = False
     further: int | None = None
     missed: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    fallen: list[int] = field(default_factory=list)
 
     def curves(self) -> dict[str, list[list[float]]]:
         """The curves by what they are over; empty ones are left out."""
@@ -87,14 +98,42 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
+@dataclass
+class AskedBefore:
+    """What was measured before the attacks of the report, in plain values.
+
+    Args:
+        sweeps: the curves over the radius and the steps, and over draws and samples where there are any, by their
+            names as of `Probes`.
+        one_start: as of `Probes`.
+        all_starts: as of `Probes`.
+        cosine: as of `Probes`.
+        without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
+            missing.
+        fell: which images fell to the short attacks by the model's own gradients, as 0 and 1.
+        copies: which of the others fell to the gradients of each surrogate, by its name, as 0 and 1, in the order in
+            which they were tried.
+        absent: as of `Probes`.
+    """
+
+    sweeps: dict[str, Curve]
+    one_start: float
+    all_starts: float
+    cosine: float | answers.Missing
+    without_gradient: float
+    fell: list[int]
+    copies: Fallen
+    absent: dict[str, str]
+
+
 def cost(subject: Subject, context: AttackContext) -> int:
-    """About how many images the probes give to the model, each pass of an image counted."""
+    """About how many images the probes give to the model at most, each pass of an image counted."""
     draws, judges = _draws(subject, context)
-    attacks = [*[STEPS // 2] * STARTS, *[STEPS] * len(_radii(context, subject.x)), *ITERATIONS]
+    attacks = [*[SWEEP] * STARTS, *[SWEEP] * len(_radii(context, subject.x)), *ITERATIONS]
     passes = sum(attacks) * draws + len(attacks) * judges
     passes += (1 + USUAL_SURROGATES) * (_targets(subject) * STEPS * draws + judges)
     if subject.is_random:
-        passes += STEPS * sum(DRAWS) + len(DRAWS) * judges
+        passes += SWEEP * sum(DRAWS) + len(DRAWS) * judges
     return passes * min(answers.PROBED, len(subject.x))
 
 
@@ -107,94 +146,133 @@ def _targets(subject: Subject) -> int:
     return TARGETS_OF_RANDOM if subject.is_random else TARGETS
 
 
-def parts(before: Before, context: AttackContext, left: Tensor, model: Classifier) -> dict[str, Callable[[], Any]]:
-    """The short attacks, each of which can be made without the others; the longest ones first.
+def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str, Callable[[], Any]]:
+    """The short attacks, each of which can be made without the others; the longest one first.
 
     Args:
         before: the model's answers before the attacks.
         context: what the evaluation tells attacks.
-        left: which of the first images withstood every attack of the report, bool ``[n]``.
         model: what is attacked, the subject's own with a counter.
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
     short = _Short(model, x, y, context, draws=draws, judges=judges, targets=_targets(subject))
-    made: dict[str, Callable[[], Any]] = {
-        "missed": lambda: _missed(short, subject, left.to(x.device)),
-        "steps": lambda: _over_steps(short),
-    }
+    made: dict[str, Callable[[], Any]] = {"sweeps": lambda: _sweeps(short, subject)}
     if subject.is_random:
-        made |= {f"draws {n}": partial(short.accuracy, eot_iter=n) for n in DRAWS if n != draws}
-    made |= {f"eps {eps}": partial(short.accuracy, eps=eps) for eps in _radii(context, x) if eps != context.eps}
-    # the point that the sweeps over the radius and over the draws have in common
-    made["plain"] = short.accuracy
+        made |= {f"draws {n}": partial(short.accuracy, eot_iter=n) for n in DRAWS}
     samples = getattr(subject.single, "samples", None)
     if isinstance(samples, int) and samples > 1:
         made["samples"] = lambda: _over_samples(subject.single, samples, short)
 
     def start(seed: int) -> Tensor:
-        return short.robust(seed=seed, random_start=True, steps=STEPS // 2).cpu()
+        return short.robust(seed=1 + seed).cpu()
 
     return made | {f"start {seed}": partial(start, seed) for seed in range(STARTS)}
 
 
-def probe(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> Probes:
-    """Ask the model; to be called after the attacks.
+def asked_before(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> AskedBefore:
+    """What is known before the attacks.
 
     Args:
-        before: its answers before them.
+        before: the model's answers before them.
         context: what the evaluation tells attacks.
         measured: what `parts` gave.
     """
     subject, x, y = before.subject, before.x, before.y
     together = torch.stack([measured[f"start {seed}"] for seed in range(STARTS)])
-    some, near, plain = slice(subject.batch_size), _near(context, x), measured["plain"]
-    further, missed = measured["missed"]
+    some = slice(subject.batch_size)
+    sweeps, fell, copies, absent = measured["sweeps"]
+    if subject.is_random:
+        sweeps["eot"] = [(float(n), measured[f"draws {n}"]) for n in DRAWS]
+    cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
+    return AskedBefore(
+        sweeps=sweeps | {"samples": measured.get("samples", [])},
+        one_start=float(together.float().mean()),
+        all_starts=float(together.all(0).float().mean()),
+        cosine=cosine,
+        without_gradient=without,
+        fell=fell,
+        copies=copies,
+        absent=absent,
+    )
+
+
+def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequence[bool]) -> Probes:
+    """Ask the model again; to be called after the attacks.
+
+    Args:
+        before: its answers before them.
+        context: what the evaluation tells attacks.
+        asked: what was measured before them.
+        left: which of the first images withstood every attack of the report.
+    """
+    subject, x, y = before.subject, before.x, before.y
+
+    # the attacks before are kept by an earlier run, or draw numbers now
+    torch.manual_seed(context.seed)
+
+    def among(fell: Sequence[int]) -> int:
+        return sum(1 for one, stands in zip(fell, left, strict=False) if one and stands)
+
     probes = Probes(
         n=len(x),
         chance=1 / subject.num_classes,
-        eps=[(eps, measured.get(f"eps {eps}", plain)) for eps in _radii(context, x)],
-        steps=measured["steps"],
-        samples=measured.get("samples", []),
-        one_start=float(together.float().mean()),
-        all_starts=float(together.all(0).float().mean()),
-        cosine=answers.cosine(subject, y[some], x[some], near[some]),
+        one_start=asked.one_start,
+        all_starts=asked.all_starts,
+        cosine=asked.cosine,
         batch_changes=answers.batch_changes(subject, x),
-        further=further,
-        missed=missed,
+        eps=asked.sweeps["eps"],
+        steps=asked.sweeps["steps"],
+        eot=asked.sweeps.get("eot", []),
+        samples=asked.sweeps["samples"],
     )
+    if any(left):
+        probes.further, probes.absent = among(asked.fell), asked.absent
+        probes.missed = {name: among(fell) for name, fell in asked.copies.items()}
+        found = [asked.fell, *asked.copies.values()]
+        probes.fallen = [image for image, stands in enumerate(left) if stands and any(fell[image] for fell in found)]
     if subject.is_random:
-        probes.eot = [(float(n), measured.get(f"draws {n}", plain)) for n in DRAWS]
         probes.varying = answers.varying(before.model, x, y)
     # last: a model that counts has counted the short attacks too
     probes.later_changes = before.later_changes()
     probes.state_changed = before.state_changed()
-    probes.watched_changes = answers.watched_changes(subject, before.model, x, near)
+    probes.watched_changes = answers.watched_changes(subject, before.model, x, _near(context, x))
     probes.sets_seed = answers.sets_seed(subject.model, subject.some())
     return probes
 
 
-def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, dict[str, int]]:
-    """How many of the images fall by the model's own gradients, and by those of its parts and softened copies."""
-    if not bool(left.any()):
-        return None, {}
-    fell = short.fallen(left, None)
-    further, missed = int(fell.sum()), {}
-    for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, float(short.context.eps))):
-        left = left & ~fell
-        fell = short.fallen(left, surrogate)
-        missed[name] = int(fell.sum())
-    return further, missed
+def _sweeps(
+    short: _Short, subject: Subject
+) -> tuple[dict[str, Curve], list[int], dict[str, list[int]], dict[str, str]]:
+    """The curves over the steps and the radius; what falls by the model's own gradients, and by surrogates'.
+
+    What fell to fewer steps is not attacked again. What withstood in the report's ball counts as right in a smaller
+    one; in larger ones every image is attacked, since a larger radius may leave more where gradients are masked.
+    """
+    eps, standing, plain = float(short.context.eps), short.right(), None
+    right, steps = standing, []
+    for count in ITERATIONS:
+        standing = short.robust(standing, steps=count)
+        steps.append((float(count), _share(standing)))
+        plain = standing if count <= SWEEP else plain
+    plain = standing if plain is None else plain
+    radii: Curve = []
+    for radius in _radii(short.context, short.x):
+        if radius < eps:
+            radii.append((radius, _share(plain | short.robust(right & ~plain, eps=radius))))
+        else:
+            radii.append((radius, _share(plain if radius == eps else short.robust(right, eps=radius))))
+    standing = standing & ~short.fallen(standing, None)
+    own, copies, absent = right & ~standing, dict[str, list[int]](), dict[str, str]()
+    if bool(standing.any()):
+        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, eps), absent):
+            fell = short.fallen(standing, surrogate)
+            standing, copies[name] = standing & ~fell, fell.int().tolist()
+    return {"steps": steps, "eps": radii}, own.int().tolist(), copies, absent
 
 
-def _over_steps(short: _Short) -> Curve:
-    """Accuracy over the steps of the attack; what fell to fewer steps is not attacked again."""
-    curve: Curve = []
-    robust = None
-    for steps in ITERATIONS:
-        robust = short.robust(robust, steps=steps)
-        curve.append((float(steps), float(robust.float().mean())))
-    return curve
+def _share(which: Tensor) -> float:
+    return float(which.float().mean())
 
 
 class _Short:
@@ -206,29 +284,36 @@ class _Short:
         self.model, self.x, self.y, self.context = model, x, y, context
         self.draws, self.judges, self.targets = draws, judges, targets
 
+    def right(self) -> Tensor:
+        """Which images are right as they are, bool ``[n]``."""
+        return self._mostly_right(self.x, self.y)
+
     def robust(self, among: Tensor | None = None, *, eps: float | None = None, seed: int = 0, **options: Any) -> Tensor:
-        """Which images are right after PGD on the margin, bool ``[n]``; those that are not among these count as wrong.
+        """Which images are right after Auto-PGD on the margin, bool ``[n]``; those not among these count as wrong.
 
         Args:
             among: the images that are attacked, bool ``[n]``; None for all.
             eps: the radius; None: that of the report.
-            seed: of a random start.
-            **options: of `pgd`.
+            seed: of the random start.
+            **options: of `apgd`.
         """
         torch.manual_seed(self.context.seed)
         right = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device) if among is None else among.clone()
         if not bool(right.any()):
             return right
-        x, y = self.x[right], self.y[right]
-        settings: dict[str, Any] = {"steps": STEPS, "eot_iter": self.draws, "loss": "margin"} | options
-        attacked = pgd(
-            self.model, x, y, eps=self.context.eps if eps is None else eps, norm=self.context.norm,
-            keep_best=True, seed=seed, sample_ids=right.nonzero()[:, 0],
-            max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
-            **settings,
-        )  # fmt: skip
-        right[right.clone()] = self._mostly_right(attacked, y)
+        at = right.nonzero()[:, 0]
+        settings: dict[str, Any] = {"steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
+        right[at] = self._mostly_right(self._attacked(at, eps=eps, seed=seed, **settings), self.y[at])
         return right
+
+    def _attacked(self, at: Tensor, *, eps: float | None = None, **options: Any) -> Tensor:
+        """Some of the images after Auto-PGD, by their places, int64."""
+        context = self.context
+        return apgd(
+            self.model, self.x[at], self.y[at], eps=context.eps if eps is None else eps, norm=context.norm,
+            judge_draws=self.judges, sample_ids=at, precision="auto", copies=context.copies,
+            max_forward_batch=context.max_forward_batch or context.batch_size, **options,
+        )  # fmt: skip
 
     def _mostly_right(self, x: Tensor, y: Tensor) -> Tensor:
         logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
@@ -242,20 +327,16 @@ class _Short:
         fell = torch.zeros_like(left)
         if len(at) == 0:
             return fell
-        context = self.context
-        loss = usable_loss("dlr_targeted", context.num_classes)
-        attacked = apgd(
-            self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm, steps=STEPS,
-            loss=loss, n_target_classes=self.targets, eot_iter=self.draws, judge_draws=self.judges,
-            gradients_from=gradients_from, seed=context.seed + 1, sample_ids=at,
-            max_forward_batch=context.max_forward_batch or context.batch_size,
+        attacked = self._attacked(
+            at, steps=STEPS, loss=usable_loss("dlr_targeted", self.context.num_classes), eot_iter=self.draws,
+            n_target_classes=self.targets, gradients_from=gradients_from, seed=self.context.seed + 1,
         )  # fmt: skip
         fell[at] = ~self._mostly_right(attacked, self.y[at])
         return fell
 
     def accuracy(self, **options: Any) -> float:
         """The share of them."""
-        return float(self.robust(**options).float().mean())
+        return _share(self.robust(**options))
 
 
 def _radii(context: AttackContext, x: Tensor) -> list[float]:

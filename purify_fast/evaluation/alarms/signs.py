@@ -16,7 +16,7 @@ import numpy as np
 
 from ..inputs import INSTEAD_OF_PROBABILITIES
 from ..rows import GRADIENT_FREE, Row
-from .evidence import Evidence, Finding, Verdict
+from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
 #: The share of the images that may fall to something else than the model's own gradients.
@@ -73,13 +73,61 @@ def findings(evidence: Evidence) -> list[Finding]:
             outcome = judge(evidence, evidence.probes) if of_probes else judge(evidence)
             every += [] if outcome is None else [Finding(name, *outcome, **options)]
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
-    if evidence.left() != 0 or any(finding.of_answers for finding in doubts):
+    every = [replace(each, advice=_advice(each, evidence)) if each in doubts else each for each in every]
+    doubts = [finding for finding in every if finding.verdict == "unreliable"]
+    if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
     remark = "but no image is left that could fall"
     return [
         replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
         for each in every
     ]
+
+
+#: What to do about each sign that gives a reason to doubt the number.
+ADVICE = {
+    "finite predictions": "look for a division by 0, log(0) or an overflow of exp() in forward",
+    "logits": "return the logits before the softmax",
+    "gradient-free against gradients": "the gradients mislead: attack by BPDA, or run the protocol strong",
+    "transfer against gradients": "the gradients mislead: attack by BPDA, or run the protocol strong",
+    "a further attack": "run stronger attacks: more steps, or the protocol strong",
+    "parts and softened copies": "run the protocol strong, which follows the gradients of these copies",
+    "huge radius": "the attacks fail even where they must succeed: look for saturated outputs, rounding or clipping",
+    "radius sweep": "the attack fails at the larger radius: look for saturated outputs, rounding or clipping",
+    "random start": "give the attacks restarts, as PGD(restarts=5), or run the protocol strong",
+    "gradients against differences": (
+        "look for rounding, .detach() or a backward of its own in forward; BPDA replaces the gradient of a defence "
+        "that has purify and classifier"
+    ),
+    "batch size": "let the logits of an image depend on that image alone: is a module in training mode?",
+    "noise and seeds": "average each gradient over more draws (eot_iter=20), and set no seed in forward",
+    "same answer again": "let forward keep no state, and compute the same whether gradients are recorded or not",
+}
+#: The same where gradients are missing, by the reason.
+WITHOUT_GRADIENTS = {
+    "not finite": "look for a division by 0, log(0) or an overflow of exp() in forward",
+    "no gradient": (
+        "the output has no grad_fn: is there a torch.no_grad() or .detach() in forward, or a detour through NumPy? A "
+        "diffusion defence that must save memory can use checkpointed_steps. BPDA needs purify and classifier"
+    ),
+    "zero gradient": (
+        "look for rounding, sign, argmax or a saturated output in forward. BPDA replaces the gradient of a defence "
+        "that has purify and classifier; the protocol strong follows softened copies"
+    ),
+}
+
+
+def _advice(finding: Finding, evidence: Evidence) -> str:
+    """What to do about a sign that gives a reason to doubt the number."""
+    if finding.alarm not in ("gradient health", "gradients against differences"):
+        return ADVICE[finding.alarm]
+    missing = "" if evidence.probes is None else evidence.probes.cosine
+    if isinstance(missing, str) and missing:
+        return WITHOUT_GRADIENTS[missing]
+    if finding.alarm in ADVICE:
+        return ADVICE[finding.alarm]
+    broken = [row.health for row in evidence.with_counted_gradients() if row.lacked_gradients and row.health]
+    return WITHOUT_GRADIENTS["not finite" if any(health["nonfinite"] for health in broken) else "zero gradient"]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -197,15 +245,29 @@ def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether a short attack finds what the attacks of the report left."""
     if probes.further is None:
         return "not asked", "no image was left", ""
-    return _missed({"the model itself": probes.further}, probes.n)
+    return _unless_blind(evidence, *_missed({"the model itself": probes.further}, probes.n))
+
+
+def _unless_blind(evidence: Evidence, verdict: Verdict, text: str, row: str) -> Outcome:
+    """An outcome of attacks along the model's gradients: where there are none, they could not have found anything."""
+    blind = evidence.blind()
+    return ("not asked", f"{blind}; {text}", row) if blind and verdict != "unreliable" else (verdict, text, row)
 
 
 @alarm("parts and softened copies", of_probes=True)
 def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether the gradients of the model's parts and of softened copies find what its own gradients left."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in probes.absent.items():
+        reasons.setdefault(reason, []).append(name)
+    absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     if not probes.missed:
-        return "not asked", "no image was left" if probes.further is None else "the model has none", ""
-    return _missed(probes.missed, probes.n)
+        none = "no image was left" if probes.further is None else "the model has none"
+        return ("noted", absent, "") if absent else ("not asked", none, "")
+    verdict, text, row = _missed(probes.missed, probes.n)
+    if absent:
+        return _verdict(verdict == "unreliable", noted=True), f"{text}; {absent}", row
+    return verdict, text, row
 
 
 def _missed(missed: dict[str, int], n: int) -> Outcome:
@@ -224,10 +286,14 @@ def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether anything is left where every image may become any other."""
     (radius, accuracy), chance = probes.eps[-1], probes.chance
     allowed = chance + 2 * math.sqrt(chance * (1 - chance) / probes.n)
-    text = f"{100 * accuracy:.0f} % at eps {radius:.3g}, where at most chance, {100 * chance:.0f} %, can be left"
+    text = f"{100 * accuracy:.0f} % of {probes.n} images at eps {radius:.3g}"
     # of many classes chance is less than one image: a few that a short attack missed prove nothing
     bad = accuracy > allowed and (accuracy - chance) * probes.n >= FEW
-    return _verdict(bad), text, f"probe: PGD at eps {radius:.3g}"
+    if bad:
+        text = f"{text}, where at most chance, {100 * chance:.0f} %, can be left"
+    else:
+        text = f"{text}, {'within luck of' if accuracy > chance else 'no more than'} chance ({100 * chance:.0f} %)"
+    return _unless_blind(evidence, _verdict(bad), text, f"probe: PGD at eps {radius:.3g}")
 
 
 @alarm("radius sweep", of_probes=True)
@@ -239,7 +305,7 @@ def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
         text = f"from eps {a[0]:.3g} to {b[0]:.3g} accuracy rises from {100 * a[1]:.0f} % to {100 * b[1]:.0f} %"
         return "unreliable", text, f"probe: PGD at eps {b[0]:.3g}"
     curve = ", ".join(f"{100 * accuracy:.0f} % at {eps:.3g}" for eps, accuracy in probes.eps)
-    return "passed", f"accuracy falls with the radius: {curve}", ""
+    return _unless_blind(evidence, "passed", f"accuracy does not rise with the radius: {curve}", "")
 
 
 @alarm("random start", of_probes=True)
@@ -251,7 +317,7 @@ def random_start(evidence: Evidence, probes: Probes) -> Outcome:
     strong = _surely_above(START_UNRELIABLE, gain, probes.n)
     weaker = _weaker(evidence, probes.all_starts, probes.n) if strong else ""
     verdict = _verdict(strong and not weaker, noted=gain > START_NOTED)
-    return verdict, text + weaker, "probe: five random starts"
+    return _unless_blind(evidence, verdict, text + weaker, "probe: five random starts")
 
 
 def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
@@ -269,8 +335,11 @@ def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
 def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
     """Whether the model changes as its gradients say."""
     row = "probe: small steps in random directions"
-    if probes.cosine is None:
-        return "unreliable", "logits or gradients are not finite, or there is no gradient", row
+    if isinstance(probes.cosine, str):
+        # gradient health raises the alarm where attacks counted the same gradients
+        counted = evidence.with_counted_gradients()
+        told = bool(counted) and all(each.lacked_gradients for each in counted)
+        return "not asked" if told else "unreliable", MISSING[probes.cosine], row
     text = f"cosine {probes.cosine:.2f} between the changes that gradients promise and those that are measured"
     return _verdict(probes.cosine < WRONG_GRADIENTS, noted=not probes.cosine >= ODD_GRADIENTS), text, row
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...attacks import frozen
@@ -72,7 +71,6 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "own": own,
         "lowest": report.headlines.get(name),
         "counted": evidence.with_counted_gradients(),
-        "count": sum(row.deployed for row in most),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
         # for each attack, of the images that it fools, the share that each attack fools; None where it fools none
@@ -189,6 +187,9 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
 
 def data_uri(image: Tensor) -> str:
     """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as a PNG inside a URI."""
+    # a report without pictures does not import it
+    from PIL import Image
+
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
     file = io.BytesIO()
     Image.fromarray(array).save(file, format="PNG", optimize=True)

@@ -5,11 +5,16 @@ A table is a head and lines of cells; the page, `purify_fast.evaluation.show.pag
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from ..alarms import Finding
 from ..rows import Row, attack_names, model_names
@@ -17,7 +22,11 @@ from ..rows import Row, attack_names, model_names
 UNRELIABLE = "unreliable"
 #: How an unreliable number is marked in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
-COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
+COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "one draw", "draws", "gradients", "", "seed", "s"]
+#: Characters of a line on a terminal.
+TERMINAL = 100
+#: Characters of a column on a terminal, below which it is not wrapped further.
+NARROWEST = 12
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,42 @@ def _in_markdown(cell: str | Cell) -> str:
     return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
 
 
-def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool) -> str:
-    """The same in columns of equal width; with ``color``, cells that must not be overlooked are red."""
+def terminal_table(
+    head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool, longest: float = math.inf
+) -> str:
+    """The same in columns of equal width; with ``color``, cells that must not be overlooked are red.
+
+    Where a line would have more than ``longest`` characters, the widest columns are wrapped.
+    """
     table = [list(head), *body]
-    width = [max(len(str(line[i])) for line in table) for i in range(len(head))]
-    lines = []
-    for line in table:
-        red = [color and isinstance(cell, Cell) and cell.red for cell in line]
-        cells = [str(cell).ljust(w) for cell, w in zip(line, width, strict=True)]
-        cells = [f"\033[31m{cell}\033[0m" if alarming else cell for cell, alarming in zip(cells, red, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * (sum(width) + 2 * len(width) - 2), *lines[1:]])
+    width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
+    while _length(width) > longest and max(width) > NARROWEST:
+        width[width.index(max(width))] -= 1
+    blocks = [_wrapped(line, width, color) for line in table]
+    return "\n".join([*blocks[0], "-" * _length(width), *(line for block in blocks[1:] for line in block)])
+
+
+def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> list[str]:
+    """A line of a table, in as many lines as its longest cell takes."""
+    red = [color and isinstance(cell, Cell) and cell.red for cell in cells]
+    parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
+    return [
+        "  ".join(
+            paint(text.ljust(w), "red", alarming and bool(text))
+            for text, w, alarming in zip(part, width, red, strict=True)
+        ).rstrip()
+        for part in itertools.zip_longest(*parts, fillvalue="")
+    ]
+
+
+def _length(widths: Sequence[int]) -> int:
+    """Of a line with these columns."""
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def paint(text: str, color: Literal["red", "green"], wanted: bool) -> str:
+    """A text as a terminal shows it in a color, where that is wanted."""
+    return f"\033[{31 if color == 'red' else 32}m{text}\033[0m" if wanted else text
 
 
 def color_is_welcome() -> bool:
@@ -88,8 +122,18 @@ def color_is_welcome() -> bool:
 
 
 def percent(row: Row) -> str:
-    """A row's accuracy and its standard error, in percent."""
+    """A row's accuracy and its standard error, in percent; of a clean row by the first prediction."""
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+
+
+def percent_always(row: Row) -> str:
+    """The share of the images that are right in every prediction, and its standard error, in percent."""
+    return percent(replace(row, robust=np.arange(row.n) < round(row.always_right * row.n)))
+
+
+def images(row: Row) -> str:
+    """How many images a row is about, and of an attack on survivors how many it was given."""
+    return f"{row.n} ({row.settings['attacked']})" if row.of_survivors else str(row.n)
 
 
 def draws(row: Row) -> str:
@@ -117,10 +161,10 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
             row.attack,
             row.describe_variant(),
             draws(row),
-            f"{row.n} ({row.settings['attacked']})" if row.of_survivors else str(row.n),
-            percent(row),
+            images(row),
+            percent_always(row),
             single_predictions(row),
-            "-" if row.kind == "worst" else f"{100 * row.worst:.1f} ({row.n_eval})",
+            str(row.n_eval),
             row.describe_health(),
             warning(row),
             str(row.seed),
@@ -131,6 +175,17 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
     return Table(COLUMNS, body)
 
 
+def short_table(rows: Sequence[Row]) -> Table:
+    """The table of one model's rows for a terminal, without the columns that say the same of all."""
+    apart, several = any(not row.deployed for row in rows), any(row.n_eval > 1 for row in rows)
+    columns: list[tuple[str, Callable[[Row], str | Cell]]] = [("attack", lambda row: row.attack)]
+    columns += [("variant", Row.describe_variant)] if apart else []
+    columns += [("images", images), ("accuracy", percent_always)]
+    columns += [("one draw", single_predictions)] if several else []
+    columns += [("gradients", Row.describe_health), ("", warning)]
+    return Table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+
+
 def comparison(rows: Sequence[Row]) -> Table:
     """A table with the attacks down and the models across."""
     models = model_names(rows)
@@ -138,16 +193,17 @@ def comparison(rows: Sequence[Row]) -> Table:
 
     def cell(attack: str, model: str) -> str | Cell:
         row = by_name.get((attack, model))
-        return "-" if row is None else replace(warning(row), text=percent(row))
+        return "-" if row is None else replace(warning(row), text=percent_always(row))
 
     return Table(["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)])
 
 
 def table_of_findings(findings: Sequence[Finding]) -> Table:
-    """The findings of the alarms, with the model's name first."""
+    """The findings of the alarms, with the model's name first, and what to do about a doubt."""
     body: list[list[str | Cell]] = []
     for finding in findings:
         doubt = finding.verdict == "unreliable"
         verdict = Cell("", (), unreliable=True, red=True) if doubt else finding.verdict
-        body.append([finding.model, finding.alarm, verdict, finding.measured, finding.row or "-"])
+        measured = f"{finding.measured}. What to do: {finding.advice}" if finding.advice else finding.measured
+        body.append([finding.model, finding.alarm, verdict, measured, finding.row or "-"])
     return Table(["model", "sign", "verdict", "measured", "row that tells"], body)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from ...attacks.engine.rows import FEWEST_STEPS
 from ...attacks.square import GIVEN_UP_AFTER
 from ..alarms import STATES, Finding
+from ..claims import answer
 from ..rows import Row
 from .tables import (
     COLUMNS,
     RED_UNRELIABLE,
+    TERMINAL,
     comparison,
     markdown_table,
+    paint,
     percent,
+    short_table,
     table_of_findings,
     table_of_rows,
     terminal_table,
     warning,
 )
+
+if TYPE_CHECKING:
+    import jinja2
+
+#: `purify_fast.evaluation.Report`, which writes itself by this module.
+Report = Any
 
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
@@ -41,6 +48,9 @@ def render(template: str, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
+    # it takes as long to import as all of this folder
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("purify_fast.evaluation", "show"),
         autoescape=jinja2.select_autoescape(["html.jinja"], default=False),
@@ -48,25 +58,109 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
     )
     functions = (
-        about_variants, beside_headline, column_legend, comparison, markdown_table, percent, table_of_findings,
-        table_of_rows, terminal_table, warning,
+        about_variants, claim, column_legend, comparison, facts, fill, markdown_table, outcome, paint, percent, reason,
+        short_legend, short_table, table_of_findings, table_of_rows, terminal_table, told_beside, warning,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
-    # lines of a terminal's usual width
-    environment.globals["fill"] = functools.partial(textwrap.fill, width=120, break_on_hyphens=False)
-    environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES}
+    environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES, "terminal": TERMINAL}
     return environment
+
+
+def fill(text: str, mark: str = "") -> str:
+    """A text in lines of a terminal's width, with a mark in front of the first and as much space before the others."""
+    indent = " " * len(mark)
+    return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def short_legend(rows: Sequence[Row]) -> str:
+    """What the columns on a terminal mean, in a line."""
+    several = max((row.n_eval for row in rows), default=1)
+    right = f"right in all {several} draws" if several > 1 else "right"
+    authors = any(row.kind == "authors" for row in rows)
+    others = 'rows named "as ..." repeat an evaluation of others; ' if authors else ""
+    return f"accuracy: % {right}; gradients: % not finite / zero / images unmoved; {others}more: the saved report.md"
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What somebody needs who repeats a report, by name, as far as it is known."""
+    images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
+    named = {name: report.about.get(name, "") for name in ("date", "command", "call")}
+    named |= {"images": images, "seed": report.about.get("seed", "")}
+    named |= {name: report.about.get(name, "") for name in ("model", "processor", "claim")}
+    words = {"call": "call in Python", "model": "hash of the model", "claim": "claimed, %"}
+    return [(words.get(name, name), value) for name, value in named.items() if value]
+
+
+# -- the headline -----------------------------------------------------------------------------------------------------
+
+
+def outcome(report: Report, row: Row) -> str:
+    """What a row's number counts, behind the percent sign, and the same without an attack, by the same criterion."""
+    text = f"of {row.n} image{' is' if row.n == 1 else 's are'} still classified correctly"
+    several = row.n_eval > 1
+    if several:
+        text += f" in all {row.n_eval} draws"
+    attacks = _attacks_like(report, row)
+    if row.kind != "worst":
+        text += f" under {row.attack}"
+    else:
+        count = len(row.settings.get("over", attacks))
+        text += " after the attack" if count == 1 else f" after all {count} attacks"
+        text += " and the probes" if "probes" in row.settings else ""
+    threat = row.threat or report.threats.get(row.model, report.about.get("threat"))
+    text += f" within {threat}" if threat else ""
+    # an attack on survivors counts what fell before it as wrong in every draw
+    single = [each.mean for each in attacks if not each.of_survivors and each.n == row.n]
+    if several and single:
+        text += f" ({100 * min(single):.1f} % in one draw)"
+    clean = next((each for each in report.rows if each.model == row.model and each.kind == "clean"), None)
+    if clean is None:
+        return text
+    if clean.n_eval == 1:
+        return f"{text}; without an attack, {100 * clean.accuracy:.1f} %"
+    both = f"{100 * clean.always_right:.1f} % (all {clean.n_eval} draws), {100 * clean.mean:.1f} % (one draw)"
+    return f"{text}; without an attack, {both}"
+
+
+def claim(report: Report, row: Row) -> str:
+    """Whether a report's lowest row refutes what was claimed; empty where nothing was."""
+    return answer(float(report.about["claim"]), row) if "claim" in report.about else ""
+
+
+def _attacks_like(report: Report, row: Row) -> list[Row]:
+    """The attacks of a row's model and threat model on the deployed model, on as many images at least; or itself."""
+    if row.kind != "worst":
+        return [row]
+    of = (row.model, row.threat)
+    mine = [each for each in report.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
+    return [each for each in mine if each.n >= row.n]
+
+
+def reason(report: Report, row: Row) -> str:
+    """Why a row is unreliable, where no sign says it; empty where one does, and where the row is reliable."""
+    told = any((finding.model, finding.verdict) == (row.model, "unreliable") for finding in report.findings)
+    if row.reliable or row.settings.get("doubts") or told:
+        return ""
+    counted = [each for each in _attacks_like(report, row) if each.health is not None and each.own_gradients]
+    if not counted:
+        return "no attack whose gradients are counted was run: add PGD() to the attacks, or give probes=True"
+    shares = "; ".join(f"{each.attack}: {each.describe_health()}" for each in counted)
+    return f"gradients not finite / zero / images not moved: {shares}"
+
+
+def told_beside(findings: Sequence[Finding]) -> list[Finding]:
+    """The alarms that a reader of the lowest number must know; doubts first."""
+    return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
+
+
+# -- the tables -------------------------------------------------------------------------------------------------------
 
 
 def column_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of a table of all rows mean, a paragraph each; what no row has is not explained."""
     early = dict.fromkeys(row.attack for row in rows if _may_end_early(row))
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
-    nearest = Counter[str]()
-    for row in rows:
-        if "unsearched" in row.settings:
-            nearest[row.attack] += row.settings["unsearched"]
-    told = {"early": list(early), "nearest": list(nearest.items()), "published": list(published)}
+    told = {"early": list(early), "published": list(published)}
     text = render("columns.jinja", rows=rows, **told)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
@@ -92,9 +186,3 @@ def about_variants(rows: Sequence[Row]) -> list[str]:
         f"With {_WITH[row.variant]}, which is not the model as it is deployed: {percent(row)} % ({row.attack})."
         for row in lowest
     ]
-
-
-def beside_headline(findings: Sequence[Finding]) -> list[str]:
-    """What a reader of the lowest number must know of the alarms, with the row that tells; doubts first."""
-    told = sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
-    return [f"{finding.alarm}: {finding.measured}" + (f" ({finding.row})" if finding.row else "") for finding in told]

@@ -1,0 +1,77 @@
+"""``purify-fast check``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import tyro
+
+from .._validation import Count
+from .command import Command, usable_device
+from .evaluate import Evaluate
+from .parsing import parse
+from .run_file import RUN_FILE
+
+if TYPE_CHECKING:
+    from ..data import DataSet
+    from ..evaluation.witnesses import Witnesses
+
+
+@dataclass(frozen=True)
+class Check(Command):
+    """Try every fallen image of a report again, which `evaluate --keep all` wrote. Exit status 1 if not all fall.
+
+    Args:
+        report: The folder of the report.
+        model: What to try: a folder, zoo:NAME or a function of yours, as for `evaluate`; default: what the report's
+            run.yaml names.
+        batch_size: Images in one forward pass.
+        seed: Seed of the draws of a random defence; default: another than the report's.
+        device: Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one.
+    """
+
+    called: ClassVar[str] = "check"
+
+    report: tyro.conf.Positional[Path] = Path("runs/carso/evaluation")
+    model: tyro.conf.Positional[str | None] = None
+    batch_size: Count = 250
+    seed: int | None = None
+    device: str = "auto"
+
+    def run(self) -> int:
+        from ..evaluation.witnesses import check_witnesses, load_witnesses
+        from ..speed.precision import float32_products
+
+        device, whose = usable_device(self.device), self.evaluated()
+        witnesses, _ = load_witnesses(self.report)
+        model, _ = whose.prepared(images_of(witnesses, device))
+        with float32_products(tf32=whose.precision == "tf32"):
+            checked = check_witnesses(self.report, model, batch_size=self.batch_size, seed=self.seed)
+        print(checked.to_text())
+        return 0 if checked.confirmed else 1
+
+    def evaluated(self) -> Evaluate:
+        """The command that made the report, or one that attacks the given model."""
+        if self.model is not None:
+            words = [self.model]
+        elif (path := self.report / RUN_FILE).is_file():
+            words = ["--config", str(path)]
+        else:
+            raise FileNotFoundError(f"{self.report} holds no {RUN_FILE}, which names the model: name it as MODEL")
+        command = parse(Evaluate, words)
+        assert isinstance(command, Evaluate)
+        return command
+
+
+def images_of(witnesses: Witnesses, device: str) -> DataSet:
+    """The clean images as a data set, which a model is loaded for: the report's own need not be on this machine."""
+    import torch
+
+    from ..data import DataSet
+
+    images = (witnesses.clean * 255).round().byte()
+    labels = torch.zeros(len(images), dtype=torch.int64).scatter(0, witnesses.of, witnesses.labels)
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    return DataSet(**arrays, name="the report's images", num_classes=witnesses.about["classes"]).to(device)

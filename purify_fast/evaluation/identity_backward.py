@@ -1,0 +1,154 @@
+"""The identity in the backward pass of modules inside a model that have no gradient: BPDA without anyone naming them.
+
+A detour through NumPy, a compression, a floor division or a function of one's own hands no gradient on. A module around
+one that gives about what it takes, of the same shape and range, is differentiated as if it gave just that (BPDA,
+Athalye, Carlini & Wagner, ICML 2018, section 4), where its own gradient is missing, zero or not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..attacks import frozen
+from ..protocols import Classifier
+
+#: Raised whenever such a copy would compute something else: kept rows of one are used again by this number.
+REVISION = 1
+#: By how much of its input's range a module's output may lie outside of it.
+OUTSIDE = 0.1
+
+
+class PassedThrough(TorchFunctionMode):
+    """Within the block, modules give what they give, with the gradient of the identity.
+
+    As a function mode it is entered again where a step is computed again for its gradient
+    (`purify_fast.attacks.checkpointed_steps`). It leaves functions as they are.
+
+    Args:
+        modules: whose first argument and whose output are images of one shape.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.modules = list(modules)
+        self._given: dict[nn.Module, list[Tensor]] = {}
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        hooks = contextlib.ExitStack()
+        # a block inside of another one finds the hooks there
+        for module in [] if self._entered else self.modules:
+            for handle in (
+                module.register_forward_pre_hook(self._before, prepend=True),
+                module.register_forward_hook(self._after),
+            ):
+                hooks.callback(handle.remove)
+        self._entered.append(hooks)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._entered.pop().close()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not _takes_images(args):
+            return None
+        self._given.setdefault(module, []).append(args[0])
+        # NumPy takes no tensor that asks for gradients
+        return args[0].detach(), *args[1:]
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not _takes_images(args):
+            return None
+        x = self._given[module].pop()
+        return output.detach() + (x - x.detach()).to(output) if _like(output, x) else None
+
+
+class IdentityBackward(nn.Module):
+    """A model some of whose modules are the identity in the backward pass.
+
+    Args:
+        model: any callable.
+        modules: those modules, inside of it.
+    """
+
+    def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.model, self.passed, self.revision = model, nn.ModuleList(modules), REVISION
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, ...]`` to logits ``[B, classes]``."""
+        with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
+            return self.model(x)
+
+
+def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:
+    """The modules that give images of the shape and range that they take, and no gradient.
+
+    Args:
+        model: images to logits.
+        inside: modules of it, with their names; all modules in them are looked at.
+        x: a few images ``[B, C, H, W]``.
+
+    Returns:
+        By name the innermost ones, and the outermost ones where these are others; an empty list where there are none.
+    """
+    named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
+    named = {name: module for name, module in named.items() if name and module is not model}
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module not in calls and _takes_images(args) and _like(output, args[0]) and _within(output, args[0]):
+            calls[module] = args, kwargs
+
+    # whatever code a user's model has may refuse what it was not written for
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack, torch.no_grad():
+        for module in dict.fromkeys(named.values()):
+            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        model(x)
+    blocked = {name: module for name, module in named.items() if module in calls and _blocks(module, *calls[module])}
+    inside_of = {name: {*list(module.modules())[1:]} for name, module in blocked.items()}
+    innermost = {name: each for name, each in blocked.items() if not inside_of[name] & {*blocked.values()}}
+    outermost = {name: each for name, each in blocked.items() if not any(each in other for other in inside_of.values())}
+    return [group for group in (innermost, outermost)[: 1 + (innermost != outermost)] if group]
+
+
+def _takes_images(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point() and args[0].dim() > 1
+
+
+def _like(output: Any, x: Tensor) -> bool:
+    return isinstance(output, Tensor) and output.is_floating_point() and output.shape == x.shape
+
+
+def _within(output: Tensor, x: Tensor) -> bool:
+    """Whether an output is in about the range of its input."""
+    least, most = x.aminmax()
+    room = OUTSIDE * (most - least)
+    return bool((output.amin() >= least - room) & (output.amax() <= most + room))
+
+
+def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no image gets a finite gradient through a module that is not zero."""
+    gradient = None
+    with contextlib.suppress(Exception), torch.enable_grad(), frozen(module):
+        leaf = args[0].detach().clone().requires_grad_()
+        output = module(leaf, *args[1:], **kwargs)
+        gradient = torch.autograd.grad((output * torch.randn_like(output)).sum(), leaf, allow_unused=True)[0]
+    if gradient is None:
+        return True
+    useless = (gradient == 0).flatten(1).all(1) | ~gradient.isfinite().flatten(1).all(1)
+    return bool(useless.all())

@@ -1,0 +1,284 @@
+"""Attacks of torchattacks, Foolbox and ART as `purify_fast.evaluation.evaluate` runs them: as they are, on its model.
+
+None of these packages is imported before an attack of it runs. An attack is known by the class from which it descends.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._validation import read_norm
+from ..attacks.base import ThreatModel
+from ..defences import MajorityVote
+from .inputs import LogitsOf
+from .progress import CountedModel
+
+#: By how much an attack's own radius may exceed the report's: rounding.
+ROUNDED = 1e-5
+
+
+class OtherAttack(abc.ABC):
+    """An attack of another package.
+
+    Args:
+        attack: the object.
+
+    Raises:
+        ValueError: it cannot attack a model that takes images in [0, 1].
+    """
+
+    #: The package, as it is called in reports.
+    package: ClassVar[str]
+    #: The class from which its attacks descend: the first part of its module's name, and its own name.
+    base: ClassVar[tuple[str, str]]
+
+    def __init__(self, attack: Any):
+        self.attack = attack
+        self.kind = type(attack).__name__
+        self.name = f"{self.package} {self.kind}"
+        self.check()
+
+    @classmethod
+    def descends(cls, kind: type) -> bool:
+        """Whether a class is one of the package's attacks."""
+        return any((one.__module__.partition(".")[0], one.__name__) == cls.base for one in kind.__mro__)
+
+    @staticmethod
+    @abc.abstractmethod
+    def line(name: str, eps: float = 8 / 255) -> str:
+        """The line that makes such an attack, by the name of its class and the radius."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """ValueError for options with which the attack would attack something else."""
+
+    @abc.abstractmethod
+    def ball(self) -> tuple[str | None, float | None]:
+        """Norm and radius that the attack has itself, None where it has none."""
+
+    def check_ball(self, threat: ThreatModel) -> None:
+        """ValueError where the attack would search another ball than the report's."""
+        norm, eps = self.ball()
+        right = f"write {self.line(self.kind, threat.eps)}"
+        if norm is not None and norm != threat.norm:
+            raise ValueError(f"{self.name} searches a ball in {norm}, the report's ball is in {threat.norm}: {right}")
+        if eps is not None and eps > threat.eps * (1 + ROUNDED):
+            raise ValueError(f"{self.name} has eps = {eps:.6g}, the report's eps is {threat.eps:.6g}: {right}")
+
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
+        """What the attack makes of images.
+
+        Args:
+            model: a module from images to logits.
+            x: images ``[B, C, H, W]`` in [0, 1].
+            y: labels, int64 ``[B]``.
+            threat: the ball.
+            warnings: gets what the reader of the result must know.
+        """
+        given, judged = self.wrapped(), model
+        while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
+            judged = judged.model
+        if any(one is not judged for one in given):
+            warnings.append(f"{self.name} was made for another model, {type(given[0]).__name__}, and ran on the judged")
+        images = self.found(model, x, y, threat.eps)
+        if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
+            return images
+        # an attack that looks for the nearest point, however far, finds nothing where that is outside of the ball
+        order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
+        lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+        inside = lengths <= threat.eps * (1 + ROUNDED)
+        return torch.where(inside.view(-1, 1, 1, 1), images.to(x.dtype), x)
+
+    @abc.abstractmethod
+    def wrapped(self) -> list[Any]:
+        """The models for which the attack was made."""
+
+    @abc.abstractmethod
+    def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
+        """The attacked images."""
+
+
+class OfTorchattacks(OtherAttack):
+    """An attack of torchattacks, of which a copy runs on the judged model."""
+
+    package, base = "torchattacks", ("torchattacks", "Attack")
+
+    @staticmethod
+    def line(name: str, eps: float = 8 / 255) -> str:
+        return f"torchattacks.{name}(model, eps={eps:.6g})"
+
+    def check(self) -> None:
+        if self.attack.normalization_used is not None:
+            raise ValueError(
+                f"{self.name} normalizes images itself (set_normalization_used), but the judged model takes images in "
+                f"[0, 1]: put the normalization into the model, and write {self.line(self.kind)}"
+            )
+        if self.attack.targeted and "label" in self.attack.attack_mode:
+            raise ValueError(
+                f"{self.name} takes labels for targets ({self.attack.attack_mode}), but it is given the true classes: "
+                "call set_mode_default() or set_mode_targeted_random()"
+            )
+
+    def ball(self) -> tuple[str | None, float | None]:
+        eps, norm = getattr(self.attack, "eps", None), getattr(self.attack, "norm", None)
+        if not isinstance(eps, (int, float)):
+            return None, None
+        if isinstance(norm, str):
+            return read_norm(norm), float(eps)
+        return ("l2" if self.kind.endswith("L2") else "linf"), float(eps)
+
+    def _all(self) -> list[Any]:
+        return [self.attack, *self.attack._attacks.values()]
+
+    def wrapped(self) -> list[Any]:
+        return [each.model for each in self._all()]
+
+    def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
+        # every reference to the model that the attack was made for becomes one to the judged model
+        mine = copy.deepcopy(self.attack, {id(each): model for each in self.wrapped()})
+        mine.set_device(x.device)
+        return mine(x, y)
+
+
+class OfFoolbox(OtherAttack):
+    """An attack of Foolbox, which is told the model and the radius when it runs."""
+
+    package, base = "Foolbox", ("foolbox", "Attack")
+
+    @staticmethod
+    def line(name: str, eps: float = 8 / 255) -> str:
+        return f"foolbox.attacks.{name}()"
+
+    def check(self) -> None:
+        """Nothing: the attack is told model and radius when it runs."""
+
+    def ball(self) -> tuple[str | None, float | None]:
+        order: Any = None
+        with contextlib.suppress(ValueError):
+            # an attack for which its user chooses the distance has none before
+            order = getattr(self.attack.distance, "p", None)
+        return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
+
+    def check_ball(self, threat: ThreatModel) -> None:
+        norm = self.ball()[0]
+        if norm is not None and norm != threat.norm:
+            raise ValueError(
+                f"{self.name} searches a ball in {norm}, the report's ball is in {threat.norm}: take the attack of "
+                f'that norm, or evaluate(..., norm="{norm}")'
+            )
+
+    def wrapped(self) -> list[Any]:
+        """None: the attack is told the model when it runs."""
+        return []
+
+    def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
+        from foolbox.criteria import Misclassification
+        from foolbox.models.pytorch import PyTorchModel
+
+        wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
+        _, clipped, _ = self.attack(wrapped, x, Misclassification(y), epsilons=eps)
+        return clipped
+
+
+class OfArt(OtherAttack):
+    """An attack of the Adversarial Robustness Toolbox, whose estimator has the judged model while it runs."""
+
+    package, base = "ART", ("art", "EvasionAttack")
+
+    @staticmethod
+    def line(name: str, eps: float = 8 / 255) -> str:
+        estimator = "PyTorchClassifier(model, loss, input_shape, nb_classes, clip_values=(0, 1))"
+        return f"{name}({estimator}, eps={eps:.6g})"
+
+    def check(self) -> None:
+        if self.attack.targeted:
+            raise ValueError(f"{self.name} has targeted=True, but it is given the true classes: set targeted=False")
+        estimators = self._estimators()
+        if not estimators:
+            raise ValueError(f"{self.name} has no PyTorchClassifier as its estimator: write {self.line(self.kind)}")
+        for estimator in estimators:
+            clip = estimator.clip_values
+            changes = [each for each in estimator.preprocessing_operations if not _changes_nothing(each)]
+            if changes or (clip is not None and (np.min(clip[0]), np.max(clip[1])) != (0, 1)):
+                raise ValueError(
+                    f"{self.name} has an estimator that changes images or takes others than in [0, 1]: put the "
+                    f"preprocessing into the model, and write {self.line(self.kind)}"
+                )
+
+    def ball(self) -> tuple[str | None, float | None]:
+        eps, order = getattr(self.attack, "eps", None), getattr(self.attack, "norm", None)
+        norm = {np.inf: "linf", "inf": "linf", 2: "l2", "2": "l2", 1: "l1", "1": "l1"}.get(order)
+        if not isinstance(eps, (int, float)):
+            return norm, None
+        return norm, float(eps)
+
+    def _estimators(self) -> list[Any]:
+        """The PyTorch classifiers of the attack and of those that it is made of."""
+        found: dict[int, Any] = {}
+        attacks, seen = [self.attack], set[int]()
+        while attacks:
+            values = list(vars(attacks.pop()).values())
+            values += [each for value in values if isinstance(value, (list, tuple)) for each in value]
+            for value in values:
+                if id(value) in seen:
+                    continue
+                seen.add(id(value))
+                if self.descends(type(value)):
+                    attacks.append(value)
+                elif any(one.__name__ == "PyTorchClassifier" for one in type(value).__mro__):
+                    found[id(value)] = value
+        return list(found.values())
+
+    def wrapped(self) -> list[Any]:
+        return [estimator.model for estimator in self._estimators()]
+
+    def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
+        with self._on(model):
+            images = self.attack.generate(x=x.cpu().numpy(), y=y.cpu().numpy())
+        return torch.from_numpy(np.asarray(images, dtype=np.float32)).to(x)
+
+    @contextlib.contextmanager
+    def _on(self, model: Any) -> Iterator[None]:
+        """A block in which the estimators have this model."""
+        wrappers = [estimator._model for estimator in self._estimators()]
+        before = [wrapper._model for wrapper in wrappers]
+        try:
+            for wrapper in wrappers:
+                wrapper._model = model
+            yield
+        finally:
+            for wrapper, own in zip(wrappers, before, strict=True):
+                wrapper._model = own
+
+
+def _changes_nothing(operation: Any) -> bool:
+    mean, std = getattr(operation, "mean", None), getattr(operation, "std", None)
+    return mean is not None and std is not None and bool(np.all(np.asarray(mean) == 0) and np.all(np.asarray(std) == 1))
+
+
+def of_other_package(given: Any) -> OtherAttack | None:
+    """An attack of torchattacks, Foolbox or ART; None for anything else.
+
+    Args:
+        given: what stands in a list of attacks.
+
+    Raises:
+        TypeError: a class in place of an object of it.
+        ValueError: an attack that is made for something else than images in [0, 1] with their true classes.
+    """
+    for kind in (OfTorchattacks, OfFoolbox, OfArt):
+        if isinstance(given, type):
+            if kind.descends(given):
+                name = given.__name__
+                raise TypeError(f"{name} is a class of {kind.package}: give an object of it, {kind.line(name)}")
+        elif kind.descends(type(given)):
+            return kind(given)
+    return None

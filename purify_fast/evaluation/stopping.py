@@ -1,0 +1,116 @@
+"""When an attack stops before it has searched every image: by evidence, and never by a constant.
+
+Images are searched in rounds. Those come first to which earlier attacks came nearest, by the least margin that any of
+them reached on the model itself. The further down this order an image stands, the less likely it falls. So the images
+that withstood the attack since the last one that fell bound what the others may still hold: if none of ``w`` images
+fell, an image of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for
+``a = 0.05`` this is the rule of three, ``3 / w``). The question is asked after each round, so that ``a`` is 0.05
+divided by the number of rounds. The attack stops when this bound, times the images that are left, is below a stated
+share of all images. The report states the bound.
+
+The order may be wrong for a part of the images, for example where gradients are masked. Therefore some images of each
+round are drawn by lot, and an image that no search came nearer to a border, or whose gradients are missing, is no
+evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attacks.ball import philox_key
+from ..ops.philox import Stream, philox
+from .rows import Row
+
+#: Raised whenever the same attack would search other images; rows of an evaluation are kept by it.
+REVISION = 1
+#: The confidence of the bound, over all rounds together.
+CONFIDENCE = 0.95
+#: Rounds of an attack at most, and images in a round at least: a smaller batch takes a processor hardly less time.
+ROUNDS, SMALLEST = 8, 32
+#: An image has its place in the order by its margin, or by lot where that comes first. Lots are spread over four times
+#: as many places, so that about one image in five of the first round is drawn by lot.
+BY_LOT = 4
+
+
+def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
+    """Images in the order in which they are searched.
+
+    Args:
+        index: the images, int64 ``[n]``.
+        margins: of all images, the least that any attack has reached; infinite where none has, ``[N]``.
+        first: the number of the first image in the data set; an image's lot depends on its number there.
+        seed: of the lots.
+
+    Returns:
+        The same images, int64 ``[n]``.
+    """
+    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
+    near = index[reached.argsort(stable=True)]
+    place = torch.arange(len(near)) / max(1, len(near))
+    lots = philox(philox_key(seed, near.device), near + first, 1, stream=Stream.LOTS, distribution="uniform")
+    return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
+
+
+class StoppingRule:
+    """Decides after each round whether an attack stops.
+
+    Args:
+        share: of all images, which those that are left out may hold at most.
+        images: how many images the attack is given.
+        total: how many images there are, attacked or not.
+
+    Attributes:
+        unsearched: how many images the attack has not searched.
+        misses: how many images in a row withstood it, up to the last one that was searched.
+    """
+
+    def __init__(self, share: float, images: int, total: int):
+        self.allowed, self.unsearched, self.misses = share * total, images, 0
+        #: Images in a round.
+        self.round = max(SMALLEST, math.ceil(images / ROUNDS))
+        self._error = (1 - CONFIDENCE) / max(1, math.ceil(images / self.round))
+
+    @property
+    def may_hold(self) -> float:
+        """How many of the images that were not searched would fall at most, at `CONFIDENCE`."""
+        if self.misses == 0:
+            return float(self.unsearched)
+        return self.unsearched * (1 - self._error ** (1 / self.misses))
+
+    def see(self, fell: Sequence[bool], no_evidence: int) -> bool:
+        """Take note of a round.
+
+        Args:
+            fell: which of its images fell, in their order.
+            no_evidence: how many of those that withstood are no evidence.
+
+        Returns:
+            Whether the attack stops.
+        """
+        self.unsearched -= len(fell)
+        since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
+        before = self.misses if since == len(fell) else 0
+        self.misses = before + max(0, since - no_evidence)
+        return self.may_hold <= self.allowed
+
+
+def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
+    """The sentence of a report that says what the images that no attack searched may hold; none where all were."""
+    stopped = [row for row in rows if row.threat is None and row.settings.get("unsearched")]
+    if not stopped:
+        return []
+    points = [100 * row.settings["may hold"] / row.n for row in stopped]
+    each = "; ".join(
+        f"{row.attack}: {row.settings['unsearched']} of {row.settings['attacked']} images, {held:.2f} points"
+        for row, held in zip(stopped, points, strict=True)
+    )
+    return [
+        f"what was not searched can hold at most {sum(points):.2f} points, each attack at 95 % confidence: an attack "
+        "searches those images first to which others came nearest, and stops when the images since the last one that "
+        f"fell show that the rest hardly falls ({each}); the protocol strong searches every image"
+    ]

@@ -1,0 +1,436 @@
+"""The attacked images that fell, kept with a report, and their check by anybody, on any machine, at any later time.
+
+A report says that an image fell; its witness is the image that the model got wrong. `evaluate` with ``keep="all"``
+keeps a witness of every image that fell, exactly as the model saw it, and `check_witnesses` tries each of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._sealed import read_sealed, write_sealed
+from .._tensors import digest, weights_fingerprint
+from ..attacks import frozen
+from ..attacks.arguments import check_at_least_one, check_not_negative
+from ..attacks.base import ThreatModel
+from ..protocols import Classifier
+from ..speed.precision import whole_float32_by_default
+from .fingerprint import fingerprint
+from .inputs import LogitsOf, as_classifier
+from .rows import Row
+from .specs import ROUNDING, moved
+from .subject import Predict, Subject
+
+#: The file beside ``report.json``. Its name begins as those of the report's other files, with which it is moved.
+FILE = "report.witnesses.safetensors"
+FORMAT = 1
+#: What the file says of each witness, beside its numbers.
+TOLD = ("of", "labels", "numbers", "margins", "attacks")
+#: Characters of the checksum of one witness.
+SHORT = 12
+#: Images that a text names, at most.
+NAMED = 10
+#: Bytes that a pixel's value may take in the file, on average: 1,000 images of CIFAR-10 take 10 MB at most. Of images
+#: that would take more, the changes are rounded to multiples of this step, where the model still gets them wrong and
+#: they stay in the ball.
+MOST_BYTES, STEP = 3.0, 2.0**-16
+#: How hard the numbers are compressed: beyond this, time grows and files do not shrink.
+LEVEL = 6
+
+
+def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
+    """What tells a model from another: the checksums of its weights and of all that it computes with.
+
+    Args:
+        model: what was attacked.
+        mark: its `purify_fast.evaluation.fingerprint.fingerprint`.
+
+    Returns:
+        ``weights`` and ``fingerprint``; None for what cannot be compared, such as the weights of a function.
+    """
+    inner = model.model if isinstance(model, LogitsOf) else model
+    weights = weights_fingerprint(inner) if isinstance(inner, nn.Module) else None
+    return {"weights": weights, "fingerprint": mark}
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """Attacked images that fell, one for each image and threat model, with what they were before.
+
+    Args:
+        clean: the images before the attacks, each once, float32 ``[M, C, H, W]`` in [0, 1].
+        of: the clean image of each witness, its place in ``clean``, int64 ``[W]``.
+        adversarial: the witnesses, float32 ``[W, C, H, W]``.
+        labels: the true classes, int64 ``[W]``.
+        numbers: the place of each image in the data that was evaluated, int64 ``[W]``.
+        margins: by how much the true logit led the next, float32 ``[W]``, the mean over the draws; below 0 where the
+            witness was misclassified.
+        attacks: the attack that found each witness, its place in the list ``attacks`` of ``about``, int64 ``[W]``.
+        about: plain values: the model's marks and number of classes, ``random``, ``n_eval``, ``predict``, ``seed``, and
+            the attacks with their balls.
+    """
+
+    clean: Tensor
+    of: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    numbers: Tensor
+    margins: Tensor
+    attacks: Tensor
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says of its witnesses: how many, and the checksums by which a change of one is found."""
+        each = [
+            digest(self.clean[self.of[i]], self.adversarial[i], self.labels[i], self.numbers[i], self.attacks[i])[
+                :SHORT
+            ]
+            for i in range(len(self))
+        ]
+        checksums = {"clean": digest(self.clean), "adversarial": digest(self.adversarial)}
+        return {"file": FILE, "count": len(self)} | checksums | {"each": each}
+
+    def balls(self) -> list[ThreatModel]:
+        """The ball of each witness."""
+        balls = [ThreatModel(attack["norm"], attack["eps"]) for attack in self.about["attacks"]]
+        return [balls[number] for number in self.attacks.tolist()]
+
+    def outside(self) -> Tensor:
+        """Which witnesses lie outside of the ball or of [0, 1] by more than rounding, or are no numbers; bool ``[W]``.
+
+        Of a norm that measures no change of pixels, such as "flow", no radius is looked at.
+        """
+        images = self.adversarial
+        outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
+        for number, attack in enumerate(self.about["attacks"]):
+            mine = self.attacks == number
+            how_far = moved(images[mine], self.clean[self.of[mine]], ThreatModel(attack["norm"], attack["eps"]))
+            if how_far is not None:
+                outside[mine] |= how_far[0] > how_far[1]
+        return outside
+
+    def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
+        """The same where the file is small; where not, with images rounded that fall all the same.
+
+        Args:
+            still_wrong: images like the witnesses to bool ``[W]``: which of them the model gets wrong.
+        """
+        packed = self._packed()
+        if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():
+            return self
+        clean = self.clean[self.of]
+        steps = ((self.adversarial - clean) / STEP).round()
+        rounded = replace(self, adversarial=(clean + STEP * steps).clamp(0, 1))
+        usable = ~rounded.outside() & still_wrong(rounded.adversarial)
+        mixed = torch.where(usable.view(-1, 1, 1, 1), rounded.adversarial, self.adversarial)
+        return replace(self, adversarial=mixed, about=self.about | {"rounded": int(usable.sum())})
+
+    def _packed(self) -> dict[str, Tensor]:
+        eps = torch.tensor([ball.eps for ball in self.balls()])
+        return {
+            "clean": _packed(_levels(self.clean) if self._is_whole() else _planes(self.clean.numpy().view(np.uint32))),
+            **_encoded(self.adversarial.numpy(), self.clean[self.of].numpy(), eps.numpy()),
+        }
+
+    def _is_whole(self) -> bool:
+        """Whether the clean images are multiples of 1/255."""
+        return bool((torch.from_numpy(_levels(self.clean)).float() / 255 == self.clean).all())
+
+    def save(self, folder: Path) -> None:
+        """Write the file, which appears whole or not at all."""
+        told = {name: getattr(self, name) for name in TOLD}
+        content = {"format": FORMAT, "shape": list(self.clean.shape), "whole": self._is_whole(), "about": self.about}
+        write_sealed(folder / FILE, content, self._packed() | told)
+
+    @classmethod
+    def load(cls, folder: Path) -> Witnesses:
+        """Read the file.
+
+        Args:
+            folder: of the report.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is damaged, or of another format.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the report names witnesses, and this file holds them")
+        try:
+            content, tensors = read_sealed(path)
+            if content.get("format") != FORMAT:
+                raise ValueError(f"it has format {content.get('format')!r}, this version reads {FORMAT}")
+            shape = content["shape"]
+            numbers = _unpacked(tensors["clean"])
+            clean = numbers.astype(np.float32) / np.float32(255)
+            if not content["whole"]:
+                clean = _joined(numbers).view(np.float32)
+            clean = clean.reshape(shape)
+            told = {name: tensors[name] for name in TOLD}
+            attacks = content["about"]["attacks"]
+            eps = np.array([attacks[number]["eps"] for number in told["attacks"].tolist()], dtype=np.float32)
+            adversarial = _decoded(tensors, clean[told["of"].numpy()], eps)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=content["about"], **told)
+
+
+# -- numbers, packed without loss -------------------------------------------------------------------------------------
+
+
+def _levels(images: Tensor) -> np.ndarray:
+    """The nearest of 256 levels, uint8."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _packed(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.frombuffer(zlib.compress(numbers.tobytes(), LEVEL), dtype=np.uint8).copy())
+
+
+def _unpacked(packed: Tensor) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(packed.numpy().tobytes()), dtype=np.uint8)
+
+
+def _planes(numbers: np.ndarray) -> np.ndarray:
+    """The four bytes of each number, all first bytes, then all second ones: most of the first are the same."""
+    return np.ascontiguousarray(numbers.astype(">u4").reshape(-1, 1).view(np.uint8).T)
+
+
+def _joined(planes: np.ndarray) -> np.ndarray:
+    """The inverse of `_planes`, flat."""
+    return np.ascontiguousarray(planes.reshape(4, -1).T).view(">u4").astype(np.uint32).reshape(-1)
+
+
+def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """Where a pixel of an attacked image is likely to be: where it was, or on either border of the ball."""
+    radius = eps.astype(np.float32).reshape(-1, *[1] * (clean.ndim - 1))
+    borders = [np.clip(clean + sign * radius, np.float32(0), np.float32(1)) for sign in (np.float32(1), np.float32(-1))]
+    return np.stack([clean, *borders]).view(np.uint32)
+
+
+def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dict[str, Tensor]:
+    """Images by the nearest guess for each pixel, and by how many representable numbers it is away from that."""
+    away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
+    choice = np.abs(away.astype(np.int64)).argmin(0)
+    nearest = np.take_along_axis(away, choice[None], 0)[0]
+    # small numbers of either sign become small numbers without one
+    unsigned = ((nearest << 1) ^ (nearest >> 31)).view(np.uint32)
+    return {"choice": _packed(choice.astype(np.uint8)), "away": _packed(_planes(unsigned))}
+
+
+def _decoded(tensors: Mapping[str, Tensor], clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """The inverse of `_encoded`."""
+    choice = _unpacked(tensors["choice"]).reshape(clean.shape).astype(np.int64)
+    unsigned = _joined(_unpacked(tensors["away"])).reshape(clean.shape)
+    away = (unsigned >> 1) ^ (0 - (unsigned & 1)).astype(np.uint32)
+    return (np.take_along_axis(_guesses(clean, eps), choice[None], 0)[0] + away).view(np.float32)
+
+
+# -- out of an evaluation ---------------------------------------------------------------------------------------------
+
+
+def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
+    """The witnesses of an evaluation that kept every fallen image; None where none fell.
+
+    An image has one witness for each threat model: that of the first attack to which it fell. A model's variants and
+    evaluations of others have none: they are about other models. What fell on a curve at other radii has none either.
+
+    Args:
+        rows: of one model, the clean ones included.
+        about: the model's marks, and how images were judged.
+    """
+    right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
+    seen: set[tuple[str | None, int]] = set()
+    attacks: list[dict[str, Any]] = []
+    parts: dict[str, list[Any]] = {name: [] for name in ("clean", "adversarial", "labels", "numbers", "margins")}
+    for row in rows:
+        if not (row.is_attack and row.deployed) or row.examples is None or row.examples.index is None:
+            continue
+        fallen = [
+            place for place, number in enumerate(row.examples.index.tolist())
+            if row.examples.fell[place] and right[number] and (row.threat, number) not in seen
+        ]  # fmt: skip
+        if not fallen:
+            continue
+        numbers = row.examples.index[fallen]
+        seen.update((row.threat, number) for number in numbers.tolist())
+        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
+        margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
+        found = (row.examples.clean, row.examples.adversarial, row.examples.labels)
+        for name, values in zip(parts, (*(each[fallen] for each in found), numbers, margins[numbers]), strict=True):
+            parts[name].append(values)
+    if not attacks:
+        return None
+    whole = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    each, of = torch.unique(whole["numbers"], return_inverse=True)
+    first = torch.full((len(each),), len(of)).scatter_reduce(0, of, torch.arange(len(of)), "amin")
+    found_by = torch.repeat_interleave(torch.arange(len(attacks)), torch.tensor([len(n) for n in parts["numbers"]]))
+    clean = whole.pop("clean")[first]
+    return Witnesses(clean, of, attacks=found_by, about={**about, "attacks": attacks}, **whole)
+
+
+# -- tried again ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckedWitnesses:
+    """What became of a report's witnesses when they were tried again.
+
+    Args:
+        numbers: the place of each image in the data that was evaluated.
+        attacks: the attack that found each witness, by the name of its row.
+        falls: bool ``[W]``, which witnesses the model still gets wrong, by the rule of the report.
+        draws: how many predictions judged each witness.
+        wrong: how many of them were wrong, int64 ``[W]``.
+        outside: bool ``[W]``, which witnesses lie outside of the ball, or of [0, 1], by more than rounding.
+        changed: bool ``[W]``, which witnesses, clean images or labels are others than the report says.
+        margins: what the report's evaluation measured, float32 ``[W]``: by how much the true logit led the next.
+        model: what is known of the model, in a sentence.
+        same_model: whether it is the report's; None where that cannot be compared.
+    """
+
+    numbers: np.ndarray
+    attacks: list[str]
+    falls: np.ndarray
+    draws: int
+    wrong: np.ndarray
+    outside: np.ndarray
+    changed: np.ndarray
+    margins: np.ndarray = field(repr=False)
+    model: str = ""
+    same_model: bool | None = None
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether every image still falls, by a witness that is unchanged and within the ball."""
+        return bool((self.falls & ~self.outside & ~self.changed).all())
+
+    def to_text(self) -> str:
+        """What was found, in lines for a terminal."""
+        count, fell = len(self.falls), int(self.falls.sum())
+        lines = [self.model, f"{fell} of {count} witnesses still fall"]
+        if self.draws > 1:
+            lines[-1] += (
+                f", each judged in {self.draws} fresh draws; {int(self.wrong.sum())} of the {self.draws * count} "
+                "predictions are wrong"
+            )
+        told = {"no longer falls": ~self.falls, "outside of the ball or of [0, 1]": self.outside,
+                "changed since the report was saved": self.changed}  # fmt: skip
+        for what, which in told.items():
+            lines += [f"  {what}: {self._described(place)}" for place in np.flatnonzero(which)[:NAMED]]
+            if (more := int(which.sum()) - NAMED) > 0:
+                lines.append(f"  {what}: {more} more")
+        if not self.outside.any():
+            lines.append("every witness lies in its ball and in [0, 1]")
+        if not self.changed.any():
+            lines.append("no image changed since the report was saved")
+        return "\n".join(lines)
+
+    def _described(self, place: int) -> str:
+        margin = f"margin in the report {self.margins[place]:.2g}"
+        return f"image {self.numbers[place]} ({self.attacks[place]}, {margin})"
+
+
+def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
+    """The witnesses of a saved report, and which of them are not those that the report names.
+
+    Args:
+        report: the folder of a report.
+
+    Raises:
+        FileNotFoundError: no report, or no file of witnesses.
+        ValueError: a damaged file, or a report without witnesses.
+    """
+    folder = Path(report)
+    path = folder / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no report.json: give the folder of a saved report")
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("witnesses")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if named is None:
+        raise ValueError(f'{path} names no witnesses: evaluate with keep="all" (--keep all) and save the report again')
+    witnesses = Witnesses.load(folder)
+    each = witnesses.summary()["each"]
+    if len(each) != len(named["each"]):
+        raise ValueError(f"{folder / FILE} holds {len(each)} witnesses, but {path} names {len(named['each'])}")
+    return witnesses, [one != other for one, other in zip(each, named["each"], strict=True)]
+
+
+@whole_float32_by_default()
+@torch.inference_mode(False)
+def check_witnesses(
+    report: str | Path, model: Classifier, *, batch_size: int = 250, seed: int | None = None
+) -> CheckedWitnesses:
+    """Try every fallen image of a saved report again.
+
+    Args:
+        report: the folder of a report that was made with ``keep="all"``.
+        model: the model of the report, or another one; it computes on its own device.
+        batch_size: images in one forward pass at most.
+        seed: of the draws of a random model, which are judged by the report's rule; None: another than the report's,
+            so that the draws are fresh.
+
+    Returns:
+        A `CheckedWitnesses`.
+
+    Raises:
+        FileNotFoundError: no report, or no file of witnesses.
+        ValueError: a damaged file, a report without witnesses, or a model that does not take its images.
+        TypeError: a model that is not callable.
+    """
+    check_at_least_one(batch_size=batch_size)
+    witnesses, changed = load_witnesses(report)
+    about = witnesses.about
+    seed = about["seed"] + 1 if seed is None else seed
+    check_not_negative(seed=seed)
+    model = as_classifier(model)
+    predict: Predict | None = about["predict"]
+    with torch.random.fork_rng(), torch.no_grad(), frozen(model):
+        options: dict[str, Any] = {"batch_size": batch_size, "n_eval": about["n_eval"], "seed": seed}
+        subject = Subject(model, witnesses.adversarial, witnesses.labels, **options)
+        if predict is not None and subject.is_random:
+            subject = Subject(model, witnesses.adversarial, witnesses.labels, predict=predict, **options)
+        judged = subject.judge(witnesses.adversarial, "random", "judge")
+        sentence, same = _compared(about["model"], model_marks(subject.single, fingerprint(subject.model)))
+    return CheckedWitnesses(
+        numbers=witnesses.numbers.numpy(),
+        attacks=[about["attacks"][number]["attack"] for number in witnesses.attacks.tolist()],
+        falls=np.asarray(~judged.right.all(0)),
+        draws=len(judged.right),
+        wrong=(~judged.right).sum(0),
+        outside=witnesses.outside().numpy(),
+        changed=np.array(changed),
+        margins=witnesses.margins.numpy(),
+        model=sentence,
+        same_model=same,
+    )
+
+
+def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -> tuple[str, bool | None]:
+    """Whether a model is the report's, in a sentence and as a word."""
+    if report["weights"] is None or now["weights"] is None:
+        return "the model cannot be compared with the report's: a function has no weights to compare", None
+    if report["weights"] != now["weights"]:
+        return f"the model changed: its weights are {now['weights']}, the report's were {report['weights']}", False
+    if report["fingerprint"] is None or now["fingerprint"] is None:
+        return "the model has the weights of the report's; nothing else of it can be compared", None
+    if report["fingerprint"] != now["fingerprint"]:
+        return (
+            "the model has the weights of the report's, but its settings, its code or PyTorch's version differ",
+            False,
+        )
+    return "the model is the report's", True
