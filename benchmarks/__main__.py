@@ -30,6 +30,7 @@ from .ops import registry
 from .studies import Unfit
 from .studies import command as studies
 from .studies.cifar10 import robust_networks
+from .truth import command as truth
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ COMMANDS = {
     "ideas": Command("what each idea of the protocols gives by itself", ideas.main, ideas.arguments),
     "broken": Command(
         "defences that were broken, and honest models: what reports say of them", broken.main, broken.arguments
+    ),
+    "truth": Command(
+        "how many images that fall each protocol misses, against exact answers", truth.main, truth.arguments
     ),
     "study": Command(
         "what makes a defence robust: trains and attacks models", studies.main, studies.arguments, studies.check

@@ -349,6 +349,7 @@ def chapter(results: Path) -> list[str]:
     before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
     body = []
     for row in report.read_csv(results / FILE):
+        # the rows of the committed count that were searched in an order have it in their names
         was = before.get((row["model"], row["eps"], row["attack"].removesuffix(", nearest first")), {})
         cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
         cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-", was.get("captures", "-")]

@@ -50,9 +50,9 @@ def results_table(results: Path) -> list[str]:
     body = []
     for title, study, model, attack in MODELS:
         clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
-        verdict = "yes" if attacked.reliable else "**no**: the attack had no usable gradients"
+        verdict = "none" if attacked.reliable else "**ALARM**: no usable gradients"
         body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
-    head = ["model", "clean, %", "under attack, %", "attacked images", "can the number be believed?"]
+    head = ["model", "clean, %", "under attack, %", "attacked images", "signs of a failed attack"]
     return markdown_table(head, body)
 
 
@@ -74,7 +74,7 @@ def speed_table(results: Path) -> list[str]:
         cells = [title, f"{plain:,.0f} ms", f"{compiled:,.0f} ms", f"**{ms:,.0f} ms**"]
         body.append([*cells, f"{plain / ms:.1f}", f"{compiled / ms:.1f}", f"{100 * share:.0f} %"])
     head = ["on a CPU", "plain PyTorch", "best `torch.compile`", "purify_fast", "times plain", "times `torch.compile`"]
-    head += ["of the matrix rate"]
+    head += ["share of the processor's matrix speed"]
     return [*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)]
 
 
@@ -87,30 +87,32 @@ def attacks_sentence(results: Path) -> list[str]:
     contests: dict[str, list[dict]] = {}
     for row in evaluation.read(results / "studies"):
         contests.setdefault(row["contest"], []).append(row)
-    leads = [rows[0]["robust"] - rows[1]["robust"] for rows in contests.values()]
-    times = [min(rows[0]["cpu_seconds"]) / min(rows[1]["cpu_seconds"]) for rows in contests.values()]
+    # a contest whose rows of this package were made by other attacks has the official row alone
+    pairs = [rows[:2] for rows in contests.values() if len(rows) > 1]
+    leads = [official["robust"] - ours["robust"] for official, ours in pairs]
     return [
         f"This package's own attacks leave {min(leads):.1f} to {max(leads):.1f} points less than the official "
-        f"AutoAttack on {len(contests)} models, and are {min(times):.1f} to {max(times):.1f} times faster: "
+        f"AutoAttack on {len(pairs)} models: "
         "[all contests](docs/evaluation.md)."
     ]
 
 
 def picture(results: Path, path: Path) -> bool:
-    """What a defence claims, the alarm, and what is left under exact gradients; False without matplotlib.
+    """Draw what a defence claims, the alarm, and the truth under exact gradients; False without matplotlib.
 
     Args:
         results: the folder of committed results.
         path: the PNG file that is written.
     """
-    figure = style.new_figure(figsize=(9, 3.3))
+    figure = style.new_figure(figsize=(9, 3.6))
     if figure is None:
         return False
+    claimed = "Claimed: CARSO, paper's objective,\nas its authors attack it"
     bars = [
+        (claimed, "CARSO, paper's objective, through PeeL", style.ALARM),
+        ("True: the same CARSO,\nattacked with exact gradients", "CARSO, paper's objective", style.ALARM),
         ("The classifier alone,\ntrained adversarially", "classifier", style.PLAIN),
-        ("CARSO, paper's objective,\nas its authors attack it", "CARSO, paper's objective, through PeeL", style.ALARM),
-        ("The same defence, attacked\nwith exact gradients", "CARSO, paper's objective", style.ALARM),
-        ("Trained by purify_fast\nthrough the pipeline", "CARSO pipeline", style.OURS),
+        ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", style.OURS),
     ]
     rows = [_row(results, "carso_mnist", model, WORST) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
@@ -120,6 +122,7 @@ def picture(results: Path, path: Path) -> bool:
     for bar, row in zip(style.bars(axes, titles, widths, colors, texts, 100), rows, strict=True):
         if not row.reliable:
             bar.set(facecolor="white", edgecolor=style.ALARM, hatch="////")
+    style.title(axes, "What CARSO seems to withstand, and what it withstands")
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
     style.save(figure, path)

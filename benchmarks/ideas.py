@@ -1,13 +1,17 @@
-"""``python -m benchmarks ideas``: what each idea of "fast" and "standard" gives by itself, and at what cost.
+"""``python -m benchmarks ideas``: what each idea of a search gives by itself, and at what cost.
 
-Choices are made here, on images that no contest has (and on a network that none has), not on those of the contests.
-Ideas that gave nothing stay in the table; their code is here alone. Every result is kept as soon as it is there.
+Choices are made here, on images that no contest has. What ran before an idea runs once for all ideas, whose images are
+kept. A result says with which state of the sources it was made: an idea that decided nothing has left them, and its
+numbers stay in the table. Every result is kept as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,21 +21,19 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import per_image
-from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square
+from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.apgd import AutoPgd
 from purify_fast.attacks.ball import sample_in_ball
-from purify_fast.attacks.engine.rows import ActiveSet, Borders, likeliest_wrong
+from purify_fast.attacks.engine.rows import ActiveSet
 from purify_fast.attacks.in_turn import InTurn
-from purify_fast.attacks.losses import LOSSES, margin
+from purify_fast.attacks.losses import TARGETED, margin
 from purify_fast.attacks.objective import Objective
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation.show.tables import markdown_table
-from purify_fast.training import load_classifier
 
 from . import RESULTS, measure, options
 from .counting import CountedModel
@@ -39,71 +41,77 @@ from .running import Budget
 
 FILE = "ideas.json"
 BATCH = 250
+#: Ideas in the table at most: what it cannot hold decided nothing.
+MOST = 12
+
+
+class Turn(InTurn):
+    """Attacks in turn, and how near each image came to falling.
+
+    Attributes:
+        reached: the least margin seen of each image, ``[N]``.
+        index: images that are attacked next, int64; None: all that stand.
+    """
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        with torch.no_grad():
+            self.reached = torch.cat([margin(self.model(part), y) for part, y in self._pairs()])
+        self.index: Tensor | None = None
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.x.split(BATCH), self.y.split(BATCH), strict=True))
+
+    def standing(self) -> Tensor:
+        """The images that have not fallen, those that came nearest first, int64."""
+        return self.reached.masked_fill(self.fallen, torch.inf).argsort()[: int((~self.fallen).sum())]
+
+    def run(self, attack: Attack) -> None:
+        """Let an attack look for what the ones before it did not find, and note how near it came."""
+        with frozen(self.model):
+            index = (~self.fallen).nonzero()[:, 0] if self.index is None else self.index
+            for part in index.split(BATCH) if len(index) else ():
+                told = replace(self.context, sample_ids=part)
+                points = attack.search(self.model, self.x[part], self.y[part], told)
+                share = self._shares(points, part)
+                better = share > self.share[part]
+                self.images[part[better]], self.share[part[better]] = points[better], share[better]
+                with torch.no_grad():
+                    self.reached[part] = self.reached[part].minimum(margin(self.model(points), self.y[part]))
+
+
+#: What lets an idea look at the images that stand.
+Idea = Callable[[Turn], None]
+
+
+def ran(*attacks: Attack, seed: int = 0) -> Idea:
+    """Attacks, each on what those before it left; the random starts are those of a seed."""
+
+    def idea(turn: Turn) -> None:
+        turn.context = replace(turn.context, seed=seed)
+        for attack in attacks:
+            turn.run(replace(attack, precision="float32"))
+
+    return idea
 
 
 # -- ideas whose code is here alone ------------------------------------------------------------------------------------
 
 
-def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The margin of the probabilities (PMA: Xie et al., arXiv 2411.15210)."""
-    return margin(logits.softmax(1), y)
-
-
-def multi_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over the wrong classes of by how much they are above the label, less one."""
-    return F.multi_margin_loss(logits, y, reduction="none")
-
-
-OTHER_LOSSES = {"probability margin": probability_margin, "multi-margin": multi_margin}
+def probability_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """By how much a target's probability is above the label's (PMA: Xie et al., arXiv 2411.15210)."""
+    probabilities = logits.softmax(1)
+    of_target, of_label = (probabilities.gather(1, each[:, None])[:, 0] for each in (target, y))
+    return of_target - of_label
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithLoss(APGD):
-    """Auto-PGD on one of `OTHER_LOSSES`."""
-
-    other: str = ""
-
-    def decided(self, context: AttackContext) -> Any:
-        return super().decided(context)._replace(loss=self.other)
+class ByProbabilities(APGD):
+    """Auto-PGD on the margin of the probabilities."""
 
     def search(self, *given: Any) -> Tensor:
-        with patch.dict(LOSSES, OTHER_LOSSES):
+        with patch.dict(TARGETED, {self.loss: probability_margin}):
             return super().search(*given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ByLogits(APGD):
-    """Target classes in the order of their logits, as AutoAttack has them."""
-
-    def borders(self, active: ActiveSet, objective: Objective) -> Borders:
-        logits = active.judge.logits(active.x)
-        return Borders(likeliest_wrong(logits, active.y, self.n_target_classes), -margin(logits, active.y))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FromOutputs(APGD):
-    """The first run begins where two steps lead along a random direction of the logits that lowers the label's.
-
-    The start of A3 after what it learns (Liu et al., CVPR 2022, section 3.1, "adaptive direction initialization"): the
-    label's weight is negative, that of the nearest class positive, the others are random.
-    """
-
-    def search(self, target: Any, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        generator = torch.Generator().manual_seed(context.seed)
-        ball = self.ball(x, y, context)
-        point = sample_in_ball(x, ball, seed=context.seed, sample_ids=context.sample_ids)
-        for step in range(2):
-            leaf = point.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = target(leaf)
-                if step == 0:
-                    weights = torch.rand(logits.shape, generator=generator) - 0.5
-                    weights.scatter_(1, likeliest_wrong(logits.detach(), y, 1)[0][:, None], 0.8)
-                    weights.scatter_(1, y[:, None], -0.8)
-                gradient = torch.autograd.grad((weights * logits).sum(), leaf)[0]
-            moved = point + per_image(ball.eps, point) * gradient.sign()
-            point = x + (moved - x).clamp(-per_image(ball.eps, x), per_image(ball.eps, x))
-        return super().search(target, x, y, replace(context, begin=point.clamp(0, 1).detach()))
 
 
 class ConjugatePgd(AutoPgd):
@@ -121,150 +129,198 @@ class ConjugatePgd(AutoPgd):
         return super()._move(i, point, self.direction)
 
 
-class EndedPgd(AutoPgd):
-    """Auto-PGD that gives up a row whose point is one of the eight before it."""
+@dataclass(frozen=True, kw_only=True)
+class Conjugate(APGD):
+    """Auto-PGD by `ConjugatePgd`."""
 
-    def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, **options)
-        self.marker = torch.rand(self.point[0].numel(), dtype=torch.float64)
-        self.seen = torch.full((len(self.point), 8), -torch.inf, dtype=torch.float64)
-        self.repeats = torch.zeros(len(self.point), dtype=torch.bool)
-
-    def take(self, index: Tensor) -> None:
-        marker = self.marker
-        del self.marker
-        super().take(index)
-        self.marker = marker
-
-    def _move(self, i: int, point: Tensor, gradient: Tensor) -> Tensor:
-        moved = super()._move(i, point, gradient)
-        mark = moved.flatten(1).double() @ self.marker
-        self.repeats = self.repeats | (self.seen == mark[:, None]).any(1)
-        self.seen = torch.cat([self.seen[:, 1:], mark[:, None]], 1)
-        return moved
-
-    def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
-        lost = super().out_of_reach(step, missing)
-        lost = self.repeats if lost is None else lost | self.repeats
-        return lost if bool(lost.any()) else None
+    def explore(self, *given: Any) -> None:
+        with patch("purify_fast.attacks.apgd.AutoPgd", ConjugatePgd):
+            super().explore(*given)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Searched(APGD):
-    """Auto-PGD by another search."""
+class Learned(APGD):
+    """Each run begins where images that fell went in the space of the logits.
 
-    by: type[AutoPgd] = AutoPgd
+    The starts of A3 (Liu et al., CVPR 2022, arXiv 2203.05154, "adaptive direction initialization"), learned for each
+    target class by itself: the mean change of the logits, scaled to length 1, of the images that fell to this class;
+    of none, of all that fell. Two steps along the gradient of this direction lead there from a random point.
 
-    def explore(self, *given: Any) -> None:
-        with patch("purify_fast.attacks.apgd.AutoPgd", self.by):
-            super().explore(*given)
+    Args:
+        fallen: pairs of images before and after they fell, ``[2, F, C, H, W]``.
+    """
+
+    fallen: Any = None
+
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        for number, goal in enumerate(self._goals(active, objective)):
+            left = active.left()
+            if len(left) == 0:
+                return
+            # what fell to the goals before is learned from too
+            now = torch.stack([active.x, active.best])[:, active.fallen & active.correct]
+            directions = _directions(objective, torch.cat([self.fallen, now], 1))
+            told, begin = replace(context, seed=context.seed + number), active.x.clone()
+            begin[left] = _along(objective, active, left, goal[left], directions, seed=told.seed)
+            for rows in self.waves(active, (goal,), replace(told, begin=begin)):
+                steps = self.decided(context).steps
+                AutoPgd(objective, active, rows, steps, rho=self.rho, health=context.health, give_up=True).run()
+
+
+@torch.no_grad()
+def _directions(objective: Objective, fallen: Tensor) -> Tensor:
+    """For each class the mean change of the logits of what fell to it, ``[classes, classes]``."""
+    before, after = (torch.cat([objective.model(part) for part in each.split(BATCH)]) for each in fallen)
+    change = (after - before) / (after - before).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    of_class = after.argmax(1)
+    every = [change[of_class == one] for one in range(change.shape[1])]
+    return torch.stack([(one if len(one) else change).mean(0) for one in every]).nan_to_num()
+
+
+def _along(
+    objective: Objective, active: ActiveSet, left: Tensor, goal: Tensor, directions: Tensor, *, seed: int
+) -> Tensor:
+    """Where two steps along weighted logits lead from random points of the ball."""
+    x, y, rows = active.x[left], active.y[left], torch.arange(len(left))
+    weights, ball = directions[goal].clone(), active.ball.take(left)
+    # as in A3, whatever was learned: away from the label, and towards the class
+    weights[rows, y], weights[rows, goal] = -0.8, 0.8
+    point, eps = sample_in_ball(x, ball, seed=seed, sample_ids=active.ids[left]), per_image(ball.eps, x)
+    for _ in range(2):
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            gradient = torch.autograd.grad((weights * objective.model(leaf)).sum(), leaf)[0]
+        point = (x + (point + eps * gradient.sign() - x).clamp(-eps, eps)).clamp(0, 1)
+    return point.detach()
+
+
+def learned_starts(turn: Turn) -> None:
+    """`Learned` from what fell to the attacks before."""
+    fell = turn.fallen & (turn.images != turn.x).flatten(1).any(1)
+    turn.run(Learned(**FOUR, precision="float32", fallen=torch.stack([turn.x[fell], turn.images[fell]])))
+
+
+def rounds(turn: Turn) -> None:
+    """One class for all images, two for the half that came nearest, four for a quarter, eight for an eighth.
+
+    A3's rounds on hard images ("online statistics-based discarding"): as many steps as four classes for all.
+    """
+    whole = len(turn.standing())
+    for halvings in range(4):
+        turn.index = turn.standing()[: whole // 2**halvings]
+        if len(turn.index) == 0:
+            break
+        towards = {"n_target_classes": 2**halvings}
+        turn.context = replace(turn.context, seed=turn.context.seed + 1)
+        turn.run(APGD(**FOUR | towards, precision="float32"))
+    turn.index = None
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 FIRST, NINE = APGD(loss="margin", steps=10), APGD(loss="dlr_targeted", give_up=True)
-THREE = {"loss": "dlr_targeted", "steps": 50, "n_target_classes": 3, "give_up": True}
+FOUR: dict[str, Any] = {"loss": "dlr_targeted", "steps": 50, "n_target_classes": 4, "give_up": True}
 #: What is run before the ideas of each part, and the ideas by name.
-IDEAS: dict[str, tuple[list[Attack], dict[str, Attack]]] = {
-    "the first attack": (
-        [],
-        {
-            "cross-entropy, 25 steps": APGD(steps=25),
-            "DLR, 25 steps": APGD(loss="dlr", steps=25),
-            "margin, 25 steps": APGD(loss="margin", steps=25),
-            "margin over its spread, 25 steps": APGD(loss="scaled_margin", steps=25),
-            "margin of the probabilities, 25 steps": WithLoss(steps=25, other="probability margin"),
-            "multi-margin, 25 steps": WithLoss(steps=25, other="multi-margin"),
-            "margin, conjugate directions, 25 steps": Searched(loss="margin", steps=25, by=ConjugatePgd),
-            "margin, 10 steps": FIRST,
-        },
-    ),
+IDEAS: dict[str, tuple[list[Attack], dict[str, Idea]]] = {
     "after 10 steps on the margin": (
         [FIRST],
         {
-            "nine targets by logits, 100 steps, to the end": ByLogits(loss="dlr_targeted"),
-            "nine targets by distance, 100 steps, to the end": replace(NINE, give_up=False),
-            "nine targets by distance, 100 steps": NINE,
-            "three targets by logits, 50 steps": ByLogits(**THREE),
-            "three targets by distance, 50 steps": APGD(**THREE),
-            "the same, conjugate directions": Searched(**THREE, by=ConjugatePgd),
-            "the same, starts by directions of the logits": FromOutputs(**THREE),
-            "the same, repeated points end": Searched(**THREE, by=EndedPgd),
-            "the same, margin instead of DLR": APGD(**THREE | {"loss": "margin_targeted"}),
-            "the same, two random starts": APGD(**THREE, restarts=2),
-            "the same, nearest quarter first": APGD(**THREE, nearest_first=1 / 4),
-            "the same, nearest eighth first": APGD(**THREE, nearest_first=1 / 8),
-            "four targets, nearest eighth first": APGD(**THREE | {"n_target_classes": 4}, nearest_first=1 / 8),
+            "four targets, 50 steps": ran(APGD(**FOUR)),
+            "the same, starts learned from what fell": learned_starts,
+            "as many steps, in rounds on hard images": rounds,
+            "the same, margin of the probabilities": ran(ByProbabilities(**FOUR)),
+            "the same, conjugate directions": ran(Conjugate(**FOUR)),
+            "the same, two random starts": ran(APGD(**FOUR, restarts=2)),
+            "nine targets, 100 steps": ran(NINE),
         },
     ),
     "after nine targets": (
         [FIRST, NINE],
         {
-            "nothing": replace(FIRST, steps=1),
-            "cross-entropy, 100 steps": APGD(give_up=True),
-            "nine targets, margin": replace(NINE, loss="margin_targeted"),
-            "nine targets, other random starts": replace(NINE, restarts=2),
-            "nine targets, conjugate directions": Searched(loss="dlr_targeted", give_up=True, by=ConjugatePgd),
-            "FAB-T": FABT(give_up=True),
-            "FAB-T, nearest eighth first": FABT(give_up=True, nearest_first=1 / 8),
-            "Square, 5,000 queries": Square(),
-            "Square, nearest eighth first": Square(give_up=True, nearest_first=1 / 8),
+            "nine targets, other random starts": ran(NINE, seed=1),
+            "FAB-T": ran(FABT(give_up=True)),
+            "Square, 5,000 queries": ran(Square(give_up=True)),
         },
     ),
 }
 
 
-def _of_zoo(name: str, images: slice, data: Path | None) -> tuple[Any, Tensor, Tensor, float]:
+def _of_zoo(name: str, images: slice, data: Path | None, held_out: bool = True) -> tuple[Any, Tensor, Tensor, float]:
     card = zoo.card(name)
     known = load_dataset(card.data, data)
-    return zoo.load(name), to_float(known.x_test[images]), known.y_test[images], card.eps
+    x, y = (known.x_test, known.y_test) if held_out else (known.x_train, known.y_train)
+    return zoo.load(name), to_float(x[images]), y[images], card.eps
 
 
-def _of_training(folder: Path, images: slice, data: Path | None) -> tuple[Any, Tensor, Tensor, float]:
-    known = load_dataset("cifar10", data)
-    return load_classifier(folder), to_float(known.x_test[images]), known.y_test[images], 8 / 255
-
-
-#: By name: makes a model, images, labels and a radius, of the folders of the data and of a network for CIFAR-10.
-SUBJECTS: dict[str, Callable[[Path | None, Path | None], tuple[Any, Tensor, Tensor, float]]] = {
-    "cifar10-dev-w8, 5001 to 5400": lambda data, network: _of_training(network, slice(5000, 5400), data),  # type: ignore[arg-type]
-    "mnist-pgd-at, 5001 to 5500": lambda data, _: _of_zoo("mnist-pgd-at", slice(5000, 5500), data),
-    "mnist-arrest, 5001 to 5500": lambda data, _: _of_zoo("mnist-arrest", slice(5000, 5500), data),
-    "digits-pgd-at": lambda data, _: _of_zoo("digits-pgd-at", slice(None), None),
+#: By name: makes a model, images, labels and a radius, of the folder of the data. The contests have all test images of
+#: the digits, the first 1,000 of MNIST and the first 2,000 of CIFAR-10.
+SUBJECTS: dict[str, Callable[[Path | None], tuple[Any, Tensor, Tensor, float]]] = {
+    "digits-pgd-at, training images 1 to 500": partial(_of_zoo, "digits-pgd-at", slice(0, 500), held_out=False),
+    "mnist-pgd-at, 5001 to 5250": lambda data: _of_zoo("mnist-pgd-at", slice(5000, 5250), data),
+    "cifar10-pgd-at-w16, 8001 to 8250": lambda data: _of_zoo("cifar10-pgd-at-w16", slice(8000, 8250), data),
+    "cifar10-arrest-w16, 8251 to 8500": lambda data: _of_zoo("cifar10-arrest-w16", slice(8250, 8500), data),
 }
+#: Every idea that is measured, in the order of the table.
+NAMES = [(part, idea) for part, (_, ideas) in IDEAS.items() for idea in ideas]
 
 
-def measured(attacks: list[Attack], model: Any, x: Tensor, y: Tensor, eps: float) -> dict[str, Any]:
-    """Attacks in turn on a counted model: images left, and forward passes and gradients per image."""
-    door = CountedModel(model)
-    context = AttackContext(num_classes=10, eps=eps, draws_differ=False, batch_size=BATCH)
-    turn = InTurn(door, x, y, context)
-    for attack in attacks:
-        turn.run(replace(attack, precision="float32"))
-    counts = door.counts
-    return {
-        "left": int((~turn.fallen).sum()), "of": len(x), "forwards": round(counts.forwards / len(x), 1),
-        "gradients": round(counts.gradients / len(x), 1),
-    }  # fmt: skip
+class Bench:
+    """The ideas on one subject: what runs before those of a part runs once.
+
+    Args:
+        subject: its model, images, labels and radius.
+    """
+
+    def __init__(self, subject: tuple[Any, Tensor, Tensor, float]):
+        model, self.x, y, eps = subject
+        self.door = CountedModel(model)
+        context = AttackContext(num_classes=10, eps=eps, draws_differ=False, batch_size=BATCH)
+        self.turns = {"": Turn(self.door, self.x, y, context)}
+
+    def before(self, part: str) -> Turn:
+        """The images as they are before the ideas of a part; what is counted begins there."""
+        if part not in self.turns:
+            turn = copy.copy(self.turns[""])
+            turn.images, turn.share, turn.reached = (each.clone() for each in (turn.images, turn.share, turn.reached))
+            ran(*IDEAS[part][0])(turn)
+            self.turns[part] = turn
+        turn = copy.copy(self.turns[part])
+        turn.images, turn.share, turn.reached = (each.clone() for each in (turn.images, turn.share, turn.reached))
+        return turn
+
+    def measured(self, part: str, idea: str) -> dict[str, Any]:
+        """Images before and after an idea, and its forward passes and gradients per image, and CPU seconds."""
+        turn, n = self.before(part), len(self.x)
+        before, counts, begin = int((~turn.fallen).sum()), self.door.counts, time.process_time()
+        forwards, gradients = counts.forwards, counts.gradients
+        IDEAS[part][1][idea](turn)
+        return {
+            "before": before, "left": int((~turn.fallen).sum()), "of": n,
+            "forwards": round((counts.forwards - forwards) / n, 1),
+            "gradients": round((counts.gradients - gradients) / n, 1),
+            "cpu_seconds": round(time.process_time() - begin, 1),
+        }  # fmt: skip
 
 
 def markdown(results: list[dict[str, Any]]) -> list[str]:
-    """One table for each part: images left, and forward passes and gradients per image, for each subject."""
+    """One table for each part: images left, and forward passes and gradients per image, for each subject.
+
+    Args:
+        results: of this state of the sources, and of earlier ones.
+    """
     subjects = list(dict.fromkeys(one["subject"] for one in results))
     at = {(one["subject"], one["part"], one["idea"]): one for one in results}
+    rows = list(dict.fromkeys((one["part"], one["idea"]) for one in results))
     lines = []
-    for part, (_, ideas) in IDEAS.items():
-        body = []
-        for idea in ideas:
+    for part in dict.fromkeys(part for part, _ in rows):
+        body, starts = [], {one["subject"]: one["before"] for one in results if one["part"] == part}
+        for idea in (idea for where, idea in rows if where == part):
             cells = [at.get((subject, part, idea)) for subject in subjects]
-            body.append(
-                [
-                    idea,
-                    *(f"{one['left']} ({one['forwards']:.0f}/{one['gradients']:.0f})" if one else "-" for one in cells),
-                ]
-            )
-        sizes = {one["subject"]: one["of"] for one in results}
-        lines += ["", *markdown_table([part, *(f"{name} (of {sizes[name]})" for name in subjects)], body)]
+            texts = (f"{one['left']} ({one['forwards']:.0f}/{one['gradients']:.0f})" if one else "-" for one in cells)
+            kept = "" if (part, idea) in NAMES else f" (code: {at[subjects[0], part, idea]['commit']})"
+            body.append([idea + kept, *texts])
+        heads = (f"{name}: {starts[name]} stand" for name in subjects)
+        lines += ["", *markdown_table([part, *heads], body)]
     return lines[1:]
 
 
@@ -275,35 +331,34 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def table(results: Path) -> list[str]:
     """The tables, from the folder ``benchmarks/results``."""
-    if not (results / "studies" / FILE).exists():
-        raise FileNotFoundError(results / "studies" / FILE)
-    return markdown(read(results / "studies"))
+    if not (results / "cpu" / FILE).exists():
+        raise FileNotFoundError(results / "cpu" / FILE)
+    return markdown(read(results / "cpu"))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks ideas``."""
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, metavar="SUBJECT", help=f"of {'; '.join(SUBJECTS)}")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
-    parser.add_argument(
-        "--network", type=Path, help="of cifar10-dev-w8, the folder that python -m benchmarks robust_networks returns"
-    )
     parser.add_argument("--images", type=options.at_least_one, help="at most so many of each subject")
-    parser.add_argument("--out", type=Path, default=RESULTS / "studies", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the results")
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Measure what is not measured yet; the tables."""
-    kept = {(one["subject"], one["part"], one["idea"]): one for one in read(chosen.out)}
+    kept = {(one["subject"], one["part"], one["idea"]) for one in read(chosen.out)}
     torch.set_num_threads(1)
+    found = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    benches: dict[str, Bench] = {}
 
     def run(subject: str, part: str, idea: str) -> None:
-        model, x, y, eps = SUBJECTS[subject](chosen.data, chosen.network)
-        before, ideas = IDEAS[part]
-        found = measured([*before, ideas[idea]], model, x[: chosen.images], y[: chosen.images], eps)
-        result = {"subject": subject, "part": part, "idea": idea} | found | measure.environment(torch.device("cpu"))
+        if subject not in benches:
+            model, x, y, eps = SUBJECTS[subject](chosen.data)
+            benches[subject] = Bench((model, x[: chosen.images], y[: chosen.images], eps))
+        at = {"subject": subject, "part": part, "idea": idea, "commit": found.stdout.strip()}
+        result = at | benches[subject].measured(part, idea) | measure.environment(torch.device("cpu"))
         write_text(chosen.out / FILE, json.dumps([*read(chosen.out), result], indent=1) + "\n")
 
-    subjects = [name for name in chosen.only or SUBJECTS if chosen.network or "dev" not in name]
-    asked = [(subject, part, idea) for subject in subjects for part, (_, ideas) in IDEAS.items() for idea in ideas]
+    asked = [(subject, part, idea) for subject in chosen.only or SUBJECTS for part, idea in NAMES]
     Budget().go([(", ".join(at), partial(run, *at)) for at in asked if at not in kept], "idea")
     return "\n".join(markdown(read(chosen.out)))

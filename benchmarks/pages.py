@@ -25,6 +25,7 @@ from . import (
     captures,
     evaluation,
     front_page,
+    ideas,
     instructions,
     launches,
     memory,
@@ -39,6 +40,7 @@ from . import (
 )
 from .broken import command as broken
 from .studies import Unfit
+from .truth import tables as truth
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +101,8 @@ def contests(results: Path) -> list[str]:
 #: What makes the lines of each table.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": contests,
+    "robust": lambda results: evaluation.robust_markdown(evaluation.read(results / "studies", evaluation.ROBUST_FILE)),
+    "ideas": ideas.table,
     "ops_served": lambda results: report.verdicts_table(report.read_csv(results / "cpu" / report.ROWS)),
     "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
@@ -115,6 +119,8 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "roofline": roofline.table,
     "captures": captures.chapter,
     "broken": broken.table,
+    "truth": truth.table,
+    "front_truth": truth.front,
     "memory": memory.table,
     "minutes": minutes.table,
 }
@@ -287,8 +293,8 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 def check(results: Path) -> list[str]:
     """What is wrong with README and docs.
 
-    Tables and values that are not those of the results, links, typed numbers, and trainings that are called as
-    published without a recipe.
+    Tables and values that are not those of the results, contests that other attacks or weights made than the package
+    has, links, typed numbers, and trainings that are called as published without a recipe.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -302,7 +308,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    return found + check_claims()
+    return found + evaluation.outdated(results) + truth.outdated(results) + check_claims()
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from purify_fast import __version__
 from purify_fast import zoo as packed
-from purify_fast.attacks.arguments import read_norm
+from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.tables import markdown_table
@@ -28,7 +28,7 @@ from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
-from . import options
+from . import options, revisions
 from .studies import Unfit
 from .studies.cifar10 import clean_accuracy as share_correct
 
@@ -43,6 +43,8 @@ VOTES = 10
 IMAGES = 200
 #: Test images of clean accuracy, at most.
 CLEAN = 10_000
+#: What stands in the table beside a number that other attacks made than the package has.
+OLDER = "†"
 #: How a card calls the method of a `DiffusionPurifier`.
 DIFFUSION = "diffusion"
 
@@ -176,6 +178,16 @@ def protocols_of(card: Card) -> dict[str, float]:
     return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
 
 
+def attacks_of(card: Card, protocol: str) -> str:
+    """A short hash of the attacks that judge a model by a protocol.
+
+    Args:
+        card: what is known of it.
+        protocol: one of `protocols_of`.
+    """
+    return revisions.short("rand" if protocol == "votes" else protocol, card.method not in ("classifier", "ARREST"))
+
+
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its card.
 
@@ -202,10 +214,10 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable)
     command = f"python -m benchmarks zoo {name} --images {images}"
-    clean = clean_accuracy(model, data)
     return replace(
-        card, image_shape=data.image_shape, judged=command, version=__version__, clean=clean, attacked=attacked
-    )
+        card, image_shape=data.image_shape, judged=command, version=__version__, clean=clean_accuracy(model, data),
+        attacked=attacked, attacks={protocol: attacks_of(card, protocol) for protocol in attacked},
+    )  # fmt: skip
 
 
 def table(models: Sequence[Card]) -> list[str]:
@@ -218,15 +230,27 @@ def table(models: Sequence[Card]) -> list[str]:
     body = []
     for card in models:
         eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
-        cells = [_cell(card.clean), *(_cell(card.attacked.get(name)) for name in protocols)]
-        body.append([f"`{card.name}`", card.title, eps, *cells])
+        body.append(
+            [f"`{card.name}`", card.title, eps, _cell(card.clean), *(_attacked(card, name) for name in protocols)]
+        )
     head = ["model", "what it is", "eps", "clean", *(f"`{name}`" for name in protocols)]
-    return markdown_table(head, body)
+    lines = markdown_table(head, body)
+    if any(OLDER in line for line in lines):
+        lines += [
+            "",
+            f"{OLDER} An earlier version of the attacks made this number, or one that the card does not name.",
+        ]
+    return lines
 
 
-def _cell(accuracy: Accuracy | None) -> str:
-    if accuracy is None:
+def _attacked(card: Card, protocol: str) -> str:
+    if protocol not in card.attacked:
         return "-"
+    text = _cell(card.attacked[protocol])
+    return text if card.attacks.get(protocol) == attacks_of(card, protocol) else f"{text} {OLDER}"
+
+
+def _cell(accuracy: Accuracy) -> str:
     text = f"{100 * accuracy.share:.1f} ({accuracy.images:,})"
     return text if accuracy.reliable else f"{text} **unreliable**"
 

@@ -43,8 +43,6 @@ NETWORKS = {
         f"trained as {BASE}, then for one pass with PGD-5 at half the radius that it is judged at", epochs=1,
     ),
     "cifar10-pgd-at-w20": Network(20, {}, "trained adversarially with PGD-5", epochs=3),
-    # in no contest: the protocols' choices are made on it (`benchmarks.ideas`)
-    "cifar10-dev-w8": Network(8, {}, "trained adversarially with PGD-5", epochs=3, seed=5),
 }  # fmt: skip
 
 

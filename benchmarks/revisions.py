@@ -1,0 +1,88 @@
+"""What the rows of a protocol depend on, besides the model and its images: its attacks, their options and revisions.
+
+A results file keeps this with its rows. So a row that was made by other attacks than the package has is found without
+making it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from purify_fast.attacks import Attack
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.evaluation import stopping
+from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.softening import REVISION
+from purify_fast.evaluation.specs import AttackSpec
+from purify_fast.evaluation.subject import Subject
+
+
+class AnyModel(nn.Module):
+    """Some classifier of ten classes, for what a protocol runs on every model.
+
+    Args:
+        random: whether two predictions differ.
+    """
+
+    def __init__(self, random: bool):
+        super().__init__()
+        self.random = random
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 640).view(10, 64))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, 10]``.
+
+        Args:
+            x: images ``[B, 1, 8, 8]``.
+        """
+        logits = x.flatten(1) @ self.weight.T
+        return logits + torch.rand_like(logits) if self.random else logits
+
+
+def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
+    """Each attack in words: its label, its options and its revision, and which images it searches.
+
+    Args:
+        attacks: how each is used, and the attack with the options that it runs with.
+    """
+    words = []
+    for spec, attack in attacks:
+        until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
+        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest"
+        words.append(f"{spec.label or ''} {attack!r} {attack.revision()}{until}{nearest}".strip())
+    return words
+
+
+def of_protocol(name: str, random: bool) -> list[str]:
+    """The attacks of a protocol on any model.
+
+    Args:
+        name: of the protocol.
+        random: whether two predictions of the model differ.
+    """
+    x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
+    with torch.random.fork_rng([]):
+        subject = Subject(AnyModel(random), x, y, batch_size=2, n_eval=2, seed=0)
+        specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
+    return of_attacks([(spec, spec.resolved) for spec in specs]) + added(name, random)
+
+
+def added(name: str, random: bool) -> list[str]:
+    """The revision of the surrogates, of a protocol that may add attacks through those that a model has.
+
+    Args:
+        name: of the protocol.
+        random: whether two predictions of the model differ.
+    """
+    return [f"surrogates {REVISION}"] if name == "strong" or (name == "standard" and random) else []
+
+
+@functools.cache
+def short(name: str, random: bool) -> str:
+    """A short hash of `of_protocol`; arguments as there."""
+    return hashlib.sha256("\n".join(of_protocol(name, random)).encode()).hexdigest()[:8]

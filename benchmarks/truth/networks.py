@@ -1,0 +1,140 @@
+"""The small networks whose images are decided exactly: how they are trained, and on what.
+
+All are affine layers with ReLUs between them. Their weights lie in a file beside the results, so that the decisions
+stay those of the networks that are attacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast.data import load_dataset, to_float
+
+from ..broken.entry import Step, cross_entropy, train
+
+#: Images that each network learns from, at most, and those that are decided.
+TRAINING_IMAGES, IMAGES = 10_000, 250
+#: Of TRADES: what the distance of the outputs counts beside the cross-entropy.
+BETA = 6.0
+
+
+def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, target: Tensor | None = None) -> Tensor:
+    """Images of the ball after signed steps from a random point of it.
+
+    Args:
+        model: images to logits.
+        x: the middle of the ball.
+        y: labels, whose cross-entropy rises.
+        eps: the L-inf radius.
+        steps: how many, of 2.5 eps together.
+        target: probabilities, the distance to which rises instead.
+    """
+    point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        logits = model(point.requires_grad_())
+        loss = F.cross_entropy(logits, y if target is None else target)
+        point = point.detach() + 2.5 / steps * eps * torch.autograd.grad(loss, point)[0].sign()
+        point = point.clamp(x - eps, x + eps).clamp(0, 1)
+    return point
+
+
+def adversarial(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    """The cross-entropy on attacked images (Madry et al., ICLR 2018); of one step, FGSM's."""
+    return cross_entropy(model, attacked(model, x, y, eps, steps), y)
+
+
+def trades(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    """The loss of TRADES (Zhang et al., ICML 2019)."""
+    logits = model(x)
+    point = attacked(model, x, y, eps, 5, target=logits.detach().softmax(1))
+    distance = F.kl_div(model(point).log_softmax(1), logits.softmax(1), reduction="batchmean")
+    return F.cross_entropy(logits, y) + BETA * distance
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """A perceptron on flat images, from the number of pixels to that of classes."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolution(channels: int, kernel: int, stride: int, side: int, hidden: int) -> nn.Sequential:
+    """A convolution and a hidden layer, on square grey images."""
+    units = channels * ((side - kernel) // stride + 1) ** 2
+    return nn.Sequential(nn.Conv2d(1, channels, kernel, stride), nn.ReLU(), *perceptron(units, hidden, 10))
+
+
+def purified(pixels: int, code: int, hidden: int) -> nn.Sequential:
+    """A purifier before a classifier, as CARSO's pipeline with a latent of 0: a code of the image, an image, its class.
+
+    The reconstruction is clipped to [0, 1], by two ReLUs, where CARSO has a sigmoid.
+    """
+    clip = [nn.ReLU(), Step(_complement), nn.ReLU(), Step(_complement)]
+    return nn.Sequential(*perceptron(pixels, code, pixels), *clip, *perceptron(pixels, hidden, 10))
+
+
+def _complement(x: Tensor) -> Tensor:
+    return 1 - x
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the networks.
+
+    Args:
+        build: makes it, untrained.
+        data: "digits" or "mnist".
+        pool: side of the squares of pixels of which the mean is taken.
+        loss: that it is trained with.
+        epochs: of its training.
+        eps: the L-inf radius at which its images are decided.
+    """
+
+    build: Callable[[], nn.Sequential]
+    data: str
+    pool: int
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    epochs: int
+    eps: float
+
+    def images(self, part: str, most: int, folder: Path | None) -> tuple[Tensor, Tensor]:
+        """The first images and labels of a part of the data, "train" or "test"."""
+        data = load_dataset(self.data, folder)
+        x, y = getattr(data, f"x_{part}")[:most], getattr(data, f"y_{part}")[:most]
+        return F.avg_pool2d(to_float(x), self.pool), y
+
+    def trained(self, folder: Path | None) -> nn.Sequential:
+        """The network, trained from seed 0."""
+        torch.manual_seed(0)
+        return train(self.build(), *self.images("train", TRAINING_IMAGES, folder), self.loss, epochs=self.epochs)
+
+
+_pgd, _trades = partial(adversarial, eps=0.1, steps=5), partial(trades, eps=0.1)
+_digits = {"data": "digits", "pool": 1, "epochs": 60}
+_mnist = {"data": "mnist", "pool": 4, "epochs": 15}
+NETWORKS = {
+    "digits, perceptron": Network(partial(perceptron, 256, 20, 20, 10), loss=cross_entropy, eps=0.05, **_digits),
+    "digits, perceptron, PGD": Network(partial(perceptron, 256, 32, 32, 10), loss=_pgd, eps=0.1, **_digits),
+    "digits, perceptron, one step": Network(
+        partial(perceptron, 256, 32, 32, 10), loss=partial(adversarial, eps=0.1, steps=1), eps=0.1, **_digits
+    ),
+    "digits, deep perceptron, TRADES": Network(
+        partial(perceptron, 256, 16, 16, 16, 10), loss=_trades, eps=0.1, **_digits
+    ),
+    "digits, convolution, PGD": Network(partial(convolution, 4, 4, 4, 16, 16), loss=_pgd, eps=0.1, **_digits),
+    "MNIST 7 x 7, perceptron, PGD": Network(partial(perceptron, 49, 32, 32, 10), loss=_pgd, eps=0.1, **_mnist),
+    "MNIST 7 x 7, convolution, TRADES": Network(partial(convolution, 6, 3, 2, 7, 20), loss=_trades, eps=0.1, **_mnist),
+    "MNIST 7 x 7, purifier and classifier, PGD": Network(partial(purified, 49, 16, 20), loss=_pgd, eps=0.1, **_mnist),
+    "MNIST 14 x 14, convolution, PGD": Network(
+        partial(convolution, 4, 4, 2, 14, 16), loss=_pgd, eps=0.1, **(_mnist | {"pool": 2})
+    ),
+}
