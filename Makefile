@@ -41,7 +41,7 @@ test-cpp: $(STAMPS)/cmake
 
 test-python: $(STAMPS)/package test-cpp
 	@echo "== Python tests"
-	$(PARALLEL) -n auto --dist worksteal $(ARGS)
+	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal $(ARGS)
 
 # Triton's interpreter is chosen when Triton is imported: a process of its own
 test-interpreter: $(STAMPS)/package
@@ -73,7 +73,7 @@ bench: $(STAMPS)/package  ## every op: eager, torch.compile, ours
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
 
 cuda-check: $(STAMPS)/package  ## compile the Triton kernels for sm_80, 90, 100, 120 and look at their code; no GPU
-	$(PARALLEL) -n auto --dist worksteal tests/aot
+	PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
 
 compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldest torch and triton
 	@echo "== the extension with $(OLDEST)"
@@ -81,7 +81,7 @@ compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldes
 	  $(BIN)/python setup.py --quiet build_ext --build-lib $(COMPAT)/lib --build-temp $(COMPAT)/objects
 	$(ASIDE) $(BIN)/python tests/oldest.py $(OLDEST)
 	@echo "== the Triton kernels' budgets, then every op"
-	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/aot
+	$(ASIDE) PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
 	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops
 	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
@@ -112,8 +112,15 @@ $(COMPAT)/site/.done: Makefile | $(STAMPS)/base
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test,diffusion]'
-	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
-	$(PIP) --no-deps robustbench torchattacks
+	# RobustBench runs AutoAttack's class, and has a network that tests compare with
+	$(PIP) robustbench
+	# AttackBench runs attacks, and PGD of torchattacks is a row; what else the two ask for is not needed
+	$(PIP) --no-deps attackbenchlib torchattacks
+	# torchattacks' wheel replaces files of robustbench
+	$(PIP) --no-deps --force-reinstall robustbench
+	# RobustBench imports pkg_resources, which later setuptools lack: a test finds it in a folder of its own
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/setuptools-80 \
+	  setuptools==80.10.2
 	# their attacks run on this package's defences, and inside its reports
 	$(PIP) foolbox adversarial-robustness-toolbox
 	@touch $@

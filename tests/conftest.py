@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import sys
 import sysconfig
@@ -16,10 +17,63 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 # verdicts on the kernels under test do not mix with those of the user's own work
 os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[1] / "build" / "verdicts"))
+# torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
 from purify_fast.ops.dispatch import races, registry, verify
+
+#: Set by `make test`, which installs all that tests need, and where a test that is not marked as slow must not be.
+COMPLETE = os.environ.get("PURIFY_FAST_TEST_COMPLETE") == "1"
+#: Processor seconds, with those of its child processes, that a test may take without the mark ``slow``: ten on the
+#: machine of CONTRIBUTING's table; a busy or older processor takes up to three times as long.
+MOST_SECONDS = 30.0
+#: Reasons to skip a test, in part, that are of the machine. Nothing that can be installed is among them.
+OF_THE_MACHINE = (
+    "Windows", "Linux", "no /proc", "this system does not tell", "no CUDA device", "needs a CUDA device", "a GPU",
+    "neither streams nor CUDA graphs", "AVX512-BF16", "flush denormals", "no kernel", "no such kernel", "no Chromium",
+    "Python.h is missing", "one backend only", "no such ball",
+)  # fmt: skip
+_began = pytest.StashKey[float]()
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    item.stash[_began] = _processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that takes long says so: `make test` counts its fixtures and its processes too."""
+    yield
+    spent = _processor_seconds() - item.stash[_began]
+    if COMPLETE and spent > MOST_SECONDS and item.get_closest_marker("slow") is None:
+        pytest.fail(f"it took {spent:.0f} s of the processor: make it shorter, or mark it as slow", pytrace=False)
+
+
+def _must_run(report):
+    """A test that is skipped where everything is installed has failed, unless the machine is the reason."""
+    if COMPLETE and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if not any(part in reason for part in OF_THE_MACHINE):
+            report.outcome, report.longrepr = "failed", f"it must run after `make`, and was skipped: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    return _must_run((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[pytest.CollectReport]:
+    return _must_run((yield))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -67,6 +121,32 @@ def core():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def forking(monkeypatch) -> Iterator[None]:
+    """Worker processes are forks of this one where there are any: none imports PyTorch again.
+
+    A fork has none of OpenMP's threads that this process may have started, and would wait for them for ever: it
+    computes in one thread, even if it asks for more.
+    """
+    before, set_threads = torch.get_num_threads(), torch.set_num_threads
+    if "fork" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("fork")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
+        set_threads(1)
+        monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    yield
+    set_threads(before)
+
+
+@pytest.fixture
+def short_signs(monkeypatch) -> None:
+    """The signs of an evaluation are looked for with few steps, which shows that they are looked for and no more."""
+    from purify_fast.evaluation.alarms import probes
+
+    for name, few in {"STEPS": 2, "SWEEP": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "STARTS": 2, "JUDGES": 3}.items():
+        monkeypatch.setattr(probes, name, few)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +206,11 @@ def ulps() -> Callable[[Tensor, Tensor], int]:
         return int((a - b).abs().max()) if a.numel() else 0
 
     return distance
+
+
+# Autograd starts a thread for each device at the first backward pass, and a fork has none of them. FakeTensorMode
+# pretends that there is a GPU: this pass comes before it, and starts no thread where there is none.
+torch.ones((), requires_grad=True).backward()
 
 
 class Rerun:

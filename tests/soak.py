@@ -42,8 +42,8 @@ PURIFY = [sys.executable, "-m", "purify_fast"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PURIFY[1:]]
 #: In a command's words, the folder that it writes to.
 OUT = "<out>"
-#: Facts that differ from run to run without being a result.
-NO_RESULTS = ("seconds", "images_per_second", "date")
+#: Facts that differ from run to run without being a result; what a process attacked for its bank and read among them.
+NO_RESULTS = ("seconds", "images_per_second", "date", "bank")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
 #: Seconds after which a process has begun with its work.
 BEGIN = 3.0
@@ -361,15 +361,14 @@ class Soak:
 
     def killed(self, command: Command, out: Path) -> None:
         # with all processes that it started, as when a machine fails
-        self.disturb("SIGKILL", command, out, lambda process: os.killpg(process.pid, signal.SIGKILL), (-9, 0))
+        self.disturb("SIGKILL", command, out, kill_all, (-9, 0))
 
     def one_killed(self, command: Command, out: Path) -> None:
         """torchrun ends the others, or the first process goes on without it: that is a race between the two."""
 
         def kill_one(process: subprocess.Popen) -> None:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(int(self.draw.choice(children)), signal.SIGKILL)
+                os.kill(self.draw.choice(children(process.pid)), signal.SIGKILL)
 
         self.disturb("one of the processes killed", command, out, kill_one, None)
 
@@ -426,7 +425,7 @@ class Soak:
     def clock(self, command: Command, out: Path) -> None:
         """A run whose clock jumps by days at every look, killed at a random moment; its files get times of any year."""
         jumping = replace(command, program=(sys.executable, __file__, "clock"))
-        self.disturb("clock set", jumping, out, lambda process: os.killpg(process.pid, signal.SIGKILL), (-9, 0))
+        self.disturb("clock set", jumping, out, kill_all, (-9, 0))
         for path in out.rglob("*"):
             if path.is_file():
                 moment = self.draw.uniform(0, 2**32)
@@ -463,6 +462,20 @@ class Soak:
             if code == 2 and "is written by another run: process" not in errors:
                 self.lost(f"{command.name}: a second run was refused for another reason: {errors[-400:]}")
             self.ends["second run, itself", code] += 1
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started and that have not ended."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process with all that it started; those of torchrun are in groups of their own."""
+    for child in children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def fill_disk(process: subprocess.Popen, most: int = 100) -> None:
@@ -591,9 +604,11 @@ def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | N
             spent = {command.name: 0.0 for command in soak.commands}
             while time.monotonic() < until:
                 for _ in soak.commands:
-                    command = min(soak.draw.sample(soak.commands, len(soak.commands)), key=lambda one: spent[one.name])
+                    # the short ones first, so that a short soak has as many of them as it can
+                    command = min(soak.commands, key=lambda one: (spent[one.name], soak.seconds[one.name]))
                     began = time.monotonic()
-                    if began < until:
+                    # every command is disturbed once, however busy the machine is
+                    if began < until or not soak.rounds[command.name]:
                         soak.round(command)
                     spent[command.name] += time.monotonic() - began
                 soak.memory.append(ask())

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from purify_fast import demo
 from purify_fast.demo import methods, sentences
 from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
 from purify_fast.demo.setting import LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
+from purify_fast.evaluation.alarms import Finding
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier
 
@@ -101,3 +103,51 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     row = reports[methods.CARSO_ON_ARREST].row("PGD-2 ce")
     assert row.variant == "random" and row.settings["target"] == "defence" and row.n == 20
     assert "PGD-2 ce" in reports[methods.CARSO_ON_ARREST].row("worst").settings["over"]
+
+
+def believed(right=3, n=200, reliable=True, **finding):
+    """What the summary says about a model of whose n images so many withstood, with this finding about it."""
+    made = Report()
+    for attack, share in {"clean": n, "worst": right}.items():
+        robust = np.arange(n) < share
+        made.rows.append(Row("net", attack, attack, "random", robust, 0, 0, 1, 0, 0.0, "d", reliable=reliable))
+    made.findings = [Finding(measured="", model="net", **finding)] if finding else []
+    return demo.signs(made, "net")
+
+
+def test_the_summary_says_what_speaks_against_a_number():
+    """It said "yes" to eight images, and to a model that guesses."""
+    assert believed() == believed(alarm="logits", verdict="passed") == "none"
+    assert believed(reliable=False) == "**ALARM**: the attack lacked gradients"
+    assert believed(alarm="logits", verdict="unreliable") == "**ALARM**: logits"
+    assert believed(n=8) == "none on 8 images, which are few"
+    guessing = {"alarm": "better than guessing", "verdict": "noted", "prominent": True}
+    assert believed(**guessing) == "none; fails *better than guessing*"
+    assert believed(**guessing | {"prominent": False}) == "none"
+
+
+def test_the_page_names_its_own_folder_and_its_rows_are_not_told_twice(tmp_path, monkeypatch):
+    """The next steps of a quick run named the folder of the long one; its rows were "kept by an earlier run"."""
+    shown = []
+
+    def attack(workspace, name, constant_step=True):
+        shown.append(workspace.progress)
+        made = report(name)
+        made.rows.append(replace(made.row("clean"), attack="worst", kind="worst"))
+        made.rows[0].kind = "clean"
+        return made
+
+    def save(self, place, models):
+        place.mkdir(parents=True)
+        (place / "report.md").write_text("")
+
+    nothing = {"_train_and_attack": None, "model": None, "sentences": "", "plot_tradeoff": None}
+    for name, value in nothing.items():
+        monkeypatch.setattr(demo, name, lambda *_, value=value, **options: value)
+    monkeypatch.setattr(demo, "attack", attack)
+    monkeypatch.setattr(Report, "save", save)
+    demo.run(tmp_path / "mine", quick=True)
+    page = (tmp_path / "mine-quick" / "report.md").read_text()
+    assert f"evaluate {tmp_path}/mine-quick/carso_pipeline" in page and f"{tmp_path}/mine-quick/report_carso" in page
+    assert "runs/demo" not in page and "| signs of a failed attack |" in page
+    assert shown and not any(shown)

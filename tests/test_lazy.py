@@ -1,6 +1,7 @@
 """Packages that import their names when they are first used: what they list is what they have."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,5 +38,40 @@ def test_the_settings_of_every_training_come_without_pytorch():
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "purify_fast.Carso\nassert 'torch' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_judging_a_model_does_not_import_the_compiler():
+    """It took as long as PyTorch itself, in every process; a model is made, wrapped and judged without it."""
+    code = (
+        "import sys, purify_fast.evaluation\n"
+        "names = {'torch._dynamo', 'sympy', 'jinja2', 'PIL', 'filelock'} & {*sys.modules}\n"
+        "assert not names, names\n"
+        "import torch\n"
+        "from purify_fast import zoo\n"
+        "model, x = zoo.load('digits-carso-pipeline'), torch.rand(2, 1, 16, 16)\n"
+        "report = purify_fast.evaluate(model, x, model(x).argmax(1), eps=0.1, protocol='fast', progress=False)\n"
+        "assert report.rows and 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_judging_takes_little_longer_to_import_than_pytorch():
+    """Processor time, so that other processes do not count; the least of some, since they slow the caches down."""
+    code = (
+        "import time, torch\nbefore = time.process_time()\nimport purify_fast.evaluation\n"
+        "print(before, time.process_time() - before)"
+    )
+    # as installed: with the compiled files that pip writes
+    options = {"cwd": PACKAGE.parent, "env": os.environ | {"PYTHONDONTWRITEBYTECODE": ""}, "timeout": 600}
+    times = []
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)
+        times.append([float(number) for number in done.stdout.split()])
+    pytorch, own = map(min, zip(*times, strict=True))
+    # 0.4 seconds where PyTorch takes 1.5
+    assert own < max(0.4, 0.27 * pytorch), times

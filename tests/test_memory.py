@@ -73,6 +73,7 @@ def test_limits_of_the_process():
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Out of memory: 3 bytes"), True),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("not enough memory"), False),
     ],

@@ -3,14 +3,15 @@ import torch
 from torch.nn import functional as F
 
 from purify_fast.attacks import fgsm
+from purify_fast.data.datasets import small_digits
 from purify_fast.models.classifiers import SmallCNN
 
 
 @pytest.fixture(scope="module")
 def digits(one_thread):
     """A small CNN, trained on FGSM examples for a few seconds, and 500 digits."""
-    data = pytest.importorskip("sklearn.datasets").load_digits()
-    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    x, y = small_digits()
+    x = x.float() / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     with torch.random.fork_rng([]):

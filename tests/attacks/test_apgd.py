@@ -206,6 +206,7 @@ def by_autoattack(model, x, y, norm, eps, loss):
         return base.APGDAttack(model, loss=loss, **options).perturb(x, y)
 
 
+@pytest.mark.slow
 def test_robust_accuracy_beside_autoattack(digits):
     """Within two points of the authors' attack of as many steps, and in the mean not behind it."""
     net, x, y = digits

@@ -1,5 +1,8 @@
 """AttackBench runs this package's attacks."""
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from small_models import labelled
@@ -16,7 +19,9 @@ def plain():
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.4), ("l1", 2.0)])
-def test_attackbench_runs_attacks_in_turn_within_its_budget(plain, norm, eps):
+def test_attackbench_runs_attacks_in_turn_within_its_budget(plain, norm, eps, monkeypatch):
+    # it would read and write results of others there, which needs an account
+    monkeypatch.setitem(sys.modules, "wandb", mock.MagicMock())
     attackbench = pytest.importorskip("attackbench")
     model, x, y = plain
     loader = DataLoader(TensorDataset(x, y), batch_size=6)

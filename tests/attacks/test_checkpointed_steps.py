@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from purify_fast.attacks import checkpointed_steps
+from purify_fast.evaluation.surrogates import Softened
 from purify_fast.speed.memory import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +23,31 @@ def network(channels=2, width=4, dtype=torch.float64):
     torch.manual_seed(0)
     layers = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
     return nn.Sequential(*layers).to(dtype)
+
+
+@pytest.mark.parametrize("temperature", [None, 10.0])
+def test_what_hardens_a_step_is_softened_as_in_a_plain_loop(temperature):
+    net = network(dtype=torch.float32)
+
+    def step(x, i, guide):
+        with torch.no_grad():
+            gate = (x > 0.1 * i) & (guide < 0.9)
+        return x + (4 * net(x) * gate.detach()).round() / 4
+
+    generator = torch.Generator().manual_seed(1)
+    x, guide = torch.rand(2, 3, 2, 5, 7, generator=generator).unbind()
+    results = []
+    x.requires_grad_()
+    (hard,) = torch.autograd.grad(plain(step, x, 3, guide * x).square().sum(), x)
+    for run in (
+        lambda z: plain(step, z, 3, guide * z),
+        lambda z: checkpointed_steps(step, z, 3, inputs=[guide * z]),
+    ):
+        out = Softened(run, temperature)(x)
+        results.append((out.detach(), torch.autograd.grad(out.square().sum(), x)[0]))
+    assert (results[0][1] - hard).norm() > 0.1 * hard.norm()
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])

@@ -127,6 +127,7 @@ def test_beside_foolbox(attack, norm):
     assert fell.all() and (net(found).argmax(1) != y).float().mean() >= 0.5
 
 
+@pytest.mark.slow
 def test_rows_of_a_random_model_and_what_is_refused():
     net, data = purify_fast.zoo.load("digits-standard"), purify_fast.data.load_dataset("digits")
     attacks = [DeepFool(), CarliniWagner(steps=40, norm="l2", eps=2.5), HopSkipJump(n_queries=300)]
@@ -143,5 +144,3 @@ def test_rows_of_a_random_model_and_what_is_refused():
         evaluate(net, data.x_test[:4], data.y_test[:4], eps=0.1, attacks=[CarliniWagner()], progress=False)
     with pytest.raises(ValueError, match="n_queries"):
         HopSkipJump(n_queries=10)
-    with pytest.raises(ValueError, match=r"nearest_first must be in \(0, 1\], got 0.0"):
-        DeepFool(nearest_first=0.0)

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import __main__ as program
 from benchmarks import evaluation
 from benchmarks.counting import CountedModel
+from purify_fast.attacks import APGD, FABT
 from purify_fast.attacks.engine.gradient_copy import gradient_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,8 +44,8 @@ def contests(monkeypatch):
         return make
 
     known = {
-        "plain": (subject(plain, False), evaluation.STANDARD_CONTESTANTS),
-        "noisy": (subject(noisy, True), evaluation.RAND_CONTESTANTS),
+        "plain": evaluation.Contest(subject(plain, False), evaluation.STANDARD_CONTESTANTS, lambda: plain),
+        "noisy": evaluation.Contest(subject(noisy, True), evaluation.RAND_CONTESTANTS, lambda: noisy, random=True),
     }
     monkeypatch.setattr(evaluation, "CONTESTS", known)
 
@@ -53,6 +54,7 @@ def contests(monkeypatch):
 
     contestants = {who: evaluation.ROBUST_CONTESTANTS[who] for who in ("AutoAttack", "fast")}
     robust = {"robust": (subject(plain, False), contestants), "to come": (missing, contestants)}
+    robust = {name: evaluation.Contest(*given) for name, given in robust.items()}
     monkeypatch.setattr(evaluation, "ROBUST", robust)
     monkeypatch.setattr(evaluation, "PARTS", {"AutoAttack": 3})
     return made
@@ -90,25 +92,21 @@ def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path,
 def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeypatch):
     """Runs that are finished are kept, also of a contest that is not, and are made no second time."""
     arguments = ["evaluation", "plain", "--quick", "--rounds", "2", "--out", str(tmp_path)]
-    made, (make, contestants) = [], evaluation.CONTESTS["plain"]
+    made, run = [], evaluation._run
 
-    def counted(who, attack):
-        def run(*given):
-            if len(made) == 4:
-                raise KeyboardInterrupt
-            made.append(who)
-            return attack(*given)
+    def interrupted(*given):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(given[3]["contestant"])
+        return run(*given)
 
-        return run
-
-    watched = {who: counted(who, attack) for who, attack in contestants.items()}
-    monkeypatch.setitem(evaluation.CONTESTS, "plain", (make, watched))
+    monkeypatch.setattr(evaluation, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program.main(arguments)
     kept = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
     assert made == ["AutoAttack", "standard", "fast", "AutoAttack"]
     assert {who: len(seconds) for who, seconds in kept.items()} == {"AutoAttack": 2, "standard": 1, "fast": 1}
-    monkeypatch.setitem(evaluation.CONTESTS, "plain", (make, contestants))
+    monkeypatch.setattr(evaluation, "_run", run)
     program.main(arguments)
     now = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
     assert {len(seconds) for seconds in now.values()} == {2}
@@ -118,8 +116,8 @@ def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeyp
 def test_our_attacks_leave_no_more_than_the_official_ones(contests):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
-    make, contestants = evaluation.CONTESTS["plain"]
-    *_, last = evaluation.contest("plain", make(None), contestants, amount)
+    contest = evaluation.CONTESTS["plain"]
+    *_, last = evaluation.run_contest("plain", contest.make(None), contest.contestants, amount)
     rows = {row["contestant"]: row for row in last}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
@@ -147,11 +145,42 @@ def test_a_contest_on_robust_networks_goes_on_by_its_parts(contests, tmp_path, m
     rows = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
     assert made == [3, 7, 3, 1] and rows[1] == half[1] and rows[0]["left"].startswith(half[0]["left"])
     assert all(set(row["left"]) <= set("01") and row["forwards"] > row["gradients"] > 0 for row in rows)
-    monkeypatch.setitem(evaluation.ROBUST["robust"][1], "fast", evaluation.Protocol("standard"))
+    monkeypatch.setitem(evaluation.ROBUST["robust"].contestants, "fast", evaluation.Protocol("standard"))
     program.main([*arguments, "--contestants", "fast"])
     again = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
     assert made[4:] == [7] and again[0] == rows[0] and again[1]["code"] != rows[1]["code"]
     assert "to come is left out: it is not in the zoo" in capsys.readouterr().out
+
+
+def test_rows_of_other_attacks_or_weights_are_found_and_made_again(contests, tmp_path, monkeypatch):
+    """The official attack's rows stay, as long as weights and images do."""
+    arguments = ["evaluation", "--quick", "--out", str(tmp_path / "studies")]
+    program.main(arguments)
+    assert evaluation.outdated(tmp_path) == []
+    monkeypatch.setattr(FABT, "revision", lambda self: "another")
+    lines = evaluation.outdated(tmp_path)
+    for line, protocol in zip(lines, ("standard", "fast"), strict=True):
+        assert line.startswith(
+            f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or weights"
+        )
+    program.main(arguments)
+    assert contests == [False, True, False] and evaluation.outdated(tmp_path) == []
+    before = {(row["contest"], row["contestant"]): row for row in evaluation.read(tmp_path / "studies")}
+    monkeypatch.setattr(APGD, "revision", lambda self: "another")
+    assert len(evaluation.outdated(tmp_path)) == 4
+    program.main(arguments)
+    kept = [row for row in evaluation.read(tmp_path / "studies") if row in before.values()]
+    assert [row["contestant"] for row in kept] == ["AutoAttack", "AutoAttack rand"]
+    # a row from before rows had this, of our attacks and of the official ones
+    text = (tmp_path / "studies" / evaluation.FILE).read_text()
+    bare = [{key: value for key, value in row.items() if key != "code"} for row in json.loads(text)]
+    (tmp_path / "studies" / evaluation.FILE).write_text(json.dumps(bare))
+    assert len(evaluation.outdated(tmp_path)) == 6
+    (tmp_path / "studies" / evaluation.FILE).write_text(text)
+    with torch.no_grad():
+        evaluation.CONTESTS["plain"].model()[1].weight[0, 0] += 1
+    # both contests attack these weights
+    assert len(evaluation.outdated(tmp_path)) == 6
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_readme_is_short_and_its_first_snippets_too():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 140
     first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:3]
     assert all(len([line for line in code.splitlines() if line]) <= 8 for code in first)
 
@@ -22,8 +22,8 @@ def test_readme_is_short_and_its_first_snippets_too():
 def test_a_number_without_gradients_is_not_believed():
     table = front_page.results_table(RESULTS)
     (masked,) = [line for line in table if "through its own output" in line]
-    assert "**no**" in masked
-    assert sum("**no**" in line for line in table) == 1
+    assert "**ALARM**" in masked
+    assert sum("**ALARM**" in line for line in table) == 1
 
 
 def test_ratios_are_those_of_the_times():
@@ -34,10 +34,10 @@ def test_ratios_are_those_of_the_times():
         assert float(times_compiled) == pytest.approx(compiled / own, abs=0.06)
 
 
-def test_our_attacks_are_as_strong_as_the_official_ones_and_faster():
+def test_our_attacks_leave_no_more_than_the_official_ones():
     (sentence,) = front_page.attacks_sentence(RESULTS)
-    least, most, models, slowest, fastest = map(float, re.findall(r"-?[0-9.]*[0-9]", sentence))
-    assert -0.5 <= least <= most and models == 6 and 1 < slowest < fastest
+    least, most, models = map(float, re.findall(r"-?[0-9.]*[0-9]", sentence))
+    assert 0 <= least <= most and models >= 3
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import until
 
 from benchmarks import __main__ as program
 from benchmarks import gpu_check, gpu_sections, limits, measure, report, running
@@ -34,7 +37,8 @@ def states(folder: Path) -> dict[str, str]:
     return {path.stem: json.loads(path.read_text())["state"] for path in (folder / "gpu_check").glob("*.json")}
 
 
-def test_sections_run_once_and_again_if_asked(tmp_path, capsys):
+@pytest.mark.slow
+def test_sections_run_once_and_again_if_asked(tmp_path, capsys, forking):
     arguments = ("--dry", "--out", str(tmp_path), "--only", "extension", "limits")
     assert check(*arguments) == 0
     assert states(tmp_path) == {"extension": "passed", "limits": "passed"}
@@ -65,90 +69,106 @@ def test_the_fingerprint_follows_the_sources(tmp_path, monkeypatch):
     assert gpu_check.done(path, gpu_sections.fingerprint(CPU, True)) is None
 
 
-FAILING = """
-import sys, time, os
-from benchmarks import __main__ as program, gpu_check, gpu_sections
-def bad(context):
-    raise ValueError("what went wrong")
-def slow(context):
-    time.sleep(600)
-def dead(context):
-    os._exit(3)
-for name, run in {"extension": bad, "limits": slow, "sanitizer": dead}.items():
-    gpu_sections.SECTIONS[name] = gpu_sections.Section("tests", run, (15.0, 15.0))
-gpu_check.GRACE = (0.5, 0.5)
-if __name__ == "__main__":
-    program.main(["gpu_check", "--dry", "--out", sys.argv[1], "--total", "100",
-                  "--only", "extension", "limits", "sanitizer"])
-"""
-
-
-def test_a_section_that_fails_stops_no_other(tmp_path):
+def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     """One raises, one does not end, one dies."""
-    (tmp_path / "failing.py").write_text(FAILING)
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    began = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "failing.py"), str(tmp_path)], env=environ, capture_output=True, text=True
-    )
-    assert run.returncode == 1, run.stderr
-    assert time.monotonic() - began < 500
-    assert states(tmp_path) == dict.fromkeys(("extension", "limits", "sanitizer"), "failed")
+
+    def bad(context):
+        raise ValueError("what went wrong")
+
+    sections = {"extension": (bad, 300.0), "limits": (lambda _: time.sleep(600), 5.0)}
+    sections["sanitizer"] = (lambda _: os._exit(3), 300.0)
+    for name, (run, limit) in sections.items():
+        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("tests", run, (limit, limit)))
+    monkeypatch.setattr(gpu_check, "GRACE", (0.5, 0.5))
+    assert check("--dry", "--out", str(tmp_path), "--total", "900", "--only", *sections) == 1
+    assert states(tmp_path) == dict.fromkeys(sections, "failed")
     page = (tmp_path / "gpu_check.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
-    assert "after its limit of 15 s" in page and "exit status 3" in page
+    assert "after its limit of 5 s" in page and "exit status 3" in page
 
 
-KILLED = """
-import sys, time
-from benchmarks import __main__ as program, gpu_sections
-def slow(context):
-    def part():
-        time.sleep(1.0)
-        return [{"at": time.time()}]
-    return gpu_sections.measured(context, "replays.csv", dict.fromkeys("abc", part))
-gpu_sections.SECTIONS["replays"] = gpu_sections.Section("ops", slow, (90.0, 90.0), ("replays.csv",))
-gpu_sections.TESTS = ("tests/gpu/test_ops.py", "-k", "compiled_has and (reconstruction or stitch or gated or noisy)")
-if __name__ == "__main__":
-    limits = ["--seconds", "600", "--total", "900"]
-    program.main(["gpu_check", "--dry", "--out", sys.argv[1], "--only", sys.argv[2], *limits])
+#: The second of three tests waits for a file, and says which process it is in.
+WAITING = """
+import os, sys, time
+from pathlib import Path
+
+def test_one():
+    pass
+
+def test_two():
+    here = Path(__file__).parent
+    (here / "pid.new").write_text(str(os.getpid()))
+    (here / "pid.new").rename(here / "pid")
+    while not (here / "go").exists():
+        time.sleep(0.01)
+
+def test_three():
+    pass
+"""
+#: Their outcomes are written as those of tests/gpu are.
+OUTCOMES = f"""
+import runpy
+made = runpy.run_path({str(ROOT / "tests" / "gpu" / "conftest.py")!r})
+globals().update((name, value) for name, value in made.items() if name.startswith("pytest_"))
 """
 
 
-@pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
-@pytest.mark.parametrize(
-    ("section", "file", "count"), [("replays", "replays.csv", 3), ("tests", "*/tests.outcomes", 7)]
-)
-def test_what_is_killed_goes_on_where_it_was(section, file, count, tmp_path):
-    """Killed after its first row, or its first test that passed: nothing of it lives on, and nothing is done twice."""
-    (tmp_path / "killed.py").write_text(KILLED)
-    out, environ = tmp_path / "out", {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, str(tmp_path / "killed.py"), str(out), section]
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # the system keeps a process that has ended until its parent asks for its status
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.parametrize("section", ["replays", "tests"])
+def test_what_is_killed_goes_on_where_it_was(section, tmp_path, monkeypatch, forking):
+    """Killed in its second row or test: nothing of it lives on, and nothing is done twice."""
+    out, place = tmp_path / "out", tmp_path / "tests"
+    place.mkdir()
+    (place / "test_waiting.py").write_text(WAITING)
+    (place / "conftest.py").write_text(OUTCOMES)
+    monkeypatch.setattr(gpu_sections, "TESTS", (str(place),))
+
+    def work(context):
+        made = runpy.run_path(str(place / "test_waiting.py"))
+        parts = {name: lambda run=run: run() or [{"of": 3}] for name, run in made.items() if name.startswith("test_")}
+        return gpu_sections.measured(context, "replays.csv", parts)
+
+    monkeypatch.setitem(
+        gpu_sections.SECTIONS, "replays", gpu_sections.Section("ops", work, (900.0, 900.0), ("replays.csv",))
+    )
 
     def lines() -> list[str]:
-        return [
-            line for path in out.glob(file) for line in path.read_text().splitlines() if "at" not in line.split(",")
-        ]
+        found = {"replays": out / "replays.csv", "tests": out / "gpu_check" / "tests.outcomes"}[section]
+        return [line for line in found.read_text().splitlines() if not line.startswith("part,")]
 
-    printed = tmp_path / "printed.txt"
-    with printed.open("w") as page:
-        process = subprocess.Popen(command, env=environ, stdout=page, stderr=page)
-        while process.poll() is None and not lines():
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    assert lines(), printed.read_text()
-    time.sleep(1.0)
+    def run() -> int:
+        return check("--dry", "--out", str(out), "--only", section, "--seconds", "900", "--total", "1900")
+
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    until(lambda: (place / "pid").exists() or os.waitpid(child, os.WNOHANG)[0] == child)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pid = int((place / "pid").read_text())
+    until(lambda: not alive(pid))
     before = lines()
-    time.sleep(1.5)
-    assert len(before) < count and lines() == before
-    assert states(out) == {}
-    again = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert lines()[: len(before)] == before and len(set(lines())) == len(lines()) == count
+    assert len(before) == 1 and states(out) == {}
+    (place / "go").touch()
+    assert run() == 0
+    assert lines()[:1] == before and len(set(lines())) == len(lines()) == 3
     assert states(out) == {section: "passed"}
     summary = json.loads((out / "gpu_check" / f"{section}.json").read_text())["summary"]
-    assert summary.startswith({"replays": "3 of 3 parts measured", "tests": "7 passed, 0 failed"}[section])
+    assert summary.startswith({"replays": "3 of 3 parts measured", "tests": "3 passed, 0 failed"}[section])
 
 
 TOOL = """#!/bin/sh
@@ -179,19 +199,22 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
     assert rehearsed.state == "not available" and "needs a CUDA device" in rehearsed.summary
 
 
-def device_tests(**environ: str) -> str:
+def device_tests(*words: str, **environ: str) -> str:
     """What pytest says of some of the tests of a device, rehearsed on a CPU."""
-    environ = {**os.environ, "PURIFY_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environ}
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-v", "-rs"]
-    command += ["-k", "reconstruction_loss or arrest or study"]
+    # a rehearsal skips much that a device would run
+    environ = {"PURIFY_FAST_TEST_COMPLETE": "", "PURIFY_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environ}
+    environ = os.environ | environ
+    command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider", "-v", "-rs"]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
 def test_the_tests_of_a_device_can_be_rehearsed():
-    said = device_tests()
+    said = device_tests("tests/gpu", "-k", "(reconstruction_loss and not gradient) or study")
     assert " passed" in said and " failed" not in said and "has neither streams nor CUDA graphs" in said
-    assert "left out: the time limit of 0 s" in device_tests(PURIFY_FAST_TEST_SECONDS="0")
+    late = device_tests("tests/gpu/test_study.py", PURIFY_FAST_TEST_SECONDS="0")
+    assert "left out: the time limit of 0 s" in late
 
 
 def test_a_budget_names_what_it_leaves_out():

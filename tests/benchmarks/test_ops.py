@@ -1,5 +1,6 @@
 """The benchmark runs, its reports say what its rows say, and the defaults of the ops are its committed verdict."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import measure, report, shipping
+from benchmarks import measure, ops, report, shipping
 from benchmarks.ops import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
@@ -73,12 +74,15 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
     assert made["eager_us"] and not made["ours_us"] and not made["ratio"] and made["verdict"] == "wrong"
 
 
+@pytest.mark.slow
 @needs_extension
-def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
+def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
+    # compiling is what takes time
+    monkeypatch.setattr(importlib.import_module("benchmarks.ops.pgd_step"), "KINDS", ops.kinds("linf", "l2")[::2])
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
     assert "| pgd_step | forward | " in capsys.readouterr().out
     rows = report.read_csv(tmp_path / report.ROWS)
-    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2", "l1") for s in measure.STYLES}
+    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in measure.STYLES}
     for made in rows:
         assert made["verdict"] != "wrong" and made["backend"] == "cpp" and made["torch"] == torch.__version__
         assert all(float(made[f"{kind}_{n}"]) > 0 for kind in measure.CONTESTANTS for n in ("us", "p20", "p80"))
@@ -88,9 +92,10 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     (tmp_path / report.TABLE).unlink()
     program.main(["report", str(tmp_path)])
     assert (tmp_path / report.TABLE).read_text() == before
+    monkeypatch.setattr(measure, "STYLES", ("eager",))
     program.main(["ops", "reconstruction_loss", "--quick", "--out", str(tmp_path)])  # the other op's rows stay
     names = [r["op"] for r in report.read_csv(tmp_path / report.ROWS)]
-    assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 4
+    assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 2
 
 
 @pytest.mark.parametrize("arguments", [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]])

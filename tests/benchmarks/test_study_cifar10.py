@@ -15,7 +15,7 @@ from benchmarks.studies.cifar10 import candidates, models, plan
 from benchmarks.studies.cifar10 import results as results_of_study
 from benchmarks.studies.cifar10 import study as names
 from benchmarks.studies.cifar10.table import write_tables
-from purify_fast.evaluation import Report
+from purify_fast.evaluation import Report, tradeoff
 from purify_fast.evaluation.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.task import as_trained
@@ -28,6 +28,12 @@ BUDGET = replace(
     judging=names.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
     seeds=2,
 )
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """Names in them may cover each other."""
+    monkeypatch.setattr(tradeoff, "ROUNDS", 5)
 
 
 def fact(root, name, seed=0, **facts):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import zoo
+from benchmarks import revisions, zoo
 from purify_fast import zoo as packed
-from purify_fast.attacks import PGD
+from purify_fast.attacks import APGD, PGD
 from purify_fast.data import load_dataset
 from purify_fast.training.checkpoint import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
@@ -38,6 +38,15 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     assert (folder / "model.safetensors").is_file()
     assert card.attacked["standard"].images == 10 and card.attacked["fast"].images == 5
     assert card.clean.images > 300 and card.clean.share > 0.9
+    # a number of other attacks than today's is marked
+    assert "†" not in "".join(zoo.table([card]))
+    monkeypatch.setattr(APGD, "revision", lambda self: "another")
+    revisions.short.cache_clear()
+    cells = zoo.table([card])[2].split("|")
+    assert [cell.strip().endswith("†") for cell in cells] == [False] * 5 + [True, True, False]
+    monkeypatch.undo()
+    revisions.short.cache_clear()
+    monkeypatch.setattr(zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
     assert (tmp_path / "out" / "digits-standard" / "standard" / "report.html").is_file()
     # a card that is written again needs no training's folder, and takes the attacks that were done
     again = asked("digits-standard", "--images", "10", "--out", str(tmp_path / "out"))
@@ -82,6 +91,7 @@ def small_zoo(tmp_path, monkeypatch):
     return tmp_path / "models"
 
 
+@pytest.mark.slow
 def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo, monkeypatch):
     name = "digits-carso-pipeline"
     monkeypatch.setattr(zoo, "LARGEST", zoo.size_of(packed.folder(name)) - 1)

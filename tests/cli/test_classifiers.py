@@ -49,6 +49,7 @@ def mine(tmp_path, monkeypatch):
     sys.modules.pop("my_networks", None)
 
 
+@pytest.mark.slow
 def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
     carso = ["--layers", "model.first", "--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2"]
@@ -75,6 +76,7 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
         ("no_such_module:make", "No module named 'no_such_module'"),
         (":make", "a model by name is package.module:function"),
         ("torchvision:resnet18", "has fresh weights: give trained ones with --classifier-weights"),
+        ("torchvision:resnett18", "torchvision has no classifier 'resnett18'; near: resnet18"),
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
         assert code == 2 and message in printed and "Traceback" not in printed
@@ -98,7 +100,8 @@ def test_a_saved_classifier_runs_no_file_by_its_path(mine):
         load_classifier(mine / "saved")
 
 
-def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
+@pytest.mark.slow
+def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path, short_signs):
     few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
     out = tmp_path / "classifier"
     assert run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--out", out, *few)[0] == 0
@@ -192,7 +195,7 @@ def test_a_network_of_timm(tmp_path):
     save_classifier(made, tmp_path)
     x = torch.rand(2, 1, 32, 32)
     assert made(x).shape == (2, 4) and torch.equal(load_classifier(tmp_path)(x), made(x))
-    with pytest.raises(ValueError, match="timm has no model 'resnet'"):
+    with pytest.raises(ValueError, match="timm has no classifier 'resnet'"):
         ForeignClassifier("timm:resnet", 1, 4)
     with pytest.raises(ValueError, match="must be a file or 'pretrained', got 'best'"):
         build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")

@@ -19,13 +19,16 @@ from purify_fast.evaluation import Report
 from purify_fast.methods.recipes import recipe
 from purify_fast.training import load_classifier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     return write_bars(tmp_path_factory.mktemp("data") / "bars.npz", 128, 24, 12, 8)
 
 
-def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch, short_signs):
     monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     classifier, carso = str(tmp_path / "classifier"), str(tmp_path / "carso")
     common = ["--data", npz, "--device", "cpu", "--batch-size", "32"]
@@ -38,7 +41,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz}\n" in said
     fine = [*paths[:3], carso + "-fine", "--init", carso, *["--attack-target", "pipeline", "--precision", "bfloat16"]]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
-    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
+    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "4", "--steps", "2", "--eot-iter", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
     rounded = ["--precision", "bfloat16", "--protocol", "fast"]
@@ -50,7 +53,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
-    assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "report.html").is_file()
+    assert report.row("clean").n == 4 and (written / "report.md").is_file() and (written / "report.html").is_file()
     defence = purify_fast.load_defence(carso, load_classifier(classifier))
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]
@@ -90,11 +93,12 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "--download" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [["preact_resnet18", "--width", "4"], ["wide_resnet", "--width", "1", "--depth", "10"], ["fully_connected"]],
 )
-def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
+def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes, short_signs):
     common = ["--data", npz, "--device", "cpu"]
     train = ["train", "classifier", "--out", str(tmp_path), "--model", *sizes, "--epochs", "2", *common]
     assert cli.main(train) == 0
@@ -136,13 +140,25 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
-    refusal = "--recipe carso/mnist_v1 is for images of shape (1, 28, 28); --data digits has (1, 16, 16)"
-    assert refusal in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "--recipe carso/mnist_v1 is for images of shape (1, 28, 28); --data digits has (1, 16, 16)" in printed
+    instead = "leave out --recipe and give its numbers as options (`purify-fast recipe carso/mnist_v1` lists them)"
+    assert instead in printed
+    np.savez(tmp_path / "few.npz", x_train=x, y_train=y % 3, x_test=x, y_test=y % 3)
+    few = ["--data", str(tmp_path / "few.npz"), "--device", "cpu"]
+    own = ["--classifier", str(tmp_path / "three"), "--out", str(tmp_path / "own")]
+    own += ["--batch-size", "20", "--epochs", "1", "--steps", "1"]
+    assert cli.main(["train", "classifier", "--out", str(tmp_path / "three"), *own[4:], *few]) == 0
+    for more, message in (([], "has no module"), (["--layers", "conv1"], "must have 10 classes")):
+        assert cli.main(["train", "carso", "--recipe", "mnist_v1", *own, *more, *few]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and "with --layers" in printed and instead in printed
     other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
     assert cli.main(other) == 2
     assert "images are 1x16x16, the classifier in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):
     """The command's own images, resized to 256 x 256, and a shortened schedule; a delay of all of it is refused."""
     x, y = np.random.RandomState(0).randint(0, 256, (12, 8, 8, 3)).astype(np.uint8), np.arange(12) % 10

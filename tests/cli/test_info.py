@@ -37,6 +37,21 @@ def test_report_shows_a_forced_backend_and_a_missing_one():
     assert "forced" in text and "nothing" in text
 
 
+def test_the_short_answer_says_which_ops_a_forced_backend_leaves_without_a_kernel():
+    with use_backend("triton"):
+        text = " ".join(installation.info(False).split())
+    count = len(REGISTRY)
+    wanted = (
+        f"kernels serve 0 of {count} ops, the reference serves 0; triton is forced: the other {count} raise an error"
+    )
+    assert f"on cpu, {wanted}, since they have no such kernel on cpu" in text
+    with use_backend("cpp,reference"):
+        text = " ".join(installation.info(False).split())
+    kernels = sum("cpp" in op.available["cpu"] for op in REGISTRY.values())
+    wanted = f"kernels serve {kernels} of {count} ops, the reference serves {count - kernels}; cpp,reference is forced"
+    assert wanted in text and "raise an error" not in text
+
+
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, kernel_cache):
     rows = {line.split()[0]: line for line in installation.info(True).splitlines() if line}

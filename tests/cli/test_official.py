@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_models import smaller
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEM, WEIGHTS = "wrn_28_10_cifar_10_cui_2023", "cifar10_a3_b10_t4_20m_w"
 
 
@@ -45,7 +46,8 @@ def evaluated(run, folder, *words):
     return run(*common, *attacks, *words)
 
 
-def test_the_published_files_are_judged_in_one_command(published, run):
+@pytest.mark.slow
+def test_the_published_files_are_judged_in_one_command(published, run, short_signs):
     code, said = evaluated(run, published)
     assert code == 0, said
     report = Report.from_json((published / "evaluation" / "report.json").read_text())

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from purify_fast import zoo
+from purify_fast.attacks import APGD, PGD
 from purify_fast.cli import main
 from purify_fast.data import to_float
 from purify_fast.demo import setting
+from purify_fast.evaluation import Report, runner
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.counting import GPUS, Cost, counted
-from purify_fast.speed.forecast import Forecast, in_words
+from purify_fast.speed.forecast import Forecast, amount, in_words
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack
 from purify_fast.training.forecast import forecast
 
@@ -38,8 +40,8 @@ def test_products_are_counted_exactly():
     # three steps with a gradient to the images, one update with a gradient to the weights; 3 epochs of 4 batches
     assert planned.cost.flop == 12 * (3 * 2 + 2) * product
     held = forecast(linear_task(), *images(), FitConfig(3, 16, validation_share=0.25), gpu="h100")
-    # 3 batches of 16 in an epoch, and a validation of 16 images after each
-    assert held.cost.flop == 9 * (3 * 2 + 2) * product + 3 * (3 * 2 + 1) * product
+    # 3 batches of 16 in an epoch, and after each a validation of 16 images by ten steps
+    assert held.cost.flop == 9 * (3 * 2 + 2) * product + 3 * (10 * 2 + 1) * product
 
 
 def test_memory_of_a_training_holds_weights_optimizer_and_activations():
@@ -73,17 +75,54 @@ def test_a_delayed_term_costs_from_its_step_on():
     assert planned.seconds > 0 and planned.memory > 10**8
 
 
-def test_an_evaluation_is_counted_in_proportion_to_its_images():
+def test_an_evaluation_is_counted_in_proportion_to_its_images(monkeypatch):
+    monkeypatch.setattr(evaluations, "COUNTED", 4)
     model = zoo.load("digits-arrest")
     digits = setting.digits()
-    x, y = to_float(digits.x_test[:200]), digits.y_test[:200]
-    options = {"eps": 0.2, "protocol": "fast"}
-    few, many = (evaluations.forecast(model, x[:n], y[:n], gpu="h100", **options) for n in (50, 200))
-    assert many.cost.flop == pytest.approx(4 * few.cost.flop) and many.memory == pytest.approx(4 * few.memory, rel=0.2)
+    x, y = to_float(digits.x_test[:16]), digits.y_test[:16]
+    options = {"eps": 0.2, "attacks": [PGD(steps=3), APGD(steps=3)]}
+    few, many = (evaluations.forecast(model, x[:n], y[:n], gpu="h100", **options) for n in (4, 16))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert many.cost.flop == pytest.approx(4 * few.cost.flop)
+    assert many.memory - weights == pytest.approx(4 * (few.memory - weights), rel=0.2)
     # both fit into one batch
     assert many.cost.launches == few.cost.launches
     timed = evaluations.forecast(model, x, y, seconds=0.5, **options)
-    assert 0.1 < timed.seconds < 100
+    assert 0.01 < timed.seconds < 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"protocol": None, "probes": None},
+        {"protocol": "fast"},
+        {"protocol": "authors"},
+        {"attacks": []},
+        {"attacks": [], "probes": True},
+        {"probes": False},
+    ],
+    ids=str,
+)
+def test_the_time_has_the_signs_wherever_an_evaluation_asks_for_them(monkeypatch, options):
+    """A stand-in for `evaluate` takes a second for the signs; the signs of 8 images are continued to 16."""
+    asked = []
+
+    def evaluate_(model, x, y, *, probes=None, **given):
+        asked.append(probes)
+        signs = runner.has_signs(given.get("protocol"), given.get("attacks"), probes)
+        clock[0] += 100 if signs else 1
+        return Report()
+
+    clock = [0.0]
+    monkeypatch.setattr(evaluations, "evaluate", evaluate_)
+    monkeypatch.setattr(evaluations.time, "perf_counter", lambda: clock[0])
+    x, y = torch.rand(16, 1, 8, 8), torch.zeros(16).long()
+    planned = evaluations.forecast(nn.Flatten(), x, y, seconds=0.0, **options)
+    wanted = options.get("probes") is not False and options.get("protocol") != "authors"
+    wanted = wanted and (options.get("attacks") is None or options.get("probes") is True)
+    assert planned.seconds == (200 if wanted else 0)
+    assert asked == [False, False] + [options.get("probes")] * wanted
 
 
 def test_the_time_on_a_gpu_is_the_longest_of_three():
@@ -93,12 +132,20 @@ def test_the_time_on_a_gpu_is_the_longest_of_three():
     assert Cost(0, 0, 0.6 * 395e12).seconds(gpu, gpu.tf32) == pytest.approx(1.0)
     two = Forecast("a run", Cost(0, 0, 0.6 * 790e12), 1e9, None, "h100", 2, "bfloat16")
     assert two.time == pytest.approx(0.5) and "No such time has been measured" in two.to_text()
-    assert [in_words(seconds) for seconds in (3, 600, 9000)] == ["3 s", "10 min", "2.5 h"]
+    assert re.search(r"time +under a second, limited by products\n", two.to_text())
+    slow = Forecast("a run", Cost(2.891e6, 3e12, 0), 1e9, None, "h100").to_text()
+    assert re.search(r"launched +2.89 million\n", slow) and re.search(r"time +26 s, limited by launching\n", slow)
+    here = Forecast("a run", Cost(2.3e5, 0, 0), 1e9, 30.0).to_text()
+    assert "launch" not in here and re.search(r"time +30 s\n", here)
+    assert [in_words(seconds) for seconds in (0.4, 3, 600, 9000)] == ["under a second", "3 s", "10 min", "2.5 h"]
+    numbers = {0: "0", 999.4: "999", 2.3e5: "230 thousand", 999_900: "1 million", 1.5e9: "1.5 billion"}
+    assert {number: amount(number) for number in numbers} == numbers
     x = torch.randn(8, 8)
     assert counted(lambda: x @ x).flop == 2 * 8**3
 
 
-def test_the_command(capsys):
+@pytest.mark.slow
+def test_the_command(capsys, short_signs):
     train = ["train", "classifier", "--data", "digits", "--eps", "0.2", "--steps", "2", "--epochs", "2", "--width", "4"]
     for words, text in (
         (["plan", *train], r"steps of \d+ images on this CPU:"),
@@ -107,7 +154,11 @@ def test_the_command(capsys):
     ):
         assert main(words) == 0
         out = capsys.readouterr().out
-        assert re.search(text, out) and re.search(r"time +\d", out) and re.search(r"memory at the peak +\d", out)
+        assert (
+            re.search(text, out)
+            and re.search(r"time +(\d|under a second)", out)
+            and re.search(r"memory at the peak +\d", out)
+        )
 
 
 @pytest.mark.parametrize(

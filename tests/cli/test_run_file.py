@@ -88,6 +88,9 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert run("evaluate", out, *few)[0] == 0
     held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
     assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)
+    written = (out / "evaluation" / "report.md").read_text()
+    typed = f"purify-fast evaluate {out} --data {bars} --device cpu --protocol fast --images 4 --steps 1 --n-eval 3"
+    assert f"- command: {typed}\n" in written and "- call in Python" not in written
     code, printed = run("evaluate", out, *few, "--norm", "linf")
     assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed
     assert run_file.ball_of_run(out) == (0.5, "l2")

@@ -86,7 +86,7 @@ def test_the_next_batches_are_read_in_a_thread_while_the_caller_works(streamed, 
     reader = read_ahead(streamed, batches(70, 7, 0, 0))
     for step in range(10):
         next(reader)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 600
         while len(read) < min(step + 1 + AHEAD, 10) and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(0.01)

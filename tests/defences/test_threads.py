@@ -129,6 +129,7 @@ def test_copies_predict_the_same_and_are_their_own(kind, how):
         assert torch.equal(defence(x), want) and not torch.equal(made(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "start"), [("CARSO", "fork"), ("AToP", "fork"), ("CARSO", "spawn")])
 def test_in_the_processes_of_a_data_loader(kind, start, monkeypatch):
     if sys.platform == "win32" and start == "fork":

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 #: What a reader tries first. With a kernel the op is opaque: then its function alone knows the gradient.
@@ -59,12 +61,13 @@ def followed(copy: Path) -> None:
 
 def run(copy: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=300,
+        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=600,
         env=os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_op_of_the_page_has_gradients(tmp_path):
     followed(tmp_path)
     run(tmp_path, "-c", TRIED)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import evaluation, pages
+from purify_fast.attacks import APGD
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,6 +16,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_pages_agree_with_the_results():
     found = pages.check(RESULTS)
     assert not found, "\n".join(found)
+
+
+def test_rows_of_another_revision_than_the_package_has_are_found(monkeypatch):
+    monkeypatch.setattr(APGD, "revision", lambda self: "another")
+    found = [line for line in pages.check(RESULTS) if "was made by other attacks or weights" in line]
+    ours = {row["contestant"] for row in evaluation.read(RESULTS / "studies")} - {"AutoAttack", "AutoAttack rand"}
+    assert {who for who in ours if any(f": {who} of the contest" in line for line in found)} == ours
+    assert not any(": AutoAttack" in line for line in found)
 
 
 def test_tables_are_filled_from_the_studies_files(tmp_path):

@@ -1,13 +1,13 @@
-"""A standard and a robust little network on scikit-learn's digits, and defences that only seem to be ones."""
+"""A standard and a robust little network on the digits of 8 x 8 pixels, and defences that only seem to be ones."""
 
 import functools
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import pgd
+from purify_fast.data.datasets import small_digits
 
 EPS = 0.15
 TESTED = 100
@@ -16,10 +16,10 @@ TESTED = 100
 @functools.cache
 def digits():
     """(images to train on, labels, held-out images, labels): 8 x 8, in [0, 1]."""
-    raw = load_digits()
-    x = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
+    x, y = small_digits()
+    x = x.float() / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], torch.tensor(raw.target).long()[order]
+    x, y = x[order], y[order]
     return x[TESTED:], y[TESTED:], x[:TESTED], y[:TESTED]
 
 

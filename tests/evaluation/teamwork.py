@@ -1,22 +1,17 @@
-"""Evaluations that several processes share; run as a script, one of the processes.
+"""Evaluations that several processes share; run by torchrun, one that is killed in the first start.
 
-    python teamwork.py FOLDER ACTIONS
+    torchrun ... teamwork.py FOLDER
 
-ACTIONS is a list of (function of this file, arguments). What a function gives is written to FOLDER/FUNCTION-RANK.json.
+The first process writes its report to FOLDER/report.json.
 """
 
-import contextlib
 import json
-import logging
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -25,13 +20,11 @@ from denoisers import Tiny
 
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, cache, evaluate, team
-from purify_fast.evaluation.measure import Measure
+from purify_fast.evaluation import AttackSpec, cache, evaluate
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
 from purify_fast.training.distributed import torchrun_group
 
-KINDS = ("deterministic", "random", "own", "diffusion", "stream")
-RANK = int(os.environ.get("RANK", 0))
+KINDS = ("deterministic", "random", "own", "diffusion", "stream", "masked")
 
 
 class Noisy(nn.Module):
@@ -43,6 +36,13 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+class Rounds(nn.Module):
+    """A step whose gradient is hardly that of what it does."""
+
+    def forward(self, x):
+        return 0.1 * x + 0.9 * (10 * x).round() / 10
 
 
 def net():
@@ -64,7 +64,7 @@ def made(kind, out=None, **more):
     plain = net()
     x, y = images(plain, 80 if kind == "stream" else 22)
     options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out, "progress": False}
-    options |= {"attacks": [PGD(steps=3), APGD(steps=4, restarts=2, nearest_first=0.5)]}
+    options |= {"attacks": [PGD(steps=3), AttackSpec(APGD(steps=4, restarts=2), survivors_only=True, until=0.1)]}
     if kind == "deterministic":
         options["attacks"] += [FABT(steps=3), Square(n_queries=20)]
         return evaluate(plain, x, y, **{"curve": [0.02, 0.08]} | options | more)
@@ -76,6 +76,10 @@ def made(kind, out=None, **more):
         # a function has nothing that tells whether it is the same: its rows are not kept
         model = Noisy(plain)
         return evaluate(lambda x: model(x), x, y, **options | more)
+    if kind == "masked":
+        # signs of masked gradients change what all processes attack by
+        model = nn.Sequential(Rounds(), plain)
+        return evaluate(model, x, y, **options | {"eps": 0.06, "attacks": None, "protocol": "fast", "steps": 5} | more)
     if kind == "diffusion":
         torch.manual_seed(0)
         model = DiffusionPurifier(Tiny(1), plain, (1, 8, 8), Process(t_star=0.01, steps=2))
@@ -102,22 +106,8 @@ def reports(out=None):
     return {kind: report(kind, out if out is None else f"{out}/{kind}") for kind in KINDS}
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
-
-
-def impatient():
-    team.BEAT, team.SILENCE = 0.1, 1.5
-
-
-def killed(kind, out, victim, number, moment="keep"):
-    """A process is killed at its first, second, ... call of a function."""
-    impatient()
-    place, name = {
-        "keep": (cache.PartialRow, "keep"),
-        "write": (cache, "write_sealed"),
-        "claim": (team.Team, "taken"),
-        "judge": (Measure, "_judged"),
-    }[moment]
+def kill_at_call(place, name, number):
+    """This process is killed at its first, second, ... call of a function."""
     original, calls = getattr(place, name), []
 
     def call(*args, **options):
@@ -126,104 +116,16 @@ def killed(kind, out, victim, number, moment="keep"):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **options)
 
-    if victim == RANK:
-        setattr(place, name, call)
-    return report(kind, out)
-
-
-def killed_once(kind, out, victim, number):
-    """The same in the first start only."""
-    mark = Path(out, "killed")
-    if mark.exists() or victim != RANK:
-        return report(kind, out)
-    mark.parent.mkdir(exist_ok=True)
-    mark.touch()
-    return killed(kind, out, victim, number)
-
-
-def counted(kind, out):
-    """The report, and how many batches this process made."""
-    original, calls = cache.PartialRow.keep, []
-    cache.PartialRow.keep = lambda *args: calls.append(1) or original(*args)
-    return [report(kind, out), len(calls)]
-
-
-def stopped(kind, out):
-    """The second process is stopped in its first batch, and goes on when the first has said that it is lost."""
-    impatient()
-    original, lost = cache.PartialRow.keep, Path(f"{out}.lost")
-
-    class Told(logging.Handler):
-        def emit(self, record):
-            lost.touch()
-
-    if RANK == 0:
-        logging.getLogger("purify_fast").addHandler(Told())
-
-    def keep(self, *args):
-        if RANK == 1:
-            wait = f"for i in $(seq 300); do [ -e {lost} ] && break; sleep 0.1; done"
-            subprocess.Popen(["sh", "-c", f"{wait}; kill -CONT {os.getpid()}"])
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return original(self, *args)
-
-    cache.PartialRow.keep = keep
-    try:
-        return report(kind, out)
-    except ConnectionError as error:
-        return str(error)
-
-
-def failing(who):
-    """An attack that fails in one process."""
-
-    def attack(model, x, y):
-        if who == RANK:
-            raise RuntimeError(f"process {RANK} has no memory")
-        time.sleep(0.3)
-        return x
-
-    try:
-        made("deterministic", attacks=[attack], curve=())
-    except RuntimeError as error:
-        return str(error)
-
-
-def different():
-    """Another seed in each process."""
-    try:
-        made("deterministic", seed=RANK)
-    except ValueError as error:
-        return str(error)
-
-
-def alone():
-    """The first process works alone, then all evaluate, each something else."""
-    first = plain(made("random", together=False, seed=9)) if RANK == 0 else None
-    return [first, plain(made("random", together=False, seed=RANK)), report("deterministic")]
-
-
-def unseen():
-    """Another machine has other temporary files."""
-    team.VISIBLE = 0.5
-    if RANK == 1:
-        Path.is_dir = lambda self: False
-    try:
-        return report("own")
-    except ValueError as error:
-        return str(error)
+    setattr(place, name, call)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, actions = sys.argv[1], eval(sys.argv[2])
-    # torchrun's store has the addresses of those that it started before; a file or a port has none
-    if "STORE" in os.environ:
-        world = int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("gloo", init_method=os.environ["STORE"], rank=RANK, world_size=world)
-    with contextlib.nullcontext() if "STORE" in os.environ else torchrun_group():
-        for name, arguments in actions:
-            result = globals()[name](*arguments)
-            Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(result))
-    if "STORE" in os.environ:
-        dist.destroy_process_group()
+    folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
+    if not first and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        kill_at_call(cache.PartialRow, "keep", 1)
+    with torchrun_group():
+        found = report("deterministic", folder / "out")
+        if first:
+            (folder / "report.json").write_text(json.dumps(found))

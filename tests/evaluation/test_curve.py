@@ -32,6 +32,7 @@ def judged(linear, x=None, y=None, **options):
     return evaluate(linear[0], linear[1] if x is None else x, linear[2] if x is None else y, **options)
 
 
+@pytest.mark.slow
 def test_the_curve_is_that_of_the_model_and_is_kept(linear, tmp_path):
     report = judged(linear, out=tmp_path)
     assert [eps for eps, _ in report.curve] == sorted([0.0, 0.07, *RADII])
@@ -97,10 +98,11 @@ def test_a_radius_begins_at_the_points_of_the_one_before_however_sure_the_model_
         ({"curve": [0.070001]}, "curve must be radii of different names, got 0.07 and 0.070001"),
         ({"curve": [0.0]}, "curve must be radii above 0 and at most 1, got 0"),
         ({"curve": [8]}, "curve must be radii above 0 and at most 1, got 8"),
+        ({"curve": ["8/255"]}, "each of curve must be a number, .* got '8/255': write 8 / 255 without quotes"),
         ({"attacks": [StAdv(), PGD(eps=0.1)]}, "curve needs an attack"),
         ({"attacks": [PGD(), PGD(eps=0.08)]}, "curve must leave out L-inf 0.08, which PGD"),
     ],
 )
 def test_a_curve_that_cannot_be_made_is_refused(linear, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         judged(linear, **options)

@@ -1,22 +1,21 @@
 """Without options `evaluate` runs the protocol "standard" with its signs, on an installation without AutoAttack."""
 
-import json
+import functools
 import sys
 
 import pytest
-import torch
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.attacks import AutoAttack
+from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STANDARD = [
-    "APGD-10 margin",
-    *(f"{name}, nearest first" for name in ("APGD-T 30", "APGD-30 ce", "APGD-T 30 margin", "FAB-T 100", "Square")),
-]
+    "APGD-10 margin", "APGD-T 30 margin", "APGD-30 ce", "APGD-T 30", "Square, 1000 queries", "FAB-T 100, 24 nearest",
+    "APGD-T 30 margin, all targets x2, 10 nearest", "FAB-T 100, all targets, 10 nearest", "Square, 10 nearest",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -31,6 +30,7 @@ def digits():
     return images.x_test[:6].float() / 255, images.y_test[:6]
 
 
+@pytest.mark.slow
 def test_the_default_is_standard_with_its_signs(without_autoattack, digits):
     model, base = purify_fast.zoo.load("digits-pgd-at"), purify_fast.zoo.load("digits-standard")
     report = evaluate(model, *digits, eps=0.1, steps=30, base=base, progress=False)
@@ -42,11 +42,20 @@ def test_the_default_is_standard_with_its_signs(without_autoattack, digits):
             evaluate(lambda x: pytest.fail("it was asked"), *digits, eps=0.1, **missing, progress=False)
 
 
-def test_the_command_without_options_runs_the_same(without_autoattack, tmp_path, monkeypatch, capsys):
+def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_path, monkeypatch, capsys):
+    """The command asks for the protocol `standard` with its signs, and changes nothing else that decides the rows."""
+    asked = []
+
+    @functools.wraps(evaluate)
+    def spy(model, x, y, **options):
+        asked.append(options)
+        return evaluate(model, x, y, **options | {"attacks": [PGD(steps=1)], "protocol": None, "probes": False})
+
+    monkeypatch.setattr("purify_fast.evaluation.evaluate", spy)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     words = ["evaluate", "zoo:digits-pgd-at", "--images", "4", "--steps", "30", "--device", "cpu"]
     assert cli.main(words) == 0, capsys.readouterr().err
-    found = json.loads((tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").read_text())
-    assert [row["attack"] for row in found["rows"]] == ["clean", *STANDARD, "worst"]
-    assert found["about"]["protocol"] == "standard"
+    (options,) = asked
+    assert options["protocol"] == "standard" and options["steps"] == 30
+    assert options.get("attacks") is None and options.get("probes") is None
+    assert (tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").is_file()

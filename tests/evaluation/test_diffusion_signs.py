@@ -132,11 +132,11 @@ def verdicts(kind):
     return {finding.alarm: finding for finding in report.findings}, report.headline.reliable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sign", "words"),
     [
         (WithoutGradients, "gradient health", "every attack lacked gradients"),
-        (WithoutGradients, "gradients against differences", "there is no gradient"),
         (Adjoint, "gradients against differences", "cosine"),
         (Reseeded, "noise and seeds", "the model sets the seed of torch's generator itself"),
         (SeededByTheImages, "gradients against differences", "cosine"),
@@ -148,6 +148,14 @@ def test_a_purifier_that_misleads_attacks_is_flagged(kind, sign, words):
     # the same purifier without the fault is not
     honest = verdicts(Purifier)[0][sign]
     assert honest.verdict == "passed" or words not in honest.measured
+
+
+def test_what_was_not_asked_for_want_of_a_gradient_says_so():
+    """Gradient health has raised the alarm; what attacks along no gradient did not find speaks for nothing."""
+    found, _ = verdicts(WithoutGradients)
+    for sign in ("a further attack", "random start", "radius sweep", "gradients against differences"):
+        assert found[sign].verdict == "not asked" and "there is no gradient" in found[sign].measured
+    assert "no grad_fn: is there a torch.no_grad()" in found["gradient health"].advice
 
 
 def test_what_has_no_gradients_falls_to_bpda():

@@ -38,6 +38,7 @@ def test_models_that_differ_in_anything_have_other_fingerprints(way):
     assert None not in (fingerprint(make(1.0)), fingerprint(make(0.0)))
 
 
+@pytest.mark.slow
 def test_fingerprints_are_the_same_in_another_process():
     """Also where sets, and strings with them, are in another order there."""
     found = subprocess.run(

@@ -4,15 +4,15 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from forks import together
 from safetensors.numpy import save
+from teamwork import kill_at_call
 from torch import nn
 
 from purify_fast import ops
@@ -36,45 +36,28 @@ MOMENTS = (
     ("purify_fast.evaluation.cache.write_sealed", 3),
     # a row is written, its batches are not gone
     ("purify_fast.evaluation.cache.PartialRow.remove", 3),
-    # the softened copies are attacked
-    ("purify_fast.evaluation.surrogates.Softened.forward", 6),
-    # the probes: the sweeps, then the softened copies again, then the answers, then their file
+    # the softened copy is attacked in a row of its own
+    ("purify_fast.evaluation.surrogates.Softened.forward", 50),
+    # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
     ("purify_fast.evaluation.alarms.probes._Short.robust", 3),
     ("purify_fast.evaluation.alarms.probes._Short.fallen", 2),
+    ("purify_fast.evaluation.alarms.answers.differences", 1),
     ("purify_fast.evaluation.alarms.answers.sets_seed", 1),
 )
-#: Forks for every moment, since PyTorch takes seconds to import.
-CHILD = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import torch
-torch.set_num_threads(1)
-from test_killed_anywhere import MOMENTS, evaluated
 
-def killing(name, number):
+
+#: The moments before anything is kept.
+BEFORE = ("_Short", "differences")
+
+
+def killed_at(name, number):
+    """This process is killed when it calls a function for the first, second, ... time."""
     parts = name.split(".")
     depth = max(i for i in range(len(parts)) if ".".join(parts[:i]) in sys.modules)
     place = sys.modules[".".join(parts[:depth])]
     for part in parts[depth:-1]:
         place = getattr(place, part)
-    original, calls = getattr(place, parts[-1]), []
-
-    def call(*args, **more):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **more)
-
-    setattr(place, parts[-1], call)
-
-for i, (name, number) in enumerate(MOMENTS):
-    child = os.fork()
-    if child == 0:
-        killing(name, number)
-        evaluated(os.path.join({out!r}, str(i)))
-        os._exit(0)
-    print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
-"""
+    kill_at_call(place, parts[-1], number)
 
 
 def evaluated(out):
@@ -103,16 +86,17 @@ def plain(report):
     return content
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_report_is_the_same(tmp_path):
-    code = CHILD.format(here=str(Path(__file__).parent), out=str(tmp_path))
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), (done.stdout, done.stderr)
+    for i, moment in enumerate(MOMENTS):
+        done = together(tmp_path, 1, lambda i=i, at=moment: killed_at(*at) or evaluated(tmp_path / str(i)), None)
+        assert done.codes == [-signal.SIGKILL], done.errors
     whole = plain(evaluated(tmp_path / "whole"))
     assert len(whole["findings"]) > 12 and any("gradients_from" in row["settings"] for row in whole["rows"])
     for i, moment in enumerate(MOMENTS):
         out = tmp_path / str(i)
-        assert list((out / "rows").glob("*")), moment
+        # the probes that come before the attacks are one file
+        assert bool(list((out / "rows").glob("*"))) is not any(name in moment[0] for name in BEFORE), moment
         assert plain(evaluated(out)) == whole, moment
         assert not list((out / "rows").glob("*.batches")), moment
 
@@ -225,14 +209,14 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
     x = torch.rand(6, 1, 4, 4)
     with torch.no_grad():
         y = net(x).argmax(1)
-    attacks = [PGD(steps=2)] if probes else [PGD(steps=2), PGD(steps=3)]
-    evaluate(net, x, y, eps=0.01, attacks=attacks, name="mine", probes=probes)
+    evaluate(net, x, y, eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("mine: row 1 of 2, PGD-2 ce:") and "images/s" in line for line in lines)
+    # the probes come first, as a row with lines of its own
+    first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
+    assert any(line.startswith(first) and "images/s" in line for line in lines)
     ends = [line for line in lines if "% of 6 images (" in line]
-    assert "left at most" in ends[0] and ("last row" in ends[-1]) is not probes
-    # the probes have lines, and a share of the time that is left
-    assert (sum(line.startswith("mine: row 2 of 2, probes:") for line in lines) > 20) is probes
+    assert "left at most" in ends[0] and "last row" in ends[-1]
+    assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes
     assert not any("\r" in line or "\033" in line for line in lines)
 
 

@@ -1,14 +1,12 @@
 """Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
 from torch import nn
 
-from purify_fast.attacks import APGD, PGD
+from purify_fast.attacks import APGD, PGD, checkpointed_steps
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
@@ -78,6 +76,112 @@ def gated():
     return evaluate(Gated(), x, y, protocol="strong", steps=30, **QUIET)
 
 
+class Detour(nn.Module):
+    """Fewer levels, by NumPy."""
+
+    def forward(self, images):
+        return torch.from_numpy(np.round(images.numpy() * 4) / 4)
+
+
+class Floored(nn.Module):
+    """Fewer levels, by a function without a derivative."""
+
+    def forward(self, images):
+        return (images * 4 // 1) / 4
+
+
+class Behind(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.net = first, standard()
+
+    def forward(self, images):
+        return self.net(self.first(images))
+
+
+def test_a_module_that_blocks_gradients_is_the_identity_backward():
+    _, _, x, _ = digits()
+    for first, inner in ((Detour(), "first"), (nn.Sequential(nn.Identity(), Detour()), "first.1")):
+        model = Behind(first).eval()
+        with torch.no_grad():
+            found = dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS), absent := {}))
+        copy = found[f"a copy whose {inner} is the identity backward"]
+        leaf = x[:8].clone().requires_grad_()
+        out = copy(leaf)
+        with torch.no_grad():
+            assert torch.equal(out, model(leaf)) and torch.equal(copy(leaf), out)
+            rounded = first(leaf)
+        got, point = torch.autograd.grad(out.square().sum(), leaf)[0], rounded.requires_grad_()
+        assert torch.allclose(got, torch.autograd.grad(model.net(point).square().sum(), point)[0])
+        assert "a straight-through copy" in absent
+        assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    # of a layer that hands gradients on there is no such copy, and where another copy has the same gradients
+    assert not any("identity" in name for name in names(Behind(nn.ReLU()), x))
+    assert names(Behind(Floored()), x) == ["net alone", "a straight-through copy"]
+
+
+def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
+    _, _, x, _ = digits()
+
+    class Loop(Behind):
+        def forward(self, images):
+            return self.net(checkpointed_steps(lambda z, i: self.first(z), images, 2))
+
+    with torch.no_grad():
+        found = dict(surrogates(Loop(Detour()).eval(), x[:4], 10, ThreatModel("linf", EPS)))
+    leaf = x[:8].clone().requires_grad_()
+    logits = found["a copy whose first is the identity backward"](leaf)
+    assert (torch.autograd.grad(logits.square().sum(), leaf)[0].flatten(1).abs().amax(1) > 0).all()
+
+
+def test_a_copy_that_there_is_not_is_told_with_its_reason():
+    _, _, x, y = digits()
+    report = evaluate(lambda z: Behind(Detour())(z.detach()), x, y, attacks=[PGD(steps=2)], probes=True, **QUIET)
+    found = next(finding for finding in report.findings if finding.alarm == "parts and softened copies")
+    assert found.verdict == "noted" and "a straight-through copy" in found.measured
+    assert "could not be made: its logits have no gradient to the images" in found.measured
+
+    class Refuses(nn.Module):
+        def forward(self, images):
+            if torch.overrides._get_current_function_mode_stack():
+                raise OSError("no modes here")
+            return standard()(images)
+
+    with torch.no_grad():
+        surrogates(Refuses().eval(), x[:4], 10, ThreatModel("linf", EPS), absent := {})
+    assert absent == dict.fromkeys(
+        ["a straight-through copy", "a copy softened 10 times", "a copy softened 100 times"], "OSError: no modes here"
+    )
+
+
+def test_copies_are_compared_image_by_image():
+    """Of one image the gradient is large and the same, of the others small and hidden."""
+    _, _, x, _ = digits()
+
+    def model(images):
+        large = (images[:, :1, :1, :1] > 0.9).float()
+        return standard()(large * 1e4 * images + (1 - large) * (images * 4).round() / 4)
+
+    x = x[:4].clone()
+    x[:, 0, 0, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert "a straight-through copy" in names(model, x)
+
+
+def test_a_function_without_a_derivative_can_be_evaluated():
+    """PyTorch raises in the backward pass of a floor division: a gradient of zero, and counted as such."""
+    _, _, x, y = digits()
+    report = evaluate(Behind(Floored()), x[:20], y[:20], protocol="fast", steps=4, probes=True, **QUIET)
+    own = [row for row in report.rows if row.kind == "apgd" and row.own_gradients]
+    # where an image falls by a random start, a zero gradient is no fault
+    before = next(i for i, row in enumerate(own) if not row.robust.all())
+    standing = own[:before] + own[before + 1 :]
+    assert standing and all(row.health["zero"] == row.health["gradients"] > 0 for row in standing)
+    assert all(row.health["unmoved"] == row.health["images"] > 0 for row in own)
+    verdicts = {finding.alarm: finding.verdict for finding in report.findings}
+    assert verdicts["gradient health"] == "unreliable" and not report.headline.reliable
+
+
+@pytest.mark.slow
 def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
     """A gate as sharp as a step: no NaN, no zero gradient, and APGD-T leaves twice what is there."""
     rows = {row.attack: row for row in gated.rows}
@@ -98,50 +202,37 @@ def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
             assert ((row.margins < 0) <= ~row.robust).all()
 
 
+@pytest.mark.slow
 def test_fast_and_standard_agree_on_an_honest_model():
     _, _, x, y = digits()
     fast, standard_rows = (evaluate(robust(), x, y, protocol=name, steps=20, **QUIET) for name in ("fast", "standard"))
-    assert [row.kind for row in fast.rows] == ["clean", "apgd", "apgd", "worst"]
-    assert [row.kind for row in standard_rows.rows] == ["clean", *["apgd"] * 4, "fab", "square", "worst"]
+    assert [row.kind for row in fast.rows] == ["clean", *["apgd"] * 4, "fab", "square", "worst"]
+    assert [row.kind for row in standard_rows.rows] == [
+        "clean", *["apgd"] * 4, "square", "fab", "apgd", "fab", "square", "worst",
+    ]  # fmt: skip
     assert 0.4 < standard_rows.headline.accuracy <= fast.headline.accuracy + 0.005
     assert fast.headline.accuracy - standard_rows.headline.accuracy <= 0.02
     assert fast.headline.reliable and standard_rows.headline.reliable
-    assert [row.settings["give_up"] for row in standard_rows.rows[1:-1]] == [False, *[True] * 5]
-    # of 20 steps none is left out
-    early = {
-        "fast": "APGD-T 50, 4 targets, nearest first",
-        "standard": "FAB-T 100, nearest first; Square, nearest first",
-    }
-    for report in (fast, standard_rows):
-        for text in (report.to_text(), report.to_markdown()):
-            text = " ".join(text.split())
-            assert f"even at several times its recent pace: {early[report.about['protocol']]}. The" in text
-            assert "first group of images of which none fell: APGD-T" in text
-            left_out = sum(row.settings.get("unsearched", 0) for row in report.rows)
-            assert left_out and sum(map(int, re.findall(r"\((\d+) images left out\)", text))) == left_out
+    for report, share in ((fast, 0.01), (standard_rows, 0.002)):
+        stopped = [row for row in report.rows if "unsearched" in row.settings]
+        held = [row.settings["may hold"] for row in stopped]
+        assert len(stopped) == (1 if report is fast else 4) and all(bound <= share * len(x) for bound in held)
+        if any(held):
+            text = " ".join(report.to_text().split())
+            assert f"can hold at most {100 * sum(held) / len(x):.2f} points" in text
 
 
+@pytest.mark.slow
 def test_rand_and_official_on_a_random_model():
     pytest.importorskip("pyautoattack")
     _, _, x, y = digits()
     noisy = NoisyEnsemble(robust(), 0.05, samples=2)
-    rand = evaluate(noisy, x[:20], y[:20], protocol="rand", steps=3, n_eval=2, **QUIET)
+    rand = evaluate(noisy, x[:8], y[:8], protocol="rand", steps=3, n_eval=2, **QUIET)
     assert [row.settings.get("eot_iter") for row in rand.rows] == [None, 20, 20, None]
-    strong = evaluate(noisy, x[:10], y[:10], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
+    strong = evaluate(noisy, x[:4], y[:4], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
     heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
     assert [name.rpartition(" ")[2] for name in heads] == list(HEADS)
     assert any("without noise" in row.attack for row in strong.rows)
-
-
-def test_the_order_of_the_images_is_named_where_there_is_one():
-    _, _, x, y = digits()
-    ordered = APGD(steps=2, nearest_first=0.5)
-    attacks = [ordered, AttackSpec(ordered, "fixed")]
-    report = evaluate(NoisyEnsemble(robust(), 0.05, samples=2), x[:20], y[:20], attacks=attacks, eot_iter=2, **QUIET)
-    assert {"APGD-2 ce", "APGD-2 ce, nearest first, fixed noise"} <= set(report.attacks)
-    assert " ".join(report.to_text().split()).count("none fell: APGD-2 ce, nearest first, fixed noise (") == 1
-    one = evaluate(robust(), x[:20], y[:20], attacks=[ordered], **QUIET)
-    assert "APGD-2 ce, nearest first" in one.attacks and one.rows[1].settings["unsearched"] in (0, 8, 10)
 
 
 def test_a_deterministic_model_gets_autoattack_standard():

@@ -1,3 +1,4 @@
+import html
 import json
 import os
 
@@ -10,6 +11,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, evaluate, merge
 from purify_fast.evaluation.alarms import Finding
+from purify_fast.evaluation.repeating import processor_name
 from purify_fast.evaluation.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
@@ -31,7 +33,7 @@ def test_headline_is_the_lowest_success_counts():
     assert Report([high, low, unreliable]).headline is unreliable
     tie = row(attack="tie", robust=[0, 1, 0, 0], reliable=False)
     assert Report([tie, low]).headline is low and Report([low, tie]).headline is low
-    with pytest.raises(ValueError, match="there are 0"):
+    with pytest.raises(ValueError, match="no attack on the model"):
         _ = Report([clean]).headline
 
 
@@ -45,8 +47,10 @@ def test_other_threat_models_have_headlines_of_their_own():
     assert report.attacks == ["clean", "mine", "worst", "lower", "low"]
     lines = report.to_markdown().split("\n")
     assert lines[2].startswith("- **m: 75.0") and lines[3].startswith("- m, L2 0.5: 0.0")
-    with pytest.raises(ValueError, match="one model with attacks"):
+    with pytest.raises(ValueError, match=r"no attack on the model as it is: .*row\('clean'\)"):
         _ = Report([lower]).headline
+    with pytest.raises(ValueError, match=r"must have one model, got m, n: use headlines"):
+        _ = Report([mine, row(model="n")]).headline
 
 
 def test_json_round_trip():
@@ -65,9 +69,12 @@ def test_numbers_in_the_tables():
     report = merge([Report([row("a", robust=[1, 0, 0, 0])], ["note"]), Report([row("b", reliable=False)], ["note"])])
     text = report.to_markdown()
     assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
-    assert "| a | PGD | as it is | - | 4 | 25.0 ± 21.7 | 25.0 | 25.0 (1) | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
+    assert "| a | PGD | as it is | - | 4 | 25.0 ± 21.7 | 25.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
-    assert "**b: 75.0 ± 21.7 %** robust" in text and "the true number may be lower" in text
+    assert (
+        "**b: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
+        and "the true number may be lower" in text
+    )
     plain, colored = report.to_text(color=False), report.to_text(color=True)
     assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
 
@@ -151,10 +158,11 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     for defence, columns in ((model, 7), (None, 3), (One(), 4)):
         assert report.to_html(defence).count("<img ") == 6 * columns
     examples = report.rows[1].examples
-    grey = Examples(*(part[:1, :1] if part.ndim > 1 else part[:1] for part in vars(examples).values()))
+    arrays = [part for part in vars(examples).values() if part is not None]
+    grey = Examples(*(part[:1, :1] if part.ndim > 1 else part[:1] for part in arrays))
     assert Report([row(examples=grey)]).to_html().count("<img ") == 3
     # of two channels there is no picture
-    two = Examples(*(part[:, :2] if part.ndim > 1 else part for part in vars(examples).values()))
+    two = Examples(*(part[:, :2] if part.ndim > 1 else part for part in arrays))
     assert "<img " not in Report([row(examples=two)]).to_html()
     both = merge([report, Report([row("other", "PGD-2 ce")])])
     with pytest.raises(ValueError, match="mapping"):
@@ -237,14 +245,54 @@ def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
     rounded = Report([row(robust=[1, 1, 1, 1])], about=about(precision="bfloat16"))
     rounded.save(tmp_path)
     place = tmp_path / "earlier, L-inf 8_255"
-    assert [json.loads((folder / "report.json").read_text())["about"] for folder in (place, tmp_path)] == [
-        about(), about(precision="bfloat16")
-    ]  # fmt: skip
+    told = [json.loads((folder / "report.json").read_text())["about"] for folder in (place, tmp_path)]
+    assert all(each.pop("date") for each in told) and told == [about(), about(precision="bfloat16")]
     again = Report([row()], about=about(precision="bfloat16"))
     again.save(tmp_path)
     assert again.notes == [] and not (tmp_path / "earlier, L-inf 8_255, bfloat16").exists()
     Report([row()], about=about()).save(tmp_path)
     assert (tmp_path / "earlier, L-inf 8_255, bfloat16" / "report.json").is_file()
+
+
+def test_no_report_replaces_one_with_other_settings(tmp_path):
+    """A report of the same attacks on the same images and model is the one that it replaces."""
+    first = Report([row(settings={"steps": 3})], about=about(model="abc"))
+    first.save(tmp_path)
+    Report([row(robust=[1, 1, 1, 1])], about=about(model="abc", date="later", claim="3", processor="p")).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    others = [
+        Report([row(attack="PGD-9")], about=about(model="abc")), Report([row(robust=[1, 0])], about=about(model="abc")),
+        Report([row(seed=4)], about=about(model="abc")), Report([row(seed=4)], about=about(model="another")),
+    ]  # fmt: skip
+    for number, other in enumerate(others, 1):
+        other.save(tmp_path)
+        assert len(list(tmp_path.glob("earlier, L-inf 8_255*/report.html"))) == number
+        assert Report.from_json((tmp_path / "report.json").read_text()).to_json() == other.to_json()
+    assert (tmp_path / "earlier, L-inf 8_255, 4" / "report.md").is_file()
+
+
+def test_a_report_says_what_repeats_it(tmp_path):
+    """Date, call, model, processor, images and seed, in the page and in Markdown; the date is of the first save."""
+    torch.manual_seed(0)
+    model, x = Purifier(), torch.rand(6, 3, 6, 6)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    report = evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD()], n_eval=2, seed=7, progress=False)
+    assert not report.row("PGD-2 ce").robust.all()
+    report.save(tmp_path, model)
+    date = report.about["date"]
+    report.save(tmp_path, model)
+    assert report.about["date"] == date
+    model.head.weight.data += 1
+    changed = evaluate(model, x, y, eps=0.5, attacks=[], progress=False)
+    assert changed.about["model"] != report.about["model"]
+    told = {"call": "evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD(", "processor": processor_name(x.device)}
+    told |= {"hash": report.about["model"], "date": date, "images: 6": "6", "seed: 7": "7"}
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for word, value in told.items():
+        assert word in (tmp_path / "report.md").read_text() and value in (tmp_path / "report.md").read_text()
+        assert value in page
+    assert "<dt>hash of the model</dt>" in page and 'class="gallery"' in page
 
 
 def test_the_precision_of_a_model_is_told():

@@ -1,7 +1,10 @@
 """What hardens a model keeps its values and lets gradients pass; what is no threshold stays as it is."""
 
+import contextlib
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.evaluation import surrogates
@@ -35,6 +38,101 @@ def integers(z):
     bits = (z > 0.5).int() * 6
     bits &= (z > 0.2).int() * 3
     return z * bits
+
+
+BOOK = torch.linspace(0.05, 0.95, 24).view(4, 6).T.contiguous()
+TABLE = nn.Embedding.from_pretrained(LEVELS[:8, None].square())
+
+
+class Rounding(torch.autograd.Function):
+    """Its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return (7 * z).round() / 7
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 0 * grad
+
+
+class NoBackward(Rounding):
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+class NoGradient(Rounding):
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def steps(z):
+    return (7 * z).long()
+
+
+def nearest(z):
+    """The index of the nearest of the levels."""
+    return (z[..., None] - LEVELS).abs().argmin(-1)
+
+
+def coded(z, look):
+    """Vector quantization: pairs of numbers become the nearest rows of a codebook."""
+    pairs = z.view(-1, 2)
+    return look(torch.cdist(pairs, BOOK[:, :2])).view(z.shape)
+
+
+def in_one_hot(distances):
+    ids = torch.argmin(distances, dim=1).unsqueeze(1)
+    return torch.zeros(len(ids), 6).scatter_(1, ids, 1) @ BOOK[:, :2]
+
+
+def floor_in_place(z):
+    z = 4 * z
+    z //= 1
+    return z.div_(4)
+
+
+#: Each has a gradient of zero, or none, by itself.
+IN_STEPS = {
+    "argmin": lambda z: nearest(z) / 9,
+    "argmin, one_hot": lambda z: F.one_hot(nearest(z), 10).float() @ LEVELS,
+    "argmin == arange": lambda z: (nearest(z)[..., None] == torch.arange(10)).float() @ LEVELS,
+    "min": lambda z: LEVELS[(z[..., None] - LEVELS).abs().min(-1)[1]],
+    "codebook[argmin]": lambda z: coded(z, lambda d: BOOK[:, :2][d.argmin(1), :]),
+    "codebook by embedding": lambda z: coded(z, lambda d: F.embedding(d.argmin(-1), BOOK[:, :2])),
+    "codebook by index_select": lambda z: coded(
+        z, lambda d: torch.index_select(BOOK[:, :2], 0, d.argmin(1).view(5, 3).flatten())
+    ),
+    "codebook by scatter": lambda z: coded(z, in_one_hot),
+    "two nearest of a codebook": lambda z: coded(z, lambda d: BOOK[:, :2][d.topk(2, largest=False)[1]].mean(1)),
+    "bucketize": lambda z: torch.bucketize(z, LEVELS) / 10,
+    "one bound": lambda z: torch.bucketize(z, LEVELS[5:6]).float(),
+    "searchsorted": lambda z: torch.searchsorted(LEVELS, z) / 10,
+    "levels[bucketize]": lambda z: LEVELS[torch.bucketize(z, LEVELS[1:])],
+    "take": lambda z: LEVELS.take(steps(z)),
+    "==": lambda z: (steps(z) == 3).float(),
+    "!=": lambda z: z * (z != 0.5).float() - z,
+    "one_hot of steps": lambda z: F.one_hot(steps(z), 8).float() @ LEVELS[:8],
+    "embedding of steps": lambda z: TABLE(steps(z)).squeeze(-1),
+    "topk of the smallest": lambda z: torch.zeros_like(z).scatter(1, z.topk(3, largest=False)[1], 1.0),
+    "div": lambda z: torch.div(z, 0.25, rounding_mode="floor"),
+    "//": lambda z: (4 * z) // 1,
+    "// in place": floor_in_place,
+    "floor_divide": lambda z: torch.floor_divide(z, 0.25),
+    "remainder": lambda z: z - z % 0.25,
+    "fmod": lambda z: z - torch.fmod(z, 0.25),
+    "frac": lambda z: z - torch.frac(4 * z) / 4,
+    "integers //": lambda z: ((255 * z).long() // 32).float(),
+    "integers >>": lambda z: ((255 * z).to(torch.uint8) >> 5).float(),
+    "integers &": lambda z: ((255 * z).to(torch.uint8) & 0xE0) / 255,
+    "integers clamped": lambda z: (255 * z).int().clamp(50, 200).float(),
+    "data": lambda z: 2 * z.data,
+    "function of zero gradient": lambda z: 2 * Rounding.apply(z),
+    "function without a backward": NoBackward.apply,
+    "function without a gradient": lambda z: NoGradient.apply(z).flatten(1),
+}
 
 
 HARDENED = {
@@ -75,6 +173,59 @@ def test_values_stay_exact_and_gradients_pass(name):
     # without gradients a softened copy is the same function
     soft = Softened(model, 10.0)
     assert torch.equal(with_gradient(soft, x)[0], soft(x).detach()) and with_gradient(soft, x)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [None, 10.0])
+@pytest.mark.parametrize("name", IN_STEPS)
+def test_gradients_pass_what_goes_in_steps(name, temperature):
+    model, x = IN_STEPS[name], torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    logits, gradient = with_gradient(Softened(model, temperature), x)
+    # of a number that is equal the distance has no slope
+    share = (gradient != 0).float().mean()
+    assert gradient.isfinite().all() and share >= (0.6 if name == "==" else 0.9)
+    if temperature is None:
+        assert torch.allclose(logits, model(x), atol=1e-6)
+    own = None
+    # PyTorch has no derivative of a floor division
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        own = with_gradient(model, x)[1]
+    assert own is None or not own.any()
+
+
+def test_a_wrong_gradient_is_not_followed():
+    class Against(Rounding):
+        @staticmethod
+        def backward(ctx, grad):
+            return -grad
+
+    class Checked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return 3 * z
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    x = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    want = with_gradient(Softened(lambda z: (7 * z).round() / 7, None), x)[1]
+    assert torch.allclose(with_gradient(Softened(Against.apply, None), x)[1], want)
+    # one copy trusts no such function, the others those that have a gradient
+    assert torch.equal(with_gradient(Softened(Checked.apply, 10.0), x)[1], with_gradient(Checked.apply, x)[1])
+    # some images of a batch alone have none
+    half = with_gradient(Softened(lambda z: torch.cat([Rounding.apply(z[:2]), Checked.apply(z[2:])]), 10.0), x)[1]
+    assert torch.equal(half[2:], with_gradient(Checked.apply, x)[1][2:]) and (half[:2] != 0).all()
+
+
+def test_hardtanh_is_softened_in_its_range():
+    x = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    for function in (F.hardtanh, F.hardtanh_):
+
+        def model(z, function=function):
+            return function(1 * z, 0.4, 0.6)
+
+        straight, soft = (with_gradient(Softened(model, t), x)[1] for t in (None, 10.0))
+        assert (straight != 0).float().mean() < 0.5 and (soft != 0).all() and soft.norm() > straight.norm()
 
 
 def test_a_softened_threshold_is_smooth():

@@ -1,74 +1,49 @@
 """An evaluation that several processes share has the rows of one, image by image, whatever happens to them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from teamwork import KINDS
+import torch.distributed as dist
+from forks import Victim, together, until
+from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
+from purify_fast import cli
 from purify_fast._files import folder_lock
+from purify_fast.evaluation import cache, team
+from purify_fast.evaluation.measure import Measure
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-
-
-def result(folder, name, rank=0):
-    return json.loads((folder / f"{name}-{rank}.json").read_text())
-
-
-def torchrun(folder, world, *actions, how=()):
-    """Actions of teamwork.py in processes that torchrun starts, and ends together."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *how]
-    command += [str(SCRIPT), str(folder), repr(list(actions))]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-
-
-def processes(folder, world, *actions, store="env://"):
-    """The same in processes that do not end with each other; their exit statuses and errors."""
-    (folder / "store").unlink(missing_ok=True)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29900 + os.getpid() % 90), "STORE": store}
-    started = []
-    for rank in range(world):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        command = [sys.executable, str(SCRIPT), str(folder), repr(list(actions))]
-        started.append(subprocess.Popen(command, env=ENVIRONMENT | address | own, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [process.returncode for process in started], errors
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one():
     """What one process finds."""
-    folder = tmp_path_factory.mktemp("one")
-    command = [sys.executable, str(SCRIPT), str(folder), "[('reports', ())]"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120)
-    return result(folder, "reports")
+    return reports()
 
 
 def without_margins(report):
-    for row in report["rows"]:
-        row.pop("margins", None)
-    return report
+    return {**report, "rows": [{key: row[key] for key in row if key != "margins"} for row in report["rows"]]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_the_rows_are_those_of_one_process(one, tmp_path, world):
-    """With a folder and without; also on the others but for the arrays beside the report."""
-    done = torchrun(tmp_path, world, ("reports", (str(tmp_path / "out"),)))
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path, "reports") == one
-    for rank in range(1, world):
-        others = result(tmp_path, "reports", rank)
-        assert others == {kind: without_margins(json.loads(json.dumps(one[kind]))) for kind in KINDS}
+    """Also on the others but for the arrays beside the report."""
+    done = together(tmp_path, world, lambda: reports(tmp_path / "out"))
+    assert done.codes == [0] * world, done.errors
+    assert done.results[0] == one
+    for others in done.results[1:]:
+        assert others == {kind: without_margins(one[kind]) for kind in KINDS}
     # the attacks found something, and not everything
     for kind in KINDS:
         accuracies = {row["mean"] for row in one[kind]["rows"]}
@@ -77,16 +52,47 @@ def test_the_rows_are_those_of_one_process(one, tmp_path, world):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_dir() and path.parent.name == "rows"]
 
 
+def counted(kind, out=None):
+    """The report, and how many batches this process made."""
+    calls, original = [], cache.PartialRow.keep
+    with mock.patch.object(cache.PartialRow, "keep", lambda *args: calls.append(1) or original(*args)):
+        return report(kind, out), len(calls)
+
+
 def test_without_a_folder_nothing_is_left(one, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path / "temporary"))
-    done = torchrun(tmp_path, 2, ("counted", ("own", None)), ("report", ("deterministic",)))
-    assert done.returncode == 0, done.stderr
-    (first, made), (_, others) = (result(tmp_path, "counted", rank) for rank in (0, 1))
-    # 22 images by 4, one attack after the other
-    assert first == one["own"] and made + others in (10, 11, 12) and others > 0
-    assert result(tmp_path, "report") == one["deterministic"]
-    assert not list((tmp_path / "temporary").glob("shared-*"))
+    monkeypatch.setattr(team.tempfile, "tempdir", str(tmp_path / "temporary"))
+    done = together(tmp_path, 2, lambda: (*counted("own"), report("deterministic")))
+    assert done.codes == [0, 0], done.errors
+    (first, mine, after), (_, others, _) = done.results
+    # each makes its share, and a batch that both begin is made twice
+    alone = counted("own")[1]
+    assert first == one["own"] and alone <= mine + others <= alone + 2 and min(mine, others) > 0
+    assert after == one["deterministic"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+MOMENTS = {
+    "keep": (cache.PartialRow, "keep"),
+    "write": (cache, "write_sealed"),
+    "claim": (team.Team, "taken"),
+    "judge": (Measure, "_judged"),
+}
+
+
+def killed(folder, kind, rank, number, moment="keep", store="file"):
+    """One process is killed at its first, second, ... call of a function."""
+    victim = Victim(folder, rank, team)
+
+    def work():
+        victim.wait_patiently()
+        # the first process says goodbye to one that died with nothing to do
+        team.GOODBYE = 1.0
+        if dist.get_rank() == rank:
+            kill_at_call(*MOMENTS[moment], number)
+        return report(kind, folder / "out")
+
+    return together(folder, 2, work, store, victim.is_killed)
 
 
 @pytest.mark.parametrize(
@@ -102,87 +108,134 @@ def test_without_a_folder_nothing_is_left(one, tmp_path, monkeypatch):
 )
 def test_a_killed_process_costs_its_batch(one, tmp_path, kind, victim, number, moment):
     """The first process goes on without another one; without the first one the others end, and three go on."""
-    out, action = str(tmp_path / "out"), ("killed", (kind, str(tmp_path / "out"), victim, number, moment))
-    codes, errors = processes(tmp_path, 2, action, store=f"file://{tmp_path}/store")
+    done = killed(tmp_path, kind, victim, number, moment)
     # one that comes late finds nothing to do
-    assert codes[victim] in (-signal.SIGKILL, 0), errors
+    assert done.codes[victim] in (-signal.SIGKILL, 0), done
     if victim == 1:
-        assert codes[0] == 0 and result(tmp_path, "killed") == one[kind], errors
+        assert done.codes[0] == 0 and done.results[0] == one[kind], done.errors
         return
-    assert codes[0] == -signal.SIGKILL and codes[1] == 1 and "no sign of life of the first" in errors[1], errors
-    done = torchrun(tmp_path, 3, ("report", (kind, out)))
-    assert done.returncode == 0 and result(tmp_path, "report") == one[kind], done.stderr
+    assert done.codes == [-signal.SIGKILL, 1] and "no sign of life of the first" in done.errors[1], done
+    done = together(tmp_path, 3, lambda: report(kind, tmp_path / "out"))
+    assert done.codes == [0] * 3 and done.results[0] == one[kind], done.errors
 
 
 def test_the_first_process_is_killed_and_its_store_with_it(one, tmp_path):
-    out = str(tmp_path / "out")
-    codes, errors = processes(tmp_path, 2, ("killed", ("random", out, 0, 2)))
-    assert codes == [-signal.SIGKILL, 1] and "ProcessLost: process 1 of 2" in errors[1], errors
+    done = killed(tmp_path, "random", 0, 2, store="first")
+    assert done.codes == [-signal.SIGKILL, 1] and "ProcessLost: process 1 of 2" in done.errors[1], done
     # what was finished is not made again
-    done = torchrun(tmp_path, 3, ("counted", ("random", out)))
-    assert done.returncode == 0 and result(tmp_path, "counted")[0] == one["random"], done.stderr
-    begun = sum(result(tmp_path, "counted", rank)[1] for rank in range(3))
-    done = torchrun(tmp_path, 2, ("counted", ("random", str(tmp_path / "other"))))
-    assert sum(result(tmp_path, "counted", rank)[1] for rank in range(2)) > begun
-
-
-def test_torchrun_starts_again_what_was_killed(one, tmp_path):
-    action = ("killed_once", ("deterministic", str(tmp_path / "out"), 1, 1))
-    done = torchrun(tmp_path, 2, action, how=("--max-restarts", "1"))
-    assert done.returncode == 0 and (tmp_path / "out" / "killed").exists(), done.stderr
-    assert result(tmp_path, "killed_once") == one["deterministic"]
+    done = together(tmp_path, 3, lambda: counted("random", tmp_path / "out"))
+    assert done.codes == [0] * 3 and done.results[0][0] == one["random"], done.errors
+    whole = together(tmp_path, 2, lambda: counted("random", tmp_path / "other"))
+    assert sum(count for _, count in whole.results) > sum(count for _, count in done.results)
 
 
 def test_one_that_was_stopped_ends_when_it_goes_on(one, tmp_path):
-    began = time.monotonic()
-    codes, errors = processes(
-        tmp_path, 2, ("stopped", ("random", str(tmp_path / "out"))), store=f"file://{tmp_path}/store"
-    )
-    assert codes == [0, 0] and time.monotonic() - began < 60, errors
-    assert result(tmp_path, "stopped") == one["random"]
-    assert "process 1 gave no sign of life" in result(tmp_path, "stopped", 1)
+    """In its first batch, until the first process has said that it is lost."""
+    told, victim = tmp_path / "told", Victim(tmp_path, 1, team)
+
+    class Told(logging.Handler):
+        def emit(self, record):
+            told.touch()
+
+    def work():
+        victim.wait_patiently()
+        if dist.get_rank() == 0:
+            logging.getLogger("purify_fast").addHandler(Told())
+            return report("random", tmp_path / "out")
+        original = cache.PartialRow.keep
+        cache.PartialRow.keep = lambda *args: (os.kill(os.getpid(), signal.SIGSTOP), original(*args))
+        with pytest.raises(ConnectionError) as raised:
+            report("random", tmp_path / "out")
+        return str(raised.value)
+
+    def stop_and_go_on(processes):
+        victim.is_stopped(processes)
+        until(told.exists)
+        os.kill(processes.pids[1], signal.SIGCONT)
+
+    done = together(tmp_path, 2, work, meanwhile=stop_and_go_on)
+    assert done.codes == [0, 0], done.errors
+    assert done.results[0] == one["random"] and "process 1 gave no sign of life" in done.results[1]
 
 
-def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
-    actions = [("failing", (1,)), ("different", ()), ("unseen", ())]
-    done = torchrun(tmp_path, 2, *actions)
-    assert done.returncode == 0, done.stderr
-    failed = [result(tmp_path, "failing", rank) for rank in (0, 1)]
-    assert failed == ["process 1 has no memory"] * 2
-    different = [result(tmp_path, "different", rank) for rank in (0, 1)]
-    assert different[0] == different[1] and "process 1 evaluates something else than the first (seed" in different[0]
-    unseen = [result(tmp_path, "unseen", rank) for rank in (0, 1)]
-    assert unseen[0] == unseen[1] and "does not see" in unseen[0] and "give out=FOLDER" in unseen[0]
+def refused(error, evaluate):
+    """The words of an error in this process."""
+    with pytest.raises(error) as raised:
+        evaluate()
+    return str(raised.value)
+
+
+def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(team, "VISIBLE", 0.5)
+
+    def attack(model, x, y):
+        if dist.get_rank() == 1:
+            raise RuntimeError("process 1 has no memory")
+        time.sleep(0.3)
+        return x
+
+    def work():
+        yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack], curve=()))
+        # another seed in each process
+        yield refused(ValueError, lambda: made("deterministic", seed=dist.get_rank()))
+        if dist.get_rank() == 1:
+            # another machine has other temporary files
+            Path.is_dir = lambda self: False
+        yield refused(ValueError, lambda: report("own"))
+
+    done = together(tmp_path, 2, lambda: list(work()))
+    assert done.codes == [0, 0], done.errors
+    assert done.results[0] == done.results[1]
+    failed, different, unseen = done.results[0]
+    assert failed == "process 1 has no memory"
+    assert "process 1 evaluates something else than the first (seed" in different
+    assert "does not see" in unseen and "give out=FOLDER" in unseen
 
 
 def test_each_works_alone_if_asked(one, tmp_path):
-    done = torchrun(tmp_path, 2, ("alone", ()))
-    assert done.returncode == 0, done.stderr
-    (first, own, shared), (nothing, others, _) = (result(tmp_path, "alone", rank) for rank in (0, 1))
+    """The first process works alone, then all evaluate, each something else."""
+
+    def work():
+        rank = dist.get_rank()
+        first = plain(made("random", together=False, seed=9)) if rank == 0 else None
+        return first, plain(made("random", together=False, seed=rank)), report("deterministic")
+
+    done = together(tmp_path, 2, work)
+    assert done.codes == [0, 0], done.errors
+    (first, own, shared), (nothing, others, _) = done.results
     assert shared == one["deterministic"] and nothing is None
     assert {report["about"]["seed"] for report in (first, own, others)} == {"9", "0", "1"}
 
 
-def test_the_command_by_torchrun(tmp_path):
+@pytest.mark.slow
+def test_the_command_by_several_processes(tmp_path):
     """The first process alone speaks and writes; a folder that is in use is refused in all of them."""
-    words = "evaluate zoo:digits-pgd-at --images 20 --protocol fast --batch-size 4 --device cpu --out"
+    words = "evaluate zoo:digits-pgd-at --images 10 --protocol fast --batch-size 4 --device cpu --out"
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    assert cli.main([*words.split(), str(alone)]) == 0
 
-    def run(how, out):
-        command = [sys.executable, *how, "-m", "purify_fast", *words.split(), str(out)]
-        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    def command():
+        return cli.main([*words.split(), str(shared)])
 
-    assert run([], alone).returncode == 0
-    done = run(several, shared)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Robustness, L-inf") == 1 and done.stdout.count("written:") == 1
+    done = together(tmp_path, 2, command, "torchrun")
+    assert done.results == [0, 0], done.errors
+    assert done.errors[0].count("Robustness, L-inf") == done.errors[0].count("written:") == 1
+    assert done.errors[1] == ""
     reports = [json.loads((folder / "report.json").read_text()) for folder in (alone, shared)]
-    for report in reports:
-        for row in report["rows"]:
+    for found in reports:
+        for row in found["rows"]:
             del row["seconds"]
     assert reports[0]["rows"] == reports[1]["rows"] and reports[0]["notes"] == reports[1]["notes"]
     assert (shared / "run.yaml").is_file() == (alone / "run.yaml").is_file()
     with folder_lock(shared):
-        refused = run(several, shared)
-    assert refused.returncode != 0 and "shared is written by another run" in refused.stderr
+        refused = together(tmp_path, 2, command, "torchrun")
+    assert 0 not in refused.results and "shared is written by another run" in refused.errors[0], refused
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed(one, tmp_path):
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(SCRIPT), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert json.loads((tmp_path / "report.json").read_text()) == one["deterministic"]

@@ -213,4 +213,4 @@ def test_the_page_and_its_signs_agree():
     assert "The attacks had usable gradients" not in page and 'class="card"' in card
     assert "none gives a reason to doubt the number; noted: gradient health." in page
     assert page.count('class="bar masked"') == 1
-    assert "noted: worth knowing, and no reason to doubt the number." in " ".join(report.to_text(color=False).split())
+    assert "noted: worth knowing, and no reason to doubt the number" in " ".join(report.to_markdown().split())

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 #: The options with which each script runs here, and what its output holds.
 SMALL = {
-    "arrest_then_carso.py": (["--tiny"], r"CARSO on ARREST +worst"),
+    "arrest_then_carso.py": (["--tiny"], r"CARSO on ARREST: \d"),
     "atop_on_image_folder.py": (["--tiny"], r"on the classifier alone \(not adaptive\)"),
-    "hf_model.py": ([], r"CARSO +PGD-5 ce"),
+    "hf_model.py": ([], r"CARSO: \d"),
     "judge_your_defence.py": (["--epochs", "4", "--images", "40"], r"The defence keeps \d+ % .* its base \d+ %"),
     "kernels_in_your_loop.py": ([], r"images differ by 0\n.*\n.*finite: True\n.*batch: True"),
     "lightning_loop.py": ([], r"trained by .*; logits \(2, 10\)"),
     "read_published_weights.py": (["--tiny"], r"through PeeL"),
-    "train_carso_cifar10.py": (["--tiny", "--out", "runs"], r"CARSO +worst"),
+    "train_carso_cifar10.py": (["--tiny", "--out", "runs"], r"CARSO: \d"),
     "wrap_a_torchvision_model.py": ([], r"saved and loaded: the same predictions"),
 }
 
@@ -37,10 +37,9 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys, no_network):
-    if name in ("judge_your_defence.py", "arrest_then_carso.py"):
-        pytest.importorskip("sklearn")
     options, said = SMALL[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *options])
@@ -49,18 +48,18 @@ def test_an_example_runs(name, tmp_path, monkeypatch, capsys, no_network):
     assert re.search(said, out), out
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path):
-    pytest.importorskip("sklearn")
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = ["bash", str(EXAMPLES / "multi_gpu.sh"), "--tiny"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "trained in 2 processes" in done.stdout and (tmp_path / "carso" / "run.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm(tmp_path):
     """With a Slurm of one machine, whose `srun` runs the command once."""
-    pytest.importorskip("sklearn")
     for name, content in {"scontrol": "echo localhost", "srun": 'exec "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
         (tmp_path / name).chmod(0o755)
@@ -69,7 +68,7 @@ def test_a_job_of_slurm(tmp_path):
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     words = "zoo:digits-pgd-at --protocol fast --images 10 --batch-size 2 --device cpu --out report"
     command = ["bash", str(EXAMPLES / "slurm.sh"), *words.split()]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "worst" in done.stdout and (tmp_path / "report" / "report.json").is_file()
 

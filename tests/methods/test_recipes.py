@@ -194,6 +194,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_term_with_a_weight_has_a_gradient(name):
     """Without a term's weight the same training ends elsewhere; a term that never acted would change nothing."""

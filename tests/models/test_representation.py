@@ -95,6 +95,22 @@ def test_layers_that_cannot_be_read(layers, message):
         Representation(Twice(), layers, (1, 16, 16))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layer1", "no module 'layer1'; give its full path: model.layer1$"),
+        ("1.conv2", "no module '1.conv2'; give its full path: model.layer1.1.conv2 or model.layer2.1.conv2"),
+        ("layer9", "no module 'layer9'; near: model.layer1, model.layer2, model.layer3, model.layer4$"),
+        ("model.layer9", "no module 'model.layer9'; near: model.layer1, model.layer2, model.layer3, model.layer4$"),
+    ],
+)
+def test_a_layer_without_what_stands_before_it_is_found(name, message):
+    wrapped = nn.Module()
+    wrapped.model = resnet18(num_classes=2)
+    with pytest.raises(ValueError, match=message):
+        Representation(wrapped, [name], (3, 32, 32))
+
+
 def test_layers_as_a_text_and_a_single_logit_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(1))
     net(torch.zeros(1, 3, 8, 8))

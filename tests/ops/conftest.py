@@ -24,7 +24,9 @@ def _registered(handle, *inputs: tuple) -> None:
         given = {a.untyped_storage().data_ptr() for a in leaves if a.numel()}
         for real, imagined in zip(outputs, fakes, strict=True):
             assert (real.shape, real.dtype) == (imagined.shape, imagined.dtype)
-            assert real.stride() == imagined.stride()
+            # strides of an empty tensor, or of a dimension of size 1, address nothing: kernels of PyTorch differ there
+            differing = [n for n, a, b in zip(real.shape, real.stride(), imagined.stride(), strict=True) if a != b]
+            assert real.numel() == 0 or all(n == 1 for n in differing), (real.stride(), imagined.stride())
             assert real.is_contiguous() or real.is_contiguous(memory_format=torch.channels_last)
             assert real.numel() == 0 or real.untyped_storage().data_ptr() not in given, "an output aliases an input"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from purify_fast.ops import REGISTRY, philox, use_backend
+from purify_fast.ops import REGISTRY, pgd_step, philox, use_backend
 from purify_fast.ops.dispatch.op import BACKENDS, Call
 from purify_fast.ops.dispatch.registry import _narrow
 
@@ -23,13 +23,28 @@ def test_every_op_has_its_reference_everywhere():
             assert set(op.available[kind]) <= {name for name, kinds in BACKENDS.items() if kind in kinds}
 
 
-def test_forced_backend_of_another_device_leaves_this_one_alone():
-    for op in REGISTRY.values():
-        with use_backend("triton"):
-            assert op.serving(Call(CPU)) == op.wanted(Call(CPU)).backend
-            if "triton" in op.available["cuda"]:
-                assert op.serving(Call(CUDA)) == "triton"
-        assert op.serving(Call(torch.device("meta"))) == "reference"
+def test_a_forced_backend_serves_or_is_said_to_be_missing():
+    meta = torch.device("meta")
+    for name, op in REGISTRY.items():
+        for backend, device in [("triton", CPU), ("cpp", CUDA), ("triton", meta), ("cpp,triton", meta)]:
+            with use_backend(backend), pytest.raises(RuntimeError, match=f"^{name}: .*{device.type}; there are: ref"):
+                op.serving(Call(device))
+        with use_backend("triton,cpp,reference"):
+            assert op.serving(Call(CUDA)) == op.available["cuda"][-1]
+            assert op.serving(Call(CPU)) == op.available["cpu"][-1]
+            assert op.serving(Call(meta)) == "reference"
+        with use_backend("reference"):
+            assert op.serving(Call(meta)) == "reference"
+        assert op.serving(Call(meta)) == "reference"
+
+
+def test_a_call_names_the_op_the_device_and_what_there_is():
+    x, there = torch.rand(2, 3, 4, 4), ", ".join(REGISTRY["pgd_step"].available["cpu"])
+    wanted = rf"pgd_step: the forced backend 'triton' has no kernel for tensors on cpu; there are: {there}\. Add one"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=wanted):
+        pgd_step(x, x, x, 0.1, 0.1)
+    with use_backend("triton,reference"):
+        assert torch.equal(pgd_step(x, x, x, 0.1, 0.0), x)
 
 
 def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
@@ -40,7 +55,9 @@ def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
         assert op.serving(Call(CUDA)) == "reference"
     with (
         use_backend("cpp,triton"),
-        pytest.raises(RuntimeError, match=r"philox: backend 'triton' is forced but missing; on cuda .*: ref"),
+        pytest.raises(
+            RuntimeError, match=r"philox: the forced backend 'cpp' or 'triton' has no kernel .* cuda; .*: ref"
+        ),
     ):
         op.serving(Call(CUDA))
     with pytest.raises(ValueError, match="backend 'gpu' is unknown"), use_backend("triton,gpu"):
@@ -67,10 +84,11 @@ def test_use_backend_nests_and_restores():
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
 
 
+@pytest.mark.slow
 def test_without_triton_and_the_extension_the_opaque_op_is_the_reference():
     """Autograd does not trace into the op, and the op keeps its contract."""
     code = (

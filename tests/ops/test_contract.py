@@ -218,6 +218,7 @@ def test_the_schema_the_fake_and_the_registrations(registered, name):
             registered(REGISTRY[name].handle, tile(one, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiles_to_one_graph(function, backend, compiles, name, request):
     if name == "noisy_replay" and backend == "reference" and torch.__version__ < "2.12":
@@ -335,6 +336,24 @@ def test_kernels_refuse_second_derivatives_and_vmap(name):
         of_one = torch.func.grad(lambda x: tensors(function.call(x, *given[1:]))[0].sum())
         with pytest.raises(RuntimeError, match="vmap"):
             torch.vmap(of_one)(torch.stack([given[0]]))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L-inf", "l_inf", "LINF", "L2", "l2"])
+def test_a_norm_is_read_as_others_write_it(norm):
+    """By every op that takes one, in compiled code too."""
+    torch.manual_seed(0)
+    plain = "l2" if "2" in norm else "linf"
+    x, grad, near = torch.rand(3, 2, 6, 6), torch.randn(3, 2, 6, 6), torch.rand(3, 2, 6, 6)
+    numbers, pattern = torch.rand(3, 1, 7), torch.full((2, 2, 2), 0.5) if plain == "l2" else None
+    for op in (
+        lambda norm: ops.pgd_step(x, grad, near, 0.1, 0.2, norm),
+        lambda norm: ops.apgd_step(x, grad, near, x, 0.1, 0.2, 0.7, norm),
+        lambda norm: ops.hyperplane_projection(x, grad, 0.3, norm),
+        lambda norm: ops.square_proposal(x, near, 0.1, numbers, 2, norm, pattern=pattern),
+    ):
+        assert torch.equal(op(norm), op(plain))
+    compiled = torch.compile(lambda x: ops.pgd_step(x, grad, near, 0.1, 0.2, norm), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), ops.pgd_step(x, grad, near, 0.1, 0.2, plain))
 
 
 SEED, IDS, META = torch.tensor([5]), torch.arange(3), torch.device("meta")

@@ -92,13 +92,17 @@ def test_gradients_of_float32_weights_are_not_rounded(kernels, shape):
     with use_backend("reference"):
         golden = gradients(x.double(), weight.to(HALF).double(), bias.double(), settings, normal(
             *out.shape, seed=3, dtype=torch.float32).to(HALF))  # fmt: skip
-    tolerance = 1e-5 if kernels == "cpp" else 1e-2
-    torch.testing.assert_close(of_bias.double(), golden[3], rtol=tolerance, atol=tolerance)
+    if kernels == "reference":
+        # without AVX512-BF16 PyTorch rounds its sums to bfloat16
+        for got, exact in ((of_bias, golden[3]), (of_weight, golden[2])):
+            torch.testing.assert_close(got.double(), exact, rtol=0, atol=2**-7 * exact.abs().max().item())
+        return
+    torch.testing.assert_close(of_bias.double(), golden[3], rtol=1e-5, atol=1e-5)
     if shape == TILED:
         # of numbers that were rounded once more
         assert (of_weight - golden[2]).square().mean().sqrt() < 0.005 * golden[2].square().mean().sqrt()
     else:
-        torch.testing.assert_close(of_weight.double(), golden[2], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(of_weight.double(), golden[2], rtol=1e-5, atol=1e-5)
 
 
 def test_any_layout(kernels):
@@ -110,7 +114,7 @@ def test_any_layout(kernels):
         for weights in (weight.contiguous(), weight.to(memory_format=LAST), weight.mT.contiguous().mT):
             got = gradients(images, weights, bias, settings)
             for one, same in zip(got, wanted, strict=True):
-                torch.testing.assert_close(one, same, rtol=1e-2, atol=1e-2)
+                torch.testing.assert_close(one, same, rtol=1e-2, atol=1e-2 * same.abs().max().item())
     ones = torch.ones(1, dtype=HALF).expand(wanted[0].shape)
     for one, same in zip(
         gradients(x, weight, bias, settings, ones), gradients(x, weight, bias, settings, ones.clone()), strict=True
@@ -266,7 +270,8 @@ def test_compiles(kernels, compiles):
     layer = Conv2d(6, 4, 3, 1, 1)
 
     def function(x):
-        with torch.autocast("cpu", HALF):
+        # in bfloat16 PyTorch's own kernel may round otherwise inside a graph, which is no matter of this package
+        with torch.autocast("cpu", HALF, enabled=kernels == "cpp"):
             return layer(2 * x).float()
 
     compiles(function, make)

@@ -59,6 +59,7 @@ def test_white_pixels_keep_their_gradient(monkeypatch):
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_decode_prior_compiles(compiles):
     def make(size: int) -> tuple:
         condition, _, ids, *_ = packed_arguments(size, torch.float32)

@@ -165,6 +165,7 @@ def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_h
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
 
 
+@pytest.mark.slow
 def test_a_real_race_in_small(folder, monkeypatch):
     """Also inside compiled graphs: every row has both times, and a second race takes the place of the first."""
     monkeypatch.setattr(tune, "ELEMENTS", {"cpu": {"small": 2**10}})

@@ -52,6 +52,12 @@ def test_settings_out_of_range_are_named(wrong, message):
     assert TrainingAttack(eps=3.0, steps=3, norm="l2") and TrainingAttack(eps=0.0, steps=3, alpha=0.0)
 
 
+def test_a_norm_is_read_as_others_write_it():
+    attack = TrainingAttack(eps=0.1, steps=3, norm="L-inf")
+    assert attack == TrainingAttack(eps=0.1, steps=3) and attack.norm == "linf"
+    assert TrainingAttack(eps=3.0, steps=3, norm="L2").at_epoch(0, 2).norm == "l2"
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_every_training_has_one_and_its_settings_are_a_flat_table(config):
     assert isinstance(config.attack, TrainingAttack)

@@ -3,13 +3,15 @@
 import json
 import logging
 import os
-import runpy
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import together
 from small_runs import SHAPE, StopAt, Stopped, atop_task, attack, carso_task, classifier_task, same
+from trainings import banked
 
 from purify_fast import cli, load_defence
 from purify_fast.attacks import pgd
@@ -104,7 +106,7 @@ def test_without_refreshing_a_full_bank_is_read_and_nothing_is_attacked(tmp_path
     # a later run with the same key starts with it, with another seed and other settings of the purifier
     calls.pgd = calls.fgsm = 0
     train(TASKS["carso"](beta=0.5), tmp_path / "b", epochs=5, banks=tmp_path / "banks", refresh=0.0, loop={"seed": 5})
-    assert calls.pgd + calls.fgsm <= 256 - filled and len(list((tmp_path / "banks").iterdir())) == 1
+    assert calls.pgd + calls.fgsm <= 256 - filled and len(list((tmp_path / "banks").glob("*.bank"))) == 1
     assert rows(tmp_path / "b")[-1]["read"] >= 5 * 32 - (256 - filled)
 
 
@@ -123,9 +125,11 @@ def test_the_share_that_is_made_anew_is_rho(tmp_path, monkeypatch):
     assert made[0] == 192 and 0 < abs(made[1] - 192) <= 36
 
 
-def test_an_attack_without_a_random_start_keeps_one_variant_of_an_image(tmp_path):
-    train(TASKS["atop"](), tmp_path / "a", epochs=3, banks=tmp_path / "banks", refresh=0.0, variants=4)
+def test_an_attack_without_a_random_start_keeps_one_variant_of_an_image(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        train(TASKS["atop"](), tmp_path / "a", epochs=3, banks=tmp_path / "banks", refresh=0.5, variants=4)
     assert [row["made"] for row in rows(tmp_path / "a")] == [64, 64, 64]
+    assert "about 64 images will be attacked in place of 192" in caplog.text
     train(TASKS["atop, random starts"](), tmp_path / "b", epochs=6, banks=tmp_path / "banks", refresh=0.0, variants=4)
     assert [row["made"] for row in rows(tmp_path / "b")] == [64, 128, 192, 256, 256, 256]
 
@@ -218,7 +222,7 @@ def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path,
     assert cli.main(["train", "carso", "--config", str(tmp_path / "a" / "run.yaml"), "--out", str(tmp_path / "b")]) == 0
     first, second = (rows(tmp_path / name)[-1] for name in "ab")
     assert first.items() >= {"variants": 5, "refresh": 0.25}.items() and second["made"] < first["made"]
-    assert len(list((tmp_path / "banks").iterdir())) == 1
+    assert len(list((tmp_path / "banks").glob("*.bank"))) == 1
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind,
             train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", callbacks=[StopAt(step)], **options)
     resumed = train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", **options)
     assert same(whole, resumed)
-    files = [next((tmp_path / name).iterdir()).read_bytes() for name in ("banks of whole", "banks")]
+    files = [next((tmp_path / name).glob("*.bank")).read_bytes() for name in ("banks of whole", "banks")]
     assert files[0] == files[1]
 
 
@@ -284,7 +288,7 @@ def test_a_step_that_is_taken_again_makes_all_that_it_made_or_nothing(tmp_path):
 
 def test_a_damaged_record_is_noticed_and_made_again(tmp_path, caplog):
     train(TASKS["atop"](), tmp_path / "a", epochs=1, banks=tmp_path / "banks", refresh=0.0)
-    (path,) = (tmp_path / "banks").iterdir()
+    (path,) = (tmp_path / "banks").glob("*.bank")
     content = bytearray(path.read_bytes())
     size = len(content) // 64
     for image in (3, 40):
@@ -297,6 +301,40 @@ def test_a_damaged_record_is_noticed_and_made_again(tmp_path, caplog):
         train(TASKS["atop"](), tmp_path / "b", epochs=2, banks=tmp_path / "banks", refresh=0.0, loop={"seed": 1})
     assert [row["made"] for row in rows(tmp_path / "b")] == [3, 3]
     assert "3 were damaged and made again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "page", [b"\xff" * 4096, np.random.default_rng(0).bytes(4096)], ids=["all bits", "random bytes"]
+)
+def test_a_page_of_damage_counts_as_missing_and_ends_no_training(tmp_path, caplog, page):
+    options = {"banks": tmp_path / "banks", "refresh": 0.0, "variants": 4}
+    train(TASKS["atop, random starts"](), tmp_path / "a", epochs=4, **options)
+    (path,) = (tmp_path / "banks").glob("*.bank")
+    content = bytearray(path.read_bytes())
+    size = len(content) // 256
+    content[4096:8192] = page
+    path.write_bytes(content)
+    touched = sum(record * size < 8192 and (record + 1) * size > 4096 for record in range(256))
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        train(TASKS["atop, random starts"](), tmp_path / "b", epochs=8, **options, loop={"seed": 1})
+    assert f"{100 * (1 - touched / 256):.0f} % full" in caplog.text
+    assert f"{touched} images were attacked" in caplog.text and f"{touched} were damaged and made again" in caplog.text
+
+
+def test_damage_beside_the_place_that_is_written_counts_as_empty(tmp_path):
+    bank = small_bank(tmp_path, variants=3)
+    entries, kinds, steps, scale = np.array([4]), np.array([0]), np.ones((1, 256), np.int8), np.ones(1, np.float32)
+    bank.keep(entries, kinds, 10, steps, scale)
+    bank.records[4, 1:].view(np.uint8)[:] = 0xFF
+    assert bank.fullness() == [1 / 30]
+    before = bank.records.tobytes()
+    # one that looks changes nothing: another process may be writing there
+    assert not bank.find(entries, kinds, 11, np.zeros(1)).there and bank.records.tobytes() == before
+    for seed, full in ((11, 2 / 30), (12, 3 / 30)):
+        bank.keep(entries, kinds, seed, steps, scale)
+        assert bank.fullness() == [full]
+    assert bank.records["draw"][4].tolist() == [10, 11, 12] and bank.records["number"][4].tolist() == [1, 2, 3]
+    assert bank.damaged == 2
 
 
 # -- the key ----------------------------------------------------------------------------------------------------------
@@ -423,9 +461,9 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
     # the same images up to what int8 leaves
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(banked.model.state_dict()[name], value, rtol=2e-2, atol=2e-3)
-    other = next((tmp_path / "banks").iterdir())
+    other = next((tmp_path / "banks").glob("*.bank"))
     train(TASKS["atop"](), tmp_path / "straight", banks=tmp_path / "banks", refresh=0.0)
-    assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list(other.parent.iterdir())) == 2
+    assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list(other.parent.glob("*.bank"))) == 2
 
 
 # -- its size ---------------------------------------------------------------------------------------------------------
@@ -456,6 +494,67 @@ def test_the_banks_of_a_folder_are_bounded_together_and_those_not_used_for_long_
     assert newest.path.stat().st_blocks * 512 >= newest.bytes
 
 
+def test_a_bank_in_use_is_not_removed(tmp_path, caplog):
+    sizes = {small_bank(tmp_path / "other", count=count).bytes: count for count in (10, 11)}
+    limit = sum(sizes) / 1e9
+    first = small_bank(tmp_path, count=10, gigabytes=limit)
+    first.keep(np.array([4]), np.array([0]), 1, np.ones((1, 256), np.int8), np.ones(1, np.float32))
+    unused = small_bank(tmp_path, count=11, gigabytes=limit).path
+    os.utime(first.path, (1e9, 1e9))
+    message = r"needs .* GB, and other runs use .* of banks in .*raise the limit \(gigabytes\), give another folder"
+    with pytest.raises(ValueError, match=message):
+        small_bank(tmp_path, count=12, gigabytes=limit)
+    # nothing was removed for a bank that has no room all the same
+    assert first.path.exists() and unused.exists()
+    small_bank(tmp_path, count=9, gigabytes=limit)
+    assert first.path.exists() and not unused.exists() and small_bank(tmp_path, count=10).fullness() == [1 / 20]
+    path = first.path
+    del first
+    small_bank(tmp_path, count=12, gigabytes=limit)
+    assert not path.exists() and f"{path} was not used for the longest time and is removed" in caplog.text
+
+
+def test_two_new_banks_at_once_do_not_exceed_the_limit(tmp_path, monkeypatch):
+    limit = small_bank(tmp_path / "other").bytes * 1.5 / 1e9
+    allocate, refused, threads = os.posix_fallocate, [], []
+
+    def second():
+        try:
+            small_bank(tmp_path, count=11, gigabytes=limit)
+        except ValueError as error:
+            refused.append(str(error))
+
+    def slowly(*given):
+        if not threads:
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            threads[0].join(0.5)
+        allocate(*given)
+
+    monkeypatch.setattr(os, "posix_fallocate", slowly)
+    first = small_bank(tmp_path, gigabytes=limit)
+    threads[0].join()
+    assert [path.name for path in tmp_path.glob("*.bank")] == [first.path.name] and "other runs use" in refused[0]
+
+
+def test_a_checkpoint_says_that_the_bank_is_used(tmp_path):
+    ages = []
+
+    class Aged:
+        on_end = on_step = lambda self, state: None
+
+        def on_epoch(self, state):
+            (path,) = (tmp_path / "banks").glob("*.bank")
+            ages.append(path.stat().st_mtime)
+            os.utime(path, (1e9, 1e9))
+
+    options = {"banks": tmp_path / "banks", "refresh": 0.0}
+    train(TASKS["atop"](), tmp_path / "a", epochs=1, **options)
+    # a run that only reads
+    train(TASKS["atop"](), tmp_path / "b", **options, callbacks=[Aged()])
+    assert len(ages) == 3 and min(ages) > 1e9
+
+
 def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -463,7 +562,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device: no room for a bank of .* GB: .*\.bank"):
         small_bank(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.bank"))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -508,19 +607,19 @@ def test_settings_are_checked(wrong):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_share_a_bank_and_train_as_one(tmp_path, together):
-    alone = runpy.run_path(str(Path(__file__).with_name("together.py")))
+@pytest.mark.slow
+def test_two_processes_share_a_bank_and_train_as_one(tmp_path):
     folder = tmp_path / "two"
-    codes, errors = together(folder, 2, ("banked", "banked", (str(folder / "run"), str(folder / "banks"))))
-    assert codes == [0, 0], errors
-    alone["banked"](tmp_path / "one", str(tmp_path / "run of one"), str(tmp_path / "banks of one"))
-    one, first, second = (torch.load(path) for path in (tmp_path / "one", folder / "banked-0", folder / "banked-1"))
+    done = together(folder, 2, lambda: banked(folder / "run", folder / "banks"))
+    assert done.codes == [0, 0], done.errors
+    first, second = done.results
+    one = banked(tmp_path / "run of one", tmp_path / "banks of one")
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
     # an image that one process attacked is read by the other
     for name in ("made", "read"):
         assert first[name] + second[name] == one[name] > 100 and min(first[name], second[name]) > 0
     for name, value in one["state"].items():
         torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-3)
-    # the file is theirs together, with the variants of one process
-    (shared,), (own,) = (list(path.iterdir()) for path in (folder / "banks", tmp_path / "banks of one"))
+    # both use one file, with the variants of one process
+    (shared,), (own,) = (list(path.glob("*.bank")) for path in (folder / "banks", tmp_path / "banks of one"))
     assert shared.name == own.name

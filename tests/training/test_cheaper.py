@@ -165,13 +165,33 @@ class Overfitted(torch.nn.Module):
         return torch.stack([torch.zeros_like(wrong), wrong], 1)
 
 
-def test_a_validation_is_by_pgd():
+@pytest.mark.parametrize(
+    "config",
+    [
+        task("n_fgsm").config,
+        # a step as long as the ball is wide, so that every image ends where the model withstands
+        ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=1, alpha=2 * EPS)),
+        ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=2, alpha=EPS)),
+    ],
+    ids=["N-FGSM", "FGSM-RS", "PGD-2"],
+)
+def test_a_validation_is_by_pgd(config):
     """A model that overfitted to one step withstands that, and not ten."""
     given = batch()
     given = type(given)(torch.full_like(given.x, 0.5), torch.zeros_like(given.y), given.sample_ids, given.seed, 0, 10)
-    made = ClassifierTask(Overfitted(), task("n_fgsm").config)
+    made = ClassifierTask(Overfitted(), config)
     assert made.training_step(given)[1]["accuracy"] == 1
     assert made.validate(given)["accuracy"] == 0
+
+
+def test_a_training_attack_of_many_steps_validates_too():
+    attack = TrainingAttack(eps=EPS, steps=20, norm="l2", eps_warmup=0.5)
+    assert attack.of_validations() is attack
+    assert TrainingAttack(eps=EPS, steps=9, norm="l2").of_validations() == TrainingAttack(eps=EPS, steps=10, norm="l2")
+    # clean training is validated on clean images
+    made, given = ClassifierTask(SmallCNN(width=4), ClassifierConfig()), batch()
+    assert made.config.attack.eps == 0
+    assert made.validate(given)["accuracy"] == (made.model(given.x).argmax(1) == given.y).float().mean()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,21 @@
 """Several processes train what one trains; BatchNorm over all of them; kills, refusals, and the command by torchrun."""
 
+import os
 import re
-import runpy
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from cuda_launches import CudaLaunches
+from forks import together
+from trainings import batchnorm, disturbed, first_fails, refusals, small_task, weights
 
 from purify_fast import cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
-SCRIPT = Path(__file__).with_name("together.py")
 KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan", "diffusion")
 NORMS = {  # layer, shape, images of the first process, mean, dtype
     "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
@@ -26,29 +27,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return runpy.run_path(str(SCRIPT))
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, together):
-    """What two processes made of everything in which none of them dies."""
+def two(tmp_path_factory):
+    """A folder, and what each of two processes made of everything in which none of them dies."""
     folder = tmp_path_factory.mktemp("two")
-    codes, errors = together(
-        folder,
-        2,
-        *((kind, "weights", (kind, str(folder / f"run-{kind}"))) for kind in KINDS),
-        *((f"norm-{name}", "batchnorm", arguments) for name, arguments in NORMS.items()),
-        *((f"norm-{name}-as_on_cuda", "batchnorm", (*arguments, True)) for name, arguments in NORMS.items()),
-        ("refusals", "refusals", ()),
-        ("first fails", "first_fails", ()),
-    )
-    assert codes == [0, 0], errors
-    return folder
+
+    def work():
+        made = {kind: weights(kind, folder / f"run-{kind}") for kind in KINDS}
+        made |= {name: batchnorm(*arguments) for name, arguments in NORMS.items()}
+        made |= {f"{name}-as_on_cuda": batchnorm(*arguments, as_on_cuda=True) for name, arguments in NORMS.items()}
+        return made | {"refusals": refusals(), "first fails": first_fails()}
+
+    done = together(folder, 2, work)
+    assert done.codes == [0, 0], done.errors
+    return folder, done.results
 
 
-def results(folder, name):
-    return [torch.load(folder / f"{name}-{rank}") for rank in range(2)]
+def results(two, name):
+    return [made[name] for made in two[1]]
 
 
 def close(one, other):
@@ -58,25 +53,23 @@ def close(one, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_end_with_the_weights_and_metrics_of_one(two, alone, tmp_path, kind):
-    alone["weights"](tmp_path / "one", kind)
-    one = torch.load(tmp_path / "one")
+def test_two_processes_end_with_the_weights_and_metrics_of_one(two, kind):
+    one = weights(kind)
     first, second = results(two, kind)
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
     assert first["last"] == second["last"] == pytest.approx(one["last"], rel=1e-4)
-    start = alone["small_task"](kind).model.state_dict()
+    start = small_task(kind).model.state_dict()
     assert any((one["state"][name] - start[name]).abs().max() > 1e-3 for name in start)
     close(first["state"], one["state"])
-    assert len((two / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
+    assert len((two[0] / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("form", ["", "-as_on_cuda"])
 @pytest.mark.parametrize("name", NORMS)
-def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_path, name, form):
+def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name, form):
     layer, shape, first, mean, dtype = NORMS[name]
-    alone["batchnorm"](tmp_path / "one", f"torch {layer}", shape, first, mean, torch.float64)
-    y, dx, dweight, dbias, *running = torch.load(tmp_path / "one")
-    a, b = results(two, f"norm-{name}{form}")
+    y, dx, dweight, dbias, *running = batchnorm(f"torch {layer}", shape, first, mean, torch.float64)
+    a, b = results(two, f"{name}{form}")
     found = [torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), a[2] + b[2], a[3] + b[3], *a[4:]]
     assert all(torch.equal(*pair) for pair in zip(a[4:], b[4:], strict=True))
     # float32 at a mean of 3,000 holds 4 digits of the deviations; their squares' sum would hold none
@@ -87,20 +80,19 @@ def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_
         torch.testing.assert_close(got.double(), want, **tolerance)
 
 
-@pytest.mark.slow
-def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, alone, together, tmp_path):
+def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path):
     kind, folder = "pipeline", tmp_path / "run"
-    codes, _ = together(tmp_path, 2, ("x", "killed", (kind, str(folder))))
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() == 1 else None  # noqa: E731
+    codes = together(tmp_path, 2, lambda: disturbed(kind, folder, kill)).codes
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
     assert read_tree(folder / "checkpoint.safetensors")["step"] == 3
     shutil.copytree(folder, tmp_path / "by one")
-    codes, errors = together(tmp_path, 2, ("resumed", "weights", (kind, str(folder))))
-    assert codes == [0, 0], errors
-    whole, resumed = torch.load(two / f"{kind}-0"), torch.load(tmp_path / "resumed-0")
+    done = together(tmp_path, 2, lambda: weights(kind, folder))
+    assert done.codes == [0, 0], done.errors
+    (whole, _), (resumed, _) = results(two, kind), done.results
     assert all(torch.equal(tensor, resumed["state"][name]) for name, tensor in whole["state"].items())
     assert whole["last"] == resumed["last"] and (whole["steps"], resumed["steps"]) == (6, 3)
-    alone["weights"](tmp_path / "one", kind, tmp_path / "by one")
-    one = torch.load(tmp_path / "one")
+    one = weights(kind, tmp_path / "by one")
     close(one["state"], whole["state"])
     assert one["last"] == pytest.approx(whole["last"], rel=1e-4) and one["steps"] == 3
 
@@ -121,25 +113,18 @@ def test_what_ends_the_first_process_ends_the_others(two):
     assert second == ["KeyboardInterrupt: ", "SystemExit: 143", "RuntimeError: Unpicklable: a and b"]
 
 
-@pytest.mark.slow
-def test_the_command_by_torchrun(torchrun, tmp_path):
-    two = ["--standalone", "--nproc-per-node", "2"]
-    run = torchrun(
-        two, "classifier", "--width", "2", "--epochs", "2", "--batch-size", "20", "--out", tmp_path / "classifier"
-    )
-    printed, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    assert [len(re.findall(text, printed)) for text in ("last epoch: loss", "classifier  clean", "saved to")] == [
-        1,
-        1,
-        1,
-    ]
-    carso = ["carso", "--classifier", tmp_path / "classifier", "--layers", "conv2", "--epochs", "2", "--steps", "1"]
-    run = torchrun(two, *carso, "--kl-delay", "0", "--batch-size", "21", "--out", tmp_path / "carso")
-    errors = run.communicate(timeout=120)[1]
-    assert run.returncode != 0 and "exitcode  : 2" in errors, errors
-    said = [line for line in errors.splitlines() if line.startswith("purify-fast")]
-    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], errors
+def test_the_command_by_several_processes(few_images, tmp_path):
+    words = ["classifier", "--width", "2", "--epochs", "2", "--batch-size", "20", "--out", str(tmp_path / "classifier")]
+    done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
+    assert done.results == [0, 0], done.errors
+    for text in ("last epoch: loss", r"^clean  +\d", "saved to"):
+        assert [len(re.findall(text, said, re.M)) for said in done.errors] == [1, 0]
+    words = ["carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", "--epochs", "2"]
+    words += ["--steps", "1", "--kl-delay", "0", "--batch-size", "21", "--out", str(tmp_path / "carso")]
+    done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
+    assert done.results[0] == 2 and done.codes[1] == 1
+    said = [line for text in done.errors for line in text.splitlines() if line.startswith("purify-fast")]
+    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], done.errors
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):

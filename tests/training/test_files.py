@@ -133,7 +133,7 @@ torch.save(weights, sys.argv[1] + "-weights")
 @pytest.mark.parametrize("how", ["stop", "wait"])
 def test_a_full_disk_ends_a_run_with_the_file_named_or_is_waited_for(tmp_path, how):
     script = [sys.executable, "-c", FULL, str(tmp_path / "run"), os.path.dirname(__file__), how]
-    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     if how == "wait":
         assert done.returncode == 0 and done.stderr.count("waiting until there is room") == 1, done.stderr
         assert same(torch.load(f"{tmp_path}/run-weights"), train(None, epochs=1))
@@ -206,6 +206,7 @@ torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     """A run that is asked to end, as by a cluster's scheduler, loses nothing."""
@@ -215,7 +216,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     while not (tmp_path / "run" / CHECKPOINT).is_file():
         time.sleep(0.01)
     process.terminate()
-    errors = process.communicate(timeout=60)[1].decode()
+    errors = process.communicate(timeout=600)[1].decode()
     assert process.returncode == 143, errors
     step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
     told = f"ended by SIGTERM after step {step} of 320: the same again goes on from the last checkpoint, in {tmp_path}"

@@ -35,6 +35,7 @@ def where(reason):
     return Path(frame.filename).relative_to(Path(purify_fast.__file__).parent).as_posix(), frame.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "most"), STEPS)
 def test_a_step_breaks_only_in_its_attack(make, most):
     torch.manual_seed(0)

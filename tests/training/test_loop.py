@@ -62,7 +62,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(
     kills, code = 0, None
     while code != 0:
         # after a few kills the run may finish, however slow the machine
-        after = random.uniform(0.3, 1.5) if kills < 3 else None
+        after = random.uniform(0.3, 1.5) if kills < 2 else None
         code, errors = run(tmp_path / "killed", target, after)
         assert code in (0, -signal.SIGKILL), errors
         kills += code != 0

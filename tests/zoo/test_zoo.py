@@ -73,6 +73,7 @@ def test_a_defence_and_its_classifier_are_models_of_their_own():
         zoo.classifier_folder("digits-pgd-at")
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["zoo"]) == 0

@@ -44,7 +44,8 @@ def generator(made):
     return made / "generator"
 
 
-def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monkeypatch, short_signs):
     monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
     assert logged["discriminator"] > 0 and "cross_entropy" not in logged
@@ -59,12 +60,12 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
     for folder in (tuned, pipeline):
         assert f"attack it with: purify-fast evaluate {folder} --data {made / 'bars.npz'}\n" in said
 
-    few = ["--images", "8", "--steps", "2", "--eot-iter", "2", "--protocol", "fast", "--eps", "0.05", "--device", "cpu"]
+    few = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast", "--eps", "0.05", "--device", "cpu"]
     data = ["--data", str(made / "bars.npz")]
     assert cli.main(["evaluate", str(pipeline), *data, *few]) == 0
     written = pipeline / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
-    assert report.row("clean").n == 8 and (written / "report.md").is_file()
+    assert report.row("clean").n == 4 and (written / "report.md").is_file()
     assert "apgd" in {row.kind for row in report.rows} and "transfer from the base" in report.attacks
 
     weights = []

@@ -125,6 +125,7 @@ def test_shared_masks_are_one_for_the_batch():
     assert not (masks == masks[:1]).all()
 
 
+@pytest.mark.slow
 def test_the_whole_defence_is_one_graph_for_every_batch_size():
     """Of fewer than 16 images in all, the draws counted: of more, torch chooses other convolutions on a CPU."""
     torch._dynamo.reset()
@@ -136,6 +137,7 @@ def test_the_whole_defence_is_one_graph_for_every_batch_size():
                 torch.testing.assert_close(compiled(images(n)), made(images(n)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_whole_defence_compiles_with_its_gradient():
     """As an attack differentiates it; every op of ours opaque, which takes a fraction of the time."""
     torch._dynamo.reset()

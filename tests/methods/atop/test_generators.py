@@ -119,6 +119,7 @@ def test_every_parameter_and_the_input_get_finite_gradients(network):
     assert packed.grad.isfinite().all() and packed.grad[:, :-2].abs().amax((0, 2, 3)).min() > 0
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph_forward_and_backward(network):
     """Inductor would take minutes for DeepFill's forty layers; the ops' own tests have it."""
     torch._dynamo.reset()

@@ -253,6 +253,7 @@ def test_the_pipeline_is_what_is_attacked():
     assert losses["pipeline"] > losses["classifier"]
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
     digits = data.load_dataset("digits")
     made = defence(SmallGenerator(1, width=4))

@@ -95,6 +95,7 @@ def test_it_is_saved_and_loaded(defence, tmp_path):
     assert loaded.arguments == defence.arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["transformer", "wide", "v1"])
 def test_it_compiles_as_one_graph_for_one_image_and_one_for_more(case):
     torch._dynamo.reset()

@@ -137,6 +137,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert loaded.acceleration is None and set(loaded.state_dict()) == set(before)
 
 
+@pytest.mark.slow
 def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

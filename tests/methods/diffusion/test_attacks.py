@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from denoisers import defence, images
+from denoisers import Tiny, defence, images
 
 from purify_fast.attacks import AutoAttack, BpdaModel
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import evaluate, lee_kim_2023
 from purify_fast.evaluation.protocols import PROTOCOLS
-from purify_fast.evaluation.surrogates import surrogates
+from purify_fast.evaluation.surrogates import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.methods.diffusion.released_evaluation import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +43,39 @@ def test_published_attacks_follow_exact_gradients():
 
 
 # -- surrogates --------------------------------------------------------------------------------------------------------
+
+
+class Rounds(Tiny):
+    """A denoiser whose prediction is rounded."""
+
+    def forward(self, x, t):
+        return (4 * super().forward(x, t)).round() / 4
+
+
+def test_softened_copies_reach_into_the_denoiser():
+    made, x = defence(SHAPE, Rounds(1), Process(steps=3)), images(3, SHAPE)
+    hard, soft = (gradient(model, x) for model in (made, Softened(made, 10.0)))
+    # through the process alone, and through the denoiser too
+    assert (hard - soft).norm() > 0.01 * hard.norm()
+    assert "a straight-through copy" in [name for name, _ in surrogates(made, x, 10, BALL)]
+
+
+def test_a_denoiser_that_draws_draws_the_same_again():
+    class Drops(Tiny):
+        def forward(self, x, t):
+            return torch.nn.functional.dropout(x, 0.3)
+
+    made, x = defence(SHAPE, Drops(1), Process(solver="ddim", steps=3, clip=False)).double(), images(3, SHAPE).double()
+    leaf, ahead = x.clone().requires_grad_(), torch.randn_like(x)
+
+    def purified(z):
+        torch.manual_seed(1)
+        with made.fixed_noise(0):
+            return made.purify(z).square().sum()
+
+    (found,) = torch.autograd.grad(purified(leaf), leaf)
+    change = (purified(x + 1e-4 * ahead) - purified(x - 1e-4 * ahead)) / 2e-4
+    torch.testing.assert_close((found * ahead).sum(), change.detach())
 
 
 def test_surrogates_share_the_weights_and_are_shorter():
@@ -114,6 +148,25 @@ def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
     assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
 
 
+def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
+    made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
+    alone, straight = made.authors_attacks(0.1)
+    ten = defence(SHAPE, process=Process(steps=2), samples=10, aggregation="mean")
+    for spec in (alone, straight):
+        torch.manual_seed(1)
+        logits = spec.judge(x)
+        torch.manual_seed(1)
+        assert torch.equal(logits, ten(x))
+    attacked = BpdaModel.of(straight.judge)
+    one = defence(SHAPE, process=Process(steps=2))
+    torch.manual_seed(1)
+    followed = gradient(attacked, x)
+    torch.manual_seed(1)
+    assert torch.equal(followed, gradient(BpdaModel.of(one), x)) and straight.resolved.eot_iter == 15
+    for name in ("gdmp", "gdmp_ssim"):
+        assert RECIPES[name].part("defence") == {"samples": 10, "aggregation": "mean"}
+
+
 def test_the_rows_of_its_authors():
     sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
     rows = sde.authors_attacks(8 / 255)
@@ -121,7 +174,7 @@ def test_the_rows_of_its_authors():
     rand, alone, straight = (row.resolved for row in rows)
     assert isinstance(rand, AutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
     assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
-    assert all(row.judge.samples == 1 for row in rows[1:]) and rows[0].judge.defence.samples == 1 and sde.samples == 3
+    assert rows[0].judge.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
     assert [row.label for row in ddpm.authors_attacks(0.1)] == [ALONE, STRAIGHT]
     x = images(2, SHAPE)

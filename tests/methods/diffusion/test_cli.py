@@ -44,7 +44,8 @@ def denoiser(made):
     return made / "denoiser"
 
 
-def test_trained_evaluated_fine_tuned(made, denoiser, tmp_path, capsys):
+@pytest.mark.slow
+def test_trained_evaluated_fine_tuned(made, denoiser, tmp_path, capsys, short_signs):
     classifier = made / "classifier"
     loaded = purify_fast.load_defence(denoiser, purify_fast.training.load_classifier(classifier))
     assert loaded.denoiser.module.arguments == {"channels": 1, "width": 4, "patch": 2, "attention": False}

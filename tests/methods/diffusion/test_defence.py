@@ -2,6 +2,7 @@
 
 import copy
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_the_contract_of_a_defence(process):
         made(x[:, :1])
     with pytest.raises(ValueError, match="draws must be at most 32768 of 2 samples, got 32769"):
         made.purify(x, 32769)
+
+
+@pytest.mark.parametrize("options", [
+    {"solver": "vp_sde"}, {"solver": "ode"}, {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4},
+])  # fmt: skip
+def test_purified_images_are_images_where_the_process_clips(options):
+    class Far(nn.Module):
+        def forward(self, x, t):
+            return 2 * x
+
+    x, made = images(), defence(denoiser=Far(), process=Process(t_star=0.3, steps=3, prediction="x0", **options))
+    free = made.with_process(replace(made.process, clip=False))
+    with made.fixed_noise(0), free.fixed_noise(0):
+        purified, beyond = made.purify(x), free.purify(x)
+    assert beyond.min() < -0.01 and beyond.max() > 1.01
+    assert purified.min() == 0 and purified.max() == 1
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(made.purify(leaf).sum(), leaf)
+    assert slope.isfinite().all() and slope.norm() > 0
 
 
 def test_every_addition_of_noise_has_its_own():
@@ -178,6 +198,7 @@ def test_accelerated_it_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
     assert made.denoiser.module.first.weight.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_gives_the_same():
     torch._dynamo.reset()
     made, x = defence(process=FEW, samples=4), images()
@@ -189,6 +210,7 @@ def test_a_compiled_denoiser_gives_the_same():
     assert made.fast.regions.keys() == {"_predict"}
 
 
+@pytest.mark.slow
 def test_the_whole_defence_is_one_graph():
     torch._dynamo.reset()
     guided = Process(steps=3, guidance="ssim", guidance_scale=9.0)
@@ -315,6 +337,7 @@ def unet(channels=3, size=16):
     return diffusers.UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **blocks, **sizes)
 
 
+@pytest.mark.slow
 def test_a_network_of_diffusers_as_it_is(tmp_path):
     network = unet()
     classifier, x = SmallCNN(3, image_size=(16, 16), width=4), images(3, (3, 16, 16))

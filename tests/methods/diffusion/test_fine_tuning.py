@@ -88,6 +88,7 @@ def test_the_gradient_is_that_of_a_plain_loop(monkeypatch):
     torch.testing.assert_close(metrics["denoising"], clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_fine_tuning_lowers_the_cross_entropy(precision, tmp_path):
     standard, digits = zoo.load("digits-standard"), data.load_dataset("digits")
@@ -116,6 +117,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_fine_tuning_is_the_same(tmp_path):
     def trained(folder, kill_at=None):
         task, steps = PurificationTask(purifier(), DiffusionConfig(attack=ATTACK)), []

@@ -91,6 +91,7 @@ def textbook(made, x):
                 moved = torch.autograd.grad(distance, state, create_graph=True)[0]
                 following = following - process.guidance_scale * variance * sigma / alpha * moved
             state, word = following, word + 1
+    state = state.clamp(-1, 1) if process.clip else state
     return ((state + 1) / 2).unflatten(0, (len(x), -1))
 
 
@@ -208,6 +209,7 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
             close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_take_the_memory_of_five_and_their_images():
     most = {}
     for steps in (5, 100):

@@ -84,6 +84,7 @@ def test_a_split_batch_has_the_losses_of_the_whole():
     assert denoising_loss(model, batch(seed=8), Process(), config) != denoising_loss(model, whole, Process(), config)
 
 
+@pytest.mark.slow
 def test_it_learns_to_denoise_digits():
     digits = data.load_dataset("digits")
     x, y = digits.x_train[:256], digits.y_train[:256]

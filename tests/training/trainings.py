@@ -1,12 +1,8 @@
-"""What test_distributed.py has several processes do together: ``python together.py RANK WORLD STORE OUT ACTION...``."""
+"""Small trainings of every kind, by one process or by several together."""
 
 import dataclasses
-import os
-import signal
-import sys
-import time
-from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,11 +15,13 @@ from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
 from purify_fast.models import UNet, layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, distributed, fit, loop
+from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, loop
 from purify_fast.training.config import TrainingAttack
 from purify_fast.training.distributed import from_first
 
-LOOP = FitConfig(2, int(os.environ.get("TOGETHER_BATCH", "32")), padding=1, flip=True, checkpoint_seconds=0)
+
+def loop_of(batch=32):
+    return FitConfig(2, batch, padding=1, flip=True, checkpoint_seconds=0)
 
 
 def small_set():
@@ -58,32 +56,29 @@ def small_task(kind):
     return CarsoTask(small_defence(), CarsoConfig(attack=attack, free_bits=0.7, **options))
 
 
-def weights(out, kind, folder=None):
-    """Train, and keep the weights, the last metrics and the number of steps it took."""
+def weights(kind, folder=None, batch=32):
+    """Train; the weights, the last metrics and the number of steps it took."""
     task, steps = small_task(kind), []
     step = task.training_step
     task.training_step = lambda batch: steps.append(batch) or step(batch)
     if dist.is_initialized() and dist.get_rank() > 0:  # they are to start from the first one's
         for parameter in task.model.parameters():
             parameter.data.add_(1.0)
-    last = fit(task, *small_set(), LOOP, folder)
-    torch.save({"state": task.model.state_dict(), "last": last, "steps": len(steps)}, out)
+    last = fit(task, *small_set(), loop_of(batch), folder)
+    return {"state": task.model.state_dict(), "last": last, "steps": len(steps)}
 
 
-def banked(out, folder, banks):
+def banked(folder, banks):
     """Train with a bank; the weights, and what this process made and read."""
     opened, open_bank = [], loop.open_bank
-    loop.open_bank = lambda *arguments: opened.append(open_bank(*arguments)) or opened[-1]
-    try:
+    with mock.patch.object(loop, "open_bank", lambda *arguments: opened.append(open_bank(*arguments)) or opened[-1]):
         task, config = small_task("published"), FitConfig(16, 32, flip=True)
         fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
-    finally:
-        loop.open_bank = open_bank
-    torch.save({"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}, out)
+    return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
 
 
-def disturbed(kind, folder, act):
-    """The same, but each process does something before its fourth step; the number of steps it took."""
+def disturbed(kind, folder, act, batch=32):
+    """Train, but each process does something before its fourth step; the number of steps it took."""
     task, steps = small_task(kind), []
     step = task.training_step
 
@@ -94,76 +89,20 @@ def disturbed(kind, folder, act):
         return step(batch)
 
     task.training_step = at_the_fourth
-    fit(task, *small_set(), LOOP, folder)
+    fit(task, *small_set(), loop_of(batch), folder)
     return len(steps)
 
 
-def killed(out, kind, folder):
-    """The last process is killed."""
-    last = dist.get_rank() == dist.get_world_size() - 1
-    disturbed(kind, folder, lambda: os.kill(os.getpid(), signal.SIGKILL) if last else None)
-
-
-def hangs(out, kind, folder, rank):
-    """One process hangs for longer than the others wait."""
-    disturbed(kind, folder, lambda: time.sleep(60 if dist.get_rank() == rank else 0))
-
-
-def impatient():
-    """Processes are lost after three seconds of silence."""
-    distributed.BEAT, distributed.SILENCE, distributed.GRACE = 0.2, 3.0, 1.0
-
-
-def gone(out, kind, folder, victim, number, deaf):
-    """One process gets a signal; the others know only what signs of life tell.
-
-    If they are deaf, the end of a connection is not heard by an exchange, as it is not by one that NCCL has begun.
-    """
-    impatient()
-
-    def act():
-        # for the others to have seen a sign of this step
-        time.sleep(2)
-        if dist.get_rank() == victim:
-            os.kill(os.getpid(), number)
-        if deaf:
-            dist.all_reduce = lambda *_, **__: dist.HashStore().wait(["never"], timedelta(minutes=30))
-
-    disturbed(kind, folder, act)
-
-
-def slow(out, kind, folder):
-    """One process takes long for a step, much longer than others may be silent."""
-    impatient()
-    torch.save(disturbed(kind, folder, lambda: time.sleep(6 if dist.get_rank() == 1 else 0)), out)
-
-
-def killed_while_writing(out, kind, folder):
-    """The first process is killed while it writes its third checkpoint, the file half there."""
-    replace, times = os.replace, []
-
-    def dying(source, target):
-        if Path(target).name == "checkpoint.safetensors" and dist.get_rank() == 0:
-            times.append(target)
-            if len(times) == 3:
-                Path(source).write_bytes(Path(source).read_bytes()[:500])
-                os.kill(os.getpid(), signal.SIGKILL)
-        return replace(source, target)
-
-    os.replace = dying
-    fit(small_task(kind), *small_set(), LOOP, folder)
-
-
-def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):
+def batchnorm(layer, shape, first, mean, dtype, as_on_cuda=False):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
     if as_on_cuda:
         # with stand-ins for PyTorch's functions, which it has on CUDA alone
         layers.BY_TORCH = ("cpu",)
         with torch.library._scoped_library("aten", "IMPL") as library:
             register(library, "CPU")
-            batchnorm(out, layer, shape, first, mean, dtype)
+            made = batchnorm(layer, shape, first, mean, dtype)
         layers.BY_TORCH = ("cuda",)
-        return
+        return made
     x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
     part = slice(None)
     if dist.is_initialized():
@@ -171,7 +110,7 @@ def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):
     x = x[part].requires_grad_()
     y = made.train()(x)
     (y * outer[part]).sum().backward()
-    torch.save([y.detach(), x.grad, made.weight.grad, made.bias.grad, made.running_mean, made.running_var], out)
+    return [y.detach(), x.grad, made.weight.grad, made.bias.grad, made.running_mean, made.running_var]
 
 
 def batchnorm_inputs(layer, shape, mean, dtype):
@@ -183,27 +122,24 @@ def batchnorm_inputs(layer, shape, mean, dtype):
     return (x + mean).to(dtype), outer.to(dtype), made.to(torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
-def refusals(out):
+def refusals():
     """What `fit` says to what it cannot train."""
     rank = dist.get_rank()
     x, y = small_set()
 
-    def said(task, x=x, loop=LOOP):
+    def said(task, x=x, loop=None):
         try:
-            fit(task, x, y, loop)
+            fit(task, x, y, loop or loop_of())
         except (ValueError, FloatingPointError) as error:
             return f"{type(error).__name__}: {error}"
 
     own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
-    torch.save(
-        {
-            "batch": said(small_task("convolutional"), loop=FitConfig(1, 33)),
-            "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
-            "data": said(small_task("convolutional"), x + rank),
-            "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
-        },
-        out,
-    )
+    return {
+        "batch": said(small_task("convolutional"), loop=FitConfig(1, 33)),
+        "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
+        "data": said(small_task("convolutional"), x + rank),
+        "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
+    }
 
 
 class Unpicklable(Exception):
@@ -213,7 +149,7 @@ class Unpicklable(Exception):
         super().__init__(f"{one} and {two}")
 
 
-def first_fails(out):
+def first_fails():
     """What `from_first` raises in each process when the first one is interrupted, ends or fails."""
 
     def said(error):
@@ -225,25 +161,10 @@ def first_fails(out):
         except BaseException as raised:
             return f"{type(raised).__name__}: {raised}"
 
-    torch.save([said(error) for error in (KeyboardInterrupt(), SystemExit(143), Unpicklable("a", "b"))], out)
+    return [said(error) for error in (KeyboardInterrupt(), SystemExit(143), Unpicklable("a", "b"))]
 
 
 class _Diverging(ClassifierTask):
     def training_step(self, batch):
         loss, metrics = super().training_step(batch)
         return loss * (float("nan") if dist.get_rank() == 1 else 1.0), metrics
-
-
-def main():
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=float(os.environ.get("TOGETHER_TIMEOUT", "120")))
-    method = store if store.startswith("tcp://") else f"file://{store}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
-    for name, call, arguments in eval(sys.argv[5]):
-        globals()[call](out / f"{name}-{rank}", *arguments)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,211 @@
+"""The exact decisions against a known answer, planted counterexamples, and the results that are kept."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as program
+from benchmarks import pages
+from benchmarks.truth import command, exact, networks, planted, subjects, tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sharp(seed, build, *sizes):
+    """An untrained network whose classes change within small distances."""
+    torch.manual_seed(seed)
+    model = build(*sizes).requires_grad_(False)
+    for layer in model:
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.weight *= 2
+    return model
+
+
+def by_enumeration(layers, low, high, y):
+    """The least margin over a box of two pixels: a piecewise linear function has it at a corner of a piece."""
+    lines = [(torch.tensor([1.0, 0.0]).double(), end[0]) for end in (low, high)]
+    lines += [(torch.tensor([0.0, 1.0]).double(), end[1]) for end in (low, high)]
+    # within a piece of the first layer, the units of the second are lines too: those of every pattern are taken
+    first, second = layers[:2]
+    lines += [(weight, -bias) for weight, bias in zip(*first, strict=True)]
+    for pattern in itertools.product((0.0, 1.0), repeat=len(first.bias)):
+        on = torch.tensor(pattern).double()
+        weights, biases = second.weight @ (on[:, None] * first.weight), second.weight @ (on * first.bias) + second.bias
+        lines += [(weight, -bias) for weight, bias in zip(weights, biases, strict=True)]
+    # where two classes other than y are level, no corner lies: each margin is looked at by itself
+    weights, values = torch.stack([a for a, _ in lines]), torch.stack([torch.as_tensor(b).double() for _, b in lines])
+    pairs = torch.combinations(torch.arange(len(lines)))
+    matrices = weights[pairs]
+    crossing = matrices.det().abs() > 1e-9
+    corners = torch.linalg.solve(matrices[crossing], values[pairs][crossing])
+    corners = corners[((corners >= low - 1e-12) & (corners <= high + 1e-12)).all(1)].clamp(low, high)
+    return exact.margins(layers, corners, y).min()
+
+
+def test_decisions_are_those_of_an_enumeration():
+    """Every radius on both sides of the one at which a network of two pixels and two hidden layers falls."""
+    seen = set()
+    for seed in range(10):
+        layers = exact.affine_layers(sharp(seed, networks.perceptron, 2, 4, 4, 3), (1, 1, 2))
+        x = torch.rand(2, generator=torch.Generator().manual_seed(seed))
+        y = int(exact.forward(layers, x[None].double()).argmax())
+        for eps in (0.02, 0.15, 0.6):
+            low, high = ((x.double() + sign * eps).clamp(0, 1) for sign in (-1, 1))
+            least, decision = by_enumeration(layers, low, high, y), exact.decide(layers, x, y, eps)
+            assert decision.verdict == (exact.FALLS if least <= 0 else exact.ROBUST), (seed, eps, least)
+            if decision.point is not None:
+                assert ((decision.point >= low) & (decision.point <= high)).all()
+                assert exact.margins(layers, decision.point[None], y).min() <= 0
+            seen.add((decision.verdict, decision.how))
+    assert (exact.ROBUST, exact.BOUND) in seen and (exact.FALLS, exact.POINT) in seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [(networks.perceptron, 9, 12, 12, 4), (networks.convolution, 2, 2, 1, 3, 6)])
+def test_the_program_alone_decides_alike(build, monkeypatch):
+    """Without a search for points, and without bounds, it finds a point within the ball, or the proof that none is."""
+    layers = exact.affine_layers(sharp(1, *build), (1, 3, 3))
+    x = torch.rand(6, 1, 3, 3)
+    y = exact.forward(layers, x.flatten(1).double()).argmax(1).tolist()
+    cases = [(a, b, eps) for a, b in zip(x, y, strict=True) for eps in (0.05, 0.4)]
+    whole = [exact.decide(layers, a, b, eps).verdict for a, b, eps in cases]
+    monkeypatch.setattr(exact, "search", lambda *_: None)
+    monkeypatch.setattr(exact, "lowest", lambda layers, functions, *_: torch.full_like(functions.bias, -100.0))
+    alone = [exact.decide(layers, a, b, eps) for a, b, eps in cases]
+    assert [one.verdict for one in alone] == whole and {one.how for one in alone} == {exact.MILP}
+    assert {exact.ROBUST, exact.FALLS} == set(whole)
+    monkeypatch.undo()
+    monkeypatch.setattr(exact, "search", lambda *_: None)
+    hard = [case for case, one in zip(cases, alone, strict=True) if one.verdict == exact.FALLS]
+    assert exact.decide(layers, *hard[0], seconds=0.0).verdict == exact.UNDECIDED
+
+
+def test_a_purifier_is_a_network_of_relus():
+    """Its clip is two of them; what is no such network is refused."""
+    torch.manual_seed(0)
+    model = networks.purified(16, 5, 6).requires_grad_(False)
+    layers, x = exact.affine_layers(model, (1, 4, 4)), torch.rand(5, 1, 4, 4)
+    torch.testing.assert_close(exact.forward(layers, x.flatten(1).double()).float(), model(x))
+    image = torch.rand(1, 16) * 4 - 2
+    torch.testing.assert_close(model[4:8](image), image.clamp(0, 1))
+    with pytest.raises(ValueError, match="model must be affine between its ReLUs"):
+        exact.affine_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 3)), (1, 2, 2))
+
+
+@pytest.mark.slow
+def test_a_planted_counterexample_is_one_and_plain_pgd_misses_some():
+    made = planted.train(torch.full((4,), 0.5), planted.Effort(updates=900, window=20))
+    verdicts = "".join(made.verdicts())
+    assert "f" in verdicts
+    assert (made.corner - made.x).abs().max() <= planted.EPS + 1e-7
+    for k, model in enumerate(made.models()):
+        corner, x = (images[k].view(-1, 1, 8, 8) for images in (made.corner, made.x))
+        fooled = (model(x).argmax(1) == made.y[k]) & (model(corner).argmax(1) != made.y[k])
+        assert fooled.tolist() == [letter in "fp" for letter in verdicts[2 * k : 2 * k + 2]]
+
+
+def test_robust_by_construction():
+    """The program finds no counterexample in the radius that is attacked, and there is one beyond what is proven."""
+    for seed in range(3):
+        part = planted.constructed(seed)
+        layers = exact.affine_layers(part.model, part.x.shape[1:])
+        assert (part.model(part.x).argmax(1) == part.y).all() and part.eps > 0.03
+        for x, y in zip(part.x, part.y.tolist(), strict=True):
+            assert exact.decide(layers, x, y, part.eps).verdict == exact.ROBUST
+            assert exact.decide(layers, x, y, 4 * part.eps).verdict == exact.FALLS
+
+
+NAMES = ["digits, perceptron", "gap 1", subjects.CONSTRUCTED]
+
+
+@pytest.mark.slow
+def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
+    """The truth is found once; a contestant's row goes on where it was, and is made again for other attacks."""
+    tmp_path = tmp_path / "cpu"
+    arguments = ["truth", "--quick", "--out", str(tmp_path), *NAMES, "--contestants", "fast"]
+    program.main(arguments)
+    first = tables.read(tmp_path)
+    assert [row["subject"] for row in first["truth"]] == NAMES
+    assert [(row["subject"], row["seed"]) for row in first["contestants"]] == [
+        (NAMES[0], 0), (NAMES[0], 1), (NAMES[0], 2), (NAMES[1], 0), (NAMES[2], 0)
+    ]  # fmt: skip
+    assert first["truth"][2]["verdicts"] == ["rr"] and first["contestants"][-1]["left"] == ["11"]
+    exactly = first["truth"][0]
+    assert set(exactly["verdicts"][0]) <= set("rf?ew") and len(exactly["how"][0]) == 4 == len(exactly["verdicts"][0])
+
+    asked = []
+    evaluate = command.evaluate
+
+    def counted(*args, **options):
+        asked.append(options["protocol"])
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(command, "evaluate", counted)
+    monkeypatch.setattr(exact, "decide", None)
+    # another process, which trains nothing
+    subjects.parts_of.cache_clear()
+    subjects.hidden.cache_clear()
+    monkeypatch.setattr(planted, "train", None)
+    program.main(arguments)
+    assert not asked and tables.read(tmp_path) == first
+    # a row of older code, and one that was interrupted
+    changed = json.loads((tmp_path / tables.FILE).read_text())
+    changed["contestants"][0]["code"]["attacks"][-1] += " of an older revision"
+    changed["contestants"][0]["left"] = ["0000"]
+    changed["contestants"][-1]["left"] = []
+    (tmp_path / tables.FILE).write_text(json.dumps(changed))
+    (old,) = tables.outdated(tmp_path.parent)
+    assert f"fast on {NAMES[0]!r} was made by other attacks" in old
+    program.main(arguments)
+    assert not tables.outdated(tmp_path.parent)
+    again = tables.read(tmp_path)
+    assert asked == ["fast", "fast"]
+    assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
+    assert again["contestants"][0]["code"] == first["contestants"][0]["code"]
+
+
+def rows():
+    """Two networks and a hidden counterexample, in results as they are kept."""
+    names = [*networks.NETWORKS][:2], [*subjects.HIDDEN][:1]
+    truths = [
+        {"subject": names[0][0], "eps": 0.1, "verdicts": ["rffw?e"], "how": ["bmp-mp"]},
+        {"subject": names[0][1], "eps": 0.2, "verdicts": ["fr"], "how": ["mb"]},
+        {"subject": names[1][0], "eps": 0.1, "verdicts": ["fp", "wf"]},
+        {"subject": subjects.CONSTRUCTED, "eps": 0.1, "verdicts": ["rr"]},
+    ]
+    left = {names[0][0]: ["111011"], names[0][1]: ["00"], names[1][0]: ["10", "00"], subjects.CONSTRUCTED: ["11"]}
+    made = []
+    for who, (_, seeds) in tables.CONTESTANTS.items():
+        for name, stood in left.items():
+            for seed in range(seeds if name in networks.NETWORKS else 1):
+                costs = {"forwards": 80, "gradients": 8, "cpu_seconds": 1.0}
+                made.append({"subject": name, "contestant": who, "seed": seed, "left": stood, **costs})
+    machine = {"device": "a machine", "threads": 1}
+    return {"truth": [row | machine for row in truths], "contestants": [row | machine for row in made]}
+
+
+def test_the_tables_count_what_was_missed(tmp_path):
+    results = rows()
+    # a second seed that found one more, and a contestant that has not attacked everything
+    first, other = (row["subject"] for row in results["truth"][:2])
+    for row in list(results["contestants"]):
+        if (row["contestant"], row["subject"], row["seed"]) == ("fast", first, 1):
+            row["left"] = ["101011"]
+        if (row["contestant"], row["subject"]) == ("strong", other):
+            results["contestants"].remove(row)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / tables.FILE).write_text(json.dumps(results))
+    text = pages.table("truth", tmp_path)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    by_name = {line[0]: line[1:] for line in cells}
+    assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-"]
+    assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2"]
+    assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
+    assert "proved robust: 7;" in text and "not in float32: 1." in text
+    assert pages.table("front_truth", tmp_path) is None
+    (tmp_path / "cpu" / tables.FILE).write_text(json.dumps(rows()))
+    front = pages.table("front_truth", tmp_path)
+    assert "AutoAttack 2, fast 2, standard 2, strong 2" in front and "AutoAttack 50 %" in front

@@ -1,0 +1,64 @@
+"""README's first commands: what `.ci/run` makes a script of, and where it runs."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def first_commands():
+    spec = importlib.util.spec_from_file_location("first_commands", ROOT / ".ci" / "first_commands.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def page(install: str, judge: str) -> str:
+    return f"<!-- ci: install -->\n```\n{install}```\n\ntext\n\n<!-- ci: judge -->\n```bash\n{judge}```\n"
+
+
+def test_readmes_lines_are_typed_as_they_stand(first_commands):
+    script = first_commands.typed(README, Path("/there/purify_fast"))
+    assert "git clone --quiet '/there/purify_fast'" in script
+    lines = [line for line in script.splitlines() if line != "[ $? = 0 ] || exit 1"]
+    assert len(lines) >= 4 and all(line in README for line in lines if "git clone" not in line)
+    for word in ("torch", "'setuptools>=77'", "ninja", "purify-fast evaluate zoo:digits-pgd-at"):
+        assert word in script
+
+
+def test_the_script_ends_at_the_first_line_that_fails(first_commands, tmp_path):
+    text = page("git clone https://example.org/x there && cd there\necho \\\n  went on\n", "echo judged\n")
+    script = first_commands.typed(text, tmp_path / "nothing")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "", done
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "nothing")], check=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "went on\njudged\n", done
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("```\nls\n```\n", "<!-- ci: install -->, it has 0"),
+        (page("git clone x\n", "ls\n").replace("judge -->\n", "judge -->\n\n"), "<!-- ci: judge -->, it has 0"),
+        (page("git clone x\n", "ls\n") * 2, "<!-- ci: install -->, it has 2"),
+        (page("ls\n", "ls\n"), "it does so 0 times"),
+    ],
+)
+def test_a_page_without_the_blocks_is_refused(first_commands, text, message):
+    with pytest.raises(SystemExit, match=message):
+        first_commands.typed(text, Path("x"))
+
+
+def test_the_environment_has_what_the_package_requires_and_no_more(first_commands, tmp_path):
+    names = first_commands.required("purify-fast")
+    assert {"torch", "torchvision", "numpy", "tyro"} < set(names)
+    # of the extras, of the tests, and what README's own line installs
+    assert not {"scikit-learn", "matplotlib", "pyautoattack", "scipy", "pytest", "setuptools", "ninja"} & set(names)
+    first_commands.link(["torch", "jinja2"], tmp_path)
+    assert (tmp_path / "torch" / "__init__.py").is_file() and list(tmp_path.glob("jinja2-*.dist-info/METADATA"))

@@ -1,0 +1,233 @@
+"""The number of a report: one criterion with and without an attack, what fell to probes, reasons, and claims."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from reports import MASKED, forms, row
+from torch import nn
+
+import purify_fast
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import Report, evaluate
+from purify_fast.evaluation.alarms import Evidence, Probes, findings, outlook
+from purify_fast.evaluation.alarms.signs import ADVICE, ALARMS
+from purify_fast.evaluation.claims import chance_of_at_most, check_claim, images_to_decide
+from purify_fast.evaluation.rows import count_fallen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def joined(text):
+    return " ".join(text.split())
+
+
+def probed(**measured):
+    nothing = {"eps": [(0.1, 0.5), (1.0, 0.0)], "steps": [(30.0, 0.45), (100.0, 0.4)]}
+    usual = {"n": 4, "chance": 0.1, "cosine": 1.0, "batch_changes": 0.0, "one_start": 0.5, "all_starts": 0.5}
+    return Probes(**usual | nothing | measured)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = purify_fast.load_dataset("digits")
+    return purify_fast.zoo.load("digits-standard"), images.x_test[:24], images.y_test[:24]
+
+
+# -- one criterion ----------------------------------------------------------------------------------------------------
+
+
+def test_without_an_attack_images_are_counted_as_after_one():
+    """One draw is right more often than all of five: an attack that does nothing must not seem to find something."""
+    clean = row("clean", [1, 1, 1, 0], kind="clean", mean=0.7, worst=0.25, n_eval=5)
+    attacks = [row("A", [1, 0, 0, 0], mean=0.6, n_eval=5), row("B", [1, 0, 0, 0], mean=0.55, n_eval=5)]
+    report = Report([clean, *attacks, row("worst", [1, 0, 0, 0], kind="worst", n_eval=5)])
+    said = (
+        "of 4 images are still classified correctly in all 5 draws after all 2 attacks (55.0 % in one draw); without "
+        "an attack, 25.0 % (all 5 draws), 70.0 % (one draw)"
+    )
+    for text in forms(report):
+        assert said in joined(text)
+    assert report.to_text().splitlines()[2].split()[:4] == ["clean", "4", "25.0", "±"]
+    page = forms(report)[2]
+    assert '<div class="value">25.0</div>' in page and '<div class="value">75.0</div>' not in page
+    assert f"| 25.0 ± {100 * math.sqrt(0.25 * 0.75 / 4):.1f} | 70.0 | 5 |" in report.to_markdown()
+
+
+def test_the_clean_number_of_a_random_model_is_that_of_all_its_draws(digits):
+    model, x, y = digits
+
+    def noisy(images):
+        return model((images + 0.4 * torch.randn_like(images)).clamp(0, 1).detach())
+
+    report = evaluate(noisy, x, y, eps=1e-4, attacks=[PGD(steps=1)], eot_iter=1, progress=False)
+    clean = report.row("clean")
+    assert clean.always_right == clean.worst < clean.mean
+    assert f"without an attack, {100 * clean.worst:.1f} % (all 5 draws), {100 * clean.mean:.1f} % (one draw)" in joined(
+        report.to_text()
+    )
+
+
+# -- what fell to probes ----------------------------------------------------------------------------------------------
+
+
+def test_what_fell_to_a_probe_is_not_left():
+    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0]), row("worst", [1, 1, 1, 0], kind="worst")]
+    apart = row("worst, fixed", [1, 1, 1, 0], kind="worst", variant="fixed")
+    far = row("worst, L-inf 0.2", [1, 1, 1, 0], kind="worst", threat="L-inf 0.2", settings={"eps": 0.2})
+    near = row("worst, L-inf 0.05", [1, 1, 1, 0], kind="worst", threat="L-inf 0.05", settings={"eps": 0.05})
+    count_fallen([*rows, apart, far, near], [0, 2, 7], 0.1)
+    assert rows[2].robust.tolist() == far.robust.tolist() == [False, True, False, False]
+    assert rows[2].mean == rows[2].worst == 0.25 and rows[1].accuracy == apart.accuracy == near.accuracy == 0.75
+    for text in forms(Report(rows)):
+        assert "of 4 images are still classified correctly after the attack and the probes" in joined(text)
+    # of the estimate nothing stands that the probes refute
+    evidence = Evidence(rows[:2], probed(fallen=[0, 2]))
+    expected = outlook(evidence)
+    assert expected.sentences[0].startswith(
+        "the probes took 2 of the 3 images that the attacks had left of the first 4"
+    )
+    assert not any("by this estimate" in sentence for sentence in expected.sentences)
+    assert expected.points == pytest.approx(2 / 3 * 0.25)
+    assert outlook(Evidence(rows[:2], probed())).sentences[0].startswith("by this estimate")
+    # a number of 0 cannot be too high, whoever took the rest
+    taken = [
+        f for f in findings(Evidence(rows[:2], probed(further=3, fallen=[0, 1, 2]))) if f.alarm == "a further attack"
+    ]
+    assert taken[0].verdict == "noted" and "no image is left" in taken[0].measured
+
+
+def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
+    """Its attacks have no gradients and find nothing; the probes, along other gradients, do."""
+    model, x, y = digits
+    options = {"eps": 0.1, "attacks": [PGD(steps=3)], "probes": True, "progress": False}
+    report = evaluate(lambda images: model((images * 7).round() / 7), x, y, **options)
+    attacked, worst = report.row("PGD-3 ce"), report.row("worst")
+    found = {finding.alarm: finding for finding in report.findings}
+    parts = int(found["parts and softened copies"].measured.split(" of ")[0])
+    assert attacked.accuracy > 0.9 and parts > 5
+    assert attacked.robust.sum() - worst.robust.sum() == worst.settings["probes"] == parts
+    assert np.all(attacked.robust >= worst.robust) and report.headline is worst
+    # short attacks by gradients were not asked, and say why
+    for sign in ("a further attack", "random start", "radius sweep", "gradients against differences"):
+        assert (found[sign].verdict, "the gradient is zero everywhere" in found[sign].measured) == ("not asked", True)
+    assert "further steps find" not in report.to_markdown() and "by this estimate" not in report.to_markdown()
+    # the same report again, from its file
+    assert Report.from_json(report.to_json()).to_markdown() == report.to_markdown()
+
+
+# -- what was not asked, and what to do -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cosine", "why", "advice"),
+    [
+        ("not finite", "logits or gradients are not finite", "an overflow of exp()"),
+        ("no gradient", "there is no gradient", "is there a torch.no_grad()"),
+        ("zero gradient", "the gradient is zero everywhere", "rounding, sign, argmax"),
+    ],
+)
+def test_attacks_along_no_gradient_have_not_asked_anything(cosine, why, advice):
+    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0], health=MASKED)]
+    evidence = Evidence(rows, probed(cosine=cosine, further=0, eps=[(0.1, 0.5), (1.0, 0.25)]))
+    found = {finding.alarm: finding for finding in findings(evidence)}
+    for sign in ("a further attack", "huge radius", "radius sweep", "random start", "gradients against differences"):
+        assert found[sign].verdict == "not asked" and why in found[sign].measured
+    assert "25 % of 4 images at eps 1, within luck of chance (10 %)" in found["huge radius"].measured
+    assert found["gradient health"].verdict == "unreliable" and advice in found["gradient health"].advice
+    assert not any("short PGD" in sentence for sentence in outlook(evidence).sentences)
+    # a sign that failed all the same has failed
+    left = {f.alarm: f.verdict for f in findings(Evidence(rows, probed(n=64, cosine=cosine, eps=[(1.0, 0.9)] * 2)))}
+    assert left["huge radius"] == "unreliable"
+    # without counted gradients this alone raises the alarm
+    foreign = [rows[0], row("A", [1, 1, 1, 0], health=None)]
+    alone = {f.alarm: f for f in findings(Evidence(foreign, probed(cosine=cosine)))}["gradients against differences"]
+    assert (alone.verdict, alone.measured.startswith(why), advice in alone.advice) == ("unreliable", True, True)
+
+
+def test_every_sign_that_can_fail_says_what_to_do():
+    named = {name for name, *_ in ALARMS} - {"better than guessing", "gradient health"}
+    assert named == set(ADVICE)
+    healthy = Evidence([row("clean", kind="clean"), row()], probed(fallen=[]))
+    assert not any(finding.advice for finding in findings(healthy))
+
+
+def test_an_attack_without_counted_gradients_is_a_reason_of_its_own(digits):
+    model, x, y = digits
+    options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()], "progress": False}
+    report = evaluate(model, x, y, **options)
+    assert not report.headline.reliable
+    for text in forms(report):
+        assert "no attack whose gradients are counted was run: add PGD() to the attacks, or give probes=True" in joined(
+            text
+        )
+    # the probes have followed the gradients, and found nothing against them
+    asked = evaluate(model, x, y, **options, probes=True)
+    assert asked.headline.reliable and "no attack whose" not in asked.to_text()
+    zero = evaluate(lambda images: model(images.round()), x, y, **options, probes=True)
+    assert not zero.headline.reliable or zero.headline.accuracy == 0
+
+
+def test_each_unreliable_attack_shows_its_gradients():
+    report = Report([row("clean", [1, 1], kind="clean"), row("A", [1, 0], health=MASKED)])
+    for text in forms(report):
+        assert "gradients not finite / zero / images not moved: A: 0 % / 99 % / 0 %" in joined(text)
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "n", "share"), [(0, 20, "1/2"), (13, 20, "7/10"), (20, 20, "1/5"), (140, 200, "3/4")])
+def test_the_binomial_tail_is_exact(left, n, share):
+    p = Fraction(share)
+    exact = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(left + 1))
+    assert chance_of_at_most(left, n, float(p)) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_certain_claims_have_certain_tails():
+    assert chance_of_at_most(19, 20, 1.0) == 0 and chance_of_at_most(20, 20, 1.0) == chance_of_at_most(0, 20, 0.0) == 1
+
+
+def test_so_many_images_decide_and_one_less_do_not():
+    n = images_to_decide(0.65, 0.7)
+    assert 300 < n < 700 and chance_of_at_most(math.floor(0.65 * n), n, 0.7) < 0.01
+    assert images_to_decide(0.7, 0.7) is images_to_decide(0.699999, 0.7) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "n", "claim", "said"),
+    [
+        (100, 200, "70", "claim of 70 % robust accuracy: refuted; if the claim were true, at most 100 of 200 images"),
+        (
+            13,
+            20,
+            "70",
+            "not refuted, which does not prove it; if the claim were true, at most 13 of 20 images would be",
+        ),
+        (15, 20, "70", "if 75.0 % were left of more images, no number of them would refute it."),
+        (0, 4, "0", "at most 0 of 4 images would be left with a chance of 1 (exact binomial tail)"),
+    ],
+)
+def test_a_report_answers_a_claim(left, n, claim, said):
+    report = Report([row("A", [1] * left + [0] * (n - left))], about={"claim": claim})
+    for text in forms(report):
+        assert said in joined(text)
+    assert "robust accuracy:" not in Report(report.rows).to_text()
+
+
+@pytest.mark.parametrize("claim", [-1, 101, math.nan, "70", True])
+def test_a_claim_is_a_percentage(claim):
+    with pytest.raises((TypeError, ValueError), match=r"claim must be .*from 0 to 100, got"):
+        check_claim(claim)
+    with pytest.raises((TypeError, ValueError), match="claim must be"):
+        # before the model is looked at
+        evaluate(None, None, None, eps=0.1, claim=claim)
+
+
+def test_evaluate_takes_a_claim():
+    x, y = torch.rand(6, 1, 4, 4), torch.zeros(6).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    report = evaluate(model, x, y, eps=0.5, attacks=[PGD(steps=2)], claim=99.5, progress=False)
+    assert report.about["claim"] == "99.5" and "claim of 99.5 % robust accuracy: " in report.to_text()

@@ -1,0 +1,101 @@
+"""Signs of masked gradients come before the attacks, and where they are found every search runs to its end."""
+
+import numpy as np
+import pytest
+from digit_nets import EPS, Gated, digits, robust, standard
+from torch import nn
+
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import evaluate, runner
+from purify_fast.evaluation.alarms import signs_of_masking
+from purify_fast.evaluation.alarms.probes import AskedBefore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Rounded(nn.Module):
+    """The standard network behind a step without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = standard()
+
+    def forward(self, x):
+        return self.net((x * 4).round() / 4)
+
+
+def judged(model, n=48, **options):
+    _, _, x, y = digits()
+    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast", "steps": 30, "progress": False} | options)
+
+
+def searched_early(report):
+    """The attacks that stop early or leave images out."""
+    names = ("until", "nearest")
+    return [row.attack for row in report.rows if any(row.settings.get(name) for name in names)]
+
+
+@pytest.mark.parametrize("protocol", ["fast", "standard"])
+def test_where_gradients_are_masked_searches_run_to_their_end_and_surrogates_join(protocol):
+    report = judged(Rounded(), n=24, protocol=protocol)
+    (note,) = [note for note in report.notes if "masked gradients" in note]
+    assert "no usable gradient" in note and "followed" not in note
+    assert not searched_early(report) and not any(row.settings.get("give_up") for row in report.rows)
+    joined = [row for row in report.rows if "by the gradients of" in row.attack]
+    assert joined and f"{len(joined)} rows" in note
+    assert min(row.accuracy for row in joined) == report.headline.accuracy < report.row("APGD-10 margin").accuracy
+    # a list of attacks is run as it is, and without probes nothing is known before
+    assert not any("masked" in note for note in judged(Rounded(), n=24, protocol=protocol, probes=False).notes)
+    own = judged(Rounded(), n=24, protocol=None, attacks=[PGD(steps=2)], probes=True)
+    assert own.attacks == ["clean", "PGD-2 ce", "worst"] and not any("masked" in note for note in own.notes)
+
+
+def test_a_gate_is_broken_by_the_gradients_of_its_parts_in_fast():
+    alone, acted = judged(Gated(slope=100.0), n=64, probes=False), judged(Gated(slope=100.0), n=64)
+    assert any("fall to others" in note for note in acted.notes)
+    assert acted.headline.accuracy < alone.headline.accuracy
+
+
+@pytest.mark.parametrize("protocol", ["fast", "standard"])
+def test_an_honest_model_is_attacked_as_without_the_signs(protocol):
+    alone, asked = (judged(robust(), n=40, protocol=protocol, probes=probes) for probes in (False, True))
+    assert alone.attacks == asked.attacks and searched_early(asked)
+    assert not any("masked" in note for note in asked.notes)
+    for one, other in zip(alone.rows, asked.rows, strict=True):
+        # of none of them anything fell to the probes
+        probes = {"probes": 0} if one.kind == "worst" else {}
+        assert one.settings | probes == other.settings
+        assert (one.robust == other.robust).all() and one.health == other.health
+        if one.margins is not None:
+            assert np.array_equal(one.margins, other.margins, equal_nan=True)
+
+
+def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
+    once = judged(Rounded(), n=24, out=tmp_path)
+    made = len(made_rows)
+    monkeypatch.setattr(runner, "asked_before", lambda *_: pytest.fail("the signs are looked for again"))
+    again = judged(Rounded(), n=24, out=tmp_path)
+    assert len(made_rows) == made and again.attacks == once.attacks and again.notes == once.notes
+    assert again.findings == once.findings and again.curves == once.curves
+
+
+def asked(n=64, **measured):
+    nothing = {"sweeps": {}, "one_start": 0.5, "all_starts": 0.5, "cosine": 1.0, "without_gradient": 0.0}
+    return AskedBefore(**nothing | {"fell": [0] * n, "copies": {}, "absent": {}} | measured)
+
+
+@pytest.mark.parametrize(
+    "measured, fires",
+    [({}, False), ({"cosine": "zero gradient"}, True), ({"cosine": 0.5}, True), ({"cosine": 0.7}, False),
+     ({"without_gradient": 0.03}, False), ({"without_gradient": 0.2}, True),
+     ({"copies": {"one": [1] * 2 + [0] * 62, "two": [0] * 62 + [1] * 2}}, False),
+     ({"copies": {"one": [1] * 4 + [0] * 60, "two": [0] * 60 + [1] * 4}}, True)],
+)  # fmt: skip
+def test_how_much_is_a_sign(measured, fires):
+    assert bool(signs_of_masking(asked(**measured), False)) is fires
+
+
+def test_a_random_model_loses_images_to_many_attacks_by_luck():
+    several = {name: [1] * 3 + [0] * 61 for name in ("one", "two", "three")}
+    assert signs_of_masking(asked(copies=several), False) and not signs_of_masking(asked(copies=several), True)
+    assert signs_of_masking(asked(copies={"one": [1] * 8 + [0] * 56}), True)

@@ -1,0 +1,121 @@
+"""An attack searches the images first to which others came nearest, and stops by evidence that the report states."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.attacks import APGD, FGSM, Square
+from purify_fast.evaluation import AttackSpec, evaluate, stopping
+from purify_fast.evaluation.stopping import StoppingRule, nearest_first
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():
+    rule = StoppingRule(0.01, 300, 1000)
+    assert rule.may_hold == 300 and not rule.see([True] * 40, 0)
+    assert rule.may_hold == rule.unsearched == 260
+    assert not rule.see([False] * 10 + [True] + [False] * 29, 0)
+    # 29 withstood since the last one fell
+    chance = rule.may_hold / rule.unsearched
+    assert rule.unsearched == 220 and (1 - chance) ** 29 == pytest.approx(0.05 / 8)
+    stops = rule.see([False] * 40, 0)
+    assert rule.may_hold == pytest.approx((220 - 40) * (1 - (0.05 / 8) ** (1 / 69))) and not stops
+    # where no search moved an image, nothing is known
+    blind = StoppingRule(0.01, 300, 1000)
+    assert not any(blind.see([False] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1])
+def test_the_bound_holds_in_95_of_100_cases(rate):
+    """Images of which all fall with one probability, the hardest case: later ones hardly fall less often."""
+    generator, within, trials = np.random.default_rng(0), 0, 400
+    for _ in range(trials):
+        fell = generator.random(400) < rate
+        rule, searched = StoppingRule(0.02, 400, 1000), 0
+        while searched < 400:
+            part = fell[searched : searched + rule.round]
+            searched += len(part)
+            if rule.see(list(part), 0):
+                break
+        within += fell[searched:].sum() <= np.ceil(rule.may_hold)
+    assert within / trials >= 0.95
+
+
+def test_the_order_is_by_margin_with_some_images_drawn_by_lot():
+    margins = np.random.default_rng(0).random(400).astype(np.float32)
+    margins[7] = np.nan
+    order = nearest_first(torch.arange(400), margins, 0, 0)
+    assert sorted(order.tolist()) == list(range(400))
+    rank = np.argsort(np.argsort(np.nan_to_num(margins, nan=9.0)))[order[:50]]
+    assert 2 <= (rank >= 60).sum() <= 18 and np.isin(np.arange(25), rank).all()
+    # an image's lot belongs to it: the part of a stream that begins at 100 has the lots of images 100 to 199
+    part = nearest_first(torch.arange(100), margins[100:200], 100, 0)
+    assert set(part.tolist()) == set(range(100)) and not torch.equal(
+        part, nearest_first(torch.arange(100), margins[100:200], 0, 0)
+    )
+
+
+def _far_and_near(count=96, weak=12):
+    """A linear model, its images, and radii within which only the first few can fall."""
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    x = 0.4 + 0.2 * torch.rand(count, 3, 2, 2)
+    with torch.no_grad():
+        logits = linear(x)
+        y = logits.argmax(1)
+        # scaled images stay in order, and the last ones are far from every border
+        lead = logits.gather(1, y[:, None]) - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)
+    order = lead[:, 0].argsort()
+    return linear, x[order], y[order]
+
+
+def test_an_attack_stops_and_the_report_states_what_the_rest_may_hold(monkeypatch):
+    monkeypatch.setattr(stopping, "SMALLEST", 8)
+    model, x, y = _far_and_near()
+    attacks = [FGSM(), AttackSpec(APGD(steps=20, loss="margin"), survivors_only=True, until=0.04)]
+    report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
+    row = report.row("APGD-20 margin")
+    assert 0 < row.settings["unsearched"] < row.settings["attacked"]
+    assert 0 < row.settings["may hold"] <= 0.04 * 96
+    whole = evaluate(model, x, y, eps=0.02, attacks=[FGSM(), APGD(steps=20, loss="margin")], progress=False)
+    missed = int(row.robust.sum()) - int((whole.rows[1].robust & whole.rows[2].robust).sum())
+    assert 0 <= missed <= row.settings["may hold"]
+    note = next(note for note in report.notes if "not searched" in note)
+    assert f"at most {100 * row.settings['may hold'] / 96:.2f} points" in note and note in " ".join(
+        report.to_text().split()
+    )
+    # the order that margins give decides, not the place in the batch
+    shuffled = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    again = evaluate(model, x[shuffled], y[shuffled], eps=0.02, attacks=attacks, progress=False)
+    assert again.row("APGD-20 margin").settings["unsearched"] > 0
+
+
+def test_the_few_nearest_are_those_of_least_margin():
+    model, x, y = _far_and_near()
+    attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=5)]
+    report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
+    first, row = report.rows[1], report.row("Square, 30 queries, 5 nearest")
+    assert row.settings["attacked"] == 5
+    left = first.margins[first.robust]
+    fell = first.robust & ~row.robust
+    assert np.isin(first.margins[fell], np.sort(left)[:5]).all()
+    assert not row.robust[~first.robust].any()
+
+
+@pytest.mark.parametrize(("option", "value"), [("until", 0.0), ("until", 1.5), ("nearest", 0)])
+def test_settings_that_are_not_allowed(option, value):
+    with pytest.raises(ValueError, match=rf"{option} must be .*got {value}"):
+        AttackSpec(APGD(), **{option: value})
+
+
+def test_of_a_random_model_every_image_is_searched():
+    model, x, y = _far_and_near()
+
+    def noisy(images):
+        return model(images) + 1e-4 * torch.randn(len(images), 5)
+
+    attacks = [FGSM(), AttackSpec(APGD(steps=3), survivors_only=True, until=0.5)]
+    report = evaluate(noisy, x, y, eps=0.01, eot_iter=1, n_eval=2, attacks=attacks, progress=False)
+    assert "unsearched" not in report.rows[2].settings

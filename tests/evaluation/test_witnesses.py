@@ -1,0 +1,186 @@
+"""Images that fell are kept with a report, exactly, and are tried again by anybody."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import digit_nets
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import cli
+from purify_fast.attacks import APGD, PGD
+from purify_fast.evaluation import check_witnesses, evaluate
+from purify_fast.evaluation.witnesses import FILE, Witnesses
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OWN = """
+import sys
+sys.path.insert(0, {here!r})
+import digit_nets
+
+def make():
+    return digit_nets.{net}()
+"""
+
+
+def saved(folder, model=None, **options):
+    x, y = digit_nets.digits()[2:]
+    options = {"eps": digit_nets.EPS, "attacks": [PGD(steps=5)], "progress": False, "keep": "all"} | options
+    model = digit_nets.standard() if model is None else model
+    report = evaluate(model, x[:40], y[:40], **options)
+    report.save(folder)
+    return report
+
+
+def changed(folder, model=None, **values):
+    """The file with other tensors, and a checksum that is right."""
+    witnesses = Witnesses.load(folder)
+    for name, change in values.items():
+        change(getattr(witnesses, name))
+    witnesses.save(folder)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", digit_nets.EPS), ("l2", 1.0), ("l1", 6.0)])
+def test_every_image_that_fell_is_kept_as_the_model_saw_it(tmp_path, norm, eps):
+    report = saved(tmp_path, eps=eps, norm=norm, attacks=[PGD(steps=2), APGD(steps=10)])
+    fell = report.row("clean").robust & ~report.row("worst").robust
+    kept, read = report.witnesses, Witnesses.load(tmp_path)
+    assert fell.any() and sorted(kept.numbers.tolist()) == fell.nonzero()[0].tolist()
+    for name in ("clean", "of", "adversarial", "labels", "numbers", "margins", "attacks"):
+        assert torch.equal(getattr(read, name), getattr(kept, name)), name
+    x, y = digit_nets.digits()[2:]
+    assert torch.equal(kept.clean[kept.of], x[kept.numbers]) and torch.equal(kept.labels, y[kept.numbers])
+    with torch.no_grad():
+        assert (digit_nets.standard()(kept.adversarial).argmax(1) != kept.labels).all()
+    # the pictures are those of a report that keeps some
+    some = evaluate(digit_nets.standard(), x[:40], y[:40], eps=eps, norm=norm, attacks=[PGD(steps=2)], progress=False)
+    assert some.witnesses is None
+    assert (some.row("PGD-2 ce").examples.adversarial == report.row("PGD-2 ce").examples.adversarial).all()
+
+
+def test_files_stay_small_and_say_what_was_rounded(tmp_path):
+    torch.manual_seed(0)
+    clean = torch.randint(0, 256, (64, 3, 32, 32)).float() / 255
+    step = torch.randn_like(clean)
+    step = 0.5 * step / step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    each = torch.arange(64)
+    about = {"attacks": [{"attack": "PGD", "norm": "l2", "eps": 0.5}]}
+    told = {"of": each, "labels": each, "numbers": each, "margins": each.float(), "attacks": each * 0, "about": about}
+    exact = Witnesses(clean, adversarial=(clean + 0.99 * step).clamp(0, 1), **told)
+    # the model gets every second one right after rounding: those stay as they were
+    small = exact.small(lambda images: each % 2 == 0)
+    same = (small.adversarial == exact.adversarial).flatten(1).all(1)
+    assert torch.equal(same, each % 2 == 1) and small.about["rounded"] == 32
+    exact.small(lambda images: each >= 0).save(tmp_path)
+    assert (tmp_path / FILE).stat().st_size < 10_000 * 64
+
+
+@pytest.mark.slow
+def test_a_fresh_process_reproduces_every_fallen_image(tmp_path, monkeypatch):
+    own = tmp_path / "own.py"
+    own.write_text(OWN.format(here=str(Path(__file__).parent), net="standard"))
+    out = tmp_path / "report"
+    report = saved(out, digit_nets.standard())
+    command = [sys.executable, "-m", "purify_fast", "check", str(out), f"{own}:make", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(report.witnesses)} of {len(report.witnesses)} witnesses still fall" in done.stdout
+
+
+def test_another_model_is_told_and_what_no_longer_falls(tmp_path, capsys):
+    report = saved(tmp_path)
+    same = check_witnesses(tmp_path, digit_nets.standard())
+    assert same.confirmed and same.same_model and same.falls.sum() == len(report.witnesses)
+    other = check_witnesses(tmp_path, digit_nets.robust())
+    assert not other.confirmed and other.same_model is False and "weights" in other.model
+    first = int((~other.falls).nonzero()[0][0])
+    assert f"no longer falls: image {other.numbers[first]} (PGD-5 ce" in other.to_text()
+    # a function has nothing to compare
+    assert check_witnesses(tmp_path, lambda x: digit_nets.standard()(x)).same_model is None
+
+
+def test_a_changed_image_is_told(tmp_path):
+    saved(tmp_path)
+    changed(tmp_path, adversarial=lambda images: images[3].add_(0.5))
+    checked = check_witnesses(tmp_path, digit_nets.standard())
+    assert not checked.confirmed
+    assert checked.changed.nonzero()[0].tolist() == checked.outside.nonzero()[0].tolist() == [3]
+    assert f"changed since the report was saved: image {checked.numbers[3]}" in checked.to_text()
+
+
+def test_damaged_and_missing_files_are_refused(tmp_path, capsys):
+    saved(tmp_path)
+    words = ["check", str(tmp_path), "zoo:digits-standard", "--device", "cpu"]
+    path = tmp_path / FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"witnesses.*checksum"):
+        check_witnesses(tmp_path, digit_nets.standard())
+    assert cli.main(words) == 2
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"witnesses.*missing"):
+        check_witnesses(tmp_path, digit_nets.standard())
+    # a report that keeps some removes the file of the one before it
+    saved(tmp_path)
+    saved(tmp_path, keep="some")
+    assert not path.exists() and "witnesses" not in json.loads((tmp_path / "report.json").read_text())
+    with pytest.raises(ValueError, match="keep"):
+        check_witnesses(tmp_path, digit_nets.standard())
+    assert cli.main(words) == 2 and cli.main(["check", str(tmp_path / "nowhere"), *words[2:]]) == 2
+    with pytest.raises(ValueError, match="keep must be"):
+        saved(tmp_path, keep="every")
+
+
+class Noisy(nn.Module):
+    """The standard network, with noise on its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = digit_nets.standard()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + 2 * torch.randn_like(logits)
+
+
+@pytest.mark.parametrize("predict", ["worst_of", "votes"])
+def test_a_random_model_is_tried_by_the_rule_of_the_report(tmp_path, predict):
+    report = saved(tmp_path, Noisy(), predict=predict, n_eval=5)
+    fell = report.row("clean").robust & ~report.row("worst").robust
+    assert sorted(report.witnesses.numbers.tolist()) == fell.nonzero()[0].tolist()
+    checked = check_witnesses(tmp_path, Noisy())
+    assert checked.draws == (5 if predict == "worst_of" else 1)
+    assert checked.falls.tolist() == (checked.wrong > 0).tolist() and checked.falls.mean() > 0.8
+    if predict == "worst_of":
+        assert 0 < checked.wrong.sum() <= 5 * len(checked.falls) and "fresh draws" in checked.to_text()
+
+
+def test_kept_rows_have_their_witnesses_and_parts_of_a_stream_are_joined(tmp_path):
+    once = saved(tmp_path / "a", out=tmp_path / "out")
+    again = saved(tmp_path / "b", out=tmp_path / "out")
+    assert once.witnesses.summary() == again.witnesses.summary()
+    x, y = digit_nets.digits()[2:]
+    batches = [(x[:70], y[:70]), (x[70:], y[70:])]
+    options = {"eps": digit_nets.EPS, "attacks": [PGD(steps=5)], "progress": False, "keep": "all"}
+    streamed = evaluate(digit_nets.standard(), batches, batch_size=8, **options)
+    fell = streamed.row("clean").robust & ~streamed.row("worst").robust
+    assert sorted(streamed.witnesses.numbers.tolist()) == fell.nonzero()[0].tolist()
+    assert torch.equal(streamed.witnesses.clean[streamed.witnesses.of], x[streamed.witnesses.numbers])
+
+
+def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):
+    out = str(tmp_path / "out")
+    few = ["--images", "20", "--protocol", "fast", "--device", "cpu"]
+    assert cli.main(["evaluate", "zoo:digits-standard", *few, "--keep", "all", "--out", out]) == 0
+    capsys.readouterr()
+    assert cli.main(["check", out, "--device", "cpu"]) == 0
+    assert "still fall" in capsys.readouterr().out
+    assert cli.main(["check", out, "zoo:digits-pgd-at", "--device", "cpu"]) == 1
+    assert "no longer falls" in capsys.readouterr().out

@@ -1,0 +1,231 @@
+"""Processes that test something together: forks of this one, which begin at once, since none imports PyTorch again.
+
+They have what the test has: its functions, its monkeypatches, its variables. The outcome does not depend on how busy
+the machine is: the system chooses the port of their store, and a process is taken for lost only after it fell silent.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+#: Seconds after which a process that has not ended hangs.
+LONGEST = 600.0
+#: Where the processes meet: in a file, in the first process, with which the store ends, as torchrun's do, or nowhere.
+Store = Literal["file", "first", "torchrun"] | None
+
+
+class Ended(NamedTuple):
+    """What became of processes, in their order.
+
+    Args:
+        codes: exit statuses; a signal that ended a process as a negative number.
+        errors: what they wrote to stderr and stdout.
+        results: what their work returned; None where it did not.
+    """
+
+    codes: list[int]
+    errors: list[str]
+    results: list[Any]
+
+
+class Processes:
+    """Forks that are at work.
+
+    Args:
+        folder: for their results.
+        pids: of the forks, in their order.
+    """
+
+    def __init__(self, folder: Path, pids: Sequence[int]):
+        self.folder, self.pids = folder, pids
+        self._status: dict[int, int] = {}
+
+    def _ended(self, rank: int) -> bool:
+        if rank not in self._status:
+            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if pid:
+                self._status[rank] = os.waitstatus_to_exitcode(status)
+        return rank in self._status
+
+    def wait(self, *ranks: int) -> None:
+        """Until these have ended."""
+        until(lambda: all(map(self._ended, ranks)))
+
+    def wait_for_stop(self, rank: int) -> None:
+        """Until a process is stopped by a signal."""
+        until(lambda: self._ended(rank) or os.WIFSTOPPED(os.waitpid(self.pids[rank], os.WNOHANG | os.WUNTRACED)[1]))
+
+    def kill(self) -> None:
+        """End those that are still there."""
+        for rank, pid in enumerate(self.pids):
+            if not self._ended(rank):
+                os.kill(pid, signal.SIGKILL)
+                self.wait(rank)
+
+    def ended(self) -> Ended:
+        """What became of them."""
+        errors, results = [], []
+        for rank in range(len(self.pids)):
+            errors.append((self.folder / f"errors-{rank}").read_text())
+            result = self.folder / f"result-{rank}"
+            results.append(pickle.loads(result.read_bytes()) if result.exists() else None)
+        return Ended([self._status[rank] for rank in range(len(self.pids))], errors, results)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens, if nothing hangs."""
+    end = time.monotonic() + LONGEST
+    while not condition():
+        assert time.monotonic() < end, "it hangs"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def processes(folder: Path, world: int, work: Callable[[], Any], store: Store = "file") -> Iterator[Processes]:
+    """Forks in a process group; those that are still there at the end of the block are killed.
+
+    Args:
+        folder: a subfolder of it has their results.
+        world: how many there are.
+        work: what each does.
+        store: where they meet; torchrun's have its environment, and join a group by themselves.
+    """
+    number = 0
+    while (own := folder / f"forks-{number}").exists():
+        number += 1
+    own.mkdir(parents=True)
+    pids: list[int] = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            _live(own, rank, world, work, store)
+        pids.append(pid)
+    made = Processes(own, pids)
+    try:
+        # torchrun has the store itself
+        _ = _open_store(own, world) if store == "torchrun" else None
+        yield made
+    finally:
+        made.kill()
+
+
+def together(
+    folder: Path,
+    world: int,
+    work: Callable[[], Any],
+    store: Store = "file",
+    meanwhile: Callable[[Processes], object] = lambda _: None,
+) -> Ended:
+    """What becomes of processes that all end by themselves.
+
+    Args:
+        folder: as in `processes`.
+        world: as in `processes`.
+        work: as in `processes`.
+        store: as in `processes`.
+        meanwhile: called in this process while they are at work.
+    """
+    with processes(folder, world, work, store) as made:
+        meanwhile(made)
+        made.wait(*range(world))
+    return made.ended()
+
+
+class Victim:
+    """A process that falls silent; until then the others wait for it without end.
+
+    Args:
+        folder: where the test tells the processes that it did.
+        rank: of the process.
+        module: has BEAT and SILENCE.
+    """
+
+    def __init__(self, folder: Path, rank: int, module: ModuleType):
+        self.mark, self.rank, self.module = folder / "silent", rank, module
+
+    def wait_patiently(self) -> None:
+        """Called by every process."""
+        self.module.BEAT, self.module.SILENCE = 0.05, float("inf")
+
+        def watch() -> None:
+            until(self.mark.exists)
+            self.module.SILENCE = 0.5
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def is_killed(self, processes: Processes) -> None:
+        """In the test: wait for its end."""
+        processes.wait(self.rank)
+        self.mark.touch()
+
+    def is_stopped(self, processes: Processes) -> None:
+        """In the test: wait for a signal that stops it."""
+        processes.wait_for_stop(self.rank)
+        self.mark.touch()
+
+
+def _live(folder: Path, rank: int, world: int, work: Callable[[], Any], store: Store) -> None:
+    """A fork's whole life."""
+    code = 1
+    try:
+        file = (folder / f"errors-{rank}").open("w", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = file
+        torch.set_num_threads(1)
+        _meet(folder, rank, world, store)
+        result = pickle.dumps(work())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        (folder / f"result-{rank}").write_bytes(result)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # the fork does nothing else that the test's process would do: no fixture ends, nothing is reported
+        os._exit(code)
+
+
+def _meet(folder: Path, rank: int, world: int, store: Store) -> None:
+    """Join the group; its exchanges wait for half an hour, as they do without a setting."""
+    if store is None:
+        return
+    port = folder / "port"
+    if store == "torchrun":
+        until(port.exists)
+        ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) | {"WORLD_SIZE": str(world)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text()}
+        os.environ |= ranks | address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return
+    if store == "file":
+        found: dist.Store = dist.FileStore(str(folder / "store"), world)
+    elif rank == 0:
+        found = _open_store(folder, world)
+    else:
+        until(port.exists)
+        found = dist.TCPStore("127.0.0.1", int(port.read_text()), world, is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=found, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+
+
+def _open_store(folder: Path, world: int) -> dist.TCPStore:
+    """A store at a port that the system chooses, and the others read."""
+    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    new = folder / "port.new"
+    new.write_text(str(store.port))
+    new.rename(folder / "port")
+    return store
