@@ -64,7 +64,7 @@ def list_every_page(app, name, source):
     if name == "index":
         listed = source[0].splitlines()
         others = [page.stem for page in sorted(HERE.glob("*.md")) if page.stem not in ("index", *listed)]
-        source[0] = source[0].replace("\npapers\n", "\n".join(["", "papers", *others, ""]))
+        source[0] = source[0].replace("\nreliability\n", "\n".join(["", "reliability", *others, ""]))
 
 
 def setup(app):

@@ -1,6 +1,6 @@
 """A standard classifier, finetuned by ARREST; then CARSO's purifier in front of the result.
 
-python examples/arrest_then_carso.py            # scikit-learn's digits, minutes
+python examples/arrest_then_carso.py            # the package's digits, minutes
 python examples/arrest_then_carso.py --tiny     # seconds; its numbers mean nothing
 """
 

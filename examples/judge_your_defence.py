@@ -31,7 +31,7 @@ class Noisy(torch.nn.Module):
 
 
 def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0.2, out: str | None = None) -> None:
-    """Train a classifier on scikit-learn's digits, defend it by noise, judge both.
+    """Train a classifier on the package's digits, defend it by noise, judge both.
 
     Args:
         epochs: of the classifier's training.

@@ -2,7 +2,7 @@
 # A training in several processes by torchrun: one process for each GPU, or some on a CPU.
 #
 #     bash examples/multi_gpu.sh                  # every GPU of this machine, MNIST from data/mnist.npz
-#     bash examples/multi_gpu.sh --tiny           # two CPU processes, scikit-learn's digits, seconds
+#     bash examples/multi_gpu.sh --tiny           # two CPU processes, the package's digits, seconds
 #
 # The batch is shared out among the processes, BatchNorm sees all of it, and the weights are those of one process up to
 # floating point. It is tested on CPUs; it has not yet been run on several GPUs.
