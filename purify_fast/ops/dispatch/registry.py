@@ -31,14 +31,14 @@ from typing import Any, cast
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ... import _library
+from ... import _library, kernels
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, SIZES, Backend, Call, Definition
 from .races import Winner
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(kernels.__path__[0])
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -303,8 +303,8 @@ class Launcher:
     name: str
 
     def __call__(self, *args):
-        kernels = importlib.import_module(f"purify_fast.kernels.{self.module}")
-        return getattr(kernels, self.name)(*args)
+        module = importlib.import_module(f"purify_fast.kernels.{self.module}")
+        return getattr(module, self.name)(*args)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
