@@ -49,7 +49,9 @@ class FreshClassifier(DataCommand):
         if is_named(self.model):
             for name, value in sizes.items():
                 if value is not None:
-                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
+                    raise ValueError(
+                        f"--{name} is for networks of this package, got {value}: {self.model} has a fixed size"
+                    )
             return named_classifier(self.model, None, images)
         mean, std = statistics(images.x_train)
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
@@ -67,7 +69,7 @@ class ResultsInClassifier(Training):
 
         save_classifier(trained, self.out)
         x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
-        # of several processes the first one alone is here
+        # only the first of several processes is here
         report = evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name, together=False)
         print(report.to_text())
 
@@ -118,18 +120,18 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
-            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+            raise ValueError("--keep-teacher needs images that are not augmented: leave out --padding and --flip")
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         network = recipe.part("classifier")
         return {"model": network.pop("name"), **network}
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.classifier is None:
-            return super().superseded()
+            return super().ignored_beside()
         message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
-        return super().superseded() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+        return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
 
     def task(self, images: DataSet) -> Task:
         from .._process import processes
