@@ -158,7 +158,7 @@ def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
     held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
         lacks = "train/" if held_out is not None else "val/ and test/"
-        raise FileNotFoundError(f"{folder} is no image folder: it lacks {lacks}; it must hold {FORM}")
+        raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}; it must hold {FORM}")
     if shards_of(folder / "train"):
         if not shards_of(held_out):
             raise FileNotFoundError(f"{held_out} has no shards, and train has: there must be {FORM_OF_SHARDS}")
@@ -181,12 +181,12 @@ def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
 def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
     """ValueError for a link that leads in a circle, and unless that is wanted for one that leads out of the folder."""
     root = folder.resolve()
-    # one look for each folder, since there may be a million files
+    # resolve each folder once, since there may be a million files
     real = {parent: parent.resolve() for parent in {path.parent for path in files}}
     links = {place for parent in real for place in (parent, *parent.parents) if place != folder and place.is_symlink()}
     for link in sorted(links):
         if link.is_relative_to(folder) and link.parent.resolve().is_relative_to(link.resolve()):
-            raise ValueError(f"{link} is a link to a folder that it is in: its images would be read again and again")
+            raise ValueError(f"{link} links to a folder that contains it: its images would be read again and again")
     if follow:
         return
     for path in files:
@@ -267,7 +267,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> Cached | None
 
 
 def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """One process writes a cache, the others wait for it; the lock ends with the process."""
+    """A lock under which one process writes a cache while others wait; it ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock").acquire()
@@ -279,7 +279,7 @@ def _write(
     place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
 ) -> Cached:
     (place / "set.json").unlink(missing_ok=True)
-    # those of other files, or of a killed process
+    # files for other images, or of a killed process
     for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
         old.unlink()
     size = first_size(splits["train"].files) if image_size is None else image_size
@@ -322,13 +322,13 @@ def decode(
     Args:
         files: the images, in the order they are written in.
         size: (H, W) of every image in the file.
-        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
+        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
         out: the file to write.
-        workers: processes that decode, 0 for none but this.
-        title: what the progress bar says.
+        workers: processes that decode, 0 for only this process.
+        title: text of the progress bar.
 
     Returns:
-        What is wrong with each image that cannot be decoded and is left out, by its number among the files.
+        The error of each image that cannot be decoded and is left out, by its number among the files.
 
     Raises:
         ValueError: an image of another size.
@@ -404,15 +404,15 @@ def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | st
 class EncodedImages(StreamedImages):
     """Images that stay as they are, JPEG or PNG, and are decoded whenever they are read, by several threads.
 
-    What decoding once would store is too much for some disks: ImageNet's 1.28 million training images take 193 GB at
-    224 x 224. The pixels are the same.
+    Decoding once would take too much room on some disks: ImageNet's 1.28 million training images take 193 GB at 224 x
+    224. The pixels are the same.
 
     Args:
         files: the images, files or members of shards; they must not change while this is used.
         size: (H, W) of what is read.
         digest: stands for the images in `purify_fast._tensors.digest`.
-        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
-        workers: threads that decode; 0 for none but the caller's.
+        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
+        workers: threads that decode; 0 for only the caller's.
         device: where the images go that are read.
     """
 

@@ -16,7 +16,7 @@ from .._tensors import digest
 
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
-#: What to do about images that differ in size.
+#: Advice about images that differ in size.
 GIVE_SIZE = "give --size H W, or image_size=(H, W) in Python"
 
 
@@ -42,7 +42,7 @@ class StreamedImages:
         try:
             array = np.load(self.path, mmap_mode="r")
         except (EOFError, ValueError) as error:
-            raise ValueError(f"{self.path} is no whole .npy file: {error}") from error
+            raise ValueError(f"{self.path} is not a whole .npy file: {error}") from error
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
             raise ValueError(f"{self.path} must hold one uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
@@ -88,7 +88,7 @@ class StreamedImages:
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """What changes when the file is written to; None once it has lost its name, after which nobody writes to it."""
+        """Facts that change when the file is written to; None once it has no name: nobody writes to it then."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:
@@ -139,8 +139,8 @@ class ResizedImages(StreamedImages):
 def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Every batch of ``order``, in order: (ids, images).
 
-    Of streamed images a thread reads the next `AHEAD` batches while the caller works with one, for a CUDA device into
-    pinned memory, from which the copy does not block; no other batches are in memory.
+    If the images are streamed, a thread reads the next `AHEAD` batches while the caller works with one, for a CUDA
+    device into pinned memory, from which the copy does not block; no other batches are in memory.
 
     Args:
         x: uint8 ``[N, C, H, W]``.

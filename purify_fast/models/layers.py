@@ -28,7 +28,7 @@ from .._process import processes
 from .._validation import check_counts
 from ..ops.convolution import conv2d
 
-#: Of the images: a number for all channels, or one per channel.
+#: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
     """torch's Conv2d, with its arguments and names. In bfloat16 on a CPU `purify_fast.ops.conv2d` computes it."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # on other devices there is no kernel, and the checks of `conv2d` would cost each call 9 us on an AMD EPYC
+        # other devices have no kernel, and the checks of `conv2d` would cost each call 9 us on an AMD EPYC
         if input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
@@ -90,7 +90,7 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
     Args:
         mean: a number, or one per channel as a sequence, a tensor or an array, in image units.
-        std: likewise, above 0.
+        std: the standard deviations, in the same form, above 0.
         channels: how many channels there are.
 
     Returns:
@@ -112,11 +112,11 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, for ``[B, C, H, W]``; the statistics are no part of the state dict.
+    """(x - mean) / std per channel, for ``[B, C, H, W]``; the state dict does not contain the statistics.
 
     Args:
         mean: a number, or one per channel, in image units.
-        std: likewise, above 0.
+        std: the standard deviations, in the same form, above 0.
         channels: how many channels the images have.
 
     Attributes:
@@ -156,7 +156,7 @@ def batch_norm_everywhere(
         world: how many processes there are.
 
     Returns:
-        As ``x``. The gradients of weight and bias are those of this process's images.
+        The result, in ``x``'s shape. The gradients of weight and bias are those of this process's images.
     """
     if x.device.type in BY_TORCH:
         # torch's functions read both layouts, but no other strides

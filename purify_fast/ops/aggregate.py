@@ -1,4 +1,4 @@
-"""One prediction from K: aggregation of the logits l [B, K, C] over the samples k, in the log domain.
+"""Aggregation: a single prediction from the logits l [B, K, C] of K samples, in the log domain.
 
     lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
     peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
@@ -132,11 +132,11 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
-    weigh=second_argument,
+    size_key=second_argument,
 )
 
 
-#: Of ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
+#: For ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -181,7 +181,9 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
     index = METHODS.index(method)
     differentiated = needs_gradient(logits)
-    if OP.plain(logits.device, logits.dtype, logits.numel(), method) and not (method == "vote" and differentiated):
+    if OP.uses_reference(logits.device, logits.dtype, logits.numel(), method) and not (
+        method == "vote" and differentiated
+    ):
         return reference(logits, index)
     if not differentiated:
         return OP.handle(logits, index)

@@ -47,8 +47,8 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         biases: ``[channels out]`` of each.
 
     Returns:
-        One vector of weights, those of the layers and then, transposed, those of their gradients from the last to the
-        first; one of biases, without the first layer's; zeros where they are padded.
+        A vector of weights: the layers' weights, and then, transposed, the weights for their gradients from the last
+        layer to the first. A vector of biases, without the first layer's. Both have zeros where they are padded.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -78,7 +78,7 @@ class Weights(NamedTuple):
 
 
 def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
-    """What `pack` was given, in the packed weights' dtype.
+    """Undo `pack`: the weights and biases of the layers, in the packed weights' dtype.
 
     Args:
         packed: the vector of weights that `pack` returned, in any dtype.
@@ -120,7 +120,7 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
+    """The input of every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -223,7 +223,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What backward takes beside the gradient: the images, and all but their layout and dtype."""
+    """The arguments of backward beside the gradient: the images, and all but their layout and dtype."""
     return *outputs, *inputs[:9]
 
 
@@ -237,7 +237,7 @@ OP = define_op(
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=("",),
     # by the dtype of the images, which is the last argument, and the numbers of the condition
-    weigh=lambda condition, *others: (others[-1], condition.numel()),
+    size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_backward(
     OP,
@@ -280,17 +280,17 @@ def decode_prior(
         biases: from `pack`, in the condition's dtype.
         geometry: the decoder's sizes.
         samples: K >= 1.
-        slope: of the LeakyReLU between the layers, at least 0.
+        slope: slope of the LeakyReLU between the layers, at least 0.
         squash: end with a sigmoid: images in (0, 1); else their logits.
         channels_last: the memory layout of the images.
-        dtype: of the images, float32 (default) or bfloat16; float64 beside float64 weights.
+        dtype: dtype of the images, float32 (default) or bfloat16; float64 beside float64 weights.
         weights: ``unpack(packed, biases, geometry)``, if it is at hand: where the layers serve, they need it.
 
     Returns:
         Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: shapes, dtypes or devices other than these.
 
     Deterministic. First-order gradients only; ``vmap`` is not supported.
@@ -318,7 +318,7 @@ def decode_prior(
         raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
     # the backward multiplies by image * (1 - image): bfloat16 rounds what is above 0.998 to 1, where that is 0
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
-    if OP.plain(condition.device, wanted, condition.numel()):
+    if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):
             weights = unpack(packed, biases, geometry) if weights is None else weights
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]

@@ -72,7 +72,7 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # what the coordinates that are at the border of the box have brought, and what the others bring per t
+    # the contribution of the coordinates that are at the border of the box, and of the others per t
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate
@@ -110,7 +110,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Planes nearby, further away and out of reach; a normal with zeros and what is no number."""
+    """Planes nearby, further away and out of reach; a normal with zeros, infinities and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])

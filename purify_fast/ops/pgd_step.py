@@ -1,4 +1,4 @@
-"""One step of projected gradient descent (ascent on the attacker's loss), per-sample step and radius.
+"""A step of projected gradient descent (ascent on the attacker's loss), with per-sample step and radius.
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
@@ -56,7 +56,7 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """How many of ``size`` coordinates an l1 step moves, ties aside: the share rounded, at least one."""
+    """The number of the ``size`` coordinates that an l1 step moves, ties aside: the share rounded, at least 1."""
     return max(1, int(density * size + 0.5))
 
 
@@ -181,10 +181,10 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:
-    """What every step asks of its images, by name, its norm and its box; ValueError otherwise.
+    """Check a step's images by their names, its norm and its box; ValueError if they do not fit.
 
     Returns:
-        The norm, as this package writes it.
+        The norm, in this package's spelling.
     """
     check_alike(**images)
     if not lo <= hi:
@@ -208,9 +208,9 @@ def pgd_step(
     Args:
         x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
-        x_nat: the images that are attacked, the centers of the balls; likewise.
+        x_nat: the images that are attacked, the centers of the balls, like grad.
         alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``.
-        eps: radius of the ball, measured likewise, a number or ``[B]``.
+        eps: radius of the ball, measured in ``norm`` and image units, a number or ``[B]``.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box that images lie in.
         hi: upper end of the box, at least lo.

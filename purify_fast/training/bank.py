@@ -88,12 +88,12 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class FrozenAttack:
-    """One of a training's attacks on a model that stays as it is.
+    """An attack of a training on a model that stays as it is.
 
     Args:
         eps: radius of the ball in image units.
-        random: whether it begins at a random point, so that it makes another image each time.
-        share: of the batch that it attacks.
+        random: whether the attack begins at a random point, so that it makes another image each time.
+        share: the share of the batch that it attacks.
     """
 
     eps: float
@@ -107,8 +107,9 @@ class FrozenAttacks:
 
     Args:
         attacks: all of them; a batch names each by its index.
-        norm: of the ball.
-        facts: what else decides which images they make, the weights of the model among it, as JSON values.
+        norm: norm of the ball.
+        facts: everything else that decides which images the attacks make, such as the weights of the model, as JSON
+            values.
     """
 
     attacks: tuple[FrozenAttack, ...]
@@ -121,9 +122,9 @@ class BankedImages:
     """The images of a bank.
 
     Args:
-        count: images of the whole data set, by whose indices the bank is ordered.
-        shape: of one image, (C, H, W).
-        data: what tells the data set from others, its digest among it.
+        count: number of images in the whole data set, by whose indices the bank is ordered.
+        shape: shape of an image, (C, H, W).
+        data: text that identifies the data set; it contains the digest.
         views: 2 if images are mirrored at random, which makes two images of one; else 1.
     """
 
@@ -134,7 +135,7 @@ class BankedImages:
 
 
 def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """What is kept of attacked images.
+    """Round the steps from images to attacked images to int8, for the bank.
 
     Args:
         x: the images ``[B, ...]``.
@@ -156,7 +157,7 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
         x: the images ``[B, ...]``.
         steps: q, int8 ``[B, D]``.
         scale: s, ``[B]``.
-        ball: of the attack.
+        ball: the ball of the attack.
     """
     return projected(x, x + steps.view(x.shape).to(x.dtype) * per_image(scale, x), ball)
 
@@ -178,7 +179,7 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and where the file is.
-        attacks: what attacks the images.
+        attacks: the attacks on the images.
         images: which images.
         batch_size: images of a step, of all processes together.
 
@@ -203,7 +204,7 @@ class AdversarialBank:
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the map keeps a descriptor of its own, and with it the lock
+            # the map keeps its own descriptor, and with it the lock
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
         # an index of a map takes several times as long as one of an array
         self.records: np.ndarray = np.asarray(self._map)
@@ -219,24 +220,25 @@ class AdversarialBank:
 
         Args:
             step: its number in the run.
-            seed: of its draws.
-            sample_ids: of the batch's images, int64 ``[B]``.
+            seed: seed of the step's draws.
+            sample_ids: indices of the batch's images, int64 ``[B]``.
             mirrored: which images are mirrored, bool ``[B]``; None for none.
         """
         entries = sample_ids.cpu() * self.images.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
     def find(self, entries: np.ndarray, kinds: np.ndarray, seed: int, draws: np.ndarray) -> Found:
-        """Read one variant of each image, that of this very step if there is one.
+        """Read one variant of each image; if this very step made a variant before, read that.
 
         Args:
-            entries: of the images, int ``[A]``.
+            entries: places of the images in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
-            seed: of the step.
+            seed: seed of the step.
             draws: uniform numbers, which choose among the variants, ``[A]``.
 
         Returns:
-            What was found. Where places of an image and its attack are empty, nothing is, so that they are filled.
+            The variants. An image is not found while places of the image and its attack are empty: they are to be
+            filled.
         """
         began = time.monotonic()
         found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
@@ -248,7 +250,7 @@ class AdversarialBank:
                 count = len(whole)
                 chosen = own.index(True) if any(own) else min(int(draws[image] * count), count - 1)
                 found.steps[image], found.scale[image] = records["steps"][chosen], records["scale"][chosen]
-                found.there[image], found.own[image] = True, any(own)
+                found.found[image], found.made_by_this_step[image] = True, any(own)
         self.seconds += time.monotonic() - began
         return found
 
@@ -256,11 +258,11 @@ class AdversarialBank:
         """Write variants, each in an empty place or in that of the oldest.
 
         Args:
-            entries: of the images, int ``[A]``.
+            entries: places of the images in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
-            seed: of the step that made them.
+            seed: seed of the step that made the variants.
             steps: q, int8 ``[A, D]``.
-            scale: s, float32 ``[A]``. What is not finite is not kept.
+            scale: s, float32 ``[A]``. A variant whose scale is not finite is not kept.
         """
         began = time.monotonic()
         for i in np.flatnonzero(np.isfinite(scale)):
@@ -306,13 +308,13 @@ class AdversarialBank:
         return [float(np.mean([self._variants(entry, places)[1] for entry in entries])) for places in self.slots]
 
     def left_to_make(self, epochs: float) -> tuple[float, float]:
-        """What a run will make, in images for each image of its data.
+        """Count the images that a run will attack, for each image of its data.
 
         Args:
-            epochs: of the run that are left.
+            epochs: epochs that are left of the run.
 
         Returns:
-            How many it will attack, with the bank as full as it is, and how many it would attack without it.
+            The number with the bank as full as it is, and the number without the bank.
         """
         attacked = asked = 0.0
         for attack, places, full in zip(self.attacks.attacks, self.slots, self.fullness(), strict=True):
@@ -323,13 +325,13 @@ class AdversarialBank:
         return attacked, asked
 
     def forecast(self, epochs: float, images: int, rows: int, seconds: float) -> str:
-        """What the bank will save, in words.
+        """A sentence about what the bank will save.
 
         Args:
-            epochs: of the run that are left.
-            images: of an epoch.
+            epochs: epochs that are left of the run.
+            images: images of an epoch.
             rows: adversarial images of the step that was measured.
-            seconds: that its attacks took.
+            seconds: seconds that its attacks took.
         """
         attacked, asked = self.left_to_make(epochs)
         each = seconds / max(rows, 1) * images
@@ -343,7 +345,7 @@ class AdversarialBank:
         )
 
     def summary(self, rows: int, seconds: float) -> str:
-        """What the bank saved this process since it began, in words; arguments as of `forecast`."""
+        """A sentence about what the bank saved this process; the arguments are those of `forecast`."""
         saved = self.read * seconds / max(rows, 1) - self.seconds
         damaged = f"; {self.damaged:,} were damaged and made again" if self.damaged else ""
         return (
@@ -359,14 +361,14 @@ class Found:
     Args:
         steps: q, int8 ``[A, D]``.
         scale: s, float32 ``[A]``.
-        there: where there was a variant, bool ``[A]``.
-        own: where it is the one that this very step makes, bool ``[A]``.
+        found: True for images with a variant, bool ``[A]``.
+        made_by_this_step: True for variants that this very step made before, bool ``[A]``.
     """
 
     steps: np.ndarray
     scale: np.ndarray
-    there: np.ndarray
-    own: np.ndarray
+    found: np.ndarray
+    made_by_this_step: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -376,7 +378,7 @@ class BankedStep:
     Args:
         bank: the bank.
         step: its number in the run.
-        seed: of its draws.
+        seed: seed of the step's draws.
         entries: where the bank has the images of the batch, int64 ``[B]`` on the CPU.
     """
 
@@ -404,16 +406,16 @@ class BankedStep:
             bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
             bank.made += len(x)
             return made
-        # one number says whether an image is made anew, the other one which variant is read
+        # the first number decides whether an image is attacked again, the second which variant is read
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
         # an attack without a random start would make what is there
         anew &= bank._random[kind]
-        due = ~found.there | (anew & ~found.own)
+        due = ~found.found | (anew & ~found.made_by_this_step)
         if due.any():
             # With what the step made before it was killed: a model's last bits may depend on the size of the batch.
-            due |= found.own
+            due |= found.made_by_this_step
             index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
             some = x if index is None else x[index]
             kept = (each.cpu().numpy() for each in quantized(some, make(index)))
@@ -434,7 +436,7 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     random = sum(one.random for one in every)
     counts, place, seen = [], 0, 0
     for one in every:
-        # what the others leave is shared out, the first get one more where it does not come out even
+        # share the places out; the first attacks get one more if the places do not come out even
         share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
         seen += one.random
         counts.append(slice(place, place + share))
@@ -443,7 +445,7 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
 
 
 def _checksum(record: Any, place: tuple[int, int]) -> int:
-    """Of a record without its first field, and of where it stands."""
+    """The checksum of a record without its first field, and of its place."""
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
@@ -455,7 +457,7 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
             "variants or raise the limit (gigabytes)"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # one run at a time, so that two new banks do not take the same room
+    # one run at a time: two new banks must not take the same room
     with FileLock(path.parent / ".lock"):
         _make_room(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")
@@ -487,7 +489,7 @@ def _make_room(path: Path, size: int, limit: int) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    """Whether no run has a bank open."""
+    """Tell whether no run has a bank open."""
     try:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)
@@ -502,7 +504,7 @@ def _allocated(path: Path, size: int) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
         if (allocate := getattr(os, "posix_fallocate", None)) is not None:
-            # a disk that is full later would end the process, which writes to memory and is told of no error
+            # A disk that fills up later would end the process: it writes to memory, and gets no error.
             allocate(handle, 0, size)
         else:
             os.truncate(handle, size)

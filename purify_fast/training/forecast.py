@@ -1,4 +1,4 @@
-"""What a training will take: some of its steps are taken, and their cost is continued to the end of the run."""
+"""The forecast of a training: a few of its steps are taken, and their cost is extended to the end of the run."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def forecast(
     gpus: int = 1,
     seconds: float = 10.0,
 ) -> Forecast:
-    """What `purify_fast.training.fit` will take with the same arguments. It moves the task's weights: make another.
+    """Predict the cost of `purify_fast.training.fit` with the same arguments. It trains the task: `fit` needs another.
 
     A step costs more once a delayed term of the loss acts, so that each period between two delays has its own probe.
 
     Args:
         task: the training.
-        x: as of `fit`.
-        y: as of `fit`.
+        x: the images, as in `fit`.
+        y: the labels, as in `fit`.
         config: how long and how.
-        validation: as of `fit`.
+        validation: the held-out images, as in `fit`.
         gpu: a name of `purify_fast.speed.counting.GPUS`, for which steps are counted and their time is modelled; None:
             this CPU, on which they are timed.
         gpus: how many share the batches.
@@ -91,7 +91,7 @@ def _steps(run: Run, begin: int) -> Iterator[Batch]:
 def _count(task: Task, batch: Batch) -> tuple[Cost, float]:
     """The cost of a step, and the bytes of tensors at its peak: on a straight line through two small batches."""
     costs, peaks, sizes = [], [], [min(size, len(batch.x)) for size in COUNTED]
-    # what is made once is made
+    # the first step pays for work that is done only once
     train_step(task, _part(batch, sizes[0]))
     for size in sizes:
         step = partial(train_step, task, _part(batch, size))

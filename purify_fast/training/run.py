@@ -63,29 +63,30 @@ class Diverged(FloatingPointError):
 
 
 class Run:
-    """Where a run is, the settings that a checkpoint must match, and its checkpoints, which the first process writes.
+    """The position of a run, the settings that a checkpoint must match, and its checkpoints, which rank 0 writes.
 
     Args:
-        task: what is trained.
+        task: the training's task.
         config: how.
-        source: of its images. A run whose source is not reproducible is resumed at the end of an epoch only.
-        held_out: what it is validated with, all of it in every process; None for nothing.
+        source: source of the images. A run whose source is not reproducible is resumed at the end of an epoch only.
+        held_out: source of the images to validate with, all of them in every process; None for no validation.
         folder: for its checkpoints; None keeps none.
-        bank: of the training's adversarial images; None for none.
+        bank: bank of the training's adversarial images; None for no bank.
 
     Attributes:
-        facts: what must be equal for a checkpoint to be resumed.
-        length: of the whole run.
+        facts: the settings that must be equal for a checkpoint to be resumed.
+        length: length of the whole run.
         terms: the terms of the loss, and the step from which on each acts.
         total: steps of the whole run.
         step: steps taken.
-        sums: of the epoch's losses and metrics so far, by name.
+        sums: sums of the epoch's losses and metrics so far, by name.
         counts: the steps of the epoch that measured each of them.
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty without one.
-        rows: of ``log.jsonl``, one for each epoch that has ended.
-        served: what decides which kernels serve, by `purify_fast.ops.kernel_choices` when the run began; None before.
-        rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
+        rows: rows of ``log.jsonl``, one for each epoch that has ended.
+        served: the state that decides which kernels serve, by `purify_fast.ops.kernel_choices` at the run's start; None
+            before it.
+        rate: factor of the task's learning rate: 1, and less after a divergence from which the run returned.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Run:
         return self.step // self.steps
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """The input of a step: what the source gave, as floats, cropped and mirrored as the settings say.
+        """Make the input of a step from the source's batch: floats, cropped and mirrored as the settings say.
 
-        Without ``augment``, as for held-out images, it is not augmented, and nothing is kept of its attacks.
+        With ``augment=False``, as for held-out images, it is not augmented, and its attacks are not kept.
         """
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
@@ -143,7 +144,7 @@ class Run:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether this epoch's losses and the weights are finite so far; waits for the device once."""
+        """Tell whether this epoch's losses and the weights are finite so far; waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
@@ -153,7 +154,7 @@ class Run:
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
@@ -185,7 +186,7 @@ class Run:
     def _read(self) -> dict[str, Any] | None:
         saved = None
         if self.folder is not None:
-            # of a run that was killed while it wrote; nobody else writes here, since the folder is locked
+            # files of a run that was killed while it wrote; nobody else writes here, since the folder is locked
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
@@ -200,7 +201,7 @@ class Run:
         # without the other processes, so that they need not agree on when
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
-                # what the steps before the checkpoint wrote is not made again by those after it
+                # the steps after the checkpoint do not repeat what the steps before it wrote
                 self.bank.flush()
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
@@ -236,8 +237,8 @@ class Run:
         if self.is_finite():
             self.save()
         elif processes()[1] == 1:
-            # of several processes this one alone knows now: all of them see it when they look at their losses
-            raise Diverged("a loss or a weight is not finite")
+            # Only this process knows now; the others see it when they look at their losses.
+            raise Diverged("the loss or a weight is not finite")
 
     def write_log(self) -> None:
         """Write ``log.jsonl`` anew: a kill never leaves half a row."""
@@ -268,12 +269,12 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a choice of the best, or a watch, by what the task does not measure, by a look at a few images.
+        """Refuse a choice of the best, or a watch, that needs a metric which the task does not measure.
 
-        Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
+        Every task measures the loss: nothing is computed if the loss chooses the best, or nothing does.
 
         Raises:
-            ValueError: the message names what the task measures.
+            ValueError: the message names the metrics that the task measures.
         """
         chosen = {self.config.keep_best} - {"off", "loss"}
         if self.config.on_collapse == "back_off":
@@ -288,7 +289,7 @@ class Run:
             raise ValueError(f"{option}: this training measures {', '.join(measured)}, not {name}")
 
     def collapsed(self) -> bool:
-        """Whether the accuracy of the validation just made is below `COLLAPSE` of the best one before it."""
+        """Tell whether the accuracy of the last validation is below `COLLAPSE` of the best accuracy before it."""
         accuracy = "validation_accuracy"
         best = max((row[accuracy] for row in self.rows if accuracy in row), default=0.0)
         return self.config.on_collapse == "back_off" and self.last[accuracy] < COLLAPSE * best
@@ -310,7 +311,7 @@ class Run:
             if chosen == "off":
                 return
             score = -means["loss"] if chosen == "loss" else means[chosen]
-            # a score that is no number is never the best
+            # a score of NaN is never the best
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
@@ -322,7 +323,7 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """What two runs' facts disagree on, in words; empty if on nothing. ``there`` and ``here`` say whose a value is."""
+    """Describe the differences between two runs' facts; empty if equal. ``there`` and ``here`` name the two runs."""
     # in the JSON of a checkpoint a tuple is a list
     saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
@@ -370,7 +371,7 @@ class LossWatch:
         """Write the images, labels, indices and seed of a step.
 
         Returns:
-            The file; None if the source cannot give its images again, and they are no longer remembered.
+            The file; None if the source cannot repeat its images, and they are no longer remembered.
         """
         raw = self.batches.get(step)
         if self.source.reproducible:

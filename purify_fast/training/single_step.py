@@ -53,15 +53,15 @@ def n_fgsm(model: Classifier, batch: Batch, attack: TrainingAttack) -> Tensor:
 def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight: float) -> Tensor:
     """The attack of nuclear norm adversarial training (Sriramanan et al., NeurIPS 2021; the authors' lines 102 to 220).
 
-    From a random corner of half the ball one signed step of eps is taken, and projected onto the ball. In every other
-    step of the training the loss has the nuclear norm of what the logits change, in the steps between it is
+    From a random corner of half the ball the attack takes a signed step of eps, and projects it onto the ball. In every
+    other step of the training the loss has the nuclear norm of the change of the logits; in the steps between it is
     cross-entropy alone.
 
     Args:
         model: images to logits.
         batch: the images ``[B, C, H, W]``, and the seed and sample ids of the corner.
         attack: eps, and the length of the step; without an alpha it is eps.
-        weight: of the nuclear norm.
+        weight: weight of the nuclear norm.
 
     Returns:
         The adversarial images ``[B, C, H, W]``.

@@ -329,7 +329,7 @@ def test_damage_beside_the_place_that_is_written_counts_as_empty(tmp_path):
     assert bank.fullness() == [1 / 30]
     before = bank.records.tobytes()
     # one that looks changes nothing: another process may be writing there
-    assert not bank.find(entries, kinds, 11, np.zeros(1)).there and bank.records.tobytes() == before
+    assert not bank.find(entries, kinds, 11, np.zeros(1)).found and bank.records.tobytes() == before
     for seed, full in ((11, 2 / 30), (12, 3 / 30)):
         bank.keep(entries, kinds, seed, steps, scale)
         assert bank.fullness() == [full]
@@ -574,7 +574,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         (lambda: carso_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (lambda: atop_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (classifier_task, {}, {}, "attacks a model that it changes"),
-        (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1\) are others in every epoch"),
+        (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1\): train without padding"),
         (
             TASKS["carso"],
             {},

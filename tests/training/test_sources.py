@@ -143,7 +143,7 @@ def test_loaders_that_cannot_be_used_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             fit(task(), wrong, None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match="y must be None with batches"):
+    with pytest.raises(ValueError, match="y must be None if x gives batches"):
         fit(task(), [(x, y)], y, FitConfig(1))
 
 

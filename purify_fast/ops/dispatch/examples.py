@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 HALVES = (torch.bfloat16, torch.float16)
 NHWC = torch.channels_last
-ROWS = 3  # samples of an example, so that its batch dimensions can be told from others
+#: Samples of an example. The number distinguishes its batch dimensions from its others.
+ROWS = 3
 #: Settings of ops whose examples differ in the shape of images. The last ones have more numbers than one program of the
 #: norms' steps and of the losses takes. With the dtypes that stand for kernels of whole rows on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
@@ -27,13 +28,13 @@ LAYOUTS = ("", "channels_last")
 
 @dataclass(frozen=True)
 class Example:
-    """One set of shapes and settings of one op.
+    """A set of shapes and settings of an op.
 
     Attributes:
-        name: tells it from the other examples of its op.
+        name: name of the example among those of its op.
         make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
-        setting: what it differs in from the other examples.
-        dtypes: those that the op takes.
+        setting: the setting that differs from the other examples.
+        dtypes: the dtypes that the op takes.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
         variant: the setting by which the op's server is chosen, if there is one.
@@ -80,7 +81,7 @@ def double(arguments: tuple) -> tuple:
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """Which dimension holds the samples, or their passes; None for seeds and settings, and for weights: parameters."""
+    """The dimension of the samples or their passes; None for seeds and settings, and for weights: parameters."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
     return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
@@ -133,11 +134,11 @@ def properties_of(setting: tuple, properties: Mapping) -> dict:
 def examples(
     arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
 ) -> list[Example]:
-    """An example of each setting.
+    """Make an example of each setting.
 
     Args:
         arguments: makes the arguments of the kernel, as ``arguments(*setting, dtype, seed)``.
-        settings: what the examples differ in, and what they are named by; a mapping tells `Example.gpu` of each.
+        settings: the settings of the examples, which also name them; a mapping gives each its `Example.gpu`.
         **properties: other attributes of the examples, each a value or a function of the setting.
     """
     gpu = settings if isinstance(settings, Mapping) else {}

@@ -3,12 +3,12 @@
 The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`cache`). A
 kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
 
-On a GPU a call waits for the kernels of its own variant and dtype alone (`cases`), which are compiled side by side; so
-an evaluation verifies what its model and its attacks reach, and nothing else. A line on stderr says what it waits for.
+On a GPU a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled side by side. So
+an evaluation verifies the kernels that its model and its attacks use. A line on stderr says why it waits.
 
-The error that is allowed is that of the tests: twice the error of the definition in the same dtype, and two units in
-the last place of the largest number; none where a kernel must have the definition's bits. Where an example says so,
-another error is allowed (`Example.slack`, `Example.jumps`).
+The allowed error is that of the tests: twice the error of the definition in the same dtype, and two units in the last
+place of the largest number. A kernel that must have the definition's bits is allowed none. An example can set another
+error (`Example.slack`, `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def mode() -> str:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a result is from the definition.
+    """The deviation of a result from the definition.
 
     Attributes:
         error: the largest absolute error, or the root mean square of a result that jumps; infinite where a result is
@@ -94,12 +94,12 @@ class Verdict(Deviation):
     """The result of one verification: the deviation of the case that came closest to its budget.
 
     Attributes:
-        backend: whose kernel was verified.
-        sources: the hash of what it was built from.
+        backend: the backend whose kernel was verified.
+        sources: hash of the kernel's sources.
         status: ``compared``; ``raised``, where the kernel could not be run; or ``no memory``, which says nothing about
             the kernel.
-        seconds: what the verification took.
-        date: when, as ISO 8601.
+        seconds: duration of the verification.
+        date: its date, as ISO 8601.
     """
 
     backend: str
@@ -118,7 +118,7 @@ class Verdict(Deviation):
 
 
 def _part(call: Call) -> Call:
-    """What is verified before a kernel serves a call: all of its calls, or on a GPU those of one variant and dtype."""
+    """The calls that are verified together with a call: all of a CPU's, or on a GPU those of one variant and dtype."""
     whole = call.device.type == "cpu" or call.dtype is None
     return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
@@ -129,11 +129,11 @@ def _part_name(op: Definition, part: Call) -> str:
 
 
 def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
-    """What a kernel is verified with before it serves a call: examples, each with a dtype.
+    """The examples, each with a dtype, that verify a kernel before it serves a call.
 
-    A CPU's kernel is verified with all of them. A GPU's is compiled for every dtype and setting that it is called with,
-    at a third of a second each: there the examples and dtypes of `Example.gpu` stand for the whole op, and for calls of
-    one variant and dtype those of these examples that have this variant, in this dtype.
+    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, at a third of
+    a second each: there the examples and dtypes of `Example.gpu` represent the whole op, and calls of one variant and
+    dtype use only the examples that have this variant, in this dtype.
     """
     dtype = call.dtype
     if call.device.type == "cpu":
@@ -147,7 +147,7 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """How far one output on the CPU is from its definition in float64, ``golden``; ``same`` is that in its dtype."""
+    """Compare an output on the CPU with its definition in float64, ``golden``; ``same`` is the latter in its dtype."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
@@ -204,8 +204,8 @@ def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, t
     ahead.compile_together(launch)
 
 
-def _apart(function: Callable[[], Deviation]) -> Deviation:
-    """Run in a thread of its own, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
+def _in_fresh_thread(function: Callable[[], Deviation]) -> Deviation:
+    """Run in a new thread, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
 
     def work() -> Deviation:
         _verifying.add(threading.get_ident())
@@ -222,7 +222,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
     began, device = time.perf_counter(), part.device
     status: Literal["compared", "raised", "no memory"] = "compared"
     try:
-        worst = _apart(lambda: compare(op, device, cases(op, part)))
+        worst = _in_fresh_thread(lambda: compare(op, device, cases(op, part)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
@@ -266,7 +266,7 @@ def _warn_unwritable(path: str) -> None:
 
 
 def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
-    """Whether a verdict is on the op's kernel as it is now."""
+    """Tell whether a verdict holds for the op's kernel as it is now."""
     return verdict.sources == op.sources_digest(device.type) and verdict.backend == op.kernel(device.type)
 
 
@@ -282,13 +282,13 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """The verdicts by part on the kernels of these ops as they are now; nothing is verified."""
+    """The verdicts by part on the current kernels of these ops; nothing is verified."""
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Of the verdicts on an op's parts the worst: one on a kernel that is wrong, else that closest to its budget."""
+    """The worst verdict on an op's parts: one on a wrong kernel, else the one closest to its budget."""
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
@@ -322,7 +322,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
             )  # fmt: skip
             return verdict
         _known[path, name] = verdict
-        # what raised may work in the next process: with a compiler, or on another driver
+        # a kernel that raised an error may run in the next process: with a compiler, or on another driver
         if verdict.status == "compared":
             try:
                 cache.update("verified", device, {name: asdict(verdict)}, {})
@@ -335,7 +335,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
 
 
 def serves(op: Definition, call: Call) -> bool | None:
-    """Whether the op's kernel may serve a call; None where that cannot be told now, and is asked again."""
+    """Tell whether the op's kernel may serve a call; None if that is not known yet and is to be asked again."""
     if mode() == "off":
         return True
     device, name = call.device, _part_name(op, _part(call))
