@@ -71,7 +71,7 @@ def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
 
 @triton.jit
 def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """x[n + 1, i + 1], likewise."""
+    """x[n + 1, i + 1], in the same form."""
     x = load(pointer + stride, at, inside, VECTOR)
     last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
     return moved_out(x, last, VECTOR)

@@ -46,10 +46,10 @@ def _softmax(x, inside):
 
 @triton.jit
 def _odds(x, inside):
-    """What the odds of the mean of sigmoid(x) over axis 0 are made of; rows that do not count hold +inf.
+    """The terms of the odds of the mean of sigmoid(x) over axis 0; rows that do not count hold +inf.
 
-    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). Where all of a column have one
-    sign, the sum of the second kind could underflow: it is kept times exp(shift), shift being the least |x|.
+    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If a whole column has one sign,
+    the sum of the second kind could underflow: it is kept times exp(shift), and shift is the least |x|.
 
     Returns t exp(shift) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; the shift, from 0 down
     where x is negative, and 0 up to 1 and where it is infinite; exp(-|shift|).

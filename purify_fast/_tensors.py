@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """One number for each image, shaped so that it is broadcast over the image.
+    """Shape a number for each image so that it is broadcast over the image.
 
     Args:
         values: ``[B]``, any dtype.
@@ -89,7 +89,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
 
     Args:
-        device: of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
+        device: device of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
 
     Returns:
         The context to enter; it does nothing for meta tensors.

@@ -1,4 +1,4 @@
-"""What the package asks of other people's objects: each protocol is a handful of methods, and no class need inherit it.
+"""The protocols of other people's objects: each is a handful of methods, and no class need inherit it.
 
 A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. What a defence can do
 beyond that is asked with `supports`, which looks at the object's type: a wrapper that merely passes attribute names on,
@@ -64,7 +64,7 @@ class ShowsTransform(Protocol):
     """Transforms images before it repairs them, and shows the transformed ones."""
 
     def transformed(self, x: Tensor) -> Tensor:
-        """What is repaired: images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+        """The repaired images before they are repaired: ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ class FrozenClassifier(Protocol):
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """That copy, or the classifier itself."""
+        """The frozen copy, or the classifier itself."""
 
 
 @runtime_checkable
@@ -132,7 +132,7 @@ class DeterministicMode(Protocol):
     """Can be run without any randomness."""
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, nothing is drawn."""
+        """A block in which nothing is drawn."""
 
 
 @runtime_checkable
@@ -148,7 +148,7 @@ class OwnSurrogates(Protocol):
     """Knows models whose gradients may find what its own do not."""
 
     def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
-        """Such models of the same images and classes, by what they are, as in "the gradients of ..."."""
+        """Surrogate models of the same images and classes, each with a description, as in "the gradients of ..."."""
 
 
 @runtime_checkable
@@ -180,23 +180,23 @@ class CountsImages(Protocol):
     """Counts the images of its forward passes; a replay of a captured step runs none of its Python."""
 
     def counted(self) -> int:
-        """How many it has counted."""
+        """The number of images that it has counted."""
 
     def count(self, images: int) -> None:
         """Count so many more, or fewer if they are negative."""
 
 
 def supports(model: object, protocol: type) -> bool:
-    """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
+    """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of methods in this module."""
     return issubclass(type(model), protocol)
 
 
 def is_purifier(model: object) -> TypeGuard[Purifier]:
-    """Whether ``model`` has what `Purifier` asks for."""
-    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are no attributes of the object proper
+    """Tell whether ``model`` satisfies `Purifier`."""
+    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are not attributes of the object proper
     return supports(model, Purifies) and has_classifier(model)
 
 
 def has_classifier(model: object) -> TypeGuard[HasClassifier]:
-    """Whether ``model`` has what `HasClassifier` asks for."""
+    """Tell whether ``model`` satisfies `HasClassifier`."""
     return callable(getattr(model, "classifier", None))

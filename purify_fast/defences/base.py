@@ -1,4 +1,4 @@
-"""What the defences share: a frozen classifier behind a purifier, plain or accelerated."""
+"""The base of the defences: a frozen classifier behind a purifier, plain or accelerated."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Defence(StochasticDefence):
         self.own_classifier = False
         #: The terms of the loss that trained it, and the step from which on each acted; empty without a training.
         self.acts_from_step: dict[str, int] = {}
-        #: What it was trained with: of an adversarial bank, the variants of an image and the share made anew; or empty.
+        #: The bank that it was trained with: the variants of an image and the share made anew; empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
@@ -85,7 +85,7 @@ class Defence(StochasticDefence):
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """What classifies the purified images and is attacked alone: the classifier, or its accelerated copy.
+        """The classifier, or its accelerated copy, which classifies the purified images and is attacked alone.
 
         It takes float32 images and gives float32 logits whatever the classifier's own dtype.
         """
@@ -181,7 +181,7 @@ class Defence(StochasticDefence):
             self.fast = self._make_copies(self.acceleration)
 
     def uncompiled_copies(self) -> Accelerated:
-        """What `refresh` would make, without compiling it, to be compared with what there is.
+        """The copies that `refresh` would make, without compiling them, to be compared with the current ones.
 
         Raises:
             ValueError: the defence is not accelerated.
@@ -194,7 +194,7 @@ class Defence(StochasticDefence):
         return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())
 
     def _reader(self) -> Representation | None:
-        """What reads the classifier's representation, if the defence is conditioned on it."""
+        """The reader of the classifier's representation, if the defence is conditioned on it."""
         return None
 
     def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
@@ -204,7 +204,7 @@ class Defence(StochasticDefence):
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """What ``to``, ``cuda`` and ``cpu`` call: the accelerated copies move along, and keep their dtype."""
+        """Move the accelerated copies with ``to``, ``cuda`` and ``cpu``; the copies keep their dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fast is not None:
             self.fast.to(first_tensor(self.classifier).device)
@@ -236,11 +236,11 @@ class Defence(StochasticDefence):
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """ValueError if the module is none, is in ``nn.DataParallel`` or is compiled.
+    """ValueError if the value is not a module, or is in ``nn.DataParallel`` or compiled.
 
     Args:
-        name: of the argument, for the message.
-        module: what was given for it.
+        name: name of the argument, for the message.
+        module: value of the argument.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")

@@ -1,6 +1,6 @@
-"""What every randomized defence shares: K sets of logits per image, aggregated, and control over the noise.
+"""The base of randomized defences: K sets of logits per image, aggregated, and control over the noise.
 
-`NoisyEnsemble` is what a purifier has to beat: the same classifier and the same aggregation, with nothing purified.
+`NoisyEnsemble` is the baseline of every purifier: the same classifier and the same aggregation, without a purifier.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class StochasticDefence(nn.Module):
     Several threads may call one at once while its noise is fresh. While one thread is inside `fixed_noise`,
     `deterministic` or `noise_ids`, calls from other threads raise RuntimeError.
 
-    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
-    `deterministic` nothing is drawn.
+    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's;
+    `deterministic` draws nothing.
     """
 
     _noise_seed: Tensor
     samples: int
-    #: What predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used again, and
-    #: ``_noise_owner`` names a thread.
+    #: Attributes that predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used
+    #: again, and ``_noise_owner`` names a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
@@ -123,11 +123,11 @@ class StochasticDefence(nn.Module):
             yield self
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the draws of this call are made from.
+        """The inputs of this call's draws.
 
         Args:
             batch: number of images.
-            device: of the results.
+            device: device of the results.
 
         Returns:
             The seed, int64 ``[1]``, and the sample ids, int64 ``[batch]`` or ``[1]``.
@@ -143,19 +143,19 @@ class StochasticDefence(nn.Module):
         if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
-            raise ValueError(f"noise_ids are of {len(self._noise_ids)} images, the batch has {batch}")
+            raise ValueError(f"noise_ids must have an id for each of the {batch} images, got {len(self._noise_ids)}")
         # copied as the fixed seed is
         return seed, self._noise_ids.clone()
 
     @property
     def noise_is_off(self) -> bool:
-        """Whether no noise is drawn now."""
+        """Tell whether no noise is drawn now."""
         self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
-        """Whether every call draws anew."""
+        """Tell whether every call draws new noise."""
         self._refuse_other_threads()
         return self._noise == "fresh"
 

@@ -52,7 +52,7 @@ REFUSED = {
     **{
         TRAIN.format("arrest") + options: message
         for options, message in {
-            "--pooled": "pooled is for maps and tokens: what hidden puts out is a vector already",
+            "--pooled": "pooled is for maps and tokens: hidden puts out a vector already",
             "--pooled --classifier {fits}": "pooled is for maps and tokens",
             "--keep-teacher --padding 1": "--keep-teacher needs images that are not augmented: leave out",
             "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
@@ -119,7 +119,7 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
 
 
 def test_a_classifier_is_no_defence(saved):
-    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, and no defence: load_classifier reads it"):
+    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, not a defence: load_classifier reads it"):
         purify_fast.load_defence(saved)
 
 

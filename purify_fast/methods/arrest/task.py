@@ -96,7 +96,7 @@ class ArrestTask(Task):
         self.model: nn.Module = model
         if config.ema_decay > 0:
             self._average = moving_average(model, config.ema_decay)
-            # what is trained together is one checkpoint
+            # models that are trained together share a checkpoint
             self.model = nn.ModuleDict({"model": model, "average": self._average})
         weights = [p for p in model.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
@@ -163,13 +163,13 @@ class ArrestTask(Task):
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
-        """Whether the images that are replayed are attacked too, and the result is not used.
+        """Tell whether the images that are replayed are attacked too, although the result is not used.
 
-        A captured step takes one number of images, and costs less than the launches for a part of them would. Where the
+        A captured step takes one number of images, and costs less than the launches for a part of them would. If the
         last attack could not be captured, or the device was busy with it, only the others are attacked.
 
         Args:
-            device: of the images.
+            device: device of the images.
         """
         return self.graphs is not None and self.graphs.may_replay(device)
 
@@ -275,7 +275,7 @@ class Teacher:
         pooled: whether maps and tokens are read after their mean over the positions.
         dtype: bfloat16 reads an accelerated copy.
 
-    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
+    Called with a `Batch`, it returns the layers' outputs for its images, without a gradient, or what `keep` kept.
 
     Raises:
         ValueError: unknown layers, or ``pooled`` where all of them are vectors.
@@ -292,7 +292,7 @@ class Teacher:
         model = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
+            raise ValueError(f"pooled is for maps and tokens: {', '.join(layers)} puts out a vector already")
         self._uses_channels_last = True
         if dtype != torch.float32:
             _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
@@ -314,9 +314,9 @@ class Teacher:
         """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
 
         Args:
-            x: uint8 ``[N, C, H, W]``, those that are trained on. The outputs of all of them are held on its device.
+            x: the training images, uint8 ``[N, C, H, W]``. The outputs of all of them are held on its device.
             batch_size: images that are read at once.
-            progress: whether there is a progress bar.
+            progress: whether to show a progress bar.
         """
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
@@ -334,5 +334,5 @@ class Teacher:
             for stored, now in zip(features, self.read(batch.x), strict=True):
                 apart = (stored.float() - now.float()).norm()
                 if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("the kept features are not those of these images: are they augmented?")
+                    raise ValueError("x differs from the images whose features were kept: are the images augmented?")
         return features

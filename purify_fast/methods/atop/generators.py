@@ -31,15 +31,15 @@ FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_
 
 
 class GatedConv(nn.Module):
-    """One convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
+    """A convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
 
     Args:
         inputs: channels of the input.
         outputs: channels of the result.
         kernel: side of the convolution's kernel, odd.
-        stride: of the convolution.
-        dilation: of the convolution.
-        relu: whether ReLU(a) takes the place of ELU(a).
+        stride: stride of the convolution.
+        dilation: dilation of the convolution.
+        relu: whether to use ReLU(a) in place of ELU(a).
 
     ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``. Weights start as kaiming_uniform by fan_out, bias 0.
     """
@@ -214,7 +214,7 @@ class DeepFillGenerator(nn.Module):
         """
         state = read_weights(path)
         if FIRST not in state or state[FIRST].dim() != 4:
-            raise ValueError(f"{path} holds no generator of deepfillv2-pytorch: it has {', '.join(list(state)[:5])}")
+            raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got {', '.join(list(state)[:5])}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
         # checkpoints older than that buffer lack it
@@ -239,7 +239,7 @@ class DeepFillGenerator(nn.Module):
             torch.save({"G": self.state_dict()}, temporary)
 
 
-#: Of a residual generator: how much of its base image the zero correction keeps.
+#: The share of its base image that the zero correction of a residual generator keeps.
 KEPT = 0.95
 
 
@@ -277,7 +277,7 @@ class _SmallCoarse(nn.Module):
 
 
 class _SmallRefined(nn.Module):
-    """One level down; there a dilated branch and one of attention, joined."""
+    """The level below, with a dilated branch and an attention branch, joined."""
 
     def __init__(self, inputs: int, channels: int, width: int, attention: bool):
         super().__init__()
@@ -307,7 +307,8 @@ class SmallGenerator(nn.Module):
         width: channels at full size; 2 and 4 times as many at a half and a quarter.
         attention: whether the refined stage has a branch of contextual attention, at half size.
         residual: whether each stage corrects an image in place of painting one: the coarse stage the transformed image,
-            the refined one the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at first.
+            the refined stage the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at
+            first.
 
     ``forward(packed, mask) -> (coarse, refined)`` as `DeepFillGenerator`, for H and W that are multiples of 4. The
     refined stage sees the coarse image, the transformed one and the mask.

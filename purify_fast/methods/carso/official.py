@@ -79,13 +79,13 @@ def read_official(
     # strides and paddings are not in the files: they are those of the published decoder that begins as theirs
     shape = next((shape for shape in PUBLISHED if prod(published_decoder(shape)[0]) == len(first)), None)
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
-        raise ValueError(f"{directory}: these are not the three files of a CARSO system")
+        raise ValueError(f"{directory} must hold the three files of a CARSO system, and these are other files")
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):
             raise ValueError("layers: name the modules of this classifier that the files were trained on")
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
-        raise ValueError(f"{paths['repr_compressors']} is for {count} layers, got {len(layers)}")
+        raise ValueError(f"layers must be {count}, as in {paths['repr_compressors']}, got {len(layers)}")
     arguments = {
         "layers": layers,
         "image_shape": shape,

@@ -58,7 +58,7 @@ class CarsoRecipe(Recipe):
         """The defence with a fresh purifier.
 
         Args:
-            classifier: as `build_classifier` makes it, with weights of yours.
+            classifier: a network as from `build_classifier`, with weights of yours.
             changes: arguments of `Carso` that take the place of the recipe's.
 
         Raises:
@@ -119,8 +119,8 @@ class CarsoRecipe(Recipe):
         """The training of a defence, for `purify_fast.training.fit`.
 
         Args:
-            defence: what is trained.
-            official_code: as for `config`.
+            defence: the defence to train.
+            official_code: repeat the authors' code, as for `config`.
         """
         return CarsoTask(defence, self.config(official_code))
 

@@ -58,15 +58,15 @@ def balanced_batch(
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    All four attacks share one call, with a radius per image. With a bank, those of its images that it has are read, and
-    the others attacked in two calls.
+    All four attacks share one call, with a radius per image. With a bank, the images that it has are read, and the
+    others are attacked in two calls.
 
-    Every process lays out its own share of the batch, as the official code does. The shares of
-    `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
-    the images per attack, `atom_size` of the whole batch; if not, each rounds down by itself, and fewer are attacked.
+    Every process lays out its own share of the batch, as the official code does. If the number of processes divides the
+    images per attack, `atom_size` of the whole batch, the shares of `purify_fast.data.batches` attack the same images
+    as one process would; if not, each process rounds down by itself, and fewer images are attacked.
 
     Args:
-        classifier: what is attacked, images to logits.
+        classifier: the attacked classifier, images to logits.
         batch: the images, and the seed of the random starts.
         config: the attack, and the share of the images that is attacked.
         graphs: captures the attack's steps, if given.
@@ -212,7 +212,7 @@ def training_loss(
     """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         batch: the images. Without epoch and epochs it counts as the first epoch, in which the default kl_delay
             leaves the KL term out.
         config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
@@ -230,9 +230,9 @@ class CarsoTask(PurifierTask[Carso]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         config: how; its precision decides whether the defence is accelerated.
-        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
 
     Raises:
         ValueError: from `training_step`, a batch too small to hold adversarial examples.
@@ -301,7 +301,7 @@ class CarsoTask(PurifierTask[Carso]):
             try:
                 atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
             except ValueError as error:
-                raise ValueError(f"drop_last False keeps a last batch of {images} images: {error}") from error
+                raise ValueError(f"drop_last=False keeps a last batch of {images} images: {error}") from error
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate

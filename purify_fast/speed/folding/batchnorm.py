@@ -3,8 +3,8 @@
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
 Pairs are found in a dry run, on any module: a BatchNorm whose input *is* the output of a convolution or linear layer.
-What a dry run cannot see (that output is read elsewhere too, a layer computes something of its own) is found by
-comparing the folded model with the original in float64: pairs that change it are left as they were.
+A dry run cannot see that an output is read elsewhere too, or that a layer computes more than its class says. So the
+folded model is compared with the original in float64: pairs that change it are left as they were.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something looks at what goes into a module or comes out of it."""
+    """Tell whether a hook reads the input or the output of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -271,12 +271,12 @@ class FoldedPairs:
         spread = torch.cat(scales).index_select(0, self._tables[device])
         parts = spread.split([weight.numel() for weight in self._layouts])
         factors = [laid_out_like(part, weight) for part, weight in zip(parts, self._layouts, strict=True)]
-        # into the factors, whose strides are known; a result of its own might have others where a dimension is 1
+        # write into the factors, whose strides are known; a new result may have others if a dimension is 1
         torch._foreach_mul_(factors, weights)
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """Of every number of every weight, in the order in which they lie in memory, its channel among all channels."""
+        """For every number of every weight, in the order of memory, the index of its channel among all channels."""
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

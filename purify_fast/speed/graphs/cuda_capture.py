@@ -40,9 +40,9 @@ class CudaCapture:
         caller.wait_stream(stream)
 
     def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-        """Seconds until the host had launched everything that a function launches, and until the device was done.
+        """Seconds until the host had launched all operators of a function, and until the device was done.
 
-        What the function allocates and chooses at its first call is then done.
+        A first call before it makes the function's allocations and choices.
         """
         with self.aside(device):
             torch.cuda.synchronize(device)
@@ -112,8 +112,8 @@ class CudaCapture:
 def _own_workspaces(device: torch.device) -> Iterator[None]:
     """Within the block, cuBLAS takes new memory to work in, that of the pool if it is captured.
 
-    It keeps that memory from call to call, and whoever clears it, as `torch.compile` does for graphs of its own, would
-    take it from under a graph that was captured with it.
+    It keeps that memory from call to call. `torch.compile` clears it for its own graphs, and would take it from under a
+    graph that was captured with it.
     """
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()
