@@ -333,6 +333,9 @@ class AdversarialBank:
             rows: adversarial images of the step that was measured.
             seconds: seconds that its attacks took.
         """
+        # its module takes a third of a second to import
+        from ..speed.forecast import in_words
+
         attacked, asked = self.left_to_make(epochs)
         each = seconds / max(rows, 1) * images
         full = 100 * sum(self.fullness()) / len(self.slots)
@@ -340,18 +343,19 @@ class AdversarialBank:
             f"adversarial bank: {self.config.variants} variants of an image, a share {self.config.refresh:g} made "
             f"anew, {full:.0f} % full, {self.bytes / 1e9:.3g} GB in {self.path}. A step's attacks on {rows} images "
             f"take {seconds:.3g} s. In the {epochs:g} epochs that are left about {attacked * images:,.0f} images will "
-            f"be attacked in place of {asked * images:,.0f}: {_duration(attacked * each)} of attacks in place of "
-            f"{_duration(asked * each)}"
+            f"be attacked in place of {asked * images:,.0f}: {in_words(attacked * each)} of attacks in place of "
+            f"{in_words(asked * each)}"
         )
 
     def summary(self, rows: int, seconds: float) -> str:
         """A sentence about what the bank saved this process; the arguments are those of `forecast`."""
+        from ..speed.forecast import in_words
+
         saved = self.read * seconds / max(rows, 1) - self.seconds
+        more = f"took {in_words(-saved)} more than attacks in their place would have"
+        effect = f"saved {in_words(saved)} of attacks" if saved >= 0 else more
         damaged = f"; {self.damaged:,} were damaged and made again" if self.damaged else ""
-        return (
-            f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which saved about "
-            f"{_duration(saved)} of attacks"
-        )
+        return f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which {effect}"
 
 
 @dataclass
@@ -540,10 +544,3 @@ def _expected_at_most(count: int, trials: float, share: float) -> float:
         below += probability
         mean += k * probability
     return mean + count * (1 - below)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
