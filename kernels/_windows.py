@@ -111,7 +111,7 @@ def store_winged(pointer, at, value, inside, size, width, VECTOR: tl.constexpr):
     tl.store(pointer + i, value, mask=inside[:, None])
     if VECTOR == 1:
         store_wings(pointer, i, value, size, width)
-    else:  # the wings are aligned otherwise than the row
+    else:  # the wings have another alignment than the row
         a, b, c, d = parts(value)
         store_wings(pointer, at, a, size, width)
         store_wings(pointer, at + 1, b, size, width)

@@ -86,7 +86,7 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
             out = tl.sum(x, 0) / samples
         else:
             tail, most, yes, no, shift, _least = _odds(x, inside)
-            # where the odds are even, the logarithm needs what they differ by, summed for itself
+            # near even odds the logarithm needs their difference, which is summed by itself
             excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
             more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
             out = tl.where(more == float("inf"), more, log1p(more))
@@ -182,7 +182,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)  # ties: the first class, as argmax
         index = tl.where(high > best, where, index)
         best = tl.maximum(best, high)
-        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # a NaN is the largest to argmax
+        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # argmax takes a NaN for the largest
     index = tl.where(first_nan < classes, first_nan, index)
     counts = tl.arange(0, K) < samples
     for first in range(0, classes, C):

@@ -161,7 +161,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     d = x - nat
     left = tl.maximum(tl.abs(d) - shift, 0.0)
     x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
-    return _clamp(tl.where(d != d, d, x), lo, hi)  # where nat alone is NaN
+    return _clamp(tl.where(d != d, d, x), lo, hi)  # only nat is NaN here
 
 
 @triton.jit(do_not_specialize=["chosen"])

@@ -23,7 +23,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         function: to be called between two graphs.
         recursive: whether the functions that it calls stay uncompiled too.
     """
-    # private, but the only decorator that does not import the compiler at once
+    # private, but the only decorator that does not import the compiler immediately
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -43,7 +43,7 @@ def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
         function: a function of plain values, not of tensors. Its result becomes part of the graph, its operations do
             not.
     """
-    # all that PyTorch's decorator does, in every version from 2.0
+    # PyTorch's decorator does only this, in every version from 2.0
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

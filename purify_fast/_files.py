@@ -47,7 +47,7 @@ _owners: dict[Path, tuple[int, int]] = {}
 RECORD = "_build.json"
 #: The folders of the sources that the extension is made of.
 PARTS = ("core", "cpu")
-#: Files by which these folders are known: others have a folder ``csrc`` too, which may lie in ``site-packages``.
+#: Files that identify these folders: other packages have a folder ``csrc`` too, maybe in ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
@@ -70,7 +70,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            # a disk that was lost does not say what is free
+            # a disk that was lost cannot say how much is free
             free = ""
             with contextlib.suppress(OSError):
                 free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
@@ -108,7 +108,7 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            # a full disk, say: the system names no file when the writing itself fails
+            # for example a full disk: the system names no file if the writing itself fails
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -190,11 +190,11 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         del _owners[path]
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
-        # before the lock is released, so that nobody locks a file that is about to go
+        # remove it before the lock is released, so that nobody locks a file that is about to go
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # the folders of a command that was refused before it wrote anything
+        # remove the folders of a command that was refused before it wrote anything
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
@@ -216,7 +216,7 @@ def lock_file(handle: int, *, shared: bool) -> bool:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            # another one's, or the file system refuses locks
+            # another process has the lock, or the file system refuses locks
             return False
     return True
 

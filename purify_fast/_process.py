@@ -106,7 +106,7 @@ def patience() -> timedelta:
 
 def sendable(error: BaseException) -> BaseException:
     """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
-    # whatever a class of the user's raises when it is pickled or made anew
+    # a class of the user's may raise any error when it is pickled or made anew
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error

@@ -139,7 +139,7 @@ def check_types(config: Any) -> None:
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) in (Union, UnionType):
         others = [one for one in get_args(kind) if one is not type(None)]
-        # a field that may be of several types is not checked; one that may be None is, where it is not
+        # a field with several types is not checked; an optional field is checked unless it is None
         if (value is None and type(None) in get_args(kind)) or len(others) > 1:
             return
         kind = others[0]

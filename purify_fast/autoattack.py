@@ -43,7 +43,7 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 }
 
 
-# with slots, a setting that the engine does not have is an error and not forgotten
+# slots make a setting that the engine does not have an error
 @dataclass(slots=True)
 class ApgdSettings:
     """Auto-PGD's settings, by their names in AutoAttack.

@@ -29,7 +29,7 @@ from ._compiler import outside_graphs
 BARE = frozenset(vars(nn.Module()))
 #: The dictionaries of hooks that run with a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Values with nothing inside.
+#: Plain values, which have nothing inside.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _SIMPLE = frozenset(PLAIN)
 _VALUES = (*PLAIN, enum.Enum)
@@ -38,7 +38,7 @@ _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 #: Lists with more members are taken for data and not for ensembles, and are not searched for modules.
 _MEMBERS = 1000
-#: Objects, each inside the one before, that are looked through for modules; and lists inside lists.
+#: The depth to which nested objects are searched for modules; and the depth of nested lists.
 _OBJECTS, _NESTED = 8, 3
 
 
@@ -191,7 +191,7 @@ def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]
 
 def _is_simple(value: tuple[Any, ...]) -> bool:
     """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
-    # no generator: most of what a model holds are such tuples
+    # a loop and not a generator: most values of a model are such tuples
     for part in value:  # noqa: SIM110
         if type(part) not in _SIMPLE:
             return False
@@ -231,7 +231,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # sizes, such as those of a kernel, are most of what there is
+                # most tuples are sizes, such as those of a kernel
                 if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
@@ -320,7 +320,7 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
     called: list[FunctionType] = []
-    # a method calls another by its name; a training step, which a prediction does not call, uses other things
+    # methods call each other by name; a training step, which no prediction calls, uses other modules
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):

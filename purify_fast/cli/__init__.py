@@ -64,7 +64,7 @@ def _read(arguments: list[str]) -> Command:
     train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
     top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
     if arguments in ([], ["-h"], ["--help"]):
-        # without their options, whose reading takes as long as all the rest
+        # leave out their options: reading these takes as long as all the rest
         top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
     described = "Adversarial purification: train, attack and judge defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)

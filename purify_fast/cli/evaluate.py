@@ -155,7 +155,7 @@ class Evaluate(DataCommand, Purification):
             return self.of_zoo or self.folder.name
         source, _, function = self.own.rpartition(":")
         if source.endswith(".py"):
-            # the place is taken from the working folder, so that both may be moved together
+            # relative to the working folder, so that both may be moved together
             file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
             source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
         return f"{source}.{function}"
@@ -279,7 +279,7 @@ class Evaluate(DataCommand, Purification):
         out, (eps, norm) = self.report_folder(), self.ball()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
-            # at once, and in the report: an evaluation may take hours
+            # say it now and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
         options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
         options |= {

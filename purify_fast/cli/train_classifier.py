@@ -156,7 +156,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model, folder = self.fresh(images), self.out / "standard"
-        # layers that are not there are refused before anything is trained
+        # refuse missing layers before anything is trained
         Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
         task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
         fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")

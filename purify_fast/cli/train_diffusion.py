@@ -96,7 +96,7 @@ class TrainDiffusion(OnClassifier, Purification):
         from .._tensors import weights_fingerprint
         from ..methods.diffusion import DiffusionPurifier, PurificationTask
 
-        # given, by `__post_init__`
+        # `__post_init__` has checked that it is given
         assert self.init is not None and self.classifier is not None
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)

@@ -252,7 +252,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
-        # pre-training saw no classifier, so that another than the saved one is as good
+        # pre-training saw no classifier: any other classifier is as good as the saved one
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
             # the recipe sets the transform, and the folder only the purifier
@@ -283,7 +283,7 @@ def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
     try:
         ball = ball_of_run(saved_folder(classifier))
     except ValueError:
-        # damaged options of the classifier's run keep nobody from training on it
+        # one can train on a classifier whose options are damaged
         return
     if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
         return

@@ -36,7 +36,7 @@ logger = logging.getLogger("purify_fast")
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
-#: Version of the cache; another one is decoded anew.
+#: Version of the cache; a cache of another version is decoded anew.
 FORMAT = 1
 #: How many files or classes a message names.
 NAMED = 10
@@ -204,7 +204,7 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
         raise ValueError(f"{folder} holds the classes {', '.join(unknown[:NAMED])}, which train lacks")
     numbered = {name: label for label, name in enumerate(classes)}
     listed = make_dataset(folder, numbered, is_valid_file=_is_image, allow_empty=True)
-    # by path within a class, whatever folders are in it: torchvision has the files of a folder before those inside it
+    # sort by path within a class; torchvision would put a folder's files before those in its subfolders
     samples = sorted((label, Path(path)) for path, label in listed)
     labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
     empty = [name for label, name in enumerate(classes) if label not in labels]
@@ -353,7 +353,7 @@ def decode(
 
 
 def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
-    # its length does not depend on the count: numpy leaves room for any
+    # its length does not depend on the count, because numpy leaves room for any count
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, *size)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -368,7 +368,7 @@ def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, worke
         collate_fn=functools.partial(_images, size=size),
         # a spawned process would import the caller's script again; these touch only Pillow
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # the loader draws a seed for its processes, which need none
+        # the loader draws a seed that its processes do not need
         generator=torch.Generator(),
     )
     for images in loader:

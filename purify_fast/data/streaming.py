@@ -37,7 +37,7 @@ class StreamedImages:
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        # made by way of a tensor, since "cuda" then has its index
+        # a tensor resolves "cuda" to a device with an index
         self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")
@@ -82,7 +82,7 @@ class StreamedImages:
             out: uint8 ``[B, C, H, W]`` on the CPU to read them into; None for a new tensor.
         """
         now = self._look()
-        # another file of the name leaves the one that is mapped as it is
+        # a new file with this name leaves the mapped file unchanged
         if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
             raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
         return torch.index_select(self._rows, 0, ids, out=out)
@@ -155,7 +155,7 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
             yield ids, x.index_select(0, ids)
         return
     cuda = x.device.type == "cuda"
-    # all of them now: later each copy would wait for the device's work
+    # copy all indices now: later each copy would wait for the device's work
     rows = [ids.cpu() for ids in order]
     reading: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:

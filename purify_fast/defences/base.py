@@ -118,7 +118,7 @@ class Defence(StochasticDefence):
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
         if not self.noise_is_fresh:
-            # Every call gives the same.
+            # Every call gives the same result.
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
@@ -170,7 +170,7 @@ class Defence(StochasticDefence):
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
         """
         settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        # If making the copies fails, for want of memory for example, those from before still serve.
+        # If making the copies fails, for example because memory runs out, the earlier copies still serve.
         self.fast = None if settings is None else self._make_copies(settings)
         self.acceleration = settings
         return self
@@ -230,7 +230,7 @@ class Defence(StochasticDefence):
         super().train(mode)
         self.classifier.eval()
         if mode and self.fast is not None:
-            # Weights and BatchNorm statistics may change from now on: what is packed is packed again when it is used.
+            # Weights and BatchNorm statistics may change now: packed weights are packed again at their next use.
             self.fast.packed_from = None
         return self
 

@@ -40,7 +40,7 @@ class StochasticDefence(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # the thread that decides over the draws, where one does
+        # the thread that decides over the draws, if any
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
@@ -144,7 +144,7 @@ class StochasticDefence(nn.Module):
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
             raise ValueError(f"noise_ids must have an id for each of the {batch} images, got {len(self._noise_ids)}")
-        # copied as the fixed seed is
+        # a copy, like the fixed seed
         return seed, self._noise_ids.clone()
 
     @property
@@ -259,7 +259,7 @@ class WithAggregation(nn.Module):
         Args:
             replace: makes that defence of the one inside.
         """
-        # a copy of this object, which may be of a subclass and have hooks
+        # copy this object, which may have a subclass and hooks
         other = copy.copy(self)
         other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
         return other

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: By how much the class of most votes leads where its mean probability is not the highest.
+#: The lead of the class with most votes if its mean probability is not the highest.
 LEAD = 1e-3
-#: Logits are infinite from here on: a softmax of infinities is none.
+#: Larger logits count as infinite, because a softmax cannot take infinities.
 LARGEST = 1e30
 
 
@@ -87,7 +87,7 @@ class MajorityVote(nn.Module):
         Args:
             replace: makes that model of the one inside.
         """
-        # a copy of this object, which may be of a subclass and have hooks
+        # copy this object, which may have a subclass and hooks
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.model = replace(self.model)

@@ -107,7 +107,7 @@ def _train_all(workspace: Workspace, names: Sequence[str]) -> None:
 def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     """A method's report, printed and saved, and its part of the page."""
     models, beside = METHODS[title]
-    # every row is there already, made by this run or by one before it
+    # this run or an earlier one has made every row
     read = replace(workspace, progress=False)
     reports = {name: attack(read, name, constant_step=not beside) for name in (*beside, *models)}
     report, place = merge(reports.values()), workspace.out / _folder(title)

@@ -113,7 +113,7 @@ class Recipe:
         for key, fact in self.facts.items():
             official = "" if fact.official is None else _text(fact.official)
             rows.append((key, _text(fact.value), official, fact.grade, fact.source))
-        # a long text stands out of its column
+        # a long text would break its column
         widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
         lines = [f"{self.name}: {self.title}", ""]
         lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]

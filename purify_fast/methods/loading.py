@@ -69,7 +69,7 @@ def load_defence(
         raise ValueError(f"process must be None: {folder} holds a {kind!r}, which has no process")
     classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
     if kind == ALONE:
-        # it was trained for no classifier, and any is as good
+        # it was trained without a classifier, so that any classifier fits
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:

@@ -73,7 +73,7 @@ class ForeignClassifier(nn.Module):
         elif library == "timm":
             self.model = _timm_model(name, in_channels, num_classes)
         else:
-            # a saved classifier names its function, and a file of any place is not to be run by loading it
+            # a saved classifier names its function, and loading it must not run a file from an arbitrary place
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
                     f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}: only "
@@ -123,7 +123,7 @@ def build_foreign(
         if num_classes > classes:
             raise ValueError(f"{spec} with the weights {weights} has {classes} classes, the data {num_classes}")
         if in_channels != len(own_mean):
-            # grey images are given three times, and are normalized before
+            # grey images are normalized, and then repeated for three channels
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
     load_state(classifier.model, read_weights(path), str(path))
@@ -205,7 +205,7 @@ def check_library_name(spec: str) -> None:
 
 
 def _torchvision_model(name: str, num_classes: int) -> nn.Module:
-    # it takes 1.7 seconds to import, and most classifiers do without it
+    # importing it takes 1.7 seconds, and most classifiers do not need it
     from torchvision import models
 
     check_library_name(f"torchvision:{name}")
@@ -324,7 +324,7 @@ def _whose(frame: FrameType) -> Literal["own", "package"] | None:
     file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
     if file.startswith(_PACKAGE):
         return "package"
-    # before the installed packages, since the user's may be one of them
+    # look at the user's modules before the installed packages, since one may be both
     if name.partition(".")[0] in {imported.partition(".")[0] for imported in _imported_names}:
         return "own"
     passed_over = file.startswith(_LIBRARY) or any(folder in file for folder in _INSTALLED)

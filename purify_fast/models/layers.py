@@ -57,7 +57,7 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch's, without types
+        # torch's function has no types
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -101,7 +101,7 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
     """
     statistics = {}
     for name, given in {"mean": mean, "std": std}.items():
-        # not torch.as_tensor, which holds no numbers where modules are made on the meta device
+        # torch.as_tensor would lose the numbers if modules are made on the meta device
         numbers = np.ravel(given.tolist() if isinstance(given, Tensor) else given)
         statistics[name] = [float(number) for number in numbers]
         if len(numbers) not in (1, channels):
@@ -139,7 +139,7 @@ class Normalize(nn.Module):
 #: Kinds of devices for which PyTorch has its functions for statistics of several processes.
 BY_TORCH = ("cuda",)
 _EPS, _MOMENTUM = 1e-5, 0.1
-# the newer of the two names; PyTorch warns of the older one where it has both
+# use the newer of the two names: PyTorch warns about the older if it has both
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

@@ -192,7 +192,7 @@ class Representation:
         try:
             return self.model(x), outputs
         finally:
-            # also after an error: what was read would keep its memory and its graph
+            # clear it also after an error: the outputs would keep their memory and their graph
             del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:

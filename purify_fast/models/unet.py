@@ -145,7 +145,7 @@ class UNet(nn.Module):
             raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
         blocks = (self.down1, self.down2, self.down3, self.middle, self.up2, self.up1)
         with without_autocast(x.device):
-            # times of all images that are one number in memory, as of `Tensor.expand`, are embedded once
+            # if all times share one number in memory, as after `Tensor.expand`, embed it once
             time = self.embed(t[:1] if t.dim() and t.stride(0) == 0 else t)
             down1, down2, down3, middle, up2, up1 = (block.time(time) for block in blocks)
         full = self.down1(self.enter(_channels_last(F.pixel_unshuffle(x, self.patch))), down1)

@@ -107,7 +107,8 @@ RACED = (
 PROPERTIES: dict[str, Any] = {
     "dtypes": lambda method, shape, scale: (torch.float32, torch.bfloat16, torch.float16)[: 2 if scale > 3 else 3],
     "exact": lambda method, *_: method == "vote",
-    "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,  # exponentials and divisions of a GPU differ
+    # a GPU's exponentials and divisions round differently
+    "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,
     "variant": lambda method, *_: method,
 }
 
@@ -145,7 +146,7 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# The reference may serve here too: that of vote has no graph that could carry its gradient, which is zero.
+# The reference may serve here too: the reference of vote has no graph for its gradient, which is zero.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),

@@ -22,7 +22,7 @@ from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
-#: l1 is not among them: its steps adapt the share of the coordinates that move, which is another rule.
+#: l1 is left out: its steps follow another rule, which adapts the share of the coordinates that move.
 NORMS = ("linf", "l2")
 
 

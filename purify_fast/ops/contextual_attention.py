@@ -120,9 +120,9 @@ RACED = ((8, 8, 96), (32, 32, 96))
 
 def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
-    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any will do
+    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any values will do
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
-    inner = wide_dtype(dtype)  # between the products everything else is float32
+    inner = wide_dtype(dtype)  # everything else between the products is float32
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
 
@@ -143,7 +143,7 @@ OP = define_op(
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=("",),
-    # by the dtype of what is kept, and the pairs of pixels
+    # the key is the dtype of the mask, and the number of pairs of pixels
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_backward(
@@ -157,7 +157,7 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # sums of numbers of the largest output's size
+    # the sums are as large as the largest output
     changes={"slack": 32.0},
     size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )

@@ -34,7 +34,7 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op, wide
 
-#: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
+#: The processor multiplies 16 channels at once. With fewer channels part of each instruction is wasted.
 FEW = 16
 _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
@@ -242,7 +242,7 @@ _known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Stride, padding and dilation of rows and columns; ValueError unless they are as `conv2d` documents them."""
-    # layers have tuples; a compiler would take the look-up for something that changes
+    # layers have tuples; a compiler would take the look-up for a value that changes
     kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
     if kept and given in _known:
         return _known[given]
@@ -285,7 +285,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Tell whether PyTorch's convolution serves an input whose result has ``elements`` numbers."""
-    # also where a kernel is forced: most processors have none of this op, and a forced kernel is meant for the others
+    # also if a kernel is forced: most processors have no kernel of this op, and forcing is meant for the other ops
     if OP.kernel("cpu") == "reference":
         return True
     dtype = input.dtype

@@ -217,7 +217,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    # parameters, since `tile` repeats what is none of them
+    # parameters, because `tile` repeats other tensors
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
     return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
 
@@ -236,7 +236,7 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=("",),
-    # by the dtype of the images, which is the last argument, and the numbers of the condition
+    # the key is the dtype of the images, which is the last argument, and the size of the condition
     size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_backward(
@@ -245,7 +245,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     saved=_saved,
-    # the slope of a LeakyReLU is that of its input's sign
+    # the slope of a LeakyReLU depends on its input's sign
     changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
 
@@ -316,7 +316,7 @@ def decode_prior(
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "at least 1 and below 2^63, slope at least 0 and finite"
         raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
-    # the backward multiplies by image * (1 - image): bfloat16 rounds what is above 0.998 to 1, where that is 0
+    # the backward multiplies by image * (1 - image), and bfloat16 rounds images above 0.998 to 1
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):

@@ -47,7 +47,7 @@ from .stitch import layout
 
 #: The names of the coefficients, in their order: P, Q, c, A, B, s, lo and hi of the formulas.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
-#: Steps that have noise of their own; as many draws have.
+#: The most steps with noise of their own, and the most draws.
 STEPS = 2**16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -27,7 +27,7 @@ from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 from .gated_elu import last_channels
 
-#: The kernel works on so many channels at once, all of one group.
+#: The number of channels that the kernel works on at once, all in one group.
 LANES = 16
 
 
@@ -79,7 +79,7 @@ def _arguments(
     shape: tuple[int, ...], groups: int, shifts: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, float]:
     channels, kind = shape[-1], wide_dtype(dtype)
-    # parameters have no rows, of which a race makes more
+    # parameters keep their size: a race only repeats the rows of other tensors
     weight, bias = (Parameter(normal(seed + 100 * i, channels).to(kind), False) for i in (1, 2))
     rows = normal(seed + 300, shifts, channels).to(kind) if shifts else None
     shift = Parameter(rows, False) if rows is not None and shifts < ROWS else rows

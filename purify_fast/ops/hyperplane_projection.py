@@ -103,7 +103,7 @@ EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
 RACED = tuple((norm, shape) for norm in NORMS for (shape,) in RGB)
 PROPERTIES: dict[str, Any] = {
     "variant": lambda norm, _: norm,
-    # The sum over a row that is the distance to its plane is rounded, in another order otherwise. In l1 one coordinate
+    # The distance of a row to its plane is a sum, which each backend rounds in its own order. In l1 one coordinate
     # takes all of it.
     "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
 }

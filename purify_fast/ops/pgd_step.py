@@ -38,7 +38,7 @@ NORMS = ("linf", "l2", "l1")
 #: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
 #: has 0.01; AutoAttack's APGD begins with 0.2 and adapts it.
 DENSITY = 0.05
-#: How often the interval that holds the shift of l1 is halved: then it is shorter than the rounding of its first end.
+#: How often the interval of l1's shift is halved: then it is shorter than the rounding of its first end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -88,7 +88,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
         size, room = d.abs(), torch.where(d > 0, hi - x_nat, x_nat - lo).clamp_min(0)
 
         def outside(shift: Tensor | float) -> Tensor:
-            # a sum that is NaN does not count as outside
+            # a sample whose sum is NaN does not count as outside
             return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps
 
         moves = outside(0.0)
@@ -97,7 +97,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
             middle = (inner + outer) / 2
             short = outside(middle)
             inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
-        # a sample that is in the ball already keeps its bits
+        # a sample inside the ball keeps its bits
         x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 

@@ -135,7 +135,7 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    # a kernel's sums in another order err by ulps of the cosine, which is ten times as large as the distance
+    # sums in another order err by ulps of the cosine, which is ten times as large as the distance
     examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
     raced=examples(_arguments, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "forward"),
@@ -236,7 +236,7 @@ def representation_distance(
     if gradient and single and serves and saves(BACKWARD, us[0]):
         return _with_saved(us[0], vs[0].detach(), KINDS.index(kind))[0]
     tensors = (*us, *(v.detach() for v in vs))
-    # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
+    # the compiler refuses a Function with any number of tensors if none needs a gradient
     call = _distance if gradient else _forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

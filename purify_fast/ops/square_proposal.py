@@ -152,7 +152,7 @@ def _arguments(
     pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
     images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
     numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
-    # a parameter, since `tile` repeats what is none
+    # a parameter, because `tile` repeats other tensors
     return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
 
 
@@ -167,7 +167,7 @@ OP = define_op(
     triton=Launcher("square_proposal", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
-    # by the elements of what it returns
+    # the size is the number of elements of the result
     size_key=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),
     differentiable=False,
 )

@@ -17,9 +17,9 @@ logger = logging.getLogger("purify_fast")
 
 #: Images of the measured passes: the first, and at most the second.
 FIRST, SECOND = 1, 8
-#: The share of the memory that is planned with. The rest is for what is not counted, and for gaps between tensors.
+#: The share of the memory to plan with. The rest is for uncounted memory, and for gaps between tensors.
 PLANNED = 0.8
-#: More images at once gain next to nothing, and a number that does not follow every change of the memory is kept.
+#: The most images at once: more gain next to nothing, and a cap keeps the number the same from run to run.
 MOST = 1024
 
 Result = TypeVar("Result")
@@ -152,7 +152,7 @@ class Room:
             except Exception as error:
                 if not (self.yields and ran_out_of_memory(error)) or self.images in (None, 1):
                     raise
-            # outside of the except block, whose traceback holds the tensors of the work that failed
+            # do this outside of the except block, whose traceback holds the tensors of the failed work
             assert self.images is not None
             self.images //= 2
             logger.warning("memory ran out: from here on %d images go through the model at once", self.images)

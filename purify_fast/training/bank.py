@@ -48,9 +48,9 @@ logger = logging.getLogger("purify_fast")
 
 #: Fewer images than these are gathered from several steps, since an attack on a few takes nearly as long as on many.
 TOGETHER = 64
-#: Images by which it is estimated how full a bank is.
+#: The number of images from which the fullness of a bank is estimated.
 LOOK = 512
-#: A part of the key: the layout of the file, and what decides which draws an image gets.
+#: A part of the key: the version of the file's layout and of the rule that gives an image its draws.
 FORMAT = 1
 
 
@@ -414,11 +414,11 @@ class BankedStep:
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
-        # an attack without a random start would make what is there
+        # an attack without a random start would make the same image again
         anew &= bank._random[kind]
         due = ~found.found | (anew & ~found.made_by_this_step)
         if due.any():
-            # With what the step made before it was killed: a model's last bits may depend on the size of the batch.
+            # Include what the step made before it was killed: a model's last bits may depend on the size of the batch.
             due |= found.made_by_this_step
             index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
             some = x if index is None else x[index]
@@ -484,7 +484,7 @@ def _make_room(path: Path, size: int, limit: int) -> None:
     for other in others:
         if total <= limit:
             break
-        # nobody begins to use it meanwhile: that needs the lock of the folder
+        # nobody can begin to use it meanwhile, because that needs the lock of the folder
         if _is_unused(other):
             with contextlib.suppress(OSError):
                 other.unlink()
@@ -498,7 +498,7 @@ def _is_unused(path: Path) -> bool:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)
     except OSError:
-        # gone meanwhile, or another user's
+        # another process removed it, or it belongs to another user
         return not path.exists()
 
 

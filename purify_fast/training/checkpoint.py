@@ -23,7 +23,7 @@ logger = logging.getLogger("purify_fast")
 
 #: The names of a run's last checkpoint, and of the one before it.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-#: The checkpoint of the last validation that was good, of a run that returns to it after a collapse.
+#: The checkpoint of the last good validation, to which a run returns after a collapse.
 GOOD = "checkpoint.good.safetensors"
 #: The name of a saved model.
 MODEL = "model.safetensors"
@@ -70,7 +70,7 @@ def read_tree(path: Path) -> Any:
             return value
         if value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]
-        # optimizers number their weights, and JSON has no numbers as keys
+        # optimizers use numbers as keys, and JSON cannot
         return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
 
     return restored(tree)

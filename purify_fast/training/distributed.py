@@ -34,13 +34,13 @@ from .._tensors import in_memory_order, laid_out_like
 
 #: How long a process that fails waits for word that the first process failed too.
 PATIENCE = timedelta(seconds=10)
-NOTICE = 3.0  # seconds in which all notice that an exchange failed
+NOTICE = 3.0  # seconds in which all processes notice that an exchange failed
 BEAT = 5.0  # seconds between two signs of life
-SILENCE = 75.0  # seconds without one after which a process is lost
-GRACE = 20.0  # seconds in which a process may end by itself when another one is lost
+SILENCE = 75.0  # seconds of silence after which a process counts as lost
+GRACE = 20.0  # seconds in which a process may end by itself when another is lost
 
 _AGAIN = "Start the same again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
-#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
+#: The beginning of gloo's errors, which are plain RuntimeErrors: the place in its sources where they arose.
 _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
@@ -143,7 +143,7 @@ class _Watch:
             for other in list(self.missed):
                 self.missed[other] += 1
             quiet = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
-            # when one has done its part, none waits for the rest any more
+            # a process that has ended its part no longer waits for the others
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
                 several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
                 self.lost = (
@@ -164,7 +164,7 @@ class _Watch:
         """Name the processes that this one waited for in vain; processes that wait themselves are not among them."""
         self.state = "waits"
         self.give_and_read()
-        # until the others have noticed
+        # wait until the others have noticed
         time.sleep(NOTICE)
         self.give_and_read()
         others = [other for other in range(self.world) if other != self.rank]
@@ -192,7 +192,7 @@ def heartbeat() -> Iterator[None]:
         yield
         return
     before, _watches = _watch, _watches + 1
-    # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+    # PyTorch gives the store publicly only to the code that makes the group, which may not be this package
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
     for thread in watch.threads:
@@ -203,7 +203,7 @@ def heartbeat() -> Iterator[None]:
     finally:
         _watch = before
         watch.over.set()
-        # the last sign is written, unless the store is gone
+        # write the last sign, unless the store is gone
         watch.threads[0].join(BEAT)
 
 

@@ -20,7 +20,7 @@ from .run import Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Task
 
-#: Images with which a step is counted for a GPU, from which it is continued to the batch.
+#: The batch sizes at which a step is counted for a GPU; the counts are extended to the run's batch in a line.
 COUNTED = (8, 16)
 
 
@@ -66,7 +66,7 @@ def forecast(
             one_step = partial(_take, task, steps)
             time_taken += (end - begin) * _timed(one_step, seconds / len(begins))
     if held_out is not None:
-        # the last epoch's end has one in any case
+        # the last epoch always ends with a validation
         passes = -(-config.epochs // config.validation_every)
         batches = [*held_out.epoch(0, 0)]
         with run.finished():

@@ -42,7 +42,7 @@ from .task import Batch, Metrics, Task, Update
 
 logger = logging.getLogger("purify_fast")
 
-#: How often a run backs off, and what its learning rate is multiplied with each time.
+#: How often a run backs off, and the factor of its learning rate each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
 
@@ -124,7 +124,7 @@ def fit(
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
-        # several processes are refused together
+        # all processes refuse together
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
         run.write_log()
@@ -231,10 +231,10 @@ def _pinned_kernels(run: Run) -> Iterator[None]:
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     """Train the epochs that are left of a run."""
     if run.step < run.total:
-        # refuses a keep_best that is not measured before training starts
+        # before training starts, refuse a keep_best that the task does not measure
         run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
-        # something to go back to
+        # the run needs a checkpoint to go back to
         run.save()
     while run.step < run.total:
         watch = LossWatch(run.source, run.config.seed)
@@ -271,7 +271,7 @@ def _end_if_asked(run: Run, stop: Stop) -> None:
     if stop.asked:
         then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
         logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-        # 143 is what a shell shows for it
+        # a shell shows 143 for SIGTERM
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -369,7 +369,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         return measured
 
     if task.graphs is None or processes()[1] > 1:
-        # with several processes no step is taken again: its exchanges would not match those of the others
+        # with several processes no step is repeated: its exchanges would not match those of the others
         return take()
     return task.graphs.without_if_memory_ends(take, batch.x.device)
 
@@ -410,7 +410,7 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
         with raced_convolutions(config.cudnn_benchmark, device):
             yield
     finally:
-        # with the graphs goes the memory that only they use
+        # this frees the memory that only the graphs use
         task.graphs = before
 
 

@@ -39,13 +39,13 @@ _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", 
 
 #: Steps from one look at the losses to the next: each look waits for the device.
 INTERVAL = 100
-#: Bytes of batches that are remembered of a source that cannot give them again.
+#: Bytes of batches to remember if the source cannot repeat them.
 REMEMBERED = 2**28
 #: A run whose accuracy falls to less than this share of its best one has collapsed.
 COLLAPSE = 0.5
-#: Images that show what a task measures, before it is trained.
+#: Images on which a task is tried before its training, to see its metrics.
 LOOK = 8
-#: The file with the images, labels and seed of the step whose loss was no number.
+#: The file with the images, labels and seed of the step whose loss was not finite.
 RECORD = "diverged.npz"
 
 
@@ -198,7 +198,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # without the other processes, so that they need not agree on when
+        # only this process writes, so that the processes need not agree on the moment
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
                 # the steps after the checkpoint do not repeat what the steps before it wrote
@@ -304,7 +304,7 @@ class Run:
                 for name, value in self.measure(raw).items():
                     sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
                 count += size
-            # drawn with the first process's noise, so that all agree on the best
+            # use the first process's noise, so that all agree on the best
             means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
             self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
             chosen = self.config.keep_best
@@ -324,7 +324,7 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
     """Describe the differences between two runs' facts; empty if equal. ``there`` and ``here`` name the two runs."""
-    # in the JSON of a checkpoint a tuple is a list
+    # JSON turns a checkpoint's tuples into lists
     saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
@@ -375,7 +375,7 @@ class LossWatch:
         """
         raw = self.batches.get(step)
         if self.source.reproducible:
-            # closed, so that what reads ahead ends
+            # close it, so that its reading ahead ends
             with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
                 raw = next(batches)
         if raw is None:

@@ -20,9 +20,9 @@ from ..protocols import Classifier
 from .config import TrainingAttack
 from .task import Batch
 
-#: N-FGSM's noise is uniform in the ball of so many radii, "k" in the paper.
+#: The radius of the ball of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
 NOISE = 2.0
-#: NuAT begins at a corner of the ball of so many radii.
+#: The radius of the ball at whose corner NuAT begins, in multiples of eps.
 CORNER = 0.5
 
 
@@ -46,7 +46,7 @@ def n_fgsm(model: Classifier, batch: Batch, attack: TrainingAttack) -> Tensor:
     point = sample_in_ball(x, ball_around(x, NOISE * now.eps), seed=batch.seed, sample_ids=batch.sample_ids)
     with frozen(model):
         gradient = _gradient(point, lambda moved: F.cross_entropy(model(moved), batch.y, reduction="sum"))
-    # in a ball that holds every result the step projects onto the pixels' range alone
+    # this ball contains every result, so that the step only projects onto the pixels' range
     return pgd_step(point, gradient, x, alpha, min(farthest, 1.0), lo=0.0, hi=1.0)
 
 
@@ -87,7 +87,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
 
 def nuclear_norm(change: Tensor) -> Tensor:
     """The sum of the singular values of what a batch's logits change, ``[B, classes]``, divided by B; a scalar."""
-    # half the precision is not enough for singular values, and not implemented
+    # PyTorch has no singular values in half precision, which would be too coarse for them
     with torch.autocast(change.device.type, enabled=False):
         return torch.linalg.matrix_norm(change.float(), ord="nuc") / len(change)
 

@@ -118,7 +118,7 @@ class Loader:
         ValueError: ``x`` has no batches.
     """
 
-    # known only when they arrive
+    # the size is known only when the batches arrive
     batch_size, images = 0, 0
 
     def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device):
@@ -153,7 +153,7 @@ class Loader:
             if k >= first:
                 _check_batch(images, labels, ids)
                 if k == first and images.is_floating_point():
-                    # once in an epoch, since it waits for a device that holds them
+                    # check once in an epoch, because it waits for the images' device
                     _check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
@@ -189,7 +189,7 @@ def held_out_source(
         raise ValueError("give validation or validation_share, not both")
     ids = None
     if validation is None:
-        # `training_source` has refused a share of anything but images with labels
+        # `training_source` has refused a share unless there are images with labels
         images: Any = x
         validation, ids = (images, y), held_out(len(images), config.validation_share, config.seed)[1]
     if isinstance(validation, (Tensor, StreamedImages)):

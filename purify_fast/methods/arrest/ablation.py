@@ -136,7 +136,7 @@ def ablate(
 
     for name, share in scratch.items():
         classifier_config = ClassifierConfig(
-            # the step is given, since the two tasks' own defaults differ
+            # give the step, because the defaults of the two tasks differ
             attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
         )
         torch.manual_seed(loop.seed)

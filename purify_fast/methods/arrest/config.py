@@ -97,7 +97,7 @@ class ArrestConfig:
 
     def replays(self, epoch: int, epochs: int) -> bool:
         """Tell whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
-        # rounded: 0.07 * 100 is above 7
+        # round, because 0.07 * 100 is above 7
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 

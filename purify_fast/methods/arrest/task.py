@@ -155,7 +155,7 @@ class ArrestTask(Task):
         if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
-            # the host waits for their number, which may spare it up to all of the attack
+            # the host waits for their number: if there are none, the attack can be left out
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
@@ -185,7 +185,7 @@ class ArrestTask(Task):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # from a batch before, where one step is for the gradients of several
+        # a batch before may have left them: one step can follow the gradients of several batches
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -204,7 +204,7 @@ class ArrestTask(Task):
         used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
         average_([gradient for _, gradient in used])
         with torch.no_grad():
-            for buffer, before in buffers:  # the batch is to enter BatchNorm's statistics once
+            for buffer, before in buffers:  # the batch must enter BatchNorm's statistics only once
                 buffer.copy_(before)
             for weight, gradient in used:
                 self._unperturbed.append((weight, weight.clone()))
@@ -235,7 +235,7 @@ class ArrestTask(Task):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # the step itself, so that a run is resumed whether its step was given or follows from eps
+        # name the step itself: a run can then be resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
@@ -321,7 +321,7 @@ class Teacher:
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
         layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # rows of maps that are channels_last stay so when they are picked
+        # picking rows of channels_last maps keeps their layout
         self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
 
     def __call__(self, batch: Batch) -> list[Tensor]:

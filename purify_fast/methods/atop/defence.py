@@ -226,7 +226,7 @@ class Atop(Defence):
 
         Source: `purify_fast.methods.atop.released_evaluation`.
         """
-        # a prediction does without the package that judges it
+        # a prediction does not need the package that judges it
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)

@@ -26,7 +26,7 @@ from ...models.layers import Conv2d
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 
-#: The generator's first tensor, [width, in_channels, 5, 5], which tells its sizes; and one that is constant.
+#: The generator's first tensor, [width, in_channels, 5, 5], whose shape gives its sizes; and a constant tensor.
 FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_weight"
 
 
@@ -217,7 +217,7 @@ class DeepFillGenerator(nn.Module):
             raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got {', '.join(list(state)[:5])}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
-        # checkpoints older than that buffer lack it
+        # older checkpoints lack that buffer
         constant = generator.state_dict()[CONSTANT]
         if not torch.equal(state.setdefault(CONSTANT, constant).to(constant), constant):
             raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")

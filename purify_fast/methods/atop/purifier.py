@@ -90,7 +90,7 @@ class PurifierAdapter(nn.Module):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
-        # a module that writes into its input gets a copy
+        # the module gets a copy, because it may write into its input
         self._overwrites = False
         self._dry_run()
 

@@ -111,7 +111,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
     images = defence.stages(packed)
     target = (2 * rebuild - 1).to(images[-1].dtype)
-    # sample by sample, N passes for each image of it
+    # sample by sample, with N passes for each of its images
     samples = len(owners)
     target = target.repeat_interleave(rows // (samples * len(rebuild)), 0).repeat(samples, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
@@ -222,7 +222,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        # a defence that computes so already stays as it was made, compiled perhaps
+        # a defence in this precision stays as it is: it may be compiled
         if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
@@ -248,7 +248,7 @@ class AtopTask(PurifierTask[Atop]):
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
             judged = {"discriminator": loss.detach()}
-        # the purifier's loss is by the discriminator as it is after its own step
+        # the purifier's loss uses the discriminator after its own step
         loss, metrics = self._with_discriminator(one_pass)
         yield Update("purifier", loss, {**metrics, **judged})
 

@@ -272,7 +272,7 @@ class Carso(Defence):
 
         Source: src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
         """
-        # a prediction does without the package that judges it
+        # a prediction does not need the package that judges it
         from ...attacks import AutoAttack
         from ...defences.stochastic import WithAggregation
         from ...evaluation import AttackSpec

@@ -393,7 +393,7 @@ class PackedDecoder(nn.Module):
             start = decoder.start
             joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
             shift = decoder.adapter.bias.double().view(start)
-        else:  # its first convolution sees one pixel: a linear layer
+        else:  # its first convolution sees one pixel, so that it is a linear layer
             first, *layers = layers
             joint = first.weight.double().permute(1, 2, 3, 0)
             start = tuple(joint.shape[:3])

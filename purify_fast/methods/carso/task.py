@@ -135,11 +135,11 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     mean_kl = kl.detach().clone()
-    average_([mean_kl])  # the mean over all processes, so that all of them decide alike
+    average_([mean_kl])  # take the mean over all processes, so that all decide the same
     kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.progress_in(unit), delay)
-    # gradients are averaged over the processes; the factor makes of that the sum over all images
+    # gradients are averaged over the processes; the factor turns that into the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl_term) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -194,7 +194,7 @@ def pipeline_step(
     if config.targets == "labels":
         name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
     else:
-        # from the frozen classifier's probabilities of the clean images
+        # the targets are the frozen classifier's probabilities of the clean images
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
         wanted = wanted.repeat_interleave(config.train_samples, 0)
@@ -246,7 +246,7 @@ class CarsoTask(PurifierTask[Carso]):
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
-        else:  # released by an earlier task, perhaps
+        else:  # an earlier task may have released it
             defence.classifier.requires_grad_(False)
         trainable = [p for p in defence.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}

@@ -55,7 +55,7 @@ def processor() -> str:
 
 def _triton_version() -> str:
     try:
-        # PyTorch brings Triton for some platforms only
+        # PyTorch installs Triton on some platforms only
         import triton
     except ImportError:
         return ""
@@ -64,7 +64,7 @@ def _triton_version() -> str:
 
 def _driver() -> str:
     """The major CUDA version that the driver supports; ``unknown`` where the driver's library is missing."""
-    # PyTorch does not tell it; it has loaded the driver's library where there is a GPU
+    # PyTorch has no function for it, but has loaded the driver's library if there is a GPU
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()

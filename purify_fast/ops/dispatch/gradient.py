@@ -120,7 +120,7 @@ def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
 
 #: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
 SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
-#: False where the extension is missing, or was built before these kernels were written.
+#: False if the extension is missing, or was built before these kernels existed.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 

@@ -27,7 +27,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: By type of device, the choices that hold in place of the files: `registry.pin_kernels`.
+#: The choices that replace the files, by type of device: `registry.pin_kernels`.
 PINNED: dict[str, dict[str, Any]] = {}
 
 
@@ -61,7 +61,7 @@ def read(device: torch.device) -> dict[str, Any]:
     return _read(cache.file_of("raced", device), device)
 
 
-@functools.cache  # once per process: after an upgrade it is so of most ops
+@functools.cache  # warn once per process: after an upgrade this is true of most ops
 def _warn_stale(path: Path) -> None:
     logger.warning(
         "%s is of other sources of some ops and is not used for them: run `purify-fast tune` again; "

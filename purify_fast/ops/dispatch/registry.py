@@ -210,7 +210,7 @@ def define_op(
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
-    plain = torch.no_grad()(reference)  # else autograd traces the fallback
+    plain = torch.no_grad()(reference)  # without this, autograd traces the fallback
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
     definition = Path(reference.__code__.co_filename)
     extension = (Path(_library.path),) if _library.path else ()
@@ -320,7 +320,7 @@ def kernel_choices(device: torch.device) -> dict[str, Any]:
     """
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     verdicts = verify.known_verdicts(with_kernel, device) if verify.mode() != "off" else {}
-    # without a GPU its races cannot be read, and nothing serves there
+    # without a GPU its races cannot be read, and no kernel serves
     here = device.type != "cuda" or torch.cuda.is_available()
     return {
         "device": device.type,

@@ -44,9 +44,9 @@ ELEMENTS = {
 }
 #: The most elements that are raced of an op whose reference takes a kilobyte for each: 2 ** 25 would take 29 GB.
 MOST = {"decode_samples": 2**22}
-#: How often a race is run that would change who serves: what else the machine does may have decided the first one.
+#: How often a race is repeated that would change the winner: other work on the machine may have decided it.
 ATTEMPTS = 3
-#: Seconds of one timed run of one contestant at least.
+#: The least seconds of a contestant's timed run.
 RUN = 1e-3
 #: Times as fast as what ``torch.compile`` makes, for a kernel to serve inside graphs: it is a wall there, whose inputs
 #: and outputs are written and read once more than if they were fused with neighbors that the race does not have.
@@ -357,7 +357,7 @@ def known_rows(op: Op, device: torch.device) -> list[Row]:
     mine = entry.get("sources") == op.sources_digest(device.type)
     try:
         return [Row(**row) for row in entry.get("rows", [])] if mine else []
-    except TypeError:  # written by a version whose rows have other fields
+    except TypeError:  # a version whose rows have other fields wrote it
         return []
 
 
@@ -442,7 +442,7 @@ def tune(
         tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
         try:
             timed = run_race(race, device, compiled, capture)
-        except Exception as error:  # a lack of memory, or a kernel that cannot be captured, ends no other race
+        except Exception as error:  # if memory runs out, or a kernel cannot be captured, the other races go on
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         rows.setdefault(race.op, {}).update((row.key, row) for row in timed)

@@ -42,17 +42,17 @@ logger = logging.getLogger("purify_fast")
 MODES = ("first_use", "off")
 #: The types of devices whose kernels take seconds to verify, mostly to compile, so that progress is shown.
 SLOW = {"cuda"}
-#: Seconds until a kernel is tried again that could not be verified for want of memory.
+#: Seconds until a kernel is tried again whose verification ran out of memory.
 PATIENCE = 60.0
-#: The error that is allowed of a result that jumps, relative to the result, both as root mean squares.
+#: The allowed error of a result that jumps, relative to the result, both as root mean squares.
 JUMPS = 0.1
 #: The dtypes on whose examples a GPU's kernel is verified, by the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The threads that verify now. What they call is served by definitions, or by kernels that have been verified already.
+#: The threads that verify now. Definitions, or kernels that have been verified, serve their calls.
 _verifying: set[int] = set()
 #: This process's verdicts, by file and part; they outlast a folder that cannot be written.
 _known: dict[tuple[str, str], Verdict] = {}
-#: When a kernel without a verdict for want of memory is tried again, by file and part.
+#: The time when a kernel is tried again whose verification ran out of memory, by file and part.
 _postponed: dict[tuple[str, str], float] = {}
 
 
@@ -142,7 +142,7 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # an op that has no examples of its variants is verified with all of them
+    # an op whose examples have no variants is verified with all examples
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
@@ -194,7 +194,7 @@ def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
 
 def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
     """Compile, side by side, the Triton kernels that the cases launch."""
-    # imports Triton, which is there only where its kernels are
+    # this imports Triton, which exists only if its kernels do
     ahead = importlib.import_module("purify_fast.kernels._ahead")
 
     def launch() -> None:

@@ -149,7 +149,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     names = {module: name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
     runs: Counter[nn.Module] = Counter()
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # with the tensors, since ids are not reused
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keep the tensors too, so that their ids are not reused
     pairs: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +166,8 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         for module in names:
             if hooked(module):
                 continue
-            plain = isinstance(module._parameters.get("weight"), Tensor)  # not computed, as under weight normalisation
+            # skip weights that are computed, as under weight normalization
+            plain = isinstance(module._parameters.get("weight"), Tensor)
             if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
                 stack.enter_context(module.register_forward_hook(after))
             elif isinstance(module, _Norm) and module.running_mean is not None:
@@ -228,7 +229,7 @@ class FoldedPairs:
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
         }
-        #: By name, what stands for a parameter that a module does not have.
+        #: The values, by name, that replace a parameter that a module does not have.
         self._defaults = ones | zeros
         weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
         self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]

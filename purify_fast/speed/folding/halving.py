@@ -51,7 +51,7 @@ def _as_row(x: Tensor) -> Tensor:
 
 def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     """``[B, C, H, W]``, channels_last, of ``[B, k W C, H / k, 1]``, in which k rows may stand in one pixel."""
-    # told rather than inferred, because of no images nothing can be inferred
+    # given and not inferred: an empty batch gives nothing to infer from
     height = rows.shape[1] * rows.shape[2] // (width * channels)
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 

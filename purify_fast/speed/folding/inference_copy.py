@@ -251,13 +251,13 @@ class InferenceCopy(nn.Module):
         Args:
             classifier: the one that this is a copy of; its modules must be the same.
         """
-        # under all of their names, of which the copy's may be any
+        # list all of their names, because the copy may use any of them
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
         if self._pairs:
             self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
             theirs |= self._folding(theirs)
-        # tensors of one dtype into those of one dtype are one launch on CUDA
+        # copying tensors of one dtype to others of one dtype takes one launch on CUDA
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
         for name, mine in (*self.classifier.named_parameters(), *self.classifier.named_buffers()):
             if not name.endswith("num_batches_tracked"):

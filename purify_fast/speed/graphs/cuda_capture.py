@@ -76,7 +76,7 @@ class CudaCapture:
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate and synchronize meanwhile: those that read data ahead, or watch collectives.
+            # Other threads, which read data ahead or watch collectives, may allocate and synchronize meanwhile.
             with (
                 _own_workspaces(device),
                 self.aside(device),
@@ -84,7 +84,7 @@ class CudaCapture:
             ):
                 run()
         except Exception as error:
-            # PyTorch reports the end of the capture, which fails too; what went wrong first is behind it.
+            # PyTorch reports the end of the capture, which fails too; the first error is its context.
             first = error.__context__ if isinstance(error.__context__, Exception) else error
             self._recover(device)
             raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error

@@ -53,9 +53,9 @@ LEAST_WORTH, MOST_WORTH = 10, 400
 MARGIN = 2.0
 #: Of the time a step takes, the share that the host must spend on launching it, for a graph to gain anything.
 LEAST_SHARE = 0.7
-#: How often a step is timed; the least counts, because whatever else the machine does only adds to it.
+#: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
-#: After how many launched steps it is tried again whether a step can be captured that could not.
+#: The number of launched steps after which a step that could not be captured is tried again.
 RETRIED_AFTER = 1000
 #: How many graphs there are at most.
 MOST_GRAPHS = 32
@@ -316,7 +316,7 @@ class StepGraphs:
         return len(self._captured)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
-        # a copy of what is trained or attacked captures for itself
+        # a copy of the trained or attacked model needs its own captures
         return StepGraphs(self.mode, self.capture)
 
     def new_run(self) -> int:
@@ -381,7 +381,7 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
-        # outside of the except block, whose traceback holds the tensors of the work that failed
+        # do this outside of the except block, whose traceback holds the tensors of the failed work
         logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
         self.mode = "off"
         self._captured.clear()
@@ -475,7 +475,7 @@ class StepGraphs:
                     )
                 if reason is not None:
                     return self._refuse(base, reason)
-                # the state is written by what is launched, and by no warm-up: it is put in before each loop
+                # only launches write the state, not the warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
@@ -487,7 +487,7 @@ class StepGraphs:
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # none of these steps is one of the loop
+            # take back the counts: these steps are not steps of the loop
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
