@@ -64,7 +64,7 @@ def read(device: torch.device) -> dict[str, Any]:
 @functools.cache  # warn once per process: after an upgrade this is true of most ops
 def _warn_stale(path: Path) -> None:
     logger.warning(
-        "%s is of other sources of some ops and is not used for them: run `purify-fast tune` again; "
+        "%s was made with other sources of some ops and is not used for them: run `purify-fast tune` again; "
         "`purify-fast info --all` names them",
         path,
     )

@@ -277,7 +277,7 @@ def _read(device: torch.device) -> dict[str, Verdict]:
         try:
             verdicts[name] = Verdict(**entry)
         except TypeError:
-            logger.info("%s: the verdict on %s is of another version and is not used", path, name)
+            logger.info("%s: another version wrote the verdict on %s, which is not used", path, name)
     return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
 
 
@@ -317,7 +317,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
         if verdict.status == "no memory":
             _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
-                "%s: its kernel is not verified for want of memory: %s; the reference serves, and it is tried again "
+                "%s: memory ran out while its kernel was verified: %s; the reference serves, and it is tried again "
                 "after %d s", name, verdict.case, PATIENCE,
             )  # fmt: skip
             return verdict
