@@ -179,7 +179,7 @@ def _spread(
 
 @triton.jit
 def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
-    """x[n, i] and what is before it in a line of the grid, or behind it."""
+    """x[n, i] and its neighbor before it in a line of the grid, or behind it."""
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(

@@ -292,7 +292,7 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device)
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
-    """The same of `_last_two`. Where sums are kept by threads and not by warp groups, fewer rows fit registers."""
+    """The same for `_last_two`. If threads and not warp groups keep the sums, fewer rows fit into registers."""
     rows = FEWER_ROWS.get(_common._major(device), 256)
     tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
     return tile | {"num_warps": 8, "num_stages": 2}
@@ -325,7 +325,7 @@ class Decoder:
         self.biases = biases.split(self.columns[1:])
 
     def inputs(self, index: int) -> tuple[int, int, int]:
-        """Height, width and padded channels of what enters a layer of the geometry."""
+        """Height, width and padded channels of the input of a layer of the geometry."""
         _, h, w = self.geometry.start
         if index:
             before = self.geometry.layers[index - 1]
@@ -380,7 +380,7 @@ class Decoder:
         )  # fmt: skip
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
-        """The gradient of what entered the LeakyReLU before a layer, of that of its output."""
+        """The gradient of the input of the LeakyReLU before a layer, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
         # positional because tensors come in the order of the launch

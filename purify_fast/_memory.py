@@ -93,7 +93,7 @@ def _left_by_limits() -> Iterator[int]:
 
 
 def resident_memory() -> int:
-    """Bytes of the host's memory that this process takes; 0 where the system does not tell."""
+    """Bytes of the host's memory that this process takes; 0 if the system does not say."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -102,7 +102,7 @@ def resident_memory() -> int:
 
 
 def peak_resident_memory() -> int:
-    """The most bytes of the host's memory that this process has taken so far; 0 where the system does not tell."""
+    """The most bytes of the host's memory that this process has taken so far; 0 if the system does not say."""
     try:
         import resource
     except ImportError:

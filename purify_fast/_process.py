@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def end_with_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when it does, however it ends; the first call of a worker."""
+    """Leave Ctrl-C to the parent process, and end when it ends; a worker calls this first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -105,7 +105,7 @@ def patience() -> timedelta:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
+    """An exception that the other processes can read: itself, or its text if it cannot be pickled."""
     # a class of the user's may raise any error when it is pickled or made anew
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))

@@ -185,7 +185,7 @@ def check_folder(name: str, path: str | Path | None) -> None:
 
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse tensors other than the wanted ones.
+    """Refuse missing, unknown or misshapen tensors.
 
     Args:
         what: how the error begins.

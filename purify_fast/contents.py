@@ -77,7 +77,7 @@ def hooks(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
-    """The attributes of an object; of a module those that PyTorch does not know of."""
+    """The attributes of an object; for a module, those that PyTorch does not register."""
     left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
     return [item for item in (getattr(value, "__dict__", None) or {}).items() if item[0] not in left_out]
 
@@ -88,12 +88,12 @@ def _left_out(kind: type) -> frozenset[str]:
 
 
 def not_dependencies(kind: type) -> frozenset[str]:
-    """The attributes that a class and its bases name as no dependencies of what they compute."""
+    """The attributes that a class and its bases list in ``not_dependencies``."""
     return frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
 
 
 def variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables around a function and those of its file that it reads; of PyTorch's functions the first alone."""
+    """The variables around a function, and the globals that it reads; for PyTorch's functions only the former."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -153,7 +153,7 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
 
 
 def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    """Add a value to the values; tensors, and what counts by its identity, to the objects too."""
+    """Add a value to the values; add tensors, and objects that count by identity, to the objects too."""
     kind = type(value)
     if kind in _SIMPLE or (kind is tuple and _is_simple(value)):
         values.append(value)

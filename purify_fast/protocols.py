@@ -24,7 +24,7 @@ class Classifier(Protocol):
 
 @runtime_checkable
 class NamesRepresentation(Protocol):
-    """A classifier that knows which of its modules make a good representation."""
+    """A classifier that names the modules which make a good representation."""
 
     def representation_layers(self) -> list[str]:
         """Module paths, as in ``named_modules()``."""
@@ -39,7 +39,7 @@ class Purifies(Protocol):
 
 
 class HasClassifier(Protocol):
-    """Is made around a classifier, which is an attribute of the object."""
+    """Has a classifier, which is an attribute of the object."""
 
     classifier: nn.Module
 
@@ -53,7 +53,7 @@ class Purifier(Purifies, Protocol):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """Repairs images, by the name that CARSO has for it."""
+    """Repairs images by a method with CARSO's name for it."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
@@ -86,7 +86,7 @@ class Aggregates(Protocol):
 
 @runtime_checkable
 class HasOriginalLoss(Protocol):
-    """A generator that brings the loss it was made with."""
+    """A generator with the loss that it was made with."""
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
         """Per image ``[N]``, of the images ``[N, C, H, W]`` of every stage and what they should be."""
@@ -164,7 +164,7 @@ class PassesOn(Protocol):
     """A wrapper, such as one that counts: an attack may put another model, of the same methods, into it."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
-        """The same wrapper around what ``replace`` makes of the model inside."""
+        """The same wrapper around the result of ``replace`` for the model inside."""
 
 
 @runtime_checkable
@@ -172,7 +172,7 @@ class PreparesReplay(Protocol):
     """Keeps something that it computes from its weights, which replays of a captured step read where it lies."""
 
     def prepare_replay(self) -> None:
-        """Bring what is kept up to date, in place."""
+        """Update the kept values, in place."""
 
 
 @runtime_checkable
@@ -183,7 +183,7 @@ class CountsImages(Protocol):
         """The number of images that it has counted."""
 
     def count(self, images: int) -> None:
-        """Count so many more, or fewer if they are negative."""
+        """Add to the count; a negative number lowers it."""
 
 
 def supports(model: object, protocol: type) -> bool:

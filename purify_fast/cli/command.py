@@ -111,7 +111,7 @@ class DataCommand(Command):
 
 
 def usable_device(name: str) -> str:
-    """The device that an option names: "cuda" or "cpu" for "auto", any other as it is.
+    """The device that an option names: "auto" becomes "cuda" or "cpu", other names stay.
 
     Raises:
         ValueError: no such device, or none on this machine.

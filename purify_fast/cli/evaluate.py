@@ -135,7 +135,7 @@ class Evaluate(DataCommand, Purification):
         return zoo_name(self.folder) if self.official is None else None
 
     def writes(self) -> None:
-        """Nothing before the model is loaded: of one that is not there no folder is made."""
+        """Nothing before the model is loaded, so that a missing model leaves no folder."""
 
     def report_folder(self) -> Path:
         """The folder of the report."""
@@ -218,7 +218,7 @@ class Evaluate(DataCommand, Purification):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
-        """The same in the precision that was asked for, but for TF32, which is a setting of PyTorch."""
+        """The models of `loaded` in the requested precision, except TF32, which is a setting of PyTorch."""
         import torch
 
         from ..defences.base import Defence

@@ -31,7 +31,7 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
 
 
 def _triton() -> str:
-    """Its version, and what it lacks to build kernels."""
+    """Triton's version, and the parts that it lacks to build kernels."""
     try:
         version, lacking = importlib.metadata.version("triton"), cache.missing_compiler()
     except importlib.metadata.PackageNotFoundError:
@@ -128,7 +128,7 @@ def _raced(kind: str) -> str:
 
 
 def info(everything: bool) -> str:
-    """Versions, the devices, how many ops kernels serve there, and what is wrong, in a few lines.
+    """A few lines with the versions, the devices, the number of ops that kernels serve there, and wrong kernels.
 
     Everything is also the build, the environment, and the table op x backend.
     """

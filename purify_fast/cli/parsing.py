@@ -75,7 +75,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type whose rule is being looked up: the rule below stands aside then, and tyro's own is found."""
+    """Marks a type whose rule is being looked up: the rule below then steps aside for tyro's own rule."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:

@@ -104,7 +104,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
-    """The options in a file, if they are a command's.
+    """Read the options of a command from a file.
 
     Raises:
         OSError: the file cannot be read.

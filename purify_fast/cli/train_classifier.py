@@ -41,7 +41,7 @@ class FreshClassifier(DataCommand):
     activation: Literal["silu", "relu"] | None = None
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
+        """The classifier, on the images' device; ValueError if there is no such classifier or size."""
         from ..data import statistics
         from ..models.classifiers import build_classifier
 
@@ -63,7 +63,7 @@ class ResultsInClassifier(Training):
     """A command that trains a classifier."""
 
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save the classifier, and print how it does on the held-out images."""
+        """Save the classifier, and print its accuracy on the held-out images."""
         from ..evaluation import evaluate
         from ..training import save_classifier
 
@@ -165,7 +165,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         return model
 
     def refuse_another_run(self) -> None:
-        """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
+        """ValueError if OUT holds another run; this is checked before the standard classifier is trained."""
         from ..training.checkpoint import last_checkpoint
         from ..training.config import settings
         from ..training.run import loop_facts, refuse_another

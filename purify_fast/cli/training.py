@@ -38,7 +38,7 @@ class Training(DataCommand):
 
     @abstractmethod
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save what the training results in."""
+        """Save the trained model."""
 
     def bank_config(self) -> BankConfig | None:
         """The settings of the bank of adversarial images; None for a training without one."""
@@ -53,7 +53,7 @@ class Training(DataCommand):
             write_run_file(self, self.out)
 
         class Begun(Callback):
-            """Writes the options as soon as the training has begun, and not before what would refuse it."""
+            """Writes the options once the training has begun, after every check that could refuse it."""
 
             def on_step(self, state: TrainingState) -> None:
                 write_once()

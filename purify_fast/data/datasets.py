@@ -29,7 +29,7 @@ Decode = Literal["once", "each_time"]
 
 @dataclass(frozen=True, repr=False)
 class DataSet:
-    """Images to train on and held-out ones, with their labels.
+    """Training images and held-out images, with their labels.
 
     Images larger than memory are `StreamedImages`: `purify_fast.training.fit` takes them as they are, for anything
     else a slice of them is a tensor (``x_test[:500]``, ``x_test[:]``).
@@ -242,7 +242,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
-    """Images as uint8 ``[N, C, H, W]``, labels as int64 ``[N]``, and the number of classes.
+    """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes.
 
     Args:
         arrays: `ARRAYS`, in any form that `purify_fast.data.load_dataset` takes.
@@ -291,7 +291,7 @@ def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None
 
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
-    """uint8 NCHW, contiguous."""
+    """Convert images to uint8 NCHW, contiguous."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
         raise ValueError(f"{name} must be uint8 (or float32, float64 in [0, 1]), got {array.dtype}")
     if array.ndim not in (3, 4):
@@ -316,7 +316,7 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
-    """int64 [N]."""
+    """Convert labels to int64 [N]."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.dtype.kind not in "iu":

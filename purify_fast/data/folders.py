@@ -179,7 +179,7 @@ def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
 
 
 def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
-    """ValueError for a link that leads in a circle, and unless that is wanted for one that leads out of the folder."""
+    """ValueError for a link that leads in a circle, and for a link out of the folder unless links may lead out."""
     root = folder.resolve()
     # resolve each folder once, since there may be a million files
     real = {parent: parent.resolve() for parent in {path.parent for path in files}}
@@ -359,7 +359,7 @@ def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
 
 
 def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
-    """Every file's image or what is wrong with it, in order; a bounded number wait."""
+    """Every file's image, or its error, in order; a bounded number wait."""
     workers = min(workers, len(files) // CHUNK)
     loader: DataLoader[Path | Member] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a data set

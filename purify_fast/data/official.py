@@ -86,7 +86,7 @@ def _tiny_imagenet(root: Path) -> Path:
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of the smallest archive that suffices; they have shorter sides of 160, 320, and as photographed."""
+    """The folder of the smallest archive that suffices; the shorter sides are 160, 320, and as photographed."""
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")

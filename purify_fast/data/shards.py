@@ -42,7 +42,7 @@ class Member(NamedTuple):
         return f"{self.shard}:{self.name}"
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The image's bytes."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

@@ -105,7 +105,7 @@ class StreamedImages:
 
 
 class ResizedImages(StreamedImages):
-    """Images whose shorter side is resized, bilinearly, and whose center is cropped; what is read is uint8 again.
+    """Images that are read with the shorter side resized, bilinearly, and the center cropped, as uint8.
 
     CIFAR-10 at 256 x 256, where AToP attacks it, takes 9.8 GB; at 32 x 32 it takes 0.15 GB.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Defence(StochasticDefence):
-    """A classifier, copied, frozen and in evaluation mode, behind a purifier; subclasses bring that.
+    """A classifier, copied, frozen and in evaluation mode, behind a purifier, which subclasses add.
 
     Args:
         classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``; the caller's own is left
@@ -66,7 +66,7 @@ class Defence(StochasticDefence):
         self.classifier_uses_channels_last = False
 
     def _ready(self) -> None:
-        """To the classifier's device; the end of a subclass's constructor."""
+        """Move to the classifier's device, at the end of a subclass's constructor."""
         self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
         self.eval()
@@ -139,7 +139,7 @@ class Defence(StochasticDefence):
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part as it is, or compiled. Not in training: the padding would enter the BatchNorm statistics."""
+        """A part, compiled if it may be. Not in training: the padding would enter BatchNorm's statistics."""
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)
@@ -262,5 +262,5 @@ class _Float32Borders(nn.Module):
 
 
 def _make_copies_again(defence: Defence, keys: object) -> None:
-    """After weights were loaded: the accelerated copies follow them."""
+    """Refresh the accelerated copies after weights were loaded."""
     defence.refresh()

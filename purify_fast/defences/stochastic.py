@@ -46,7 +46,7 @@ class StochasticDefence(nn.Module):
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """If a subclass defines ``forward`` but not `draw_logits`, that calls its ``forward`` on a repeated batch."""
+        """If a subclass defines ``forward`` but not `draw_logits`, make `draw_logits` call it on a repeated batch."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
@@ -107,7 +107,7 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        """Within the block, image i of a batch draws fresh noise as image ``ids[i]`` of one would.
+        """Within the block, image i of a batch draws the fresh noise of image ``ids[i]``.
 
         For the parts of a batch that are computed apart, as by several processes.
 
@@ -218,7 +218,7 @@ def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
 
 
 class WithAggregation(nn.Module):
-    """A defence seen through one aggregation, and without noise if asked: something to attack or to compare.
+    """A view of a defence by one aggregation, and without noise if asked, to attack or to compare.
 
     Args:
         defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if ``deterministic`` is asked for,

@@ -157,7 +157,7 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference between two models under one attack, and what it is worth."""
+    """The paired difference between two models under one attack, and its significance."""
     paired = report.paired(other, row)
     if abs(paired.difference) <= 2 * paired.standard_error:
         return f"{paired}, no significant difference from {what} (within two standard errors)"

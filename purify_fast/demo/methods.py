@@ -98,7 +98,7 @@ ARREST_CONFIG = ArrestConfig(
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train one of `FOLDERS`, or go on with it; what it starts from is trained already."""
+    """Train a model of `FOLDERS`, or resume its training; the model that it starts from is already trained."""
     task, epochs, batch_size = _task(workspace, name)
     folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
     fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)

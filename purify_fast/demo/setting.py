@@ -37,7 +37,7 @@ def digits() -> data.DataSet:
 
 
 def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: float = EPS, **options: Any) -> Report:
-    """Attack a model on the first so many held-out images, in batches that fit into a small memory.
+    """Attack a model on the first ``images`` held-out images, in batches that fit into a small memory.
 
     Args:
         model: images to logits.
@@ -52,7 +52,7 @@ def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: 
 
 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:
-    """PGD with cross-entropy, and with DLR on what that left."""
+    """PGD with cross-entropy, and PGD with DLR on the images that withstood it."""
     return [AttackSpec(PGD(), variant), AttackSpec(PGD(loss="dlr"), variant, survivors_only=True)]
 
 

@@ -108,7 +108,7 @@ class Recipe:
         return FitConfig(**self.part("loop", official_code))
 
     def __str__(self) -> str:
-        """All facts with grades and sources, and what is not reproduced, as text."""
+        """All facts with grades and sources, and the differences of this package, as text."""
         rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
         for key, fact in self.facts.items():
             official = "" if fact.official is None else _text(fact.official)

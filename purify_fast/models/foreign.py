@@ -301,7 +301,7 @@ def forget_imported() -> None:
 
 
 def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
-    """Whose code raised an error: the user's own, this package, or this package when the user's code called it.
+    """Tell whose code raised an error: the user's, this package's, or this package's when the user's code called it.
 
     Frames of Python's library and of installed packages are skipped: their caller asked for what they raise. The
     innermost of the other frames decides.
@@ -320,7 +320,7 @@ def raised_in(error: BaseException) -> Literal["own", "called by own", "package"
 
 
 def _whose(frame: FrameType) -> Literal["own", "package"] | None:
-    """Whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
+    """Tell whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
     file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
     if file.startswith(_PACKAGE):
         return "package"

@@ -79,7 +79,7 @@ class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
 
 
 def check_sizes(num_classes: int, **counts: int) -> None:
-    """ValueError unless there are two classes at least, and at least one of all else."""
+    """ValueError unless there are at least two classes, and all other sizes are at least 1."""
     check_counts(num_classes=num_classes, **counts)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")

@@ -196,5 +196,5 @@ class Representation:
             del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, in which no pass is under way."""
+        """The state for copies and pickles, in which no pass is under way."""
         return {**vars(self), "outputs": {}}

@@ -46,7 +46,7 @@ def _moved(x: Tensor, step: int, dim: int) -> Tensor:
 
 
 def _both(x: Tensor, dim: int) -> Tensor:
-    """x and what lies before and behind it along ``dim`` of both groups."""
+    """x and its neighbors before and behind it along ``dim`` of both groups."""
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
 
 
@@ -78,7 +78,7 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition of what lies between the products.
+    """The definition of the function between the products.
 
     Args:
         correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the arithmetic's dtype.
@@ -198,7 +198,7 @@ WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
-    """The whole function, and what its backward needs: F, G, the inverse norms, U and A."""
+    """The whole function, and the arguments of its backward: F, G, the inverse norms, U and A."""
     height, width = features.shape[2] // 2, features.shape[3] // 2
     phases = SPLIT(features, last)
     pixels = wide(phases[:, 0])

@@ -40,12 +40,12 @@ _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
 
 def _first(x: Tensor) -> Tensor:
-    """Channels first: what PyTorch's convolutions take, a view of channels_last."""
+    """A view with channels first, as PyTorch's convolutions take it."""
     return x.permute(0, 3, 1, 2)
 
 
 def _last(x: Tensor) -> Tensor:
-    """Channels last: what the ops take, contiguous if the argument is channels_last."""
+    """A view with channels last, as the ops take it; contiguous if the argument is channels_last."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -75,7 +75,7 @@ def reference_weight_gradient(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """The name of the layer's group. Who serves is chosen by group: layers of one were ahead or behind together."""
+    """The name of the layer's group. A backend is chosen for each group, because its layers won or lost together."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
@@ -229,7 +229,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    """``value`` for rows and columns; ValueError unless it is one or two whole numbers that are not too small."""
+    """Expand ``value`` to rows and columns; ValueError unless it is one or two whole numbers that are large enough."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
         raise ValueError(f"{name} must be one or two whole numbers of at least {least}, got {value!r}")
@@ -316,7 +316,7 @@ def conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` of one group, by a kernel of the package where there is a faster one.
+    """``torch.nn.functional.conv2d`` with one group, by a kernel of the package if that is faster.
 
     Args:
         input: ``[B, C, H, W]``, floating point, H and W at least 1. A kernel takes it in bfloat16, or under autocast to

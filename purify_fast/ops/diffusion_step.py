@@ -73,7 +73,7 @@ def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The factor of the normals; 0 where s is, whatever v holds."""
+    """The factor of the normals; 0 if s is 0, whatever v holds."""
     if v is None:
         return s
     share = (v + 1) / 2
@@ -208,7 +208,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In a graph, views of those that are given twice: torch.compile refuses them in one autograd.Function."""
+    """In a graph, replace repeated tensors by views: torch.compile refuses repetitions in an autograd.Function."""
     if not torch.compiler.is_compiling():
         return given
     return tuple(

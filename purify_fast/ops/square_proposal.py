@@ -36,7 +36,7 @@ TINY = 1e-12
 
 
 def signs(numbers: Tensor) -> Tensor:
-    """1 or -1 with equal chances.
+    """1 or -1, each with probability 1/2.
 
     Args:
         numbers: uniform in [0, 1), of any shape.

@@ -21,7 +21,7 @@ from .random_transform import DTYPES, on_pixels
 
 
 def layout(images: Tensor) -> torch.memory_format:
-    """The memory format of the result: channels_last if the images are that and nothing else."""
+    """The memory format of the result: channels_last if the images are channels_last and not contiguous."""
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 

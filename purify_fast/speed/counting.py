@@ -49,7 +49,7 @@ EAGER, REPLAYED = 9e-6, 1.3e-6
 
 
 class _NoModules(SimpleNamespace):
-    """Stands where PyTorch's counter watches modules; everything then counts as one."""
+    """Replaces the part of PyTorch's counter that watches modules, so that everything counts as one module."""
 
     def __enter__(self) -> None:
         pass
@@ -137,11 +137,11 @@ class Cost(NamedTuple):
         return Cost(other.launches, moved, flop)
 
     def plus(self, other: Cost) -> Cost:
-        """Both, one after the other."""
+        """The cost of both calls, one after the other."""
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> Cost:
-        """So many calls."""
+        """The cost of ``factor`` calls."""
         return Cost(*(factor * value for value in self))
 
     def seconds(self, gpu: Gpu, rate: float) -> float:

@@ -132,7 +132,7 @@ class Room:
         self.images, self.device, self.yields = images, device, yields
 
     def at_most(self, wanted: int) -> int:
-        """So many, or as many as there is room for."""
+        """``wanted`` images, or as many as there is room for."""
         return wanted if self.images is None else min(wanted, self.images)
 
     def limit(self, wanted: int | None) -> int | None:
@@ -140,7 +140,7 @@ class Room:
         return self.images if wanted is None else self.at_most(wanted)
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Do some work. Where memory runs out, do it again with half as many images at once, down to one.
+        """Do some work. If memory runs out, do it again with half as many images at once, down to one.
 
         Args:
             work: asks this object how many, and can be done several times; each run draws the same random numbers.

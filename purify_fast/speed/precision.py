@@ -70,7 +70,7 @@ def whole_float32_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
-    """Within the block, cuDNN races its algorithms once for each shape of a convolution; afterwards as before.
+    """Within the block, cuDNN races its algorithms once for each shape of a convolution; the old setting then returns.
 
     A race takes about a second for a network and shape, so that shapes should repeat. The algorithms differ in the last
     bits of their results, and which one wins may differ from run to run.

@@ -151,7 +151,7 @@ def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
-    """Attacked images by what was kept of them, within the ball and the box.
+    """Restore attacked images from their int8 steps, within the ball and the box.
 
     Args:
         x: the images ``[B, ...]``.
@@ -293,7 +293,7 @@ class AdversarialBank:
         return records, whole
 
     def flush(self) -> None:
-        """Have what was written on the disk; a kill loses nothing without it, a power failure might.
+        """Force the variants onto the disk, which only a power failure makes necessary; a kill loses nothing.
 
         The file counts as used at this moment.
         """
@@ -537,7 +537,7 @@ def _last_used(path: Path) -> float:
 
 
 def _expected_at_most(count: int, trials: float, share: float) -> float:
-    """The mean of min(count, K), K binomial of so many trials, rounded, with the probability ``share``."""
+    """The mean of min(count, K) for a binomial K with ``trials`` trials, rounded, and the probability ``share``."""
     n, below, mean = round(trials), 0.0, 0.0
     for k in range(count):
         probability = math.comb(n, k) * share**k * (1 - share) ** (n - k) if k <= n else 0.0

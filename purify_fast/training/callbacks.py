@@ -50,7 +50,7 @@ class Callback(Protocol):
     """Listens to a training; subclasses define the methods they need. Only the first of several processes calls it."""
 
     def on_step(self, state: TrainingState) -> None:
-        """After every step; reading a metric's value waits for the device.
+        """Called after every step; reading a metric's value waits for the device.
 
         Args:
             state: where the training is.
@@ -58,7 +58,7 @@ class Callback(Protocol):
         return None
 
     def on_epoch(self, state: TrainingState) -> None:
-        """After every epoch, and its validation, before the checkpoint is written.
+        """Called after every epoch and its validation, before the checkpoint is written.
 
         Args:
             state: where the training is.
@@ -66,7 +66,7 @@ class Callback(Protocol):
         return None
 
     def on_end(self, state: TrainingState) -> None:
-        """When the model holds what the training results in.
+        """Called when the model holds the training's result.
 
         Args:
             state: where the training is, with the last epoch's metrics.

@@ -87,7 +87,7 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
 
 
 class _Sign(NamedTuple):
-    """A sign of life: its beat, the step of its process, and whether that works, waits in vain or is done."""
+    """A sign of life: its beat, the step of its process, and its state: it works, waits in vain or is done."""
 
     beat: str
     step: str

@@ -82,7 +82,7 @@ def forecast(
 
 
 def _steps(run: Run, begin: int) -> Iterator[Batch]:
-    """The batches of a run from a step on, those of its epoch again and again."""
+    """The batches of a run from a step on; the batches of its epoch repeat."""
     while True:
         for step, raw in enumerate(run.source.epoch(begin // run.steps, begin % run.steps), begin):
             yield run.batch(raw, step, step_seed(run.config.seed, step))
@@ -114,7 +114,7 @@ def _part(batch: Batch, size: int) -> Batch:
 
 
 def _timed(call: Callable[[], object], seconds: float) -> float:
-    """The median time of a call, of at least two behind a first one that is not counted."""
+    """The median time of at least two calls, after a first call that does not count."""
     call()
     times, began = list[float](), time.perf_counter()
     while len(times) < 2 or time.perf_counter() - began < seconds:

@@ -149,7 +149,7 @@ def fit(
 
 
 def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
-    """The bank of a training, with what earlier runs left in it.
+    """Open the bank of a training, with the variants of earlier runs.
 
     Args:
         task: the training.
@@ -203,7 +203,7 @@ def _measure_attacks(run: Run, told: bool) -> tuple[int, float] | None:
 
 
 def _tell(text: str, shown: bool) -> None:
-    """Write a line beside the progress bar, or to the log ``purify_fast`` where there is none."""
+    """Write a line beside the progress bar, or to the log ``purify_fast`` if there is no bar."""
     if shown:
         tqdm.write(text, file=sys.stderr)
     elif processes()[0] == 0:
@@ -212,7 +212,7 @@ def _tell(text: str, shown: bool) -> None:
 
 @contextlib.contextmanager
 def _pinned_kernels(run: Run) -> Iterator[None]:
-    """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
+    """Within the block, all processes use the kernels that served in the first process when the run began."""
     now = from_first(lambda: ops.kernel_choices(run.source.device))
     run.served, pinned, changes = ops.resume_choices(run.served, now)
     if processes()[0] == 0:
@@ -267,7 +267,7 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
 
 
 def _end_if_asked(run: Run, stop: Stop) -> None:
-    """SystemExit if SIGTERM came; the run's checkpoint is written already."""
+    """Raise SystemExit if SIGTERM came; the run's checkpoint is already written."""
     if stop.asked:
         then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
         logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
@@ -355,7 +355,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:
-    """Take one step, all updates of it, with the model in training mode.
+    """Take a step with all of its updates, with the model in training mode.
 
     Returns:
         The last update's loss and metrics, detached, as means over the processes.
@@ -375,7 +375,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
 
 
 def apply_update(task: Task, update: Update) -> Metrics:
-    """Move the weights of one optimizer down the mean gradient over the processes.
+    """Move an optimizer's weights down the mean gradient over the processes.
 
     Returns:
         The loss and the metrics, detached, as means over the processes.

@@ -91,12 +91,12 @@ class Lookahead(torch.optim.Optimizer):
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles; an optimizer's own state leaves out what is added to it."""
+        """The state for copies and pickles; an optimizer's own state leaves out added attributes."""
         return vars(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the state from `state_dict`.
 
         Args:
             state_dict: the inner optimizer's state, the slow weights and the count of steps.

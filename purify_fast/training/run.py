@@ -162,7 +162,7 @@ class Run:
         return {**weights, "facts": self.facts, "served": self.served, **progress}
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
+        """Resume from the checkpoint, if there is one; all processes take the first process's state.
 
         Raises:
             ValueError: a checkpoint of another run, or other data or settings in another process.
@@ -211,7 +211,7 @@ class Run:
         self._copy(CHECKPOINT, GOOD)
 
     def return_to_good(self) -> None:
-        """Go on from the checkpoint of the last good validation."""
+        """Resume from the checkpoint of the last good validation."""
         self._copy(GOOD, CHECKPOINT)
         self.resume()
 
@@ -250,7 +250,7 @@ class Run:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """Within the block, the model is as if the run ended here, in evaluation mode; then it goes on as it was."""
+        """Within the block, the model is as after the run, in evaluation mode; then the training state returns."""
         state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
         self.task.finish()
         self.task.model.eval()
@@ -318,7 +318,7 @@ class Run:
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
-    """The loop's settings that decide what comes of a run."""
+    """The loop's settings that decide the result of a run."""
     return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
@@ -331,7 +331,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here:
 
 
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names what differs."""
+    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names the differences."""
     advice = "give another folder, or remove it"
     if saved["task"] != wanted["task"]:
         kinds = f"holds a run of the training {saved['task']!r}, and this is one of {wanted['task']!r}"
@@ -351,7 +351,7 @@ class LossWatch:
         self.losses, self.batches = dict[int, Tensor](), dict[int, RawBatch]()
 
     def add(self, step: int, loss: Tensor, raw: RawBatch) -> None:
-        """Add a step's loss, and the step's batch as the source gave it; Diverged if a look finds a loss not finite."""
+        """Add a step's loss and its batch from the source; Diverged if a look finds a loss that is not finite."""
         self.losses[step] = loss
         if not self.source.reproducible:
             self.batches[step] = raw

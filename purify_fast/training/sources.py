@@ -31,7 +31,7 @@ VALIDATION_BATCH = 250
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them."""
+    """The seed of a step's randomness; torch's CPU generator reads 32 bits, so both numbers are mixed into them."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
@@ -94,7 +94,7 @@ class InMemory:
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
-    """The steps of an epoch, by ``steps_per_epoch``; ValueError where a pass over the data has fewer."""
+    """The steps of an epoch, by ``steps_per_epoch``; ValueError if a pass over the data has fewer."""
     wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
     if wanted > steps:
         raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")

@@ -136,7 +136,7 @@ class Task:
         return {}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
-        """The attacks of the training, if all of them are on a model that it never changes; None otherwise.
+        """The training's attacks, if all of them attack a model that it never changes; None otherwise.
 
         They can be kept in a bank then, and `attack_frozen` says what they make of a batch.
 
@@ -146,7 +146,7 @@ class Task:
         return None
 
     def attack_frozen(self, batch: Batch) -> Tensor:
-        """The batch as the attacks of `frozen_attacks` leave it, shape and dtype of its images.
+        """The batch after the attacks of `frozen_attacks`, in the shape and dtype of its images.
 
         Args:
             batch: the images. With a bank the step that follows reads what was made here.
@@ -180,7 +180,7 @@ class Task:
         """Called when the optimizer has moved the weights."""
 
     def finish(self) -> None:
-        """Leave in the model what the training results in. May be called in the middle of a run, to validate it."""
+        """Put the training's result into the model. May be called in the middle of a run, to validate it."""
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
@@ -235,6 +235,6 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
 
 
 def check_labels(classes: int, known: int) -> None:
-    """ValueError if ``classes``, one more than the largest label, are more than the model knows."""
+    """ValueError if ``classes``, the largest label plus one, exceeds the number of classes of the model."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")

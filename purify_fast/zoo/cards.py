@@ -90,7 +90,7 @@ class Card:
 
     @property
     def lowest(self) -> Accuracy:
-        """The lowest accuracy under attack that is known."""
+        """The lowest known accuracy under attack."""
         return min(self.attacked.values(), key=lambda accuracy: accuracy.share)
 
     def __str__(self) -> str:

@@ -38,7 +38,7 @@ ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
-    """Each row's name and its training: finetuning without either part, with each, and with both.
+    """The name and the training of each row: finetuning without either part, with each part, and with both.
 
     Raises:
         ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
@@ -149,7 +149,7 @@ def ablate(
 
 
 def _attacks(what: AblationConfig) -> list[AttackSpec]:
-    """The attacks of every row; each but the first has the images on which those before it failed."""
+    """The attacks of every row; each later attack gets the images that withstood the earlier attacks."""
     attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
     if what.autoattack:
         attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))

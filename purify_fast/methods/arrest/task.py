@@ -139,7 +139,7 @@ class ArrestTask(Task):
         return self.classifier if self._view is None else self._view
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
+        """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
         if self._view is not None:
             self._view.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
@@ -212,7 +212,7 @@ class ArrestTask(Task):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The optimizer moves the weights from where they were before their perturbation."""
+        """Take the perturbation back, so that the optimizer moves the unperturbed weights."""
         for weight, before in self._unperturbed:
             weight.copy_(before)
         self._unperturbed = []
@@ -244,7 +244,7 @@ class ArrestTask(Task):
         check_classifier(self.classifier, shape, classes)
 
     def validate(self, batch: Batch) -> Metrics:
-        """Cross-entropy and accuracy of the result under the training's attack, or PGD-10 where that has fewer steps.
+        """Cross-entropy and accuracy of the result under the training's attack, or PGD-10 if that has fewer steps.
 
         Args:
             batch: held-out images.

@@ -113,7 +113,7 @@ class Atop(Defence):
 
     @torch.no_grad()
     def _dry_run(self) -> None:
-        """Two blank images through everything: what does not fit is found now."""
+        """Send two blank images through everything, so that parts that do not fit raise an error now."""
         blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), self.fixed_noise(0):
             images = self.purify(blank)

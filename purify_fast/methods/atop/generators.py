@@ -257,7 +257,7 @@ class _SmallAttention(nn.Module):
 
 
 class _SmallCoarse(nn.Module):
-    """Two levels down and up again, each level added to what comes up."""
+    """Two levels down and up again; each level is added to the map from below."""
 
     def __init__(self, inputs: int, channels: int, width: int):
         super().__init__()

@@ -319,7 +319,7 @@ class Carso(Defence):
         self._packed_decoder(self._last_bias.device)
 
     def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
-        """The decoder as one op, where a kernel serves it and no gradient of its weights can be asked for."""
+        """The decoder as one op, if a kernel serves it and nobody can ask for the gradient of its weights."""
         fast, bias = self.fast, self._last_bias
         if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
             return None

@@ -101,7 +101,7 @@ class CarsoRecipe(Recipe):
         return defence
 
     def _classifier_file(self, folder: Path) -> Path:
-        """The file of weights that is none of the purifier's."""
+        """The file with the weights of the classifier."""
         endings, purifier = (".pt", ".pth", ".safetensors"), tuple(f"_{part}.safetensors" for part in PARTS)
         files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
         weights = self["start.classifier"].partition(":")[0]

@@ -295,7 +295,7 @@ class CarsoTask(PurifierTask[Carso]):
         return {"reconstruction": 0, "kl": kl}
 
     def _check_last_batch(self, length: RunLength) -> None:
-        """ValueError where an epoch's last batch is kept, and is too small to be attacked."""
+        """ValueError if an epoch's last batch is kept, and is too small to be attacked."""
         config, images = self.config, length.last_batch
         if config.attack_target == "classifier" and images != length.batch_size:
             try:

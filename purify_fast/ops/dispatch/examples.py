@@ -65,7 +65,7 @@ def tensors(value) -> tuple[Tensor, ...]:
 
 
 def to(arguments: tuple, device: torch.device) -> tuple:
-    """The arguments on a device; a parameter stays one."""
+    """The arguments on a device; a parameter stays a parameter."""
 
     def one(tensor: Tensor) -> Tensor:
         moved = tensor.to(device)
@@ -75,7 +75,7 @@ def to(arguments: tuple, device: torch.device) -> tuple:
 
 
 def double(arguments: tuple) -> tuple:
-    """The arguments in float64, settings that are dtypes too."""
+    """The arguments in float64, and dtypes among the settings too."""
     wider = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
     return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in wider)
 
@@ -117,7 +117,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stream(seed: int) -> tuple[Tensor, Tensor]:
-    """A seed beyond 32 bits, and ids among which are a negative one and one beyond 32 bits."""
+    """A seed beyond 32 bits, and ids with a negative id and an id beyond 32 bits."""
     return torch.tensor([0x0123456789ABCDEF + seed]), torch.tensor([7, -1, 2**40 + 3])
 
 
@@ -127,7 +127,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def properties_of(setting: tuple, properties: Mapping) -> dict:
-    """Properties of one example, of which some are functions of its setting."""
+    """The properties of an example; some are functions of its setting."""
     return {name: value(*setting) if callable(value) else value for name, value in properties.items()}
 
 

@@ -41,7 +41,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, without its cost where nobody asked for a second derivative.
+    """``once_differentiable``, without its cost if nobody asked for a second derivative.
 
     Args:
         backward: a function's ``backward(ctx, *grads)``.

@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """Its name in a file of races: variant, dtype and size."""
+        """The call's name in a file of races: variant, dtype and size."""
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype else ""
         return " ".join(filter(None, (self.variant, dtype, size_of(self.bits))))
 

@@ -57,7 +57,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read(device: torch.device) -> dict[str, Any]:
-    """The user's file for a device; empty where there is none."""
+    """The user's file for a device; empty if there is none."""
     return _read(cache.file_of("raced", device), device)
 
 

@@ -83,7 +83,7 @@ def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
 
 
 class Op(Definition):
-    """A registered op, and who serves it."""
+    """A registered op, and the choice of the backend that serves it."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, the first a tensor, and run it. No gradient is recorded."""
@@ -97,7 +97,7 @@ class Op(Definition):
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
 
     def serving(self, call: Call) -> Backend:
-        """The backend that serves a call: a kernel only once it was found right.
+        """The backend that serves a call; a kernel serves only once it was verified.
 
         Raises:
             RuntimeError: the backend that is forced on this device is missing.
@@ -120,7 +120,7 @@ class Op(Definition):
         return backend
 
     def wanted(self, call: Call) -> Winner:
-        """The backend that serves if it is right, and why: who won a race, else by a safe rule.
+        """The backend that serves if it is right, and the reason: it won a race, or a safe rule chose it.
 
         The device need not be here: then the rule decides.
         """
@@ -176,7 +176,7 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
 
 
 def forget() -> None:
-    """Choose anew who serves what, as after a change of what is kept on the disk."""
+    """Choose all backends again, as after a change of the files on the disk."""
     for op in REGISTRY.values():
         op.served.clear()
 

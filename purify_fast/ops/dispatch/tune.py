@@ -139,7 +139,7 @@ class Row:
         return self.reference_us / self.kernel_us
 
     def call(self, device: torch.device) -> Call:
-        """The calls that it tells the server of: inside graphs those of every size."""
+        """The calls that the race decides: inside graphs, the calls of every size."""
         dtype = getattr(torch, self.dtype)
         if self.style == "graph":
             return Call(device, self.variant, dtype, 0, "graph")
@@ -176,7 +176,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of each call: the least of a few runs, in turn, so that what else the machine does counts little."""
+    """Seconds of each call: the least of a few alternating runs, so that other work on the machine counts little."""
     repeats, runs = [], 5
     for call in calls:
         call()
@@ -226,7 +226,7 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """A compiled call between a product and a sum, which the compiler may fuse with what it can look into."""
+    """A compiled call between a product and a sum, which the compiler may fuse with code that it can look into."""
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
     def surrounded(*given: Any) -> list[Tensor]:
@@ -242,7 +242,7 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, full: bool = False, capture: Capture | None = None) -> list[Row]:
-    """The rows of one race: of eager calls, of replays if something captures them, and ``full`` of a compiled graph."""
+    """The rows of a race: eager calls, replays if there is a ``capture``, and with ``full`` a compiled graph."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
@@ -270,7 +270,7 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
 
 @dataclass(frozen=True)
 class Change:
-    """Calls that another backend serves than before the race.
+    """Calls whose backend changes by the race.
 
     Attributes:
         op: its name.
@@ -362,7 +362,7 @@ def known_rows(op: Op, device: torch.device) -> list[Row]:
 
 
 def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
-    """Put rows into the user's file, in place of those of the same races.
+    """Put rows into the user's file, and replace rows of the same races.
 
     They decide nothing until all races are run, and a run that was killed goes on with them.
     """
@@ -373,7 +373,7 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
-    """All races, those first that must not be left out for want of time; with whether to compile."""
+    """All races, each with whether to compile; the first ones are those that must not be left out when time ends."""
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
     # Compiling takes seconds: one example of each variant and dtype, of one size, stands for graphs of every size.

@@ -238,7 +238,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
 
 
 def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
-    """Say that a kernel does not serve. Without a compiler none does, which one warning tells."""
+    """Warn that a kernel does not serve. Without a compiler no kernel serves, which a single warning says."""
     lacking = cache.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
@@ -296,7 +296,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """The verdict on the kernel of a call, which is verified if there is none; one process at a time."""
+    """The verdict on the kernel of a call. A kernel without a verdict is verified now, in one process at a time."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(cache.file_of("verified", device))
 

@@ -137,12 +137,12 @@ class _Replacement(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own."""
+        """The layer's own parameter."""
         return self.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's own."""
+        """The layer's own parameter."""
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

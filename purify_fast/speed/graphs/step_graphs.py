@@ -221,7 +221,7 @@ class Captured:
     loop: weakref.ref[Replays] | None = None
 
     def is_in_use(self) -> bool:
-        """Tell whether a loop still exists that may go on."""
+        """Tell whether a loop over it still exists."""
         return self.loop is not None and self.loop() is not None
 
 
@@ -578,7 +578,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators, that of the device among them, back where they are now."""
+    """A function that puts torch's generators, including the device's, back to their present states."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -591,7 +591,7 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that no graph follows; it follows the device's own."""
+    """The states of the generators that graphs do not follow; they follow the device's own."""
     array: Any = np.random.get_state()
     # on a CPU torch's generator of the host is that of the device
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
