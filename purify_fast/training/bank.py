@@ -277,7 +277,7 @@ class AdversarialBank:
             record = np.zeros((), self.records.dtype)
             record["number"], record["draw"] = int(numbers.max()) + 1, seed
             record["scale"], record["steps"] = scale[i], steps[i]
-            record["check"] = _checksum(record, at)
+            record["check"] = _record_checksum(record, at)
             self.records[at] = record
         self.seconds += time.monotonic() - began
 
@@ -287,7 +287,7 @@ class AdversarialBank:
         records = self.records[entry, places].copy()
         heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
         whole = [
-            number > 0 and check == _checksum(records[i], (entry, places.start + i))
+            number > 0 and check == _record_checksum(records[i], (entry, places.start + i))
             for i, (number, check) in enumerate(heads)
         ]
         return records, whole
@@ -448,7 +448,7 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     return counts
 
 
-def _checksum(record: Any, place: tuple[int, int]) -> int:
+def _record_checksum(record: Any, place: tuple[int, int]) -> int:
     """The checksum of a record without its first field, and of its place."""
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
@@ -463,13 +463,13 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     # one run at a time: two new banks must not take the same room
     with FileLock(path.parent / ".lock"):
-        _make_room(path, size, limit)
+        _remove_unused(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")
         lock_file(file.fileno(), shared=True)
     return file
 
 
-def _make_room(path: Path, size: int, limit: int) -> None:
+def _remove_unused(path: Path, size: int, limit: int) -> None:
     """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
     others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
     sizes = {other: _size(other) for other in others}

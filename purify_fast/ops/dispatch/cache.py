@@ -116,7 +116,7 @@ def missing_compiler() -> str | None:
     return None
 
 
-def sources_digest(paths: tuple[Path, ...]) -> str:
+def files_digest(paths: tuple[Path, ...]) -> str:
     """A hash of the files' contents; a file that is absent counts as empty."""
     return hashlib.blake2b(b"".join(map(_content_digest, paths)), digest_size=8).hexdigest()
 

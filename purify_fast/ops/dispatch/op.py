@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .cache import sources_digest
+from .cache import files_digest
 from .examples import Example
 
 Style = Literal["eager", "graph"]
@@ -109,7 +109,7 @@ class Definition:
 
     def sources_digest(self, kind: str) -> str:
         """A hash of the sources of the kernel on devices of a type: verdicts and races hold for these sources."""
-        return sources_digest(self.sources.get(kind, ()))
+        return files_digest(self.sources.get(kind, ()))
 
     def serves_unraced(self, style: Style) -> tuple[str, ...]:
         """The variants whose kernel serves on a GPU where nothing was raced."""

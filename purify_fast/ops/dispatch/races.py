@@ -70,7 +70,7 @@ def _warn_stale(path: Path) -> None:
     )
 
 
-def forget() -> None:
+def forget_files() -> None:
     """Read the files again when they are next needed."""
     _read.cache_clear()
     _warn_stale.cache_clear()
@@ -139,5 +139,5 @@ def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> P
             cache.update("raced", device, ops, facts)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error
-    forget()
+    forget_files()
     return path

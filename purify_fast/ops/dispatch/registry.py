@@ -175,7 +175,7 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
 
 
-def forget() -> None:
+def forget_choices() -> None:
     """Choose all backends again, as after a change of the files on the disk."""
     for op in REGISTRY.values():
         op.served.clear()
@@ -396,11 +396,11 @@ def pin_kernels(choices: dict[str, Any]) -> Iterator[None]:
     kind = choices["device"]
     before = races.PINNED.get(kind)
     races.PINNED[kind] = choices
-    forget()
+    forget_choices()
     try:
         yield
     finally:
         races.PINNED.pop(kind)
         if before is not None:
             races.PINNED[kind] = before
-        forget()
+        forget_choices()

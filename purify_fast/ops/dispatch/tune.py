@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from . import races
 from .examples import Example, tensors, tile, to
 from .op import SIZES, Backend, Call, size_of
-from .registry import REGISTRY, Op, forget, use_backend
+from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import Verdict, verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -454,7 +454,7 @@ def tune(
         name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))
     }
     path = races.write(device, {name: entry for name, (entry, _) in decided.items()}, facts)
-    forget()
+    forget_choices()
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,
