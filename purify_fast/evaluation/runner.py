@@ -160,7 +160,7 @@ def evaluate(
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        steps: of PGD and APGD where an attack does not say.
+        steps: of PGD and APGD where an attack does not say; a protocol's take no more, except a first one of ten.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
         predict: how they decide, of a random model. "worst_of": an image counts as fallen if any of them is wrong.
@@ -264,7 +264,9 @@ def evaluate(
         report.notes += notes_of_protocol(protocol, model)
         signs = has_signs(protocol, attacks, probes)
         before = subject.room.within(lambda: Before(subject)) if signs else None
-        plan = given if protocol is None else protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base)
+        plan = given
+        if protocol is not None:
+            plan = protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base, steps)
         if predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
