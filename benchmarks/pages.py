@@ -338,6 +338,9 @@ def main(chosen: argparse.Namespace) -> bool | None:
             print(path / report.PIPELINES_TABLE)
     if chosen.count:
         print(launches.write(RESULTS))
+    # the pages show the committed results alone
+    if any(RESULTS not in path.resolve().parents for path in chosen.folders):
+        return None
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
     publish()
     return None
