@@ -126,7 +126,7 @@ class _Reading(TorchDispatchMode):
     """
 
     def __init__(self, basis: Tensor | None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.basis, self.seen = basis, list[Tensor]()
 
     def vectors(self, width: int) -> Tensor:
