@@ -9,6 +9,7 @@ from .attacked_model import frozen
 from .autoattack import AutoAttack
 from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
+from .branch_and_bound import BranchAndBound, branch_and_bound
 from .carlini_wagner import CarliniWagner, carlini_wagner
 from .checkpointed_steps import checkpointed_steps
 from .deepfool import DeepFool, deepfool
@@ -31,6 +32,7 @@ __all__ = [
     "AttackersHead",
     "AutoAttack",
     "BpdaModel",
+    "BranchAndBound",
     "CarliniWagner",
     "DeepFool",
     "GradientHealth",
@@ -38,6 +40,7 @@ __all__ = [
     "Square",
     "StAdv",
     "apgd",
+    "branch_and_bound",
     "carlini_wagner",
     "checkpointed_steps",
     "deepfool",

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from .._validation import check_literal
-from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
+from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
 from ..attacks.base import EngineAttack, ThreatModel
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
@@ -134,11 +134,23 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if _has_several_samples(subject):
         attacks += [_head(subject.single, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
-    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
+
+
+def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """For a small ReLU network in an L-inf ball: a search that needs no gradients, and ends with a point or a proof."""
+    attack = BranchAndBound()
+    if subject.is_random or ball.norm not in attack.norms:
+        return []
+    try:
+        attack.layers(subject.single, subject.some())
+    except ValueError:
+        return []
+    return [_left(attack)]
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
