@@ -143,6 +143,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     lines += _score(broken)
     body = [[name, *_noticed(each)] for name, each in every.items()]
     lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
+    lines += ["", *_who_notices(every)]
     for title, chosen in (("honest model", True), ("flagged rightly", False)):
         some = {
             name: each for name, each in every.items() if not ENTRIES[name].paper and ENTRIES[name].honest == chosen
@@ -152,6 +153,28 @@ def markdown(results: Sequence[Result]) -> list[str]:
             rows = [[name, *_numbers(each), *([ENTRIES[name].why] if why else [])] for name, each in some.items()]
             lines += ["", *markdown_table([title, *head, *why], rows)]
     return [*lines, "", *_signs(every)]
+
+
+def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
+    """How many models each way to notice a failed attack flags: of all defences, the overestimated and the honest ones."""
+    body = []
+    ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
+    flagged = {
+        judge: {name for name, each in every.items() if judge in each and each[judge]["unreliable"]} for judge in ways
+    }
+    more = {name: overestimated(each, OFFICIAL) for name, each in every.items()}
+    for judge, words in ways.items():
+        asked = {name for name, each in every.items() if judge in each}
+        groups = (
+            {name for name in asked if ENTRIES[name].paper},
+            {name for name in asked if ENTRIES[name].paper and (more[name] or 0) > CLOSE + 1e-9},
+            {name for name in asked if ENTRIES[name].honest},
+        )
+        counts = [f"{len(flagged[judge] & group)} of {len(group)}" for group in groups]
+        others = set[str]().union(*(names for other, names in flagged.items() if other != judge))
+        body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - others) or "-"])
+    head = ["who notices", "defences", "those that AutoAttack overestimates", "honest models", "the only one to notice"]
+    return markdown_table(head, body)
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:

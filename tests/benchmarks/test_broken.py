@@ -122,6 +122,9 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
             "100", "100 **unreliable**", "100", "flagged", "missed"] in rows  # fmt: skip
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
     assert ["EMPIR", "batch size", "none", "found 2 of 32"] in rows
+    # of the two defences EMPIR is flagged, which AutoAttack overestimates
+    assert ["signs of `standard`", "1 of 2", "1 of 1", "0 of 1", "EMPIR"] in rows
+    assert ["active test", "0 of 2", "0 of 1", "0 of 1", "-"] in rows
     assert ["batch size", "1", "0", "EMPIR"] in rows and ["huge radius", "0", "0", "-"] in rows
     assert ["AutoAttack leaves more than 2 points too much of 1 of them, at most 75 points (EMPIR)."] in rows
 
