@@ -156,7 +156,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """How many models each way to notice a failed attack flags: of all defences, the overestimated and the honest ones."""
+    """How many models each way to notice a failed attack flags: defences, overestimated defences and honest models."""
     body = []
     ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
     flagged = {
