@@ -422,8 +422,12 @@ def mixed_precision(x: Tensor, y: Tensor) -> Models:
 
 @entry(
     "the odds are odd", "Roth et al., ICML 2019", f"logits of clean images matched under EOT, {TRAMER}",
-    # each gradient of what is matched takes 17 copies of an image
-    chain=(away(1, steps=50, restarts=2, loss="margin"), every_class(1, steps=50, restarts=1), away(0)),
+    # each draw of what is matched takes 17 copies of an image
+    chain=(
+        away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
+        every_class(1, steps=50, restarts=1, eot_iter=2),
+        away(0, steps=100, eot_iter=4),
+    ),
 )  # fmt: skip
 def odds(x: Tensor, y: Tensor) -> Models:
     classifier = zoo.load("digits-standard")
