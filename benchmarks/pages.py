@@ -38,7 +38,8 @@ from . import (
     shipping,
     zoo,
 )
-from .broken import command as broken
+from .broken import code as code_of_broken
+from .broken import tables as broken
 from .studies import Unfit
 from .truth import tables as truth
 
@@ -308,7 +309,8 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    return found + evaluation.outdated(results) + truth.outdated(results) + check_claims()
+    rows = evaluation.outdated(results) + truth.outdated(results) + code_of_broken.outdated(results)
+    return found + rows + check_claims()
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -127,6 +127,10 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
     votes = {"protocol": "rand", "predict": "votes", "n_eval": zoo.VOTES}
     assert asked == {"rand": (8, {"protocol": "rand"}), "strong": (2, {"protocol": "strong"}), "votes": (2, votes)}
     assert list(card.attacked) == ["rand", "strong", "votes"]
+    # the strictest number and the mean of one draw stand beside each other
+    rand = card.attacked["rand"]
+    assert rand.share <= rand.one_draw <= 1 and f"{100 * rand.one_draw:.1f} % in one draw" in str(card)
+    assert any(f"one draw {100 * rand.one_draw:.1f}" in line for line in zoo.table([card]))
 
 
 def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
