@@ -39,6 +39,7 @@ from ..base import save_defence
 from .denoiser import Denoiser, description, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
+from .solvers import learned_variance
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -197,7 +198,11 @@ class DiffusionPurifier(Defence):
             if guidance is None:
                 return following
             target = moved(image[0], image[0], targets[j], len(self.begins) + j, True)
-            return following - weights[j] * GRADIENTS[guidance](x, target)
+            weight = weights[j]
+            if self.process.learns_variances:
+                share = prediction[:, x.shape[1] :].to(x.dtype)
+                weight = weight * learned_variance(share, *coefficients[j, -2:])
+            return following - weight * GRADIENTS[guidance](x, target)
 
         return checkpointed_steps(
             step,

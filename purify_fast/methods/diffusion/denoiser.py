@@ -89,7 +89,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     Raises:
         ImportError: diffusers is not installed.
         FileNotFoundError: there is no such folder, network or scheduler.
-        ValueError: a schedule or prediction that this package does not have.
+        ValueError: a schedule, prediction, variance or clip that this package does not have.
     """
     root = Path(folder)
     network = root / "unet" if (root / "unet").is_dir() else root
@@ -100,12 +100,21 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     steps = process.get("num_train_timesteps", 1000)
     kinds = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     predictions = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+    # diffusers' "learned" is the variance itself, and its "fixed_large_log" a logarithm of which it takes the root
+    variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     beta, predicted = process.get("beta_schedule", "linear"), process.get("prediction_type", "epsilon")
-    for name, value, known in (("beta_schedule", beta, kinds), ("prediction_type", predicted, predictions)):
+    variance = process.get("variance_type", "fixed_small")
+    for name, value, known in (
+        ("beta_schedule", beta, kinds),
+        ("prediction_type", predicted, predictions),
+        ("variance_type", variance, variances),
+    ):
         if value not in known:
             raise ValueError(f"{scheduler}: {name} must be one of {', '.join(known)}, got {value!r}")
     if process.get("trained_betas") is not None or process.get("thresholding") or process.get("rescale_betas_zero_snr"):
         raise ValueError(f"{scheduler}: trained_betas, thresholding and rescale_betas_zero_snr are not supported")
+    if (most := process.get("clip_sample_range", 1.0)) != 1 and process.get("clip_sample", True):
+        raise ValueError(f"{scheduler}: clip_sample_range must be 1, as images are in [-1, 1], got {most}")
     scale = steps / 1000
     schedule: dict[str, Any] = {"kind": kinds[beta], "steps": steps}
     if beta == "linear":
@@ -114,7 +123,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     settings = {
         "schedule": schedule,
         "prediction": predictions[predicted],
-        "variance": "large" if process.get("variance_type") == "fixed_large" else "small",
+        "variance": variances[variance],
         "clip": bool(process.get("clip_sample", True)),
     }
     denoiser = _diffusers_model().from_pretrained(str(network), local_files_only=True)

@@ -148,6 +148,24 @@ def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
     assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
 
 
+def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
+    class Counts(Tiny):
+        most = 0
+
+        def forward(self, x, t):
+            self.most = max(self.most, len(x))
+            return super().forward(x, t)
+
+    network, x, found = Counts(1), images(5, SHAPE, torch.float64), {}
+    for most in (None, 2):
+        process = Process(VP, solver="vp_sde", t_star=0.2, steps=3)
+        made = defence(SHAPE, network, process, max_forward_batch=most).double()
+        made.denoiser.module.most = 0
+        found[most] = gradient(AdjointGradient(made), x)
+        assert made.denoiser.module.most == (most or 5)
+    torch.testing.assert_close(found[2], found[None])
+
+
 def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
     made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
     alone, straight = made.authors_attacks(0.1)

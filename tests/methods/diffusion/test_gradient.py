@@ -74,6 +74,7 @@ def textbook(made, x):
                 if process.learns_variances:
                     deviation = torch.exp(((1 + v) / 2 * beta.log() + (1 - v) / 2 * small.log()) / 2)
                 following = mean if last else mean + deviation * z
+                variance = deviation.square()
             elif process.solver == "ddim":
                 variance = process.eta**2 * posterior
                 ahead = (1 - kept_s - variance).clamp(min=0).sqrt() * (state - alpha * x0) / sigma
@@ -84,7 +85,8 @@ def textbook(made, x):
                 score = (alpha * x0 - state) / sigma**2
                 variance = schedule.rate(t) * (t - s)
                 share, noise = (1, variance.sqrt() * z) if process.solver == "vp_sde" else (0.5, 0)
-                following = state + variance * (state / 2 + share * score) + noise
+                following = state + variance * (state / 2 + share * score)
+                following = following if last and process.denoise_last else following + noise
             if process.guidance is not None:
                 target = alpha * image + sigma * normals(image, ids, draws, calls + word)
                 distance = DISTANCES[process.guidance](state, target).sum()
@@ -120,10 +122,11 @@ SOLVERS = {
     "ddim, eta": {"solver": "ddim", "steps": 3, "eta": 0.7, "clip": False},
     "vp_sde": {"solver": "vp_sde", "steps": 5, "schedule": Schedule("vp"), "clip": False},
     "vp_sde, linear": {"solver": "vp_sde", "steps": 5},
+    "vp_sde, clean end": {"solver": "vp_sde", "steps": 3, "schedule": Schedule("vp"), "denoise_last": True},
     "ode": {"solver": "ode", "steps": 5, "schedule": Schedule("vp")},
     "one_shot": {"solver": "one_shot", "schedule": Schedule("cosine", 200)},
 }
-GUIDED = ("ddpm", "ddpm, large", "ddim, eta", "vp_sde")
+GUIDED = ("ddpm", "ddpm, large", "ddpm, learned", "ddim, eta", "vp_sde")
 SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
 CASES = [
     (name, prediction, guidance, shape)
