@@ -129,13 +129,13 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self) -> None:
-        super().__init__(self._count, lambda kept: kept)  # type: ignore[no-untyped-call]
+        super().__init__(self._count, lambda kept: kept)
         self.seen: set[int] = set()
         self.last = 0
 
     def __enter__(self) -> None:
         self.last = 0
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -17,7 +17,7 @@ from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.base import EngineAttack, ThreatModel
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
-from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
+from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, OwnAttacks, SampleLogits, supports
 from .specs import AttackSpec
 from .subject import Subject
 from .surrogates import WithoutNoise
@@ -119,6 +119,9 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    if supports(subject.single, OwnAttacks):
+        own = cast(OwnAttacks, subject.single).strong_attacks(ball.norm, ball.eps)
+        attacks += [replace(spec, survivors_only=True) for spec in own]
     if _has_several_samples(subject):
         attacks += [_head(subject.single, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]

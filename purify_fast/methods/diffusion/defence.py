@@ -277,6 +277,20 @@ class DiffusionPurifier(Defence):
         # of one step every solver makes about the same
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
+    def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
+        """What the field attacks such purifiers with (`purify_fast.protocols.OwnAttacks`).
+
+        Args:
+            norm: of the ball.
+            eps: radius in image units.
+
+        Source: `purify_fast.methods.diffusion.own_attacks`.
+        """
+        # a prediction does without the package that judges it
+        from .own_attacks import strong_attacks
+
+        return strong_attacks(self, norm, eps)
+
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
         """How the authors of such purifiers evaluate them (`purify_fast.protocols.AuthorsEvaluation`).
 
