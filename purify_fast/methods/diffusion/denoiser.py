@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
+from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
@@ -130,6 +131,44 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     size = denoiser.config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return denoiser, (denoiser.config["in_channels"], height, width), settings
+
+
+def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
+    """Read the weights that others trained into a network of theirs, made by their own code.
+
+    Args:
+        denoiser: the network; it is changed in place.
+        path: a file of guided-diffusion or of any code that saves a state dict; of score-SDE, a checkpoint that holds
+            the network as ``model`` and a moving average of its weights as ``ema``, which is what is taken
+            (models/ema.py of yang-song/score_sde_pytorch). Only tensors are read of it.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, or those of another network.
+    """
+    load_state(denoiser, read_weights(path), str(path))
+    whole = {} if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    if not isinstance(whole.get("ema"), dict):
+        return denoiser
+    averaged = whole["ema"].get("shadow_params", [])
+    # in the order of the parameters that are trained
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (averaged, trained)]
+    if shapes[0] != shapes[1]:
+        at = next(
+            (i for i, (one, other) in enumerate(zip(*shapes, strict=False)) if one != other), min(map(len, shapes))
+        )
+        raise ValueError(
+            f"{path}: the moving average is of {len(averaged)} tensors, the network trains {len(trained)}; "
+            f"number {at} is the first that differs"
+        )
+    with torch.no_grad():
+        for parameter, tensor in zip(trained, averaged, strict=True):
+            parameter.copy_(tensor)
+    return denoiser
 
 
 class Denoiser(nn.Module):
