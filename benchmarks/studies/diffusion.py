@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from purify_fast import data, load_defence, zoo
 from purify_fast._files import write_text
-from purify_fast.attacks import AutoAttack, LeavingPGD
+from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
@@ -37,6 +37,8 @@ from .diffusion_table import tables_of
 
 #: What is asked of a purifier; of a classifier alone; and of another random defence beside. The cheap ones come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
+#: Images times draws in one pass, at most: of each CARSO classifies several reconstructions.
+ROWS = 200
 #: A row of a report, as the results keep it.
 FACTS = ("attack", "kind", "robust", "mean", "n")
 
@@ -71,7 +73,7 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
         s: settings of the job.
         fixed: whether the noise is fixed, and known to the attack.
     """
-    budget, published = s["budget"], lee_kim_2023(s["eps"]).resolved
+    budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
     seen: Any = copy.deepcopy(model).accelerate(torch.bfloat16) if supports(model, Accelerates) else model  # type: ignore[operator]
     torch.manual_seed(0)
@@ -79,7 +81,7 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
         parts = [
             run_alone(
                 LeavingPGD, seen, part, labels, eps=s["eps"], steps=budget.steps, eot_iter=draws,
-                alpha=published.alpha, random_start=False, seed=number,  # type: ignore[attr-defined]
+                alpha=published.alpha, random_start=False, seed=number, max_forward_batch=ROWS,
             )
             for number, (part, labels) in enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
         ]  # fmt: skip
