@@ -156,6 +156,29 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert not labels & {LOW, lee_kim.label}
 
 
+class Loop(torch.nn.Module):
+    """Somebody's own purifier; random or not."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise, self.classifier = noise, defence(SHAPE).classifier
+        self.eval()
+
+    def purify(self, x):
+        return x + self.noise * torch.randn_like(x)
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
+def test_strong_adds_lee_and_kims_attack_for_any_random_purifier(noise, norm, expected):
+    x, y = images(2, SHAPE), torch.zeros(2, dtype=torch.int64)
+    subject = Subject(Loop(noise), x, y, batch_size=2, n_eval=2, seed=0)
+    labels = [spec.label or "" for spec in protocol_attacks("strong", subject, ThreatModel(norm, 0.1))]
+    assert any(label.startswith(LEE_KIM) for label in labels) == expected
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9), (16, 12)])
 def test_gradients_of_low_frequencies(shape):
     grad = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
