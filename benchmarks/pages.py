@@ -40,7 +40,7 @@ from . import (
 )
 from .broken import code as code_of_broken
 from .broken import tables as broken
-from .studies import Unfit
+from .studies import Unfit, diffusion_table
 from .truth import tables as truth
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,8 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "truth": truth.table,
     "front_truth": truth.front,
     "memory": memory.table,
+    "diffusion": diffusion_table.table,
+    "diffusion_said": diffusion_table.said,
     "minutes": minutes.table,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.

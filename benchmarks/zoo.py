@@ -185,7 +185,8 @@ def attacks_of(card: Card, protocol: str) -> str:
         card: what is known of it.
         protocol: one of `protocols_of`.
     """
-    return revisions.short("rand" if protocol == "votes" else protocol, card.method not in ("classifier", "ARREST"))
+    random, name = card.method not in ("classifier", "ARREST"), "rand" if protocol == "votes" else protocol
+    return revisions.short(name, random, card.method == DIFFUSION)
 
 
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:

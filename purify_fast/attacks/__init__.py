@@ -16,7 +16,7 @@ from .deepfool import DeepFool, deepfool
 from .fab import FABT, fab_t
 from .heads import AttackersHead
 from .hop_skip_jump import HopSkipJump, hop_skip_jump
-from .pgd import FGSM, PGD, fgsm, pgd
+from .pgd import FGSM, PGD, LeavingPGD, fgsm, pgd
 from .search import GradientHealth
 from .square import Square, square
 from .stadv import StAdv, stadv
@@ -37,6 +37,7 @@ __all__ = [
     "DeepFool",
     "GradientHealth",
     "HopSkipJump",
+    "LeavingPGD",
     "Square",
     "StAdv",
     "apgd",
