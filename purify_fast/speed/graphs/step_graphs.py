@@ -53,9 +53,9 @@ LEAST_WORTH, MOST_WORTH = 10, 400
 MARGIN = 2.0
 #: Of the time a step takes, the share that the host must spend on launching it, for a graph to gain anything.
 LEAST_SHARE = 0.7
-#: How often a step is timed; the least counts, because whatever else the machine does only adds to it.
+#: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
-#: After how many launched steps it is tried again whether a step can be captured that could not.
+#: The number of launched steps after which a step that could not be captured is tried again.
 RETRIED_AFTER = 1000
 #: How many graphs there are at most.
 MOST_GRAPHS = 32
@@ -69,11 +69,11 @@ State = dict[str, Tensor]
 
 
 class StepFunction(Protocol):
-    """One step; it can be hashed, and two that are equal compute the same from the same state."""
+    """A step; it can be hashed, and two equal steps compute the same from the same state."""
 
     @property
     def model(self) -> Any:
-        """What it computes with besides its state: a module, if it is to be captured."""
+        """The model that it computes with besides its state: a module, if it is to be captured."""
 
     def __call__(self, state: State) -> State:
         """The new values of some of the state's tensors, each of the old one's shape and dtype.
@@ -139,7 +139,7 @@ class Steps:
         state: the tensors as they are now; not for keeping, `values` gives those.
     """
 
-    #: Whether steps are replayed.
+    #: True if steps are replayed.
     replays = False
 
     def __init__(self, function: StepFunction, state: State, tally: Tally | None = None):
@@ -205,11 +205,11 @@ class Captured:
     """A captured step.
 
     Args:
-        model: what it computes with; the graph goes when the model does.
+        model: the model that it computes with; the graph goes when the model does.
         buffers: where its state lies.
         replay: launches it.
         counts: how many images the parts of its model that count them count in a step.
-        objects: what it depends on by identity.
+        objects: the objects that it depends on by identity.
         loop: the last loop over it, which has its state in the buffers until it is gone.
     """
 
@@ -221,7 +221,7 @@ class Captured:
     loop: weakref.ref[Replays] | None = None
 
     def is_in_use(self) -> bool:
-        """Whether there still is a loop that may go on."""
+        """Tell whether a loop over it still exists."""
         return self.loop is not None and self.loop() is not None
 
 
@@ -230,7 +230,7 @@ def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
 
     Args:
         model: any module.
-        protocol: of `purify_fast.protocols`.
+        protocol: a protocol of `purify_fast.protocols`.
     """
     return [part for part in model.modules() if issubclass(type(part), protocol)]
 
@@ -239,7 +239,7 @@ def write(values: State, buffers: State) -> None:
     """Write a step's results to the buffers that it read from; a result that is another buffer is read before that.
 
     Args:
-        values: what the step returned.
+        values: the step's results.
         buffers: the state, by name.
     """
     storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
@@ -284,7 +284,7 @@ class StepGraphs:
     Args:
         mode: "auto" captures steps whose launches take longer than what they compute, once that pays; "always" captures
             whatever can be, at once; "off" captures nothing.
-        capture: what makes graphs; None: CUDA graphs, on CUDA devices.
+        capture: the maker of graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
         refusal: why the last loop that was to be captured was not, and will not be for the next `RETRIED_AFTER` steps;
@@ -316,7 +316,7 @@ class StepGraphs:
         return len(self._captured)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
-        # a copy of what is trained or attacked captures for itself
+        # a copy of the trained or attacked model needs its own captures
         return StepGraphs(self.mode, self.capture)
 
     def new_run(self) -> int:
@@ -337,7 +337,7 @@ class StepGraphs:
 
         Args:
             function: the step.
-            state: what it begins with, tensors by name on one device.
+            state: the first state, tensors by name on one device.
             steps: how many will be taken at most.
             certain: whether all of them will be taken.
             run: by `new_run`, the run that the loop belongs to; None: the loop is a run by itself.
@@ -358,7 +358,7 @@ class StepGraphs:
         return Steps(function, state, known if isinstance(known, Tally) else None)
 
     def may_replay(self, device: torch.device) -> bool:
-        """Whether loops on a device are captured, as far as is known.
+        """Tell whether loops on a device are captured, as far as is known.
 
         Args:
             device: where their state lies.
@@ -381,7 +381,7 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
-        # outside of the except block, whose traceback holds the tensors of the work that failed
+        # do this outside of the except block, whose traceback holds the tensors of the failed work
         logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
         self.mode = "off"
         self._captured.clear()
@@ -475,7 +475,7 @@ class StepGraphs:
                     )
                 if reason is not None:
                     return self._refuse(base, reason)
-                # the state is written by what is launched, and by no warm-up: it is put in before each loop
+                # only launches write the state, not the warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
@@ -483,11 +483,11 @@ class StepGraphs:
                 if saved > 0:
                     self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
         except Exception as error:
-            # whatever a user's model raises in a trial is no reason to end an attack that runs without graphs
+            # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # none of these steps is one of the loop
+            # take back the counts: these steps are not steps of the loop
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
@@ -524,7 +524,7 @@ def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State,
     Args:
         graphs: the captured steps of the caller, or None.
         function: the step.
-        state: what it begins with, tensors by name on one device.
+        state: the first state, tensors by name on one device.
         steps: how many will be taken.
     """
     return Steps(function, state) if graphs is None else graphs.begin(function, state, steps)
@@ -578,7 +578,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators, that of the device among them, back where they are now."""
+    """A function that puts torch's generators, including the device's, back to their present states."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -591,7 +591,7 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that no graph follows; it follows the device's own."""
+    """The states of the generators that graphs do not follow; they follow the device's own."""
     array: Any = np.random.get_state()
     # on a CPU torch's generator of the host is that of the device
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
@@ -604,7 +604,7 @@ def first_replay_agrees(
     replay: Callable[[], None],
     device: torch.device,
 ) -> bool:
-    """Whether a replay gives what the step gives, from the same state and the same generator; waits for the device.
+    """Tell whether a replay gives the step's result, from the same state and the same generator; waits for the device.
 
     Args:
         step: computes new values of some of the buffers, and writes to none.
@@ -613,7 +613,7 @@ def first_replay_agrees(
         device: where the buffers are.
     """
     again = same_draws_again(device)
-    # what is a buffer itself is overwritten by the replay
+    # the replay overwrites results that are buffers themselves
     wanted = {name: value.clone() for name, value in step().items()}
     again()
     replay()
@@ -621,9 +621,9 @@ def first_replay_agrees(
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Whether two results of a step are the same, but for sums that a library adds in another order; waits.
+    """Tell whether two results of a step are equal, but for sums that a library adds in another order; waits.
 
-    Where a gradient is nearly 0 another order gives another sign, and the step goes the other way.
+    If a gradient is nearly 0, another order gives another sign, and the step goes the other way.
     """
     if not wanted.numel():
         return True
