@@ -152,6 +152,14 @@ class OwnSurrogates(Protocol):
 
 
 @runtime_checkable
+class OwnAttacks(Protocol):
+    """Knows attacks that a careful attacker would add for it."""
+
+    def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
+        """Attacks that the protocol "strong" adds in that ball: `purify_fast.evaluation.AttackSpec`."""
+
+
+@runtime_checkable
 class Accelerates(Protocol):
     """Computes through fast copies of its parts from then on."""
 

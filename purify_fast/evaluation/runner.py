@@ -54,7 +54,7 @@ from .repeating import processor_name, written_call
 from .report import Report
 from .rows import Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
-from .stopping import notes_of_unsearched
+from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 from .team import PROBES, SIGNS, Task, Team
 from .witnesses import gathered, model_marks
@@ -160,7 +160,7 @@ def evaluate(
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        steps: of PGD and APGD where an attack does not say.
+        steps: of PGD and APGD where an attack does not say; a protocol's take no more, except a first one of ten.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
         predict: how they decide, of a random model. "worst_of": an image counts as fallen if any of them is wrong.
@@ -260,11 +260,11 @@ def evaluate(
         # taken after the trial predictions: a model that stores its last input is then always in the same state
         mark = fingerprint_or_reason(subject.model, revision)
         report.about |= {} if mark[0] is None else {"model": mark[0]}
-        report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name)
-        report.notes += notes_of_protocol(protocol, model)
+        report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name, protocol)
         signs = has_signs(protocol, attacks, probes)
         before = subject.room.within(lambda: Before(subject)) if signs else None
-        plan = given if protocol is None else protocol_attacks(protocol, subject, ThreatModel(norm, float(eps)), base)
+        ball = ThreatModel(norm, float(eps))
+        plan = given if protocol is None else protocol_attacks(protocol, subject, ball, base, steps)
         if predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
@@ -384,7 +384,7 @@ def _filled(
     _conclude(report, measure, before, asked)
     for model, points in curve.points(report.rows, measure.name, float(context.eps)).items():
         report.curves[model] = report.curves.get(model, {}) | points
-    report.notes += notes_of_unsearched(report.rows) + last_notes
+    report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows) + last_notes
     team.end(report.to_json)
     return report
 
@@ -508,7 +508,7 @@ def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> At
     return context
 
 
-def _first_notes(model: Classifier, subject: Subject, name: str) -> list[str]:
+def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
     """Notes for the report; of modes and probabilities there are warnings now: an evaluation may take hours."""
     notes = notes_of_modules(model, name)
     for note in notes:
@@ -521,7 +521,7 @@ def _first_notes(model: Classifier, subject: Subject, name: str) -> list[str]:
             f"{name} draws its randomness once per call, for all images of a batch, so each draw is a call of its own: "
             "a step or a judgement by 20 draws takes 20 calls; of other random models they stand in one batch"
         )
-    return notes
+    return notes + notes_of_protocol(protocol, model)
 
 
 def _freeze_others(

@@ -29,11 +29,14 @@ class Accuracy:
         share: the share of the images that are classified correctly, in [0, 1].
         images: how many images.
         reliable: whether the checks of the evaluation found nothing that makes the number doubtful.
+        one_draw: of a random model under attack, whose ``share`` wants every draw right, the share of single draws that
+            are; None where the model predicts the same every time, and of a card that was written before cards had it.
     """
 
     share: float
     images: int
     reliable: bool = True
+    one_draw: float | None = None
 
     @property
     def standard_error(self) -> float:
@@ -42,6 +45,7 @@ class Accuracy:
 
     def __str__(self) -> str:
         text = f"{100 * self.share:.1f} ± {100 * self.standard_error:.1f} % of {self.images:,} images"
+        text += "" if self.one_draw is None else f" in every draw, {100 * self.one_draw:.1f} % in one draw"
         return text if self.reliable else f"{text} (unreliable)"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import pipelines, race, report
+from benchmarks import measure, pages, pipelines, race, report
 from benchmarks.pipelines import (
     Case,
     Contestant,
@@ -123,6 +123,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
     table = (tmp_path / report.PIPELINES_TABLE).read_text()
     assert table in capsys.readouterr().out and "| torch.compile of plain |" in table and "classifying" in table
     (tmp_path / report.PIPELINES_TABLE).unlink()
+    monkeypatch.setattr(pages, "publish", lambda: pytest.fail("the pages show the committed results alone"))
     program.main(["report", str(tmp_path)])
     assert (tmp_path / report.PIPELINES_TABLE).read_text() == table
 
@@ -136,6 +137,16 @@ def test_the_package_s_own_convolutions_count_as_torch_s(stride):
             function(*tensors, stride=stride, padding=1).sum().backward()
         counts.append(counter.total)
     assert counts[0] == counts[1] > 0
+
+
+def test_the_memory_of_a_run_is_what_it_has_at_once():
+    def work():
+        first = torch.ones(10**6)
+        del first
+        second = torch.ones(2 * 10**6)
+        return second + 1
+
+    assert 16e6 <= measure.allocated(work, CPU) < 17e6
 
 
 def _other(device, quick):
@@ -159,7 +170,8 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
             self.slower += command == "time"
             time, parts = {"plain": 2.0, "ours": 1.0}[self.label] * self.slower, {"part": 0.5 * self.slower}
             result = answers[self.label].numpy()
-            return {"result": result, "time": time, "flops": 10**9, "rate": 4e9, "parts": parts}[command]
+            other = {"flops": 10**9, "rate": 4e9, "parts": parts, "memory": 3 * 10**6}
+            return {"result": result, "time": time, **other}[command]
 
         def end(self, at_once):
             assert not at_once
@@ -171,4 +183,5 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     right = race.race("p", "c", Case("shape", 0.15, contestants, ""), CPU, True)[1]
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["parts"] == "part:0.500"  # of the step beside it
+    assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
