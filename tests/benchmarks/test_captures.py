@@ -79,16 +79,3 @@ def test_images_that_fall_by_chance_are_not_counted():
     far = captures.far_from_falling(model, x)
     steady = x[: captures.CANDIDATES].sort(0, descending=True).values[: captures.COUNTED_IMAGES]
     assert torch.equal(far.sort(0, descending=True).values, steady)
-
-
-def test_the_committed_evaluations_capture_only_what_pays():
-    rows = report.read_csv(RESULTS / captures.FILE)
-    assert {(row["model"], row["eps"]) for row in rows} == {(run.model, f"{run.eps:.4g}") for run in captures.RUNS}
-    captured = [row for row in rows if int(row["captures"])]
-    assert captured
-    for row in captured:
-        assert int(row["captures"]) <= 6 and int(row["least_replays"]) >= WORTH
-    # on average over an evaluation a capture is replayed a hundred times
-    for run in captures.RUNS:
-        mine = [row for row in captured if (row["model"], row["eps"]) == (run.model, f"{run.eps:.4g}")]
-        assert sum(int(row["replays"]) for row in mine) >= 100 * sum(int(row["captures"]) for row in mine)
