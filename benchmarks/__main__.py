@@ -27,7 +27,7 @@ from . import (
 )
 from .broken import command as broken
 from .ops import registry
-from .studies import Unfit
+from .studies import Unfit, diffusion_picture
 from .studies import command as studies
 from .studies.cifar10 import robust_networks
 from .truth import command as truth
@@ -87,6 +87,7 @@ COMMANDS = {
     "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
     "captures": Command("what an evaluation captures on a GPU, counted without one", captures.main, captures.arguments),
     "memory": Command("memory of the gradient through a diffusion process", memory.main, memory.arguments),
+    "diffusion_picture": Command("an image, noised, denoised step by step and purified", diffusion_picture.main),
     "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),
     "ship": Command(
         "let what purify-fast tune found on this machine ship with the package", pages.ship, pages.ship_arguments

@@ -248,7 +248,7 @@ def of_model(name: str, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
 
 def kernels_serve() -> contextlib.AbstractContextManager[Any]:
     """Within the block every op counts as one operator, as where a kernel serves, also where a CPU has none."""
-    return mock.patch.object(registry.Op, "plain", lambda *given: False)
+    return mock.patch.object(registry.Op, "uses_reference", lambda *given: False)
 
 
 def images_of(name: str, count: int, folder: str) -> tuple[Tensor, Tensor]:

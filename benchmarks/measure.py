@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
 import statistics
 import time
@@ -29,6 +30,7 @@ from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import cache
 from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.speed.memory import peak_memory
 
 from .ops import Case
 
@@ -147,6 +149,22 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
     for call in calls:
         call()
     return time.perf_counter() - start
+
+
+def allocated(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that some work has at once beside those that were there, compiled code's too.
+
+    Args:
+        work: what is measured; it is done once.
+        device: where it computes.
+    """
+    if device.type == "cuda":
+        return peak_memory(work, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:

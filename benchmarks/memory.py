@@ -82,7 +82,11 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
         images: of the batch.
     """
     made = DiffusionPurifier(
-        network(name), PreActResNet18(width=16), (3, 32, 32), {"t_star": T_STAR, "steps": steps, "solver": "ddpm"}
+        network(name),
+        PreActResNet18(width=16),
+        (3, 32, 32),
+        {"t_star": T_STAR, "steps": steps, "solver": "ddpm"},
+        keep=0,
     ).eval()
     if form == OURS_BFLOAT16:
         made.accelerate()

@@ -38,8 +38,9 @@ from . import (
     shipping,
     zoo,
 )
-from .broken import command as broken
-from .studies import Unfit
+from .broken import code as code_of_broken
+from .broken import tables as broken
+from .studies import Unfit, diffusion_table
 from .truth import tables as truth
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,8 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "truth": truth.table,
     "front_truth": truth.front,
     "memory": memory.table,
+    "diffusion": diffusion_table.table,
+    "diffusion_said": diffusion_table.said,
     "minutes": minutes.table,
 }
 #: A page of tables and of notes on them, whose numbers no study holds.
@@ -308,7 +311,8 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    return found + evaluation.outdated(results) + truth.outdated(results) + check_claims()
+    rows = evaluation.outdated(results) + truth.outdated(results) + code_of_broken.outdated(results)
+    return found + rows + check_claims()
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from purify_fast.speed.counting import counted
 from purify_fast.speed.precision import float32_products
 
 from .limits import operands
-from .measure import environment, quantile, seconds
+from .measure import allocated, environment, quantile, seconds
 from .pipelines import Case, registry
 
 
@@ -65,6 +65,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
                 "result": lambda: job.result().double().cpu().numpy(),
                 "time": lambda: seconds([job.run], device) / job.times,
                 "flops": lambda: counted(job.run)[2],
+                "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
                 "parts": lambda: {name: seconds([part], device) for name, part in job.parts.items()},
             }
@@ -132,6 +133,7 @@ def race(
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
     shares: dict[str, list[float]] = {}
+    most: dict[str, int] = {}
 
     def prepare(label: str) -> None:
         processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
@@ -173,6 +175,9 @@ def race(
                         shares.setdefault(part, []).append(spent / times[label][-1])
             time.sleep(effort.pause)
             rates.append(processes["ours"].ask("rate"))
+        for label, process in processes.items():
+            tell(f"{name}: {label}, memory")
+            most[label] = process.ask("memory")
     finally:
         for process in processes.values():
             process.end(at_once=len(right) < len(processes))
@@ -193,6 +198,7 @@ def race(
         row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
         verdict = "left out" if label not in right else "right" if right[label] else "wrong"
         row |= {"verdict": verdict, "parts": parts if label == "ours" else ""}
+        row["peak_MB"] = f"{most[label] / 1e6:.0f}" if right.get(label) else ""
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
         rows.append(row | environment(device))
     return rows

@@ -235,7 +235,10 @@ def pipelines_markdown(rows: list[dict]) -> str:
              row["share_of_matrix_rate"]]
             for row in group
         ]  # fmt: skip
-        lines += table(["", "ms", "p20 - p80", "times the first", "share of the matrix rate"], body)
+        head = ["", "ms", "p20 - p80", "times the first", "share of the matrix rate"]
+        if any(row.get("peak_MB") for row in group):
+            head, body = [*head, "most MB"], [[*cells, row["peak_MB"]] for cells, row in zip(body, group, strict=True)]
+        lines += table(head, body)
         for row in group:
             if row["parts"]:
                 shares = ", ".join(f"{100 * share:.0f} % {part}" for part, share in parts(row))

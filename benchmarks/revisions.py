@@ -19,6 +19,7 @@ from purify_fast.evaluation.protocols import protocol_attacks
 from purify_fast.evaluation.softening import REVISION
 from purify_fast.evaluation.specs import AttackSpec
 from purify_fast.evaluation.subject import Subject
+from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
@@ -44,6 +45,14 @@ class AnyModel(nn.Module):
         return logits + torch.rand_like(logits) if self.random else logits
 
 
+class AnyPurifier(AnyModel):
+    """The same as a purifier by diffusion, for which "strong" adds attacks."""
+
+    def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
+        """Those attacks; arguments as `DiffusionPurifier.strong_attacks` takes them."""
+        return strong_attacks(self, norm, eps)
+
+
 def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
     """Each attack in words: its label, its options and its revision, and which images it searches.
 
@@ -58,16 +67,18 @@ def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
     return words
 
 
-def of_protocol(name: str, random: bool) -> list[str]:
+def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
     """The attacks of a protocol on any model.
 
     Args:
         name: of the protocol.
         random: whether two predictions of the model differ.
+        diffusion: whether it is a purifier by diffusion.
     """
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
     with torch.random.fork_rng([]):
-        subject = Subject(AnyModel(random), x, y, batch_size=2, n_eval=2, seed=0)
+        model = AnyPurifier(random) if diffusion else AnyModel(random)
+        subject = Subject(model, x, y, batch_size=2, n_eval=2, seed=0)
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
     return of_attacks([(spec, spec.resolved) for spec in specs]) + added(name, random)
 
@@ -83,6 +94,6 @@ def added(name: str, random: bool) -> list[str]:
 
 
 @functools.cache
-def short(name: str, random: bool) -> str:
+def short(name: str, random: bool, diffusion: bool = False) -> str:
     """A short hash of `of_protocol`; arguments as there."""
-    return hashlib.sha256("\n".join(of_protocol(name, random)).encode()).hexdigest()[:8]
+    return hashlib.sha256("\n".join(of_protocol(name, random, diffusion)).encode()).hexdigest()[:8]

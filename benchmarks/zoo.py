@@ -185,7 +185,8 @@ def attacks_of(card: Card, protocol: str) -> str:
         card: what is known of it.
         protocol: one of `protocols_of`.
     """
-    return revisions.short("rand" if protocol == "votes" else protocol, card.method not in ("classifier", "ARREST"))
+    random, name = card.method not in ("classifier", "ARREST"), "rand" if protocol == "votes" else protocol
+    return revisions.short(name, random, card.method == DIFFUSION)
 
 
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
@@ -212,7 +213,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
-        attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable)
+        attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, report.one_draw(lowest))
     command = f"python -m benchmarks zoo {name} --images {images}"
     return replace(
         card, image_shape=data.image_shape, judged=command, version=__version__, clean=clean_accuracy(model, data),
@@ -252,6 +253,7 @@ def _attacked(card: Card, protocol: str) -> str:
 
 def _cell(accuracy: Accuracy) -> str:
     text = f"{100 * accuracy.share:.1f} ({accuracy.images:,})"
+    text += "" if accuracy.one_draw is None else f", one draw {100 * accuracy.one_draw:.1f}"
     return text if accuracy.reliable else f"{text} **unreliable**"
 
 

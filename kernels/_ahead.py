@@ -26,7 +26,7 @@ def compile_together(launch: Callable[[], None]) -> None:
     this, run = threading.get_ident(), triton.JITFunction.run
 
     def compiled(function, *args, grid, warmup, **kwargs):
-        # other threads' kernels run as ever
+        # kernels of other threads run as usual
         return run(function, *args, grid=grid, warmup=warmup or threading.get_ident() == this, **kwargs)
 
     workers = min(MOST, os.cpu_count() or 1)

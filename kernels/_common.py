@@ -1,4 +1,4 @@
-"""What the kernels and their launchers share.
+"""The parts that the kernels and their launchers share.
 
 The kernels take float16, bfloat16 and float32 and compute in float32; the op sends float64 to the reference.
 """
@@ -31,7 +31,7 @@ def on(x: Tensor):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x is channels_last, and not contiguous too."""
+    """Tell whether x is channels_last, and not contiguous too."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

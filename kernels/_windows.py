@@ -71,7 +71,7 @@ def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
 
 @triton.jit
 def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """x[n + 1, i + 1], likewise."""
+    """x[n + 1, i + 1], in the same form."""
     x = load(pointer + stride, at, inside, VECTOR)
     last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
     return moved_out(x, last, VECTOR)
@@ -111,7 +111,7 @@ def store_winged(pointer, at, value, inside, size, width, VECTOR: tl.constexpr):
     tl.store(pointer + i, value, mask=inside[:, None])
     if VECTOR == 1:
         store_wings(pointer, i, value, size, width)
-    else:  # the wings are aligned otherwise than the row
+    else:  # the wings have another alignment than the row
         a, b, c, d = parts(value)
         store_wings(pointer, at, a, size, width)
         store_wings(pointer, at + 1, b, size, width)

@@ -46,10 +46,10 @@ def _softmax(x, inside):
 
 @triton.jit
 def _odds(x, inside):
-    """What the odds of the mean of sigmoid(x) over axis 0 are made of; rows that do not count hold +inf.
+    """The terms of the odds of the mean of sigmoid(x) over axis 0; rows that do not count hold +inf.
 
-    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). Where all of a column have one
-    sign, the sum of the second kind could underflow: it is kept times exp(shift), shift being the least |x|.
+    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If a whole column has one sign,
+    the sum of the second kind could underflow: it is kept times exp(shift), and shift is the least |x|.
 
     Returns t exp(shift) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; the shift, from 0 down
     where x is negative, and 0 up to 1 and where it is infinite; exp(-|shift|).
@@ -86,7 +86,7 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
             out = tl.sum(x, 0) / samples
         else:
             tail, most, yes, no, shift, _least = _odds(x, inside)
-            # where the odds are even, the logarithm needs what they differ by, summed for itself
+            # near even odds the logarithm needs their difference, which is summed by itself
             excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
             more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
             out = tl.where(more == float("inf"), more, log1p(more))
@@ -182,7 +182,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)  # ties: the first class, as argmax
         index = tl.where(high > best, where, index)
         best = tl.maximum(best, high)
-        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # a NaN is the largest to argmax
+        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # argmax takes a NaN for the largest
     index = tl.where(first_nan < classes, first_nan, index)
     counts = tl.arange(0, K) < samples
     for first in range(0, classes, C):

@@ -32,7 +32,7 @@ def _linf(
 def _offset(
     x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi
 ):  # fmt: skip
-    # the image with its momentum, before the second projection, less the natural one
+    # the image with its momentum, before the second projection, minus the natural image
     x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
     d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
     z = _clamp(nat + d * shrink, lo, hi)

@@ -8,7 +8,7 @@ Query and key always move together, so that a sum over the nine neighbours is on
 three: a row of queries before, the same, the row after. A thread has ``VECTOR`` neighbouring keys, four where the width
 of the grid allows it. It loads those of the three rows at once, and one more number for the end that moves in.
 
-What both fuses read is kept with wings: in front of a row's L numbers, and behind them, ``width`` more, so that the
+The input of both fuses is kept with wings: in front of a row's L numbers, and behind them, ``width`` more, so that the
 successor of key i in column-major order is at i + width and its predecessor at i - width, whether they are in the next
 column or not.
 """
@@ -179,7 +179,7 @@ def _spread(
 
 @triton.jit
 def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
-    """x[n, i] and what is before it in a line of the grid, or behind it."""
+    """x[n, i] and its neighbor before it in a line of the grid, or behind it."""
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(

@@ -32,7 +32,7 @@ from .philox import noise
 LATENT = 1
 #: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
 MEMORY = 1 << 29
-#: What a launch of `_layer` computes: the first map; one between; an image; the gradient of a map.
+#: The kinds of launches of `_layer`: the first map; a map between; an image; the gradient of a map.
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
 #: Columns of one cell's part of the image, at most.
 CELL = 16
@@ -173,7 +173,7 @@ def _layer(
             total = tl.where(entered > 0, total, slope * total)
         else:
             if KIND == 0:
-                # as many conditions as a call has images may hold more numbers than 32 bits count
+                # all conditions of a call together may hold more numbers than 32 bits count
                 image = ((first + sample) // draws).to(tl.int64)
                 own = (image * (OUT_HEIGHT * OUT_WIDTH) + (out_y * OUT_WIDTH + out_x)) * OUT_CHANNELS
                 mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
@@ -197,7 +197,7 @@ def _last_two(
     LOW: tl.constexpr, HIGH: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of input cells at offsets ``LOW`` to ``HIGH`` the pixels of a cell; the image's from cells ``FROM`` to ``TO``."""
+    """The pixels of a cell from input cells at offsets ``LOW`` to ``HIGH``; the image's from ``FROM`` to ``TO``."""
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
     OWN: tl.constexpr = ROWS - (TO - FROM) * (CELLS_X + 1)
@@ -292,7 +292,7 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device)
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
-    """The same of `_last_two`. Where sums are kept by threads and not by warp groups, fewer rows fit registers."""
+    """The same for `_last_two`. If threads and not warp groups keep the sums, fewer rows fit into registers."""
     rows = FEWER_ROWS.get(_common._major(device), 256)
     tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
     return tile | {"num_warps": 8, "num_stages": 2}
@@ -325,7 +325,7 @@ class Decoder:
         self.biases = biases.split(self.columns[1:])
 
     def inputs(self, index: int) -> tuple[int, int, int]:
-        """Height, width and padded channels of what enters a layer of the geometry."""
+        """Height, width and padded channels of the input of a layer of the geometry."""
         _, h, w = self.geometry.start
         if index:
             before = self.geometry.layers[index - 1]
@@ -339,7 +339,7 @@ class Decoder:
 
     @property
     def together(self) -> bool:
-        """Whether the last two layers are one launch."""
+        """Tell whether the last two layers are one launch."""
         layers = self.geometry.layers
         if self.dtype not in TOGETHER or len(layers) < 2 or layers[-1].stride != 1 or layers[-2].stride > 2:
             return False
@@ -380,7 +380,7 @@ class Decoder:
         )  # fmt: skip
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
-        """The gradient of what entered the LeakyReLU before a layer, of that of its output."""
+        """The gradient of the input of the LeakyReLU before a layer, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
         # positional because tensors come in the order of the launch
@@ -445,13 +445,13 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
 
 
 def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Where parts of the samples begin and how many are in each, for maps of so many numbers for a sample."""
+    """The parts of the samples, (first, count), for maps with ``elements`` numbers for a sample."""
     most = max(1, MEMORY // (elements * dtype.itemsize))
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
 def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
-    """What enters the layers, one map after the other; all of them if ``kept``, else each replaces the last but one."""
+    """The layers' inputs, map after map; all stay if ``kept``, else each replaces the last but one."""
     condition, seed, sample_ids = inputs
     z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
     last = len(decoder.geometry.layers) - (0 if kept or not decoder.together else 1)

@@ -19,12 +19,12 @@ class Layer(NamedTuple):
     """A transposed convolution.
 
     Args:
-        channels: of its output.
+        channels: channels of its output.
         kernel: side of the kernel.
-        stride: in both directions.
-        padding: in both directions.
-        height: of its output.
-        width: of its output.
+        stride: stride in both directions.
+        padding: padding in both directions.
+        height: height of its output.
+        width: width of its output.
     """
 
     channels: int
@@ -50,7 +50,7 @@ class Geometry:
     layers: tuple[Layer, ...]
 
     def numbers(self) -> list[int]:
-        """As the op takes them."""
+        """The numbers of the geometry, in the order of the op's argument."""
         return [self.latent_dim, *self.start, *(number for layer in self.layers for number in layer)]
 
     @classmethod

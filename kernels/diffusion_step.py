@@ -18,7 +18,7 @@ STEPS = tl.constexpr(65536)
 
 @triton.jit
 def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """Where the elements of a row of x are in a row of the prediction, and how far behind are those that choose."""
+    """The places of a row's elements in a row of the prediction, and the distance to the numbers that choose."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
         channel = element // plane

@@ -21,7 +21,7 @@ def _normal(w_ptr, at, inside):
 
 @triton.jit
 def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
-    # what a coordinate brings, how far it may go, and a number whose sign says where it moves
+    # the contribution of a coordinate, its way to the border, and a number whose sign is the direction of its move
     x, ahead = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), _normal(w_ptr, at, inside) * scale * side
     free = tl.where(ahead < 0, x - lo, hi - x)
     return tl.abs(ahead), tl.where((ahead != 0) & (free > 0), free, 0.0), ahead
@@ -50,8 +50,8 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # what the coordinates at the border bring, and what the others bring per t, decide the next t; it grows until no
-    # further coordinate reaches the border, and is infinite where all are there and the plane is not reached
+    # the contributions of the coordinates at the border, and of the others per t, decide the next t. It grows until no
+    # further coordinate reaches the border, and is infinite if all are there and the plane is not reached
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead
@@ -74,7 +74,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
 
 @triton.jit
 def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.constexpr):
-    # what the coordinates bring whose slope is above ``least``, and those whose slope it is
+    # the contributions of the coordinates whose slope is above ``least``, and of those whose slope equals it
     above, edge = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size

@@ -48,7 +48,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """What each sample is trained on, contiguous."""
+    """The image that each sample is trained on, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -15,12 +15,12 @@ from ._common import BLOCK, on, sum_tile, tile
 
 #: The largest tile that holds a sample without spilling registers, by norm.
 WHOLE = {1: 16384, 2: 8192}
-#: Registers a thread of an l1 kernel may take. Left to itself, the compiler of triton 3.6 aims at 48 or 80 of them, so
-#: that more programs fit beside each other, and spills.
+#: Registers that a thread of an l1 kernel may use. The compiler of triton 3.6 aims at 48 or 80 by itself, so that more
+#: programs fit beside each other, and spills.
 L1_REGISTERS = 128
 #: Bits of the first float32 that is not finite; those of |x| are ordered as |x| is, NaN last.
 INFINITE = tl.constexpr(0x7F800000)
-#: Of the interval that holds l1's shift: the reference's for float32.
+#: Halvings of the interval that holds l1's shift: the reference's number for float32.
 HALVINGS = tl.constexpr(24)
 
 
@@ -135,7 +135,7 @@ def _candidates(x, g, lo, hi):
 
 @triton.jit
 def _narrowed(low, high, count, chosen):
-    # one bisection of [low, high): at least ``chosen`` reach low, fewer reach high; over when just so many do
+    # halve [low, high): at least ``chosen`` reach low, fewer reach high; it is over when exactly so many do
     middle = low + (high - low) // 2
     end = tl.where(count == chosen, middle + 1, high)
     return tl.where(count >= chosen, middle, low), tl.where(count >= chosen, end, middle)
@@ -161,7 +161,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     d = x - nat
     left = tl.maximum(tl.abs(d) - shift, 0.0)
     x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
-    return _clamp(tl.where(d != d, d, x), lo, hi)  # where nat alone is NaN
+    return _clamp(tl.where(d != d, d, x), lo, hi)  # only nat is NaN here
 
 
 @triton.jit(do_not_specialize=["chosen"])

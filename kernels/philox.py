@@ -58,7 +58,8 @@ def _radius(word):
     The polynomial is -2 log(1 + r), fitted. A library's logarithm takes half as many instructions again, for numbers
     that u never is: 0, infinities, and those below 2^-126.
     """
-    bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000  # of u, 2^-24 of that number
+    # the bits of u, which is 2^-24 times that number
+    bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000
     exponent = (bits - 0x3F2AAAAB) & -0x00800000
     r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
     p = tl.fma(r, -0.280527263879776, 0.3077709376811981)
@@ -88,7 +89,7 @@ def in_order(a, b, c, d):
 
 @triton.jit
 def in_pairs(a, b, c, d, e, f, g, h):
-    """Eight blocks, of the four words of the even groups and of the odd ones, likewise."""
+    """Eight blocks, from the four words of the even groups and those of the odd groups, in pairs."""
     return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
 
 

@@ -68,7 +68,7 @@ def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _cell(pixel, width, side, columns):
-    """Which block of the mask each pixel is in. The divisions are unsigned, which takes fewer instructions."""
+    """The block of the mask that each pixel is in. The divisions are unsigned, which takes fewer instructions."""
     at, width, side = pixel.to(tl.uint32), tl.cast(width, tl.uint32), tl.cast(side, tl.uint32)
     y = at // width
     return y // side * tl.cast(columns, tl.uint32) + (at - y * width) // side
@@ -100,7 +100,7 @@ def _owner(
 
 @triton.jit
 def _place(pixel, channel, planes, plane, CHANNELS_LAST: tl.constexpr):
-    """Where a plane's pixels are in a packed image: where they begin, and from there on."""
+    """The places of a plane's pixels in a packed image: the first, and the others from there on."""
     if CHANNELS_LAST:
         begin, at = channel.to(tl.int64), pixel.to(tl.int64) * planes
     else:
@@ -121,7 +121,8 @@ def _forward(
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
     is_image = channel < channels
     x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
-    covered = tl.where(is_image, 0.0, 1.0)  # what a hidden pixel holds: 0 in t, 1 in the other planes
+    # the value of a hidden pixel: 0 in t, 1 in the other planes
+    covered = tl.where(is_image, 0.0, 1.0)
     begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image

@@ -59,7 +59,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """(distance, scale, along). A few numbers of a row: all kinds are computed, so that one kernel has them all."""
+    """(distance, scale, along). A row has few numbers: all kinds are computed, so that one kernel serves them all."""
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)
@@ -173,7 +173,8 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
     slopes = torch.empty((batch, layers, 2), dtype=torch.float32, device=device)
     if batch == 0:
         return out, slopes
-    width, warps = sum_tile(CHUNK)  # of the smallest layer too: one launch has one
+    # the same for the smallest layer: a launch has one size
+    width, warps = sum_tile(CHUNK)
     with on(out):
         for layer in range(0, layers, LAYERS):
             us, vs = (tuple(map(dense, side[layer : layer + LAYERS])) for side in (student, teacher))

@@ -56,7 +56,7 @@ def _backward(
 
 
 def _pairs(mu: Tensor, logvar: Tensor) -> bool:
-    """Whether a thread has eight elements of 16 bits at once."""
+    """Tell whether a thread has eight elements of 16 bits at once."""
     return min(mu.element_size(), logvar.element_size()) == 2
 
 

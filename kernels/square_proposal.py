@@ -14,7 +14,7 @@ from torch import Tensor
 from ._common import first_of, grid, on, program, tile, warps
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
-#: Of the definition: the random numbers before the channels' signs, and what is added to lengths.
+#: Constants of the definition: the random numbers before the channels' signs, and the number that is added to lengths.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
 #: Elements that a program of l2 or l1 sees at once at most, and pixels of a channel at least.
@@ -87,7 +87,7 @@ def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
 
 @triton.jit
 def _in_window(pattern_ptr, index, one, offset, sign, length):
-    """What is put into W, up to its length; 0 elsewhere."""
+    """The pattern that is put into W, up to its length; 0 elsewhere."""
     shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
     return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
 
@@ -126,7 +126,7 @@ def _l1_shift(
     images, pattern_ptr, channel, shape, windows, factors, eps, lo, hi,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Whether the projection moves the image, and by how much every offset becomes shorter."""
+    """Tell whether the projection moves the image, and by how much every offset becomes shorter."""
     spread, largest = _l1_spread(
         images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, shift=0.0, lo=lo, hi=hi,
         CHANNELS=CHANNELS, WIDTH=WIDTH,
@@ -150,7 +150,7 @@ def _factors(
     images, pattern_ptr, channel, shape, windows, sign, eps,
     L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What W is filled with: the channels' signs, the lengths of what was there, and how far it is stretched."""
+    """The factors of the content of W: the channels' signs, the old lengths, and the stretch."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
@@ -192,7 +192,7 @@ def _mass_moved(
     pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, edge * edge, 0)
     channel = tl.arange(0, CHANNELS)[:, None]
     number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
-    # 0 where there is no channel
+    # 0 beyond the last channel
     sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
     factors = _factors(
         images, pattern_ptr, channel, shape=shape, windows=windows, sign=sign, eps=eps,
@@ -225,7 +225,7 @@ def _mass_moved(
 
 
 def layout(channels: int, pixels: int) -> dict[str, int]:
-    """What a program of l2 or l1 sees at once: all channels, rounded up, of some pixels; and its warps."""
+    """The tile of a program of l2 or l1: all channels, rounded up, of some pixels; and its warps."""
     every = triton.next_power_of_2(channels)
     width = max(FEWEST, min(triton.next_power_of_2(pixels), TILE // every))
     return {"CHANNELS": every, "WIDTH": width, "num_warps": warps(every * width)}

@@ -1,6 +1,6 @@
-"""What this package asks of `torch.compile`, without importing it: that takes as long as PyTorch itself.
+"""The parts of `torch.compile` that this package uses, without importing it: that takes as long as PyTorch itself.
 
-``torch._dynamo`` is imported by the first ``torch.compile``. Before that nothing is compiled.
+The first ``torch.compile`` imports ``torch._dynamo``. Before it nothing is compiled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
     Args:
         function: to be called between two graphs.
-        recursive: whether what it calls stays uncompiled too.
+        recursive: whether the functions that it calls stay uncompiled too.
     """
-    # private, but the only decorator that does not import the compiler at once
+    # private, but the only decorator that does not import the compiler immediately
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -40,14 +40,15 @@ def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function that is called while a graph is traced, as `torch.compiler.assume_constant_result` makes it.
 
     Args:
-        function: of plain values, not of tensors. Its result becomes part of the graph, its operations do not.
+        function: a function of plain values, not of tensors. Its result becomes part of the graph, its operations do
+            not.
     """
-    # all that PyTorch's decorator does, in every version from 2.0
+    # PyTorch's decorator does only this, in every version from 2.0
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether a module is what `torch.compile` made of another."""
+    """Tell whether `torch.compile` made a module from another."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

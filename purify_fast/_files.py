@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that one run has at a time, and the record of an extension's sources.
+"""Files that are whole or absent, folders with one run at a time, and the record of an extension's sources.
 
 A file is written aside, synced, and moved into place.
 
@@ -30,7 +30,7 @@ from typing import Literal
 
 logger = logging.getLogger("purify_fast")
 
-#: What a run does when a disk is full.
+#: The reaction of a run to a full disk.
 OnFull = Literal["stop", "wait"]
 #: No space, no quota, and a file larger than the process may write.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,7 +47,7 @@ _owners: dict[Path, tuple[int, int]] = {}
 RECORD = "_build.json"
 #: The folders of the sources that the extension is made of.
 PARTS = ("core", "cpu")
-#: Files by which these folders are known: others have a folder ``csrc`` too, which may lie in ``site-packages``.
+#: Files that identify these folders: other packages have a folder ``csrc`` too, maybe in ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
@@ -58,10 +58,10 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         write: writes the file, as often as it is called; what it leaves behind when it fails is removed by itself.
         path: the file, for the message.
         on_full: "stop" raises, "wait" tries again every few seconds until there is room.
-        remark: what the message adds, such as which earlier file is kept.
+        remark: text that the message adds, such as which earlier file is kept.
 
     Raises:
-        OSError: the file cannot be written; of a full disk only with "stop".
+        OSError: the file cannot be written; a full disk raises it only with "stop".
     """
     waited = False
     while True:
@@ -70,7 +70,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            # a disk that was lost does not say what is free
+            # a disk that was lost cannot say how much is free
             free = ""
             with contextlib.suppress(OSError):
                 free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
@@ -87,7 +87,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """A temporary path beside ``path``, moved onto it when the block ends without an error.
 
-    What was written is on the disk before it takes the name, and the name is on the disk when the block has ended.
+    The content is on the disk before it takes the name, and the name is on the disk when the block has ended.
 
     Args:
         path: the file to write; its folder is created if it is missing.
@@ -108,7 +108,7 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            # a full disk, say: the system names no file when the writing itself fails
+            # for example a full disk: the system names no file if the writing itself fails
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -190,11 +190,11 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         del _owners[path]
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
-        # before the lock is released, so that nobody locks a file that is about to go
+        # remove it before the lock is released, so that nobody locks a file that is about to go
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # the folders of a command that was refused before it wrote anything
+        # remove the folders of a command that was refused before it wrote anything
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
@@ -208,7 +208,7 @@ def lock_file(handle: int, *, shared: bool) -> bool:
         shared: many may hold such a lock at the same time; one that is not shared is held alone.
 
     Returns:
-        Whether it is locked. On Windows always True: that system lets nobody remove a file that is open.
+        True if the file is locked. On Windows always True: that system lets nobody remove a file that is open.
     """
     if sys.platform != "win32":
         import fcntl
@@ -216,7 +216,7 @@ def lock_file(handle: int, *, shared: bool) -> bool:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            # another one's, or the file system refuses locks
+            # another process has the lock, or the file system refuses locks
             return False
     return True
 
@@ -227,7 +227,7 @@ def _this_process() -> str:
 
 
 def _holder(folder: Path) -> str:
-    """Who has the lock, and what to do, as the end of a sentence."""
+    """The end of a sentence: who has the lock, and what to do."""
     try:
         who = f": {(folder / HOLDER).read_text()}"
     except (OSError, UnicodeDecodeError):
@@ -252,13 +252,13 @@ def sources_digest(folder: Path) -> str:
 
 
 def is_stale(extension: Path, folder: Path) -> bool:
-    """Whether an extension was built from other sources than those of a checkout.
+    """Tell whether an extension was built from other sources than those of a checkout.
 
     Its ops may then take other arguments than this package's Python gives them.
 
     Args:
         extension: the shared object, whose record lies beside it.
-        folder: ``csrc`` of the checkout; where there is none, as in an installed wheel, nothing is stale.
+        folder: ``csrc`` of the checkout; without it, as in an installed wheel, nothing is stale.
     """
     if not all((folder / name).is_file() for name in MARKS):
         return False

@@ -24,7 +24,7 @@ BUILD_HINT = (
 )
 
 
-#: Of a checkout, the C++ sources.
+#: The C++ sources of a checkout.
 SOURCES = Path(__file__).parents[1] / "csrc"
 
 
@@ -52,12 +52,12 @@ def _load() -> None:
 
 
 def loaded() -> bool:
-    """Whether the compiled extension is loaded."""
+    """Tell whether the compiled extension is loaded."""
     return load_error is None
 
 
 def has_kernel(qualified: str, key: str) -> bool:
-    """Whether ``qualified`` (``purify_fast::op``) has a kernel of its own at dispatch key ``key``."""
+    """Tell whether ``qualified`` (``purify_fast::op``) has its own kernel at dispatch key ``key``."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40
 }  # fmt: skip
-#: What is assumed where the system tells nothing.
+#: Assumed if the system names no limit.
 USUAL = 8 * 2**30
 
 
@@ -34,8 +34,8 @@ def bytes_of(amount: int | str) -> int:
 def available_memory() -> int:
     """Bytes that this process can still take on the host.
 
-    It is the least of three: what Linux calls available, what is left to the control groups of the process, and what is
-    left of its own limits on address space and data. Elsewhere 8 GiB.
+    It is the least of three: the memory that Linux calls available, the rest of the control groups of the process, and
+    the rest of its own limits on address space and data. Other systems count as 8 GiB.
     """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -46,11 +46,11 @@ def available_memory() -> int:
 
 
 def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
-    """What is left to each control group that this process is in, of both versions.
+    """The rest of each control group that this process is in, of both versions.
 
     Args:
         groups: the file that names them.
-        mounted: where they are found.
+        mounted: the folder of the groups.
     """
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
@@ -64,7 +64,7 @@ def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
             inside = Path(place.lstrip("/"))
             # in a container the names of the outer groups may not be there
             for group in (top / part for part in (inside, *inside.parents)):
-                # the file says "max" where there is no limit
+                # the file says "max" if there is no limit
                 with contextlib.suppress(OSError, ValueError):
                     most = int((group / limit).read_text())
                     yield most - int((group / used).read_text()) + _reclaimable(group)
@@ -79,7 +79,7 @@ def _reclaimable(group: Path) -> int:
 
 
 def _left_by_limits() -> Iterator[int]:
-    """What the process's own limits leave of its address space and of its data."""
+    """The rest of the process's own limits on its address space and its data."""
     if sys.platform != "linux":
         return
     import resource
@@ -93,7 +93,7 @@ def _left_by_limits() -> Iterator[int]:
 
 
 def resident_memory() -> int:
-    """Bytes of the host's memory that this process takes; 0 where the system does not tell."""
+    """Bytes of the host's memory that this process takes; 0 if the system does not say."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -102,7 +102,7 @@ def resident_memory() -> int:
 
 
 def peak_resident_memory() -> int:
-    """The most bytes of the host's memory that this process has taken so far; 0 where the system does not tell."""
+    """The most bytes of the host's memory that this process has taken so far; 0 if the system does not say."""
     try:
         import resource
     except ImportError:
@@ -112,7 +112,7 @@ def peak_resident_memory() -> int:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out.
+    """Tell whether an error says that memory ran out.
 
     Args:
         error: any error. PyTorch has a class for a GPU's memory. For a CPU's memory only the text of a RuntimeError

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def end_with_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when it does, however it ends; the first call of a worker."""
+    """Leave Ctrl-C to the parent process, and end when it ends; a worker calls this first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -43,7 +43,7 @@ def end_workers() -> None:
 
 
 class Stop:
-    """Whether this process has been asked to end.
+    """The request to end this process.
 
     Attributes:
         asked: set by SIGTERM within `stop_on_sigterm`.
@@ -56,11 +56,11 @@ class Stop:
 def stop_on_sigterm() -> Iterator[Stop]:
     """Within the block, SIGTERM asks to end where it suits the work; a second one ends the process at once.
 
-    Only where SIGTERM would end the process anyway: not beside a handler of the user's, in a thread, in a worker, whose
-    parent ends it so, or among several processes, where one that waits for the others would not hear it.
+    It acts only if SIGTERM would end the process anyway: not beside a handler of the user's, in a thread, in a worker,
+    whose parent ends it so, or among several processes, where one that waits for the others would not hear it.
 
     Yields:
-        What says whether it was asked.
+        An object that says whether the process was asked to end.
     """
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
@@ -92,10 +92,10 @@ def processes() -> tuple[int, int]:
 
 
 def patience() -> timedelta:
-    """How long an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
+    """The time that an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
 
     Raises:
-        ValueError: the variable holds no number above 0.
+        ValueError: the variable is not a number above 0.
     """
     text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
     with contextlib.suppress(ValueError):
@@ -105,8 +105,8 @@ def patience() -> timedelta:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
-    # whatever a class of the user's raises when it is pickled or made anew
+    """An exception that the other processes can read: itself, or its text if it cannot be pickled."""
+    # a class of the user's may raise any error when it is pickled or made anew
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error

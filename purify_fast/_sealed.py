@@ -44,7 +44,7 @@ def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previo
 
 
 def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The JSON value and the tensors that `write_sealed` wrote.
+    """Read the JSON value and the tensors that `write_sealed` wrote.
 
     Args:
         path: the file.

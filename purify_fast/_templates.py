@@ -7,14 +7,14 @@ from typing import Any
 
 
 def render(package: str, template: str, **values: Any) -> str:
-    """A text.
+    """Render a template to text.
 
     Args:
-        package: where the template is.
+        package: the package of the template.
         template: the file's name.
-        values: what the template may name; a name that it lacks is an error.
+        values: variables of the template; a variable that is missing is an error.
     """
-    # it takes 0.05 seconds, which the command line's --help does without
+    # importing it takes 0.05 seconds, which the command line's --help does not need
     import jinja2
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """One number for each image, shaped so that it is broadcast over the image.
+    """Shape a number for each image so that it is broadcast over the image.
 
     Args:
         values: ``[B]``, any dtype.
@@ -47,7 +47,7 @@ def check_alike(**tensors: Tensor) -> None:
 
 
 def repeat_batch(x: Tensor, times: int) -> Tensor:
-    """The whole batch ``times`` times, one after the other.
+    """Repeat the whole batch ``times`` times.
 
     Args:
         x: ``[B, ...]``.
@@ -89,7 +89,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
 
     Args:
-        device: of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
+        device: device of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
 
     Returns:
         The context to enter; it does nothing for meta tensors.
@@ -126,7 +126,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Digested(Protocol):
-    """Stands for a tensor whose digest is kept with it, such as a file that is not read whole."""
+    """Represents a tensor whose digest is stored with it, such as a file that is not read whole."""
 
     digest: str
 
@@ -137,7 +137,7 @@ def text_hash(text: str = "") -> hashlib.blake2b:
 
 
 def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
-    """The hash of one tensor, still to be given its bytes."""
+    """The hash of a tensor's dtype and shape, to which its bytes are then added."""
     return text_hash(f"{dtype} {list(shape)}")
 
 

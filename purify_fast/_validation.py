@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 
 #: The norms of a ball.
 Norm = Literal["linf", "l2", "l1"]
-#: What the public functions take; AutoAttack and RobustBench write the second half.
+#: The norms that public functions take; AutoAttack and RobustBench write the second half.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
-#: What a training or an evaluation computes in: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
+#: The precision of a training or an evaluation: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16"]
-#: What an attack computes its gradients in: `purify_fast.attacks.engine.gradient_copy`.
+#: The precision of an attack's gradients: `purify_fast.attacks.engine.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
-#: Which steps of attacks become CUDA graphs: `purify_fast.speed.StepGraphs`.
+#: The use of CUDA graphs for steps of attacks: `purify_fast.speed.StepGraphs`.
 CudaGraphs = Literal["auto", "always", "off"]
-#: Whether cuDNN races its algorithms: `purify_fast.speed.precision.raced_convolutions`.
+#: The choice of cuDNN's algorithms: `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 
-#: What a value of each type may be; a bool is no number here, although Python takes it for one.
+#: The values that each type allows; a bool is not a number here, although Python takes it for one.
 _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -42,10 +42,10 @@ class Range:
 
     Args:
         low: the least.
-        high: the most; infinity where there is no bound.
+        high: the most; infinity for no bound.
         above: whether the value must be above ``low``.
         below: whether the value must be below ``high``; below infinity it is finite.
-        unit: what the message says behind the bounds.
+        unit: text that the message adds behind the bounds.
     """
 
     low: float
@@ -139,7 +139,7 @@ def check_types(config: Any) -> None:
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) in (Union, UnionType):
         others = [one for one in get_args(kind) if one is not type(None)]
-        # a field that may be of several types is not checked; one that may be None is, where it is not
+        # a field with several types is not checked; an optional field is checked unless it is None
         if (value is None and type(None) in get_args(kind)) or len(others) > 1:
             return
         kind = others[0]
@@ -169,10 +169,10 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def check_folder(name: str, path: str | Path | None) -> None:
-    """ValueError if there is a file where a folder is wanted, or on the way to it; None is no folder.
+    """ValueError if a folder is wanted and there is a file, or a file on the way to it; None is accepted.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         path: its value.
     """
     if path is None:
@@ -185,12 +185,12 @@ def check_folder(name: str, path: str | Path | None) -> None:
 
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse tensors other than the wanted ones.
+    """Refuse missing, unknown or misshapen tensors.
 
     Args:
         what: how the error begins.
         shapes: the shape of each tensor, by its name.
-        wanted: likewise.
+        wanted: the wanted shape of each tensor, by its name.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; four of them at most are named.

@@ -1,3 +1,3 @@
-"""The package's version, in a module of its own so that every module may read it without importing the package."""
+"""The package's version, in a separate module that every module can read without importing the package."""
 
 __version__ = "0.1.0"

@@ -35,7 +35,7 @@ from .speed.precision import whole_float32_by_default
 Version = Literal["standard", "plus", "rand", "custom"]
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
-#: What each version runs; "custom" runs what is asked for.
+#: The attacks of each version; "custom" runs the attacks that are asked for.
 RUN: dict[str, tuple[AttackName, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -43,7 +43,7 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 }
 
 
-# with slots, a setting that the engine does not have is an error and not forgotten
+# slots make a setting that the engine does not have an error
 @dataclass(slots=True)
 class ApgdSettings:
     """Auto-PGD's settings, by their names in AutoAttack.
@@ -92,13 +92,13 @@ class SquareSettings:
 
 
 class AutoAttack:
-    """AutoAttack's attacks, each on the images that those before it left.
+    """AutoAttack's attacks, each on the images that withstood the attacks before it.
 
     Args:
         model: images ``[B, C, H, W]`` in [0, 1] to logits; a module is attacked in evaluation mode.
-        norm: of the ball: "Linf", "L2" or "L1".
+        norm: norm of the ball: "Linf", "L2" or "L1".
         eps: radius in image units.
-        seed: of everything random; None: 0.
+        seed: seed of all random draws; None: 0.
         verbose: whether to print the accuracy after each attack.
         attacks_to_run: with the version "custom", the names of the attacks in their order.
         version: "standard", "plus", "rand" (for random models: 20 draws per step) or "custom".
@@ -135,7 +135,7 @@ class AutoAttack:
             raise ValueError("is_tf_model must be False: models of TensorFlow are not supported")
         if version != "custom" and len(attacks_to_run) > 0:
             raise ValueError(
-                f"attacks_to_run goes with version='custom'; got {list(attacks_to_run)!r} with version={version!r}"
+                f"attacks_to_run needs version='custom', got {list(attacks_to_run)!r} with version={version!r}"
             )
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.version, self.log_path = version, log_path
@@ -160,14 +160,14 @@ class AutoAttack:
         *,
         batch_size: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attack images, and return what was found.
+        """Attack images, and return the adversarial images.
 
         Args:
             x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
             y_orig: labels, integers ``[N]``.
             bs: images attacked together.
-            return_labels: whether the classes predicted on the returned images are returned too.
-            state_path: None; `purify_fast.evaluate` with ``out`` is what can be interrupted.
+            return_labels: whether to return the classes predicted on the returned images too.
+            state_path: None; `purify_fast.evaluate` with ``out`` can be interrupted and resumed.
             batch_size: pyautoattack's name of ``bs``.
 
         Returns:
@@ -179,7 +179,7 @@ class AutoAttack:
         """
         if state_path is not None:
             raise ValueError(
-                f"state_path must be None, got {state_path!r}: what can be interrupted and goes on is "
+                f"state_path must be None, got {state_path!r}: to interrupt and resume, use "
                 "purify_fast.evaluate(..., protocol='standard', out=FOLDER)"
             )
         return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
@@ -193,17 +193,17 @@ class AutoAttack:
         *,
         batch_size: int | None = None,
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        """The same for every attack by itself, on all images.
+        """Run every attack by itself on all images.
 
         Args:
             x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
             y_orig: labels, integers ``[N]``.
             bs: images attacked together.
-            return_labels: whether predicted classes are returned too.
+            return_labels: whether to return predicted classes too.
             batch_size: pyautoattack's name of ``bs``.
 
         Returns:
-            What `run_standard_evaluation` returns, by the names of the attacks.
+            The results of `run_standard_evaluation`, by the names of the attacks.
 
         Raises:
             ValueError: wrong images, labels, names or counts.
@@ -212,7 +212,7 @@ class AutoAttack:
         return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """The share of images that one prediction classifies correctly.
+        """The share of images that a single prediction classifies correctly.
 
         Args:
             x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1]; adversarial ones as well.
@@ -287,7 +287,7 @@ class AutoAttack:
 
     @torch.no_grad()
     def _predicted(self, x: Tensor, size: int) -> Tensor:
-        """One prediction of each image, on its own device."""
+        """A prediction of each image, on its own device."""
         device = device_of(self.model, x) if self.device is None else self.device
         with frozen(self.model):
             model, _ = returning_logits(self.model, x[:1].to(device, copy=True))
@@ -301,7 +301,7 @@ class AutoAttack:
 
     @staticmethod
     def _left(attacked: InTurn) -> float:
-        # of a random model what a fresh draw is expected to get right
+        # for a random model, the share that a fresh draw is expected to get right
         return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:

@@ -1,10 +1,10 @@
-"""What a model holds: the visitor of its parts, the modules among them, and a key that is the same while they are.
+"""The contents of a model: the visitor of its parts, the modules among them, and a key that is the same while they are.
 
-`parts` yields what stands directly inside a value, with its name: everything that asks what a model depends on goes by
-it. There are two keys. `identity_key` is of the very tensors and objects: a captured step reads the memory that its
-model had when it was captured, and may be replayed while this key is the same. What is written there in place, it sees:
-an optimizer's step, a refreshed inference copy, new running statistics. The other key, by value, tells models of
-different processes apart: `purify_fast.evaluation.fingerprint`.
+`parts` yields the values directly inside a value, with their names: every question about what a model depends on uses
+it. There are two keys. `identity_key` compares the tensors and objects themselves: a captured step reads the memory
+that its model had when it was captured, and may be replayed while this key is the same. Writing into that memory does
+not change the key: an optimizer's step, a refreshed inference copy, new running statistics. The other key compares
+values, for models in different processes: `purify_fast.evaluation.fingerprint`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ._compiler import outside_graphs
 
 #: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
 BARE = frozenset(vars(nn.Module()))
-#: Those of them that hold what is called with a forward or a backward pass.
+#: The dictionaries of hooks that run with a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Values with nothing inside.
+#: Plain values, which have nothing inside.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _SIMPLE = frozenset(PLAIN)
 _VALUES = (*PLAIN, enum.Enum)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: Members of a list in which modules are looked for; one with more is no ensemble but data.
+#: Lists with more members are taken for data and not for ensembles, and are not searched for modules.
 _MEMBERS = 1000
-#: Objects, each inside the one before, that are looked through for modules; and lists inside lists.
+#: The depth to which nested objects are searched for modules; and the depth of nested lists.
 _OBJECTS, _NESTED = 8, 3
 
 
@@ -46,12 +46,12 @@ _OBJECTS, _NESTED = 8, 3
 
 
 def parts(value: Any) -> Iterable[tuple[Any, Any]]:
-    """What stands directly inside a value, each with its name: nothing of what has nothing inside.
+    """Yield the values directly inside a value, each with its name; a plain value has none.
 
     Args:
         value: a module (its tensors, hooks, modules and attributes), a list, tuple, set, deque or dict (by index or by
             key), a function (its variables and defaults), a method, a partial function, or any object (its attributes).
-            A class names in ``not_dependencies`` the attributes that count for nothing.
+            A class names in ``not_dependencies`` the attributes that do not count.
     """
     if isinstance(value, nn.Module):
         registered = value._parameters, value._buffers, value._modules
@@ -72,12 +72,12 @@ def parts(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def hooks(module: nn.Module) -> list[tuple[str, Any]]:
-    """What a module calls with a forward or a backward pass."""
+    """The functions that a module calls with a forward or a backward pass."""
     return [("a hook", hook) for group in HOOKS for hook in getattr(module, group).values()]
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
-    """The attributes of an object; of a module those that PyTorch does not know of."""
+    """The attributes of an object; for a module, those that PyTorch does not register."""
     left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
     return [item for item in (getattr(value, "__dict__", None) or {}).items() if item[0] not in left_out]
 
@@ -88,12 +88,12 @@ def _left_out(kind: type) -> frozenset[str]:
 
 
 def not_dependencies(kind: type) -> frozenset[str]:
-    """The attributes that a class and its bases name as no dependencies of what they compute."""
+    """The attributes that a class and its bases list in ``not_dependencies``."""
     return frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
 
 
 def variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables around a function and those of its file that it reads; of PyTorch's functions the first alone."""
+    """The variables around a function, and the globals that it reads; for PyTorch's functions only the former."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -129,7 +129,7 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 
 def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
-    """What ``model`` computes with now: the same values mean the same tensors, settings and objects.
+    """The tensors, settings and objects that ``model`` computes with now: equal values mean equal computations.
 
     Args:
         model: a module. The objects of this package that it holds are looked into, and so are dataclasses,
@@ -143,7 +143,7 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
         each once, in the order of the values.
 
     Raises:
-        TypeError: a tensor of a class of its own, such as the part of a sharded weight, whose memory is elsewhere.
+        TypeError: a tensor of a special class, such as the part of a sharded weight, whose memory is elsewhere.
     """
     values: list[Any] = []
     objects: list[Any] = []
@@ -153,7 +153,7 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
 
 
 def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    """Add a value to the values; tensors, and what counts by its identity, to the objects too."""
+    """Add a value to the values; add tensors, and objects that count by identity, to the objects too."""
     kind = type(value)
     if kind in _SIMPLE or (kind is tuple and _is_simple(value)):
         values.append(value)
@@ -163,7 +163,7 @@ def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]
         values.append((value.data_ptr(), value.shape, value.dtype, value.device))
         objects.append(value)
     elif id(value) in seen:
-        # which of the parts it is matters: a model may change the one that it uses
+        # the position counts: a model may switch between equal parts
         values.append(("seen", seen[id(value)]))
     elif isinstance(value, nn.Module) or _is_settings(kind):  # type: ignore[arg-type]  # mypy takes no class for hashable
         seen[id(value)] = len(seen)
@@ -190,8 +190,8 @@ def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]
 
 
 def _is_simple(value: tuple[Any, ...]) -> bool:
-    """Whether a tuple has only values with nothing inside, such as the sizes of a kernel."""
-    # no generator: most of what a model holds are such tuples
+    """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
+    # a loop and not a generator: most values of a model are such tuples
     for part in value:  # noqa: SIM110
         if type(part) not in _SIMPLE:
             return False
@@ -200,9 +200,9 @@ def _is_simple(value: tuple[Any, ...]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_settings(kind: type) -> bool:
-    """Whether objects of a class count by their attributes: this package's own, and those made to hold settings.
+    """Tell whether objects of a class count by their attributes: this package's own, and those made to hold settings.
 
-    Of one with slots the attributes are not to be found here, and its identity is what remains.
+    An object with slots counts by its identity, because its attributes are not found here.
     """
     if issubclass(kind, type) or not kind.__dictoffset__:
         return False
@@ -231,7 +231,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # sizes, such as those of a kernel, are most of what there is
+                # most tuples are sizes, such as those of a kernel
                 if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
@@ -250,7 +250,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
 
     Args:
         value: a function, a method, a partial function, or an object, a list, tuple, set or dict with such inside.
-        place: what the value is called.
+        place: name of the value.
     """
     if not (isinstance(value, (*_CALLS, *_GROUPS)) or _is_object(value)):
         return
@@ -266,7 +266,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
             if isinstance(part, nn.Module):
                 yield name, part
             elif _is_object(part):
-                # what a method belongs to is used whatever it is in
+                # the object of a method is used, however deep it is
                 depth = 1 if isinstance(value, MethodType) else objects + 1
                 if depth <= _OBJECTS:
                     waiting.append((name, part, depth, 0))
@@ -286,8 +286,8 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes_read = {name for code in code_and_inner(value.__code__) for name in code.co_names}
         for name, part in parts(value):
             calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
-            # a called object, or one of whose methods is called, may use any of its variables; of others those count
-            # that the function names
+            # If the function calls the object or one of its methods, all its attributes count; otherwise only those
+            # that the function names.
             if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
                 yield name, part
             else:
@@ -295,9 +295,9 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value is an object with variables of its own that may be modules.
+    """Tell whether a value is an object with variables of its own that may be modules.
 
-    Those of this package are none: what they hold are copies that are as they should be, or parts of the model.
+    Objects of this package do not count: they hold copies that are as they should be, or parts of the model.
     """
     return (
         getattr(value, "__dict__", None) is not None
@@ -320,7 +320,7 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
     called: list[FunctionType] = []
-    # a method calls another by its name; a training step, which a prediction does not call, uses other things
+    # methods call each other by name; a training step, which no prediction calls, uses other modules
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):

@@ -1,4 +1,4 @@
-"""What the package asks of other people's objects: each protocol is a handful of methods, and no class need inherit it.
+"""The protocols of other people's objects: each is a handful of methods, and no class need inherit it.
 
 A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. What a defence can do
 beyond that is asked with `supports`, which looks at the object's type: a wrapper that merely passes attribute names on,
@@ -24,7 +24,7 @@ class Classifier(Protocol):
 
 @runtime_checkable
 class NamesRepresentation(Protocol):
-    """A classifier that knows which of its modules make a good representation."""
+    """A classifier that names the modules which make a good representation."""
 
     def representation_layers(self) -> list[str]:
         """Module paths, as in ``named_modules()``."""
@@ -39,7 +39,7 @@ class Purifies(Protocol):
 
 
 class HasClassifier(Protocol):
-    """Is made around a classifier, which is an attribute of the object."""
+    """Has a classifier, which is an attribute of the object."""
 
     classifier: nn.Module
 
@@ -53,7 +53,7 @@ class Purifier(Purifies, Protocol):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """Repairs images, by the name that CARSO has for it."""
+    """Repairs images by a method with CARSO's name for it."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
@@ -64,7 +64,7 @@ class ShowsTransform(Protocol):
     """Transforms images before it repairs them, and shows the transformed ones."""
 
     def transformed(self, x: Tensor) -> Tensor:
-        """What is repaired: images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+        """The repaired images before they are repaired: ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ class FrozenClassifier(Protocol):
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """That copy, or the classifier itself."""
+        """The frozen copy, or the classifier itself."""
 
 
 @runtime_checkable
@@ -86,7 +86,7 @@ class Aggregates(Protocol):
 
 @runtime_checkable
 class HasOriginalLoss(Protocol):
-    """A generator that brings the loss it was made with."""
+    """A generator with the loss that it was made with."""
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
         """Per image ``[N]``, of the images ``[N, C, H, W]`` of every stage and what they should be."""
@@ -132,7 +132,7 @@ class DeterministicMode(Protocol):
     """Can be run without any randomness."""
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, nothing is drawn."""
+        """A block in which nothing is drawn."""
 
 
 @runtime_checkable
@@ -148,7 +148,15 @@ class OwnSurrogates(Protocol):
     """Knows models whose gradients may find what its own do not."""
 
     def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
-        """Such models of the same images and classes, by what they are, as in "the gradients of ..."."""
+        """Surrogate models of the same images and classes, each with a description, as in "the gradients of ..."."""
+
+
+@runtime_checkable
+class OwnAttacks(Protocol):
+    """Knows attacks that a careful attacker would add for it."""
+
+    def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
+        """Attacks that the protocol "strong" adds in that ball: `purify_fast.evaluation.AttackSpec`."""
 
 
 @runtime_checkable
@@ -164,7 +172,7 @@ class PassesOn(Protocol):
     """A wrapper, such as one that counts: an attack may put another model, of the same methods, into it."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
-        """The same wrapper around what ``replace`` makes of the model inside."""
+        """The same wrapper around the result of ``replace`` for the model inside."""
 
 
 @runtime_checkable
@@ -172,7 +180,7 @@ class PreparesReplay(Protocol):
     """Keeps something that it computes from its weights, which replays of a captured step read where it lies."""
 
     def prepare_replay(self) -> None:
-        """Bring what is kept up to date, in place."""
+        """Update the kept values, in place."""
 
 
 @runtime_checkable
@@ -180,23 +188,23 @@ class CountsImages(Protocol):
     """Counts the images of its forward passes; a replay of a captured step runs none of its Python."""
 
     def counted(self) -> int:
-        """How many it has counted."""
+        """The number of images that it has counted."""
 
     def count(self, images: int) -> None:
-        """Count so many more, or fewer if they are negative."""
+        """Add to the count; a negative number lowers it."""
 
 
 def supports(model: object, protocol: type) -> bool:
-    """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
+    """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of methods in this module."""
     return issubclass(type(model), protocol)
 
 
 def is_purifier(model: object) -> TypeGuard[Purifier]:
-    """Whether ``model`` has what `Purifier` asks for."""
-    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are no attributes of the object proper
+    """Tell whether ``model`` satisfies `Purifier`."""
+    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are not attributes of the object proper
     return supports(model, Purifies) and has_classifier(model)
 
 
 def has_classifier(model: object) -> TypeGuard[HasClassifier]:
-    """Whether ``model`` has what `HasClassifier` asks for."""
+    """Tell whether ``model`` satisfies `HasClassifier`."""
     return callable(getattr(model, "classifier", None))

@@ -90,11 +90,11 @@ def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(verify, "_known", {})
     monkeypatch.setattr(verify, "_postponed", {})
     verify._warn_unwritable.cache_clear()
-    races.forget()
-    registry.forget()
+    races.forget_files()
+    registry.forget_choices()
     yield tmp_path / "cache"
-    races.forget()
-    registry.forget()
+    races.forget_files()
+    registry.forget_choices()
 
 
 @pytest.fixture(params=["reference", "cpp"])

@@ -102,7 +102,7 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
         ({"eps": "8/255"}, {}, "eps must be .*'8/255': write 8 / 255 without quotes"),
         ({"version": "best"}, {}, "version must be .*best"),
         ({"is_tf_model": True}, {}, "is_tf_model must be False"),
-        ({"attacks_to_run": ["square"]}, {}, "attacks_to_run goes with version='custom'"),
+        ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
         ({"version": "custom"}, {}, "attacks_to_run must have some of apgd-ce"),
         ({}, {"state_path": "state.json"}, "state_path must be None"),

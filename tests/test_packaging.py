@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,20 @@ def run(code: str, **environ: str) -> subprocess.CompletedProcess:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PURIFY_FAST_")}
     env = {**kept, "OMP_NUM_THREADS": "1", **environ}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def copied(tree: Path) -> Path:
+    """A copy of what a build reads, so that it writes nothing into the checkout."""
+    unneeded = shutil.ignore_patterns("__pycache__", "models", "*.so")
+    for folder in ("purify_fast", "kernels"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=unneeded)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
 
 
 BLOCK_TRITON = """
@@ -77,11 +92,24 @@ def test_the_extension_is_one_file_for_every_python():
     assert Path(_library.path).name == "_C.abi3.so"
 
 
-def test_the_kernels_resolve_through_the_symlink():
-    assert (ROOT / "purify_fast/kernels").resolve() == ROOT / "kernels"
-    assert os.readlink(ROOT / "purify_fast/kernels") == "../kernels"
-    spec = importlib.util.find_spec("purify_fast.kernels")
-    assert spec is not None and Path(spec.origin).resolve() == ROOT / "kernels/__init__.py"
+def test_the_kernels_of_a_checkout_are_imported_from_its_top():
+    """A symbolic link is a text file where Git does not make links, as on Windows."""
+    links = [line for line in git("ls-files", "--stage").splitlines() if line.startswith("120000")]
+    assert not links
+    spec = importlib.util.find_spec("purify_fast.kernels.philox")
+    assert spec is not None and Path(spec.origin) == ROOT / "kernels/philox.py"
+
+
+def test_an_installed_package_has_the_kernels_inside(tmp_path):
+    """setup.py puts the files of the top folder there; its own folder has only the way to them."""
+    build = "import sys; sys.argv = ['setup.py', '--quiet', 'build_py', '--build-lib', sys.argv[1]]; import runpy"
+    code = f"{build}; runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, str(tmp_path / "lib")]
+    environ = os.environ | {"PURIFY_FAST_BUILD": "none"}
+    subprocess.run(command, cwd=copied(tmp_path / "tree"), env=environ, check=True, capture_output=True, timeout=600)
+    made = {path.name: path.read_text() for path in (tmp_path / "lib/purify_fast/kernels").iterdir()}
+    assert made == {path.name: path.read_text() for path in (ROOT / "kernels").glob("*.py")}
+    assert not (tmp_path / "lib" / "kernels").exists()
 
 
 # setup.py

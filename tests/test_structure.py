@@ -1,11 +1,10 @@
-"""The shape of the sources: functions of at most 100 lines, calls that name their arguments, words.
+"""The shape of the sources: functions of at most 100 lines, calls that name their arguments.
 
 An exception is written where it is made, as a comment directly above what it excuses: ``# long because ...`` above a
 function, ``# positional because ...`` above a call.
 """
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,20 +21,12 @@ BY_SCHEMA = {"handle", "apply", "OP", "BACKWARD", "call"}
 #: Functions of any number of equal arguments.
 EQUAL_ARGUMENTS = {"zip", "max", "min", "save_for_backward"}
 
-PRIVATE_WORDS = re.compile(r"\b(ours|quicken|untapped|silent|said)\b")
-
 
 def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-#: The kernels are seen at their own place, not through the link.
-PYTHON = sorted(
-    path
-    for pattern in ("purify_fast/**/*.py", "kernels/*.py")
-    for path in ROOT.glob(pattern)
-    if "purify_fast/kernels" not in path.as_posix()
-)
+PYTHON = sorted(path for pattern in ("purify_fast/**/*.py", "kernels/*.py") for path in ROOT.glob(pattern))
 
 
 def excused(lines: list[str], line: int, why: str) -> bool:
@@ -91,13 +82,7 @@ def sniffing(path: Path) -> Iterator[str]:
             yield f"{named(path)}:{node.lineno} asks hasattr: purify_fast/protocols.py says what an object has"
 
 
-def private_words(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if PRIVATE_WORDS.search(line):
-            yield f"{named(path)}:{number} {line.strip()}"
-
-
-@pytest.mark.parametrize("check", [long_functions, positional_calls, sniffing, private_words])
+@pytest.mark.parametrize("check", [long_functions, positional_calls, sniffing])
 def test_structure(check):
     found = [line for path in PYTHON for line in check(path)]
     assert not found, "\n".join(["", *found])

@@ -1,8 +1,12 @@
 """The rebuilt defences. Each keeps the mechanism that made attacks fail on the original, at the size of digits.
 
-A function builds what is deployed and what an adaptive attack follows in its place: the same forward pass with the
-gradient that the mechanism hides, the same model averaged over noise, or the output before it saturates. Where it
-builds one model, the adaptive attack follows its own gradients, averaged over draws if it is random.
+A function builds what is deployed and what its adaptive attack follows in its place: the same forward pass with the
+gradient that the mechanism hides, the same model averaged over noise, or the output before it saturates. The `chain` of
+an entry says which of them are followed, for how long and by how many draws. An entry without one is attacked along its
+own gradients, averaged over draws if it is random.
+
+``published`` is the accuracy that the cited attack left of the published defence. Figures of Athalye et al. are from
+their table 1, those of others from the text of the cited paper.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +24,16 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from purify_fast import zoo
 
 from . import entry as parts
+from .adaptive import MANY_DRAWS, away, drawn, every_class, long
 from .entry import Build, Function, Step, behind, cross_entropy, entry, layers, network, straight_through, train
 
-Pair = tuple[nn.Module, nn.Module]
+Models = tuple[nn.Module, ...]
 ATHALYE, TRAMER, CROCE = "Athalye et al. 2018", "Tramer et al. 2020", "Croce et al. 2022"
 BPDA, EOT = f"BPDA, {ATHALYE}", f"EOT, {ATHALYE}"
+#: What these papers left of the published defences.
+ON_IMAGENET, ON_CIFAR10 = "(ImageNet, L2 0.005)", "(CIFAR-10, 0.031)"
+#: A random model: images that are attacked.
+RANDOM: dict[str, Any] = {"random": True, "images": 40}
 GUO, XIE = "Guo et al., ICLR 2018", "Xie et al., ICLR 2018"
 
 
@@ -84,26 +94,49 @@ def barrage(x: Tensor, reduce: Function = fewer_bits) -> Tensor:
     return x.clamp(0, 1)
 
 
-def purifier(purify: Function, base: str) -> Build:
-    """A classifier of the zoo behind a purifier without a gradient; BPDA takes the identity's."""
-    blind, seeing = parts.without_gradient(purify), straight_through(purify)
-    return lambda x, y: (behind(blind, zoo.load(base)), behind(seeing, zoo.load(base)))
+def staircase(x: Tensor, levels: int = 8) -> Tensor:
+    """`fewer_bits` with soft steps, whose slope is largest between two values."""
+    steps = (levels - 1) * x
+    return (steps - torch.sin(2 * torch.pi * steps) / (2 * torch.pi)) / (levels - 1)
 
 
-ON_CIFAR = {"data": "cifar10", "eps": 8 / 255, "images": 50}
-entry("bit-depth reduction", GUO, BPDA)(purifier(fewer_bits, "digits-standard"))
-entry("total variation minimization", GUO, BPDA, random=True)(purifier(total_variation, "digits-standard"))
-entry("JPEG compression", GUO, BPDA, **ON_CIFAR)(purifier(jpeg, "cifar10-pgd-at-w16"))
-entry("feature squeezing by medians", "Xu et al., NDSS 2018", "through the filter, He et al. 2017")(
-    lambda x, y: behind(median, zoo.load("digits-standard"))
+def mean_filter(x: Tensor) -> Tensor:
+    """The mean of each pixel and its neighbors, which has a gradient to all of them."""
+    return F.avg_pool2d(F.pad(x, [1] * 4, mode="reflect"), 3, 1)
+
+
+def purifier(purify: Function, base: str, *smooth: Function) -> Build:
+    """A classifier of the zoo behind a purifier without a gradient; BPDA takes the identity's, and those of others."""
+    blind, seeing = parts.without_gradient(purify), [straight_through(purify, one) for one in (lambda x: x, *smooth)]
+    return lambda x, y: (behind(blind, zoo.load(base)), *(behind(one, zoo.load(base)) for one in seeing))
+
+
+ON_CIFAR: dict[str, Any] = {"data": "cifar10", "eps": 8 / 255, "images": 50}
+entry("bit-depth reduction", GUO, BPDA, chain=long(1, 2), published=f"0 {ON_IMAGENET}")(
+    purifier(fewer_bits, "digits-standard", staircase)
 )
-entry("random resizing and padding", XIE, EOT, **ON_CIFAR, random=True)(
-    lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16"))
+# the steps of the minimization have gradients of their own
+entry("total variation minimization", GUO, BPDA, chain=drawn(1, 2), published=f"0 {ON_IMAGENET}", **RANDOM)(
+    purifier(total_variation, "digits-standard", total_variation)
 )
+entry(
+    "JPEG compression", GUO, BPDA, published=f"0 {ON_IMAGENET}", **ON_CIFAR,
+    chain=(away(steps=100, restarts=2), every_class(steps=100, restarts=1)),
+)(purifier(jpeg, "cifar10-pgd-at-w16"))  # fmt: skip
+entry("feature squeezing by medians", "Xu et al., NDSS 2018", "through the filter, He et al. 2017", chain=long(0, 1))(
+    lambda x, y: (
+        behind(median, zoo.load("digits-standard")),
+        behind(straight_through(median, mean_filter), zoo.load("digits-standard")),
+    )
+)
+entry(
+    "random resizing and padding", XIE, EOT, published="0 (ImageNet, 0.031)", **ON_CIFAR | RANDOM,
+    chain=drawn(0, draws=10, steps=50, classes=3),
+)(lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16")))  # fmt: skip
 
 
-@entry("thermometer encoding", "Buckman et al., ICLR 2018", BPDA)
-def thermometer(x: Tensor, y: Tensor) -> Pair:
+@entry("thermometer encoding", "Buckman et al., ICLR 2018", BPDA, chain=long(1, 2), published=f"0 {ON_CIFAR10}")
+def thermometer(x: Tensor, y: Tensor) -> Models:
     levels = torch.arange(10).view(-1, 1, 1) / 10
 
     def above(x: Tensor) -> Tensor:
@@ -112,18 +145,25 @@ def thermometer(x: Tensor, y: Tensor) -> Pair:
     def codes(x: Tensor) -> Tensor:
         return (above(x) > 0).to(x)
 
+    def soft(x: Tensor) -> Tensor:
+        return torch.sigmoid(20 * (x[:, :, None] - levels)).flatten(1, 2)
+
     classifier = train(network(in_channels=10), codes(x), y)
-    return behind(parts.without_gradient(codes), classifier), behind(straight_through(codes, above), classifier)
+    seeing = (behind(straight_through(codes, smooth), classifier) for smooth in (above, soft))
+    return behind(parts.without_gradient(codes), classifier), *seeing
 
 
-@entry("ME-Net", "Yang et al., ICML 2019", f"BPDA and EOT, {TRAMER}", random=True)
-def matrix_estimation(x: Tensor, y: Tensor) -> Pair:
+@entry("ME-Net", "Yang et al., ICML 2019", f"BPDA and EOT, {TRAMER}", chain=drawn(1, draws=MANY_DRAWS), **RANDOM)
+def matrix_estimation(x: Tensor, y: Tensor) -> Models:
     model = train(behind(parts.without_gradient(low_rank), network()), x, y, epochs=40)
     return model, behind(straight_through(low_rank), model[1])
 
 
-@entry("barrage of random transforms", "Raff et al., CVPR 2019", "BPDA and EOT, Sitawarin et al. 2022", random=True)
-def random_transforms(x: Tensor, y: Tensor) -> Pair:
+@entry(
+    "barrage of random transforms", "Raff et al., CVPR 2019", "BPDA and EOT, Sitawarin et al. 2022",
+    chain=drawn(1, draws=MANY_DRAWS), **RANDOM,
+)  # fmt: skip
+def random_transforms(x: Tensor, y: Tensor) -> Models:
     model = train(behind(barrage, network()), x, y, epochs=40)
     return model, behind(partial(barrage, reduce=straight_through(fewer_bits)), model[1])
 
@@ -140,16 +180,20 @@ def denoiser(x: Tensor, y: Tensor) -> nn.Module:
     return train(coder, x, y, loss, epochs=40)
 
 
-@entry("PixelDefend, by an autoencoder", "Song et al., ICLR 2018", BPDA)
-def pixel_defend(x: Tensor, y: Tensor) -> Pair:
+@entry("PixelDefend, by an autoencoder", "Song et al., ICLR 2018", BPDA, chain=long(1, 2), published=f"9 {ON_CIFAR10}")
+def pixel_defend(x: Tensor, y: Tensor) -> Models:
     clean, classifier = denoiser(x, y), zoo.load("digits-standard")
     levels = Step(partial(fewer_bits, levels=32))
     purify = nn.Sequential(levels, clean, levels)
-    return nn.Sequential(purify, classifier), behind(straight_through(purify, clean), classifier)
+    seeing = (behind(straight_through(purify, smooth), classifier) for smooth in (clean, lambda x: x))
+    return nn.Sequential(purify, classifier), *seeing
 
 
-@entry("diffusion under no_grad", "Nie et al., ICML 2022", "full gradients and EOT, Lee and Kim 2023", random=True)
-def diffusion(x: Tensor, y: Tensor) -> Pair:
+@entry(
+    "diffusion under no_grad", "Nie et al., ICML 2022", "full gradients and EOT, Lee and Kim 2023",
+    chain=drawn(1, 2), published="46.8 (CIFAR-10, 8/255)", **RANDOM,
+)  # fmt: skip
+def diffusion(x: Tensor, y: Tensor) -> Models:
     clean, classifier = denoiser(x, y), zoo.load("digits-standard")
 
     def purify(x: Tensor) -> Tensor:
@@ -158,11 +202,12 @@ def diffusion(x: Tensor, y: Tensor) -> Pair:
             x = clean(x + sigma * torch.randn_like(x))
         return x
 
-    return behind(parts.without_gradient(purify), classifier), behind(purify, classifier)
+    seeing = (behind(function, classifier) for function in (purify, straight_through(purify)))
+    return behind(parts.without_gradient(purify), classifier), *seeing
 
 
-@entry("anti-adversary layer", "Alfarra et al., AAAI 2022", f"the classifier alone, {CROCE}")
-def anti_adversary(x: Tensor, y: Tensor) -> Pair:
+@entry("anti-adversary layer", "Alfarra et al., AAAI 2022", f"the classifier alone, {CROCE}", chain=long(1, 0))
+def anti_adversary(x: Tensor, y: Tensor) -> Models:
     classifier = zoo.load("digits-standard")
 
     def away(x: Tensor) -> Tensor:
@@ -206,11 +251,15 @@ class MeanSparse(nn.Module):
 
     Args:
         threshold: in deviations.
+
+    Its ``gate``, if there is one, is the share of a feature's distance from the mean whose gradient stands for that of
+    the step, a function of this distance in thresholds.
     """
 
     def __init__(self, threshold: float):
         super().__init__()
-        self.threshold, self.passing = threshold, False
+        self.threshold = threshold
+        self.gate: Function | None = None
         self.statistics: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,41 +268,97 @@ class MeanSparse(nn.Module):
             self.statistics = x.mean(axes, keepdim=True), x.std(axes, keepdim=True)
             return x
         mean, deviation = self.statistics
-        sparse = torch.where((x - mean).abs() <= self.threshold * deviation, mean, x)
-        return x + (sparse - x).detach() if self.passing else sparse
+        away = (x - mean).abs() / deviation.clamp_min(1e-12)
+        sparse = torch.where(away <= self.threshold, mean, x)
+        if self.gate is None:
+            return sparse
+        easy = mean + (x - mean) * self.gate(away / self.threshold)
+        return easy + (sparse - easy).detach()
 
 
-def sparse_around_means(x: Tensor, y: Tensor, threshold: float) -> Pair:
-    model = layers(zoo.load("digits-pgd-at"), lambda: nn.Sequential(MeanSparse(threshold), nn.SiLU()))
+@entry(
+    "MeanSparse, threshold 0.4", "Amini et al. 2024", f"straight-through, after {ATHALYE}", eps=0.2,
+    chain=(*long(1, 2, 3, 4, steps=100), away(0), every_class(2, restarts=4)),
+)  # fmt: skip
+def sparse_around_means(x: Tensor, y: Tensor) -> Models:
+    base = zoo.load("digits-pgd-at")
+    model = layers(base, lambda: nn.Sequential(MeanSparse(0.4), nn.SiLU()))
     with torch.no_grad():
         model(x)
-    adaptive = copy.deepcopy(model)
-    for module in adaptive.modules():
-        if isinstance(module, MeanSparse):
-            module.passing = True
-    return model, adaptive
+
+    def with_gates(gate: Function, threshold: float = 0.4) -> nn.Module:
+        changed = copy.deepcopy(model)
+        for module in changed.modules():
+            if isinstance(module, MeanSparse):
+                module.gate, module.threshold = gate, threshold
+        return changed
+
+    soft, passing = (lambda share: torch.sigmoid(6 * (share - 1))), torch.ones_like
+    # a smaller threshold lies between the network without sparse features and the deployed one
+    return model, with_gates(passing), with_gates(soft), with_gates(passing, 0.2), base
 
 
-for threshold in (0.2, 0.4):
-    entry(f"MeanSparse, threshold {threshold}", "Amini et al. 2024", f"straight-through, after {ATHALYE}", eps=0.2)(
-        partial(sparse_around_means, threshold=threshold)
-    )
+@entry(
+    "stochastic activation pruning", "Dhillon et al., ICLR 2018", EOT, chain=drawn(0, 1), published=f"0 {ON_CIFAR10}",
+    **RANDOM,
+)  # fmt: skip
+def stochastic_pruning(x: Tensor, y: Tensor) -> Models:
+    base = zoo.load("digits-standard")
+    return layers(base, lambda: nn.Sequential(nn.SiLU(), Step(prune))), base
 
 
-@entry("stochastic activation pruning", "Dhillon et al., ICLR 2018", EOT, random=True)
-def stochastic_pruning(x: Tensor, y: Tensor) -> nn.Module:
-    return layers(zoo.load("digits-standard"), lambda: nn.Sequential(nn.SiLU(), Step(prune)))
+class NoisyWeights(nn.Module):
+    """A layer whose weights get Gaussian noise of a share of their deviation in each call, in training and after it.
+
+    Args:
+        layer: a convolution or a linear layer.
+        share: of the deviation of its weights; the published one is trained.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, share: float = 0.5):
+        super().__init__()
+        self.layer, self.share = layer, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        noisy = weight + self.share * weight.detach().std() * torch.randn_like(weight)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, noisy, self.layer.bias)
+        return F.conv2d(x, noisy, self.layer.bias, self.layer.stride, self.layer.padding)
 
 
-@entry("k-winners-take-all", "Xiao et al., ICLR 2020", f"gradients averaged over noise, {TRAMER}")
-def k_winners(x: Tensor, y: Tensor) -> Pair:
-    model = train(layers(network(), lambda: Step(winners)), x, y, epochs=30)
+@entry(
+    "noisy gradients by noise in the weights", "He et al., CVPR 2019", f"EOT, after {ATHALYE}",
+    chain=drawn(0, 1, draws=MANY_DRAWS), **RANDOM,
+)  # fmt: skip
+def noisy_weights(x: Tensor, y: Tensor) -> Models:
+    net = network()
+    convolutions = [NoisyWeights(one) for one in (net.conv1, net.conv2, net.conv3, net.conv4)]
+    active = [part for one in convolutions for part in (one, net.act)]
+    dense = [nn.Flatten(), NoisyWeights(net.hidden), net.act, NoisyWeights(net.head)]
+    model = nn.Sequential(Step(lambda x: 2 * x - 1), *active, *dense)
+
+    def one_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model, x, y) + cross_entropy(model, parts.signed_step(model, x, y, 0.05), y)
+
+    return train(model, x, y, one_step, epochs=30), net.eval()
+
+
+@entry(
+    "k-winners-take-all", "Xiao et al., ICLR 2020", f"gradients averaged over noise, {TRAMER}",
+    chain=(every_class(2), every_class(1, steps=50, restarts=1), away(1, steps=50, restarts=1), away(0)),
+    published="0.16 (CIFAR-10, 8/255)",
+)  # fmt: skip
+def k_winners(x: Tensor, y: Tensor) -> Models:
+    net = network()
+    model = train(layers(net, lambda: Step(winners)), x, y, epochs=30)
+    through = layers(net, lambda: Step(straight_through(winners)))
 
     def smooth(x: Tensor) -> Tensor:
         copies = x.repeat(32, 1, 1, 1)
         return model(copies + 0.05 * torch.randn_like(copies)).unflatten(0, (32, -1)).mean(0)
 
-    return model, Step(smooth)
+    return model, Step(smooth), through
 
 
 # -- changes of training and output -----------------------------------------------------------------------------------
@@ -278,13 +383,13 @@ class Averaged(nn.Module):
         return F.one_hot(each.argmax(2), each.shape[2]).sum(0) + 0.5 * each.exp().mean(0)
 
 
-@entry("random self-ensemble", "Liu et al., ECCV 2018", EOT, random=True)
+@entry("random self-ensemble", "Liu et al., ECCV 2018", EOT, chain=drawn(0, draws=10), **RANDOM)
 def self_ensemble(x: Tensor, y: Tensor) -> nn.Module:
     noise = Step(lambda x: x + 0.3 * torch.randn_like(x))
     return Averaged([train(layers(network(), lambda: nn.Sequential(nn.SiLU(), noise)), x, y, epochs=30)] * 5).eval()
 
 
-@entry("ensemble diversity", "Pang et al., ICML 2019", f"longer searches, {TRAMER}")
+@entry("ensemble diversity", "Pang et al., ICML 2019", f"longer searches, {TRAMER}", chain=long(0, steps=500))
 def diversity(x: Tensor, y: Tensor) -> nn.Module:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         members = torch.stack([member(x).log_softmax(1) for member in model.members], 1)
@@ -297,8 +402,11 @@ def diversity(x: Tensor, y: Tensor) -> nn.Module:
     return train(Averaged([network() for _ in range(3)]), x, y, loss, epochs=30)
 
 
-@entry("EMPIR", "Sen et al., ICLR 2020", f"BPDA on the averaged ensemble, {TRAMER}")
-def mixed_precision(x: Tensor, y: Tensor) -> Pair:
+@entry(
+    "EMPIR", "Sen et al., ICLR 2020", f"BPDA on the averaged ensemble, {TRAMER}", chain=long(1, 2),
+    published=f"1.5 {ON_CIFAR10}",
+)  # fmt: skip
+def mixed_precision(x: Tensor, y: Tensor) -> Models:
     full, *others = (train(network(), x, y) for _ in range(3))
 
     def ensemble(around: Callable[[Function], Function], votes: bool) -> nn.Module:
@@ -308,11 +416,20 @@ def mixed_precision(x: Tensor, y: Tensor) -> Pair:
             members.append(layers(net, lambda rounding=rounding: nn.Sequential(nn.SiLU(), rounding)))
         return Averaged(members, votes).eval()
 
-    return ensemble(lambda hard: hard, True), ensemble(straight_through, False)
+    smooth = Averaged([full, *others]).eval()
+    return ensemble(lambda hard: hard, True), ensemble(straight_through, False), smooth
 
 
-@entry("the odds are odd", "Roth et al., ICML 2019", f"logits of clean images matched under EOT, {TRAMER}")
-def odds(x: Tensor, y: Tensor) -> Pair:
+@entry(
+    "the odds are odd", "Roth et al., ICML 2019", f"logits of clean images matched under EOT, {TRAMER}",
+    # each draw of what is matched takes 17 copies of an image
+    chain=(
+        away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
+        every_class(1, steps=50, restarts=1, eot_iter=2),
+        away(0, steps=100, eot_iter=4),
+    ),
+)  # fmt: skip
+def odds(x: Tensor, y: Tensor) -> Models:
     classifier = zoo.load("digits-standard")
 
     def under_noise(x: Tensor, draws: int) -> Tensor:
@@ -348,8 +465,8 @@ def odds(x: Tensor, y: Tensor) -> Pair:
     return Step(corrected, classifier), Step(near_typical, classifier)
 
 
-@entry("mixup inference", "Pang et al., ICLR 2020", f"EOT, {TRAMER}", random=True)
-def mixup_inference(x: Tensor, y: Tensor) -> nn.Module:
+@entry("mixup inference", "Pang et al., ICLR 2020", f"EOT, {TRAMER}", chain=drawn(0, 1, draws=10), **RANDOM)
+def mixup_inference(x: Tensor, y: Tensor) -> Models:
     def mixup(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         share, other = torch.rand(()), torch.randperm(len(x))
         logits = model(share * x + (1 - share) * x[other])
@@ -364,11 +481,14 @@ def mixup_inference(x: Tensor, y: Tensor) -> nn.Module:
         points = 0.6 * images[:, None] + 0.4 * x[others]
         return classifier(points.flatten(0, 1)).unflatten(0, (-1, 8)).log_softmax(2).logsumexp(1)
 
-    return Step(mixed, classifier)
+    return Step(mixed, classifier), classifier
 
 
-@entry("error-correcting codes", "Verma and Swami, NeurIPS 2019", f"the bits before they saturate, {TRAMER}")
-def error_correction(x: Tensor, y: Tensor) -> Pair:
+@entry(
+    "error-correcting codes", "Verma and Swami, NeurIPS 2019", f"the bits before they saturate, {TRAMER}",
+    chain=long(1, 0),
+)  # fmt: skip
+def error_correction(x: Tensor, y: Tensor) -> Models:
     words, net = torch.randint(0, 2, (10, 32)).float() * 2 - 1, network(num_classes=32)
     train(net, x, y, lambda model, x, y: F.relu(1 - model(x) * words[y] / 4).mean())
 
@@ -381,9 +501,9 @@ def error_correction(x: Tensor, y: Tensor) -> Pair:
 
 @entry(
     "defensive distillation", "Papernot et al., S&P 2016", "logits divided, Carlini and Wagner 2017",
-    data="mnist", images=50,
+    data="mnist", images=50, chain=long(1), published="0 (MNIST, any distance)",
 )  # fmt: skip
-def distillation(x: Tensor, y: Tensor) -> Pair:
+def distillation(x: Tensor, y: Tensor) -> Models:
     def hot(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x) / 40, y)
 
@@ -393,7 +513,10 @@ def distillation(x: Tensor, y: Tensor) -> Pair:
     return student, nn.Sequential(student, Step(lambda logits: logits / 40))
 
 
-@entry("cascade adversarial training", "Na et al., ICLR 2018", f"PGD, {ATHALYE}", eps=0.2)
+@entry(
+    "cascade adversarial training", "Na et al., ICLR 2018", f"PGD, {ATHALYE}", eps=0.2, chain=long(0, steps=400),
+    published="15 (CIFAR-10, 0.015)",
+)  # fmt: skip
 def cascade(x: Tensor, y: Tensor) -> nn.Module:
     def one_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(model, x, y) + cross_entropy(model, parts.signed_step(model, x, y, 0.2), y)

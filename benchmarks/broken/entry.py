@@ -5,22 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from purify_fast.attacks import APGD
 from purify_fast.models.classifiers import SmallCNN
 
 Function = Callable[[Tensor], Tensor]
-#: Training images ``[N, C, H, W]`` and labels ``[N]`` to a model; or to what is deployed, and what an adaptive attack
-#: follows in its place.
-Build = Callable[[Tensor, Tensor], nn.Module | tuple[nn.Module, nn.Module]]
+#: Training images ``[N, C, H, W]`` and labels ``[N]`` to a model; or to what is deployed, and after it the models whose
+#: gradients its adaptive attack follows.
+Build = Callable[[Tensor, Tensor], nn.Module | tuple[nn.Module, ...]]
 #: Of a model, on images and labels.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 #: A network that is not trained yet, for the digits if nothing else is said.
 network = partial(SmallCNN, width=16)
+
+
+class Search(NamedTuple):
+    """One part of an adaptive attack.
+
+    Args:
+        attack: Auto-PGD with its options.
+        follows: whose gradients it takes: the place among the models that `Build` returns after what is deployed; 0 is
+            what is deployed itself.
+        seed: of its random starts.
+    """
+
+    attack: APGD
+    follows: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,8 +45,12 @@ class Entry:
 
     Args:
         build: makes it.
-        paper: that published it; "" for an honest model.
-        attack: the adaptive attack, with its source; "" for an honest model.
+        paper: that published it; "" for a model that is no published defence.
+        attack: the adaptive attack, with its source; "" for a model that is no published defence.
+        chain: the parts of the adaptive attack, one after the other.
+        published: the accuracy in percent that the paper with the attack reports for the published defence in its own
+            setting, and where; "-" where no such figure is known.
+        why: of a model that is no published defence and is flagged rightly, the reason; "" for an honest one.
         data: "digits", "mnist" or "cifar10".
         eps: the L-inf radius.
         random: whether two predictions differ.
@@ -40,10 +60,18 @@ class Entry:
     build: Build
     paper: str = ""
     attack: str = ""
+    chain: tuple[Search, ...] = ()
+    published: str = "-"
+    why: str = ""
     data: str = "digits"
     eps: float = 0.1
     random: bool = False
     images: int = 100
+
+    @property
+    def honest(self) -> bool:
+        """Whether no report may flag it."""
+        return not (self.paper or self.why)
 
 
 #: By name, in the order of the tables.

@@ -1,4 +1,4 @@
-"""Honest models, which no report may flag: trained plainly, with noise or adversarially, and defences of the zoo."""
+"""Models that are no published defences: honest ones, which no report may flag, and one that is flagged rightly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from purify_fast import zoo
 from purify_fast.defences import NoisyEnsemble
 
-from .defences import ON_CIFAR, Averaged
+from .adaptive import away, every_class
+from .defences import ON_CIFAR, RANDOM, Averaged
 from .entry import entry, network, signed_step, train
 
 ON_MNIST = {"data": "mnist", "eps": 0.3, "images": 50}
@@ -23,17 +24,25 @@ ZOO: dict[str, dict[str, Any]] = {
     "digits-carso-pipeline": {"eps": 0.2, "random": True, "images": 20},
     "digits-atop-pipeline": {"eps": 0.05, "random": True, "images": 20},
     "mnist-pgd-at": ON_MNIST,
-    "mnist-arrest": ON_MNIST,
+    "mnist-arrest": {
+        **ON_MNIST,
+        "why": "ARREST's finetuning left gradients that mislead: Square finds 12 of 200 images that every attack by "
+        "gradients missed, so the true number is lower than theirs",
+    },
     "cifar10-pgd-at-w16": ON_CIFAR,
+    "cifar10-trades-w16": ON_CIFAR,
     "cifar10-arrest-w16": ON_CIFAR,
 }
+#: The chain of the networks of CIFAR-10, whose every gradient costs a millisecond.
+SHORTER = (away(0, steps=100, restarts=2), every_class(0, steps=100, restarts=1))
 for model_name, settings in ZOO.items():
-    entry(f"`{model_name}`", **settings)(lambda x, y, name=model_name: zoo.load(name))
+    shorter = {"chain": SHORTER} if settings.get("data") == "cifar10" else {}
+    entry(f"`{model_name}`", **settings, **shorter)(lambda x, y, name=model_name: zoo.load(name))
 
 entry("the mean of two robust networks", eps=0.2)(
     lambda x, y: Averaged([zoo.load("digits-pgd-at"), zoo.load("digits-arrest")]).eval()
 )
-entry("a robust network on noisy copies", eps=0.2, random=True)(
+entry("a robust network on noisy copies", eps=0.2, **RANDOM)(
     lambda x, y: NoisyEnsemble(zoo.load("digits-pgd-at"), sigma=0.05, samples=4).eval()
 )
 entry("a linear classifier", eps=0.03)(

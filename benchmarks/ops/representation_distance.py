@@ -19,7 +19,7 @@ LARGE = ((1024, 640, 8, 8), (1024, 512))
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not REGISTRY["representation_distance"].plain(
+    if torch.compiler.is_compiling() or not REGISTRY["representation_distance"].uses_reference(
         student.device, student.dtype, student.numel()
     ):
         return representation_distance(student, teacher)

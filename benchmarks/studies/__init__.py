@@ -135,8 +135,16 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
             )
 
 
-def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
+def run(
+    jobs: Sequence[Job], root: Path, workers: int = 2, after_each: Callable[[], object] = lambda: None
+) -> list[dict]:
     """Run the jobs that are not done, and return all results in the order of ``jobs``. Interrupted, it ends at once.
+
+    Args:
+        jobs: what is to be done.
+        root: where their folders are.
+        workers: jobs side by side.
+        after_each: called when a job has ended.
 
     Raises:
         ValueError: before any work, no job, jobs of one name, a need that no job fills, jobs that need each other, or
@@ -163,6 +171,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
                 if future.exception() is not None:
                     print(f"{job.name}, seed {job.seed}, failed; it is in {job.folder(root)}", file=sys.stderr)
                 future.result()
+                after_each()
                 left = len(waiting) + len(running)
                 minutes = (time.monotonic() - began) / 60
                 print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
@@ -221,6 +230,12 @@ class Study:
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """All trainings and attacks."""
         raise NotImplementedError
+
+    def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
+        """What there is to do before the jobs, such as to take over results that are in ``folder``."""
+
+    def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
+        """What there is to do when a job has ended."""
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """The page of tables, and the results behind it in ``folder``, from what the jobs left in ``root``."""

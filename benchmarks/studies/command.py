@@ -78,7 +78,8 @@ def main(chosen: argparse.Namespace) -> str:
         # the study may be running: what its jobs left is only read
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
-        run(study.jobs(chosen), root, chosen.workers)
+        study.begin(root, results, chosen)
+        run(study.jobs(chosen), root, chosen.workers, lambda: study.after_each(root, results, chosen))
         return study.write(root, results, chosen).read_text()
 
 

@@ -1,37 +1,46 @@
 """What diffusion purifiers withstand: as their authors attack them, and through the exact gradient of every step.
 
 The models are those of the zoo: of each data set a purifier before a classifier of clean images, one before an
-adversarially trained classifier, that classifier alone, and CARSO and AToP. All models of a data set face the same
-images in one ball. The purifiers are also attacked with other processes.
+adversarially trained classifier, these classifiers alone, and CARSO and AToP. All models of a data set face the same
+images in one ball. A purifier meets a chain of attacks: PGD-200 with 20 draws and exact gradients, and then the
+protocol `strong` on what that left of the first images. What each prediction said is kept, so that one attack tells of
+one draw, of the mean of ten, of all of ten and of their majority.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from purify_fast import data, load_defence, zoo
 from purify_fast._files import write_text
+from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
+from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
-from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
 from purify_fast.training import load_classifier
 
-from . import Job, Study, settings_of, write_page
+from . import ASKED, RESULT, Job, Study, positive, settings_of, write_page
+from .diffusion_table import tables_of
 
-#: What is asked of a purifier, and of the models beside it.
-GROUPS, BESIDE = ("exact", "authors", "votes", "strong"), ("exact", "strong")
+#: What is asked of a purifier; of a classifier alone; and of another random defence beside. The cheap ones come first.
+GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
+#: Images times draws in one pass, at most: of each CARSO classifies several reconstructions.
+ROWS = 200
 #: A row of a report, as the results keep it.
-FACTS = ("attack", "kind", "variant", "robust", "mean", "reliable")
+FACTS = ("attack", "kind", "robust", "mean", "n")
 
 
 def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
@@ -41,95 +50,130 @@ def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
     return load_defence(zoo.folder(name), load_classifier(zoo.classifier_folder(name)), process=process)
 
 
-def attacks_of(group: str, eps: float, quick: bool) -> dict[str, Any]:
-    """What `evaluate` is asked for one group of attacks."""
-    exact = lee_kim_2023(eps)
-    if quick:
-        exact = AttackSpec(replace(exact.resolved, steps=2, eot_iter=2), label=exact.label)
-    asked: dict[str, dict[str, Any]] = {
-        "exact": {"attacks": [exact]},
-        "votes": {"attacks": [exact], "predict": "votes"},
-        "authors": {"protocol": "authors"},
-        "strong": {"protocol": "fast" if quick else "strong"},
-    }
-    return asked[group]
+def images_of(job: Job) -> tuple[Tensor, Tensor]:
+    """The images and labels of a job; each first part of them is balanced too."""
+    s = job.settings
+    whole = data.load_dataset(s["dataset"], s["data"])
+    chosen = balanced_subset(whole.x_test, whole.y_test, s["budget"].images, 0, num_classes=whole.num_classes)
+    return to_float(chosen.x), chosen.y
+
+
+def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[Any]:
+    """A block in which a random model answers the same every time, if that is wanted."""
+    return model.fixed_noise(0) if fixed else contextlib.nullcontext()  # type: ignore[operator]
+
+
+def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
+    """Images of Lee and Kim's PGD, with exact gradients: of a defence in bfloat16, by a copy of it.
+
+    Args:
+        model: what is attacked.
+        x: images ``[n, C, H, W]``.
+        y: labels ``[n]``.
+        s: settings of the job.
+        fixed: whether the noise is fixed, and known to the attack.
+    """
+    budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
+    draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
+    seen: Any = copy.deepcopy(model).accelerate(torch.bfloat16) if supports(model, Accelerates) else model  # type: ignore[operator]
+    torch.manual_seed(0)
+    with quiet(seen, fixed):
+        parts = [
+            run_alone(
+                LeavingPGD, seen, part, labels, eps=s["eps"], steps=budget.steps, eot_iter=draws,
+                alpha=published.alpha, random_start=False, seed=number, max_forward_batch=ROWS,
+            )
+            for number, (part, labels) in enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
+        ]  # fmt: skip
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
+    """The classes that a model names in several draws, in its own precision, ``[draws, n]``."""
+    model.eval()
+    return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
+
+
+def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
+    """Image by image, 1 where it is right: of each draw, and of the draws' majority."""
+    in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
+    return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
+
+
+def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
+    """PGD-200 through the whole model; what fresh predictions say before and after it."""
+    budget = job.settings["budget"]
+    torch.manual_seed(1)
+    clean = predictions(model, x, budget.draws, budget.batch)
+    found = found_by_pgd(model, x, y, job.settings)
+    torch.manual_seed(2)
+    return {"clean": told(clean, y), "attacked": told(predictions(model, found, budget.draws, budget.batch), y)}
+
+
+def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
+    """The same attack where the noise is fixed: one draw, which the attack knows."""
+    found = found_by_pgd(model, x, y, job.settings, fixed=True)
+    with quiet(model, True):
+        return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
+
+
+def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, **asked: Any) -> list[dict[str, Any]]:
+    """The rows of an evaluation without its signs."""
+    s = job.settings
+    report = evaluate(
+        model, x, y, eps=s["eps"], n_eval=s["budget"].draws, name=job.name, probes=False, progress=False, **asked
+    )
+    return [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
+
+
+def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
+    """As the authors of such purifiers attack them; AutoAttack through the adjoint takes the first images alone."""
+    budget = job.settings["budget"]
+    assert isinstance(model, AuthorsEvaluation)
+    specs = [
+        replace(spec, max_images=budget.strong_images) if isinstance(spec.resolved, AutoAttack) else spec
+        for spec in model.authors_attacks(job.settings["eps"])
+    ]
+    if budget.quick:
+        specs = [short(spec) for spec in specs if not isinstance(spec.resolved, AutoAttack)]
+    rows = reported(model, x, y, job, attacks=specs)
+    return {"rows": [row for row in rows if row["kind"] == "authors"]}
+
+
+def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
+    """The chain's end: `strong` on those of the first images that PGD left right in every draw."""
+    budget = job.settings["budget"]
+    draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
+    few = min(len(x), budget.strong_images)
+    standing = torch.tensor([all(right[i] == "1" for right in draws) for i in range(few)])
+    after = standing.clone()
+    if bool(standing.any()):
+        stand_in = [short(lee_kim_2023(job.settings["eps"]))]
+        asked: dict[str, Any] = {"attacks": stand_in} if budget.quick else {"protocol": "strong"}
+        rows = reported(model, x[:few][standing], y[:few][standing], job, **asked)
+        worst = next((row for row in rows if row["kind"] == "worst"), rows[-1])
+        after[standing] = torch.tensor([right == "1" for right in map(str, map(int, worst["robust"]))])
+    bits = ["".join(str(int(one)) for one in each) for each in (standing, after)]
+    return {"before": bits[0], "after": bits[1]}
+
+
+def short(spec: AttackSpec) -> AttackSpec:
+    """An attack of two steps and two draws, where only the path is tried."""
+    attack: Any = spec.resolved
+    return replace(spec, attack=replace(attack, steps=2, eot_iter=2))
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
-    """One model under one group of attacks: the rows of its report, and the processor time."""
+    """One model under one group of attacks: what it withstood, and the processor time of an image."""
     s = job.settings
-    budget, whole = s["budget"], data.load_dataset(s["dataset"], s["data"])
-    chosen = balanced_subset(whole.x_test, whole.y_test, budget.images, 0, num_classes=whole.num_classes)
+    x, y = images_of(job)
     model, began = model_of(s["model"], s["process"]), time.process_time()
-    report = evaluate(
-        model, to_float(chosen.x), chosen.y, eps=s["eps"], n_eval=budget.draws, name=job.name, dataset_name=whole.name,
-        out=folder, progress=False, **attacks_of(s["group"], s["eps"], budget.quick),
-    )  # fmt: skip
-    report.save(folder)
-    rows = [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
-    facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")}
-    return facts | {"cpu_seconds": round(time.process_time() - began, 1), "rows": rows}
-
-
-class Found:
-    """What one model withstood, from the results of its jobs."""
-
-    def __init__(self, results: Sequence[dict[str, Any]]):
-        self.groups = {result["group"]: result for result in results}
-
-    def row(self, group: str, kind: str, variant: str = "random") -> dict[str, Any] | None:
-        """The last row of a kind in a group, if the group has been attacked."""
-        rows = self.groups.get(group, {"rows": []})["rows"]
-        found = [row for row in rows if (row["kind"], row["variant"]) == (kind, variant)]
-        return found[-1] if found else None
-
-    def robust(self, group: str, kind: str, variant: str = "random") -> np.ndarray | None:
-        """Image by image, 1 where it withstood."""
-        row = self.row(group, kind, variant)
-        return None if row is None else np.array([int(right) for right in row["robust"]])
-
-    def seconds(self) -> str:
-        """Processor time of an image under PGD-200."""
-        exact = self.groups.get("exact")
-        return "-" if exact is None else f"{exact['cpu_seconds'] / len(exact['rows'][0]['robust']):.1f}"
-
-
-def share(robust: np.ndarray | None) -> str:
-    """An accuracy with its standard error, in percent."""
-    if robust is None:
-        return "-"
-    p = robust.mean()
-    return f"{100 * p:.1f} ± {100 * (p * (1 - p) / len(robust)) ** 0.5:.1f}"
-
-
-def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
-    """Of two accuracies on the same images, in points."""
-    if robust is None or other is None:
-        return "-"
-    apart = robust - other
-    return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / len(apart) ** 0.5:.1f}"
-
-
-def cells(found: Found, alone: Found) -> dict[str, str]:
-    """What the table says of one model, by the name of the line.
-
-    Args:
-        found: of the model.
-        alone: of the adversarially trained classifier.
-    """
-    exact, strong = found.row("exact", "pgd"), found.robust("strong", "worst")
-    told = {"clean, one draw": share(found.robust("exact", "clean"))}
-    for row in found.groups.get("authors", {"rows": []})["rows"]:
-        if row["kind"] == "authors":
-            told[row["attack"]] = share(np.array([int(right) for right in row["robust"]]))
-    told["PGD-200, EOT 20: one draw"] = "-" if exact is None else f"{100 * exact['mean']:.1f}"
-    told["PGD-200, EOT 20: every one of ten draws"] = share(found.robust("exact", "pgd"))
-    told["PGD-200, EOT 20: majority of ten draws"] = share(found.robust("votes", "pgd"))
-    told["PGD-200, EOT 20: fixed noise"] = share(found.robust("votes", "pgd", "fixed"))
-    told["`strong`: every one of ten draws"] = share(strong)
-    told["`strong`, minus the classifier alone"] = difference(strong, alone.robust("strong", "worst"))
-    told["CPU seconds of PGD-200 an image"] = found.seconds()
-    return told
+    work = {"exact": exact, "fixed": fixed, "authors": authors, "strong": strong}[s["group"]]
+    facts = work(job, model, x, y, root)
+    spent = time.process_time() - began
+    named = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")}
+    return named | facts | {"images": len(x), "cpu_seconds": round(spent, 1)}
 
 
 class Diffusion(Study):
@@ -140,78 +184,76 @@ class Diffusion(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         super().arguments(parser)
-        every = list(settings_of(self.name)["data_sets"])
+        settings = settings_of(self.name)
+        every, usual = list(settings["data_sets"]), settings["default"]
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="all of them by default")
+        images = f"of each data set, for PGD-200 and what the authors run; {usual['images']} by default"
+        parser.add_argument("--images", type=positive, help=images)
+        few = f"the first of them, for strong; {usual['strong_images']} by default"
+        parser.add_argument("--strong-images", type=positive, help=few)
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         super().check(chosen, results)
         for name in chosen.data_sets:
             data.load_dataset(name, chosen.data)
 
+    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
+        """How much is attacked."""
+        own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
+        usual = settings_of(self.name)[chosen.amount]
+        given = {name: value for name, value in own.items() if value is not None}
+        return SimpleNamespace(**usual | given, quick=chosen.amount == "quick")
+
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Each model under each group of attacks, the cheap groups first."""
-        settings = settings_of(self.name)
-        budget = SimpleNamespace(**settings[chosen.amount], quick=chosen.amount == "quick")
-        jobs = []
+        """Each model under each group of attacks, the cheap groups of a data set first."""
+        settings, budget, jobs = settings_of(self.name), self.budget(chosen), []
         for dataset in chosen.data_sets:
             part = settings["data_sets"][dataset]
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
-            asked = [(name, None, group) for name in part["purifiers"] for group in GROUPS]
-            asked += [(name, None, group) for name in part["beside"] for group in BESIDE]
-            # a hundred thousand gradients each: of one of the purifiers
+            groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
+            asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
-                if budget.quick and group == "authors":
-                    continue
                 own = {"model": model, "process": process, "group": group}
                 words = [model, *([] if process is None else [in_words(process)]), group]
-                jobs.append(Job(" ".join(words), 0, attack, settings=common | own))
+                needs = (f"{model} exact",) if group == "strong" else ()
+                jobs.append(Job(" ".join(words), 0, attack, needs, common | own))
         return jobs
+
+    def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
+        """What the results' file holds of these jobs is not done again, though the runs' folder be gone."""
+        for job in self.jobs(chosen):
+            for row in rows_of(folder):
+                if row["name"] == job.name and row["asked"] == job.asked() and not job.done(root):
+                    write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
+                    write_text(job.folder(root) / RESULT, json.dumps(row, indent=1) + "\n")
+
+    def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
+        """The results' file has each row as soon as it is there."""
+        self.write(root, folder, chosen)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """``diffusion.json`` with every image's outcome, and ``diffusion.md``; of the jobs that are done."""
-        results = [job.result(root) for job in self.jobs(chosen) if job.done(root)]
-        write_text(folder / f"{self.name}.json", json.dumps(results, indent=1) + "\n")
-        tables = {name: self.tables(name, results) for name in chosen.data_sets}
+        jobs = self.jobs(chosen)
+        fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
+        # data sets that were not asked for now stay
+        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets]
+        rows = [*kept, *fresh.values()]
+        write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
-        return write_page(
-            folder, self.name, tables=tables, parts=settings["data_sets"], b=settings[chosen.amount],
-            quick=chosen.amount == "quick",
-        )  # fmt: skip
+        parts = {name: settings["data_sets"][name] for name in settings["data_sets"]}
+        tables = {name: tables_of(part, [row for row in rows if row["dataset"] == name])
+                  for name, part in parts.items() if any(row["dataset"] == name for row in rows)}  # fmt: skip
+        quick, draws = chosen.amount == "quick", self.budget(chosen).draws
+        return write_page(folder, self.name, tables=tables, parts=parts, draws=draws, quick=quick)
 
-    def tables(self, dataset: str, results: Sequence[dict[str, Any]]) -> list[list[str]]:
-        """The lines of a data set's tables: of its models, and of other processes if there are any."""
-        part = settings_of(self.name)["data_sets"][dataset]
-        mine = [result for result in results if result["dataset"] == dataset]
-        found = {
-            name: Found([result for result in mine if result["model"] == name and result["process"] is None])
-            for name in (*part["purifiers"], *part["beside"])
-        }
-        columns = {name: cells(one, found[part["alone"]]) for name, one in found.items()}
-        lines = list(dict.fromkeys(line for told in columns.values() for line in told))
-        # what the authors' code attacks stands before the exact gradient
-        lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
-        body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
-        tables = [markdown_table(["attack", *columns], body)]
-        others = [result for result in mine if result["process"] is not None]
-        if others:
-            tables.append(of_processes(others))
-        return tables
+
+def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
+    """What a results' folder holds of the study."""
+    path = folder / f"{Diffusion.name}.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def in_words(process: dict[str, Any]) -> str:
     """What differs from the purifier's own process."""
     return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)
-
-
-def of_processes(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each process of each purifier."""
-    body = []
-    for result in results:
-        one = Found([result])
-        exact = one.row("exact", "pgd")
-        assert exact is not None
-        told = [share(one.robust("exact", "clean")), f"{100 * exact['mean']:.1f}", share(one.robust("exact", "pgd"))]
-        body.append([f"`{result['model']}`", in_words(result["process"]), *told, one.seconds()])
-    head = ["model", "process", "clean", "one draw", "every one of ten draws", "CPU seconds an image"]
-    return markdown_table(head, body)

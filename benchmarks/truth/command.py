@@ -21,6 +21,7 @@ import torch
 
 from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
+from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import evaluate
 
 from .. import RESULTS, measure, options, revisions
@@ -43,7 +44,7 @@ def decided(part: Part, seconds: float) -> Row:
         part: the network.
         seconds: of the program, about.
     """
-    layers = exact.affine_layers(part.model, part.x.shape[1:])
+    layers = affine_layers(part.model, part.x.shape[1:])
     verdicts, how, spent = "", "", []
     for x, y, predicted in zip(part.x, part.y.tolist(), part.model(part.x).argmax(1).tolist(), strict=True):
         if predicted != y:

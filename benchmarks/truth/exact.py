@@ -10,17 +10,18 @@ The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866), th
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import Tensor
+
+from purify_fast.attacks.relu_layers import Affine, forward
 
 #: Margins above 0 that are smaller prove nothing, since HiGHS holds constraints up to 1e-6 or less; where one is as
 #: little below 0, a clearer point is sought, for float32.
@@ -39,13 +40,6 @@ BOUND, POINT, MILP = "bound", "point", "milp"
 Box = tuple[Tensor, Tensor]
 
 
-class Affine(NamedTuple):
-    """z = weight @ a + bias, float64; a ReLU follows each but the last of a network."""
-
-    weight: Tensor
-    bias: Tensor
-
-
 @dataclass(frozen=True)
 class Decision:
     """What is known of one image.
@@ -61,48 +55,6 @@ class Decision:
     how: str
     seconds: float
     point: Tensor | None = None
-
-
-def affine_layers(model: nn.Sequential, shape: Sequence[int]) -> list[Affine]:
-    """A network as matrices, with a ReLU between two of them.
-
-    Args:
-        model: affine modules and ``nn.ReLU``, in turn.
-        shape: of an image, ``[C, H, W]``.
-
-    Returns:
-        The layers, with the model's weights in float64.
-
-    Raises:
-        ValueError: the model is no such sequence, as it does not compute what the matrices compute.
-    """
-    parts: list[list[nn.Module]] = [[]]
-    for module in copy.deepcopy(model).double():
-        if isinstance(module, nn.ReLU):
-            parts.append([])
-        else:
-            parts[-1].append(module)
-    at, layers = torch.zeros(1, *shape, dtype=torch.float64), []
-    for part in parts:
-        function = nn.Sequential(*part)
-        with torch.no_grad():
-            bias = function(at)
-        weight = torch.autograd.functional.jacobian(function, at).reshape(bias.numel(), at.numel())
-        layers.append(Affine(weight, bias.flatten()))
-        at = torch.zeros_like(bias)
-    x = torch.rand(16, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = copy.deepcopy(model).double()(x)
-    if not torch.allclose(forward(layers, x.flatten(1)), logits, rtol=1e-9, atol=1e-9):
-        raise ValueError(f"model must be affine between its ReLUs, got {model}")
-    return layers
-
-
-def forward(layers: Sequence[Affine], x: Tensor) -> Tensor:
-    """Logits ``[B, classes]`` of flat images ``[B, pixels]``."""
-    for i, (weight, bias) in enumerate(layers):
-        x = (x.relu() if i else x) @ weight.T + bias
-    return x
 
 
 def margins(layers: Sequence[Affine], x: Tensor, y: int) -> Tensor:

@@ -100,7 +100,7 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
   }
   W most[aggregate_lanes], sum[aggregate_lanes];
   tile_exponentials(scratch, samples, lanes, lanes, most, sum);
-  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;  // as torch.softmax has it
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;  // like torch.softmax
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] *= sum[j];
   }
@@ -356,7 +356,7 @@ PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile,
     case Aggregation::peel:
       tile_exponentials(tile, samples, width, width, a, b);
       for (int64_t i = 0; i < width; ++i) {
-        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];  // as torch.softmax has it
+        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];  // like torch.softmax
         a[i] += log(b[i]);
       }
       if (method == Aggregation::peel) {

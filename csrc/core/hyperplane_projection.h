@@ -50,8 +50,8 @@ PF_INLINE W newton_step(Way<W> way, int64_t n) {
   return reached;
 }
 
-// Of l1: the slope at which the plane is reached where larger ones go first, and the share of their room that the
-// coordinates of that slope go.
+// For l1: the slope at which the plane is reached if larger slopes go first, and the share of their room that the
+// coordinates with that slope go.
 template <class W>
 struct Threshold {
   W least, share;

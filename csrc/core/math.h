@@ -1,4 +1,4 @@
-// What every kernel shares: storage types, fp32 functions a compiler can vectorise, sums in a fixed order.
+// The parts that every kernel shares: storage types, fp32 functions a compiler can vectorise, sums in a fixed order.
 //
 // The fp32 functions are branch-free polynomials (minimax fits of our own), within 2 ulp of the truth, and keep NaN and
 // infinities. Built without fused multiply-adds they give the same bits on every CPU. float64 uses libm.

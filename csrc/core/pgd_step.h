@@ -71,7 +71,7 @@ PF_INLINE Direction<W> l2_direction(const T* grad, int64_t n) {
   return {scale, inverse / length, usable};
 }
 
-// What offset(i), i < n, is multiplied by to lie in the ball.
+// The factor of offset(i), i < n, with which it lies in the ball.
 template <class W, class F>
 PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
   const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {

@@ -22,7 +22,7 @@ PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
     for (int64_t c = 0; c < classes; ++c) to[c] = from[c];
   }
 }
-// Whether rows of sample k may be copied with what follows them in their image, which is copied later.
+// True if rows of sample k may be copied with the numbers behind them in their image, which are copied later.
 PF_INLINE bool room_behind(int64_t k, int64_t samples, int64_t classes) {
   return classes < lanes && (samples - k) * classes >= lanes;
 }
@@ -168,7 +168,7 @@ PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, 
   for (int64_t i = 0; i < classes; ++i) {
     const W whole = most[i] + log(share[i]);
     out[i] = finite(most[i]) ? whole : most[i];
-    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];  // as torch.softmax has it
+    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];  // like torch.softmax
   }
   if (method == Aggregation::lse) return;
   for (int64_t i = 0; i < classes; ++i) {
@@ -186,7 +186,7 @@ template <class T, class W = wide_t<T>>
 PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
                                    int64_t samples, int64_t classes, W* scratch) {
   const W *most = kept, *factor = kept + classes, *share = kept + 2 * classes, *slope = scratch;
-  // of a probability near 1 the difference below is of the size of this sum's rounding
+  // if a probability is near 1, the difference below is as small as this sum's rounding
   const W total = method == Aggregation::peel
                       ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINED_LAMBDA { return grad[i]; })
                       : W(0);

@@ -1,4 +1,4 @@
-// What the CPU kernels share: dispatch on the dtype, contiguous inputs, outputs, threads.
+// The parts that the CPU kernels share: dispatch on the dtype, contiguous inputs, outputs, threads.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -151,7 +151,7 @@ inline Tensor new_images(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType 
   const int64_t sizes[] = {n, c, h, w}, last[] = {h * w * c, 1, w * c, c};
   return channels_last ? new_strided(sizes, last, 4, dtype) : new_tensor(sizes, 4, dtype);
 }
-// Whether the images are channels_last, and not contiguous; as PyTorch counts, strides of one element mean nothing.
+// True if images are channels_last and not contiguous; as in PyTorch, strides of dimensions of size 1 do not count.
 inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous()) return false;
   int64_t stride = 1;

@@ -9,7 +9,7 @@
 namespace pf::cpu {
 namespace {
 
-// What every pass over the queries of a call needs. Matrices in scratch memory have rows of `size` numbers.
+// The arguments of every pass over the queries of a call. Matrices in scratch memory have rows of `size` numbers.
 template <class W>
 struct Call {
   Grid grid;
@@ -183,7 +183,7 @@ struct Pass {
 template <class F>
 Pass(int64_t, int64_t, F) -> Pass<F>;
 
-// One pass after the other over every sample: threads take whole samples if these are many and small, else rows of one.
+// Runs one pass after the other over every sample: threads take whole samples if these are many and small, else rows.
 template <class W, class... Passes>
 void run_passes(int64_t batch, const Call<W>& call, const Passes&... passes) {
   constexpr int64_t small = 256, many = 8;
@@ -324,8 +324,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlatio
   return {out, weights, inverse};
 }
 
-// What the pixels are multiplied by for their gradient: that of their products and its transpose, and on the diagonal
-// what comes through the norms.
+// The factors of the pixels for their gradient: the gradient of their products plus its transpose, and on the diagonal
+// the part that comes through the norms.
 Tensor contextual_attention_slopes(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, int64_t height,
                                    int64_t width, double scale) {
   const std::tuple<Tensor, Tensor> slopes =

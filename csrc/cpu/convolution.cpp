@@ -47,8 +47,8 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
   return s;
 }
 
-// Of an image with fewer tiles than this the sums as they are written are taken. Tiles need transformed weights, which
-// take the same time however many tiles there are: with four tiles an image, a batch of eight has gained in both
+// An image with fewer tiles than this takes the sums as they are written. Tiles need transformed weights, which take
+// the same time however many tiles there are: with four tiles an image, a batch of eight has gained in both
 // directions, while the gradient of a single image takes a third longer. The gradient of the weights needs transformed
 // sums, which take more.
 constexpr int64_t fewest_tiles = 4, fewest_tiles_of_gradient = 64;

@@ -23,7 +23,7 @@
 
 namespace pf::cpu::convolution {
 
-// Whether the processor has these instructions, and no tiles (AMX): oneDNN's convolutions by tiles are faster.
+// True if the processor has these instructions, and no tiles (AMX): oneDNN's convolutions by tiles are faster.
 inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
@@ -157,8 +157,8 @@ PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
 }
 
-// Of one row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: a zero stands for what is
-// beyond the row. Each pair is one number of 32 bits for each channel of the block.
+// From a row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: zeros stand for the pixels
+// beyond the row. Each pair is a number of 32 bits for each channel of the block.
 PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
                                 int64_t step, int64_t distance, int64_t count, uint32_t* to) {
   for (int64_t c = 0; c < block.pitch; c += 16) {

@@ -14,8 +14,8 @@ namespace pf::cpu::convolution {
 
 using Pair [[gnu::may_alias]] = int32_t;
 
-// What one tap of the kernel multiplies, or several side by side: so many pairs of numbers, of the pixels from here on
-// and of these weights.
+// The factors of one tap of the kernel, or of several side by side: pairs of numbers, of the pixels from here on and of
+// these weights.
 struct Factor {
   const uint16_t* pixels;
   const uint32_t* weights;

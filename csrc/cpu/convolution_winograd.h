@@ -45,9 +45,9 @@ struct Grid {
   }
 };
 
-// Whether tiles are faster than the sums as they are written. With few channels, and with fewer tiles than `least`,
-// most of the time would go into what is made before and after the products. With a large padding or dilation the sums
-// are short, since they leave out the zeros of the border: tiles must need less than 3/4 of their products. The answer
+// True if tiles are faster than the sums as they are written. With few channels, and with fewer tiles than `least`,
+// most of the time would go into the work before and after the products. With a large padding or dilation the sums are
+// short, since they leave out the zeros of the border: tiles must need less than 3/4 of their products. The answer
 // depends on one image alone, so that the same image has the same result in every batch.
 inline bool by_tiles(const Sizes& s, int64_t least) {
   if (s.kernel[0] != 3 || s.kernel[1] != 3 || s.stride[0] != 1 || s.stride[1] != 1) return false;
@@ -139,7 +139,7 @@ PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 
   }
 }
 
-// Of one tile B' d B at all channels, to[16][plane], `pitch` numbers each, a multiple of 16, zeros behind the channels.
+// B' d B of a tile at all channels, to[16][plane], `pitch` numbers each, a multiple of 16, zeros behind the channels.
 PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t pitch, int64_t plane, uint16_t* to) {
   for (int64_t c = 0; c < pitch; c += 16) {
     Floats d;

@@ -106,7 +106,7 @@ void scatter(const T* buffer, T* row, Planes planes, int64_t first, int64_t coun
   });
 }
 
-// What a call has beside its tensors of images.
+// The arguments of a call beside its tensors of images.
 struct Job {
   int64_t rows, n;  // n: elements of a row of x
   Planes planes;

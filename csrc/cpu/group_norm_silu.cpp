@@ -41,7 +41,7 @@ struct Affine {
   __m512 center, scale, bias;
 };
 
-// Of one group of one image: what `Affine` needs.
+// The numbers of a group of an image, for `Affine`.
 class Group {
  public:
   PF_PAIRS Group(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
@@ -91,7 +91,7 @@ class Group {
   const float* shift;
 };
 
-// What both directions read; `shift` [rows, channels], of one row or one for each image, or null.
+// The input of both directions; `shift` [rows, channels], one row or one for each image, or null.
 struct Operands {
   const uint16_t* x;
   const float *weight, *bias, *shift;

@@ -136,7 +136,7 @@ class Masks {
   }
 
   PF_INLINE int64_t size() const { return size_; }
-  // of the keys that have a neighbour `down` and `right` of them, each within -1 .. 1
+  // the mask of the keys that have a neighbour `down` and `right` of them, each within -1 .. 1
   PF_INLINE const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
   PF_INLINE const Word* every() const { return neighbour(0, 0); }
   PF_INLINE const Word* none() const { return mask(none_); }

@@ -76,7 +76,7 @@ struct Forward {
   Out* packed;
   bool streams;  // the result, which is contiguous, is too large for the caches
 
-  // What one thread needs beside it.
+  // The thread's own memory.
   struct Scratch {
     explicit Scratch(const Job& job)
         : noise(job),
@@ -206,7 +206,7 @@ struct Backward {
   const Grad* grad;
   In* result;
 
-  // What one thread needs beside it.
+  // The thread's own memory.
   struct Scratch {
     explicit Scratch(const Job& job)
         : noise(job),

@@ -14,7 +14,7 @@ int64_t size_of(ScalarType dtype) {
   return bytes;
 }
 
-// Of every pass, `stride` apart, what it owns of a row of n; zeros elsewhere. Runs are too short for calls of memcpy.
+// Writes the part of a row of n that every pass owns, `stride` apart, zeros elsewhere. Runs are too short for memcpy.
 PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __restrict__ owner, int64_t passes,
                          int64_t stride, uint16_t* __restrict__ out, int64_t n) {
   for (int64_t pass = 0; pass < passes; ++pass, out += stride) {

@@ -9,13 +9,14 @@ from .attacked_model import frozen
 from .autoattack import AutoAttack
 from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
+from .branch_and_bound import BranchAndBound, branch_and_bound
 from .carlini_wagner import CarliniWagner, carlini_wagner
 from .checkpointed_steps import checkpointed_steps
 from .deepfool import DeepFool, deepfool
 from .fab import FABT, fab_t
 from .heads import AttackersHead
 from .hop_skip_jump import HopSkipJump, hop_skip_jump
-from .pgd import FGSM, PGD, fgsm, pgd
+from .pgd import FGSM, PGD, LeavingPGD, fgsm, pgd
 from .search import GradientHealth
 from .square import Square, square
 from .stadv import StAdv, stadv
@@ -31,13 +32,16 @@ __all__ = [
     "AttackersHead",
     "AutoAttack",
     "BpdaModel",
+    "BranchAndBound",
     "CarliniWagner",
     "DeepFool",
     "GradientHealth",
     "HopSkipJump",
+    "LeavingPGD",
     "Square",
     "StAdv",
     "apgd",
+    "branch_and_bound",
     "carlini_wagner",
     "checkpointed_steps",
     "deepfool",

@@ -77,6 +77,8 @@ class AttackContext:
         fell_to: an attack that tries several targets or restarts adds to the name of each how many images fell to it.
         stood_still: an attack appends, as a tensor [], how many of its images no search came nearer to a border before
             it was given up: that they withstood it says nothing.
+        proved: an attack whose search is complete appends, as a tensor [], of how many of its images it has proved that
+            no point of the ball is misclassified.
 
     Raises:
         ValueError: a name or a count that is not allowed.
@@ -105,6 +107,7 @@ class AttackContext:
     warnings: list[str] = field(default_factory=list)
     fell_to: dict[str, int] = field(default_factory=dict)
     stood_still: list[Tensor] = field(default_factory=list)
+    proved: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_at_least_one(

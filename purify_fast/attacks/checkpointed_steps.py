@@ -3,15 +3,17 @@
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
 Plain autograd keeps the activations of all n steps. Here the x_i are kept, and each step is computed again when its
-gradient is: once more the time of a forward pass, and the memory of one step plus one x for each. Nothing is
-approximated, as by an adjoint equation or by leaving steps out.
+gradient is: once more the time of a forward pass, and the memory of one step plus one x for each. Of some steps the
+activations may be kept, as many as memory allows: these are not computed again. Nothing is approximated, as by an
+adjoint equation or by leaving steps out.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +21,15 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..speed.memory import free_memory
+
 Step = Callable[..., Tensor]
+#: Of how many steps the activations are kept: of a number, or of as many as fit into a share of the free memory.
+Keep = int | Literal["auto"]
+#: That share. The rest is for what else computes beside the steps, such as a classifier and other processes.
+SHARE = 0.25
+#: After so many steps what one of them keeps is known: a first one may do less than those that follow.
+MEASURED = 3
 
 
 def checkpointed_steps(
@@ -30,8 +40,9 @@ def checkpointed_steps(
     inputs: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
     preserve_rng_state: bool = True,
+    keep: Keep = 0,
 ) -> Tensor:
-    """``step`` applied n times, differentiable with the memory of one step.
+    """``step`` applied n times, differentiable with the memory of one step, or of as many as are kept.
 
     Args:
         step: ``step(x, i, *inputs) -> Tensor``, x the result of the step before and i from 0 to n - 1. It must give the
@@ -44,12 +55,15 @@ def checkpointed_steps(
             ``list(denoiser.parameters())``. Whatever is in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators; to
             be switched off for steps that draw none. Draws from other sources, such as NumPy's, are not repeated.
+        keep: of how many steps, the last ones, the activations are kept, so that they are not computed again; at least
+            0. "auto": of as many as fit into a quarter of the memory that is free now, which the activations of the
+            third step are measured for; those of the first three are kept in any case.
 
     Returns:
         The result of the last step. Its gradient reaches x, ``inputs`` and ``parameters``; first order.
 
     Raises:
-        ValueError: n is negative.
+        ValueError: n or keep is negative, or keep is no number and not "auto".
         RuntimeError: ``step`` writes into the x that it is given; in the backward pass, it records no gradient.
 
     Autocast is the same when a step is computed again, and so are PyTorch's function modes, which may give a step
@@ -57,13 +71,79 @@ def checkpointed_steps(
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
+    check_keep(keep)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *inputs, *parameters))
     if n == 0 or not wanted or torch.compiler.is_compiling():
         for i in range(n):
             x = step(x, i, *inputs)
         return x
-    # positional because autograd functions take no keywords
-    return _Steps.apply(step, n, preserve_rng_state, len(inputs), x, *inputs, *parameters)
+    first = 0
+    if keep == "auto":
+        counted = _Kept()
+        while first < min(n, MEASURED):
+            with counted:
+                x = _applied(step, x, first, inputs)
+            first += 1
+        keep = _room(x.device) // max(1, counted.last)
+    again = max(0, n - first - keep)
+    if again:
+        # positional because autograd functions take no keywords
+        x = _Steps.apply(step, first, again, preserve_rng_state, len(inputs), x, *inputs, *parameters)
+    for i in range(first + again, n):
+        x = _applied(step, x, i, inputs)
+    return x
+
+
+def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
+    """One step; RuntimeError if it wrote into its x."""
+    version = x._version
+    following = step(x, i, *inputs)
+    if x._version != version:
+        raise RuntimeError(f"step must leave the x that it is given as it is: step {i} wrote into it")
+    return following
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of activations that may be kept."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # a graph holds its memory for good, and the driver is not asked while it is captured
+        return 0
+    return int(SHARE * free_memory(device, None))
+
+
+def check_keep(keep: object) -> None:
+    """ValueError unless it says of how many steps the activations are kept.
+
+    Args:
+        keep: what was given for it.
+    """
+    if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps of what is computed within the block; each storage once.
+
+    Attributes:
+        last: the bytes of the last block that earlier ones did not keep, as they keep weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._count, lambda kept: kept)
+        self.seen: set[int] = set()
+        self.last = 0
+
+    def __enter__(self) -> None:
+        self.last = 0
+        super().__enter__()
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.last += storage.nbytes()
+        # a result that its own node held would never be freed
+        return tensor.detach()
 
 
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
@@ -82,19 +162,18 @@ def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Step, n: int, keep_rng: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, step: Step, first: int, n: int, keep_rng: bool, count: int, x: Tensor, *others: Tensor
+    ) -> Tensor:
         states: list[Tensor] = []
         ctx.generators, ctx.modes = [], _function_modes()
-        for i in range(n):
+        applied = partial(_recorded, step) if ctx.modes else step
+        for i in range(first, first + n):
             states.append(x)
-            version = x._version
             if keep_rng:
                 ctx.generators.append(_generators(x.device))
-            following = _recorded(step, x, i, others[:count]) if ctx.modes else step(x, i, *others[:count])
-            if x._version != version:
-                raise RuntimeError(f"step must leave the x that it is given as it is: step {i} wrote into it")
-            x = following
-        ctx.step, ctx.steps, ctx.count = step, n, count
+            x = _applied(applied, x, i, others[:count])
+        ctx.step, ctx.first, ctx.steps, ctx.count = step, first, n, count
         ctx.save_for_backward(*states, *others)
         kind = x.device.type
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
@@ -103,7 +182,7 @@ class _Steps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
+        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 6)
         for i in reversed(range(ctx.steps)):
             to_x, *parts = _gradients_of_step(ctx, i, grad)
             if to_x is not None:
@@ -112,13 +191,13 @@ class _Steps(torch.autograd.Function):
                 if part is not None:
                     before = sums[place]
                     sums[place] = part if before is None else before + part
-        return None, None, None, None, grad if ctx.needs_input_grad[4] else None, *sums
+        return *[None] * 5, grad if ctx.needs_input_grad[5] else None, *sums
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """Those of x and of each other tensor, from that of the step's result; None where none is wanted."""
+    """Those of x and of each other tensor, from that of the i-th result; None where none is wanted."""
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
-    needed = [i > 0 or ctx.needs_input_grad[4], *ctx.needs_input_grad[5:]]
+    needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
     # the parameters themselves, since the step reads them by itself
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
@@ -128,10 +207,12 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
         blocks = torch.enable_grad(), autocast, _drawing_from(ctx.generators[i : i + 1], x.device), *ctx.modes
         for block in blocks:
             stack.enter_context(block)
-        result = ctx.step(leaves[0], i, *leaves[1:])
+        result = ctx.step(leaves[0], ctx.first + i, *leaves[1:])
     if not result.requires_grad:
         if needed[0]:
-            raise RuntimeError(f"step {i} records no gradient: it detaches its result, or runs under torch.no_grad()")
+            raise RuntimeError(
+                f"step {ctx.first + i} records no gradient: it detaches its result, or runs under torch.no_grad()"
+            )
         return [None] * len(needed)
     tensors = [*leaves, *others[ctx.count :]]
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
@@ -147,7 +228,7 @@ def _function_modes() -> list[Any]:
     return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
-def _recorded(step: Step, x: Tensor, i: int, others: Sequence[Tensor]) -> Tensor:
+def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
     """A step as its gradient is computed: a mode may compute something else where gradients are recorded."""
     # the modes may change what detaches and what switches gradients on
     with torch._C.DisableTorchFunction():

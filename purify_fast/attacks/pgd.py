@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, NormName
+from .._validation import AtLeast0, Count, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
@@ -75,7 +75,14 @@ class Ascent:
 
 
 def ascend(
-    objective: Objective, ball: Ball, state: State, *, steps: int, first: int = 0, density: float | None = None
+    objective: Objective,
+    ball: Ball,
+    state: State,
+    *,
+    steps: int,
+    first: int = 0,
+    end: int | None = None,
+    density: float | None = None,
 ) -> State:
     """Take the steps of PGD.
 
@@ -86,11 +93,13 @@ def ascend(
             eps to a hundredth of it.
         steps: how many steps the whole attack has.
         first: the step to begin with, from 0.
+        end: the step before which to stop; None: after the last.
         density: of "l1", the share of the coordinates that move; None: it falls.
 
     Returns:
-        The state after the last step.
+        The state after the last step that was taken.
     """
+    end = steps if end is None else end
     share = density_at(ball.norm, first, steps) if density is None else density
     changes = ball.norm == "l1" and density is None and steps - first > 1
     ascent = Ascent(objective, ball, None if changes else share)
@@ -98,8 +107,8 @@ def ascend(
     state = {"alpha": ball.eps, **state, "eps": ball.eps}
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
-    loop = begin_steps(objective.graphs, ascent, state, steps - first)
-    for i in range(first, steps):
+    loop = begin_steps(objective.graphs, ascent, state, end - first)
+    for i in range(first, end):
         if falls:
             loop.put(alpha=ball.eps * fall(i, steps))
         loop.take()
@@ -161,11 +170,73 @@ class PGD(RestartedAttack, BallAttack):
             begin: State = {"point": point, "x": x, "y": y, **search.memory}
             if alpha is not None:
                 begin["alpha"] = alpha
-            last = ascend(objective, ball, begin, steps=steps)
+            last = self.climbed(objective, ball, begin, steps, context)
             search.recall(last, steps)
             return search.result(x, last["point"])
 
         return self.worst(attack, target, x, y, context)
+
+    def climbed(self, objective: Objective, ball: Ball, begin: State, steps: int, context: AttackContext) -> State:
+        """The state after the steps of one run, from the one in which it begins."""
+        return ascend(objective, ball, begin, steps=steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeavingPGD(PGD):
+    """PGD that an image leaves once all draws of a step were misclassified; its best point is then one of such a step.
+
+    The draws of a step are fresh: none has decided where the point lies. So twenty of them that are all wrong are
+    twenty independent predictions.
+
+    Args:
+        look_every: after so many steps is looked which images leave.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    look_every: Count = 20
+
+    def __post_init__(self) -> None:
+        if not self.keep_best:
+            raise ValueError("keep_best must be True: an image leaves with its best point, got False")
+        super().__post_init__()
+
+    def revision(self) -> str:
+        return f"{super().revision()}, leaving 1"
+
+    def climbed(self, objective: Objective, ball: Ball, begin: State, steps: int, context: AttackContext) -> State:
+        whole, state = begin, begin
+        index = torch.arange(len(begin["y"]), device=begin["y"].device)
+        for first in range(0, steps, self.look_every):
+            end = min(steps, first + self.look_every)
+            state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
+            # what a loop chooses by itself, such as the length of a step, the next one chooses again
+            state = {name: state[name] for name in begin}
+            whole = {name: _put(name, whole[name], index, value) for name, value in state.items()}
+            stay = (state["best_score"][0] < 1).nonzero()[:, 0]
+            if context.health is not None:
+                # what has left takes no further gradients
+                context.health.add(gradients=(len(stay) - len(index)) * (steps - end))
+            if not len(stay):
+                break
+            index, state = index[stay], {name: _taken(name, value, stay) for name, value in state.items()}
+        return whole
+
+
+def _dim(name: str, value: Tensor) -> int | None:
+    """Along which dimension a tensor of a run's state has the images; None: it is of all of them together."""
+    return None if value.dim() == 0 else 1 if name == "best_score" else 0
+
+
+def _taken(name: str, value: Tensor, index: Tensor) -> Tensor:
+    dim = _dim(name, value)
+    return value if dim is None else value.index_select(dim, index)
+
+
+def _put(name: str, whole: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    dim = _dim(name, value)
+    return value if dim is None else whole.index_copy(dim, index, value)
 
 
 def pgd(

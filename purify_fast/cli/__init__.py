@@ -1,7 +1,7 @@
 """The command line: ``purify-fast demo | train ... | recipe | ablate | evaluate | check | plan | report | zoo | ...``.
 
-PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
-each command imports what computes when it runs.
+PyTorch takes 1.8 seconds to import. The options are read without it, so that help and refusals come at once: each
+command imports PyTorch when it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._version import __version__
 from .check import Check
 from .command import Command, usable_device
 from .evaluate import Evaluate
-from .parsing import Refused, cli, overlays, parse
+from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
 from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import Ablate, TrainArrest, TrainClassifier
@@ -57,24 +57,24 @@ def _read(arguments: list[str]) -> Command:
         if name in _KINDS:
             return parse(_KINDS[name], arguments[length:])
     # --version prints and exits
-    overlays().parse_known_args(arguments)
-    # no command, or none of this name: the parser of all of them says which there are
+    early_options().parse_known_args(arguments)
+    # no command, or no command of this name: the parser of all commands lists them
     trains = {name.split()[1]: kind for name, kind in _KINDS.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence on one; by torchrun on several GPUs or processors."}
     train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
     top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
     if arguments in ([], ["-h"], ["--help"]):
-        # without their options, whose reading takes as long as all the rest
+        # leave out their options: reading these takes as long as all the rest
         top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
     described = "Adversarial purification: train, attack and judge defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
 def _run(arguments: list[str]) -> int:
-    # as torchrun says it
+    # torchrun sets the variable
     several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
-        # a model of the user's own adds its folder for as long as the command runs
+        # a model of the user's own adds its folder to the path for as long as the command runs
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
         if several > 1:
             from ..training.distributed import torchrun_group
@@ -83,7 +83,7 @@ def _run(arguments: list[str]) -> int:
         command = _read(arguments)
         if several > 1 and not isinstance(command, (Training, Evaluate)):
             raise ValueError(
-                f"only train and evaluate are shared by several processes, here {several}: run this in one"
+                f"only train and evaluate can run in several processes, got {several}: run this command in one process"
             )
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device
@@ -97,14 +97,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _rank() -> int:
-    """The number of this process among several, as torchrun says it."""
+    """The number of this process among several, which torchrun sets."""
     return int(os.environ.get("RANK") or 0)
 
 
 def _bug(error: Exception) -> int:
     """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
     traceback.print_exc()
-    # loaded where a model of the user's own was
+    # this module loaded the model of the user's own
     own = sys.modules.get("purify_fast.models.foreign")
     whose = "package" if own is None else own.raised_in(error)
     texts = {
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         model of the user's own.
     """
     if (own := sys.modules.get("purify_fast.models.foreign")) is not None:
-        # models of an earlier command in this process have no part in this one's errors
+        # models of an earlier command in this process do not count
         own.forget_imported()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        # of several processes, another than the first speaks only of an error of its own
+        # Ranks above 0 reach this only with an error of their own, so the message names the rank.
         rank = _rank()
         # stderr may be a file on a full disk, or closed
         with contextlib.suppress(OSError, ValueError):
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not ran_out_of_memory(error):
             return _bug(error)
         print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
-              "give a smaller --batch-size, of `evaluate` --batch-size auto", file=sys.stderr)  # fmt: skip
+              "give a smaller --batch-size; `evaluate` also takes --batch-size auto", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)

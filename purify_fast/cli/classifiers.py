@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
 
-#: What stands before the name of a model of `purify_fast.zoo` where a folder may stand as well.
+#: This prefix marks a model of `purify_fast.zoo` where a folder may stand as well.
 ZOO = "zoo:"
 
 
@@ -21,7 +21,7 @@ def zoo_name(folder: str | Path) -> str | None:
 
 
 def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
-    """Where a saved model is, or the classifier of a saved defence: in a folder, or in the zoo.
+    """Return the folder of a saved model, or of the classifier of a saved defence; ``zoo:NAME`` names one of the zoo.
 
     Raises:
         ValueError: the zoo has no such model.
@@ -35,24 +35,24 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
 
 
 def is_named(classifier: str) -> bool:
-    """Whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, and no saved model."""
+    """Tell whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, not a saved model."""
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
 def is_of_library(spec: str) -> bool:
-    """Whether this names a network of torchvision or timm."""
+    """Tell whether this names a network of torchvision or timm."""
     from ..models.foreign import LIBRARIES
 
     return spec.partition(":")[0] in LIBRARIES
 
 
 def own_model(spec: str, images: DataSet) -> nn.Module:
-    """What the user's function returns, ``package.module:function`` or ``path/to/file.py:function``.
+    """Call the user's function, ``package.module:function`` or ``path/to/file.py:function``, and return its module.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ModuleNotFoundError: the module is not installed.
-        ValueError: no function that returns a module, or one that does not run on the images.
+        ValueError: the function does not return a module, or the module does not run on the images.
     """
     from ..models.foreign import check_library_name, made_by
 
@@ -66,11 +66,11 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
 
 
 def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Module:
-    """A network by name, with fresh weights or given ones.
+    """Build a network by its name, with fresh weights or given weights.
 
     Raises:
         FileNotFoundError: the weights are not there.
-        ValueError: there is no such network, the weights are broken, or it does not run on the images.
+        ValueError: no network has this name, the weights are broken, or the network does not run on the images.
     """
     from ..data import statistics
     from ..models.foreign import build_foreign
@@ -93,7 +93,10 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     text = str(classifier)
     if not is_named(text):
         if weights is not None:
-            raise ValueError(f"--classifier-weights {weights}: the folder {classifier} brings its own")
+            raise ValueError(
+                f"--classifier-weights is for a classifier by name, got {weights}: the folder {classifier} holds its "
+                "weights, leave the option out"
+            )
         saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
         refuse_other_images(saved, images, f"the classifier in {classifier}")
         return saved
@@ -141,7 +144,7 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         hint = f"; --size {shape[1]} {shape[2]} resizes the images" if shape[0] == images.image_shape[0] else ""
         raise ValueError(f"images are {_size(images.image_shape)}, {what} was trained on {_size(shape)}{hint}")
     if images.num_classes > classes:
-        raise ValueError(f"images are of {images.num_classes} classes, {what} knows {classes}")
+        raise ValueError(f"images have {images.num_classes} classes, {what} knows {classes}")
 
 
 def _size(size: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the commands have in common: options as the fields of a dataclass, the images, and the device."""
+"""The parts that the commands share: options as the fields of a dataclass, the images, and the device."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Command(ABC):
         """Do what the command is for; the exit status, None for 0."""
 
     def writes(self) -> Path | None:
-        """The folder that the command writes, in which no other run may write meanwhile; None for none."""
+        """The folder that the command writes, in which no other run may write meanwhile; None if it writes none."""
         return getattr(self, "out", None)
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         """Options that have no meaning beside others of this command, and the error for whoever gives one of them.
 
         ``{given}`` in an error stands for the names of those that were given.
@@ -111,7 +111,7 @@ class DataCommand(Command):
 
 
 def usable_device(name: str) -> str:
-    """The device that an option names: "cuda" or "cpu" for "auto", any other as it is.
+    """The device that an option names: "auto" becomes "cuda" or "cpu", other names stay.
 
     Raises:
         ValueError: no such device, or none on this machine.

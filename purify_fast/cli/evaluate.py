@@ -120,9 +120,9 @@ class Evaluate(DataCommand, Purification):
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
-            raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
+            raise ValueError(f"--official FOLDER and --recipe need each other: give both; recipe is one of {names}")
         if self.classifier_weights is not None and self.official is None:
-            raise ValueError("--classifier-weights is the classifier of a published system: it needs --official")
+            raise ValueError("--classifier-weights names the classifier of a published system: give --official too")
 
     @property
     def own(self) -> str | None:
@@ -135,10 +135,10 @@ class Evaluate(DataCommand, Purification):
         return zoo_name(self.folder) if self.official is None else None
 
     def writes(self) -> None:
-        """Nothing before the model is loaded: of one that is not there no folder is made."""
+        """Nothing before the model is loaded, so that a missing model leaves no folder."""
 
     def report_folder(self) -> Path:
-        """Where the report goes."""
+        """The folder of the report."""
         if self.out is not None:
             return self.out
         if self.own is not None:
@@ -148,14 +148,14 @@ class Evaluate(DataCommand, Purification):
         return place / "evaluation"
 
     def title(self) -> str:
-        """How the model is called in the report."""
+        """The model's name in the report."""
         if self.recipe is not None:
             return f"CARSO, its authors' weights, {self.recipe}"
         if self.own is None:
             return self.of_zoo or self.folder.name
         source, _, function = self.own.rpartition(":")
         if source.endswith(".py"):
-            # the place is taken from the working folder, so that both may be moved together
+            # relative to the working folder, so that both may be moved together
             file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
             source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
         return f"{source}.{function}"
@@ -190,7 +190,7 @@ class Evaluate(DataCommand, Purification):
         return ball_of_run(self.folder)
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
-        """What is attacked, and the classifier without its defence, if it is one."""
+        """The attacked model, and the classifier without its defence if the model is a defence."""
         from ..methods.loading import load_defence
         from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
@@ -204,7 +204,9 @@ class Evaluate(DataCommand, Purification):
             return model, base
         if self.classifier is not None or self.process() is not None:
             options = "--classifier, --t-star, --denoising-steps and --solver"
-            raise ValueError(f"{options} are of a saved purifier: {self.own or self.official or self.folder} is none")
+            raise ValueError(
+                f"{options} need a saved purifier, and {self.own or self.official or self.folder} is not one"
+            )
         if self.own is not None:
             return own_model(self.own, images), None
         if self.recipe is not None:
@@ -216,7 +218,7 @@ class Evaluate(DataCommand, Purification):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
-        """The same in the precision that was asked for, but for TF32, which is a setting of PyTorch."""
+        """The models of `loaded` in the requested precision, except TF32, which is a setting of PyTorch."""
         import torch
 
         from ..defences.base import Defence
@@ -224,7 +226,7 @@ class Evaluate(DataCommand, Purification):
         model, base = self.loaded(images)
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
-                raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
+                raise ValueError(f"precision bfloat16 is for defences of this package, and {self.folder} is not one")
             model.accelerate(torch.bfloat16)
         return model, base
 
@@ -277,7 +279,7 @@ class Evaluate(DataCommand, Purification):
         out, (eps, norm) = self.report_folder(), self.ball()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
-            # at once, and in the report: an evaluation may take hours
+            # say it now and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
         options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
         options |= {

@@ -1,4 +1,4 @@
-"""What is installed, what was built, and which backend serves each op: ``purify-fast info``."""
+"""``purify-fast info``: the installed versions, the extension's build, and the backend that serves each op."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
-    """What setup.py recorded beside an extension; empty if there is no record."""
+    """The record that setup.py wrote beside an extension; empty if there is none."""
     # without an extension there is no path
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads(Path(extension or "").with_name("_build.json").read_text())
@@ -31,7 +31,7 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
 
 
 def _triton() -> str:
-    """Its version, and what it lacks to build kernels."""
+    """Triton's version, and the parts that it lacks to build kernels."""
     try:
         version, lacking = importlib.metadata.version("triton"), cache.missing_compiler()
     except importlib.metadata.PackageNotFoundError:
@@ -48,7 +48,7 @@ def _devices() -> dict[str, torch.device]:
 
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
-    """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
+    """The backends that serve an op in a style on a device, and the reasons; nothing is verified."""
     raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
 
 
 def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
-    """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
+    """The backends that serve an op in eager calls and inside graphs, and the reasons; nothing is verified."""
     try:
         forced = op.forced(kind)
     except RuntimeError as error:
@@ -85,13 +85,13 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 
 
 def _verdicts(kind: str) -> dict[str, Verdict]:
-    """What is known of the kernels on this machine's device of a kind, by op."""
+    """The known verdicts on the kernels of this machine's device of a kind, by op."""
     device = _devices().get(kind)
     return {} if device is None else by_op(known_verdicts(REGISTRY, device))
 
 
 def _served(kind: str) -> str:
-    """How many ops kernels serve in eager calls, which do not run, and which kernels are wrong, in a sentence."""
+    """A sentence that counts the ops which kernels serve in eager calls, and names the kernels that are wrong."""
     verdicts = _verdicts(kind)
     eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
     served = f"kernels serve {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
@@ -107,7 +107,7 @@ def _served(kind: str) -> str:
 
 
 def _raced(kind: str) -> str:
-    """What is known of races on this machine's device of a kind, in a sentence."""
+    """A sentence about the races that were run on this machine's device of a kind."""
     device = _devices().get(kind)
     if device is None:
         return "GPU kernels are verified on your card at first use; they have not yet been raced on one"
@@ -128,7 +128,7 @@ def _raced(kind: str) -> str:
 
 
 def info(everything: bool) -> str:
-    """Versions, the devices, how many ops kernels serve there, and what is wrong, in a few lines.
+    """A few lines with the versions, the devices, the number of ops that kernels serve there, and wrong kernels.
 
     Everything is also the build, the environment, and the table op x backend.
     """

@@ -38,7 +38,7 @@ MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
 class Refused(Exception):
-    """A configuration does not accept its values. No ValueError: the parser would wrap that in words of its own."""
+    """A configuration does not accept its values. It is not a ValueError, which the parser would rephrase."""
 
 
 def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -74,15 +74,15 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-class _Asked:
-    """Marks a type whose rule is being looked up: the rule below stands aside then, and tyro's own is found."""
+class _InTyroLookup:
+    """Marks a type whose rule is being looked up: the rule below then steps aside for tyro's own rule."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:
     """The rule for dataclasses: built as tyro does, but a ValueError becomes `Refused`."""
-    if _Asked in info.markers or not dataclasses.is_dataclass(info.type):
+    if _InTyroLookup in info.markers or not dataclasses.is_dataclass(info.type):
         return None
-    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _Asked)))
+    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _InTyroLookup)))
     if not isinstance(spec, StructConstructorSpec):
         return None
     build = spec.instantiate
@@ -111,7 +111,7 @@ def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
     return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
 
 
-def overlays() -> argparse.ArgumentParser:
+def early_options() -> argparse.ArgumentParser:
     """Reads --version and the options that decide the defaults of the others, and leaves everything else."""
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
@@ -127,9 +127,9 @@ def _names(arguments: list[str]) -> set[str]:
     return flags | {name.removeprefix("no_") for name in flags}
 
 
-def _refuse_superseded(command: Command, given: set[str]) -> None:
+def _refuse_ignored(command: Command, given: set[str]) -> None:
     """ValueError if one of the given options has no meaning beside another one of the command's."""
-    for names, message in command.superseded().items():
+    for names, message in command.ignored_beside().items():
         if odd := [name for name in names if name in given]:
             raise ValueError(message.format(given=", ".join(odd)))
 
@@ -141,13 +141,13 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         ValueError: a recipe or a file that cannot be used, or options that do not go together.
         OSError: the file cannot be read.
         Refused: a configuration does not accept a value.
-        SystemExit: words that are no options or values of this command, or ``--help``.
+        SystemExit: a word is no option or value of this command, or ``--help`` was given.
     """
     prog = f"purify-fast {kind.called}"
-    path = overlays().parse_known_args(arguments)[0].config
+    path = early_options().parse_known_args(arguments)[0].config
     in_file = {} if path is None else run_file.options_of(path, kind)
     file_words = run_file.words(in_file, kind)
-    chosen = overlays().parse_known_args(file_words + arguments)[0]
+    chosen = early_options().parse_known_args(file_words + arguments)[0]
     default: dict[str, Any] = {}
     if chosen.recipe not in (None, "None"):
         if issubclass(kind, FollowsRecipe):
@@ -157,7 +157,7 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
             arguments = ["--data", chosen.recipe, *arguments]
     if file_words:
         default = {"default": cli(kind, file_words, prog=f"{prog} --config {path}", **default)}
-        _refuse_superseded(default["default"], set(in_file))
+        _refuse_ignored(default["default"], set(in_file))
     command = cli(kind, arguments, prog=prog, **default)
-    _refuse_superseded(command, _names(arguments))
+    _refuse_ignored(command, _names(arguments))
     return command

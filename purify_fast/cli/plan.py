@@ -1,4 +1,4 @@
-"""``purify-fast plan``: what a long run will take, before it begins."""
+"""``purify-fast plan``: the cost of a long run, before it begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan(Command):
-    """What a training or an evaluation will take: its time, its memory, and what it asks of the device.
+    """Predict what a training or an evaluation will take: its time, its memory, and what it asks of the device.
 
     Its words go before those of the run: purify-fast plan --device h100 train carso --data mnist --epochs 20 ...
 
@@ -40,9 +40,9 @@ class Plan(Command):
     def run(self) -> None:
         command = self.run_planned
         if not isinstance(command, (Training, Evaluate)):
-            raise ValueError("plan is of a training or an evaluation: purify-fast plan train ... or plan evaluate ...")
+            raise ValueError("plan needs a command: purify-fast plan train ... or purify-fast plan evaluate ...")
         if self.device == "cpu" and self.gpus > 1:
-            raise ValueError(f"--gpus {self.gpus} goes with --device h100, h200 or a100")
+            raise ValueError(f"--gpus above 1 needs --device h100, h200 or a100, got --gpus {self.gpus} for the CPU")
         gpu = None if self.device == "cpu" else self.device
         if isinstance(command, Training):
             planned = of_training(command, gpu, self.gpus)
@@ -68,19 +68,21 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
 
 
 def of_training(command: Training, gpu: str | None, gpus: int) -> Forecast:
-    """What a command that trains will take."""
+    """The forecast for a command that trains."""
     from ..training.forecast import forecast
 
     if isinstance(command, OnClassifier) and command.classifier is None:
-        raise ValueError("plan needs --classifier, a trained one: what trains it is a run of its own")
-    # what is modelled for a GPU is counted on the CPU
+        raise ValueError(
+            "plan train ... needs --classifier FOLDER: train the classifier first, and plan that by itself"
+        )
+    # a run on a GPU is modelled by counting it on the CPU
     command = replace(command, device="cpu")
     images = command.load_data()
     return forecast(command.task(images), images.x_train, images.y_train, command.loop, gpu=gpu, gpus=gpus)
 
 
 def of_evaluation(command: Evaluate, gpu: str | None, gpus: int) -> Forecast:
-    """What a command that evaluates will take."""
+    """The forecast for a command that evaluates."""
     from ..evaluation import evaluate
     from ..evaluation.forecast import forecast
 

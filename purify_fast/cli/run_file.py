@@ -45,7 +45,7 @@ def values(command: Any) -> dict[str, Any]:
 
 def run_file(command: Command) -> str:
     """The text of a run's file."""
-    left_out = {name for names in command.superseded() for name in names}
+    left_out = {name for names in command.ignored_beside() for name in names}
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
@@ -75,7 +75,7 @@ def write_run_file(command: Command, folder: Path) -> None:
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm that a run trained at; None if nothing says so, or the run was on clean images.
+    """The radius and the norm that a run trained at; None if no file names them, or the run trained on clean images.
 
     Raises:
         ValueError: the run's file or checkpoint is damaged.
@@ -83,7 +83,7 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
     if (folder / RUN_FILE).is_file():
         options = read_run_file(folder / RUN_FILE)
     else:
-        # a training that was begun in Python has a checkpoint alone
+        # a training that was begun in Python has only a checkpoint
         from ..training.checkpoint import last_checkpoint
 
         options = (last_checkpoint(folder) or {"facts": {}})["facts"]
@@ -92,7 +92,7 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The table in a run's file, or in one written by hand; ValueError if it is no YAML, or no table."""
+    """Read the table in a run's file, or in a file written by hand; ValueError if it is not YAML, or not a table."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -104,7 +104,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
-    """The options in a file, if they are a command's.
+    """Read the options of a command from a file.
 
     Raises:
         OSError: the file cannot be read.
@@ -115,7 +115,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     options.pop("version", None)
     command = options.pop("command", name)
     if command != name:
-        raise ValueError(f"--config {path} is of `purify-fast {command}`, not of `purify-fast {name}`")
+        raise ValueError(f"--config {path} was written by `purify-fast {command}`; this is `purify-fast {name}`")
     return options
 
 

@@ -121,7 +121,7 @@ class Zoo(Command):
 
 @dataclass(frozen=True)
 class Info(Command):
-    """Print versions, what was built, and how many ops kernels serve; with --all which one serves which op, and why.
+    """Print versions, the build, and how many ops kernels serve; --all adds the kernel of each op, and why it serves.
 
     Args:
         all: Whether to print everything: the build, the environment, and for each op who serves it and why.

@@ -41,7 +41,7 @@ class FreshClassifier(DataCommand):
     activation: Literal["silu", "relu"] | None = None
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device; ValueError for one, or for a size of it, that there is not."""
+        """The classifier, on the images' device; ValueError if there is no such classifier or size."""
         from ..data import statistics
         from ..models.classifiers import build_classifier
 
@@ -49,7 +49,9 @@ class FreshClassifier(DataCommand):
         if is_named(self.model):
             for name, value in sizes.items():
                 if value is not None:
-                    raise ValueError(f"--{name} {value}: the size of {self.model} is in its name")
+                    raise ValueError(
+                        f"--{name} is for networks of this package, got {value}: {self.model} has a fixed size"
+                    )
             return named_classifier(self.model, None, images)
         mean, std = statistics(images.x_train)
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
@@ -61,13 +63,13 @@ class ResultsInClassifier(Training):
     """A command that trains a classifier."""
 
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save the classifier, and print how it does on the held-out images."""
+        """Save the classifier, and print its accuracy on the held-out images."""
         from ..evaluation import evaluate
         from ..training import save_classifier
 
         save_classifier(trained, self.out)
         x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
-        # of several processes the first one alone is here
+        # only the first of several processes is here
         report = evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name, together=False)
         print(report.to_text())
 
@@ -118,18 +120,18 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
-            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+            raise ValueError("--keep-teacher needs images that are not augmented: leave out --padding and --flip")
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         network = recipe.part("classifier")
         return {"model": network.pop("name"), **network}
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.classifier is None:
-            return super().superseded()
+            return super().ignored_beside()
         message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
-        return super().superseded() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+        return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
 
     def task(self, images: DataSet) -> Task:
         from .._process import processes
@@ -154,7 +156,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model, folder = self.fresh(images), self.out / "standard"
-        # layers that are not there are refused before anything is trained
+        # refuse missing layers before anything is trained
         Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
         task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
         fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
@@ -163,7 +165,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         return model
 
     def refuse_another_run(self) -> None:
-        """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
+        """ValueError if OUT holds another run; this is checked before the standard classifier is trained."""
         from ..training.checkpoint import last_checkpoint
         from ..training.config import settings
         from ..training.run import loop_facts, refuse_another

@@ -26,11 +26,11 @@ class Purification(Command):
     """A command that purifies by diffusion.
 
     Args:
-        t_star: Of a diffusion purifier: the time up to which it adds noise, as a share of the process; several for as
-            many rounds. Default: what was saved, or 0.1.
-        denoising_steps: Of a diffusion purifier: the solver's steps back from t*, one number or one for each round;
-            default: what was saved, or every training step.
-        solver: Of a diffusion purifier: how it goes back. Default: what was saved, or ddpm.
+        t_star: For a diffusion purifier, the time up to which it adds noise, as a share of the process; several numbers
+            for as many rounds. Default: the saved time, or 0.1.
+        denoising_steps: For a diffusion purifier, the solver's steps back from t*, one number or one for each round.
+            Default: the saved number, or every training step.
+        solver: For a diffusion purifier, the way back. Default: the saved solver, or ddpm.
     """
 
     t_star: tuple[float, ...] = ()
@@ -38,7 +38,7 @@ class Purification(Command):
     solver: Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"] | None = None
 
     def process(self) -> dict[str, Any] | None:
-        """What was given, as fields of `purify_fast.methods.diffusion.Process`; None for nothing."""
+        """The given options as fields of `purify_fast.methods.diffusion.Process`; None if there are none."""
         times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
         given = {"t_star": times, "steps": steps, "solver": self.solver}
         return {name: value for name, value in given.items() if value not in ((), None)} or None
@@ -73,11 +73,11 @@ class TrainDiffusion(OnClassifier, Purification):
         if self.method.attack.eps > 0 and None in (self.init, self.classifier):
             raise ValueError("--eps above 0 trains through the purification: give --init and --classifier")
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.method.attack.eps == 0:
-            message = "{given}: of the training through the purification, which an --eps above 0 turns on"
+            message = "{given} needs an --eps above 0, which trains through the purification"
             return {("init", "classifier", "classifier_weights", "denoising_weight", *_PROCESS): message}
-        return {(*_NETWORK, "noise_schedule", "prediction"): f"--init {self.init} brings its own; leave out {{given}}"}
+        return {(*_NETWORK, "noise_schedule", "prediction"): f"--init {self.init} sets {{given}}: leave it out"}
 
     def task(self, images: DataSet) -> Task:
         import torch
@@ -96,7 +96,7 @@ class TrainDiffusion(OnClassifier, Purification):
         from .._tensors import weights_fingerprint
         from ..methods.diffusion import DiffusionPurifier, PurificationTask
 
-        # given, by `__post_init__`
+        # `__post_init__` has checked that it is given
         assert self.init is not None and self.classifier is not None
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)

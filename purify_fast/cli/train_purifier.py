@@ -52,7 +52,7 @@ class TrainPurifier(OnClassifier):
         task = self.task_on(classifier, images)
         if images.image_shape != task.defence.image_shape:
             raise ValueError(
-                f"--data {self.data}: its images are {images.image_shape}, the purifier's {task.defence.image_shape}"
+                f"--data {self.data} has images of {images.image_shape}, the purifier needs {task.defence.image_shape}"
             )
         return task
 
@@ -82,11 +82,11 @@ class KeepsAttacks(Training):
     bank_folder: Path | None = None
     bank_gigabytes: Positive = 20.0
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.bank is not None:
-            return super().superseded()
+            return super().ignored_beside()
         names = ("bank_refresh", "bank_folder", "bank_gigabytes")
-        return super().superseded() | {names: "{given} goes with --bank, the number of variants that are kept"}
+        return super().ignored_beside() | {names: "{given} needs --bank, the number of variants that are kept"}
 
     def bank_config(self) -> BankConfig | None:
         from ..training import BankConfig
@@ -101,7 +101,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        init: A saved CARSO to start from, as when fine-tuning through the pipeline; it brings its sizes.
+        init: A saved CARSO to start from, as when fine-tuning through the pipeline; it sets the sizes.
         layers: Modules of the classifier whose outputs form the representation; the default is for small_cnn.
         cond_dim: Numbers of the condition that the representation is compressed to.
         latent_dim: Numbers of the latent that is drawn for each sample.
@@ -126,13 +126,13 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         return {name: recipe[f"defence.{name}"] for name in _SIZES if name != "decoder_width"}
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.recipe is not None:
-            message = "--recipe brings its own purifier: leave out --init and --decoder-width"
-            return super().superseded() | {("init", "decoder_width"): message}
+            message = "--recipe sets the purifier: leave out --init and --decoder-width"
+            return super().ignored_beside() | {("init", "decoder_width"): message}
         if self.init is not None:
-            return super().superseded() | {_SIZES: f"--init {self.init} brings its own sizes; leave out {{given}}"}
-        return super().superseded()
+            return super().ignored_beside() | {_SIZES: f"--init {self.init} sets the sizes: leave out {{given}}"}
+        return super().ignored_beside()
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._tensors import weights_fingerprint
@@ -149,8 +149,8 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
             return CarsoTask(self.published().defence(classifier, **sizes), self.method)
         except ValueError as error:
             raise ValueError(
-                f"{error}. --recipe {self.recipe} is for its own data and classifier: name layers of your classifier "
-                f"with --layers; for other classes {self.without_recipe()}"
+                f"{error}. --recipe {self.recipe} names layers of its own classifier: name layers of yours with "
+                f"--layers; for other classes {self.without_recipe()}"
             ) from error
 
 
@@ -201,14 +201,17 @@ class TrainGenerator(TrainPurifier):
         if self.weights is None:
             purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
         elif self.purifier != "deepfill" or self.width is not None or self.residual:
-            raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
+            raise ValueError(
+                "--weights needs --purifier deepfill without --width and --residual, which the weights set, got "
+                f"--weights {self.weights}"
+            )
         else:
             purifier = DeepFillGenerator.from_official(self.weights)
         origin = "scratch" if self.weights is None else weights_fingerprint(purifier)
         return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
 
     def transform_options(self) -> dict[str, Any]:
-        """How images are transformed, as `Atop` takes it."""
+        """The options that transform images, by their names in `Atop`."""
         return {name: getattr(self, name) for name in _TRANSFORM}
 
 
@@ -217,8 +220,8 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
     """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
 
     Args:
-        init: A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from
-            scratch.
+        init: A folder that `train generator` or `train atop` wrote; it sets the network and the transform. None: train
+            from scratch.
     """
 
     called: ClassVar[str] = "train atop"
@@ -234,14 +237,14 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code)
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.init is None:
-            return super().superseded()
+            return super().ignored_beside()
         message = (
-            f"--init {self.init} brings its own network and transform; leave out {{given}}, or start from scratch with "
+            f"--init {self.init} sets the network and the transform: leave out {{given}}, or start from scratch with "
             "--init None"
         )
-        return super().superseded() | {_NETWORK + _TRANSFORM: message}
+        return super().ignored_beside() | {_NETWORK + _TRANSFORM: message}
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
@@ -249,10 +252,10 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
-        # pre-training saw no classifier, so that another than the saved one is as good
+        # pre-training saw no classifier: any other classifier is as good as the saved one
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
-            # the recipe says how images are transformed, the folder brings the purifier alone
+            # the recipe sets the transform, and the folder only the purifier
             defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
 
@@ -271,16 +274,16 @@ def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **opti
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
-    """Tell that a defence is trained at another radius or norm than its classifier was.
+    """Print a note if a defence is trained at another radius or norm than its classifier was.
 
-    Nothing is told of a classifier by name, of one that was trained on clean images, or where no file says it.
+    There is no note for a classifier by name, for one that was trained on clean images, or if no file names its radius.
     """
     if is_named(classifier):
         return
     try:
         ball = ball_of_run(saved_folder(classifier))
     except ValueError:
-        # damaged options of the classifier's run keep nobody from training on it
+        # one can train on a classifier whose options are damaged
         return
     if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
         return

@@ -1,4 +1,4 @@
-"""What the commands that train have in common."""
+"""The parts that the commands which train share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Training(DataCommand):
     """A command that trains.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and what was trained.
+        out: The folder of the run, with its checkpoint, log, options and the trained model.
     """
 
     out: Path = Path("runs")
@@ -34,14 +34,14 @@ class Training(DataCommand):
 
     @abstractmethod
     def task(self, images: DataSet) -> Task:
-        """What is trained, with the weights that it starts from."""
+        """The training, with the weights that it starts from."""
 
     @abstractmethod
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save what the training results in."""
+        """Save the trained model."""
 
     def bank_config(self) -> BankConfig | None:
-        """How the training's adversarial images are kept; None for a training that keeps none."""
+        """The settings of the bank of adversarial images; None for a training without one."""
         return None
 
     def run(self) -> None:
@@ -53,7 +53,7 @@ class Training(DataCommand):
             write_run_file(self, self.out)
 
         class Begun(Callback):
-            """Writes the options as soon as the training has begun, and not before what would refuse it."""
+            """Writes the options once the training has begun, after every check that could refuse it."""
 
             def on_step(self, state: TrainingState) -> None:
                 write_once()
@@ -78,8 +78,8 @@ class FollowsRecipe(Training):
     Args:
         recipe: A published training of this method, such as `purify-fast recipe` lists; its numbers become this
             command's defaults.
-        official_code: With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast
-            recipe NAME` says where.
+        official_code: With --recipe: repeat what its code does where that is surely not what it means to do;
+            `purify-fast recipe NAME` names the places.
     """
 
     #: the method's name
@@ -104,16 +104,16 @@ class FollowsRecipe(Training):
         """The method's own options that a recipe sets."""
 
     def published(self) -> Any:
-        """The recipe that is followed; None for none."""
+        """The recipe that is followed; None without one."""
         from ..methods.recipes import recipe
 
         return None if self.recipe is None else recipe(self.recipe, self.of)
 
-    def superseded(self) -> dict[tuple[str, ...], str]:
-        return {("official_code",): "--official-code is of a --recipe: name one"} if self.recipe is None else {}
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+        return {("official_code",): "--official-code needs --recipe NAME"} if self.recipe is None else {}
 
     def without_recipe(self) -> str:
-        """How to train on other data than the recipe's, as the end of an error."""
+        """The end of an error: how to train on data other than the recipe's."""
         listed = f"`purify-fast recipe {self.published().name}` lists them"
         return f"leave out --recipe and give its numbers as options ({listed})"
 
@@ -121,7 +121,7 @@ class FollowsRecipe(Training):
         images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
             raise ValueError(
-                f"--recipe {recipe.name} is for images of shape {recipe.image_shape}; --data {self.data} has "
+                f"--recipe {recipe.name} needs images of shape {recipe.image_shape}; --data {self.data} has "
                 f"{images.image_shape}: resize them with --size, or {self.without_recipe()}"
             )
         return images

@@ -81,7 +81,7 @@ class Tune(Command):
 
 
 def text(tuned: Tuned) -> str:
-    """What the command prints of the races that were run."""
+    """The text that the command prints about the races that were run."""
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 

@@ -21,7 +21,7 @@ from .streaming import ResizedImages, StreamedImages
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-#: What happens to an image that cannot be decoded.
+#: The treatment of an image that cannot be decoded.
 OnBadImage = Literal["refuse", "skip"]
 #: When the images of a folder are decoded.
 Decode = Literal["once", "each_time"]
@@ -29,7 +29,7 @@ Decode = Literal["once", "each_time"]
 
 @dataclass(frozen=True, repr=False)
 class DataSet:
-    """Images to train on and held-out ones, with their labels.
+    """Training images and held-out images, with their labels.
 
     Images larger than memory are `StreamedImages`: `purify_fast.training.fit` takes them as they are, for anything
     else a slice of them is a tensor (``x_test[:500]``, ``x_test[:]``).
@@ -39,7 +39,7 @@ class DataSet:
         y_train: int64 ``[N]``, labels of 0 .. num_classes - 1.
         x_test: the held-out images, of the same form.
         y_test: their labels.
-        name: of the data set, for reports.
+        name: name of the data set, for reports.
         num_classes: how many classes there are, at least 2.
     """
 
@@ -101,9 +101,9 @@ def load_dataset(
             For the names above None is the current folder.
         num_classes: overrides the number of classes, for sets that lack some.
         download: whether torchvision may download the official files to root if they are missing.
-        image_size: (H, W) that images are resized (shorter side) and cropped (center) to; None leaves them as they are,
-            and those of an image folder must all have one size. ``imagenette`` needs it. Images that are no folder's
-            are resized whenever they are read (`purify_fast.data.streaming.ResizedImages`).
+        image_size: (H, W) that images are resized (shorter side) and cropped (center) to; None keeps their sizes, and
+            an image folder's images must then all have one size. ``imagenette`` needs it. Images that are not from a
+            folder are resized whenever they are read (`purify_fast.data.streaming.ResizedImages`).
         stream: reads an image folder's decoded images batch by batch in any case; by default where they take more than
             half of the memory that is available.
         decode: when an image folder's images are decoded: "once", into ``cache``, or "each_time" that they are read,
@@ -111,7 +111,7 @@ def load_dataset(
             it is read.
         cache: where an image folder's decoded images are kept, and the index of its shards; default: ``.purify_fast``
             in that folder.
-        workers: processes that decode once, threads that decode each time; 0 for none but this one; default: one per
+        workers: processes that decode once, threads that decode each time; 0 for only this process; default: one per
             CPU.
         on_bad_image: "refuse" ends with the names of an image folder's images that cannot be decoded; "skip" leaves
             them out, and a warning names them.
@@ -124,20 +124,20 @@ def load_dataset(
         FileNotFoundError: no such data set; says where it was looked for, what is wanted and how to get it.
         OSError: the cache cannot be written.
         ModuleNotFoundError: ``svhn`` without scipy.
-        ValueError: an argument that does not go with the data set; or the file holds something else, and the message
+        ValueError: an argument that the data set does not take; or the file holds something else, and the message
             names the array, and the first offending index and value, or the files that cannot be decoded.
     """
     name = str(name_or_path)
     check_literal("on_bad_image", on_bad_image, OnBadImage)
     check_literal("decode", decode, Decode)
     if decode == "each_time" and on_bad_image == "skip":
-        raise ValueError("on_bad_image 'skip' goes with decode 'once': only then all images are looked at beforehand")
+        raise ValueError("on_bad_image='skip' needs decode='once': only then all images are decoded beforehand")
     if workers is not None:
         Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
     if download and name not in NAMES:
-        raise ValueError(f"download goes with the data sets {', '.join(NAMES)}, not with {name!r}")
+        raise ValueError(f"download=True is for the data sets {', '.join(NAMES)}, got {name!r}")
     place: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
         # torchvision takes about a second to import, and digits and .npz files do not need it
@@ -147,7 +147,7 @@ def load_dataset(
     elif name != "digits":
         place = _find(Path(name_or_path), None if root is None else Path(root))
     if isinstance(place, Path) and place.is_dir():
-        # likewise
+        # imported only when it is needed
         from .folders import read_folder
 
         x, y, present = read_folder(
@@ -185,7 +185,7 @@ def small_digits() -> tuple[Tensor, Tensor]:
 def _digits() -> dict[str, Tensor]:
     """8x8 images of 17 grey levels -> 16x16, bilinear; the first 500 of a fixed permutation are the test set."""
     small, y = small_digits()
-    # in float64 nothing is rounded before the last step: the same bits on every machine
+    # in float64 only the last step rounds: the bits are the same on every machine
     images = small.double() / 16
     images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
     x = (images * 255).round().to(torch.uint8)
@@ -226,7 +226,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"it holds one {type(file).__name__}")
+            raise ValueError(f"it holds a single {type(file).__name__}")
         with file:
             for name in [name for name in ARRAYS if name in file]:
                 place = f"{name} of {path}"
@@ -242,7 +242,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
-    """Images as uint8 ``[N, C, H, W]``, labels as int64 ``[N]``, and the number of classes.
+    """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes.
 
     Args:
         arrays: `ARRAYS`, in any form that `purify_fast.data.load_dataset` takes.
@@ -291,7 +291,7 @@ def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None
 
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
-    """uint8 NCHW, contiguous."""
+    """Convert images to uint8 NCHW, contiguous."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
         raise ValueError(f"{name} must be uint8 (or float32, float64 in [0, 1]), got {array.dtype}")
     if array.ndim not in (3, 4):
@@ -316,7 +316,7 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
-    """int64 [N]."""
+    """Convert labels to int64 [N]."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.dtype.kind not in "iu":

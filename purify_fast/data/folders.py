@@ -36,7 +36,7 @@ logger = logging.getLogger("purify_fast")
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
-#: Version of the cache; another one is decoded anew.
+#: Version of the cache; a cache of another version is decoded anew.
 FORMAT = 1
 #: How many files or classes a message names.
 NAMED = 10
@@ -158,7 +158,7 @@ def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
     held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
         lacks = "train/" if held_out is not None else "val/ and test/"
-        raise FileNotFoundError(f"{folder} is no image folder: it lacks {lacks}; it must hold {FORM}")
+        raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}; it must hold {FORM}")
     if shards_of(folder / "train"):
         if not shards_of(held_out):
             raise FileNotFoundError(f"{held_out} has no shards, and train has: there must be {FORM_OF_SHARDS}")
@@ -179,14 +179,14 @@ def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
 
 
 def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
-    """ValueError for a link that leads in a circle, and unless that is wanted for one that leads out of the folder."""
+    """ValueError for a link that leads in a circle, and for a link out of the folder unless links may lead out."""
     root = folder.resolve()
-    # one look for each folder, since there may be a million files
+    # resolve each folder once, since there may be a million files
     real = {parent: parent.resolve() for parent in {path.parent for path in files}}
     links = {place for parent in real for place in (parent, *parent.parents) if place != folder and place.is_symlink()}
     for link in sorted(links):
         if link.is_relative_to(folder) and link.parent.resolve().is_relative_to(link.resolve()):
-            raise ValueError(f"{link} is a link to a folder that it is in: its images would be read again and again")
+            raise ValueError(f"{link} links to a folder that contains it: its images would be read again and again")
     if follow:
         return
     for path in files:
@@ -204,7 +204,7 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
         raise ValueError(f"{folder} holds the classes {', '.join(unknown[:NAMED])}, which train lacks")
     numbered = {name: label for label, name in enumerate(classes)}
     listed = make_dataset(folder, numbered, is_valid_file=_is_image, allow_empty=True)
-    # by path within a class, whatever folders are in it: torchvision has the files of a folder before those inside it
+    # sort by path within a class; torchvision would put a folder's files before those in its subfolders
     samples = sorted((label, Path(path)) for path, label in listed)
     labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
     empty = [name for label, name in enumerate(classes) if label not in labels]
@@ -267,7 +267,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> Cached | None
 
 
 def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """One process writes a cache, the others wait for it; the lock ends with the process."""
+    """A lock under which one process writes a cache while others wait; it ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock").acquire()
@@ -279,7 +279,7 @@ def _write(
     place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
 ) -> Cached:
     (place / "set.json").unlink(missing_ok=True)
-    # those of other files, or of a killed process
+    # files for other images, or of a killed process
     for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
         old.unlink()
     size = first_size(splits["train"].files) if image_size is None else image_size
@@ -322,13 +322,13 @@ def decode(
     Args:
         files: the images, in the order they are written in.
         size: (H, W) of every image in the file.
-        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
+        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
         out: the file to write.
-        workers: processes that decode, 0 for none but this.
-        title: what the progress bar says.
+        workers: processes that decode, 0 for only this process.
+        title: text of the progress bar.
 
     Returns:
-        What is wrong with each image that cannot be decoded and is left out, by its number among the files.
+        The error of each image that cannot be decoded and is left out, by its number among the files.
 
     Raises:
         ValueError: an image of another size.
@@ -353,13 +353,13 @@ def decode(
 
 
 def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
-    # its length does not depend on the count: numpy leaves room for any
+    # its length does not depend on the count, because numpy leaves room for any count
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, *size)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
-    """Every file's image or what is wrong with it, in order; a bounded number wait."""
+    """Every file's image, or its error, in order; a bounded number wait."""
     workers = min(workers, len(files) // CHUNK)
     loader: DataLoader[Path | Member] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a data set
@@ -368,7 +368,7 @@ def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, worke
         collate_fn=functools.partial(_images, size=size),
         # a spawned process would import the caller's script again; these touch only Pillow
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # the loader draws a seed for its processes, which need none
+        # the loader draws a seed that its processes do not need
         generator=torch.Generator(),
     )
     for images in loader:
@@ -404,15 +404,15 @@ def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | st
 class EncodedImages(StreamedImages):
     """Images that stay as they are, JPEG or PNG, and are decoded whenever they are read, by several threads.
 
-    What decoding once would store is too much for some disks: ImageNet's 1.28 million training images take 193 GB at
-    224 x 224. The pixels are the same.
+    Decoding once would take too much room on some disks: ImageNet's 1.28 million training images take 193 GB at 224 x
+    224. The pixels are the same.
 
     Args:
         files: the images, files or members of shards; they must not change while this is used.
         size: (H, W) of what is read.
         digest: stands for the images in `purify_fast._tensors.digest`.
-        resize: whether images are resized and cropped to that size; if not, one of another size is refused.
-        workers: threads that decode; 0 for none but the caller's.
+        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
+        workers: threads that decode; 0 for only the caller's.
         device: where the images go that are read.
     """
 

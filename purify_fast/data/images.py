@@ -1,6 +1,6 @@
-"""What is done to images before a model sees them: numbers in [0, 1], their statistics, and augmentation.
+"""The path of images to a model: numbers in [0, 1], their statistics, and augmentation.
 
-Augmentation is of a whole batch on its device, and a function of (seed, epoch, sample id), whatever the batch split.
+Augmentation acts on a batch on its device, and is a function of (seed, epoch, sample id), whatever the batch split.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .._validation import check_literal
 from ..ops.philox import Stream, philox
 from .streaming import StreamedImages
 
-#: What is around an image that was padded.
+#: The pixels around an image that was padded.
 PaddingMode = Literal["zero", "reflect"]
 #: How many images are counted at a time for their statistics.
 _PART = 8192
@@ -81,7 +81,7 @@ def crop_flip(
         sample_ids: int64 ``[B]`` on x's device, indices in the data set.
         padding: pixels on each side, 0 for none; below H and W for ``reflect``.
         flip: whether to mirror left and right.
-        mode: what the padding holds, ``zero`` or ``reflect`` (the border pixel is not repeated).
+        mode: the pixels of the padding, ``zero`` or ``reflect`` (the border pixel is not repeated).
         epoch: gives every epoch its own draws (Philox stream AUGMENTATION, draw index).
 
     Returns:
@@ -115,12 +115,12 @@ def crop_flip(
 
 
 def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-    """Which images `crop_flip` mirrors.
+    """Tell which images `crop_flip` mirrors.
 
     Args:
-        seed: as of `crop_flip`.
+        seed: the seed of `crop_flip`.
         sample_ids: int64 ``[B]``.
-        epoch: as of `crop_flip`.
+        epoch: the epoch of `crop_flip`.
 
     Returns:
         bool ``[B]``.
@@ -142,6 +142,6 @@ def _mirrored(draws: Tensor) -> Tensor:
 
 def _fold(index: Tensor, size: int, mode: PaddingMode) -> Tensor:
     if mode == "zero":
-        # what lies outside is set to zero afterwards
+        # pixels outside are set to zero afterwards
         return index.clamp(0, size - 1)
     return size - 1 - (size - 1 - index.abs()).abs()

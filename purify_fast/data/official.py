@@ -29,13 +29,13 @@ TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 def find_official(
     name: str, root: Path, download: bool, image_size: tuple[int, int] | None
 ) -> Path | dict[str, np.ndarray]:
-    """A well-known data set: the path of its ``.npz`` or image folder, or its arrays.
+    """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays.
 
     Args:
-        name: one of `purify_fast.data.datasets.NAMES`.
+        name: a name in `purify_fast.data.datasets.NAMES`.
         root: the folder to look in: ``<root>/<name>.npz``, then the official files in torchvision's layout.
         download: whether torchvision may fetch missing files to root.
-        image_size: (H, W) wanted; of imagenette's archives the smallest is taken whose shorter side suffices.
+        image_size: (H, W) wanted; the smallest archive of imagenette is taken whose shorter side suffices.
 
     Returns:
         A path, or ``x_train y_train x_test y_test``: uint8 ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, and
@@ -54,7 +54,7 @@ def find_official(
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if download:
         root.mkdir(parents=True, exist_ok=True)
-        # of several processes one downloads what the others then read
+        # one of several processes downloads, and the others then read
         lock = FileLock(root / f".{name}.lock")
     try:
         with lock:
@@ -86,7 +86,7 @@ def _tiny_imagenet(root: Path) -> Path:
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of the smallest archive that suffices; they have shorter sides of 160, 320, and as photographed."""
+    """The folder of the smallest archive that suffices; the shorter sides are 160, 320, and as photographed."""
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")

@@ -1,4 +1,4 @@
-"""Which images are taken: the batches of an epoch, and a part of a data set in which every class has its share.
+"""The choice of images: the batches of an epoch, and a part of a data set in which every class has its share.
 
 Both are functions of a seed by numpy's RandomState, which numpy promises never to change: a run can resume anywhere.
 """
@@ -30,7 +30,7 @@ def batches(
     world: int = 1,
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """One epoch's batches, as indices.
+    """The batches of an epoch, as indices.
 
     Args:
         n: images in the data set.
@@ -108,12 +108,12 @@ def balanced_subset(
     labels = y.cpu().numpy()
     classes = 1 + int(labels.max()) if num_classes is None else num_classes
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"y must hold labels of 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}")
+        raise ValueError(f"y must hold labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
     order = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]).permutation(len(labels))
     by_class = np.argsort(labels[order], kind="stable")
     sizes = np.bincount(labels, minlength=classes)
     turn = np.empty_like(by_class)
-    # the how-manieth of its class an image is in that order
+    # The rank of each image within its class.
     turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     chosen = order[np.argsort(turn, kind="stable")][:count]
     missing = np.flatnonzero(np.bincount(labels[chosen], minlength=classes) == 0).tolist()

@@ -19,7 +19,7 @@ from .._tensors import text_hash
 
 #: WebDataset's name for a label: a number as text.
 LABEL = "cls"
-#: What a folder of shards looks like, for messages.
+#: The form of a folder of shards, for messages.
 FORM = "train/*.tar and val/*.tar or test/*.tar, in WebDataset's form: <name>.jpg|png beside <name>.cls, a number"
 
 
@@ -28,8 +28,8 @@ class Member(NamedTuple):
 
     Args:
         shard: the file.
-        name: of the member, for messages.
-        offset: of its first byte.
+        name: name of the member, for messages.
+        offset: position of its first byte.
         size: in bytes.
     """
 
@@ -42,7 +42,7 @@ class Member(NamedTuple):
         return f"{self.shard}:{self.name}"
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The image's bytes."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -95,7 +95,7 @@ def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, 
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:
-        # "r:" is of an uncompressed file, in which a member has a place
+        # "r:" reads an uncompressed file, in which a member has a position
         with tarfile.open(path, "r:") as shard:
             for member in shard:
                 if not member.isfile():
@@ -104,14 +104,14 @@ def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, 
                 key, ending = f"{folder}/{last.partition('.')[0]}", last.lower().rpartition(".")[2]
                 if f".{ending}" in suffixes:
                     if key in images:
-                        raise ValueError(f"{path} has two images of the name {key.lstrip('/')!r}")
+                        raise ValueError(f"{path} has two images with the name {key.lstrip('/')!r}")
                     images[key] = member
                 elif ending == LABEL:
                     content = shard.extractfile(member)
                     assert content is not None
                     labels[key] = _label(content.read(), f"{path}:{member.name}")
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is no uncompressed tar file: {error}") from error
+        raise ValueError(f"{path} is not an uncompressed tar file: {error}") from error
     if images.keys() != labels.keys():
         lacking = min(images.keys() ^ labels.keys())
         what = "label (.cls)" if lacking in images else "image"

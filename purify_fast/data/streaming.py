@@ -16,7 +16,7 @@ from .._tensors import digest
 
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
-#: What to do about images that differ in size.
+#: Advice about images that differ in size.
 GIVE_SIZE = "give --size H W, or image_size=(H, W) in Python"
 
 
@@ -37,12 +37,12 @@ class StreamedImages:
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        # made by way of a tensor, since "cuda" then has its index
+        # a tensor resolves "cuda" to a device with an index
         self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")
         except (EOFError, ValueError) as error:
-            raise ValueError(f"{self.path} is no whole .npy file: {error}") from error
+            raise ValueError(f"{self.path} is not a whole .npy file: {error}") from error
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
             raise ValueError(f"{self.path} must hold one uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
@@ -82,13 +82,13 @@ class StreamedImages:
             out: uint8 ``[B, C, H, W]`` on the CPU to read them into; None for a new tensor.
         """
         now = self._look()
-        # another file of the name leaves the one that is mapped as it is
+        # a new file with this name leaves the mapped file unchanged
         if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
             raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """What changes when the file is written to; None once it has lost its name, after which nobody writes to it."""
+        """Facts that change when the file is written to; None once it has no name: nobody writes to it then."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:
@@ -105,7 +105,7 @@ class StreamedImages:
 
 
 class ResizedImages(StreamedImages):
-    """Images whose shorter side is resized, bilinearly, and whose center is cropped; what is read is uint8 again.
+    """Images that are read with the shorter side resized, bilinearly, and the center cropped, as uint8.
 
     CIFAR-10 at 256 x 256, where AToP attacks it, takes 9.8 GB; at 32 x 32 it takes 0.15 GB.
 
@@ -139,8 +139,8 @@ class ResizedImages(StreamedImages):
 def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Every batch of ``order``, in order: (ids, images).
 
-    Of streamed images a thread reads the next `AHEAD` batches while the caller works with one, for a CUDA device into
-    pinned memory, from which the copy does not block; no other batches are in memory.
+    If the images are streamed, a thread reads the next `AHEAD` batches while the caller works with one, for a CUDA
+    device into pinned memory, from which the copy does not block; no other batches are in memory.
 
     Args:
         x: uint8 ``[N, C, H, W]``.
@@ -155,7 +155,7 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
             yield ids, x.index_select(0, ids)
         return
     cuda = x.device.type == "cuda"
-    # all of them now: later each copy would wait for the device's work
+    # copy all indices now: later each copy would wait for the device's work
     rows = [ids.cpu() for ids in order]
     reading: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:

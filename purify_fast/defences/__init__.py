@@ -1,4 +1,4 @@
-"""What every defence is made of: control over its randomness, aggregation, a frozen classifier behind a purifier."""
+"""The parts of every defence: control over its randomness, aggregation, a frozen classifier behind a purifier."""
 
 from .base import Defence
 from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation

@@ -1,4 +1,4 @@
-"""What the defences share: a frozen classifier behind a purifier, plain or accelerated."""
+"""The base of the defences: a frozen classifier behind a purifier, plain or accelerated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Defence(StochasticDefence):
-    """A classifier, copied, frozen and in evaluation mode, behind a purifier; subclasses bring that.
+    """A classifier, copied, frozen and in evaluation mode, behind a purifier, which subclasses add.
 
     Args:
         classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``; the caller's own is left
@@ -60,13 +60,13 @@ class Defence(StochasticDefence):
         self.own_classifier = False
         #: The terms of the loss that trained it, and the step from which on each acted; empty without a training.
         self.acts_from_step: dict[str, int] = {}
-        #: What it was trained with: of an adversarial bank, the variants of an image and the share made anew; or empty.
+        #: The bank that it was trained with: the variants of an image and the share made anew; empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
 
     def _ready(self) -> None:
-        """To the classifier's device; the end of a subclass's constructor."""
+        """Move to the classifier's device, at the end of a subclass's constructor."""
         self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
         self.eval()
@@ -85,7 +85,7 @@ class Defence(StochasticDefence):
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """What classifies the purified images and is attacked alone: the classifier, or its accelerated copy.
+        """The classifier, or its accelerated copy, which classifies the purified images and is attacked alone.
 
         It takes float32 images and gives float32 logits whatever the classifier's own dtype.
         """
@@ -118,7 +118,7 @@ class Defence(StochasticDefence):
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
         if not self.noise_is_fresh:
-            # Every call gives the same.
+            # Every call gives the same result.
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
@@ -139,7 +139,7 @@ class Defence(StochasticDefence):
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part as it is, or compiled. Not in training: the padding would enter the BatchNorm statistics."""
+        """A part, compiled if it may be. Not in training: the padding would enter BatchNorm's statistics."""
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)
@@ -170,7 +170,7 @@ class Defence(StochasticDefence):
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
         """
         settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        # If making the copies fails, for want of memory for example, those from before still serve.
+        # If making the copies fails, for example because memory runs out, the earlier copies still serve.
         self.fast = None if settings is None else self._make_copies(settings)
         self.acceleration = settings
         return self
@@ -181,7 +181,7 @@ class Defence(StochasticDefence):
             self.fast = self._make_copies(self.acceleration)
 
     def uncompiled_copies(self) -> Accelerated:
-        """What `refresh` would make, without compiling it, to be compared with what there is.
+        """The copies that `refresh` would make, without compiling them, to be compared with the current ones.
 
         Raises:
             ValueError: the defence is not accelerated.
@@ -194,7 +194,7 @@ class Defence(StochasticDefence):
         return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())
 
     def _reader(self) -> Representation | None:
-        """What reads the classifier's representation, if the defence is conditioned on it."""
+        """The reader of the classifier's representation, if the defence is conditioned on it."""
         return None
 
     def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
@@ -204,7 +204,7 @@ class Defence(StochasticDefence):
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """What ``to``, ``cuda`` and ``cpu`` call: the accelerated copies move along, and keep their dtype."""
+        """Move the accelerated copies with ``to``, ``cuda`` and ``cpu``; the copies keep their dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fast is not None:
             self.fast.to(first_tensor(self.classifier).device)
@@ -230,17 +230,17 @@ class Defence(StochasticDefence):
         super().train(mode)
         self.classifier.eval()
         if mode and self.fast is not None:
-            # Weights and BatchNorm statistics may change from now on: what is packed is packed again when it is used.
+            # Weights and BatchNorm statistics may change now: packed weights are packed again at their next use.
             self.fast.packed_from = None
         return self
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """ValueError if the module is none, is in ``nn.DataParallel`` or is compiled.
+    """ValueError if the value is not a module, or is in ``nn.DataParallel`` or compiled.
 
     Args:
-        name: of the argument, for the message.
-        module: what was given for it.
+        name: name of the argument, for the message.
+        module: value of the argument.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
@@ -262,5 +262,5 @@ class _Float32Borders(nn.Module):
 
 
 def _make_copies_again(defence: Defence, keys: object) -> None:
-    """After weights were loaded: the accelerated copies follow them."""
+    """Refresh the accelerated copies after weights were loaded."""
     defence.refresh()

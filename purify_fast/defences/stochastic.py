@@ -1,6 +1,6 @@
-"""What every randomized defence shares: K sets of logits per image, aggregated, and control over the noise.
+"""The base of randomized defences: K sets of logits per image, aggregated, and control over the noise.
 
-`NoisyEnsemble` is what a purifier has to beat: the same classifier and the same aggregation, with nothing purified.
+`NoisyEnsemble` is the baseline of every purifier: the same classifier and the same aggregation, without a purifier.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class StochasticDefence(nn.Module):
     Several threads may call one at once while its noise is fresh. While one thread is inside `fixed_noise`,
     `deterministic` or `noise_ids`, calls from other threads raise RuntimeError.
 
-    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
-    `deterministic` nothing is drawn.
+    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's;
+    `deterministic` draws nothing.
     """
 
     _noise_seed: Tensor
     samples: int
-    #: What predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used again, and
-    #: ``_noise_owner`` names a thread.
+    #: Attributes that predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used
+    #: again, and ``_noise_owner`` names a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # the thread that decides over the draws, where one does
+        # the thread that decides over the draws, if any
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """If a subclass defines ``forward`` but not `draw_logits`, that calls its ``forward`` on a repeated batch."""
+        """If a subclass defines ``forward`` but not `draw_logits`, make `draw_logits` call it on a repeated batch."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
@@ -107,7 +107,7 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        """Within the block, image i of a batch draws fresh noise as image ``ids[i]`` of one would.
+        """Within the block, image i of a batch draws the fresh noise of image ``ids[i]``.
 
         For the parts of a batch that are computed apart, as by several processes.
 
@@ -123,11 +123,11 @@ class StochasticDefence(nn.Module):
             yield self
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the draws of this call are made from.
+        """The inputs of this call's draws.
 
         Args:
             batch: number of images.
-            device: of the results.
+            device: device of the results.
 
         Returns:
             The seed, int64 ``[1]``, and the sample ids, int64 ``[batch]`` or ``[1]``.
@@ -143,19 +143,19 @@ class StochasticDefence(nn.Module):
         if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
-            raise ValueError(f"noise_ids are of {len(self._noise_ids)} images, the batch has {batch}")
-        # copied as the fixed seed is
+            raise ValueError(f"noise_ids must have an id for each of the {batch} images, got {len(self._noise_ids)}")
+        # a copy, like the fixed seed
         return seed, self._noise_ids.clone()
 
     @property
     def noise_is_off(self) -> bool:
-        """Whether no noise is drawn now."""
+        """Tell whether no noise is drawn now."""
         self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
-        """Whether every call draws anew."""
+        """Tell whether every call draws new noise."""
         self._refuse_other_threads()
         return self._noise == "fresh"
 
@@ -218,7 +218,7 @@ def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
 
 
 class WithAggregation(nn.Module):
-    """A defence seen through one aggregation, and without noise if asked: something to attack or to compare.
+    """A view of a defence by one aggregation, and without noise if asked, to attack or to compare.
 
     Args:
         defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if ``deterministic`` is asked for,
@@ -259,7 +259,7 @@ class WithAggregation(nn.Module):
         Args:
             replace: makes that defence of the one inside.
         """
-        # a copy of this object, which may be of a subclass and have hooks
+        # copy this object, which may have a subclass and hooks
         other = copy.copy(self)
         other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
         return other

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: By how much the class of most votes leads where its mean probability is not the highest.
+#: The lead of the class with most votes if its mean probability is not the highest.
 LEAD = 1e-3
-#: Logits are infinite from here on: a softmax of infinities is none.
+#: Larger logits count as infinite, because a softmax cannot take infinities.
 LARGEST = 1e30
 
 
 def undecided(logits: Tensor) -> Tensor:
-    """Which predictions name no class, bool ``[...]``: with a NaN, or with a largest logit that is infinite and shared.
+    """Tell which predictions name no class, bool ``[...]``: a NaN, or a largest logit that is infinite and shared.
 
     A single infinity is a decision: CARSO's published output has them where it is sure.
 
@@ -33,15 +33,14 @@ def undecided(logits: Tensor) -> Tensor:
 
 
 def majority(logits: Tensor) -> Tensor:
-    """Logits whose largest is of the class that most of several draws name; ``[B, classes]``, float32 or float64.
+    """Logits whose largest belongs to the class that most of several draws name; ``[B, classes]``, float32 or float64.
 
     A count of votes has no gradient. So the logits are soft votes, the logarithms of the mean probabilities over the
-    draws, and the gradient is theirs. Where another class has most votes than the soft ones say, its logit is raised
-    until it leads; of several classes with most votes the soft votes decide. A draw that names no class (`undecided`)
-    makes the prediction NaN.
+    draws, and the gradient is theirs. If another class has most votes, its logit is raised until it leads; if several
+    classes share most votes, the soft votes decide. A draw that names no class (`undecided`) makes the prediction NaN.
 
     Args:
-        logits: of each draw, ``[draws, B, classes]``, floating point.
+        logits: logits of each draw, ``[draws, B, classes]``, floating point.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
@@ -78,7 +77,7 @@ class MajorityVote(nn.Module):
         if supports(self.model, SharesDraws):
             logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
         else:
-            # each in a call of its own, because a model may draw once for all images of a call
+            # a call for each draw, because a model may draw once for all images of a call
             logits = torch.stack([self.model(x) for _ in range(self.draws)])
         return majority(logits)
 
@@ -88,7 +87,7 @@ class MajorityVote(nn.Module):
         Args:
             replace: makes that model of the one inside.
         """
-        # a copy of this object, which may be of a subclass and have hooks
+        # copy this object, which may have a subclass and hooks
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.model = replace(self.model)

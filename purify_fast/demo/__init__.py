@@ -39,7 +39,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     Args:
         out: the folder; a quick run goes to ``out`` with ``-quick`` appended, since its numbers mean nothing.
         quick: the same path with tiny budgets.
-        seed: of everything.
+        seed: seed of all random draws.
 
     Returns:
         The method's name to its report.
@@ -87,7 +87,7 @@ def _train_and_attack(workspace: Workspace) -> None:
                 attacking.result()
                 print(f"attacked {number} of {len(attacked)} models", flush=True)
         except BaseException:
-            # what they work on can take minutes, and goes on where it was
+            # the workers' current jobs can take minutes, and the next run resumes them
             end_workers()
             raise
 
@@ -105,9 +105,9 @@ def _train_all(workspace: Workspace, names: Sequence[str]) -> None:
 
 
 def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
-    """One method's report, printed and saved, and its part of the page."""
+    """A method's report, printed and saved, and its part of the page."""
     models, beside = METHODS[title]
-    # every row is there already, made by this run or by one before it
+    # this run or an earlier one has made every row
     read = replace(workspace, progress=False)
     reports = {name: attack(read, name, constant_step=not beside) for name in (*beside, *models)}
     report, place = merge(reports.values()), workspace.out / _folder(title)
@@ -123,11 +123,11 @@ def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
 
 
 def signs(report: Report, name: str) -> str:
-    """Whether anything says that the attacks on a model failed, and how little the lowest number is worth otherwise.
+    """A sentence that names the signs of failed attacks on a model, or says how little the lowest number shows.
 
     Args:
         report: with the model's rows and findings.
-        name: of the model.
+        name: name of the model.
     """
     lowest = report.headlines[name]
     if not lowest.reliable:
@@ -145,7 +145,7 @@ def _folder(title: str) -> str:
 
 
 def sentences(title: str, reports: dict[str, Report], budget: Budget) -> str:
-    """What the numbers of a method's models say, by the name of each model."""
+    """Sentences about the numbers of a method's models, by the name of each model."""
     functions = {"share": _share, "against": _against, "tradeoff": _tradeoff}
     return render(
         __package__, "sentences.md.jinja", title=title, reports=reports, budget=budget, m=methods, **functions
@@ -157,7 +157,7 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference between two models under one attack, and what it is worth."""
+    """The paired difference between two models under one attack, and its significance."""
     paired = report.paired(other, row)
     if abs(paired.difference) <= 2 * paired.standard_error:
         return f"{paired}, no significant difference from {what} (within two standard errors)"

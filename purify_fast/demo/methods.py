@@ -98,7 +98,7 @@ ARREST_CONFIG = ArrestConfig(
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train one of `FOLDERS`, or go on with it; what it starts from is trained already."""
+    """Train a model of `FOLDERS`, or resume its training; the model that it starts from is already trained."""
     task, epochs, batch_size = _task(workspace, name)
     folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
     fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)
@@ -111,7 +111,7 @@ def train(workspace: Workspace, name: str) -> None:
 
 
 def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
-    """How a model is trained, for how many epochs, and in batches of how many images."""
+    """The training of a model, its number of epochs, and the number of images in a batch."""
     budget, shape = workspace.budget, digits().image_shape
     torch.manual_seed(workspace.seed)
     if name == STANDARD:
@@ -147,13 +147,13 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
 
 
 def model(workspace: Workspace, name: str) -> Any:
-    """One of the trained `FOLDERS`."""
+    """A trained model of `FOLDERS`."""
     folder = workspace.out / FOLDERS[name]
     return load_classifier(folder) if is_classifier(folder) else load_defence(folder)
 
 
 def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Report:
-    """One of `FOLDERS` under its attacks; finished rows are reused.
+    """Attack a model of `FOLDERS`; finished rows are reused.
 
     AToP is attacked as in its paper's ablations, and by attacks that see the whole defence. ``constant_step`` adds to
     the base attacks whose step does not shrink.

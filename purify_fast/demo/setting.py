@@ -25,7 +25,7 @@ BASE_TRAINING = ClassifierConfig(
 )
 #: Epochs of that training; twice as many lose under attack.
 BASE_EPOCHS = 120
-#: What CARSO reads of `SmallCNN`, and the sizes of its parts.
+#: The layers of `SmallCNN` that CARSO reads, and the sizes of its parts.
 LAYERS = ("conv2", "conv4", "hidden")
 SIZES: dict[str, Any] = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
 
@@ -37,12 +37,12 @@ def digits() -> data.DataSet:
 
 
 def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: float = EPS, **options: Any) -> Report:
-    """Attack a model on the first so many held-out images, in batches that fit into a small memory.
+    """Attack a model on the first ``images`` held-out images, in batches that fit into a small memory.
 
     Args:
         model: images to logits.
         images: how many.
-        attacks: what to run.
+        attacks: the attacks to run.
         eps: radius in image units.
         options: more arguments of `evaluate`.
     """
@@ -52,35 +52,35 @@ def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: 
 
 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:
-    """PGD with cross-entropy, and with DLR on what that left."""
+    """PGD with cross-entropy, and PGD with DLR on the images that withstood it."""
     return [AttackSpec(PGD(), variant), AttackSpec(PGD(loss="dlr"), variant, survivors_only=True)]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything, as chosen on digits.
+    """The amounts of everything, as chosen on digits.
 
     Args:
         images: held-out images that are attacked.
-        standard_epochs: of the standard classifier.
-        base_epochs: of the adversarially trained base.
-        objective_epochs: of CARSO with the paper's objective.
-        pipeline_epochs: of CARSO's fine-tuning through the pipeline.
-        steps: of PGD on CARSO, ARREST and their bases.
+        standard_epochs: epochs of the standard classifier.
+        base_epochs: epochs of the adversarially trained base.
+        objective_epochs: epochs of CARSO with the paper's objective.
+        pipeline_epochs: epochs of CARSO's fine-tuning through the pipeline.
+        steps: steps of PGD on CARSO, ARREST and their bases.
         eot: draws of a random defence averaged per step.
-        peel_steps: of PGD through the PeeL output.
+        peel_steps: steps of PGD through the PeeL output.
         peel_images: images for the attack through the PeeL output, the first so many.
         autoattack_images: images for AutoAttack, the first so many.
-        autoattack_steps: of AutoAttack's APGD and FAB.
-        autoattack_queries: of AutoAttack's Square.
-        generator_epochs: of AToP's pre-training.
-        atop_objective_epochs: of AToP with the paper's objective.
-        atop_cls_delay: of these, without the cross-entropy.
-        atop_pipeline_epochs: of AToP's fine-tuning through the pipeline.
-        atop_steps: of PGD on AToP.
+        autoattack_steps: steps of AutoAttack's APGD and FAB.
+        autoattack_queries: queries of AutoAttack's Square.
+        generator_epochs: epochs of AToP's pre-training.
+        atop_objective_epochs: epochs of AToP with the paper's objective.
+        atop_cls_delay: the first of these epochs, which run without the cross-entropy.
+        atop_pipeline_epochs: epochs of AToP's fine-tuning through the pipeline.
+        atop_steps: steps of PGD on AToP.
         atop_images: images for the attacks on AToP, the first so many.
-        arrest_epochs: of ARREST, and of adversarial finetuning alone.
-        arrest_carso_epochs: of CARSO's training on ARREST's result.
+        arrest_epochs: epochs of ARREST, and of adversarial finetuning alone.
+        arrest_carso_epochs: epochs of CARSO's training on ARREST's result.
     """
 
     images: int = 500
@@ -134,12 +134,12 @@ QUICK = Budget(
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a demonstration keeps its files, how much it does, and whether it shows its progress.
+    """The folder of a demonstration's files, the amounts, and whether progress is shown.
 
     Args:
         out: the folder for the files.
         budget: how much is trained and attacked.
-        seed: of everything random.
+        seed: seed of all random draws.
         progress: whether bars are shown.
     """
 

@@ -60,6 +60,7 @@ class AttackedBatch:
         fallen: how many images fell to what, by name.
         fell: which images the attacked model misclassifies now, as 0 and 1 in the order of the images.
         stood_still: how many images no search came nearer to a border.
+        proved: how many images no point of their balls fools the attacked model on, by a complete search.
     """
 
     images: Tensor
@@ -69,6 +70,7 @@ class AttackedBatch:
     fallen: dict[str, int] = field(default_factory=dict)
     fell: list[int] = field(default_factory=list)
     stood_still: int = 0
+    proved: int = 0
 
 
 class PartialRow:

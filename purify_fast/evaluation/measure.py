@@ -316,6 +316,8 @@ class Measure:
             settings["warnings"] = sums.warnings
         if sums.fallen:
             settings["fallen to"] = sums.fallen
+        if sums.proved:
+            settings["proved robust"] = sums.proved
         if batches.rule is not None:
             settings |= {"unsearched": batches.rule.unsearched, "may hold": batches.rule.may_hold}
         sums.images = sums.images[: self._most(spec)]
@@ -570,6 +572,7 @@ class Batches:
             sums.seconds += batch.seconds
             health.update(batch.health)
             fallen.update(batch.fallen)
+            sums.proved += batch.proved
             sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
             if self.rule is not None and self.rule.see([bool(fell) for fell in batch.fell], _no_evidence(batch)):
                 break
@@ -593,7 +596,7 @@ def _attack(
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[],
+            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[], proved=[],
             max_forward_batch=subject.room.limit(context.max_forward_batch),
         )  # fmt: skip
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
@@ -609,4 +612,5 @@ def _attack(
     found = images.detach().cpu()
     batch = AttackedBatch(found, counts, time.perf_counter() - begin)
     batch.warnings, batch.fallen, batch.stood_still = told.warnings, told.fell_to, sum(map(int, told.stood_still))
+    batch.proved = sum(map(int, told.proved))
     return batch

@@ -13,12 +13,21 @@ from typing import Any, Literal, cast
 import torch
 
 from .._validation import check_literal
-from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
+from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
 from ..attacks.base import EngineAttack, ThreatModel
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
-from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
-from .specs import AttackSpec
+from ..protocols import (
+    AuthorsEvaluation,
+    Classifier,
+    DeterministicMode,
+    FixedNoise,
+    OwnAttacks,
+    SampleLogits,
+    is_purifier,
+    supports,
+)
+from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
 from .surrogates import WithoutNoise
 
@@ -131,14 +140,37 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     if _has_several_samples(subject):
         attacks += [_head(subject.single, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
-    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
+
+
+def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """For a small ReLU network in an L-inf ball: a search that needs no gradients, and ends with a point or a proof."""
+    attack = BranchAndBound()
+    if subject.is_random or ball.norm not in attack.norms:
+        return []
+    try:
+        attack.layers(subject.single, subject.some())
+    except ValueError:
+        return []
+    return [_left(attack)]
+
+
+def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
+    """What a model says that it is to be attacked with; of other random purifiers Lee and Kim's PGD."""
+    model = subject.single
+    if supports(model, OwnAttacks):
+        return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
+    # one with samples is attacked through several heads instead
+    bare = is_purifier(model) and not supports(model, SampleLogits)
+    return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

@@ -125,6 +125,42 @@ class Report:
             raise ValueError(f"the report must have one model, got {', '.join(self.headlines)}: use headlines")
         return rows[0]
 
+    def attacks_like(self, row: Row) -> list[Row]:
+        """The attacks of a row's model and threat model on the deployed model, on as many images at least; or itself.
+
+        Args:
+            row: of this report.
+        """
+        if row.kind != "worst":
+            return [row]
+        of = (row.model, row.threat)
+        mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
+        return [each for each in mine if each.n >= row.n]
+
+    def one_draw(self, row: Row) -> float | None:
+        """The mean accuracy of one draw of a random model, beside a number that wants every draw right.
+
+        An image counts by the draws on the image of the attack to which it fell. Where attacks on all images stand
+        beside each other, it is that of the attack that left the least.
+
+        Args:
+            row: an attack, or the worst over all of them, such as `headline`.
+
+        Returns:
+            The mean, at least the row's accuracy; None for a model that predicts the same every time, and where rows
+            on survivors stand beside others that they did not follow alone.
+        """
+        mine = [each for each in self.attacks_like(row) if each.n == row.n]
+        whole = [each.mean for each in mine if not each.of_survivors]
+        if row.n_eval == 1 or not mine:
+            return None
+        if whole:
+            return min(whole)
+        if row.kind != "worst":
+            return None
+        # a row's mean counts what stands as 1, what it felled by the share of its draws, and the rest as 0
+        return row.accuracy + sum(each.mean - each.accuracy for each in mine)
+
     @property
     def curve(self) -> list[list[float]]:
         """Radii from 0 on, and the accuracy after every attack at each, of the one model.

@@ -13,7 +13,7 @@ import numpy as np
 from ..attacks import GradientHealth
 
 #: The kinds of attacks that ask for no gradient.
-GRADIENT_FREE = ("square", "hop_skip_jump")
+GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
 #: The modes of a random model that are not the model as it is deployed, in words.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: How the accuracy over the radius, after every attack, is called among a report's curves.
@@ -246,7 +246,7 @@ def joined(row: Row, following: Row) -> Row:
         summed["attacked"] = row.settings["attacked"] + following.settings["attacked"]
     if fallen := [part.settings["fallen to"] for part in (row, following) if "fallen to" in part.settings]:
         summed["fallen to"] = dict(sum(map(Counter, fallen), Counter[str]()))
-    for name in ("unsearched", "may hold"):
+    for name in ("unsearched", "may hold", "proved robust"):
         if left_out := [part.settings[name] for part in (row, following) if name in part.settings]:
             summed[name] = sum(left_out)
     if "warnings" in row.settings:

@@ -54,7 +54,7 @@ from .repeating import processor_name, written_call
 from .report import Report
 from .rows import Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
-from .stopping import notes_of_unsearched
+from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 from .team import PROBES, SIGNS, Task, Team
 from .witnesses import gathered, model_marks
@@ -384,7 +384,7 @@ def _filled(
     _conclude(report, measure, before, asked)
     for model, points in curve.points(report.rows, measure.name, float(context.eps)).items():
         report.curves[model] = report.curves.get(model, {}) | points
-    report.notes += notes_of_unsearched(report.rows) + last_notes
+    report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows) + last_notes
     team.end(report.to_json)
     return report
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._validation import NormName, check_literal
-from ..attacks import BPDA, PGD, Attack, AttackContext, frozen
+from ..attacks import BPDA, PGD, Attack, AttackContext, LeavingPGD, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.base import BallAttack, ThreatModel
 from ..attacks.bpda import Aggregation
@@ -323,7 +323,7 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
     return specs
 
 
-def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
+def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
@@ -333,11 +333,12 @@ def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
 
     Args:
         eps: radius in image units.
+        leave: whether an image is attacked no more once all 20 draws of a step are wrong (`LeavingPGD`).
 
     Raises:
         ValueError: an eps below 0 or above 1.
     """
     check_eps(eps, "linf")
-    alpha = 0.007 * eps / (8 / 255)
-    attack = PGD(steps=200, alpha=alpha, eot_iter=20, random_start=False, eps=eps, norm="linf")
-    return AttackSpec(attack, label=LEE_KIM, published="Lee & Kim 2023")
+    kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
+    attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=label, published="Lee & Kim 2023")

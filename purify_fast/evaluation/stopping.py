@@ -99,6 +99,20 @@ class StoppingRule:
         return self.may_hold <= self.allowed
 
 
+def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
+    """The sentence of a report that says how many images a complete search has proved robust; none without one."""
+    own = [row for row in rows if row.is_attack and row.threat is None and row.deployed and not row.transferred]
+    proved = [row for row in own if row.settings.get("proved robust") and row.settings["target"] == "defence"]
+    if not proved:
+        return []
+    most = max(proved, key=lambda row: row.settings["proved robust"] / row.n)
+    count = most.settings["proved robust"]
+    return [
+        f"{count} of {most.n} images are proved robust within this ball, by a complete search in float64 "
+        f"({most.attack}): no attack can lower the number below {100 * count / most.n:.1f} %"
+    ]
+
+
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     """The sentence of a report that says what the images that no attack searched may hold; none where all were."""
     stopped = [row for row in rows if row.threat is None and row.settings.get("unsearched")]

@@ -1,4 +1,4 @@
-"""What the methods share: published trainings as data, trainings of a purifier, and saved defences."""
+"""The base of the methods: published trainings as data, trainings of a purifier, and saved defences."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Grade = Literal["code", "paper", "second-hand", "inferred"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One number or choice of a published system.
+    """A number or choice of a published system.
 
     Args:
-        value: as the paper states it, or as the authors' code surely means it.
+        value: the value that the paper states, or that the authors' code surely means.
         grade: how well it is known.
         source: file and line of the authors' code, or the section of the paper.
-        official: what the authors' code does, where that is something else; None where it does the same.
+        official: the value in the authors' code if it differs; None if it does not.
     """
 
     value: Any
@@ -51,13 +51,13 @@ class Recipe:
 
     The keys of the facts begin with what they are for: ``data.``, ``classifier.``, ``defence.``, ``method.`` (fields of
     the method's config), ``attack.`` (fields of `purify_fast.training.TrainingAttack`), ``loop.`` (fields of
-    `purify_fast.training.FitConfig`), ``start.`` and ``evaluation.``, which are told in words.
+    `purify_fast.training.FitConfig`), ``start.`` and ``evaluation.``, which are words.
 
     Args:
-        name: as `purify_fast.methods.recipes.recipe` takes it, such as "carso/cifar10".
-        title: what was trained, in one line.
+        name: name in `purify_fast.methods.recipes.recipe`, such as "carso/cifar10".
+        title: the training, in one line.
         facts: by key.
-        not_reproduced: what this package does otherwise, a sentence each.
+        not_reproduced: the differences of this package, a sentence each.
     """
 
     #: the method's config
@@ -81,8 +81,8 @@ class Recipe:
         """The facts of one part, by their names without it.
 
         Args:
-            prefix: of the keys, such as "loop".
-            official_code: take what the authors' code does where that differs.
+            prefix: prefix of the keys, such as "loop".
+            official_code: take the value in the authors' code if it differs.
         """
         return {
             key.removeprefix(f"{prefix}."): fact.official if official_code and fact.official is not None else fact.value
@@ -108,12 +108,12 @@ class Recipe:
         return FitConfig(**self.part("loop", official_code))
 
     def __str__(self) -> str:
-        """All facts with grades and sources, and what is not reproduced, as text."""
+        """All facts with grades and sources, and the differences of this package, as text."""
         rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
         for key, fact in self.facts.items():
             official = "" if fact.official is None else _text(fact.official)
             rows.append((key, _text(fact.value), official, fact.grade, fact.source))
-        # a long text stands out of its column
+        # a long text would break its column
         widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
         lines = [f"{self.name}: {self.title}", ""]
         lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
@@ -159,9 +159,9 @@ class PurifierTask(Task, Generic[D]):
     """Trains the purifier of a defence; its classifier stays as it is, unless a method says otherwise.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         config: how, a dataclass with a ``precision``.
-        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
     """
 
     #: the method's name in checkpoints
@@ -170,7 +170,7 @@ class PurifierTask(Task, Generic[D]):
     def __init__(self, defence: D, config: Any, origin: str):
         self.defence, self.config, self.origin = defence, config, origin
         self.model = defence
-        # as it is at the start: a method may train it too
+        # the weights at the start: a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
         self.tf32 = config.precision == "tf32"
 
@@ -183,7 +183,7 @@ class PurifierTask(Task, Generic[D]):
         return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """What decides which images the training's attacks on the frozen classifier make, but for the radius.
+        """The facts that decide, beside the radius, which images the training's attacks on the frozen classifier make.
 
         Args:
             attack: the attack.
@@ -193,7 +193,7 @@ class PurifierTask(Task, Generic[D]):
         """
         if attack.eps_warmup:
             raise ValueError(
-                f"bank: with eps_warmup {attack.eps_warmup:g} the attack's radius is another one in each of the first "
+                f"bank needs one radius for all epochs, and eps_warmup {attack.eps_warmup:g} changes it in the first "
                 "epochs: leave eps_warmup out, or train without a bank"
             )
         # the precision of the attacked copy
@@ -206,7 +206,7 @@ class PurifierTask(Task, Generic[D]):
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         if tuple(shape) != self.defence.image_shape:
-            raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(self.defence.image_shape)}")
+            raise ValueError(f"x must have images {list(self.defence.image_shape)}, as the defence, got {list(shape)}")
         check_labels(classes, self.defence.num_classes)
 
 
@@ -227,8 +227,8 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
     The file appears whole or not at all. A fingerprint of the classifier is among the facts.
 
     Args:
-        defence: what to write.
-        folder: where to; ``model.safetensors`` is written there.
+        defence: the defence to write.
+        folder: the folder to write to; ``model.safetensors`` is written there.
     """
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
@@ -236,7 +236,7 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
 
 
 def trained_tensors(defence: Defence) -> dict[str, Tensor]:
-    """What a saved defence holds: its tensors without those of a frozen classifier."""
+    """The tensors of a saved defence: all but those of a frozen classifier."""
     state = defence.state_dict()
     return {
         name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")

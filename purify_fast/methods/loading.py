@@ -20,7 +20,7 @@ from .diffusion.denoiser import ALONE, rebuilt_denoiser
 
 
 def is_denoiser(folder: str | Path) -> bool:
-    """Whether a folder holds a denoiser without a classifier.
+    """Tell whether a folder holds a denoiser without a classifier.
 
     Args:
         folder: where a model was saved.
@@ -48,7 +48,7 @@ def load_defence(
         folder: where ``model.safetensors`` is.
         classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
             the defence's copy was trained too, only its architecture counts.
-        purifier: of an AToP with a purifier of yours, or a `DiffusionPurifier` with a denoiser of yours: a module of
+        purifier: for an AToP with a purifier of yours, or a `DiffusionPurifier` with a denoiser of yours: a module of
             its architecture.
         process: fields of `purify_fast.methods.diffusion.Process` in place of those that were saved, such as ``t_star``
             and ``steps``; of a `DiffusionPurifier` or a denoiser alone.
@@ -62,20 +62,20 @@ def load_defence(
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
     if kind not in ("Atop", "Carso", "DiffusionPurifier", ALONE):
-        raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
+        raise ValueError(f"{folder} holds a classifier, a {kind}, not a defence: load_classifier reads it")
     if purifier is not None and kind == "Carso":
-        raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
+        raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r} with its own purifier")
     if process is not None and kind in ("Atop", "Carso"):
-        raise ValueError(f"process: {folder} holds a {kind!r}, which has none")
+        raise ValueError(f"process must be None: {folder} holds a {kind!r}, which has no process")
     classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
     if kind == ALONE:
-        # it was trained for no classifier, and any is as good
+        # it was trained without a classifier, so that any classifier fits
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:
         raise ValueError(
-            f"classifier: its weights ({weights}) are not those {folder} was trained for ({facts['classifier']}); "
-            "pass check=False if that is meant"
+            f"classifier: its weights ({weights}) differ from those that {folder} was trained for "
+            f"({facts['classifier']}); pass check=False if that is meant"
         )
     defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":
@@ -92,6 +92,6 @@ def load_defence(
     wanted = trained_tensors(defence)
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:
-        raise ValueError(f"{folder}: its tensors do not fit its arguments, or the module given: {sorted(odd)[:4]} ...")
+        raise ValueError(f"{folder}: tensors do not fit the arguments, or the given module: {sorted(odd)[:4]} ...")
     defence.load_state_dict(state, strict=False)  # all but a frozen classifier's, checked above
     return defence.eval()

@@ -20,8 +20,8 @@ def recipe(name: str, method: str | None = None) -> Any:
     """A published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe`, or a `DiffusionRecipe`, which has no training.
 
     Args:
-        name: of the method and the system, such as "carso/cifar10".
-        method: of which a recipe is wanted; its name may then be left out.
+        name: name of the method and the system, such as "carso/cifar10".
+        method: method of the recipe; its name may then be left out.
 
     Raises:
         ValueError: another name; the message lists all.

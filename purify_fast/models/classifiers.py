@@ -41,7 +41,7 @@ class SmallCNN(nn.Module):
     ``conv4`` and ``hidden`` are modules, so that their outputs can be named as a representation.
     """
 
-    # there is no pooling: the penultimate layer
+    # this network has no pooling: name the penultimate layer
     before_pooling = "hidden"
 
     def __init__(
@@ -74,7 +74,7 @@ class _Dropout(nn.Module):
         rank, world = processes() if self.training else (0, 1)
         if world == 1:
             return F.dropout(x, 0.15, self.training)
-        # one process would draw for all images, these among them
+        # draw as a single process would for the images of all processes
         whole = x.new_ones(world * len(x), *x.shape[1:])
         return x * F.dropout(whole, 0.15)[rank::world]
 
@@ -87,8 +87,8 @@ class FullyConnected(nn.Module):
         num_classes: classes of the data, at least 2.
         image_size: (H, W).
         hidden: sizes of the hidden layers (published: 200 and 80).
-        mean: what the images are normalized by, a number or one per channel (default: MNIST's).
-        std: likewise, the standard deviations (default: MNIST's).
+        mean: the mean of the images, for normalization, a number or one per channel (default: MNIST's).
+        std: the standard deviations of the images, in the same form (default: MNIST's).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``: a Mish and a
     log-softmax follow the last linear layer, as in the recipe carso/mnist_v1. The outputs of
@@ -117,7 +117,7 @@ class FullyConnected(nn.Module):
         for before, after in pairwise(widths):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
         self.body = nn.Sequential(*body, nn.Linear(widths[-1], num_classes), nn.Mish())
-        # there is no pooling: the last hidden Mish
+        # this network has no pooling: name the last hidden Mish
         self.before_pooling = f"body.{len(body) - 3}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ class PreActResNet18(nn.Module):
     Args:
         num_classes: classes of the data, at least 2.
         in_channels: channels of the images.
-        mean: what the images are normalized by, a number or one per channel.
-        std: likewise, the standard deviations.
+        mean: the mean of the images, for normalization, a number or one per channel.
+        std: the standard deviations of the images, in the same form.
         width: channels of the first stage (He et al.: 64).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The blocks are
@@ -213,8 +213,8 @@ class WideResNet(nn.Module):
         depth: 6 n + 4 with n blocks in each of the three groups.
         width: factor on 16, 32 and 64 channels.
         num_classes: classes of the data, at least 2.
-        mean: what the images are normalized by, a number or one per channel (default: CIFAR-10's).
-        std: likewise, the standard deviations (default: CIFAR-10's).
+        mean: the mean of the images, for normalization, a number or one per channel (default: CIFAR-10's).
+        std: the standard deviations of the images, in the same form (default: CIFAR-10's).
         in_channels: channels of the images.
         activation: "silu", as RobustBench's ``DMWideResNet``, or "relu", as in the paper of Zagoruyko and Komodakis.
 
@@ -289,10 +289,10 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 
 
 def representation_before_pooling(model: nn.Module) -> str:
-    """The layer that stands for a classifier's representation when none is named.
+    """Name the layer that serves as a classifier's representation if none is given.
 
     Args:
-        model: one of `CLASSIFIERS`.
+        model: a classifier of `CLASSIFIERS`.
 
     Returns:
         The path of the module whose output is the last map before pooling, or without pooling the penultimate vector.
@@ -325,10 +325,10 @@ def build_classifier(
         image_shape: (C, H, W).
         num_classes: classes of the data, at least 2.
         width: None for the network's own: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
-        depth: of ``wide_resnet`` alone; None for 28.
-        activation: of ``wide_resnet`` alone: "silu" or "relu"; None for "silu".
-        mean: what the images are normalized by, a number or one per channel; ``small_cnn`` has its own, 0.5.
-        std: likewise, the standard deviations; ``small_cnn`` has its own, 0.5.
+        depth: depth of ``wide_resnet``, for it alone; None for 28.
+        activation: activation of ``wide_resnet``, for it alone: "silu" or "relu"; None for "silu".
+        mean: the mean of the images, for normalization, a number or one per channel; ``small_cnn`` always uses 0.5.
+        std: the standard deviations of the images, in the same form; ``small_cnn`` always uses 0.5.
 
     Raises:
         ValueError: an unknown name, or a width, depth or activation that the network does not have.

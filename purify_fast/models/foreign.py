@@ -38,7 +38,7 @@ _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 
 
 class ForeignClassifier(nn.Module):
-    """A classifier that is not this package's, made by its name, so that it can be saved and loaded.
+    """A classifier from outside this package, made by its name, so that it can be saved and loaded.
 
     ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] to logits ``[B, num_classes]``. The network is the
     module ``model``: the layers of a representation are ``model.layer1`` and so on.
@@ -49,8 +49,8 @@ class ForeignClassifier(nn.Module):
             working folder are found too, and it stays on ``sys.path`` for what the model imports when it runs.
         in_channels: channels of the images. A torchvision network takes three: one channel is given to it three times.
         num_classes: classes of the data; a function of a user's own decides this itself.
-        mean: what normalizes the images, one number per channel; a function of a user's own normalizes them itself.
-        std: likewise, the standard deviations.
+        mean: the mean of the images, one number per channel; a function of a user's own normalizes them itself.
+        std: the standard deviations of the images, in the same form.
 
     Raises:
         ValueError: no such model, or what is found there is none; a function by its file; or, in place of a function,
@@ -73,7 +73,7 @@ class ForeignClassifier(nn.Module):
         elif library == "timm":
             self.model = _timm_model(name, in_channels, num_classes)
         else:
-            # a saved classifier names its function, and a file of any place is not to be run by loading it
+            # a saved classifier names its function, and loading it must not run a file from an arbitrary place
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
                     f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}: only "
@@ -97,17 +97,18 @@ def build_foreign(
     """A classifier by its name, with fresh weights or given ones.
 
     Args:
-        spec: as in `ForeignClassifier`.
+        spec: the name, as for `ForeignClassifier`.
         in_channels: channels of the images.
         num_classes: classes of the data.
-        mean: what normalizes the images, one number per channel; weights of a library bring their own.
-        std: likewise, the standard deviations.
+        mean: the mean of the images, one number per channel; weights of a library replace it by their own.
+        std: the standard deviations of the images, in the same form.
         weights: None for fresh ones; a file, ``.safetensors`` or one of PyTorch's of which only tensors are read; or
             the library's name for weights that it has downloaded before: ``IMAGENET1K_V1`` of torchvision,
             ``pretrained`` of timm.
 
     Raises:
-        FileNotFoundError: no such file, or the library has not downloaded these weights; nothing is downloaded here.
+        FileNotFoundError: the file does not exist, or the library has not downloaded the weights: nothing is downloaded
+            here.
         ValueError: weights of other shapes, or a file that holds more than tensors.
     """
     if weights is None:
@@ -122,7 +123,7 @@ def build_foreign(
         if num_classes > classes:
             raise ValueError(f"{spec} with the weights {weights} has {classes} classes, the data {num_classes}")
         if in_channels != len(own_mean):
-            # grey images are given three times, and are normalized before
+            # grey images are normalized, and then repeated for three channels
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
     load_state(classifier.model, read_weights(path), str(path))
@@ -152,7 +153,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             is dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it holds something else.
     """
     path = Path(path)
@@ -165,7 +166,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds Python objects, and only tensors are read: save its state dict") from error
     except OSError:
         raise
-    # bytes that are no pickle fail in any way
+    # bytes that are not a pickle raise any kind of error
     except Exception as error:
         raise ValueError(f"{path} holds no weights: {error}".splitlines()[0]) from error
     for key in ("state_dict", "model_state_dict", "model", "G"):
@@ -204,7 +205,7 @@ def check_library_name(spec: str) -> None:
 
 
 def _torchvision_model(name: str, num_classes: int) -> nn.Module:
-    # it takes 1.7 seconds to import, and most classifiers do without it
+    # importing it takes 1.7 seconds, and most classifiers do not need it
     from torchvision import models
 
     check_library_name(f"torchvision:{name}")
@@ -250,7 +251,7 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
 
 
 def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
-    """What a function or class returns that is called without arguments; nothing else is imported than it says.
+    """Call a function or class without arguments and return its result; only the module that it names is imported.
 
     Args:
         spec: ``package.module:name``, where modules in the working folder are found too, or ``path/to/file.py:name``,
@@ -259,15 +260,15 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
         fresh: refuse a module that exists already, since every model of that name would have the same weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ModuleNotFoundError: the module, or one that it imports, is not installed.
-        ValueError: there is no such name, it is not callable, it fails, or it returns no module; or `fresh` asks for a
+        ValueError: the name does not exist, is not callable, fails, or does not return a module; or `fresh` asks for a
             new module where one exists already.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"a model by name is package.module:function or path/to/file.py:function, got {spec!r}")
-    # as by ``python -m`` and ``python file.py``: modules of this folder are found first, also later, inside forward
+    # like ``python -m`` and ``python file.py``: modules of this folder are found first, also later, inside forward
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -300,17 +301,17 @@ def forget_imported() -> None:
 
 
 def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
-    """Whose code raised an error: the user's own, this package, or this package when the user's code called it.
+    """Tell whose code raised an error: the user's, this package's, or this package's when the user's code called it.
 
-    Frames of Python's library and of installed packages are passed over: what they raise, their caller asked for.
-    The innermost frame that is left decides.
+    Frames of Python's library and of installed packages are skipped: their caller asked for what they raise. The
+    innermost of the other frames decides.
 
     Args:
-        error: that was raised.
+        error: the error.
 
     Returns:
-        "own" if that frame is of the user's code, in whichever file; "called by own" if it is of this package, and the
-        user's code stands above it; "package" for everything else, and where `made_by` imported nothing.
+        "own" if that frame runs the user's code, in whichever file; "called by own" if it runs this package, and the
+        user's code stands above it; "package" for everything else, and if `made_by` imported nothing.
     """
     owners = [owner for frame, _ in traceback.walk_tb(error.__traceback__) if (owner := _whose(frame)) is not None]
     if not _imported_names or "own" not in owners:
@@ -319,11 +320,11 @@ def raised_in(error: BaseException) -> Literal["own", "called by own", "package"
 
 
 def _whose(frame: FrameType) -> Literal["own", "package"] | None:
-    """Whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
+    """Tell whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
     file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
     if file.startswith(_PACKAGE):
         return "package"
-    # before the installed packages, since the user's may be one of them
+    # look at the user's modules before the installed packages, since one may be both
     if name.partition(".")[0] in {imported.partition(".")[0] for imported in _imported_names}:
         return "own"
     passed_over = file.startswith(_LIBRARY) or any(folder in file for folder in _INSTALLED)
@@ -345,7 +346,7 @@ def _imported(spec: str, place: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The file as a module of a name of its own, so that it hides no other module."""
+    """Import the file as a module with a unique name, so that it hides no other module."""
     name = f"own_{path.stem}"
     place = importlib.util.spec_from_file_location(name, path.resolve())
     assert place is not None and place.loader is not None
@@ -358,7 +359,7 @@ def _from_file(path: Path) -> ModuleType:
 
 def _told(error: BaseException) -> str:
     """An error of the user's code in one line, with the innermost line of that code, or else where it was raised."""
-    # this file and Python's import system, whose files are named <frozen ...>, are no news to the user
+    # leave out this file and Python's import system, whose files are named <frozen ...>: the user knows them
     places = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)

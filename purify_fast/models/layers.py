@@ -28,7 +28,7 @@ from .._process import processes
 from .._validation import check_counts
 from ..ops.convolution import conv2d
 
-#: Of the images: a number for all channels, or one per channel.
+#: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
     """torch's Conv2d, with its arguments and names. In bfloat16 on a CPU `purify_fast.ops.conv2d` computes it."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # on other devices there is no kernel, and the checks of `conv2d` would cost each call 9 us on an AMD EPYC
+        # other devices have no kernel, and the checks of `conv2d` would cost each call 9 us on an AMD EPYC
         if input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
@@ -57,7 +57,7 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch's, without types
+        # torch's function has no types
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -79,7 +79,7 @@ class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
 
 
 def check_sizes(num_classes: int, **counts: int) -> None:
-    """ValueError unless there are two classes at least, and at least one of all else."""
+    """ValueError unless there are at least two classes, and all other sizes are at least 1."""
     check_counts(num_classes=num_classes, **counts)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
@@ -90,7 +90,7 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
     Args:
         mean: a number, or one per channel as a sequence, a tensor or an array, in image units.
-        std: likewise, above 0.
+        std: the standard deviations, in the same form, above 0.
         channels: how many channels there are.
 
     Returns:
@@ -101,7 +101,7 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
     """
     statistics = {}
     for name, given in {"mean": mean, "std": std}.items():
-        # not torch.as_tensor, which holds no numbers where modules are made on the meta device
+        # torch.as_tensor would lose the numbers if modules are made on the meta device
         numbers = np.ravel(given.tolist() if isinstance(given, Tensor) else given)
         statistics[name] = [float(number) for number in numbers]
         if len(numbers) not in (1, channels):
@@ -112,11 +112,11 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, for ``[B, C, H, W]``; the statistics are no part of the state dict.
+    """(x - mean) / std per channel, for ``[B, C, H, W]``; the state dict does not contain the statistics.
 
     Args:
         mean: a number, or one per channel, in image units.
-        std: likewise, above 0.
+        std: the standard deviations, in the same form, above 0.
         channels: how many channels the images have.
 
     Attributes:
@@ -139,7 +139,7 @@ class Normalize(nn.Module):
 #: Kinds of devices for which PyTorch has its functions for statistics of several processes.
 BY_TORCH = ("cuda",)
 _EPS, _MOMENTUM = 1e-5, 0.1
-# the newer of the two names; PyTorch warns of the older one where it has both
+# use the newer of the two names: PyTorch warns about the older if it has both
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -156,7 +156,7 @@ def batch_norm_everywhere(
         world: how many processes there are.
 
     Returns:
-        As ``x``. The gradients of weight and bias are those of this process's images.
+        The result, in ``x``'s shape. The gradients of weight and bias are those of this process's images.
     """
     if x.device.type in BY_TORCH:
         # torch's functions read both layouts, but no other strides

@@ -87,7 +87,7 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
 
 
 def _instead(name: str, modules: Iterable[str]) -> str:
-    """What to give in place of a layer's name: the paths that end in it, or those with an end that is near to it."""
+    """Suggest layers in place of an unknown name: the paths that end in it, or those with an end that is near to it."""
     depth = name.count(".") + 1
     ends = {path: ".".join(path.split(".")[-depth:]) for path in modules if path}
     if whole := [path for path, end in ends.items() if end == name]:
@@ -106,16 +106,16 @@ class Representation:
         image_shape: (C, H, W) of the images, for the dry run.
 
     Attributes:
-        outputs: what the hooks have read in the passes that are under way, by thread. Other threads may use the
-            classifier meanwhile, such as to classify what was purified: theirs is not read.
-        traced: what the hooks have read while a graph is traced; None while none is.
+        outputs: the outputs that the hooks have read in the passes that are under way, by thread. Other threads may use
+            the classifier meanwhile, for example to classify purified images: their outputs are not read.
+        traced: the outputs that the hooks have read while a graph is traced; None at other times.
         shapes: per layer, the shape of its output without the batch.
         overwritten: per layer, whether it is cloned because the model overwrites it later.
         num_classes: size of the model's logits.
 
     Raises:
-        ValueError: an unknown, repeated, unused or re-used layer; an output that is no tensor [B, C, H, W], [B, T, D]
-            or [B, F].
+        ValueError: an unknown, repeated, unused or re-used layer; an output that is not a tensor [B, C, H, W],
+            [B, T, D] or [B, F].
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]):
@@ -192,9 +192,9 @@ class Representation:
         try:
             return self.model(x), outputs
         finally:
-            # also after an error: what was read would keep its memory and its graph
+            # clear it also after an error: the outputs would keep their memory and their graph
             del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, in which no pass is under way."""
+        """The state for copies and pickles, in which no pass is under way."""
         return {**vars(self), "outputs": {}}

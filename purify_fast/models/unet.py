@@ -47,7 +47,7 @@ def _active(norm: nn.GroupNorm, h: Tensor, shift: Tensor | None = None) -> Tenso
 class TimeLayer(nn.Linear):
     """A linear layer of the embedded time. It stays in float32 where a copy of the network is in bfloat16.
 
-    Of one row a product in bfloat16 takes a CPU five times as long.
+    A product of a single row takes a CPU five times as long in bfloat16.
     """
 
 
@@ -129,10 +129,10 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def embed(self, t: Tensor) -> Tensor:
-        """What the blocks are told of the time, ``[B, 4 width]``.
+        """The embedding of the time that the blocks read, ``[B, 4 width]``.
 
         Args:
-            t: as `forward` takes it.
+            t: the time, as in `forward`.
         """
         angles = t.reshape(-1, 1).to(self.frequencies.dtype) * self.frequencies
         embedded: Tensor = self.time(torch.cat([angles.sin(), angles.cos()], 1))
@@ -145,7 +145,7 @@ class UNet(nn.Module):
             raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
         blocks = (self.down1, self.down2, self.down3, self.middle, self.up2, self.up1)
         with without_autocast(x.device):
-            # times of all images that are one number in memory, as of `Tensor.expand`, are embedded once
+            # if all times share one number in memory, as after `Tensor.expand`, embed it once
             time = self.embed(t[:1] if t.dim() and t.stride(0) == 0 else t)
             down1, down2, down3, middle, up2, up1 = (block.time(time) for block in blocks)
         full = self.down1(self.enter(_channels_last(F.pixel_unshuffle(x, self.patch))), down1)
@@ -188,7 +188,7 @@ class _Doubled(torch.autograd.Function):
 
 
 def _joined(low: Tensor, skip: Tensor) -> Tensor:
-    """A map of the level below, enlarged to the size of this one, and this one's own."""
+    """Join a map of the level below, enlarged to the size of this level, to this level's own map."""
     sides = skip.shape[2:]
     doubled = low.device.type == "cpu" and not transformed() and sides == (2 * low.shape[2], 2 * low.shape[3])
     return torch.cat([_Doubled.apply(low) if doubled else F.interpolate(low, size=sides, mode="nearest"), skip], 1)

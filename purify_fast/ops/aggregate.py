@@ -1,4 +1,4 @@
-"""One prediction from K: aggregation of the logits l [B, K, C] over the samples k, in the log domain.
+"""Aggregation: a single prediction from the logits l [B, K, C] of K samples, in the log domain.
 
     lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
     peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
@@ -107,7 +107,8 @@ RACED = (
 PROPERTIES: dict[str, Any] = {
     "dtypes": lambda method, shape, scale: (torch.float32, torch.bfloat16, torch.float16)[: 2 if scale > 3 else 3],
     "exact": lambda method, *_: method == "vote",
-    "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,  # exponentials and divisions of a GPU differ
+    # a GPU's exponentials and divisions round differently
+    "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,
     "variant": lambda method, *_: method,
 }
 
@@ -132,11 +133,11 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
-    weigh=second_argument,
+    size_key=second_argument,
 )
 
 
-#: Of ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
+#: For ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -145,7 +146,7 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# The reference may serve here too: that of vote has no graph that could carry its gradient, which is zero.
+# The reference may serve here too: the reference of vote has no graph for its gradient, which is zero.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),
@@ -181,7 +182,9 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
     index = METHODS.index(method)
     differentiated = needs_gradient(logits)
-    if OP.plain(logits.device, logits.dtype, logits.numel(), method) and not (method == "vote" and differentiated):
+    if OP.uses_reference(logits.device, logits.dtype, logits.numel(), method) and not (
+        method == "vote" and differentiated
+    ):
         return reference(logits, index)
     if not differentiated:
         return OP.handle(logits, index)

@@ -1,4 +1,4 @@
-"""One step of Auto-PGD: a projected gradient step (ascent), then momentum, projected again; per-sample step and radius.
+"""A step of Auto-PGD: a projected gradient step (ascent), then momentum, projected again; per-sample step and radius.
 
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
@@ -22,7 +22,7 @@ from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
-#: l1 is not among them: its steps adapt the share of the coordinates that move, which is another rule.
+#: l1 is left out: its steps follow another rule, which adapts the share of the coordinates that move.
 NORMS = ("linf", "l2")
 
 
@@ -74,8 +74,8 @@ def apgd_step(
     Args:
         x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
-        x_nat: the images that are attacked, the centers of the balls; likewise.
-        previous: what x was before its last step; likewise.
+        x_nat: the images that are attacked, the centers of the balls, like grad.
+        previous: the value of x before its last step, like grad.
         alpha: length of the step in image units, a number or ``[B]``.
         eps: radius of the ball in image units, a number or ``[B]``.
         momentum: the weight a of the new step, in [0, 1]; 1 - a is that of the last move.

@@ -8,8 +8,8 @@ With F [C, H, W] the features of one sample, p a key and q a query of the grid h
     A[q, p]   v_p softmax_p(scale v_p S[q, p]), v_p = 1 for a valid key; an invalid one has logit 0, and no share
     y         1/4 the overlap-added 4x4 patches, stride 2, zero padded by 1, of F at p, in proportion A[q, p]
 
-DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as the generator of AToP (arXiv 2401.16352) has it, but every sample has
-keys of its own. The patches are never built. With G = P'P and both positions moved together, zeros off the grid,
+DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), but every sample has
+its own keys. The patches are never built. With G = P'P and both positions moved together, zeros off the grid,
 
     R[q, p] = sum over the 9 neighbours o of G[q+o, p+o]                               a ninth of the products
     y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]   a quarter of them
@@ -46,7 +46,7 @@ def _moved(x: Tensor, step: int, dim: int) -> Tensor:
 
 
 def _both(x: Tensor, dim: int) -> Tensor:
-    """x and what lies before and behind it along ``dim`` of both groups."""
+    """x and its neighbors before and behind it along ``dim`` of both groups."""
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
 
 
@@ -78,7 +78,7 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition of what lies between the products.
+    """The definition of the function between the products.
 
     Args:
         correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the arithmetic's dtype.
@@ -86,7 +86,7 @@ def reference(
         keep: v ``[B, L]``, 0 or 1, in the dtype U is wanted in.
         height: h, the height of the grid of keys.
         width: w, its width.
-        scale: what the scores are multiplied by before the softmax.
+        scale: factor of the scores before the softmax.
 
     Returns:
         U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for backward; queries are rows, keys columns.
@@ -120,14 +120,14 @@ RACED = ((8, 8, 96), (32, 32, 96))
 
 def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
-    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any will do
+    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any values will do
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
-    inner = wide_dtype(dtype)  # between the products everything else is float32
+    inner = wide_dtype(dtype)  # everything else between the products is float32
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What backward takes beside the gradient: G, the inverse norms, A and the settings."""
+    """The arguments of backward beside the gradient: G, the inverse norms, A and the settings."""
     return *inputs[:2], outputs[1], *inputs[3:]
 
 
@@ -143,8 +143,8 @@ OP = define_op(
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=("",),
-    # by the dtype of what is kept, and the pairs of pixels
-    weigh=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
+    # the key is the dtype of the mask, and the number of pairs of pixels
+    size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_backward(
     OP,
@@ -157,9 +157,9 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # sums of numbers of the largest output's size
+    # the sums are as large as the largest output
     changes={"slack": 32.0},
-    weigh=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
+    size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )
 
 
@@ -167,7 +167,7 @@ _between = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, co
 
 
 def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
-    """One over the norms of the 3x3 patches of ``pixels`` [B, L, C], at least 1e-4: [B, L]."""
+    """The inverse norms of the 3x3 patches of ``pixels`` [B, L, C], with norms of at least 1e-4: [B, L]."""
     squares = pixels.square().sum(2).view(-1, 1, height, width)
     squares = F.avg_pool2d(squares, 3, 1, 1, divisor_override=1).flatten(1)
     # the squares are clamped, not their root: its gradient at 0 would be NaN
@@ -193,12 +193,12 @@ SLOPES = cpu_kernel(
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
 )
-#: Whether they are there, and may serve.
+#: True if the kernels of the whole function exist and may serve.
 WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
-    """The whole function, and what its backward needs: F, G, the inverse norms, U and A."""
+    """The whole function, and the arguments of its backward: F, G, the inverse norms, U and A."""
     height, width = features.shape[2] // 2, features.shape[3] // 2
     phases = SPLIT(features, last)
     pixels = wide(phases[:, 0])
@@ -234,10 +234,10 @@ _whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*out
 
 
 def _whole_serves(features: Tensor, pairs: int, gradient: bool) -> bool:
-    """Whether the kernels of the whole function serve: wherever the op's own would in both directions."""
-    if not WHOLE or not may_save(features) or OP.plain(features.device, features.dtype, pairs):
+    """Tell whether the kernels of the whole function serve: they do if the op's kernels would in both directions."""
+    if not WHOLE or not may_save(features) or OP.uses_reference(features.device, features.dtype, pairs):
         return False
-    return not gradient or not BACKWARD.plain(features.device, features.dtype, pairs)
+    return not gradient or not BACKWARD.uses_reference(features.device, features.dtype, pairs)
 
 
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
@@ -246,7 +246,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     Args:
         features: ``[B, C, H, W]``, H and W even; float16, bfloat16, float32 or float64; the gradient flows here.
         valid: bool ``[B, (H/2) * (W/2)]``, the keys each sample may use, row-major: `key_validity`.
-        scale: what the scores are multiplied by before the softmax.
+        scale: factor of the scores before the softmax.
 
     Returns:
         ``[B, C, H, W]``, the features' dtype, also under autocast; contiguous, or channels_last if the features are.
@@ -288,7 +288,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
         kernel = _between if gradient else OP.handle
-        call = reference if OP.plain(features.device, features.dtype, pairs) else kernel
+        call = reference if OP.uses_reference(features.device, features.dtype, pairs) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)
@@ -298,16 +298,16 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
 
 def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which keys of `contextual_attention` are known: those whose whole 3x3 neighbourhood on the key grid is.
+    """Find the known keys of `contextual_attention`, whose whole 3x3 neighbourhood on the key grid is known.
 
     Args:
-        mask: ``[B, 1, H0, W0]``, bool or a number, what is not 0 is missing; any resolution.
+        mask: ``[B, 1, H0, W0]``, bool or a number, in which all but 0 is missing; any resolution.
         size: (h, w) of the key grid, half of the features' size.
 
     Returns:
         bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is: for the mask
         of blocks of 32 px in 256 px images this is the published sampling of every eighth pixel, which at smaller
-        sizes would miss blocks. Outside the grid nothing is missing. No gradient.
+        sizes would miss blocks. Outside the grid nothing counts as missing. No gradient.
 
     Raises:
         ValueError: mask is not [B, 1, H0, W0] or empty, or h or w is below 1.

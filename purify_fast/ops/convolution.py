@@ -6,7 +6,7 @@ with stride s, padding p by zeros and dilation d. It is what ``torch.nn.function
 reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
 group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
 own convolutions leave much of such a processor unused, above all in gradients of weights and where channels are few;
-docs/performance.md has a table. There is no kernel for a GPU, where cuDNN serves.
+docs/performance.md has a table. GPUs use cuDNN: this package has no kernel for them.
 
 Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
 
@@ -34,18 +34,18 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op, wide
 
-#: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
+#: The processor multiplies 16 channels at once. With fewer channels part of each instruction is wasted.
 FEW = 16
 _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
 
 def _first(x: Tensor) -> Tensor:
-    """Channels first: what PyTorch's convolutions take, a view of channels_last."""
+    """A view with channels first, as PyTorch's convolutions take it."""
     return x.permute(0, 3, 1, 2)
 
 
 def _last(x: Tensor) -> Tensor:
-    """Channels last: what the ops take, contiguous if the argument is channels_last."""
+    """A view with channels last, as the ops take it; contiguous if the argument is channels_last."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -75,14 +75,14 @@ def reference_weight_gradient(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """The name of the layer's group. Who serves is chosen by group: layers of one were ahead or behind together."""
+    """The name of the layer's group. A backend is chosen for each group, because its layers won or lost together."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], *settings: Sequence[int]) -> list[int]:
-    """How many rows and columns the result has, from those of the images and the kernel."""
+    """The numbers of rows and columns of the result, from those of the images and the kernel."""
     return [
         (pixels + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
         for pixels, taps, stride, padding, dilation in zip(size, kernel, *settings, strict=True)
@@ -123,9 +123,9 @@ RACED = tuple(
         (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
     )
 )  # fmt: skip
-#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round what
-#: they multiply to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is of
-#: that size; the gradient of the weights needs it, which is in float32.
+#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round their
+#: factors to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is that
+#: large; the gradient of the weights needs it, which is in float32.
 _ROUNDED = 2.0**16
 
 
@@ -139,7 +139,7 @@ PROPERTIES: dict[str, Any] = {
 def _operands(*setting: Any) -> tuple[Tensor, ...]:
     """Images, weights, bias, and random numbers in the shape of the result, which stand for its gradient."""
     shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
-    # scaled so that results are of the size of the images, as in a network
+    # scaled so that results are as large as the images, as in a network
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
     x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
     size = output_size(shape[1:3], kernel, stride, padding, dilation)
@@ -207,7 +207,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.size, ctx.settings = images.shape[2:], settings
-        # of frozen weights the images are not needed
+        # if the weights are frozen, backward does not need the images
         ctx.save_for_backward(rounded, images if any(ctx.needs_input_grad[1:3]) else None)
         return _by_kernel(images, rounded, bias, settings)
 
@@ -229,20 +229,20 @@ class _Convolution(torch.autograd.Function):
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    """``value`` for rows and columns; ValueError unless it is one or two whole numbers that are not too small."""
+    """Expand ``value`` to rows and columns; ValueError unless it is one or two whole numbers that are large enough."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
         raise ValueError(f"{name} must be one or two whole numbers of at least {least}, got {value!r}")
     return pair
 
 
-#: What `_settings` has made of settings that can be told apart by a look-up.
+#: The results of `_settings` for settings that a look-up can distinguish.
 _known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 
 def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Stride, padding and dilation of rows and columns; ValueError unless they are as `conv2d` documents them."""
-    # layers have tuples; a compiler would take the look-up for something that changes
+    # layers have tuples; a compiler would take the look-up for a value that changes
     kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
     if kept and given in _known:
         return _known[given]
@@ -254,7 +254,7 @@ def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[i
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the tensors are what layers have most often, which needs no further check."""
+    """Tell whether the tensors have the most frequent form, which needs no further check."""
     shapes = type(input) is Tensor and type(weight) is Parameter and input.dim() == 4 and weight.dim() == 4
     if not shapes or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         return False
@@ -284,8 +284,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
-    """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
-    # also where a kernel is forced: most processors have none of this op, and a forced kernel is meant for the others
+    """Tell whether PyTorch's convolution serves an input whose result has ``elements`` numbers."""
+    # also if a kernel is forced: most processors have no kernel of this op, and forcing is meant for the other ops
     if OP.kernel("cpu") == "reference":
         return True
     dtype = input.dtype
@@ -294,12 +294,12 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
         dtype = torch.get_autocast_dtype("cpu")
     if dtype != torch.bfloat16:
         return True
-    backwards = (op.plain(input.device, dtype, elements, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
-    return OP.plain(input.device, dtype, input.numel(), variant) and all(backwards)
+    backwards = (op.uses_reference(input.device, dtype, elements, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
+    return OP.uses_reference(input.device, dtype, input.numel(), variant) and all(backwards)
 
 
 def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
-    """How many numbers the result has; ValueError if an image is smaller than the kernel."""
+    """The number of elements of the result; ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
     sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
@@ -316,14 +316,14 @@ def conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` of one group, by a kernel of the package where there is a faster one.
+    """``torch.nn.functional.conv2d`` with one group, by a kernel of the package if that is faster.
 
     Args:
         input: ``[B, C, H, W]``, floating point, H and W at least 1. A kernel takes it in bfloat16, or under autocast to
             bfloat16.
         weight: ``[O, C, K, L]`` in input's dtype, or any under autocast; its gradient is in its own.
         bias: ``[O]``, as weight, or None.
-        stride: of rows and columns, or one number for both.
+        stride: stride of rows and columns, or one number for both.
         padding: zeros on each side, in the same way.
         dilation: pixels from tap to tap, in the same way.
 
@@ -331,7 +331,7 @@ def conv2d(
         ``[B, O, H', W']`` in the dtype that PyTorch's has. By a kernel it is channels_last, whatever the input is.
 
     Raises:
-        TypeError: input, weight or bias is no tensor.
+        TypeError: input, weight or bias is not a tensor.
         ValueError: shapes, dtypes, devices or settings do not fit.
 
     Inside transforms of ``torch.func`` PyTorch's serves. By a kernel there are first-order gradients only: one made

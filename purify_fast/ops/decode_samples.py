@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from .._tensors import without_autocast
-from ..kernels.decoder_sizes import CHANNEL_TILE, COLUMN_TILE, Geometry, padded
+from ..kernels import decoder_sizes as tiles
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op, wide
@@ -35,7 +35,7 @@ from .philox import Stream, check_stream, philox
 def _pack(weight: Tensor, columns: int) -> Tensor:
     """[taps, channels, columns], padded, in that order."""
     inputs, outputs = weight.shape[1:]
-    return F.pad(weight, (0, columns - outputs, 0, padded(inputs, CHANNEL_TILE) - inputs)).flatten()
+    return F.pad(weight, (0, columns - outputs, 0, tiles.padded(inputs, tiles.CHANNEL_TILE) - inputs)).flatten()
 
 
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -47,19 +47,19 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         biases: ``[channels out]`` of each.
 
     Returns:
-        One vector of weights, those of the layers and then, transposed, those of their gradients from the last to the
-        first; one of biases, without the first layer's; zeros where they are padded.
+        A vector of weights: the layers' weights, and then, transposed, the weights for their gradients from the last
+        layer to the first. A vector of biases, without the first layer's. Both have zeros where they are padded.
     """
     channels, h, w, dim = first.shape
-    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), padded(channels, CHANNEL_TILE))]
+    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
     shifts, backward = [], []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         inputs, outputs, k, _ = weight.shape
-        columns = padded(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
+        columns = tiles.padded(outputs, tiles.COLUMN_TILE if i == len(weights) - 1 else tiles.CHANNEL_TILE)
         parts.append(_pack(weight.permute(2, 3, 0, 1).reshape(k * k, inputs, outputs), columns))
         shifts.append(F.pad(bias, (0, columns - outputs)))
         transposed = weight.permute(2, 3, 1, 0).reshape(k * k, outputs, inputs)
-        backward.append(_pack(transposed, padded(inputs, CHANNEL_TILE)))
+        backward.append(_pack(transposed, tiles.padded(inputs, tiles.CHANNEL_TILE)))
     return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
 
 
@@ -77,8 +77,8 @@ class Weights(NamedTuple):
     biases: tuple[Tensor, ...]
 
 
-def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
-    """What `pack` was given, in the packed weights' dtype.
+def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
+    """Undo `pack`: the weights and biases of the layers, in the packed weights' dtype.
 
     Args:
         packed: the vector of weights that `pack` returned, in any dtype.
@@ -91,10 +91,10 @@ def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
     products = geometry.products()
     sizes = [taps * inputs * columns for taps, inputs, columns in products]
     parts = packed[: sum(sizes)].split(sizes)
-    first, *tiles = (part.view(product) for part, product in zip(parts, products, strict=True))
+    first, *others = (part.view(product) for part, product in zip(parts, products, strict=True))
     shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
     inputs, weights = geometry.start[0], []
-    for layer, tile in zip(geometry.layers, tiles, strict=True):
+    for layer, tile in zip(geometry.layers, others, strict=True):
         kernel = tile[:, :inputs, : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
         weights.append(kernel.permute(2, 3, 0, 1))
         inputs = layer.channels
@@ -118,9 +118,9 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 
 
 def maps(
-    condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: Geometry, samples: int, slope: float
+    condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
+    """The input of every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -150,7 +150,7 @@ def reference(
     condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
     """
     samples, slope, squash, channels_last, dtype = settings
-    geometry = Geometry.of(numbers)
+    geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
     logits = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)[-1]
     return images(logits, squash, channels_last, dtype)
@@ -159,7 +159,7 @@ def reference(
 def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
     """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
     seed, ids, packed, biases, numbers, samples, slope, squash = others
-    geometry = Geometry.of(numbers)
+    geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
     entered = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
     g = wide(grad)
@@ -184,11 +184,11 @@ _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope,
 #: By name, latents, first map and convolutions (channels, kernel, stride, padding, height, width). In "tiled" and "one"
 #: every product is tiled; the last two layers of "joined" are one launch; "cifar" is CARSO's for images of 32 x 32.
 DECODERS = {
-    "tiled": Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
-    "one": Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
-    "joined": Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]),
-    "wide": Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
-    "cifar": Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
+    "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
+    "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
+    "joined": tiles.Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]),
+    "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
+    "cifar": tiles.Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
                           *(32, 3, 2, 1, 33, 33), *(3, 2, 1, 1, 32, 32)]),
 }  # fmt: skip
 #: Decoder, samples, the weights' dtype, and whether images are squashed, with the dtypes that stand for it on a GPU.
@@ -217,13 +217,13 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    # parameters, since `tile` repeats what is none of them
+    # parameters, because `tile` repeats other tensors
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
     return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What backward takes beside the gradient: the images, and all but their layout and dtype."""
+    """The arguments of backward beside the gradient: the images, and all but their layout and dtype."""
     return *outputs, *inputs[:9]
 
 
@@ -236,8 +236,8 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=("",),
-    # by the dtype of the images, which is the last argument, and the numbers of the condition
-    weigh=lambda condition, *others: (others[-1], condition.numel()),
+    # the key is the dtype of the images, which is the last argument, and the size of the condition
+    size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_backward(
     OP,
@@ -245,7 +245,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     saved=_saved,
-    # the slope of a LeakyReLU is that of its input's sign
+    # the slope of a LeakyReLU depends on its input's sign
     changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
 
@@ -259,7 +259,7 @@ def decode_prior(
     sample_ids: Tensor,
     packed: Tensor,
     biases: Tensor,
-    geometry: Geometry,
+    geometry: tiles.Geometry,
     samples: int,
     *,
     slope: float = 0.2,
@@ -280,17 +280,17 @@ def decode_prior(
         biases: from `pack`, in the condition's dtype.
         geometry: the decoder's sizes.
         samples: K >= 1.
-        slope: of the LeakyReLU between the layers, at least 0.
+        slope: slope of the LeakyReLU between the layers, at least 0.
         squash: end with a sigmoid: images in (0, 1); else their logits.
         channels_last: the memory layout of the images.
-        dtype: of the images, float32 (default) or bfloat16; float64 beside float64 weights.
+        dtype: dtype of the images, float32 (default) or bfloat16; float64 beside float64 weights.
         weights: ``unpack(packed, biases, geometry)``, if it is at hand: where the layers serve, they need it.
 
     Returns:
         Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: shapes, dtypes or devices other than these.
 
     Deterministic. First-order gradients only; ``vmap`` is not supported.
@@ -316,9 +316,9 @@ def decode_prior(
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "at least 1 and below 2^63, slope at least 0 and finite"
         raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
-    # the backward multiplies by image * (1 - image): bfloat16 rounds what is above 0.998 to 1, where that is 0
+    # the backward multiplies by image * (1 - image), and bfloat16 rounds images above 0.998 to 1
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
-    if OP.plain(condition.device, wanted, condition.numel()):
+    if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):
             weights = unpack(packed, biases, geometry) if weights is None else weights
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]

@@ -1,4 +1,4 @@
-"""One step of a diffusion sampler: the next state from the state, the network's prediction and noise, in one pass.
+"""A step of a diffusion sampler: the next state from the state, the network's prediction and noise, in one pass.
 
     x0  = clip(P x + Q m, -c, c)
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
@@ -16,11 +16,11 @@ al., ICLR 2021, arXiv 2011.13456), or of one step to the end: A = 1, B = 0. The 
 sigma z, is A = 0, B = alpha, s = sigma, with x given as the prediction too and P = 0, Q = 0.
 
 Learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672): m has twice as many channels as x, and the second
-half v chooses between the logarithms lo and hi of two variances. Of the noise s remains a factor, 1 or 0:
+half v chooses between the logarithms lo and hi of two variances. The noise then has a factor s of 1 or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-Where s = 0 there is no noise, whatever v holds. Element i of a row is counted as in a contiguous tensor. The noise of
+If s = 0 there is no noise, whatever v holds. Element i of a row is counted as in a contiguous tensor. The noise of
 a row is named by its sample id and by the draw index 2^16 draw + step, of which the low 32 bits count: it is the same
 wherever the row stands in a batch, and every step and every draw has its own.
 
@@ -47,7 +47,7 @@ from .stitch import layout
 
 #: The names of the coefficients, in their order: P, Q, c, A, B, s, lo and hi of the formulas.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
-#: Steps that have noise of their own; as many draws have.
+#: The most steps with noise of their own, and the most draws.
 STEPS = 2**16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -73,7 +73,7 @@ def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The factor of the normals; 0 where s is, whatever v holds."""
+    """The factor of the normals; 0 if s is 0, whatever v holds."""
     if v is None:
         return s
     share = (v + 1) / 2
@@ -118,7 +118,7 @@ def _like(prediction: Tensor) -> Tensor:
 
 
 def variant(learned: bool, noisy: bool) -> str:
-    """What is raced on its own."""
+    """The name of the setting that is raced separately."""
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
@@ -168,7 +168,7 @@ OP = define_op(
     triton=Launcher("diffusion_step", "forward"),
     replaces_many=("fixed", "learned", "noiseless"),
     compiler_fuses=("noiseless",),
-    weigh=lambda x, prediction, *_: (prediction.dtype, x.numel()),
+    size_key=lambda x, prediction, *_: (prediction.dtype, x.numel()),
 )
 BACKWARD = define_backward(
     OP,
@@ -177,7 +177,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, x, prediction, *_: (x.new_empty(x.shape), _like(prediction)),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
-    weigh=lambda grad, x, prediction, *_: (prediction.dtype, x.numel()),
+    size_key=lambda grad, x, prediction, *_: (prediction.dtype, x.numel()),
 )
 
 
@@ -208,7 +208,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In a graph, views of those that are given twice: torch.compile refuses them in one autograd.Function."""
+    """In a graph, replace repeated tensors by views: torch.compile refuses repetitions in an autograd.Function."""
     if not torch.compiler.is_compiling():
         return given
     return tuple(
@@ -227,12 +227,12 @@ def diffusion_step(
     step: Tensor,
     noisy: bool = True,
 ) -> Tensor:
-    """One step of a diffusion sampler, or of the forward process.
+    """Take a step of a diffusion sampler, or of the forward process.
 
     Args:
         x: the state, ``[B, C, ...]``; float32, or float64; in the units of the process, images in [-1, 1] as a rule. A
             row of a batch may be one of several draws of an image.
-        prediction: what the network made of it, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
+        prediction: the network's output for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
             bfloat16 or float32, float64 for a float64 x; contiguous or channels_last (anything else is copied).
         coefficients: the numbers of `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, of x's dtype and on its
             device. A schedule is a table of them, and a step takes one row: no value is read by the host. Without
@@ -248,7 +248,7 @@ def diffusion_step(
         The next state, in x's shape and dtype, contiguous, also under autocast.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: shapes, dtypes or devices disagree.
 
     The gradient reaches x and the prediction, first order; at both ends of the clip it passes. NaN propagates, but not
@@ -265,6 +265,6 @@ def diffusion_step(
     check_stream(seed, sample_ids, x.shape[0], **others)
     which = variant(prediction.shape[1] > x.shape[1], noisy)
     kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
-    call = reference if OP.plain(x.device, prediction.dtype, x.numel(), which) else kernel
+    call = reference if OP.uses_reference(x.device, prediction.dtype, x.numel(), which) else kernel
     given = (x, prediction, coefficients.detach(), seed, sample_ids, draws, step)
     return call(*_distinct(given), noisy)

@@ -19,7 +19,7 @@ from .dispatch.registry import Launcher, define_backward, define_op, wide
 
 
 def last_channels(x: Tensor) -> bool:
-    """Whether ``x`` is dense in channels_last, and only there."""
+    """Tell whether ``x`` is dense in channels_last, and only there."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -97,7 +97,7 @@ def gated_elu(features: Tensor) -> Tensor:
         raise ValueError(f"features must be floating point [B, 2C, ...], got {features.dtype} {list(features.shape)}")
     if features.shape[1] % 2:
         raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
-    if OP.plain(features.device, features.dtype, features.numel()):
+    if OP.uses_reference(features.device, features.dtype, features.numel()):
         return reference(features, 1)
     call = _gated_elu if needs_gradient(features) else OP.handle
     if last_channels(features):  # the op sees the halves of dense rows, whatever the layout

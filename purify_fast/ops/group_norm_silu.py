@@ -9,8 +9,8 @@ from the inputs alone, with m = g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
 The kernel is for one case: bfloat16 in channels_last and groups of 16 channels or a multiple, on a processor that
-`purify_fast.ops.conv2d` has kernels for. It gives the gradient of x alone: whoever trains the weights gets PyTorch's
-own operators. There is no kernel for a GPU, where compilers fuse the definition.
+`purify_fast.ops.conv2d` has kernels for. It gives only the gradient of x: training the weights uses PyTorch's own
+operators. GPUs have no kernel: compilers fuse the definition there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 from .gated_elu import last_channels
 
-#: The kernel works on so many channels at once, all of one group.
+#: The number of channels that the kernel works on at once, all in one group.
 LANES = 16
 
 
@@ -79,7 +79,7 @@ def _arguments(
     shape: tuple[int, ...], groups: int, shifts: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, float]:
     channels, kind = shape[-1], wide_dtype(dtype)
-    # parameters have no rows, of which a race makes more
+    # parameters keep their size: a race only repeats the rows of other tensors
     weight, bias = (Parameter(normal(seed + 100 * i, channels).to(kind), False) for i in (1, 2))
     rows = normal(seed + 300, shifts, channels).to(kind) if shifts else None
     shift = Parameter(rows, False) if rows is not None and shifts < ROWS else rows
@@ -99,7 +99,7 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, x, *_: x.new_empty(x.shape),
-    weigh=second_argument,
+    size_key=second_argument,
 )
 
 
@@ -153,15 +153,15 @@ def group_norm_silu(
         x: ``[B, C, ...]``, floating point. A kernel takes ``[B, C, H, W]`` in bfloat16 and channels_last.
         groups: how many groups the channels are normalized in.
         weight: ``[C]``, in float32 or x's dtype.
-        bias: as weight.
+        bias: ``[C]``, in weight's dtype.
         shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before; None: nothing.
         eps: added to the variances.
 
     Returns:
-        As x, in the dtype that PyTorch's operators give; by a kernel bfloat16 in channels_last.
+        ``x``'s shape, in the dtype that PyTorch's operators give; by a kernel bfloat16 in channels_last.
 
     Raises:
-        TypeError: something is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: shapes, dtypes or devices do not fit.
 
     By a kernel there are first-order gradients only, of x. Where another tensor needs a gradient, and inside transforms
@@ -176,7 +176,7 @@ def group_norm_silu(
         or not last_channels(x)
         or transformed()
         or needs_gradient(*numbers)
-        or OP.plain(x.device, x.dtype, x.numel())
+        or OP.uses_reference(x.device, x.dtype, x.numel())
     ):
         return _composed(x, (weight, bias, shift), groups, eps)
     if needs_gradient(x):

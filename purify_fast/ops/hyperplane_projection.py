@@ -72,7 +72,7 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # what the coordinates that are at the border of the box have brought, and what the others bring per t
+    # the contribution of the coordinates that are at the border of the box, and of the others per t
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate
@@ -103,14 +103,14 @@ EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
 RACED = tuple((norm, shape) for norm in NORMS for (shape,) in RGB)
 PROPERTIES: dict[str, Any] = {
     "variant": lambda norm, _: norm,
-    # The sum over a row that is the distance to its plane is rounded, in another order otherwise. In l1 one coordinate
+    # The distance of a row to its plane is a sum, which each backend rounds in its own order. In l1 one coordinate
     # takes all of it.
     "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
 }
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Planes nearby, further away and out of reach; a normal with zeros and what is no number."""
+    """Planes nearby, further away and out of reach; a normal with zeros, infinities and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])

@@ -54,7 +54,7 @@ OP = define_op(
 
 
 def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
-    """``tau`` as a [] tensor beside ``drift``; ValueError if it is of another shape."""
+    """``tau`` as a [] tensor beside ``drift``; ValueError if it has another shape."""
     if not isinstance(tau, Tensor):
         return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
     if tau.dim() != 0:
@@ -92,7 +92,7 @@ def noisy_replay(
         Same shape and dtype as x, contiguous. No gradient.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: shapes, dtypes or devices disagree, or lo > hi.
 
     Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.

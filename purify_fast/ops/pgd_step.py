@@ -1,4 +1,4 @@
-"""One step of projected gradient descent (ascent on the attacker's loss), per-sample step and radius.
+"""A step of projected gradient descent (ascent on the attacker's loss), with per-sample step and radius.
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
@@ -38,7 +38,7 @@ NORMS = ("linf", "l2", "l1")
 #: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
 #: has 0.01; AutoAttack's APGD begins with 0.2 and adapts it.
 DENSITY = 0.05
-#: How often the interval that holds the shift of l1 is halved: then it is shorter than the rounding of its first end.
+#: How often the interval of l1's shift is halved: then it is shorter than the rounding of its first end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -56,7 +56,7 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """How many of ``size`` coordinates an l1 step moves, ties aside: the share rounded, at least one."""
+    """The number of the ``size`` coordinates that an l1 step moves, ties aside: the share rounded, at least 1."""
     return max(1, int(density * size + 0.5))
 
 
@@ -88,7 +88,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
         size, room = d.abs(), torch.where(d > 0, hi - x_nat, x_nat - lo).clamp_min(0)
 
         def outside(shift: Tensor | float) -> Tensor:
-            # a sum that is NaN does not count as outside
+            # a sample whose sum is NaN does not count as outside
             return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps
 
         moves = outside(0.0)
@@ -97,7 +97,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
             middle = (inner + outer) / 2
             short = outside(middle)
             inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
-        # a sample that is in the ball already keeps its bits
+        # a sample inside the ball keeps its bits
         x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 
@@ -181,10 +181,10 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:
-    """What every step asks of its images, by name, its norm and its box; ValueError otherwise.
+    """Check a step's images by their names, its norm and its box; ValueError if they do not fit.
 
     Returns:
-        The norm, as this package writes it.
+        The norm, in this package's spelling.
     """
     check_alike(**images)
     if not lo <= hi:
@@ -208,9 +208,9 @@ def pgd_step(
     Args:
         x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
-        x_nat: the images that are attacked, the centers of the balls; likewise.
+        x_nat: the images that are attacked, the centers of the balls, like grad.
         alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``.
-        eps: radius of the ball, measured likewise, a number or ``[B]``.
+        eps: radius of the ball, measured in ``norm`` and image units, a number or ``[B]``.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box that images lie in.
         hi: upper end of the box, at least lo.

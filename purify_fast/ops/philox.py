@@ -7,7 +7,7 @@
         sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
 
 The same seed gives the same bits in every backend, whatever the batch split, chunk or rank; normals agree to a few ulp.
-Every use has a stream of its own: uses that shared counters would be correlated. The layout of the counter is this
+Every use has its own stream: uses that shared counters would be correlated. The layout of the counter is this
 package's own choice.
 """
 
@@ -73,7 +73,7 @@ def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream:
     """The definition for draws by their indices, int64 [1, draws] or [B, draws]. Returns [B, draws, numel]."""
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=sample_ids.device)
-    # one seed per call, broadcast; every counter word is widened to [B, draws, groups] by the arithmetic
+    # the call has one seed; the arithmetic broadcasts every counter word to [B, draws, groups]
     key = (seed & _MASK, (seed >> 32) & _MASK)
     zero = torch.zeros((sample_ids.shape[0], draw.shape[1], groups), dtype=torch.int64, device=sample_ids.device)
     counter = (
@@ -132,8 +132,8 @@ OP = define_op(
     ),
     raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
     replaces_many=("",),
-    # by the numbers that a call draws
-    weigh=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
+    # the size is the number of values that a call draws
+    size_key=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,
 )
 
@@ -178,7 +178,7 @@ def philox(
         seed: int64 ``[1]``; a tensor, since an int would recompile for every value.
         sample_ids: int64 ``[B]``, the low 32 bits count; global indices, so that batch splits and ranks agree.
         numel: numbers per sample and draw, at least 0.
-        stream: what they are for, a `Stream`.
+        stream: the purpose of the numbers, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
         draws: how many draws for each sample, at least 1.
         first_draw: index of the first draw, at least 0; the others follow. The low 32 bits of an index count.
@@ -187,7 +187,7 @@ def philox(
         ``[B, draws, numel]`` on the seed's device. No gradient.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: a wrong dtype, shape, device, distribution, or a negative count.
     """
     check_stream(seed, sample_ids)

@@ -63,7 +63,7 @@ def on_pixels(owners: Tensor, height: int, width: int) -> Tensor:
 
 
 def _hidden(owners: Tensor, num_passes: int, height: int, width: int) -> Tensor:
-    """Which pixels each pass hides, bool [S, B, N, 1, H, W]."""
+    """The pixels that each pass hides, bool [S, B, N, 1, H, W]."""
     first = 1 if num_passes == 0 else 0
     own = torch.arange(first, first + (num_passes or 1), device=owners.device)
     return on_pixels(owners, height, width)[:, :, None, None] == own[:, None, None, None]
@@ -116,8 +116,8 @@ def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) ->
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
 
 
-#: Shape, block, num_passes (0: RT1 and RT2), sigma, draws and layout, with the dtypes that stand for it on a GPU. The
-#: planes of some shapes are no multiple of 4.
+#: Shape, block, num_passes (0: RT1 and RT2), sigma, draws and layout, with the dtypes that represent it on a GPU. Some
+#: shapes have planes whose size is not a multiple of 4.
 EXAMPLES = {
     (*setting, layout): letters
     for setting, gpu in {
@@ -143,7 +143,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What backward takes beside the gradient."""
+    """The arguments of backward beside the gradient."""
     return inputs[0], outputs[1], *inputs[1:4], inputs[6]
 
 
@@ -206,7 +206,7 @@ def random_transform(
             hides everything.
         samples: S, the number of independent draws of noise and mask for every image.
         shared_mask: draw one mask for the whole batch in every draw, as the official code does; else one per image.
-        dtype: of the output; x's by default. t is rounded to it at the end.
+        dtype: dtype of the output; x's by default. t is rounded to it at the end.
         channels_last: whether the output is in the channels_last memory format.
 
     Returns:
@@ -216,7 +216,7 @@ def random_transform(
         for RT3 the pass that hides the block (see `stitch`).
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: a wrong shape, dtype, device or setting.
 
     NaN stays where it is seen; what is hidden is 0 whatever x holds. The gradient reaches x only, first order; at both
@@ -245,6 +245,6 @@ def random_transform(
     # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle
-    call = reference if OP.plain(x.device, x.dtype, x.numel()) else kernel
+    call = reference if OP.uses_reference(x.device, x.dtype, x.numel()) else kernel
     passes = num_passes or 0
     return call(x, seed, sample_ids, sigma, block, masked_blocks, passes, samples, shared_mask, dtype, channels_last)

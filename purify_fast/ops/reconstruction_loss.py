@@ -53,7 +53,7 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
-    weigh=second_argument,
+    size_key=second_argument,
 )
 
 
@@ -85,7 +85,7 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
     if not (logits.is_floating_point() and target.is_floating_point()):
         raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
     check_one_device(logits=logits, target=target)
-    if OP.plain(logits.device, logits.dtype, logits.numel()):
+    if OP.uses_reference(logits.device, logits.dtype, logits.numel()):
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)

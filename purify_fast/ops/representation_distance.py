@@ -95,13 +95,13 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
     return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
 
 
-def _weighed(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
-    """A call is weighed by the student's first layer."""
+def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """The dtype and size of the student's first layer."""
     return student[0].dtype, student[0].numel()
 
 
 def _variant(layers: int) -> str:
-    """One layer and several layers are raced apart: the reference launches its operators for each layer."""
+    """Race one layer and several layers separately: the reference launches its operators for each layer."""
     return "several" if layers > 1 else ""
 
 
@@ -135,13 +135,13 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    # a kernel's sums in another order err by ulps of the cosine, which is ten times as large as the distance
+    # sums in another order err by ulps of the cosine, which is ten times as large as the distance
     examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
     raced=examples(_arguments, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "forward"),
     replaces_many=("", "several"),
     compiler_fuses=("",),
-    weigh=_weighed,
+    size_key=_size_key,
 )
 BACKWARD = define_backward(
     OP,
@@ -151,7 +151,7 @@ BACKWARD = define_backward(
     saved=lambda inputs, outputs: (*inputs[:2], outputs[1]),
     constants=1,
     changes={"slack": 0.0},
-    weigh=lambda grad, student, *_: _weighed(student),
+    size_key=lambda grad, student, *_: _size_key(student),
 )
 
 
@@ -164,7 +164,7 @@ _with_saved = differentiable(SAVING, SCALED_ROWS, lambda inputs, outputs: (outpu
 
 
 def _forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    plain = OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
+    plain = OP.uses_reference(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
     call = reference if plain else OP.handle
     return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
@@ -203,7 +203,7 @@ def representation_distance(
     Args:
         student: ``[B, ...]``, or a sequence of such layers, whose shapes and dtypes may differ; float16, bfloat16,
             float32 or float64; the gradient flows here.
-        teacher: of the same shapes, on the same device, in any of these dtypes; no gradient, even if it requires one.
+        teacher: the same shapes, on the same device, in any of these dtypes; no gradient, even if it requires one.
         kind: ``abs_cosine`` (0 parallel or antiparallel, 1 orthogonal), ``cosine`` (0 to 2), ``angular`` (0 to 1, in
             half turns) or ``l2`` (Euclidean, in the features' unit).
 
@@ -232,11 +232,11 @@ def representation_distance(
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     gradient = needs_gradient(*us)
-    serves = not OP.plain(us[0].device, us[0].dtype, us[0].numel())
+    serves = not OP.uses_reference(us[0].device, us[0].dtype, us[0].numel())
     if gradient and single and serves and saves(BACKWARD, us[0]):
         return _with_saved(us[0], vs[0].detach(), KINDS.index(kind))[0]
     tensors = (*us, *(v.detach() for v in vs))
-    # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
+    # the compiler refuses a Function with any number of tensors if none needs a gradient
     call = _distance if gradient else _forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

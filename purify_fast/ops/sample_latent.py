@@ -94,7 +94,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
 
     Raises:
-        TypeError: seed or sample_ids is no tensor.
+        TypeError: seed or sample_ids is not a tensor.
         ValueError: shapes, dtypes or devices disagree.
 
     First-order gradients only; deterministic given the seed; ``vmap`` is not supported by the kernels.
@@ -103,7 +103,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
     if mu.dim() != 2:
         raise ValueError(f"mu and logvar must be [B, D], got {list(mu.shape)}")
     check_stream(seed, sample_ids, mu.shape[0], mu=mu)
-    if OP.plain(mu.device, mu.dtype, mu.numel()):
+    if OP.uses_reference(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
         return OP.handle(mu, logvar, seed, sample_ids)

@@ -1,4 +1,4 @@
-"""What Square tries next: the points of a random search, each changed within one random square or two.
+"""The proposals of Square: the points of a random search, each changed within one random square or two.
 
     linf:    z = clamp(x_nat + eps s, lo, hi)                                       in the window W, x elsewhere
     l2, l1:  d = x - x_nat,  h = s P + d / |d|_W,  u = max(eps^p - |d|^p, 0)        p = 2, 1
@@ -8,8 +8,8 @@
 
 Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3; l1 as in AutoAttack, with
 `pgd_step`'s projection. W and V are square windows at random places, s is a random sign of each channel, P a pattern of
-length 1 in W; norms with an index are of one channel, within that window. So l2 and l1 move mass from V to W, and use
-in W what the ball has left.
+length 1 in W; norms with an index are those of a channel, within that window. So l2 and l1 move mass from V to W, and
+use in W the length that the ball has left.
 
 A row's random numbers come from the caller, for several proposals at once: the places of W and V (row and column of
 each), which way round the pattern lies, then the channels' signs. A window's place is computed in float32 whatever the
@@ -31,12 +31,12 @@ from .pgd_step import NORMS, check, per_sample, pgd_step
 
 #: Random numbers of a proposal besides a sign for each channel: two places, and which way round the pattern lies.
 PLACES = 5
-#: So that nothing is divided by zero: it is added to lengths.
+#: Added to lengths, so that they can be divided by.
 TINY = 1e-12
 
 
 def signs(numbers: Tensor) -> Tensor:
-    """1 or -1 with equal chances.
+    """1 or -1, each with probability 1/2.
 
     Args:
         numbers: uniform in [0, 1), of any shape.
@@ -45,11 +45,11 @@ def signs(numbers: Tensor) -> Tensor:
 
 
 def from_border(place: Tensor, edge: int, size: int) -> Tensor:
-    """How far every pixel along an axis is from the first one of a random window, int64 ``[..., size]``.
+    """The distance of every pixel along an axis from the first pixel of a random window, int64 ``[..., size]``.
 
     Args:
         place: uniform in [0, 1), ``[...]``.
-        edge: of the window, in pixels.
+        edge: edge of the window, in pixels.
         size: pixels along the axis.
     """
     first = (place.float() * (size - edge + 1)).long()
@@ -57,17 +57,17 @@ def from_border(place: Tensor, edge: int, size: int) -> Tensor:
 
 
 def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
-    """Which pixels lie in a random window, bool ``[..., 1, height, width]``.
+    """The pixels that lie in a random window, bool ``[..., 1, height, width]``.
 
     Args:
         place: uniform in [0, 1), ``[..., 2]``.
-        edge: of the window, in pixels.
-        height: of the images.
-        width: of the images.
+        edge: edge of the window, in pixels.
+        height: height of the images.
+        width: width of the images.
     """
     rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
     lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
-    # as bytes, of which a CPU takes a vector at once, and of truth values one by one
+    # as bytes: a CPU combines them a vector at once, and truth values one by one
     both = lines.view(torch.uint8)[..., None, :, None] & across.view(torch.uint8)[..., None, None, :]
     return both.view(torch.bool)
 
@@ -152,7 +152,7 @@ def _arguments(
     pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
     images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
     numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
-    # a parameter, since `tile` repeats what is none
+    # a parameter, because `tile` repeats other tensors
     return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
 
 
@@ -167,14 +167,14 @@ OP = define_op(
     triton=Launcher("square_proposal", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
-    # by the elements of what it returns
-    weigh=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),
+    # the size is the number of elements of the result
+    size_key=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),
     differentiable=False,
 )
 
 
 def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | None) -> None:
-    """What a proposal asks of its numbers, its window and its pattern; ValueError otherwise."""
+    """Check the numbers, the window and the pattern of a proposal; ValueError if they do not fit."""
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
@@ -214,7 +214,7 @@ def square_proposal(
         numbers: uniform in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals of each image: the places of two windows,
             two numbers each, which way round the pattern lies, and the signs of the channels. ``linf`` uses the first
             place and the signs.
-        edge: of the windows, in pixels, from 1 to the smaller side of the images.
+        edge: edge of the windows, in pixels, from 1 to the smaller side of the images.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box that images lie in.
         hi: upper end of the box, at least lo.

@@ -21,13 +21,13 @@ from .random_transform import DTYPES, on_pixels
 
 
 def layout(images: Tensor) -> torch.memory_format:
-    """The memory format of the result: channels_last if the images are that and nothing else."""
+    """The memory format of the result: channels_last if the images are channels_last and not contiguous."""
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:
-    """Which pixels each pass owns, bool [S * B, N, 1, H, W]."""
+    """The pixels that each pass owns, bool [S * B, N, 1, H, W]."""
     pixels = on_pixels(owners, height, width).flatten(0, 1)[:, None, None]
     return pixels == torch.arange(passes, device=owners.device)[:, None, None, None]
 
@@ -87,7 +87,7 @@ BACKWARD = define_backward(
 
 
 def _passes(count: int, results: int) -> int:
-    """How many passes an image has, from the number of all images and that of the results; 1 where there are none."""
+    """The number of passes of an image, from the numbers of all images and of the results; 1 without results."""
     return count // results if results else 1
 
 
@@ -114,8 +114,8 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape, dtype or device.
 
-    What the other passes hold there, NaN too, is not read. First-order gradients only; deterministic; ``vmap`` is not
-    supported by the kernels.
+    Other passes are not read there, and may hold NaN. First-order gradients only; deterministic; the kernels do not
+    support ``vmap``.
     """
     if images.dim() != 4 or images.dtype not in DTYPES:
         raise ValueError(f"images must be floating point [S * B * N, C, H, W], got {images.dtype} {list(images.shape)}")
@@ -128,6 +128,6 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
         raise ValueError(f"owners' grid of {rows} x {columns} blocks must divide the images, {height} x {width}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch}")
-    if needs_gradient(images) and not OP.plain(images.device, images.dtype, images.numel()):
+    if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):
         return _stitch(images, owners)
     return OP(images, owners, _passes(images.shape[0], samples * batch))

@@ -23,5 +23,5 @@ def retain_freed_memory() -> bool:
         True if it took effect (Linux with glibc), False elsewhere.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    # without glibc there is no such function
+    # only glibc has this function
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

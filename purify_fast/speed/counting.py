@@ -1,7 +1,7 @@
-"""What a call asks of a device: operators to launch, bytes to move, FLOP of products; and how long a GPU takes for it.
+"""Count what a call asks of a device: operators, bytes, and FLOP of products; and model the time of a GPU for it.
 
-The time on a GPU is a model and no measurement: the longest of what the host needs to launch the operators, what the
-memory needs to move their bytes, and what the tensor cores need for their products.
+The time on a GPU is a model and not a measurement: the longest of the host's time to launch the operators, the memory's
+time to move their bytes, and the tensor cores' time for their products.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..ops.dispatch.tune import Launches
 
 
 class Gpu(NamedTuple):
-    """What is assumed of a GPU: four fifths to nine tenths of what its data sheet promises.
+    """The assumed speed of a GPU: four fifths to nine tenths of the numbers in its data sheet.
 
     Args:
-        bytes_per_second: that its memory moves.
+        bytes_per_second: bytes that its memory moves in a second.
         bfloat16: FLOP in a second at most, in that precision.
         tf32: the same where float32 products are rounded to ten bits.
     """
@@ -49,7 +49,7 @@ EAGER, REPLAYED = 9e-6, 1.3e-6
 
 
 class _NoModules(SimpleNamespace):
-    """Stands where PyTorch's counter watches modules; everything then counts as one."""
+    """Replaces the part of PyTorch's counter that watches modules, so that everything counts as one module."""
 
     def __enter__(self) -> None:
         pass
@@ -72,7 +72,7 @@ def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> 
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """How this package's convolutions count, whose shapes have channels last."""
+    """The counts of this package's convolutions, whose shapes have channels last."""
     ops = torch.ops.purify_fast
     return {
         ops.convolution: _forward,
@@ -94,7 +94,7 @@ class Flops(FlopCounterMode):
 
     @property
     def total(self) -> int:
-        """How many there were."""
+        """The number of operators."""
         return self.get_total_flops()
 
 
@@ -119,12 +119,12 @@ class Moved(Launches):
 
 
 class Cost(NamedTuple):
-    """What a call asks for.
+    """The amounts that a call asks for.
 
     Args:
         launches: operators that the host launches.
-        bytes: read and written.
-        flop: of products.
+        bytes: bytes read and written.
+        flop: FLOP of products.
     """
 
     launches: float
@@ -132,20 +132,20 @@ class Cost(NamedTuple):
     flop: float
 
     def line(self, other: Cost, share: float) -> Cost:
-        """The cost on the straight line through this one and another; 0 is this one, 1 the other."""
+        """The cost on the straight line through this cost and another; 0 is this cost, 1 the other."""
         moved, flop = (a + (b - a) * share for a, b in ((self.bytes, other.bytes), (self.flop, other.flop)))
         return Cost(other.launches, moved, flop)
 
     def plus(self, other: Cost) -> Cost:
-        """Both, one after the other."""
+        """The cost of both calls, one after the other."""
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> Cost:
-        """So many calls."""
+        """The cost of ``factor`` calls."""
         return Cost(*(factor * value for value in self))
 
     def seconds(self, gpu: Gpu, rate: float) -> float:
-        """How long a GPU takes.
+        """The time of a GPU.
 
         Args:
             gpu: the GPU.
@@ -154,7 +154,7 @@ class Cost(NamedTuple):
         return self.limit(gpu, rate)[1]
 
     def limit(self, gpu: Gpu, rate: float) -> tuple[str, float]:
-        """What takes a GPU longest, in a word, and how many seconds; the arguments are those of `seconds`."""
+        """The slowest part of a GPU's work, in a word, and its seconds; the arguments are those of `seconds`."""
         times = {
             "launching": self.launches * EAGER,
             "moving bytes": self.bytes / gpu.bytes_per_second,
@@ -164,7 +164,7 @@ class Cost(NamedTuple):
 
 
 def counted(run: Callable[[], object]) -> Cost:
-    """What a call asks for.
+    """The cost of a call.
 
     Args:
         run: the call.

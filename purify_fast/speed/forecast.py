@@ -1,4 +1,4 @@
-"""What a long run will take, told before it: time, memory, and what it asks of the device."""
+"""The forecast of a long run: time, memory, and the work that it asks of the device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .counting import GPUS, Cost
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """The cost of a run.
 
     Args:
         what: the run, for the table's title.
-        cost: of the whole run, of all processes together.
+        cost: cost of the whole run, of all processes together.
         memory: bytes at its peak: on a CPU of the process, on a GPU of tensors.
         seconds: on this machine's CPU, by a probe; None for a GPU, whose time follows from the cost.
         gpu: a name of `purify_fast.speed.counting.GPUS`; None: this CPU.
         gpus: how many share the work.
-        precision: of the products on a GPU, "bfloat16" or "tf32".
+        precision: precision of the products on a GPU, "bfloat16" or "tf32".
     """
 
     what: str
@@ -35,7 +35,7 @@ class Forecast:
         return self._limit()[1] if self.seconds is None else self.seconds
 
     def _limit(self) -> tuple[str, float]:
-        """What takes the GPUs longest, in a word, and how many seconds."""
+        """The slowest part of the GPUs' work, in a word, and its seconds."""
         assert self.gpu is not None
         gpu = GPUS[self.gpu]
         limit, seconds = self.cost.limit(gpu, gpu.bfloat16 if self.precision == "bfloat16" else gpu.tf32)

@@ -1,4 +1,4 @@
-"""How many images go through a model at once, by a measured pass of a few and the memory that there is."""
+"""The number of images that go through a model at once, from a measured pass of a few and the memory that there is."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger("purify_fast")
 
 #: Images of the measured passes: the first, and at most the second.
 FIRST, SECOND = 1, 8
-#: The share of the memory that is planned with. The rest is for what is not counted, and for gaps between tensors.
+#: The share of the memory to plan with. The rest is for uncounted memory, and for gaps between tensors.
 PLANNED = 0.8
-#: More images at once gain next to nothing, and a number that does not follow every change of the memory is kept.
+#: The most images at once: more gain next to nothing, and a cap keeps the number the same from run to run.
 MOST = 1024
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators made and that are still held, and the most of them.
 
-    What operators take for themselves while they run, such as a library's scratch memory, is not seen.
+    The memory that operators use while they run, such as a library's scratch memory, is not seen.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that some work takes at once: as a GPU's allocator tells, on a CPU as counted.
+    """The most bytes of tensors that some work takes at once: by a GPU's allocator, or counted on a CPU.
 
     Args:
-        work: what is measured; it is done once.
+        work: the work to measure; it is done once.
         device: where it computes.
     """
     if device.type != "cuda":
@@ -84,7 +84,7 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
         budget: the most that it may take in all, in bytes or as "20GB"; None: as much as there is.
 
     Raises:
-        ValueError: a budget that is no amount of memory.
+        ValueError: the budget is not an amount of memory.
     """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -94,7 +94,7 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
 
 
 def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
-    """How many images some work can take at once, from its memory with one image and with a few, in a straight line.
+    """The number of images that some work can take at once, from its memory with one image and with a few.
 
     Args:
         work: a function of the number of images. It draws nothing from what comes after it.
@@ -120,7 +120,7 @@ def images_that_fit(work: Callable[[int], object], free: int, device: torch.devi
 
 
 class Room:
-    """How many images go through a model at once: halved each time that memory runs out, where it may be.
+    """The number of images that go through a model at once: halved each time that memory runs out, if it may be.
 
     Args:
         images: so many at most; None: no limit.
@@ -132,15 +132,15 @@ class Room:
         self.images, self.device, self.yields = images, device, yields
 
     def at_most(self, wanted: int) -> int:
-        """So many, or as many as there is room for."""
+        """``wanted`` images, or as many as there is room for."""
         return wanted if self.images is None else min(wanted, self.images)
 
     def limit(self, wanted: int | None) -> int | None:
-        """The lower of another limit and of this one; None is no limit."""
+        """The lower of another limit and this one; None is no limit."""
         return self.images if wanted is None else self.at_most(wanted)
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Do some work. Where memory runs out, do it again with half as many images at once, down to one.
+        """Do some work. If memory runs out, do it again with half as many images at once, down to one.
 
         Args:
             work: asks this object how many, and can be done several times; each run draws the same random numbers.
@@ -152,7 +152,7 @@ class Room:
             except Exception as error:
                 if not (self.yields and ran_out_of_memory(error)) or self.images in (None, 1):
                     raise
-            # outside of the except block, whose traceback holds the tensors of the work that failed
+            # do this outside of the except block, whose traceback holds the tensors of the failed work
             assert self.images is not None
             self.images //= 2
             logger.warning("memory ran out: from here on %d images go through the model at once", self.images)

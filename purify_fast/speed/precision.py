@@ -1,4 +1,4 @@
-"""What ``float32`` means on a GPU, and by which algorithms cuDNN computes it.
+"""The meaning of ``float32`` on a GPU, and the algorithms by which cuDNN computes it.
 
 By default PyTorch rounds the operands of convolutions there to ten bits (TF32).
 """
@@ -14,16 +14,16 @@ from .._validation import CudnnBenchmark, check_literal
 
 #: How many blocks of `float32_products` the process is in.
 _blocks = 0
-#: What has a setting of its own by PyTorch's newer names.
+#: The parts that have a setting in PyTorch's newer names.
 _NAMES = ("conv", "rnn", "matmul")
 
 
 def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
-    """What float32 means now.
+    """The current meaning of float32.
 
     Returns:
-        cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None where PyTorch's older names cannot
-        say it; and by the newer names the precision of convolutions, recurrent layers and matrix products.
+        cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None if PyTorch's older names cannot say
+        it; and by the newer names the precision of convolutions, recurrent layers and matrix products.
     """
     # PyTorch has older names for these settings and newer ones. The older ones refuse to describe what the newer ones
     # alone can say, and forget it when they are written to; so both are put back, the newer ones last. That of
@@ -70,7 +70,7 @@ def whole_float32_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
-    """Within the block, cuDNN races its algorithms once for each shape of a convolution; afterwards as before.
+    """Within the block, cuDNN races its algorithms once for each shape of a convolution; the old setting then returns.
 
     A race takes about a second for a network and shape, so that shapes should repeat. The algorithms differ in the last
     bits of their results, and which one wins may differ from run to run.

@@ -1,4 +1,4 @@
-"""What the methods' training shares: the loop, checkpoints, schedules, and the training of classifiers."""
+"""The training of the methods and of classifiers: the loop, checkpoints and schedules."""
 
 from __future__ import annotations
 

@@ -48,9 +48,9 @@ logger = logging.getLogger("purify_fast")
 
 #: Fewer images than these are gathered from several steps, since an attack on a few takes nearly as long as on many.
 TOGETHER = 64
-#: Images by which it is estimated how full a bank is.
+#: The number of images from which the fullness of a bank is estimated.
 LOOK = 512
-#: A part of the key: the layout of the file, and what decides which draws an image gets.
+#: A part of the key: the version of the file's layout and of the rule that gives an image its draws.
 FORMAT = 1
 
 
@@ -88,12 +88,12 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class FrozenAttack:
-    """One of a training's attacks on a model that stays as it is.
+    """An attack of a training on a model that stays as it is.
 
     Args:
         eps: radius of the ball in image units.
-        random: whether it begins at a random point, so that it makes another image each time.
-        share: of the batch that it attacks.
+        random: whether the attack begins at a random point, so that it makes another image each time.
+        share: the share of the batch that it attacks.
     """
 
     eps: float
@@ -107,8 +107,9 @@ class FrozenAttacks:
 
     Args:
         attacks: all of them; a batch names each by its index.
-        norm: of the ball.
-        facts: what else decides which images they make, the weights of the model among it, as JSON values.
+        norm: norm of the ball.
+        facts: everything else that decides which images the attacks make, such as the weights of the model, as JSON
+            values.
     """
 
     attacks: tuple[FrozenAttack, ...]
@@ -121,9 +122,9 @@ class BankedImages:
     """The images of a bank.
 
     Args:
-        count: images of the whole data set, by whose indices the bank is ordered.
-        shape: of one image, (C, H, W).
-        data: what tells the data set from others, its digest among it.
+        count: number of images in the whole data set, by whose indices the bank is ordered.
+        shape: shape of an image, (C, H, W).
+        data: text that identifies the data set; it contains the digest.
         views: 2 if images are mirrored at random, which makes two images of one; else 1.
     """
 
@@ -134,7 +135,7 @@ class BankedImages:
 
 
 def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """What is kept of attacked images.
+    """Round the steps from images to attacked images to int8, for the bank.
 
     Args:
         x: the images ``[B, ...]``.
@@ -150,13 +151,13 @@ def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
-    """Attacked images by what was kept of them, within the ball and the box.
+    """Restore attacked images from their int8 steps, within the ball and the box.
 
     Args:
         x: the images ``[B, ...]``.
         steps: q, int8 ``[B, D]``.
         scale: s, ``[B]``.
-        ball: of the attack.
+        ball: the ball of the attack.
     """
     return projected(x, x + steps.view(x.shape).to(x.dtype) * per_image(scale, x), ball)
 
@@ -178,7 +179,7 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and where the file is.
-        attacks: what attacks the images.
+        attacks: the attacks on the images.
         images: which images.
         batch_size: images of a step, of all processes together.
 
@@ -203,7 +204,7 @@ class AdversarialBank:
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the map keeps a descriptor of its own, and with it the lock
+            # the map keeps its own descriptor, and with it the lock
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
         # an index of a map takes several times as long as one of an array
         self.records: np.ndarray = np.asarray(self._map)
@@ -219,24 +220,25 @@ class AdversarialBank:
 
         Args:
             step: its number in the run.
-            seed: of its draws.
-            sample_ids: of the batch's images, int64 ``[B]``.
+            seed: seed of the step's draws.
+            sample_ids: indices of the batch's images, int64 ``[B]``.
             mirrored: which images are mirrored, bool ``[B]``; None for none.
         """
         entries = sample_ids.cpu() * self.images.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
     def find(self, entries: np.ndarray, kinds: np.ndarray, seed: int, draws: np.ndarray) -> Found:
-        """Read one variant of each image, that of this very step if there is one.
+        """Read one variant of each image; if this very step made a variant before, read that.
 
         Args:
-            entries: of the images, int ``[A]``.
+            entries: places of the images in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
-            seed: of the step.
+            seed: seed of the step.
             draws: uniform numbers, which choose among the variants, ``[A]``.
 
         Returns:
-            What was found. Where places of an image and its attack are empty, nothing is, so that they are filled.
+            The variants. An image is not found while places of the image and its attack are empty: they are to be
+            filled.
         """
         began = time.monotonic()
         found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
@@ -248,7 +250,7 @@ class AdversarialBank:
                 count = len(whole)
                 chosen = own.index(True) if any(own) else min(int(draws[image] * count), count - 1)
                 found.steps[image], found.scale[image] = records["steps"][chosen], records["scale"][chosen]
-                found.there[image], found.own[image] = True, any(own)
+                found.found[image], found.made_by_this_step[image] = True, any(own)
         self.seconds += time.monotonic() - began
         return found
 
@@ -256,11 +258,11 @@ class AdversarialBank:
         """Write variants, each in an empty place or in that of the oldest.
 
         Args:
-            entries: of the images, int ``[A]``.
+            entries: places of the images in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
-            seed: of the step that made them.
+            seed: seed of the step that made the variants.
             steps: q, int8 ``[A, D]``.
-            scale: s, float32 ``[A]``. What is not finite is not kept.
+            scale: s, float32 ``[A]``. A variant whose scale is not finite is not kept.
         """
         began = time.monotonic()
         for i in np.flatnonzero(np.isfinite(scale)):
@@ -275,7 +277,7 @@ class AdversarialBank:
             record = np.zeros((), self.records.dtype)
             record["number"], record["draw"] = int(numbers.max()) + 1, seed
             record["scale"], record["steps"] = scale[i], steps[i]
-            record["check"] = _checksum(record, at)
+            record["check"] = _record_checksum(record, at)
             self.records[at] = record
         self.seconds += time.monotonic() - began
 
@@ -285,13 +287,13 @@ class AdversarialBank:
         records = self.records[entry, places].copy()
         heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
         whole = [
-            number > 0 and check == _checksum(records[i], (entry, places.start + i))
+            number > 0 and check == _record_checksum(records[i], (entry, places.start + i))
             for i, (number, check) in enumerate(heads)
         ]
         return records, whole
 
     def flush(self) -> None:
-        """Have what was written on the disk; a kill loses nothing without it, a power failure might.
+        """Force the variants onto the disk, which only a power failure makes necessary; a kill loses nothing.
 
         The file counts as used at this moment.
         """
@@ -306,13 +308,13 @@ class AdversarialBank:
         return [float(np.mean([self._variants(entry, places)[1] for entry in entries])) for places in self.slots]
 
     def left_to_make(self, epochs: float) -> tuple[float, float]:
-        """What a run will make, in images for each image of its data.
+        """Count the images that a run will attack, for each image of its data.
 
         Args:
-            epochs: of the run that are left.
+            epochs: epochs that are left of the run.
 
         Returns:
-            How many it will attack, with the bank as full as it is, and how many it would attack without it.
+            The number with the bank as full as it is, and the number without the bank.
         """
         attacked = asked = 0.0
         for attack, places, full in zip(self.attacks.attacks, self.slots, self.fullness(), strict=True):
@@ -323,14 +325,17 @@ class AdversarialBank:
         return attacked, asked
 
     def forecast(self, epochs: float, images: int, rows: int, seconds: float) -> str:
-        """What the bank will save, in words.
+        """A sentence about what the bank will save.
 
         Args:
-            epochs: of the run that are left.
-            images: of an epoch.
+            epochs: epochs that are left of the run.
+            images: images of an epoch.
             rows: adversarial images of the step that was measured.
-            seconds: that its attacks took.
+            seconds: seconds that its attacks took.
         """
+        # its module takes a third of a second to import
+        from ..speed.forecast import in_words
+
         attacked, asked = self.left_to_make(epochs)
         each = seconds / max(rows, 1) * images
         full = 100 * sum(self.fullness()) / len(self.slots)
@@ -338,18 +343,19 @@ class AdversarialBank:
             f"adversarial bank: {self.config.variants} variants of an image, a share {self.config.refresh:g} made "
             f"anew, {full:.0f} % full, {self.bytes / 1e9:.3g} GB in {self.path}. A step's attacks on {rows} images "
             f"take {seconds:.3g} s. In the {epochs:g} epochs that are left about {attacked * images:,.0f} images will "
-            f"be attacked in place of {asked * images:,.0f}: {_duration(attacked * each)} of attacks in place of "
-            f"{_duration(asked * each)}"
+            f"be attacked in place of {asked * images:,.0f}: {in_words(attacked * each)} of attacks in place of "
+            f"{in_words(asked * each)}"
         )
 
     def summary(self, rows: int, seconds: float) -> str:
-        """What the bank saved this process since it began, in words; arguments as of `forecast`."""
+        """A sentence about what the bank saved this process; the arguments are those of `forecast`."""
+        from ..speed.forecast import in_words
+
         saved = self.read * seconds / max(rows, 1) - self.seconds
+        more = f"took {in_words(-saved)} more than attacks in their place would have"
+        effect = f"saved {in_words(saved)} of attacks" if saved >= 0 else more
         damaged = f"; {self.damaged:,} were damaged and made again" if self.damaged else ""
-        return (
-            f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which saved about "
-            f"{_duration(saved)} of attacks"
-        )
+        return f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which {effect}"
 
 
 @dataclass
@@ -359,14 +365,14 @@ class Found:
     Args:
         steps: q, int8 ``[A, D]``.
         scale: s, float32 ``[A]``.
-        there: where there was a variant, bool ``[A]``.
-        own: where it is the one that this very step makes, bool ``[A]``.
+        found: True for images with a variant, bool ``[A]``.
+        made_by_this_step: True for variants that this very step made before, bool ``[A]``.
     """
 
     steps: np.ndarray
     scale: np.ndarray
-    there: np.ndarray
-    own: np.ndarray
+    found: np.ndarray
+    made_by_this_step: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -376,7 +382,7 @@ class BankedStep:
     Args:
         bank: the bank.
         step: its number in the run.
-        seed: of its draws.
+        seed: seed of the step's draws.
         entries: where the bank has the images of the batch, int64 ``[B]`` on the CPU.
     """
 
@@ -404,16 +410,16 @@ class BankedStep:
             bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
             bank.made += len(x)
             return made
-        # one number says whether an image is made anew, the other one which variant is read
+        # the first number decides whether an image is attacked again, the second which variant is read
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
-        # an attack without a random start would make what is there
+        # an attack without a random start would make the same image again
         anew &= bank._random[kind]
-        due = ~found.there | (anew & ~found.own)
+        due = ~found.found | (anew & ~found.made_by_this_step)
         if due.any():
-            # With what the step made before it was killed: a model's last bits may depend on the size of the batch.
-            due |= found.own
+            # Include what the step made before it was killed: a model's last bits may depend on the size of the batch.
+            due |= found.made_by_this_step
             index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
             some = x if index is None else x[index]
             kept = (each.cpu().numpy() for each in quantized(some, make(index)))
@@ -434,7 +440,7 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     random = sum(one.random for one in every)
     counts, place, seen = [], 0, 0
     for one in every:
-        # what the others leave is shared out, the first get one more where it does not come out even
+        # share the places out; the first attacks get one more if the places do not come out even
         share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
         seen += one.random
         counts.append(slice(place, place + share))
@@ -442,8 +448,8 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     return counts
 
 
-def _checksum(record: Any, place: tuple[int, int]) -> int:
-    """Of a record without its first field, and of where it stands."""
+def _record_checksum(record: Any, place: tuple[int, int]) -> int:
+    """The checksum of a record without its first field, and of its place."""
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
@@ -455,15 +461,15 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
             "variants or raise the limit (gigabytes)"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # one run at a time, so that two new banks do not take the same room
+    # one run at a time: two new banks must not take the same room
     with FileLock(path.parent / ".lock"):
-        _make_room(path, size, limit)
+        _remove_unused(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")
         lock_file(file.fileno(), shared=True)
     return file
 
 
-def _make_room(path: Path, size: int, limit: int) -> None:
+def _remove_unused(path: Path, size: int, limit: int) -> None:
     """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
     others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
     sizes = {other: _size(other) for other in others}
@@ -478,7 +484,7 @@ def _make_room(path: Path, size: int, limit: int) -> None:
     for other in others:
         if total <= limit:
             break
-        # nobody begins to use it meanwhile: that needs the lock of the folder
+        # nobody can begin to use it meanwhile, because that needs the lock of the folder
         if _is_unused(other):
             with contextlib.suppress(OSError):
                 other.unlink()
@@ -487,12 +493,12 @@ def _make_room(path: Path, size: int, limit: int) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    """Whether no run has a bank open."""
+    """Tell whether no run has a bank open."""
     try:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)
     except OSError:
-        # gone meanwhile, or another user's
+        # another process removed it, or it belongs to another user
         return not path.exists()
 
 
@@ -502,7 +508,7 @@ def _allocated(path: Path, size: int) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
         if (allocate := getattr(os, "posix_fallocate", None)) is not None:
-            # a disk that is full later would end the process, which writes to memory and is told of no error
+            # A disk that fills up later would end the process: it writes to memory, and gets no error.
             allocate(handle, 0, size)
         else:
             os.truncate(handle, size)
@@ -531,17 +537,10 @@ def _last_used(path: Path) -> float:
 
 
 def _expected_at_most(count: int, trials: float, share: float) -> float:
-    """The mean of min(count, K), K binomial of so many trials, rounded, with the probability ``share``."""
+    """The mean of min(count, K) for a binomial K with ``trials`` trials, rounded, and the probability ``share``."""
     n, below, mean = round(trials), 0.0, 0.0
     for k in range(count):
         probability = math.comb(n, k) * share**k * (1 - share) ** (n - k) if k <= n else 0.0
         below += probability
         mean += k * probability
     return mean + count * (1 - below)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

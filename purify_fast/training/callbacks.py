@@ -1,4 +1,4 @@
-"""What listens to a training: logs, a progress bar, or anything with the methods of `Callback`."""
+"""The listeners of a training: logs, a progress bar, or anything with the methods of `Callback`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training is, as its callbacks see it.
+    """The state of a training, as its callbacks see it.
 
     Args:
-        task: what is trained.
+        task: the training's task.
         step: steps taken so far.
         total_steps: steps of the whole run.
         epoch: the epoch that is running or has just ended, from 0.
@@ -31,8 +31,8 @@ class TrainingState:
         images: images of the step, or of the epoch, of all processes together.
         metrics: after a step its loss and metrics as tensors, whose values are known when the device gets there; after
             an epoch and at the end the means over the epoch as numbers, with those of a validation.
-        learning_rate: of the last step.
-        images_per_second: of the epoch, since the start or since it was resumed; 0 after a step.
+        learning_rate: learning rate of the last step.
+        images_per_second: speed of the epoch, since its start or since it was resumed; 0 after a step.
     """
 
     task: Task
@@ -50,7 +50,7 @@ class Callback(Protocol):
     """Listens to a training; subclasses define the methods they need. Only the first of several processes calls it."""
 
     def on_step(self, state: TrainingState) -> None:
-        """After every step; reading a metric's value waits for the device.
+        """Called after every step; reading a metric's value waits for the device.
 
         Args:
             state: where the training is.
@@ -58,7 +58,7 @@ class Callback(Protocol):
         return None
 
     def on_epoch(self, state: TrainingState) -> None:
-        """After every epoch, and its validation, before the checkpoint is written.
+        """Called after every epoch and its validation, before the checkpoint is written.
 
         Args:
             state: where the training is.
@@ -66,7 +66,7 @@ class Callback(Protocol):
         return None
 
     def on_end(self, state: TrainingState) -> None:
-        """When the model holds what the training results in.
+        """Called when the model holds the training's result.
 
         Args:
             state: where the training is, with the last epoch's metrics.
@@ -93,7 +93,7 @@ class TensorBoardLog(Callback):
 
     def on_epoch(self, state: TrainingState) -> None:
         if self._writer is None:
-            # what an earlier, killed run wrote about this epoch and later ones is hidden
+            # hide what an earlier, killed run wrote about this epoch and later ones
             self._writer = self._make(str(self.folder), purge_step=state.step)
         speed = {"learning_rate": state.learning_rate, "images_per_second": state.images_per_second}
         for name, value in {**state.metrics, **speed}.items():
@@ -130,10 +130,10 @@ class ProgressBar(Callback):
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """What a training's last epoch came to, as a line to read.
+    """Summarize a training's last epoch in a line.
 
     Args:
-        metrics: what `fit` returned.
+        metrics: the value that `fit` returned.
     """
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
     return f"last epoch: {', '.join(shown)}" if shown else "nothing was trained"

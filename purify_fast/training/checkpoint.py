@@ -23,7 +23,7 @@ logger = logging.getLogger("purify_fast")
 
 #: The names of a run's last checkpoint, and of the one before it.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-#: The checkpoint of the last validation that was good, of a run that returns to it after a collapse.
+#: The checkpoint of the last good validation, to which a run returns after a collapse.
 GOOD = "checkpoint.good.safetensors"
 #: The name of a saved model.
 MODEL = "model.safetensors"
@@ -53,10 +53,10 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
 
 
 def read_tree(path: Path) -> Any:
-    """What `write_tree` wrote; lists for tuples.
+    """Read what `write_tree` wrote; tuples come back as lists.
 
     Raises:
-        ValueError: it is no such file, or changed since; the message names it.
+        ValueError: the file is not such a file, or it changed since; the message names it.
     """
     try:
         tree, tensors = read_sealed(path)
@@ -70,7 +70,7 @@ def read_tree(path: Path) -> Any:
             return value
         if value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]
-        # optimizers number their weights, and JSON has no numbers as keys
+        # optimizers use numbers as keys, and JSON cannot
         return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
 
     return restored(tree)
@@ -84,14 +84,14 @@ def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
-    """A run's last whole checkpoint. Of a damaged one a warning tells, and the one before it is taken.
+    """Read a run's last whole checkpoint. A damaged checkpoint gives a warning, and the one before it is taken.
 
     Args:
-        folder: the run's.
-        set_aside: whether a damaged file is renamed, so that the next checkpoint does not take its place.
+        folder: folder of the run.
+        set_aside: whether a damaged file is renamed, so that the next checkpoint does not overwrite it.
 
     Returns:
-        What `save_checkpoint` was given, None if there is no checkpoint.
+        The value that `save_checkpoint` got; None if there is no checkpoint.
 
     Raises:
         ValueError: there are only damaged ones; all are named, and stay where they are.
@@ -125,9 +125,9 @@ def save_model(
     """Write ``model.safetensors``: the weights, and in the file's metadata the facts of the model.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
         kind: the name of the model's class.
-        arguments: of its constructor, JSON values.
+        arguments: arguments of the model's constructor, JSON values.
         state: its state dict.
         extra: further facts, JSON values.
     """
@@ -137,7 +137,7 @@ def save_model(
 
 
 def _unfinished(folder: Path) -> str:
-    """What a folder without a saved model holds, in words: a training that has not ended, or nothing of the kind."""
+    """Describe a folder without a saved model: it holds a training that has not ended, or nothing that is known."""
     parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     for place in (folder, *parts):
         # a damaged checkpoint says nothing here
@@ -169,7 +169,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         facts, state = read_sealed(path)
         if "kind" not in facts:
-            raise ValueError("it says no kind of model")
+            raise ValueError("the file's metadata names no kind of model")
     except ValueError as error:
         raise ValueError(f"{folder} holds a broken model: {path}: {error}") from error
     return facts, state

@@ -63,7 +63,7 @@ class ClassifierTask(Task):
             with self._precision(x):
                 loss, metrics = self._cross_entropy(point, batch.y)
             yield Update("model", loss, metrics)
-            # the backward pass for the weights left it
+            # the backward pass for the weights left a gradient in the images
             assert point.grad is not None
             point = pgd_step(point.detach(), point.grad, x, alpha, attack.eps, lo=0.0, hi=1.0)
 
@@ -101,7 +101,7 @@ class ClassifierTask(Task):
         check_classifier(self.model, shape, classes)
         if self.config.adversarial == "nuat" and processes()[1] > 1:
             raise ValueError(
-                f"adversarial 'nuat' is of one process, got {processes()[1]}: its nuclear norm is of the whole batch"
+                f"adversarial 'nuat' supports one process, got {processes()[1]}: its nuclear norm needs the whole batch"
             )
 
 
@@ -112,11 +112,11 @@ def save_classifier(model: nn.Module, folder: str | Path) -> None:
     """Write ``model.safetensors``.
 
     Args:
-        model: one of this package's classifiers, or a `purify_fast.models.foreign.ForeignClassifier`.
-        folder: where to.
+        model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
+        folder: the folder to write to.
 
     Raises:
-        ValueError: it is another model.
+        ValueError: the model is neither of them.
     """
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
@@ -126,7 +126,7 @@ def save_classifier(model: nn.Module, folder: str | Path) -> None:
 
 
 def is_classifier(folder: str | Path) -> bool:
-    """Whether a folder holds a classifier, and not a defence.
+    """Tell whether a folder holds a classifier, and not a defence.
 
     Args:
         folder: where a model was saved.

@@ -43,7 +43,7 @@ class TrainingAttack:
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
         alpha: length of a step in image units when eps has its full size; None takes relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps, where alpha is None.
-        random_start: whether PGD begins at a random point of the ball and not at the image itself.
+        random_start: whether PGD begins at a random point of the ball, in place of the image itself.
         start_std: standard deviation of a normal random start in image units, which is projected onto the ball; None
             for a start that is uniform in the ball.
         eps_warmup: share of the epochs in which eps rises linearly from 0; alpha rises with it. Adversarial training
@@ -72,17 +72,17 @@ class TrainingAttack:
         if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
         if self.start_std is not None and not (self.random_start and self.start_std > 0):
-            raise ValueError(f"start_std must be above 0, and goes with random_start, got {self.start_std}")
+            raise ValueError(f"start_std must be above 0 and needs random_start=True, got start_std={self.start_std}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
-        """The attack of one epoch: eps, and a given alpha with it, may still be rising to their full sizes.
+        """The attack of one epoch: during the warm-up eps is smaller, and so is alpha if it is given.
 
         Args:
             epoch: the epoch, from 0.
             epochs: epochs of the whole run.
 
         Returns:
-            The attack to run, with no warm-up of its own left.
+            The attack to run, which has no warm-up any more.
         """
         eps = rising(self.eps, epoch, epochs, self.eps_warmup)
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
@@ -99,10 +99,10 @@ class TrainingAttack:
         """PGD on a model, as the training runs it in the batch's epoch.
 
         Args:
-            model: what is attacked, images to logits.
+            model: the attacked model, images to logits.
             batch: the images, and the seed and sample ids of their random starts.
             graphs: captures the attack's step, if given.
-            rows: of the images to attack, int64 ``[A]``; None for all.
+            rows: indices of the images to attack, int64 ``[A]``; None for all.
 
         Returns:
             The adversarial images ``[A, C, H, W]``.
@@ -118,7 +118,7 @@ class TrainingAttack:
         )  # fmt: skip
 
     def of_validations(self) -> TrainingAttack:
-        """The attack on held-out images: this one, or PGD-10 from a random start where this one has fewer steps.
+        """The attack on held-out images: this attack, or PGD-10 from a random start if this attack has fewer steps.
 
         A model that overfits to an attack of few steps withstands that attack alone.
         """
@@ -151,15 +151,15 @@ def settings(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How long and how to train; every number is this package's own choice, a method's numbers stand in its config.
+    """The length and the settings of a training. Every number is this package's choice; a method has its own config.
 
     Args:
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
-        seed: of everything random.
+        seed: seed of all random draws.
         padding: pixels of black around an image before it is cropped at random; 0 for none.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
-        drop_last: whether an epoch's last batch is left out where it is smaller than the others.
+        drop_last: whether an epoch's last batch is left out if it is smaller than the others.
         steps_per_epoch: steps after which an epoch ends, although not all images have been trained on; the next epoch
             draws from all of them again. None: every epoch is a pass over the data.
         checkpoint_seconds: seconds between checkpoints within an epoch; one is always written at an epoch's end.
@@ -171,17 +171,17 @@ class FitConfig:
         on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
             seconds until there is room.
         on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
-            returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
+            returns to that checkpoint and continues with half of the learning rate, at most 5 times.
         on_collapse: "back_off" returns to the last good checkpoint when the accuracy of a validation is below half of
             the best one so far, and goes on with half of the learning rate, at most 5 times; it needs held-out images.
             So it ends for single-step adversarial training that overfits to its own attack within an epoch, the
             catastrophic overfitting of Wong et al. (ICLR 2020). "off" goes on.
         cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
-            launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
-            memory of one attack step for itself. Choose "off" for a model that keeps settings in an object of a class
-            of its own, no module, dataclass or namespace, and changes them there: a captured step does not see it.
+            launching takes longer than computing; "always" does so wherever it is possible, "off" never. A graph needs
+            the memory of one attack step for itself. Choose "off" for a model that keeps settings in an object which is
+            not a module, dataclass or namespace, and changes them there: a captured step does not see the change.
         cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
-            deterministic ones; "on" in any case, "off" leaves cuDNN as it is. A CUDA device only.
+            deterministic algorithms; "on" does so always, "off" leaves cuDNN as it is. It acts on CUDA devices only.
         fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they
             were made.
 
@@ -213,7 +213,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is trained; every number is this package's own choice, where no source is named.
+    """The settings of a classifier's training. Every number is this package's choice, if no source is named.
 
     Args:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
@@ -225,11 +225,11 @@ class ClassifierConfig:
             that moves the weights moves the images too (Shafahi et al., NeurIPS 2019, Algorithm 1, but every batch
             begins at a random point of the ball and not at the last batch's): an epoch counts as so many.
             Validations of the cheaper ones are by PGD-10, as are those of attacks with fewer steps.
-        nuclear_weight: of the nuclear norm in "nuat" at its highest. It rises from 0, epoch by epoch, over the first
-            nine tenths of the epochs; 4.5 is the authors' for a ResNet-18 on CIFAR-10 and batches of 64 (their
+        nuclear_weight: highest weight of the nuclear norm in "nuat". It rises from 0, epoch by epoch, over the first
+            nine tenths of the epochs; the authors use 4.5 for a ResNet-18 on CIFAR-10 and batches of 64 (their
             CIFAR10/NuAT_cifar10.py, lines 37 and 274).
         learning_rate: the highest rate of a one-cycle schedule.
-        weight_decay: of AdamW.
+        weight_decay: weight decay of AdamW.
         precision: "float32", which on a GPU is that of IEEE too; "tf32", which there rounds what is multiplied to ten
             bits of mantissa, while `purify_fast.training.fit` trains; or "bfloat16" within matrix products. Weights
             and their updates stay in float32.
@@ -250,8 +250,8 @@ class ClassifierConfig:
         if self.adversarial == "pgd":
             return
         if self.attack.norm != "linf" or self.attack.start_std is not None or not self.attack.random_start:
-            raise ValueError(f"adversarial {self.adversarial!r} knows norm linf and a random uniform start alone")
+            raise ValueError(f"adversarial {self.adversarial!r} supports norm='linf' with a uniform random start only")
         if self.attack.eps == 0:
-            raise ValueError(f"adversarial {self.adversarial!r} needs an attack with eps above 0, got eps 0")
+            raise ValueError(f"adversarial {self.adversarial!r} needs attack.eps above 0, got eps=0")
         if self.adversarial != "free" and self.attack.steps != 1:
             raise ValueError(f"adversarial {self.adversarial!r} takes one step, got steps={self.attack.steps}")

@@ -32,14 +32,15 @@ from torch.distributed.rendezvous import rendezvous
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
-NOTICE = 3.0  # seconds in which all notice that an exchange failed
+#: How long a process that fails waits for word that the first process failed too.
+PATIENCE = timedelta(seconds=10)
+NOTICE = 3.0  # seconds in which all processes notice that an exchange failed
 BEAT = 5.0  # seconds between two signs of life
-SILENCE = 75.0  # seconds without one after which a process is lost
-GRACE = 20.0  # seconds in which a process may end by itself when another one is lost
+SILENCE = 75.0  # seconds of silence after which a process counts as lost
+GRACE = 20.0  # seconds in which a process may end by itself when another is lost
 
 _AGAIN = "Start the same again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
-#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
+#: The beginning of gloo's errors, which are plain RuntimeErrors: the place in its sources where they arose.
 _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
@@ -51,7 +52,7 @@ class ProcessLost(ConnectionError):
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
+    """Tell whether an error comes from a failed exchange, and not from the model or anything else in the step.
 
     NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
     """
@@ -59,11 +60,11 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def named_when_lost(step: int | None = None) -> Iterator[None]:
-    """Within the block, an exchange that fails says which process is missing.
+def report_missing_process(step: int | None = None) -> Iterator[None]:
+    """Within the block, a failed exchange raises an error that names the missing process.
 
     Args:
-        step: of the training, for the other processes to know how far this one is; None for the last one that was told.
+        step: step of the training, which tells the other processes how far this process is; None keeps the last step.
 
     Raises:
         ProcessLost: another process does not answer.
@@ -86,7 +87,7 @@ def named_when_lost(step: int | None = None) -> Iterator[None]:
 
 
 class _Sign(NamedTuple):
-    """A sign of life: its beat, the step of its process, and whether that works, waits in vain or is done."""
+    """A sign of life: its beat, the step of its process, and its state: it works, waits in vain or is done."""
 
     beat: str
     step: str
@@ -96,19 +97,19 @@ class _Sign(NamedTuple):
 class _Watch:
     """The signs of life of the processes within one training.
 
-    One thread exchanges them, and another judges them: an exchange may wait long, for a store in a process that was
-    stopped. Silence is counted in beats of the second thread and not by a clock, so that a process that was stopped and
-    goes on does not take the time in which it heard nothing for the others' silence.
+    One thread exchanges the signs and another judges them: an exchange may wait long for a store whose process was
+    stopped. Silence is counted in beats of the second thread and not by a clock. So a process that was stopped and
+    continues does not take its own pause for the others' silence.
 
     Args:
-        store: a connection of its own; one that the training waits at would keep the signs back.
-        name: of this training, the same in all processes.
+        store: a connection that only the watch uses; the training waits at its own, which would delay the signs.
+        name: name of this training, the same in all processes.
     """
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
         self.rank, self.world = processes()
-        #: of each process that gave a sign of life: the last one, and the beats since
+        #: for each process that gave a sign of life: the last sign, and the beats since
         self.signs: dict[int, _Sign] = {}
         self.missed: dict[int, int] = {}
         self.beats, self.step, self.state, self.lost = 0, 0, "works", ""
@@ -135,14 +136,14 @@ class _Watch:
             self.give_and_read()
 
     def judge(self) -> None:
-        """Find a process that gives no signs any more; end this one if it does not end by itself then."""
+        """Find a process that gives no signs any more, and end this process if it does not end by itself then."""
         while not self.lost:
             if self.over.wait(BEAT):
                 return
             for other in list(self.missed):
                 self.missed[other] += 1
             quiet = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
-            # when one has done its part, none waits for the rest any more
+            # a process that has ended its part no longer waits for the others
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
                 several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
                 self.lost = (
@@ -160,10 +161,10 @@ class _Watch:
             raise ProcessLost(self.lost)
 
     def missing(self) -> str:
-        """The processes that this one waited for in vain, in words: those that wait too are not the ones."""
+        """Name the processes that this one waited for in vain; processes that wait themselves are not among them."""
         self.state = "waits"
         self.give_and_read()
-        # until the others have noticed
+        # wait until the others have noticed
         time.sleep(NOTICE)
         self.give_and_read()
         others = [other for other in range(self.world) if other != self.rank]
@@ -180,7 +181,7 @@ _watches = 0
 
 
 @contextlib.contextmanager
-def signs_of_life() -> Iterator[None]:
+def heartbeat() -> Iterator[None]:
     """Within the block, a process that dies or is stopped is noticed by all others, whatever they wait for.
 
     They raise `ProcessLost` at their next exchange. One that waits elsewhere, as in a driver for the result of an
@@ -191,7 +192,7 @@ def signs_of_life() -> Iterator[None]:
         yield
         return
     before, _watches = _watch, _watches + 1
-    # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+    # PyTorch gives the store publicly only to the code that makes the group, which may not be this package
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
     for thread in watch.threads:
@@ -202,7 +203,7 @@ def signs_of_life() -> Iterator[None]:
     finally:
         _watch = before
         watch.over.set()
-        # the last sign is written, unless the store is gone
+        # write the last sign, unless the store is gone
         watch.threads[0].join(BEAT)
 
 
@@ -224,7 +225,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # in the order of their memory, in which a tensor is a view that one copy can read and write among many
+        # in the order of memory, in which each tensor is a view that a copy can read and write together with others
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world
@@ -233,7 +234,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives in the first process, or the exception it raises there, in every process.
+    """Call ``make`` in the first process, and return its value or raise its exception in every process.
 
     Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain. The
     first process raises the exception itself; the others raise RuntimeError with its words where it cannot be pickled.
@@ -255,11 +256,11 @@ def from_first(make: Callable[[], Any]) -> Any:
             message = [file.getvalue()]
         except BaseException as error:
             message = [sendable(error)]
-            # what ended the first process is raised here, even where the others are gone and cannot be told
+            # raise what ended the first process, even if the others are gone and cannot be told
             with contextlib.suppress(BaseException):
                 dist.broadcast_object_list(message, src=0)
             raise
-    with named_when_lost():
+    with report_missing_process():
         dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], BaseException):
         raise message[0]
@@ -273,8 +274,8 @@ def from_first(make: Callable[[], Any]) -> Any:
 def torchrun_group() -> Iterator[None]:
     """Within the block, the process group that torchrun's environment describes; without torchrun, nothing.
 
-    All processes but the first print nothing in it. An exception that is raised in the first one too is that one's to
-    report: the others end without a word. They leave the block together.
+    All processes except the first print nothing. If the first process raises an exception too, it reports it, and the
+    others end without a word. All processes leave the block together.
 
     Raises:
         ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
@@ -286,7 +287,7 @@ def torchrun_group() -> Iterator[None]:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        store = _of_this_start(whole, rank, world)
+        store = _store_of_this_launch(whole, rank, world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
     except RuntimeError as error:
         if not is_lost(error):
@@ -300,9 +301,8 @@ def torchrun_group() -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-        # What is waited for here may take hours, the first one's evaluation, and a process that has failed is to be
-        # heard by others that are in no collective call: dist.barrier would end such a wait after half an hour, and
-        # elastic's record tells torchrun alone.
+        # The wait may last hours (the first process evaluates). dist.barrier would give up after half an hour, and
+        # would not notice a process that failed; torchrun's own record of errors is for torchrun alone.
         if rank == 0:
             store.set("done", "yes")
         else:
@@ -311,28 +311,28 @@ def torchrun_group() -> Iterator[None]:
         if rank == 0:
             store.set("failed", "yes")
             raise
-        # if the wait fails, the first one is at work, or has ended and taken the store along
+        # if the wait fails, the first process is at work, or has ended and taken the store along
         with contextlib.suppress(Exception):
             store.wait(["failed"], PATIENCE)
-            # for it to speak and end before torchrun sees this process end
+            # give the first process time to speak and end before torchrun sees this process end
             time.sleep(2)
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
-        raise  # with the group as it is: to take it down, all would have to be here
+        raise  # the group stays as it is: to take it down, all processes would have to be here
     dist.destroy_process_group()
 
 
-def _of_this_start(store: Store, rank: int, world: int) -> Store:
+def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
     """The part of a store that belongs to the processes that started together; DistError if one of them is missing.
 
-    torchrun keeps one store over all of its restarts. What processes wrote that are gone, such as their addresses,
-    would be read by those that come after them, which then wait for the dead. Nothing that torchrun tells is the same
-    in all processes of one start and in no other. So the first process names the start, the others answer with a word
-    of their own, and the name holds once the first has told each its word.
+    torchrun keeps one store over all of its restarts. Processes that are gone wrote their addresses there, and later
+    processes would read them and wait for the dead. No variable of torchrun identifies a start. So the first process
+    names the start, each other process answers with a random word, and the name holds once the first process has
+    confirmed every word.
     """
     own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
 
     def told(name: str) -> str:
-        # of a wait of 0 seconds some stores make one without an end
+        # Some stores read a timeout of 0 as 'wait forever'.
         store.wait([name], timedelta(seconds=max(until - time.monotonic(), 0.001)))
         return store.get(name).decode()
 
@@ -346,7 +346,7 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
         store.set(f"{key} {name} {rank}", own)
         if store.check([f"{key} {name}"]):
             words = store.get(f"{key} {name}").decode().split()
-            # one of an earlier start holds another word
+            # An entry of an earlier launch holds another token.
             if len(words) == world and words[rank] == own:
                 return PrefixStore(name, store)
         time.sleep(0.01)
@@ -362,9 +362,9 @@ def own_device(device: str) -> str:
     if processes()[1] == 1 or device == "cpu":
         return device
     if device != "cuda":
-        raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs out, got {device!r}")
+        raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs, got {device!r}")
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
-        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {gpus}: start fewer")
+        raise ValueError(f"device cuda: process {local} of this machine needs a GPU, and there are {gpus}: start fewer")
     torch.cuda.set_device(local)
     return f"cuda:{local}"

@@ -1,4 +1,4 @@
-"""What a training will take: some of its steps are taken, and their cost is continued to the end of the run."""
+"""The forecast of a training: a few of its steps are taken, and their cost is extended to the end of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run import Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Task
 
-#: Images with which a step is counted for a GPU, from which it is continued to the batch.
+#: The batch sizes at which a step is counted for a GPU; the counts are extended to the run's batch in a line.
 COUNTED = (8, 16)
 
 
@@ -35,16 +35,16 @@ def forecast(
     gpus: int = 1,
     seconds: float = 10.0,
 ) -> Forecast:
-    """What `purify_fast.training.fit` will take with the same arguments. It moves the task's weights: make another.
+    """Predict the cost of `purify_fast.training.fit` with the same arguments. It trains the task: `fit` needs another.
 
     A step costs more once a delayed term of the loss acts, so that each period between two delays has its own probe.
 
     Args:
         task: the training.
-        x: as of `fit`.
-        y: as of `fit`.
+        x: the images, as in `fit`.
+        y: the labels, as in `fit`.
         config: how long and how.
-        validation: as of `fit`.
+        validation: the held-out images, as in `fit`.
         gpu: a name of `purify_fast.speed.counting.GPUS`, for which steps are counted and their time is modelled; None:
             this CPU, on which they are timed.
         gpus: how many share the batches.
@@ -66,7 +66,7 @@ def forecast(
             one_step = partial(_take, task, steps)
             time_taken += (end - begin) * _timed(one_step, seconds / len(begins))
     if held_out is not None:
-        # the last epoch's end has one in any case
+        # the last epoch always ends with a validation
         passes = -(-config.epochs // config.validation_every)
         batches = [*held_out.epoch(0, 0)]
         with run.finished():
@@ -82,7 +82,7 @@ def forecast(
 
 
 def _steps(run: Run, begin: int) -> Iterator[Batch]:
-    """The batches of a run from a step on, those of its epoch again and again."""
+    """The batches of a run from a step on; the batches of its epoch repeat."""
     while True:
         for step, raw in enumerate(run.source.epoch(begin // run.steps, begin % run.steps), begin):
             yield run.batch(raw, step, step_seed(run.config.seed, step))
@@ -91,7 +91,7 @@ def _steps(run: Run, begin: int) -> Iterator[Batch]:
 def _count(task: Task, batch: Batch) -> tuple[Cost, float]:
     """The cost of a step, and the bytes of tensors at its peak: on a straight line through two small batches."""
     costs, peaks, sizes = [], [], [min(size, len(batch.x)) for size in COUNTED]
-    # what is made once is made
+    # the first step pays for work that is done only once
     train_step(task, _part(batch, sizes[0]))
     for size in sizes:
         step = partial(train_step, task, _part(batch, size))
@@ -114,7 +114,7 @@ def _part(batch: Batch, size: int) -> Batch:
 
 
 def _timed(call: Callable[[], object], seconds: float) -> float:
-    """The median time of a call, of at least two behind a first one that is not counted."""
+    """The median time of at least two calls, after a first call that does not count."""
     call()
     times, began = list[float](), time.perf_counter()
     while len(times) < 2 or time.perf_counter() - began < seconds:

@@ -34,7 +34,7 @@ from ..speed.precision import float32_products, raced_convolutions, whole_float3
 from .bank import AdversarialBank, BankConfig, BankedImages
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import average_, from_first, named_when_lost, signs_of_life
+from .distributed import average_, from_first, heartbeat, report_missing_process
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Diverged, LossWatch, Run
 from .sources import HeldOut, Images, InMemory, Source, held_out_source, step_seed, training_source
@@ -42,11 +42,11 @@ from .task import Batch, Metrics, Task, Update
 
 logger = logging.getLogger("purify_fast")
 
-#: How often a run backs off, and what its learning rate is multiplied with each time.
+#: How often a run backs off, and the factor of its learning rate each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
 
-@signs_of_life()
+@heartbeat()
 @whole_float32_by_default()
 def fit(
     task: Task,
@@ -83,9 +83,9 @@ def fit(
         y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
         config: how long and how. With a loader or a function its batch_size has no effect.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
-        title: of the progress bar.
-        progress: whether there is a progress bar.
-        callbacks: what else listens to the training, see `Callback`.
+        title: title of the progress bar.
+        progress: whether to show a progress bar.
+        callbacks: other listeners to the training, see `Callback`.
         validation: held-out images, in place of the config's validation_share: (images, labels), or as ``x``, all of
             them in every process.
         bank: keeps the adversarial images of a training that attacks a model which it never changes, and reads them
@@ -95,7 +95,7 @@ def fit(
         The last epoch's mean metrics, with those of its validation.
 
     Raises:
-        TypeError: a task that is no `Task`, or images in no form that can be trained on.
+        TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or a loader that cannot be trained on, or that the model does not take; fewer images
             than a batch; a keep_best that the task does not measure; a checkpoint of another run; a bank where the
             attacked model is trained, images are cropped at random or come from a loader, or it would be too large;
@@ -103,8 +103,8 @@ def fit(
             model in training mode with a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
         FolderInUse: another run writes into the folder.
-        ProcessLost: another process died or does not answer. Where this one cannot raise it, because it waits in a
-            driver, it ends with status 1.
+        ProcessLost: another process died or does not answer. If this process cannot raise the error, because it waits
+            in a driver, it ends with status 1.
         SystemExit: SIGTERM asked for it. A checkpoint of the last step is written first; with a loader, whose order is
             not known, the last one is that of the epoch before.
     """
@@ -113,18 +113,18 @@ def fit(
     folder = None if folder is None else Path(folder)
     for name in ("on_nan", "on_collapse"):
         if folder is None and getattr(config, name) == "back_off":
-            raise ValueError(f"{name} 'back_off' goes back to a checkpoint: give a folder to keep it in")
+            raise ValueError(f"{name} 'back_off' returns to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
     if held_out is None and config.on_collapse == "back_off":
-        raise ValueError("on_collapse 'back_off' watches an accuracy on held-out images: give a validation_share")
+        raise ValueError("on_collapse 'back_off' watches the accuracy on held-out images: give a validation_share")
     run = Run(task, config, source, held_out, folder, bank=None if bank is None else open_bank(task, source, bank))
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
-        # several processes are refused together
+        # all processes refuse together
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
         run.write_log()
@@ -149,37 +149,37 @@ def fit(
 
 
 def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
-    """The bank of a training, with what earlier runs left in it.
+    """Open the bank of a training, with the variants of earlier runs.
 
     Args:
         task: the training.
-        source: of its images.
+        source: source of the training's images.
         bank: its settings.
 
     Raises:
-        ValueError: a training whose images cannot be kept; the message says why.
+        ValueError: the images of the training cannot be kept; the message says why.
     """
     attacks = task.frozen_attacks()
     if attacks is None:
         raise ValueError(
-            "bank: this training attacks a model that it changes, or attacks nothing; what can be kept is attacks on a "
-            "frozen classifier, those of CARSO and AToP with attack_target 'classifier'"
+            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
+            "this training attacks a model that it changes, or attacks nothing"
         )
     if not isinstance(source, InMemory):
-        raise ValueError("bank: a loader's images are not known before they arrive: give images in a tensor")
+        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
     if source.config.padding:
         raise ValueError(
-            f"bank: images that are cropped at random (padding {source.config.padding}) are others in every epoch, so "
-            "that an attack on one is none on the next; train without padding or without a bank"
+            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
+            f"{source.config.padding}): train without padding or without a bank"
         )
-    # the digest is of the labels too, which the attacks raise the loss of
+    # the digest includes the labels, because the attacks raise the loss of the labels
     views = 2 if source.config.flip else 1
     images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
     return AdversarialBank(bank, attacks, images, source.batch_size)
 
 
 def _measure_attacks(run: Run, told: bool) -> tuple[int, float] | None:
-    """Measure the attacks of the run's next step, and tell what the bank will save; None where nothing is left to do.
+    """Measure the attacks of the run's next step, and tell what the bank will save; None if the run is complete.
 
     Returns:
         The images that were attacked, and the seconds that it took.
@@ -203,7 +203,7 @@ def _measure_attacks(run: Run, told: bool) -> tuple[int, float] | None:
 
 
 def _tell(text: str, shown: bool) -> None:
-    """Write a line beside the progress bar, or to the log ``purify_fast`` where there is none."""
+    """Write a line beside the progress bar, or to the log ``purify_fast`` if there is no bar."""
     if shown:
         tqdm.write(text, file=sys.stderr)
     elif processes()[0] == 0:
@@ -212,7 +212,7 @@ def _tell(text: str, shown: bool) -> None:
 
 @contextlib.contextmanager
 def _pinned_kernels(run: Run) -> Iterator[None]:
-    """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
+    """Within the block, all processes use the kernels that served in the first process when the run began."""
     now = from_first(lambda: ops.kernel_choices(run.source.device))
     run.served, pinned, changes = ops.resume_choices(run.served, now)
     if processes()[0] == 0:
@@ -223,18 +223,18 @@ def _pinned_kernels(run: Run) -> Iterator[None]:
                 ", ".join(pinned),
             )
         for sentence in changes:
-            warnings.warn(f"this run does not go on to the bit: {sentence}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"this run will not repeat its results exactly: {sentence}", RuntimeWarning, stacklevel=3)
     with ops.pin_kernels(run.served):
         yield
 
 
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
-    """What is left of a run, epoch by epoch."""
+    """Train the epochs that are left of a run."""
     if run.step < run.total:
-        # refuses a keep_best that is not measured before training starts
+        # before training starts, refuse a keep_best that the task does not measure
         run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
-        # something to go back to
+        # the run needs a checkpoint to go back to
         run.save()
     while run.step < run.total:
         watch = LossWatch(run.source, run.config.seed)
@@ -267,11 +267,11 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
 
 
 def _end_if_asked(run: Run, stop: Stop) -> None:
-    """SystemExit if SIGTERM came; the run's checkpoint is written already."""
+    """Raise SystemExit if SIGTERM came; the run's checkpoint is already written."""
     if stop.asked:
         then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
         logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-        # 143 is what a shell shows for it
+        # a shell shows 143 for SIGTERM
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -285,7 +285,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         batch = run.batch(raw, run.step, seed)
         rate = run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        with named_when_lost(run.step):
+        with report_missing_process(run.step):
             measured = train_step(task, batch)
         run.add(measured)
         watch.add(run.step, measured["loss"], raw)
@@ -300,7 +300,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     # the epoch's one wait for the device
     run.last = run.means()
     if not run.is_finite():
-        raise Diverged("a loss or a weight is not finite")
+        raise Diverged("the loss or a weight is not finite")
     run.sums, run.counts = {}, {}
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
@@ -336,7 +336,7 @@ def _back_off_from_collapse(run: Run, epoch: int) -> None:
         "what it was"
     )
     if rate < BACK_OFF**BACK_OFFS:
-        raise Diverged(f"{explanation}, at {run.rate:g} of the learning rate too; attack with more steps or less eps")
+        raise Diverged(f"{explanation}, even at {run.rate:g} of the learning rate; attack with more steps or less eps")
     run.return_to_good()
     run.rate = rate
     if processes()[0] == 0:
@@ -355,7 +355,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:
-    """Take one step, all updates of it, with the model in training mode.
+    """Take a step with all of its updates, with the model in training mode.
 
     Returns:
         The last update's loss and metrics, detached, as means over the processes.
@@ -369,13 +369,13 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         return measured
 
     if task.graphs is None or processes()[1] > 1:
-        # with several processes no step is taken again: its exchanges would not match those of the others
+        # with several processes no step is repeated: its exchanges would not match those of the others
         return take()
     return task.graphs.without_if_memory_ends(take, batch.x.device)
 
 
 def apply_update(task: Task, update: Update) -> Metrics:
-    """Move the weights of one optimizer down the mean gradient over the processes.
+    """Move an optimizer's weights down the mean gradient over the processes.
 
     Returns:
         The loss and the metrics, detached, as means over the processes.
@@ -410,7 +410,7 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
         with raced_convolutions(config.cudnn_benchmark, device):
             yield
     finally:
-        # with the graphs goes the memory that only they use
+        # this frees the memory that only the graphs use
         task.graphs = before
 
 
@@ -419,6 +419,6 @@ def _check_batchnorm(model: nn.Module) -> None:
         everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
             raise ValueError(
-                f"{name} is a BatchNorm of one process's images: torch.nn.SyncBatchNorm.convert_sync_batchnorm makes "
-                "it one of all (GPUs only), or use purify_fast.models.layers.BatchNorm2d"
+                f"{name} is a BatchNorm over one process's images: convert it with torch.nn."
+                "SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use purify_fast.models.layers.BatchNorm2d"
             )

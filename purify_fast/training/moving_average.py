@@ -15,10 +15,10 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
     """A copy of a model that follows its weights and buffers; buffers of whole numbers are copied.
 
     Args:
-        model: what to follow.
+        model: the model to follow.
         decay: share of the average that each step keeps.
-        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that a short training is not
-            averaged with the weights that it began with.
+        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that the initial weights count
+            little in a short training.
     """
 
     def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:

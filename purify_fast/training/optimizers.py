@@ -22,13 +22,13 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) 
 
 
 def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
-    """Let an optimizer take its step in one kernel for all of its weights, or as it was constructed to.
+    """Let an optimizer take its step in one kernel for all of its weights, or as its constructor set it.
 
-    A checkpoint may have been written by a run on another device: what it says of this is not followed. An optimizer
-    that has no such kernel stays as it is.
+    A checkpoint may come from a run on another device, so its setting is ignored. An optimizer without such a kernel
+    stays as it is.
 
     Returns:
-        Whether it takes its step in one kernel now.
+        True if the optimizer takes its step in one kernel now.
     """
     defaults = optimizer.defaults
     special = isinstance(optimizer, Lookahead) or defaults.get("capturable") or defaults.get("differentiable")
@@ -38,7 +38,7 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
-    # which also puts the counts of steps where the kernel reads them
+    # this also moves the counts of steps to where the kernel reads them
     optimizer.load_state_dict(state)
     return fused
 
@@ -49,7 +49,7 @@ class Lookahead(torch.optim.Optimizer):
     slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step (Zhang et al., NeurIPS 2019)
 
     Args:
-        inner: the optimizer of the fast weights. Its groups are this one's: learning rates are set on either.
+        inner: the optimizer of the fast weights. Both share their groups: learning rates may be set on either.
         k: fast steps per slow step.
         alpha: length of the slow step, in (0, 1].
 
@@ -69,10 +69,10 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One fast step, and after every k-th a slow one.
+        """Take a fast step, and after every k-th a slow step.
 
         Args:
-            closure: as of the inner optimizer.
+            closure: the closure of the inner optimizer.
         """
         loss = self.inner.step(closure)
         self.steps += 1
@@ -91,12 +91,12 @@ class Lookahead(torch.optim.Optimizer):
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles; an optimizer's own state leaves out what is added to it."""
+        """The state for copies and pickles; an optimizer's own state leaves out added attributes."""
         return vars(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the state from `state_dict`.
 
         Args:
             state_dict: the inner optimizer's state, the slow weights and the count of steps.

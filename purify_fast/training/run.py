@@ -39,13 +39,13 @@ _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", 
 
 #: Steps from one look at the losses to the next: each look waits for the device.
 INTERVAL = 100
-#: Bytes of batches that are remembered of a source that cannot give them again.
+#: Bytes of batches to remember if the source cannot repeat them.
 REMEMBERED = 2**28
 #: A run whose accuracy falls to less than this share of its best one has collapsed.
 COLLAPSE = 0.5
-#: Images that show what a task measures, before it is trained.
+#: Images on which a task is tried before its training, to see its metrics.
 LOOK = 8
-#: The file with the images, labels and seed of the step whose loss was no number.
+#: The file with the images, labels and seed of the step whose loss was not finite.
 RECORD = "diverged.npz"
 
 
@@ -63,29 +63,30 @@ class Diverged(FloatingPointError):
 
 
 class Run:
-    """Where a run is, the settings that a checkpoint must match, and its checkpoints, which the first process writes.
+    """The position of a run, the settings that a checkpoint must match, and its checkpoints, which rank 0 writes.
 
     Args:
-        task: what is trained.
+        task: the training's task.
         config: how.
-        source: of its images. A run whose source is not reproducible is resumed at the end of an epoch only.
-        held_out: what it is validated with, all of it in every process; None for nothing.
+        source: source of the images. A run whose source is not reproducible is resumed at the end of an epoch only.
+        held_out: source of the images to validate with, all of them in every process; None for no validation.
         folder: for its checkpoints; None keeps none.
-        bank: of the training's adversarial images; None for none.
+        bank: bank of the training's adversarial images; None for no bank.
 
     Attributes:
-        facts: what must be equal for a checkpoint to be resumed.
-        length: of the whole run.
+        facts: the settings that must be equal for a checkpoint to be resumed.
+        length: length of the whole run.
         terms: the terms of the loss, and the step from which on each acts.
         total: steps of the whole run.
         step: steps taken.
-        sums: of the epoch's losses and metrics so far, by name.
+        sums: sums of the epoch's losses and metrics so far, by name.
         counts: the steps of the epoch that measured each of them.
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty without one.
-        rows: of ``log.jsonl``, one for each epoch that has ended.
-        served: what decides which kernels serve, by `purify_fast.ops.kernel_choices` when the run began; None before.
-        rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
+        rows: rows of ``log.jsonl``, one for each epoch that has ended.
+        served: the state that decides which kernels serve, by `purify_fast.ops.kernel_choices` at the run's start; None
+            before it.
+        rate: factor of the task's learning rate: 1, and less after a divergence from which the run returned.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Run:
         return self.step // self.steps
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """The input of a step: what the source gave, as floats, cropped and mirrored as the settings say.
+        """Make the input of a step from the source's batch: floats, cropped and mirrored as the settings say.
 
-        Without ``augment``, as for held-out images, it is not augmented, and nothing is kept of its attacks.
+        With ``augment=False``, as for held-out images, it is not augmented, and its attacks are not kept.
         """
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
@@ -143,7 +144,7 @@ class Run:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether this epoch's losses and the weights are finite so far; waits for the device once."""
+        """Tell whether this epoch's losses and the weights are finite so far; waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
@@ -153,7 +154,7 @@ class Run:
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
@@ -161,7 +162,7 @@ class Run:
         return {**weights, "facts": self.facts, "served": self.served, **progress}
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
+        """Resume from the checkpoint, if there is one; all processes take the first process's state.
 
         Raises:
             ValueError: a checkpoint of another run, or other data or settings in another process.
@@ -185,7 +186,7 @@ class Run:
     def _read(self) -> dict[str, Any] | None:
         saved = None
         if self.folder is not None:
-            # of a run that was killed while it wrote; nobody else writes here, since the folder is locked
+            # files of a run that was killed while it wrote; nobody else writes here, since the folder is locked
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
@@ -197,10 +198,10 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # without the other processes, so that they need not agree on when
+        # only this process writes, so that the processes need not agree on the moment
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
-                # what the steps before the checkpoint wrote is not made again by those after it
+                # the steps after the checkpoint do not repeat what the steps before it wrote
                 self.bank.flush()
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
@@ -210,7 +211,7 @@ class Run:
         self._copy(CHECKPOINT, GOOD)
 
     def return_to_good(self) -> None:
-        """Go on from the checkpoint of the last good validation."""
+        """Resume from the checkpoint of the last good validation."""
         self._copy(GOOD, CHECKPOINT)
         self.resume()
 
@@ -236,8 +237,8 @@ class Run:
         if self.is_finite():
             self.save()
         elif processes()[1] == 1:
-            # of several processes this one alone knows now: all of them see it when they look at their losses
-            raise Diverged("a loss or a weight is not finite")
+            # Only this process knows now; the others see it when they look at their losses.
+            raise Diverged("the loss or a weight is not finite")
 
     def write_log(self) -> None:
         """Write ``log.jsonl`` anew: a kill never leaves half a row."""
@@ -249,7 +250,7 @@ class Run:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """Within the block, the model is as if the run ended here, in evaluation mode; then it goes on as it was."""
+        """Within the block, the model is as after the run, in evaluation mode; then the training state returns."""
         state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
         self.task.finish()
         self.task.model.eval()
@@ -268,12 +269,12 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a choice of the best, or a watch, by what the task does not measure, by a look at a few images.
+        """Refuse a choice of the best, or a watch, that needs a metric which the task does not measure.
 
-        Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
+        Every task measures the loss: nothing is computed if the loss chooses the best, or nothing does.
 
         Raises:
-            ValueError: the message names what the task measures.
+            ValueError: the message names the metrics that the task measures.
         """
         chosen = {self.config.keep_best} - {"off", "loss"}
         if self.config.on_collapse == "back_off":
@@ -288,7 +289,7 @@ class Run:
             raise ValueError(f"{option}: this training measures {', '.join(measured)}, not {name}")
 
     def collapsed(self) -> bool:
-        """Whether the accuracy of the validation just made is below `COLLAPSE` of the best one before it."""
+        """Tell whether the accuracy of the last validation is below `COLLAPSE` of the best accuracy before it."""
         accuracy = "validation_accuracy"
         best = max((row[accuracy] for row in self.rows if accuracy in row), default=0.0)
         return self.config.on_collapse == "back_off" and self.last[accuracy] < COLLAPSE * best
@@ -303,34 +304,34 @@ class Run:
                 for name, value in self.measure(raw).items():
                     sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
                 count += size
-            # drawn with the first process's noise, so that all agree on the best
+            # use the first process's noise, so that all agree on the best
             means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
             self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
             chosen = self.config.keep_best
             if chosen == "off":
                 return
             score = -means["loss"] if chosen == "loss" else means[chosen]
-            # a score that is no number is never the best
+            # a score of NaN is never the best
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
-    """The loop's settings that decide what comes of a run."""
+    """The loop's settings that decide the result of a run."""
     return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """What two runs' facts disagree on, in words; empty if on nothing. ``there`` and ``here`` say whose a value is."""
-    # in the JSON of a checkpoint a tuple is a list
+    """Describe the differences between two runs' facts; empty if equal. ``there`` and ``here`` name the two runs."""
+    # JSON turns a checkpoint's tuples into lists
     saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
 
 
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names what differs."""
+    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names the differences."""
     advice = "give another folder, or remove it"
     if saved["task"] != wanted["task"]:
         kinds = f"holds a run of the training {saved['task']!r}, and this is one of {wanted['task']!r}"
@@ -350,7 +351,7 @@ class LossWatch:
         self.losses, self.batches = dict[int, Tensor](), dict[int, RawBatch]()
 
     def add(self, step: int, loss: Tensor, raw: RawBatch) -> None:
-        """Add a step's loss, and the step's batch as the source gave it; Diverged if a look finds a loss not finite."""
+        """Add a step's loss and its batch from the source; Diverged if a look finds a loss that is not finite."""
         self.losses[step] = loss
         if not self.source.reproducible:
             self.batches[step] = raw
@@ -370,11 +371,11 @@ class LossWatch:
         """Write the images, labels, indices and seed of a step.
 
         Returns:
-            The file; None if the source cannot give its images again, and they are no longer remembered.
+            The file; None if the source cannot repeat its images, and they are no longer remembered.
         """
         raw = self.batches.get(step)
         if self.source.reproducible:
-            # closed, so that what reads ahead ends
+            # close it, so that its reading ahead ends
             with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
                 raw = next(batches)
         if raw is None:

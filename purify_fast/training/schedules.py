@@ -1,9 +1,9 @@
-"""How long a run is, from which step on a delayed term of its loss acts, and learning rates over the run.
+"""The length of a run, the first steps of its delayed loss terms, and learning rates over the run.
 
 Learning rates are functions of progress through the run, or of the epoch. torch's schedulers are not used: OneCycleLR
-counts to the step before the last and joins its halves one step later, and LambdaLR multiplies with a factor, which
-rounds otherwise, so that published runs would not be repeated to the bit. A function of the step has no state either
-that a checkpoint would have to hold.
+counts to the step before the last and joins its halves one step later, and LambdaLR multiplies by a factor, which
+rounds otherwise, so that published runs would not be repeated to the bit. And a function of the step has no state that
+a checkpoint would have to hold.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ DelayUnit = Literal["epochs", "steps", "images"]
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is.
+    """The length of a run.
 
     Args:
-        epochs: of the whole run.
+        epochs: epochs of the whole run.
         steps_per_epoch: steps of an epoch.
         batch_size: images of a step, of all processes together; 0 if that is known only when they arrive.
         images_per_epoch: images of an epoch; 0 as above.
@@ -47,11 +47,11 @@ class RunLength:
         return epochs * self.images_per_epoch + steps * self.batch_size
 
     def first_step(self, delay: float, unit: DelayUnit) -> int:
-        """The first step that has at least so much of the run behind it.
+        """The first step before which at least this much of the run has passed.
 
         Args:
-            delay: how much.
-            unit: of ``delay``.
+            delay: the length of the delay.
+            unit: unit of ``delay``.
 
         Raises:
             ValueError: ``unit`` is "images", and the size of a batch is not known.
@@ -62,7 +62,7 @@ class RunLength:
             return -int(-delay // 1) * self.steps_per_epoch
         if not self.batch_size:
             raise ValueError(
-                "a delay in images needs images in a tensor: how many a loader's batch holds is known only when it "
+                "a delay in images needs images in a tensor: the size of a loader's batch is known only when it "
                 "arrives; give the delay in steps"
             )
         epochs, images = divmod(-int(-delay // 1), self.images_per_epoch)
@@ -74,7 +74,7 @@ class RunLength:
         Args:
             step: the first step at which the term acts.
             argument: the setting that delays it.
-            value: what the setting is, with its unit.
+            value: value of the setting, with its unit.
             weight: the setting that weights the term, with its value.
 
         Returns:
@@ -145,8 +145,8 @@ def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
 def arrest_published(epoch: int, epochs: int, peak: float) -> float:
     """ARREST's rate for ``epoch`` in 0 .. epochs - 1, constant within it (arXiv 2308.16454, by sgmath12/FAT).
 
-    Of 20 epochs the first 11 at ``peak``, the next two at 0.8 ``peak``, then half as much every two epochs: from a peak
-    of 0.025 down to 0.00125. Other numbers of epochs stretch that.
+    The first 11 of 20 epochs have ``peak``, the next two 0.8 ``peak``, then the rate halves every two epochs: from a
+    peak of 0.025 down to 0.00125. Other numbers of epochs stretch that.
 
     Args:
         epoch: the epoch, from 0.
@@ -158,10 +158,10 @@ def arrest_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def rising(value: float, epoch: int, epochs: int, share: float) -> float:
-    """``value``, but in the first ``share`` of the epochs linearly rising to it.
+    """Rise linearly to ``value`` in the first ``share`` of the epochs, and keep it.
 
     Args:
-        value: what it rises to.
+        value: the value to rise to.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
         share: share of the epochs; 0 for none.

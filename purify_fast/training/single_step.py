@@ -20,9 +20,9 @@ from ..protocols import Classifier
 from .config import TrainingAttack
 from .task import Batch
 
-#: N-FGSM's noise is uniform in the ball of so many radii, "k" in the paper.
+#: The radius of the ball of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
 NOISE = 2.0
-#: NuAT begins at a corner of the ball of so many radii.
+#: The radius of the ball at whose corner NuAT begins, in multiples of eps.
 CORNER = 0.5
 
 
@@ -46,22 +46,22 @@ def n_fgsm(model: Classifier, batch: Batch, attack: TrainingAttack) -> Tensor:
     point = sample_in_ball(x, ball_around(x, NOISE * now.eps), seed=batch.seed, sample_ids=batch.sample_ids)
     with frozen(model):
         gradient = _gradient(point, lambda moved: F.cross_entropy(model(moved), batch.y, reduction="sum"))
-    # in a ball that holds every result the step projects onto the pixels' range alone
+    # this ball contains every result, so that the step only projects onto the pixels' range
     return pgd_step(point, gradient, x, alpha, min(farthest, 1.0), lo=0.0, hi=1.0)
 
 
 def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight: float) -> Tensor:
     """The attack of nuclear norm adversarial training (Sriramanan et al., NeurIPS 2021; the authors' lines 102 to 220).
 
-    From a random corner of half the ball one signed step of eps is taken, and projected onto the ball. In every other
-    step of the training the loss has the nuclear norm of what the logits change, in the steps between it is
+    From a random corner of half the ball the attack takes a signed step of eps, and projects it onto the ball. In every
+    other step of the training the loss has the nuclear norm of the change of the logits; in the steps between it is
     cross-entropy alone.
 
     Args:
         model: images to logits.
         batch: the images ``[B, C, H, W]``, and the seed and sample ids of the corner.
         attack: eps, and the length of the step; without an alpha it is eps.
-        weight: of the nuclear norm.
+        weight: weight of the nuclear norm.
 
     Returns:
         The adversarial images ``[B, C, H, W]``.
@@ -87,7 +87,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
 
 def nuclear_norm(change: Tensor) -> Tensor:
     """The sum of the singular values of what a batch's logits change, ``[B, classes]``, divided by B; a scalar."""
-    # half the precision is not enough for singular values, and not implemented
+    # PyTorch has no singular values in half precision, which would be too coarse for them
     with torch.autocast(change.device.type, enabled=False):
         return torch.linalg.matrix_norm(change.float(), ord="nuc") / len(change)
 

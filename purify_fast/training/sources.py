@@ -1,4 +1,4 @@
-"""Where a training's images come from: tensors, a file that is streamed, a DataLoader, or any iterable of batches."""
+"""Sources of a training's images: tensors, a file that is streamed, a DataLoader, or any iterable of batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .task import Task
 
 #: Batches of (images, labels) or (images, labels, indices), the same number of them in every epoch.
 Batches: TypeAlias = Iterable[Any]
-#: What a source gives for a step: images uint8 or float ``[B, C, H, W]``, labels int64 ``[B]``, indices int64 ``[B]``.
+#: A source's batch for a step: images uint8 or float ``[B, C, H, W]``, labels int64 ``[B]``, indices int64 ``[B]``.
 RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
-#: What `fit` takes: images to be laid out in batches, or batches, or a function of the epoch that gives its batches.
+#: The images of `fit`: images to be laid out in batches, or batches, or a function of the epoch that gives its batches.
 Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
-#: What `fit` validates with: images and labels, or batches as above.
+#: The held-out images of `fit`: images and labels, or batches as above.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
 #: Images of one batch when a run is validated with images.
@@ -31,7 +31,7 @@ VALIDATION_BATCH = 250
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them."""
+    """The seed of a step's randomness; torch's CPU generator reads 32 bits, so both numbers are mixed into them."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
@@ -39,12 +39,12 @@ class InMemory:
     """Tensors or streamed images, in an order that is a function of the seed and the epoch.
 
     Attributes:
-        description: what must be equal for a run to be resumed.
+        description: text that must be equal for a run to be resumed.
         device: where the images are put.
         steps: batches of an epoch.
         batch_size: images in a batch of all processes together.
         images: images of an epoch.
-        reproducible: whether an epoch's batches are a function of the epoch, so that one can begin in its middle.
+        reproducible: whether an epoch's batches are a function of the epoch, so that an epoch can begin in its middle.
 
     Args:
         x: uint8 ``[N, C, H, W]``.
@@ -94,7 +94,7 @@ class InMemory:
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
-    """The steps of an epoch, by ``steps_per_epoch``; ValueError where a pass over the data has fewer."""
+    """The steps of an epoch, by ``steps_per_epoch``; ValueError if a pass over the data has fewer."""
     wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
     if wanted > steps:
         raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
@@ -109,16 +109,16 @@ class Loader:
     seed and the epoch.
 
     Args:
-        x: what gives the batches. Each process has its own share in its own.
+        x: the batches. Each process has its own share.
         config: the seed.
         device: where the images go.
 
     Raises:
-        TypeError: it is neither, or has no length.
-        ValueError: there is no batch.
+        TypeError: ``x`` is neither, or has no length.
+        ValueError: ``x`` has no batches.
     """
 
-    # known only when they arrive
+    # the size is known only when the batches arrive
     batch_size, images = 0, 0
 
     def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device):
@@ -153,7 +153,7 @@ class Loader:
             if k >= first:
                 _check_batch(images, labels, ids)
                 if k == first and images.is_floating_point():
-                    # once in an epoch, since it waits for a device that holds them
+                    # check once in an epoch, because it waits for the images' device
                     _check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
@@ -162,12 +162,12 @@ Source: TypeAlias = InMemory | Loader
 
 
 def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> Source:
-    """What a run trains on, checked before any work."""
+    """The source of a run's training images, checked before any work."""
     if not isinstance(x, (Tensor, StreamedImages)):
         if y is not None:
-            raise ValueError("y must be None with batches, which bring their labels")
+            raise ValueError("y must be None if x gives batches, which contain their labels")
         if config.validation_share > 0:
-            raise ValueError("validation_share is of images: with batches give validation, held-out images or batches")
+            raise ValueError("validation_share needs images in a tensor; with a loader give validation=...")
         return Loader(x, config, next(task.model.parameters()).device)
     ids = held_out(len(x), config.validation_share, config.seed)[0] if config.validation_share > 0 else None
     source = InMemory(x, y, config, *processes(), ids)  # type: ignore[arg-type]  # None is refused there
@@ -178,20 +178,22 @@ def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig) 
 def held_out_source(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> Source | None:
-    """What a run validates with, in every process all of it: ``validation`` or the config's share; None for nothing."""
+    """The source of a run's held-out images, all of them in every process; None if the run has none."""
     if validation is None and config.validation_share == 0:
         if config.keep_best != "off":
-            raise ValueError(f"keep_best {config.keep_best!r} needs validation_share, or validation")
+            raise ValueError(
+                f"keep_best {config.keep_best!r} needs held-out images: give validation_share or validation"
+            )
         return None
     if validation is not None and config.validation_share > 0:
-        raise ValueError("validation_share goes without validation: give one of them")
+        raise ValueError("give validation or validation_share, not both")
     ids = None
     if validation is None:
-        # `training_source` has refused a share of anything but images with labels
+        # `training_source` has refused a share unless there are images with labels
         images: Any = x
         validation, ids = (images, y), held_out(len(images), config.validation_share, config.seed)[1]
     if isinstance(validation, (Tensor, StreamedImages)):
-        raise ValueError("validation must bring labels: give (images, labels)")
+        raise ValueError("validation must have labels: give (images, labels)")
     config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
     if isinstance(validation, tuple):
         images, labels = validation
@@ -228,16 +230,16 @@ def _check_range(images: Tensor) -> None:
     if not bool(((images >= 0) & (images <= 1)).all()):
         low, high = images.min(), images.max()
         raise ValueError(
-            f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: leave normalization to the model, "
-            "divide by 255 or give uint8, and let none be NaN"
+            f"x: images must be in [0, 1] without NaN, got values in [{low:.4g}, {high:.4g}]: divide by 255 or give "
+            "uint8, and leave normalization to the model"
         )
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of ``n`` images to train on, and of the ``share`` to validate with, each rising: a function of the seed.
+    """Split ``n`` images by the seed: rising indices to train on, and rising indices of the ``share`` to validate with.
 
     Raises:
-        ValueError: one of the parts would be empty.
+        ValueError: one of the parts is empty.
     """
     k = round(share * n)
     if not 0 < k < n:

@@ -1,4 +1,4 @@
-"""What a method brings to `purify_fast.training.fit`, and what it is given."""
+"""The interface between a method and `purify_fast.training.fit`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. With several processes, the images are this process's share of the batch.
+    """The input of a step. With several processes, the images are this process's share of the batch.
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
         y: labels, int64 ``[B]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
-        seed: of this step's randomness, the same for all processes.
+        seed: seed of this step's randomness, the same for all processes.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
         images_before: images that the steps before have trained on, of all processes together.
-        bank: what is kept of attacks on these images, for a task that has `Task.frozen_attacks`; None: nothing is.
+        bank: bank of attacks on these images, for a task that has `Task.frozen_attacks`; None keeps nothing.
     """
 
     x: Tensor
@@ -47,21 +47,21 @@ class Batch:
     bank: BankedStep | None = None
 
     def progress_in(self, unit: DelayUnit) -> int:
-        """How much of the run is behind this batch.
+        """The part of the run that is behind this batch.
 
         Args:
-            unit: of what is returned.
+            unit: unit of the returned number.
         """
         return {"epochs": self.epoch, "steps": self.step, "images": self.images_before}[unit]
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer does in a step.
+    """The work of one optimizer in a step.
 
     Args:
         optimizer: its name among the task's optimizers.
-        loss: what it lowers.
+        loss: the loss that it lowers.
         metrics: detached scalars to log.
     """
 
@@ -79,10 +79,10 @@ class Task:
     and calls ``finish`` when the run is over. Most tasks give a model, an optimizer and the first three methods.
 
     Attributes:
-        model: what is trained; its whole state is saved in checkpoints and restored.
+        model: the trained model; its whole state is saved in checkpoints and restored.
         optimizer: its optimizer.
-        tf32: whether a GPU may round what float32 convolutions and matrix products multiply to ten bits, while `fit`
-            trains; without it, float32 is that of IEEE.
+        tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits while `fit`
+            trains; without it, float32 has the precision of IEEE.
         graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
             CUDA device.
         acts_from_step: the answer of `terms` for the run; `fit` sets it.
@@ -98,7 +98,7 @@ class Task:
 
     @property
     def result(self) -> nn.Module:
-        """What the training results in, and what is saved."""
+        """The model that the training makes, and that is saved."""
         return self.model
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -128,7 +128,7 @@ class Task:
         model. A term is called as its metric.
 
         Args:
-            length: of the run.
+            length: length of the run.
 
         Raises:
             ValueError: a term is delayed for the whole run, or a batch of the run is too small for the method.
@@ -136,7 +136,7 @@ class Task:
         return {}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
-        """The attacks of the training, if all of them are on a model that it never changes; None otherwise.
+        """The training's attacks, if all of them attack a model that it never changes; None otherwise.
 
         They can be kept in a bank then, and `attack_frozen` says what they make of a batch.
 
@@ -146,7 +146,7 @@ class Task:
         return None
 
     def attack_frozen(self, batch: Batch) -> Tensor:
-        """The batch as the attacks of `frozen_attacks` leave it, shape and dtype of its images.
+        """The batch after the attacks of `frozen_attacks`, in the shape and dtype of its images.
 
         Args:
             batch: the images. With a bank the step that follows reads what was made here.
@@ -154,7 +154,7 @@ class Task:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed, as JSON values; ``task`` names the kind of training."""
+        """The settings that must be equal for a checkpoint to be resumed, as JSON values; ``task`` is the kind."""
         raise NotImplementedError
 
     @property
@@ -180,7 +180,7 @@ class Task:
         """Called when the optimizer has moved the weights."""
 
     def finish(self) -> None:
-        """Leave in the model what the training results in. May be called in the middle of a run, to validate it."""
+        """Put the training's result into the model. May be called in the middle of a run, to validate it."""
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
@@ -194,8 +194,8 @@ class Task:
         """Refuse images or labels that the model does not take, before any step.
 
         Args:
-            shape: of one image, (C, H, W).
-            classes: one more than the largest label.
+            shape: shape of an image, (C, H, W).
+            classes: the largest label plus one.
 
         Raises:
             ValueError: the message says what does not fit.
@@ -218,8 +218,8 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
 
     Args:
         model: images to logits.
-        shape: of one image, (C, H, W).
-        classes: one more than the largest label.
+        shape: shape of an image, (C, H, W).
+        classes: the largest label plus one.
 
     Raises:
         ValueError: the message says what does not fit.
@@ -235,6 +235,6 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
 
 
 def check_labels(classes: int, known: int) -> None:
-    """ValueError if ``classes``, one more than the largest label, are more than the model knows."""
+    """ValueError if ``classes``, the largest label plus one, exceeds the number of classes of the model."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")

@@ -23,17 +23,20 @@ FILE = "card.json"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One accuracy of a model.
+    """An accuracy of a model.
 
     Args:
         share: the share of the images that are classified correctly, in [0, 1].
         images: how many images.
         reliable: whether the checks of the evaluation found nothing that makes the number doubtful.
+        one_draw: of a random model under attack, whose ``share`` wants every draw right, the share of single draws that
+            are; None where the model predicts the same every time, and of a card that was written before cards had it.
     """
 
     share: float
     images: int
     reliable: bool = True
+    one_draw: float | None = None
 
     @property
     def standard_error(self) -> float:
@@ -42,19 +45,20 @@ class Accuracy:
 
     def __str__(self) -> str:
         text = f"{100 * self.share:.1f} ± {100 * self.standard_error:.1f} % of {self.images:,} images"
+        text += "" if self.one_draw is None else f" in every draw, {100 * self.one_draw:.1f} % in one draw"
         return text if self.reliable else f"{text} (unreliable)"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model.
+    """The facts about a model.
 
     Args:
         name: the model's name in the zoo.
-        title: what it is, in one sentence.
+        title: a sentence that says what the model is.
         method: the defence: "classifier", "CARSO", "AToP", "ARREST" or "diffusion".
-        study_only: whether it is here to be studied, not to be relied on: a purifier that was trained with its paper's
-            objective alone.
+        study_only: whether the model is here to be studied, not to be relied on: a purifier that was trained with only
+            its paper's objective.
         data: the data set that it was trained on, as `purify_fast.data.load_dataset` calls it.
         image_shape: (C, H, W) of its images.
         norm: the norm of the ball that it was trained and judged in.
@@ -62,7 +66,7 @@ class Card:
         training: the command that trains it.
         judged: the command that made the numbers.
         version: the version of this package that made the numbers.
-        licence: of the weights.
+        licence: licence of the weights.
         clean: accuracy on images that are not attacked.
         attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "votes" is the protocol
             "rand" against the majority of ten draws.
@@ -90,7 +94,7 @@ class Card:
 
     @property
     def lowest(self) -> Accuracy:
-        """The lowest accuracy under attack that is known."""
+        """The lowest known accuracy under attack."""
         return min(self.attacked.values(), key=lambda accuracy: accuracy.share)
 
     def __str__(self) -> str:
@@ -104,7 +108,7 @@ def read_card(folder: Path) -> Card:
         folder: where the model is.
 
     Raises:
-        FileNotFoundError: there is no card.
+        FileNotFoundError: the folder has no card.
     """
     facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return Card(
@@ -121,20 +125,20 @@ def write_card(card: Card, folder: Path) -> None:
     """Write a card beside its model, atomically.
 
     Args:
-        card: what is known of it.
+        card: the facts about the model.
         folder: where the model is.
     """
     write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 
 def card(name: str) -> Card:
-    """What is known of a model of the zoo.
+    """The facts about a model of the zoo.
 
     Args:
-        name: one of `list`.
+        name: a name in `list`.
 
     Raises:
-        ValueError: there is no such model; the message names those that there are.
+        ValueError: the zoo has no such model; the message names its models.
     """
     return read_card(folder(name))
 
@@ -150,10 +154,10 @@ def folder(name: str) -> Path:
     The classifier of a defence is not inside: `classifier_folder` says where it is, and `load` reads both.
 
     Args:
-        name: one of `list`.
+        name: a name in `list`.
 
     Raises:
-        ValueError: there is no such model; the message names those that there are.
+        ValueError: the zoo has no such model; the message names its models.
     """
     if name not in list():
         raise ValueError(f"name must be a model of the zoo, got {name!r}: there are {', '.join(list())}")
@@ -161,13 +165,13 @@ def folder(name: str) -> Path:
 
 
 def classifier_folder(name: str) -> Path:
-    """The folder of the classifier that stands behind a defence of the zoo.
+    """The folder of the classifier behind a defence of the zoo.
 
     Args:
-        name: one of `list`, a defence.
+        name: a name in `list`, of a defence.
 
     Raises:
-        ValueError: there is no such model, or it is a classifier itself.
+        ValueError: the zoo has no such model, or the model is a classifier itself.
     """
     behind = card(name).classifier
     if behind is None:
@@ -179,13 +183,13 @@ def load(name: str) -> nn.Module:
     """A trained model, in evaluation mode, on the CPU.
 
     Args:
-        name: one of `list`.
+        name: a name in `list`.
 
     Returns:
         Images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence has its classifier inside.
 
     Raises:
-        ValueError: there is no such model; the message names those that there are.
+        ValueError: the zoo has no such model; the message names its models.
     """
     if card(name).classifier is None:
         return load_classifier(folder(name))

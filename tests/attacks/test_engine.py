@@ -415,7 +415,7 @@ class Noting(nn.Module):
 @pytest.mark.parametrize("norm, eps", zip(NORMS, (1e-4, 1e-3, 5e-3), strict=True), ids=NORMS)
 def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     """Besides the model, with all that is done every few queries; the kernels serve, as on a GPU."""
-    monkeypatch.setattr(registry.Op, "plain", lambda *given: False)
+    monkeypatch.setattr(registry.Op, "uses_reference", lambda *given: False)
     # no image is given up before the rounds that are counted
     monkeypatch.setattr(importlib.import_module("purify_fast.attacks.square"), "GIVEN_UP_AFTER", (1395,))
     launches, x = Launches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))

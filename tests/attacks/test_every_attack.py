@@ -1,6 +1,7 @@
 """What every attack keeps to: the ball and the box, the model and the generators as they were, batches of any size."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from purify_fast import attacks
 from purify_fast.attacks import GradientHealth, apgd, deepfool, fab_t, frozen, pgd, square, stadv
+from purify_fast.attacks.base import run_alone
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,6 +23,7 @@ IN_A_BALL = {
     "pgd": (pgd, {"steps": 5}),
     "pgd, margin, best": (pgd, {"steps": 5, "loss": "margin", "keep_best": True}),
     "pgd, dlr": (pgd, {"steps": 5, "loss": "dlr"}),
+    "pgd, left": (partial(run_alone, attacks.LeavingPGD), {"steps": 5, "look_every": 2}),
     "apgd": (apgd, {"steps": 7}),
     "apgd, dlr": (apgd, {"steps": 7, "loss": "dlr", "leave_when_fallen": False}),
     "apgd-t": (apgd, {"steps": 7, "loss": "dlr_targeted", "restarts": 2}),
@@ -150,3 +153,39 @@ def test_other_precisions(dtype, name):
     found = run(name, lambda z: z.flatten(1) @ weight, x, y, eps=0.5)
     fooled = (found.flatten(1) @ weight).argmax(1) != y
     assert found.dtype == dtype and bool(fooled.any() if name == "square" else fooled.all())
+
+
+class Noisy(nn.Module):
+    """Two classes apart by a number for each image, with noise on it; counts the images that it is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.asked += len(x)
+        height = self.weight * x.flatten(1).sum(1) - 2 + 0.02 * torch.randn(len(x))
+        return torch.stack([height, torch.zeros_like(height)], 1)
+
+
+def test_an_image_leaves_once_all_draws_of_a_step_are_wrong():
+    # class 0 by 0.05, 0.5 and 5 in all: with a radius of 0.1 a pixel, of 10 pixels, the last one never falls
+    x = torch.tensor([2.05, 2.5, 7.0])[:, None, None, None].expand(3, 1, 1, 10) / 10
+    y, given = torch.zeros(3, dtype=torch.int64), {"eps": 0.1, "alpha": 0.01, "steps": 40, "eot_iter": 20}
+    found, asked, health = {}, {}, {}
+    for kind in (attacks.PGD, attacks.LeavingPGD):
+        torch.manual_seed(0)
+        model, health[kind] = Noisy().eval(), GradientHealth()
+        found[kind] = run_alone(kind, model, x, y, random_start=False, health=health[kind], **given)
+        asked[kind] = model.asked
+    left = found[attacks.LeavingPGD]
+    with torch.no_grad():
+        assert all((Noisy()(left[i : i + 1].expand(50, 1, 1, 10)).argmax(1) == (i != 2) * 1).all() for i in range(3))
+    # no further steps than those until it is looked: 20 of 40 for two images
+    assert asked[attacks.PGD] - asked[attacks.LeavingPGD] == 2 * 20 * 20
+    gradients = [health[kind].count("gradients") for kind in (attacks.PGD, attacks.LeavingPGD)]
+    assert gradients == [3 * 40, 3 * 20 + 20]
+    torch.testing.assert_close(left[2], found[attacks.PGD][2])
+    with pytest.raises(ValueError, match="keep_best must be True: an image leaves with its best point, got False"):
+        attacks.LeavingPGD(keep_best=False)

@@ -176,7 +176,7 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     races.write(CPU, {"philox": {"sources": "x", "cells": {"": {"eager": "cpp"}}}}, {"date": "2026-01-01"})
     path = shipping.take(CPU, tmp_path / "results")
     assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
-    races.forget()
+    races.forget_files()
 
 
 @needs_extension

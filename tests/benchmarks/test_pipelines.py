@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import pages, pipelines, race, report
+from benchmarks import measure, pages, pipelines, race, report
 from benchmarks.pipelines import (
     Case,
     Contestant,
@@ -139,6 +139,16 @@ def test_the_package_s_own_convolutions_count_as_torch_s(stride):
     assert counts[0] == counts[1] > 0
 
 
+def test_the_memory_of_a_run_is_what_it_has_at_once():
+    def work():
+        first = torch.ones(10**6)
+        del first
+        second = torch.ones(2 * 10**6)
+        return second + 1
+
+    assert 16e6 <= measure.allocated(work, CPU) < 17e6
+
+
 def _other(device, quick):
     return Job(lambda: None, lambda: torch.ones(3))
 
@@ -160,7 +170,8 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
             self.slower += command == "time"
             time, parts = {"plain": 2.0, "ours": 1.0}[self.label] * self.slower, {"part": 0.5 * self.slower}
             result = answers[self.label].numpy()
-            return {"result": result, "time": time, "flops": 10**9, "rate": 4e9, "parts": parts}[command]
+            other = {"flops": 10**9, "rate": 4e9, "parts": parts, "memory": 3 * 10**6}
+            return {"result": result, "time": time, **other}[command]
 
         def end(self, at_once):
             assert not at_once
@@ -172,4 +183,5 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     right = race.race("p", "c", Case("shape", 0.15, contestants, ""), CPU, True)[1]
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["parts"] == "part:0.500"  # of the step beside it
+    assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])

@@ -1,81 +1,139 @@
-"""The study of diffusion purifiers: every job that the table needs is there, and the table says what the jobs found."""
+"""The study of diffusion purifiers: the jobs that the tables need, their chain, and what the tables say of them."""
 
 import argparse
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks.studies import RESULT
-from benchmarks.studies.diffusion import BESIDE, GROUPS, Diffusion, attacks_of
+from benchmarks.studies import RESULT, run
+from benchmarks.studies.diffusion import (
+    CLASSIFIER,
+    GROUPS,
+    Diffusion,
+    found_by_pgd,
+    images_of,
+    predictions,
+    rows_of,
+    told,
+)
+from benchmarks.studies.diffusion_table import difference, said, share, table
 from purify_fast import zoo
+from purify_fast.evaluation import lee_kim_2023
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def chosen(*data_sets, amount="default"):
-    return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount)
+def chosen(*data_sets, amount="default", **counts):
+    counts = {"images": None, "strong_images": None} | counts
+    return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount, **counts)
 
 
-def test_each_model_meets_its_groups_of_attacks():
-    jobs = Diffusion().jobs(chosen("digits"))
-    groups = {}
+def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
+    jobs, groups = Diffusion().jobs(chosen("digits", images=40, strong_images=20)), {}
     for job in jobs:
+        assert (job.settings["budget"].images, job.settings["budget"].strong_images) == (40, 20)
         if job.settings["process"] is None:
             groups.setdefault(job.settings["model"], set()).add(job.settings["group"])
+        if job.settings["group"] == "strong":
+            assert job.needs == (f"{job.settings['model']} exact",)
     assert groups["digits-diffpure"] == groups["digits-diffpure-at"] == set(GROUPS)
-    assert groups["digits-pgd-at"] == groups["digits-carso-pipeline"] == set(BESIDE)
+    assert groups["digits-standard"] == groups["digits-pgd-at"] == set(CLASSIFIER)
+    assert groups["digits-carso-pipeline"] == groups["digits-atop-pipeline"] == {"exact"}
     assert {job.settings["model"] for job in jobs} <= set(zoo.list())
     order = [GROUPS.index(job.settings["group"]) for job in jobs]
-    assert order == sorted(order)
+    assert order == sorted(order) and sum(job.settings["process"] is not None for job in jobs) == 7
+    usual = Diffusion().jobs(chosen("digits"))[0].settings["budget"]
+    assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 50, 200, 20, 10)
 
 
-def test_a_quick_job_leaves_the_rows_of_its_report(tmp_path):
-    study = Diffusion()
-    job = next(
-        job
-        for job in study.jobs(chosen("digits", amount="quick"))
-        if (job.settings["model"], job.settings["group"], job.settings["process"]) == ("digits-diffpure", "votes", None)
-    )
-    found = job.work(job, job.folder(tmp_path), tmp_path)
-    kinds = {(row["kind"], row["variant"]) for row in found["rows"]}
-    # the vote, and the purifier under fixed noise beside it
-    assert {("clean", "random"), ("pgd", "random"), ("pgd", "fixed")} <= kinds
-    assert all(len(row["robust"]) == 10 for row in found["rows"]) and found["cpu_seconds"] > 0
-    exact = attacks_of("exact", 8 / 255, quick=False)["attacks"][0].resolved
-    assert (exact.steps, exact.eot_iter) == (200, 20) and exact.alpha == pytest.approx(0.007)
+def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
+    eps = lee_kim_2023(8 / 255).resolved
+    assert (eps.steps, eps.eot_iter, eps.random_start) == (200, 20, False) and eps.alpha == pytest.approx(0.007)
+    classes = torch.tensor([[0, 1, 2], [0, 2, 2], [1, 1, 2]])
+    assert told(classes, torch.tensor([0, 1, 0])) == {"draws": ["110", "100", "010"], "vote": "110"}
 
 
-def rows(**robust):
-    """Rows of a report by their kinds."""
-    return [
-        {"attack": kind, "kind": kind, "variant": "random", "robust": right, "mean": 0.75, "reliable": True}
-        for kind, right in robust.items()
-    ]
+def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy():
+    (job,) = [job for job in Diffusion().jobs(chosen("digits", images=10)) if job.name == "digits-diffpure exact"]
+    budget = vars(job.settings["budget"]) | {"steps": 20, "eot": 10}
+    settings = job.settings | {"budget": argparse.Namespace(**budget)}
+    job = replace(job, settings=settings)
+    x, y = images_of(job)
+    model = zoo.load("digits-diffpure")
+    found = found_by_pgd(model, x, y, settings)
+    assert model.fast is None and (found - x).abs().max() <= 0.1 + 1e-6 and found.min() >= 0 and found.max() <= 1
+    right = [(predictions(model, each, 2, 5) == y).float().mean() for each in (x, found)]
+    assert right[0] > 0.8 and right[1] <= right[0] - 0.1
 
 
-def test_the_table_says_what_the_jobs_found(tmp_path):
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*have no image:UserWarning")
+def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(tmp_path, forking):
+    study, asked = Diffusion(), chosen("digits", amount="quick")
+    names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure strong", "digits-diffpure authors")
+    jobs = [job for job in study.jobs(asked) if job.name in names]
+    seen = []
+
+    def after_each():
+        study.after_each(tmp_path / "runs", tmp_path / "results", asked)
+        seen.append(len(rows_of(tmp_path / "results")))
+
+    results = run(jobs, tmp_path / "runs", 1, after_each)
+    assert seen == [1, 2, 3, 4]
+    exact, fixed, authors, strong = results
+    assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
+    assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
+    assert [row["kind"] for row in authors["rows"]] == ["authors"] * 2
+    before = "".join(str(int(all(draw[i] == "1" for draw in exact["attacked"]["draws"]))) for i in range(3))
+    assert strong["before"] == before and all(a <= b for a, b in zip(strong["after"], before, strict=True))
+    # with the runs gone, the results' file says what is done
+    study.begin(tmp_path / "again", tmp_path / "results", asked)
+    assert all(job.done(tmp_path / "again") for job in jobs)
+    other = chosen("digits", amount="quick", images=7)
+    study.begin(tmp_path / "other", tmp_path / "results", other)
+    assert not any(job.done(tmp_path / "other") for job in study.jobs(other))
+
+
+def test_the_tables_say_what_the_jobs_found(tmp_path):
     study, asked = Diffusion(), chosen("digits")
-    told = {"exact": rows(clean="1111", pgd="1100"), "strong": rows(clean="1111", worst="1000")}
+    clean = {"draws": ["1111", "1110"], "vote": "1111"}
+    row = {"attack": "as somebody", "kind": "authors", "robust": [1, 1, 1, 0], "mean": 0.75, "n": 4}
+    groups = {
+        "exact": {"clean": clean, "attacked": {"draws": ["1100", "1000"], "vote": "1100"}},
+        "strong": {"before": "1000", "after": "0000"},
+        "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},
+        "authors": {"rows": [row]},
+    }
     for job in study.jobs(asked):
         s = job.settings
-        if s["group"] not in told or s["model"] == "digits-atop-pipeline":
+        if s["model"] == "digits-atop-pipeline":
             continue
-        given = told[s["group"]]
-        if (s["model"], s["group"]) == ("digits-pgd-at", "strong"):
-            given = rows(clean="1111", worst="1011")
-        folder = job.folder(tmp_path)
-        folder.mkdir(parents=True)
-        facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")}
-        (folder / RESULT).write_text(json.dumps(facts | {"cpu_seconds": 8.0, "rows": given}))
-    lines = study.write(tmp_path, tmp_path, asked).read_text().splitlines()
-    cells = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if "|" in line
-    }
-    purifier = 0
-    assert cells["PGD-200, EOT 20: one draw"][purifier] == "75.0"
-    assert cells["PGD-200, EOT 20: every one of ten draws"][purifier] == "50.0 ± 25.0"
-    assert cells["`strong`, minus the classifier alone"][purifier].startswith("-50.0 ± 25.0")
-    assert cells["CPU seconds of PGD-200 an image"][purifier] == "2.0"
-    # what is not done yet
-    assert cells["clean, one draw"][-1] == "-" and cells["PGD-200, EOT 20: fixed noise"][purifier] == "-"
+        facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")} | groups[s["group"]]
+        if job.name == "digits-pgd-at strong":
+            facts |= {"after": "1011"}
+        found = facts | {"name": job.name, "images": 4, "cpu_seconds": 8.0}
+        job.folder(tmp_path).mkdir(parents=True)
+        (job.folder(tmp_path) / RESULT).write_text(json.dumps(found))
+    study.after_each(tmp_path, tmp_path / "studies", asked)
+    lines = table(tmp_path)
+    split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    told = {name: first for name, first, *_ in split}
+    assert told["clean: mean of the draws"] == "87.5 ± 10.8" and told["as somebody"] == "75.0 ± 21.7 (4)"
+    start = "PGD-200, EOT 20, exact: "
+    rules = ("one draw", "mean of the draws", "every draw right", "majority", "one draw, fixed and known")
+    assert [told[start + rule].split(" ")[0] for rule in rules] == ["50.0", "37.5", "25.0", "50.0", "0.0"]
+    assert told["that, then `strong`: every draw right"] == "0.0 ± 0.0 (4)"
+    assert told["the same, minus the adversarially trained classifier alone"].startswith("-75.0 ± 21.7")
+    assert told["CPU seconds of PGD-200 an image"] == "2.0" and len(split[0]) == 6
     assert sum("t_star 0.05" in line for line in lines) == 1
+    (first, *_), missing = said(tmp_path), table(tmp_path / "elsewhere")
+    assert "`digits-diffpure`: PGD-200 through every step leaves 37.5" in first and "75.0 ± 21.7 %" in first
+    assert missing == said(tmp_path / "elsewhere") and "python -m benchmarks study diffusion" in missing[0]
+
+
+def test_differences_are_paired_on_the_first_images():
+    assert difference(np.array([1.0, 0.0]), np.array([0.0, 0.0, 1.0])) == "+50.0 ± 35.4"
+    assert share(None) == difference(None, np.zeros(2)) == "-"

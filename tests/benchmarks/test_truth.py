@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import __main__ as program
 from benchmarks import pages
 from benchmarks.truth import command, exact, networks, planted, subjects, tables
+from purify_fast.attacks.relu_layers import affine_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +50,7 @@ def test_decisions_are_those_of_an_enumeration():
     """Every radius on both sides of the one at which a network of two pixels and two hidden layers falls."""
     seen = set()
     for seed in range(10):
-        layers = exact.affine_layers(sharp(seed, networks.perceptron, 2, 4, 4, 3), (1, 1, 2))
+        layers = affine_layers(sharp(seed, networks.perceptron, 2, 4, 4, 3), (1, 1, 2))
         x = torch.rand(2, generator=torch.Generator().manual_seed(seed))
         y = int(exact.forward(layers, x[None].double()).argmax())
         for eps in (0.02, 0.15, 0.6):
@@ -67,7 +68,7 @@ def test_decisions_are_those_of_an_enumeration():
 @pytest.mark.parametrize("build", [(networks.perceptron, 9, 12, 12, 4), (networks.convolution, 2, 2, 1, 3, 6)])
 def test_the_program_alone_decides_alike(build, monkeypatch):
     """Without a search for points, and without bounds, it finds a point within the ball, or the proof that none is."""
-    layers = exact.affine_layers(sharp(1, *build), (1, 3, 3))
+    layers = affine_layers(sharp(1, *build), (1, 3, 3))
     x = torch.rand(6, 1, 3, 3)
     y = exact.forward(layers, x.flatten(1).double()).argmax(1).tolist()
     cases = [(a, b, eps) for a, b in zip(x, y, strict=True) for eps in (0.05, 0.4)]
@@ -87,12 +88,12 @@ def test_a_purifier_is_a_network_of_relus():
     """Its clip is two of them; what is no such network is refused."""
     torch.manual_seed(0)
     model = networks.purified(16, 5, 6).requires_grad_(False)
-    layers, x = exact.affine_layers(model, (1, 4, 4)), torch.rand(5, 1, 4, 4)
+    layers, x = affine_layers(model, (1, 4, 4)), torch.rand(5, 1, 4, 4)
     torch.testing.assert_close(exact.forward(layers, x.flatten(1).double()).float(), model(x))
     image = torch.rand(1, 16) * 4 - 2
     torch.testing.assert_close(model[4:8](image), image.clamp(0, 1))
     with pytest.raises(ValueError, match="model must be affine between its ReLUs"):
-        exact.affine_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 3)), (1, 2, 2))
+        affine_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 3)), (1, 2, 2))
 
 
 @pytest.mark.slow
@@ -111,7 +112,7 @@ def test_robust_by_construction():
     """The program finds no counterexample in the radius that is attacked, and there is one beyond what is proven."""
     for seed in range(3):
         part = planted.constructed(seed)
-        layers = exact.affine_layers(part.model, part.x.shape[1:])
+        layers = affine_layers(part.model, part.x.shape[1:])
         assert (part.model(part.x).argmax(1) == part.y).all() and part.eps > 0.03
         for x, y in zip(part.x, part.y.tolist(), strict=True):
             assert exact.decide(layers, x, y, part.eps).verdict == exact.ROBUST

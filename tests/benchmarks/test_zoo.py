@@ -127,6 +127,10 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
     votes = {"protocol": "rand", "predict": "votes", "n_eval": zoo.VOTES}
     assert asked == {"rand": (8, {"protocol": "rand"}), "strong": (2, {"protocol": "strong"}), "votes": (2, votes)}
     assert list(card.attacked) == ["rand", "strong", "votes"]
+    # the strictest number and the mean of one draw stand beside each other
+    rand = card.attacked["rand"]
+    assert rand.share <= rand.one_draw <= 1 and f"{100 * rand.one_draw:.1f} % in one draw" in str(card)
+    assert any(f"one draw {100 * rand.one_draw:.1f}" in line for line in zoo.table([card]))
 
 
 def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
@@ -160,3 +164,10 @@ def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
         kinds = {value.dtype for value in state.values() if value.is_floating_point()}
         whole = sum(4 * value.numel() for value in state.values())
         assert kinds == {torch.bfloat16} or (kinds == {torch.float32} and whole <= zoo.LARGEST), name
+
+
+def test_strong_is_another_protocol_where_a_model_adds_attacks():
+    """A purifier by diffusion brings its own: what made the number of a CARSO does not make one of it."""
+    diffusion, carso = (read_card(packed.folder(name)) for name in ("digits-diffpure", "digits-carso-pipeline"))
+    assert zoo.attacks_of(diffusion, "strong") != zoo.attacks_of(carso, "strong")
+    assert zoo.attacks_of(diffusion, "rand") == zoo.attacks_of(carso, "rand") == zoo.attacks_of(diffusion, "votes")

@@ -141,7 +141,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     printed = capsys.readouterr().err
-    assert "--recipe carso/mnist_v1 is for images of shape (1, 28, 28); --data digits has (1, 16, 16)" in printed
+    assert "--recipe carso/mnist_v1 needs images of shape (1, 28, 28); --data digits has (1, 16, 16)" in printed
     instead = "leave out --recipe and give its numbers as options (`purify-fast recipe carso/mnist_v1` lists them)"
     assert instead in printed
     np.savez(tmp_path / "few.npz", x_train=x, y_train=y % 3, x_test=x, y_test=y % 3)

@@ -74,9 +74,9 @@ def test_the_classifier_may_lie_elsewhere(published, run, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--recipe", "cifar10"], "--official FOLDER and --recipe go together"),
+        (["--recipe", "cifar10"], "--official FOLDER and --recipe need each other"),
         (["--official", "models"], "recipe is one of cifar10, cifar100, tiny_imagenet"),
-        (["--classifier-weights", "a.pt"], "it needs --official"),
+        (["--classifier-weights", "a.pt"], "give --official"),
         (["--official", "models", "--recipe", "mnist_v1"], "recipe must be one of cifar10, cifar100, tiny_imagenet"),
         (["--official", "nowhere", "--recipe", "cifar10"], "nowhere"),
     ],

@@ -164,9 +164,9 @@ def test_the_command(capsys, short_signs):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("plan", "plan is of a training or an evaluation"),
-        ("plan --gpus 2 train classifier", "--gpus 2 goes with --device h100, h200 or a100"),
-        ("plan train arrest", "plan needs --classifier"),
+        ("plan", "plan needs a command"),
+        ("plan --gpus 2 train classifier", "--gpus above 1 needs --device h100, h200 or a100, got --gpus 2"),
+        ("plan train arrest", "needs --classifier FOLDER"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(words, message, capsys):

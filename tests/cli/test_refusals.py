@@ -43,18 +43,18 @@ REFUSED = {
     "train classifier --eps much": "must be a number or a fraction such as 8/255, got 'much'",
     "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model",
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
-    "train carso --recipe cifar10 --init x": "--recipe brings its own purifier",
-    "train carso --official-code": "--official-code is of a --recipe",
-    "train carso --bank-refresh 0.5": "bank_refresh goes with --bank",
+    "train carso --recipe cifar10 --init x": "--recipe sets the purifier: leave out --init",
+    "train carso --official-code": "--official-code needs --recipe NAME",
+    "train carso --bank-refresh 0.5": "bank_refresh needs --bank",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
     "train arrest --recipe resnet": "recipe must be one of",
-    "train arrest --keep-teacher --flip": "--keep-teacher is for images that are not augmented",
+    "train arrest --keep-teacher --flip": "--keep-teacher needs images that are not augmented",
     **{
         TRAIN.format("arrest") + options: message
         for options, message in {
-            "--pooled": "pooled is for maps and tokens: what hidden puts out is a vector already",
+            "--pooled": "pooled is for maps and tokens: hidden puts out a vector already",
             "--pooled --classifier {fits}": "pooled is for maps and tokens",
-            "--keep-teacher --padding 1": "--keep-teacher is for images that are not augmented: leave out",
+            "--keep-teacher --padding 1": "--keep-teacher needs images that are not augmented: leave out",
             "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
             "--classifier nowhere": "nowhere/model.safetensors is missing",
             "--classifier {fits} --layers hiden": "no module 'hiden'; near: hidden",
@@ -113,13 +113,13 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
         code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
         assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
     code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"images are of 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
     code, printed = run("train", "carso", "--classifier", tmp_path / "m", "--data", "digits", "--device", "cpu")
-    assert code == 2 and f"images are of 10 classes, the classifier in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, the classifier in {tmp_path / 'm'} knows 3" in printed
 
 
 def test_a_classifier_is_no_defence(saved):
-    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, and no defence: load_classifier reads it"):
+    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, not a defence: load_classifier reads it"):
         purify_fast.load_defence(saved)
 
 

@@ -35,7 +35,7 @@ static double window(const T* x, Grid grid, int64_t n, int64_t i, int top, int b
   return sum;
 }
 
-// Of the second of two dense matrices the first, so that there is something else on both sides.
+// Sums over some of several dense matrices, so that other numbers are on both sides.
 template <class T, class W = pf::wide_t<T>>
 static void check_dense(Grid grid, double tolerance) {
   const int64_t cells = grid.cells(), square = cells * cells;

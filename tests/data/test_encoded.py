@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
         images[8:]
     with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 pixels, others 12 x 20: give --size H W"):
         data.load_dataset(folder(tmp_path / "others", ending="jpg"), decode="each_time")
-    with pytest.raises(ValueError, match="on_bad_image 'skip' goes with decode 'once'"):
+    with pytest.raises(ValueError, match="on_bad_image='skip' needs decode='once'"):
         data.load_dataset(root, image_size=(8, 8), decode="each_time", on_bad_image="skip")
     with pytest.raises(ValueError, match="digits is not an image folder: only these are decoded each time"):
         data.load_dataset("digits", decode="each_time")
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
         ([("a.jpg", b"")], r"'a' has no label \(\.cls\)"),
         ([("a.cls", b"1")], "'a' has no image"),
         ([("a.jpg", b""), ("a.cls", b"cat")], r"a\.cls must hold a label, a number of at least 0, got b'cat'"),
-        ([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")], "two images of the name 'a'"),
+        ([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")], "two images with the name 'a'"),
         ([("notes.txt", b"")], "holds no image"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_compressed_shard_and_a_split_without_shards_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="val has no shards, and train has"):
         data.load_dataset(tmp_path / "set")
     shard(tmp_path / "set" / "val" / "0.tar", [])
-    with pytest.raises(ValueError, match=r"0\.tar is no uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"0\.tar is not an uncompressed tar file"):
         data.load_dataset(tmp_path / "set")
 
 

@@ -254,7 +254,9 @@ def test_memory_decides_what_is_streamed(tmp_path, monkeypatch):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no image folder: it lacks val/ and test/; it must hold train/"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/; it must hold train/"
+    ):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     (tmp_path / "a" / "val" / "cow").mkdir()

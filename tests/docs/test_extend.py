@@ -18,7 +18,7 @@ from purify_fast.ops import REGISTRY, swish
 from purify_fast.ops.dispatch.registry import Op
 
 for plain in (True, False):
-    Op.plain = lambda *_: plain
+    Op.uses_reference = lambda *_: plain
     x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
     y = swish(x)
     y.sum().backward()
@@ -41,9 +41,8 @@ def files() -> dict[str, str]:
 def followed(copy: Path) -> None:
     """Do what the page says, in a copy of what an op consists of."""
     unneeded = shutil.ignore_patterns("__pycache__", "models", "results", "studies", "pipelines")
-    for folder in ("purify_fast/ops", "benchmarks/ops", "kernels", "tests/ops"):
+    for folder in ("purify_fast/ops", "purify_fast/kernels", "benchmarks/ops", "kernels", "tests/ops"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
-    (copy / "purify_fast" / "kernels").symlink_to("../kernels")
     for path in [
         *(ROOT / "purify_fast").glob("*.*"),
         *(ROOT / "benchmarks").glob("*.py"),

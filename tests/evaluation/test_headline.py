@@ -11,7 +11,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings, outlook
 from purify_fast.evaluation.alarms.signs import ADVICE, ALARMS
 from purify_fast.evaluation.claims import chance_of_at_most, check_claim, images_to_decide
@@ -68,6 +68,46 @@ def test_the_clean_number_of_a_random_model_is_that_of_all_its_draws(digits):
     assert f"without an attack, {100 * clean.worst:.1f} % (all 5 draws), {100 * clean.mean:.1f} % (one draw)" in joined(
         report.to_text()
     )
+
+
+def test_one_draw_is_told_of_attacks_on_survivors_too(digits):
+    """Each image counts by its draws under the attack to which it fell; a direct count of the draws agrees."""
+    _, x, y = digits
+
+    def shifted(amount):
+        def attack(model, x, y):
+            return (x + amount * torch.linspace(-1, 1, x[0].numel()).view(x[0].shape).sign()).clamp(0, 1)
+
+        return attack
+
+    class Noisy(nn.Module):
+        """Right by a chance that falls with the distance of an image from its center."""
+
+        def forward(self, images):
+            logits = 0.01 * torch.rand(len(images), 10)
+            far = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2)
+            distance, image = far.min(1)
+            lost = torch.rand(len(images)) < 5 * distance
+            logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
+            return logits
+
+    attacks = [AttackSpec(shifted(amount), label=str(amount), survivors_only=True) for amount in (0.02, 0.05)]
+    options = {"eps": 0.05, "progress": False, "n_eval": 5}
+    report = evaluate(Noisy(), x, y, attacks=attacks, **options)
+    told = report.one_draw(report.headline)
+    first, second = report.row("0.02"), report.row("0.05")
+    fell = int((~first.robust).sum())
+    assert 0 < second.robust.sum() < first.robust.sum() < len(x)
+    assert report.headline.accuracy < told < 1
+    # the images that fell to each, by their draws: what stands was right in all of them
+    sums = [first.mean * len(x) - first.robust.sum(), second.mean * len(x) - second.robust.sum()]
+    assert all(float(part * 5).is_integer() or abs(part * 5 - round(part * 5)) < 1e-6 for part in sums)
+    assert told == pytest.approx((sums[0] + sums[1] + second.robust.sum()) / len(x)) and sums[0] < fell
+    assert f"({100 * told:.1f} % in one draw)" in joined(report.to_text())
+    # alone, a row on survivors does not tell what the others did
+    assert report.one_draw(second) is None
+    calm = evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, y, attacks=attacks, **options)
+    assert calm.one_draw(calm.headline) is None
 
 
 # -- what fell to probes ----------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = {kind.__name__: kind for kind in (
     AblationConfig, ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack,
     attacks.PGD, attacks.APGD, attacks.FGSM, attacks.BPDA, attacks.StAdv, attacks.Square, attacks.FABT,
-    attacks.AutoAttack, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump, Process, Schedule,
+    attacks.AutoAttack, attacks.BranchAndBound, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump, Process,
+    Schedule,
 )}  # fmt: skip
 NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
 

@@ -66,7 +66,7 @@ def backend(monkeypatch) -> Iterator[str]:
         if op.launch is not None:
             kernel = registry._narrow(op.launch, torch.no_grad()(op.reference))
             library.impl(name, kernel, "CPU", allow_override=True)
-    monkeypatch.setattr(registry.Op, "plain", lambda *_: False)
+    monkeypatch.setattr(registry.Op, "uses_reference", lambda *_: False)
     monkeypatch.setattr(gradient, "SAVING_KERNELS", False)
     yield "triton"
     library._destroy()

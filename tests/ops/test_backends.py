@@ -68,12 +68,12 @@ def test_use_backend_nests_and_restores():
     op = REGISTRY["aggregate"]
     default = op.serving(Call(CPU))
     with use_backend("reference"):
-        assert op.plain(CPU, torch.float32, 1)
+        assert op.uses_reference(CPU, torch.float32, 1)
         with use_backend(None):
             assert op.serving(Call(CPU)) == default
         with pytest.raises(KeyError), use_backend(None):
             raise KeyError
-        assert op.plain(CPU, torch.float32, 1)
+        assert op.uses_reference(CPU, torch.float32, 1)
     assert op.serving(Call(CPU)) == default
     with (
         pytest.raises(ValueError, match="backend 'tritom' is unknown; there are reference, cpp, triton"),

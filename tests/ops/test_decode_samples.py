@@ -52,7 +52,7 @@ def test_white_pixels_keep_their_gradient(monkeypatch):
     """Of an image in bfloat16, where the sigmoid of 6.5 is 1."""
     condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
     biases[-COLUMN_TILE:] = 6.5
-    monkeypatch.setattr(type(op.OP), "plain", lambda *_: False)  # as where a kernel serves
+    monkeypatch.setattr(type(op.OP), "uses_reference", lambda *_: False)  # as where a kernel serves
     images = op.decode_prior(condition.requires_grad_(), seed, ids, packed, biases, GEOMETRY, 3, dtype=torch.bfloat16)
     assert images.dtype == torch.bfloat16 and (images == 1).float().mean() > 0.3
     gradient = torch.autograd.grad(images[images == 1].sum(), condition)[0]

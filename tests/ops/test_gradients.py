@@ -40,7 +40,7 @@ def smallest(name: str) -> Case:
 
 def gradients(case: Case, plain: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """Of the sum of the outputs, by every floating-point input: through the definition, or through the op."""
-    monkeypatch.setattr(Op, "plain", lambda *_: plain)
+    monkeypatch.setattr(Op, "uses_reference", lambda *_: plain)
     given = [x.detach().requires_grad_(x.is_floating_point()) for x in case.inputs()]
     out = case.call(*given)
     outputs = [out] if isinstance(out, Tensor) else list(out)
@@ -78,7 +78,7 @@ def broken(form: str):
         return op.handle(x)
 
     def where_a_kernel_serves(x: Tensor) -> Tensor:
-        return torch.exp(x) if op.plain(x.device, x.dtype, x.numel()) else op.handle(x)
+        return torch.exp(x) if op.uses_reference(x.device, x.dtype, x.numel()) else op.handle(x)
 
     return name, {"always": always, "kernel": where_a_kernel_serves}[form]
 

@@ -295,7 +295,7 @@ def test_a_look_up_is_one_dictionary_look_up():
     """Counted in place of timed: after the first call of its kind, nothing of this package runs but the look-up."""
     op = REGISTRY["pgd_step"]
     given = CPU, torch.float32, 1000, "linf"
-    op.plain(*given)
+    op.uses_reference(*given)
     made: list[str] = []
 
     def listen(frame, event, argument):
@@ -303,23 +303,23 @@ def test_a_look_up_is_one_dictionary_look_up():
             made.append(frame.f_code.co_name if event == "call" else argument.__name__)
 
     sys.setprofile(listen)
-    op.plain(*given)
+    op.uses_reference(*given)
     sys.setprofile(None)
-    assert made[0] == "plain" and made.count("get") == 1 and "_choose" not in made
-    assert len(made) <= 16, made  # plain, serving, is_compiling twice, Call, get, setprofile
+    assert made[0] == "uses_reference" and made.count("get") == 1 and "_choose" not in made
+    assert len(made) <= 16, made  # uses_reference, serving, is_compiling twice, Call, get, setprofile
 
 
-def test_a_call_is_weighed_as_its_race_was():
-    """What a public function weighs a call by is what its race was weighed by, or its verdict would not be found."""
+def test_a_call_has_the_size_key_of_its_race():
+    """A public function and the race of its op need the same key, or the verdict would not be found."""
     for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
         race = tune.races_of(op, CPU)[0]
         arguments = examples.tile(race.example.make(race.dtype, 0), race.times)
-        dtype, numel = op.weigh(*arguments)
+        dtype, numel = op.size_key(*arguments)
         assert size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
     for op in (op for op in REGISTRY.values() if op.launch is not None):
         for example in op.raced:
             for dtype in (one for one in tune.DTYPES if one in example.dtypes):
-                assert op.weigh(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
+                assert op.size_key(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
     logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
     aggregate(logits, "peel").sum().backward()
     sample_latent(mu, mu, torch.tensor([7]), torch.arange(4))[0].sum().backward()

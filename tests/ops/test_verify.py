@@ -93,7 +93,7 @@ def test_a_right_kernel_serves_after_one_verification(make, folder):
     calls = kernel.calls
     assert calls == 1 + 3  # the call and three dtypes
     op(torch.ones(2))
-    registry.forget()
+    registry.forget_choices()
     assert op.serving(Call(CPU)) == "cpp" and kernel.calls == calls + 1
     verdict = kept(folder)["ops"][op.name]
     assert verdict["status"] == "compared" and verdict["backend"] == "cpp" and verdict["error"] <= verdict["budget"]
@@ -117,7 +117,7 @@ def test_a_wrong_kernel_does_not_serve_and_one_warning_says_so(make, folder, wro
     assert op.serving(Call(CPU)) == "reference" and not passed(kept(folder)["ops"][op.name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        registry.forget()
+        registry.forget_choices()
         assert op(torch.ones(2)).tolist() == [2, 2]  # the verdict is kept
     with use_backend("cpp"):  # who forces it gets it
         assert op.serving(Call(CPU)) == "cpp"
@@ -254,7 +254,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         (content["ops"][op.name] if where == "ops" else content["machine"])[name] = value
         path.write_text(json.dumps(content))
         verify._known.clear()
-        registry.forget()
+        registry.forget_choices()
         before = kernel.calls
         assert op.serving(Call(CPU)) == "cpp" and kernel.calls == before + 3
         assert kept(folder)["machine"] == cache.machine(CPU)
@@ -295,7 +295,11 @@ def test_no_mode_of_the_caller_reaches_the_verification(make):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
     op = make(lambda x: x + x)
-    assert torch.func.vmap(lambda x: x + op.plain(x.device, x.dtype, x.numel()))(torch.ones(3)).tolist() == [1, 1, 1]
+    assert torch.func.vmap(lambda x: x + op.uses_reference(x.device, x.dtype, x.numel()))(torch.ones(3)).tolist() == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_a_graph_decides_while_it_is_traced(make):
@@ -421,7 +425,7 @@ def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(mak
         entry["sources"] = sources
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(race))
-        races.forget()
+        races.forget_files()
         return op.wanted(Call(CPU, variant, style=style)).backend
 
     mine = op.sources_digest("cpu")
@@ -434,7 +438,7 @@ def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(mak
     race["machine"] = {**race["machine"], "torch": "1.0"}
     assert wanted(mine, "eager") == "cpp"
     path.write_text("{")
-    races.forget()
+    races.forget_files()
     assert op.wanted(Call(CPU)).backend == "cpp" and "cannot be read" in caplog.text
 
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
     assert first["batch"] == "ValueError: batch_size 33 must be a multiple of the 2 processes"
-    assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm of one process's images")
+    assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm over one process's images")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
 
@@ -147,7 +147,7 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"device must be cuda or cpu for several processes.*'cuda:0'"):
         distributed.own_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="process 1 of this machine has no GPU, there are 1"):
+    with pytest.raises(ValueError, match="process 1 of this machine needs a GPU, and there are 1"):
         distributed.own_device("cuda")
     monkeypatch.setattr(distributed, "processes", lambda: (0, 1))
     assert distributed.own_device("cuda:0") == "cuda:0"

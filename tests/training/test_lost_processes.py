@@ -123,24 +123,24 @@ def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
     raised = pytest.raises(
         distributed.ProcessLost, match="process 0 of 2 had no sign of life for 1 seconds of: process 1"
     )
-    with raised, distributed.signs_of_life():
+    with raised, distributed.heartbeat():
         watch = distributed._watch
         for beat, step in ((0, "4"), (1, "5")):
             store.set(f"{watch.name} 1", f"{beat} {step} works")
             until(lambda step=step: 1 in watch.signs and watch.signs[1].step == step)
-            with distributed.named_when_lost():
+            with distributed.report_missing_process():
                 pass
         monkeypatch.setattr(distributed, "SILENCE", 1.0)
         until(lambda: watch.lost)
-        with distributed.named_when_lost():
+        with distributed.report_missing_process():
             pytest.fail("an exchange with a process that is lost")
     assert "last in step 5" in str(raised.excinfo.value) and not ended and distributed._watch is None
     # one that has done its part owes no more signs
-    with distributed.signs_of_life():
+    with distributed.heartbeat():
         watch = distributed._watch
         store.set(f"{watch.name} 1", "2 5 done")
         until(lambda: watch.missed.get(1, 0) * distributed.BEAT > 2 * distributed.SILENCE)
-        with distributed.named_when_lost():
+        with distributed.report_missing_process():
             pass
     assert store.get(f"{watch.name} 0").endswith(b" 0 done")
 
@@ -195,7 +195,7 @@ def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost
     monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
     monkeypatch.setattr(distributed, "NOTICE", 0)
     monkeypatch.setattr(distributed, "_watch", distributed._Watch(dist.HashStore(), "alive"))
-    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
+    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.report_missing_process():
         raise error
     assert isinstance(told.value, distributed.ProcessLost) is lost
 
@@ -205,7 +205,7 @@ def test_a_start_does_not_read_what_an_earlier_one_wrote():
     store, found = dist.HashStore(), {}
 
     def start(number, rank, world):
-        found[number, rank] = distributed._of_this_start(store, rank, world)
+        found[number, rank] = distributed._store_of_this_launch(store, rank, world)
 
     for number, world in enumerate((2, 3, 2, 2)):
         # the others may come before the first one, and then find what the start before left
@@ -226,13 +226,13 @@ def test_a_process_that_never_starts(monkeypatch):
     store = dist.HashStore()
     store.set("purify_fast start", "of one that is gone")
     with pytest.raises(dist.DistError):
-        distributed._of_this_start(store, 1, 2)
+        distributed._store_of_this_launch(store, 1, 2)
     # neither waits for the store's own patience, which is minutes
     began = time.monotonic()
     with pytest.raises(dist.DistError):
-        distributed._of_this_start(store, 0, 2)
+        distributed._store_of_this_launch(store, 0, 2)
     with pytest.raises(dist.DistError):
-        distributed._of_this_start(dist.HashStore(), 1, 2)
+        distributed._store_of_this_launch(dist.HashStore(), 1, 2)
     assert time.monotonic() - began < 300
 
 

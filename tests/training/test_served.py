@@ -41,7 +41,7 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
     cells = {"": {"eager": "reference"}}
     lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "cells": cells} for name in names}
     races.write(CPU, lost, {"date": "2026-01-02"})
-    registry.forget()
+    registry.forget_choices()
     other = train(tmp_path / "other")
     assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"
     parts = train(tmp_path / "parts")

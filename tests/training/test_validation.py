@@ -134,9 +134,9 @@ def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name)
         ({"validation_share": 1.0}, {}, r"validation_share must be in \[0, 1\), got 1.0"),
         ({"validation_every": 0}, {}, "validation_every must be at least 1, got 0"),
         ({"keep_best": "robust"}, {}, "keep_best must be one of off, loss, accuracy, got 'robust'"),
-        ({"keep_best": "loss"}, {}, "keep_best 'loss' needs validation_share, or validation"),
-        ({"validation_share": 0.2}, {"validation": images(8)}, "validation_share goes without validation"),
-        ({}, {"validation": images(8)[0]}, r"validation must bring labels: give \(images, labels\)"),
+        ({"keep_best": "loss"}, {}, "keep_best 'loss' needs held-out images"),
+        ({"validation_share": 0.2}, {"validation": images(8)}, "give validation or validation_share, not both"),
+        ({}, {"validation": images(8)[0]}, r"validation must have labels: give \(images, labels\)"),
     ],
 )
 def test_settings_that_cannot_be_used(options, given, message):

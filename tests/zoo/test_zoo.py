@@ -67,6 +67,13 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
     assert attacked < card.clean.share
 
 
+def test_purifiers_by_diffusion_know_up_to_which_time_they_were_trained():
+    trained = [card for card in map(zoo.card, zoo.list()) if card.method == "diffusion"]
+    assert len(trained) >= 6
+    for card in trained:
+        assert f"--last-time {zoo.load(card.name).last_time:g} " in card.training
+
+
 def test_a_defence_and_its_classifier_are_models_of_their_own():
     assert zoo.classifier_folder("digits-carso-pipeline") == zoo.folder("digits-pgd-at")
     with pytest.raises(ValueError, match="name must be a defence of the zoo, got 'digits-pgd-at'"):

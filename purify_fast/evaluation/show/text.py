@@ -100,19 +100,17 @@ def outcome(report: Report, row: Row) -> str:
     several = row.n_eval > 1
     if several:
         text += f" in all {row.n_eval} draws"
-    attacks = _attacks_like(report, row)
     if row.kind != "worst":
         text += f" under {row.attack}"
     else:
-        count = len(row.settings.get("over", attacks))
+        count = len(row.settings.get("over", report.attacks_like(row)))
         text += " after the attack" if count == 1 else f" after all {count} attacks"
         text += " and the probes" if "probes" in row.settings else ""
     threat = row.threat or report.threats.get(row.model, report.about.get("threat"))
     text += f" within {threat}" if threat else ""
-    # an attack on survivors counts what fell before it as wrong in every draw
-    single = [each.mean for each in attacks if not each.of_survivors and each.n == row.n]
-    if several and single:
-        text += f" ({100 * min(single):.1f} % in one draw)"
+    single = report.one_draw(row)
+    if single is not None:
+        text += f" ({100 * single:.1f} % in one draw)"
     clean = next((each for each in report.rows if each.model == row.model and each.kind == "clean"), None)
     if clean is None:
         return text
@@ -127,21 +125,12 @@ def claim(report: Report, row: Row) -> str:
     return answer(float(report.about["claim"]), row) if "claim" in report.about else ""
 
 
-def _attacks_like(report: Report, row: Row) -> list[Row]:
-    """The attacks of a row's model and threat model on the deployed model, on as many images at least; or itself."""
-    if row.kind != "worst":
-        return [row]
-    of = (row.model, row.threat)
-    mine = [each for each in report.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
-    return [each for each in mine if each.n >= row.n]
-
-
 def reason(report: Report, row: Row) -> str:
     """Why a row is unreliable, where no sign says it; empty where one does, and where the row is reliable."""
     told = any((finding.model, finding.verdict) == (row.model, "unreliable") for finding in report.findings)
     if row.reliable or row.settings.get("doubts") or told:
         return ""
-    counted = [each for each in _attacks_like(report, row) if each.health is not None and each.own_gradients]
+    counted = [each for each in report.attacks_like(row) if each.health is not None and each.own_gradients]
     if not counted:
         return "no attack whose gradients are counted was run: add PGD() to the attacks, or give probes=True"
     shares = "; ".join(f"{each.attack}: {each.describe_health()}" for each in counted)

@@ -1,6 +1,6 @@
-"""What each part of ARREST brings: adversarial training, finetuning, distillation and replay, trained and attacked.
+"""The contributions of ARREST's parts: adversarial training, finetuning, distillation and replay, trained and attacked.
 
-Finished rows are kept: the same call goes on where it was.
+Finished rows are kept: the same call resumes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
-    """Each row's name and its training: finetuning without either part, with each, and with both.
+    """The name and the training of each row: finetuning without either part, with each part, and with both.
 
     Raises:
         ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
@@ -50,7 +50,7 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
                 f"{name} {value:g} would be in no row: the ablation varies it, give {several} (--{several} {value:g})"
             )
     if not config.replay and (what.angles or what.taus):
-        raise ValueError("replay is off, and on in the rows of angles and taus: give none of them (--angles, --taus)")
+        raise ValueError("--angles and --taus switch replay on: leave them out or drop --no-replay")
     bare = replace(config, distillation_weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
     distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"distillation_weight": w} for w in what.weights}
     replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
@@ -81,21 +81,21 @@ def ablate(
         make: makes a fresh classifier, one of `purify_fast.models.CLASSIFIERS`, on the images' device; torch is seeded
             before.
         images: to train on and to attack.
-        config: of the finetunings, but for lambda and the replay's threshold, which `AblationConfig` lists. Its attack
-            is that of the classifiers trained from scratch too, and its eps that of the attacks in the end.
-        what: which rows there are, and how they are attacked.
-        loop: of every training; its epochs are the finetunings'.
+        config: settings of the finetunings, but for lambda and the replay's threshold, which `AblationConfig` lists.
+            Its attack is also that of the classifiers trained from scratch, and its eps that of the attacks in the end.
+        what: the rows, and how they are attacked.
+        loop: settings of every training; its epochs are the finetunings'.
         out: folder; holds each row's run as well.
         progress: whether to show bars.
 
     Returns:
-        What was written, the table first.
+        The written files, the table first.
 
     Raises:
         ValueError: settings that cannot be trained or would be ignored; a folder that holds others.
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
-    # what would stop a later step is checked before any work: scipy, AutoAttack, refused settings
+    # before any work, check everything that would stop a later step: scipy, AutoAttack, refused settings
     ar_point_dist(((0, 1), (1, 0)), (0, 1))
     if what.autoattack:
         implementation()
@@ -104,7 +104,7 @@ def ablate(
         start = make()
         Teacher(start, [representation_before_pooling(start)], images.image_shape, pooled=True)
     n = min(what.images, len(images.y_test))
-    # as the table says it
+    # the numbers that the table names
     what = replace(what, images=n, autoattack=min(what.autoattack, n))
     attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
@@ -136,7 +136,7 @@ def ablate(
 
     for name, share in scratch.items():
         classifier_config = ClassifierConfig(
-            # the step is given, since the two tasks' own defaults differ
+            # give the step, because the defaults of the two tasks differ
             attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
         )
         torch.manual_seed(loop.seed)
@@ -149,7 +149,7 @@ def ablate(
 
 
 def _attacks(what: AblationConfig) -> list[AttackSpec]:
-    """The attacks of every row; each but the first has the images on which those before it failed."""
+    """The attacks of every row; each later attack gets the images that withstood the earlier attacks."""
     attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
     if what.autoattack:
         attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
@@ -161,7 +161,7 @@ Accuracies = tuple[float, float, float, float]
 
 
 def _accuracies(report: Report, label: str) -> Accuracies:
-    """Those of the attack's row, and of as many clean images."""
+    """The accuracies under the attack, and on as many clean images."""
     robust, clean = report.row(label), report.row("clean")
     clean = replace(clean, robust=clean.robust[: robust.n])
     values = (clean.accuracy, robust.accuracy, clean.standard_error, robust.standard_error)
@@ -169,7 +169,7 @@ def _accuracies(report: Report, label: str) -> Accuracies:
 
 
 def best_points(points: Sequence[Tradeoff]) -> list[Tradeoff]:
-    """Those of the points that no other beats in both accuracies, by rising standard accuracy."""
+    """The points that no other beats in both accuracies, by rising standard accuracy."""
 
     def beaten(point: Tradeoff) -> bool:
         return any(p != point and p.standard >= point.standard and p.robust >= point.robust for p in points)
@@ -186,8 +186,8 @@ def write(
 ) -> list[Path]:
     """Write the table and, with matplotlib, the picture.
 
-    ``results`` are the accuracies under PGD and, where it ran, under AutoAttack on its images; SUM and the other
-    trade-offs are of the last. The rows that ``reference`` names make the curve.
+    ``results`` are the accuracies under PGD and, if it ran, under AutoAttack on its images; SUM and the other
+    trade-offs use the last. The rows that ``reference`` names make the curve.
     """
     curve = best_points([Tradeoff(*results[name][-1][:2]) for name in reference])
     auto = what.autoattack > 0

@@ -12,19 +12,19 @@ from ...training.config import TrainingAttack
 
 @dataclass(frozen=True)
 class ArrestConfig:
-    """How ARREST finetunes a classifier.
+    """The settings of ARREST's finetuning of a classifier.
 
     "Paper" is the abstract of arXiv 2308.16454 or text that quotes it, "port" a re-implementation by readers of the
-    paper (sgmath12/FAT), "own" a choice of this package where neither tells. With ``distillation_weight=0,
-    replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
+    paper (sgmath12/FAT), "own" a choice of this package if neither names the setting. With ``distillation_weight=0,
+    replay=False`` it is adversarial finetuning, and with a fresh classifier PGD adversarial training.
 
     Args:
         attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255, which alpha
             None, 2.5 eps / steps, gives at these numbers and keeps in proportion at others. Its steps must together
             reach eps. Own: the random start. The port has no warm-up.
         distillation_weight: weight of the distillation, lambda (port: 50); 0 leaves it out.
-        distance: d, of two representations: "abs_cosine" (port; what the paper calls angular), "cosine", "angular" or
-            "l2".
+        distance: d, the distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
+            "angular" or "l2".
         pooled: whether maps are read after global average pooling (the port's deviation) and not before it (paper, says
             the port); not for vectors.
         replay: whether noisy replay is on.
@@ -36,9 +36,9 @@ class ArrestConfig:
             or "train" (port).
         optimizer: "sgd" with momentum (port), or "adamw" (own).
         learning_rate: the highest rate of the schedule (port: 0.025).
-        momentum: of sgd (port: 0.9).
-        weight_decay: of either optimizer (port: 5e-4).
-        schedule: of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
+        momentum: momentum of sgd (port: 0.9).
+        weight_decay: weight decay of either optimizer (port: 5e-4).
+        schedule: schedule of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
             "one_cycle" or "constant" (own).
         ema_decay: decay of a moving average of the weights, which is then the result; 0 for none (an extra, not part of
             ARREST).
@@ -75,7 +75,7 @@ class ArrestConfig:
         if self.replay and self.attack.norm != "linf":
             raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.attack.norm!r}")
         if self.replay and self.tau is None and self.distance == "l2":
-            raise ValueError("tau must be given with distance 'l2': no angle decides it")
+            raise ValueError("distance='l2' needs tau: no angle decides it")
 
         eps, steps = self.attack.eps, self.attack.steps
         if not eps > 0:
@@ -96,14 +96,14 @@ class ArrestConfig:
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
 
     def replays(self, epoch: int, epochs: int) -> bool:
-        """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
-        # rounded: 0.07 * 100 is above 7
+        """Tell whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
+        # round, because 0.07 * 100 is above 7
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """What an ablation compares; every number is this package's own choice.
+    """The rows of an ablation; every number is this package's own choice.
 
     Each lambda and each threshold of the replay makes a row alone, and so do all pairs of the two.
 

@@ -32,7 +32,7 @@ class ArrestRecipe(Recipe):
         """The recipe's network with fresh weights; ARREST begins with one that was trained on clean images.
 
         Args:
-            width: as `purify_fast.models.build_classifier` has it, in place of the recipe's.
+            width: width of the network in place of the recipe's, as in `purify_fast.models.build_classifier`.
         """
         options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
         name = options.pop("name")
@@ -46,7 +46,7 @@ class ArrestRecipe(Recipe):
 
         Args:
             classifier: trained on clean images.
-            official_code: as for `config`.
+            official_code: repeat the authors' code, as for `config`.
         """
         return ArrestTask(classifier, self.config(official_code), self.image_shape)
 

@@ -96,7 +96,7 @@ class ArrestTask(Task):
         self.model: nn.Module = model
         if config.ema_decay > 0:
             self._average = moving_average(model, config.ema_decay)
-            # what is trained together is one checkpoint
+            # models that are trained together share a checkpoint
             self.model = nn.ModuleDict({"model": model, "average": self._average})
         weights = [p for p in model.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
@@ -139,7 +139,7 @@ class ArrestTask(Task):
         return self.classifier if self._view is None else self._view
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
+        """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
         if self._view is not None:
             self._view.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
@@ -155,7 +155,7 @@ class ArrestTask(Task):
         if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
-            # the host waits for their number, which may spare it up to all of the attack
+            # the host waits for their number: if there are none, the attack can be left out
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
@@ -163,13 +163,13 @@ class ArrestTask(Task):
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
-        """Whether the images that are replayed are attacked too, and the result is not used.
+        """Tell whether the images that are replayed are attacked too, although the result is not used.
 
-        A captured step takes one number of images, and costs less than the launches for a part of them would. Where the
+        A captured step takes one number of images, and costs less than the launches for a part of them would. If the
         last attack could not be captured, or the device was busy with it, only the others are attacked.
 
         Args:
-            device: of the images.
+            device: device of the images.
         """
         return self.graphs is not None and self.graphs.may_replay(device)
 
@@ -185,7 +185,7 @@ class ArrestTask(Task):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # from a batch before, where one step is for the gradients of several
+        # a batch before may have left them: one step can follow the gradients of several batches
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -204,7 +204,7 @@ class ArrestTask(Task):
         used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
         average_([gradient for _, gradient in used])
         with torch.no_grad():
-            for buffer, before in buffers:  # the batch is to enter BatchNorm's statistics once
+            for buffer, before in buffers:  # the batch must enter BatchNorm's statistics only once
                 buffer.copy_(before)
             for weight, gradient in used:
                 self._unperturbed.append((weight, weight.clone()))
@@ -212,7 +212,7 @@ class ArrestTask(Task):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The optimizer moves the weights from where they were before their perturbation."""
+        """Take the perturbation back, so that the optimizer moves the unperturbed weights."""
         for weight, before in self._unperturbed:
             weight.copy_(before)
         self._unperturbed = []
@@ -235,7 +235,7 @@ class ArrestTask(Task):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # the step itself, so that a run is resumed whether its step was given or follows from eps
+        # name the step itself: a run can then be resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
@@ -244,7 +244,7 @@ class ArrestTask(Task):
         check_classifier(self.classifier, shape, classes)
 
     def validate(self, batch: Batch) -> Metrics:
-        """Cross-entropy and accuracy of the result under the training's attack, or PGD-10 where that has fewer steps.
+        """Cross-entropy and accuracy of the result under the training's attack, or PGD-10 if that has fewer steps.
 
         Args:
             batch: held-out images.
@@ -275,7 +275,7 @@ class Teacher:
         pooled: whether maps and tokens are read after their mean over the positions.
         dtype: bfloat16 reads an accelerated copy.
 
-    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
+    Called with a `Batch`, it returns the layers' outputs for its images, without a gradient, or what `keep` kept.
 
     Raises:
         ValueError: unknown layers, or ``pooled`` where all of them are vectors.
@@ -292,7 +292,7 @@ class Teacher:
         model = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
+            raise ValueError(f"pooled is for maps and tokens: {', '.join(layers)} puts out a vector already")
         self._uses_channels_last = True
         if dtype != torch.float32:
             _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
@@ -314,14 +314,14 @@ class Teacher:
         """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
 
         Args:
-            x: uint8 ``[N, C, H, W]``, those that are trained on. The outputs of all of them are held on its device.
+            x: the training images, uint8 ``[N, C, H, W]``. The outputs of all of them are held on its device.
             batch_size: images that are read at once.
-            progress: whether there is a progress bar.
+            progress: whether to show a progress bar.
         """
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
         layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # rows of maps that are channels_last stay so when they are picked
+        # picking rows of channels_last maps keeps their layout
         self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
 
     def __call__(self, batch: Batch) -> list[Tensor]:
@@ -334,5 +334,5 @@ class Teacher:
             for stored, now in zip(features, self.read(batch.x), strict=True):
                 apart = (stored.float() - now.float()).norm()
                 if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("the kept features are not those of these images: are they augmented?")
+                    raise ValueError("x differs from the images whose features were kept: are the images augmented?")
         return features

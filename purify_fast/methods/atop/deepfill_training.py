@@ -1,4 +1,4 @@
-"""What DeepFillv2 is trained with: SN-PatchGAN, its discriminator, and the holes of its images.
+"""The training of DeepFillv2: SN-PatchGAN, its discriminator, and the holes of its images.
 
 Yu et al., ICCV 2019, in the form of nipponjo/deepfillv2-pytorch, whose names the discriminator's tensors have; spectral
 normalization as Miyato et al., ICLR 2018, define it. A hole is a box and brush strokes in each image, without noise.
@@ -34,15 +34,15 @@ class SpectralConv(nn.Conv2d):
     does torch's ``spectral_norm``, which stores v as well. u is the one buffer, ``weight_u [outputs, 1]``; it starts
     after fifteen steps.
 
-    deepfillv2-pytorch divides the weight itself at every forward, also where no gradient is wanted: scoring an image
-    changes the weights without the optimizer, and no gradient goes through sigma. Here neither is so. A weight that was
-    saved by that code has sigma near 1.
+    deepfillv2-pytorch divides the weight itself at every forward, even if no gradient is wanted: scoring an image
+    changes the weights without the optimizer, and no gradient goes through sigma. This class does neither. A weight
+    that was saved by that code has sigma near 1.
 
     Args:
         inputs: channels of the input.
         outputs: channels of the result.
         kernel: side of the kernel.
-        stride: of the convolution.
+        stride: stride of the convolution.
         padding: zeros on each side.
     """
 
@@ -136,7 +136,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
     Args:
         size: (H, W) of the images.
         seed: int64 ``[1]``.
-        ids: of the images, int64 ``[B]``; equal ones have equal holes.
+        ids: ids of the images, int64 ``[B]``; equal ids have equal holes.
 
     Returns:
         float32 ``[B, 1, H, W]``: 1 where the image is hidden, 0 elsewhere.
@@ -179,17 +179,17 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
 
 
 def hide_free_form(x: Tensor, seed: Tensor, ids: Tensor, shared: bool = False) -> tuple[Tensor, Tensor]:
-    """What a purifier gets to see of images with holes, in the form of `Atop.draw`.
+    """Hide parts of images for a purifier, in the form of `Atop.draw`.
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
         seed: int64 ``[1]``.
-        ids: of the images, int64 ``[B]``.
+        ids: ids of the images, int64 ``[B]``.
         shared: whether all images have the hole of the first one, as in the released code.
 
     Returns:
-        The images in [-1, 1] with 0 in the hole, a plane of ones and the mask, ``[B, C + 2, H, W]``; and that every
-        pixel is of one pass, int64 ``[1, B, 1, 1]``.
+        The images in [-1, 1] with 0 in the hole, a plane of ones and the mask, ``[B, C + 2, H, W]``; and the pass of
+        every pixel, which is the same for all, int64 ``[1, B, 1, 1]``.
     """
     height, width = x.shape[2:]
     mask = free_form_masks((height, width), seed, ids[:1].expand(len(x)) if shared else ids).to(x.dtype)

@@ -46,20 +46,21 @@ class Atop(Defence):
             image is hidden. It is copied too, and is what training changes.
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
-        sigma: standard deviation of the noise in image units, of rt2 and rt3 (paper: 0.25).
-        block: side of a hidden block in pixels; None: what divides height and width and is nearest to an eighth of the
-            height (paper: 32 at 256; 4 at 32, and at 28).
+        sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
+        block: side of a hidden block in pixels; None: the divisor of height and width that is nearest to an eighth of
+            the height (paper: 32 at 256; 4 at 32, and at 28).
         mask_ratio: share of the blocks that rt1 and rt2 hide, rounded down to whole ones (paper: 0.25).
         num_passes: N, passes of rt3, which must divide the number of blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
-        aggregation: of the S predictions: ``mean`` of the logits, or ``mean_softmax``, the log of the mean softmax.
-        shared_mask: one mask for the whole batch, as the official code has it, instead of one per image.
+        aggregation: aggregation of the S predictions: ``mean`` of the logits, or ``mean_softmax``, the log of the mean
+            softmax.
+        shared_mask: whether a whole batch has one mask, as in the official code, in place of one per image.
 
     Raises:
         ValueError: a setting that `purify_fast.ops.random_transform` refuses, or a classifier or purifier that is
             wrapped or does not fit image_shape.
 
-    One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
+    Run one forward pass at a time: not several threads or ``nn.DataParallel`` (one process per GPU works).
 
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise and
     hides the same blocks in every image, those of seed 0.
@@ -112,7 +113,7 @@ class Atop(Defence):
 
     @torch.no_grad()
     def _dry_run(self) -> None:
-        """Two blank images through everything: what does not fit is found now."""
+        """Send two blank images through everything, so that parts that do not fit raise an error now."""
         blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), self.fixed_noise(0):
             images = self.purify(blank)
@@ -151,7 +152,7 @@ class Atop(Defence):
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: as many for each of the S samples.
+            draws: number of draws for each of the S samples.
             noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``, to draw from instead of the defence's own.
 
         Returns:
@@ -188,7 +189,7 @@ class Atop(Defence):
         """The purifier's images, each ``[T, C, H, W]`` in [-1, 1]; the last is the purified one.
 
         Args:
-            packed: what `draw` gives, ``[T, C + 2, H, W]``.
+            packed: the images from `draw`, ``[T, C + 2, H, W]``.
         """
         with self._autocast(packed.device):
             return tuple(image.to(self.purifier_dtype) for image in self.purifier(packed))
@@ -200,15 +201,15 @@ class Atop(Defence):
         """Purified images in [0, 1], ``[S, B, C, H, W]``; with rt3 stitched from its N passes.
 
         Args:
-            images: of the last stage, ``[T, C, H, W]`` in [-1, 1].
-            owners: what `draw` gives, ``[S, B, H / block, W / block]``.
+            images: images of the last stage, ``[T, C, H, W]`` in [-1, 1].
+            owners: the owners from `draw`, ``[S, B, H / block, W / block]``.
         """
         whole = stitch(images, owners) if self.num_passes is not None else images
         return (whole.unflatten(0, owners.shape[:2]) + 1) / 2
 
     @torch.no_grad()
     def transformed(self, x: Tensor) -> Tensor:
-        """What the purifier gets to see, in [0, 1], hidden blocks grey: ``[B, S, C, H, W]``; of rt3 the first pass.
+        """The input of the purifier, in [0, 1], hidden blocks grey: ``[B, S, C, H, W]``; with rt3 the first pass.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -218,14 +219,14 @@ class Atop(Defence):
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """How AToP's authors evaluate it (`purify_fast.protocols.AuthorsEvaluation`), with and without their faults.
+        """The evaluation by AToP's authors (`purify_fast.protocols.AuthorsEvaluation`), with and without its faults.
 
         Args:
             eps: radius in image units.
 
         Source: `purify_fast.methods.atop.released_evaluation`.
         """
-        # a prediction does without the package that judges it
+        # a prediction does not need the package that judges it
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)

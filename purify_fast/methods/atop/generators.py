@@ -26,20 +26,20 @@ from ...models.layers import Conv2d
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 
-#: The generator's first tensor, [width, in_channels, 5, 5], which tells its sizes; and one that is constant.
+#: The generator's first tensor, [width, in_channels, 5, 5], whose shape gives its sizes; and a constant tensor.
 FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_weight"
 
 
 class GatedConv(nn.Module):
-    """One convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
+    """A convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
 
     Args:
         inputs: channels of the input.
         outputs: channels of the result.
         kernel: side of the convolution's kernel, odd.
-        stride: of the convolution.
-        dilation: of the convolution.
-        relu: whether ReLU(a) takes the place of ELU(a).
+        stride: stride of the convolution.
+        dilation: dilation of the convolution.
+        relu: whether to use ReLU(a) in place of ELU(a).
 
     ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``. Weights start as kaiming_uniform by fan_out, bias 0.
     """
@@ -214,10 +214,10 @@ class DeepFillGenerator(nn.Module):
         """
         state = read_weights(path)
         if FIRST not in state or state[FIRST].dim() != 4:
-            raise ValueError(f"{path} holds no generator of deepfillv2-pytorch: it has {', '.join(list(state)[:5])}")
+            raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got {', '.join(list(state)[:5])}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
-        # checkpoints older than that buffer lack it
+        # older checkpoints lack that buffer
         constant = generator.state_dict()[CONSTANT]
         if not torch.equal(state.setdefault(CONSTANT, constant).to(constant), constant):
             raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")
@@ -239,7 +239,7 @@ class DeepFillGenerator(nn.Module):
             torch.save({"G": self.state_dict()}, temporary)
 
 
-#: Of a residual generator: how much of its base image the zero correction keeps.
+#: The share of its base image that the zero correction of a residual generator keeps.
 KEPT = 0.95
 
 
@@ -257,7 +257,7 @@ class _SmallAttention(nn.Module):
 
 
 class _SmallCoarse(nn.Module):
-    """Two levels down and up again, each level added to what comes up."""
+    """Two levels down and up again; each level is added to the map from below."""
 
     def __init__(self, inputs: int, channels: int, width: int):
         super().__init__()
@@ -277,7 +277,7 @@ class _SmallCoarse(nn.Module):
 
 
 class _SmallRefined(nn.Module):
-    """One level down; there a dilated branch and one of attention, joined."""
+    """The level below, with a dilated branch and an attention branch, joined."""
 
     def __init__(self, inputs: int, channels: int, width: int, attention: bool):
         super().__init__()
@@ -307,7 +307,8 @@ class SmallGenerator(nn.Module):
         width: channels at full size; 2 and 4 times as many at a half and a quarter.
         attention: whether the refined stage has a branch of contextual attention, at half size.
         residual: whether each stage corrects an image in place of painting one: the coarse stage the transformed image,
-            the refined one the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at first.
+            the refined stage the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at
+            first.
 
     ``forward(packed, mask) -> (coarse, refined)`` as `DeepFillGenerator`, for H and W that are multiples of 4. The
     refined stage sees the coarse image, the transformed one and the mask.

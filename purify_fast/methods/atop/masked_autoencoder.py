@@ -1,10 +1,10 @@
 """A masked autoencoder as purifier: the place of AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
 
-Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, after He et al., CVPR 2022. AToP's own
-has never been published, and how its predictions become an image is not known: plain pixels through a tanh are this
-package's own choice.
+Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, after He et al., CVPR 2022. AToP's
+purifier has never been published, and it is not known how its predictions become an image: plain pixels through a tanh
+are this package's own choice.
 
-A vision transformer encodes the patches that are not hidden, a smaller one decodes all of them. There is no dropout:
+A vision transformer encodes the visible patches, and a smaller one decodes all of them. There is no dropout:
 training and evaluation mode are the same function.
 """
 
@@ -50,7 +50,7 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """One block.
+        """Apply the block.
 
         Args:
             x: ``[B, T, width]``.
@@ -71,10 +71,10 @@ class MaskedAutoencoder(nn.Module):
         patch: side of the square patches in pixels.
         width: numbers per token in the encoder, a multiple of 4 and of its heads.
         depth: blocks of the encoder.
-        heads: of the encoder's attention.
+        heads: heads of the encoder's attention.
         decoder_width: numbers per token in the decoder, a multiple of 4 and of its heads.
         decoder_depth: blocks of the decoder.
-        decoder_heads: of the decoder's attention.
+        decoder_heads: heads of the decoder's attention.
 
     The default sizes were chosen for 16 x 16 to 32 x 32. DMAE's are those of ViT-B/16, in this order: (3, 224, 224),
     16, 768, 12, 12, 512, 8, 16.
@@ -164,7 +164,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: the stages' images, ``[B, C, H, W]`` each; the last one counts.
-            target: what it should be, ``[B, C, H, W]``.
+            target: the image to rebuild, ``[B, C, H, W]``.
 
         Returns:
             The loss per image, ``[B]``.

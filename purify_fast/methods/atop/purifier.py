@@ -1,4 +1,4 @@
-"""One interface to every purifier: two-stage generators, autoencoders, any module of a user's own."""
+"""An interface to every purifier: two-stage generators, autoencoders, any module of a user's own."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def build_purifier(
     Args:
         name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
         image_shape: (C, H, W).
-        width: of the network; None for its own (48, 8 and 64).
-        residual: of a ``small_generator``: it corrects the image in place of painting one.
+        width: width of the network; None for its own (48, 8 and 64).
+        residual: for ``small_generator``: it corrects the image in place of painting one.
 
     Raises:
         ValueError: an unknown name, sizes the network does not take, or residual for another network.
@@ -38,7 +38,7 @@ def build_purifier(
     if name not in PURIFIERS:
         raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":
-        raise ValueError(f"residual goes with small_generator, not with {name}")
+        raise ValueError(f"residual needs purifier small_generator, got {name}")
     options: dict[str, Any] = ({} if width is None else {"width": width}) | ({"residual": True} if residual else {})
     if name == "masked_autoencoder":
         return MaskedAutoencoder(image_shape, **options)
@@ -46,7 +46,7 @@ def build_purifier(
 
 
 def description(purifier: nn.Module) -> dict[str, Any]:
-    """What makes the purifier again, JSON values; of one that is not this package's its class's name alone."""
+    """The facts that make the purifier again, JSON values; for a module of a user's own only the name of its class."""
     for name, kind in PURIFIERS.items():
         if type(purifier) is kind:
             return {"kind": name, "arguments": purifier.arguments}
@@ -54,7 +54,7 @@ def description(purifier: nn.Module) -> dict[str, Any]:
 
 
 def rebuilt_purifier(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
-    """The purifier that a saved `description` is of, or the one given, if it is of that kind; else ValueError."""
+    """The purifier of a saved `description`, or the given module if it is of that kind; else ValueError."""
     if given is None:
         if facts["kind"] not in PURIFIERS:
             raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
@@ -68,7 +68,8 @@ class PurifierAdapter(nn.Module):
     """Any purifier as one function of packed images.
 
     Args:
-        module: what repairs images; used as it is, not copied. Either ``module(transformed, mask)``, transformed
+        module: the network that repairs images; used as it is, not copied. Either ``module(transformed, mask)``,
+            transformed
             ``[N, C, H, W]`` in [-1, 1] and 0 where hidden, mask ``[N, 1, H, W]``, 1 where hidden; or, if its attribute
             ``takes_packed`` says so, ``module(packed, mask)``. It returns the purified image ``[N, C, H, W]``, or a
             tuple of such images with the purified one last (DeepFillv2: coarse, refined). **Range: [-1, 1]**, as its
@@ -89,7 +90,7 @@ class PurifierAdapter(nn.Module):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
-        # a module that writes into its input gets a copy
+        # the module gets a copy, because it may write into its input
         self._overwrites = False
         self._dry_run()
 
@@ -130,7 +131,7 @@ class PurifierAdapter(nn.Module):
         """The loss the purifier was made with, less any adversarial term, per image: ``[N]``.
 
         Args:
-            images: what `forward` returned.
+            images: the images that `forward` returned.
             target: ``[N, C, H, W]`` in [-1, 1].
 
         The module's own ``original_loss(images, target)`` if it has one; else DeepFillv2's, the mean absolute

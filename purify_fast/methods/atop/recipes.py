@@ -37,8 +37,8 @@ class AtopRecipe(Recipe):
 
         Args:
             classifier: takes images of the recipe's size; trained on clean images by the authors.
-            purifier: what is trained, with its weights; None for a `DeepFillGenerator` with fresh ones, of the authors'
-                size. They begin with one that was trained on Places2.
+            purifier: the purifier to train, with its weights; None for a `DeepFillGenerator` with fresh weights, in the
+                authors' size. They begin with a generator that was trained on Places2.
             official_code: one mask for all images of a batch.
             changes: arguments of `Atop` that take the place of the recipe's.
         """
@@ -50,8 +50,8 @@ class AtopRecipe(Recipe):
         """The training of a defence, for `purify_fast.training.fit`.
 
         Args:
-            defence: what is trained.
-            official_code: as for `config`.
+            defence: the defence to train.
+            official_code: repeat the authors' code, as for `config`.
         """
         return AtopTask(defence, self.config(official_code))
 

@@ -7,16 +7,16 @@ prediction (155 to 161), on 64 batches of 8 images (29 and 163). It differs from
 - No noise is added (94), although the generator was fine-tuned on noisy images.
 - The generator is given images in [0, 1] (94), although it was fine-tuned on [-1, 1] (line 147 of
   Finetuning-AToP/cifar-miss-gau-adv.ipynb).
-- Which blocks are hidden is drawn in every prediction (77), and is a cut out of their random order at the number of the
-  batch (84): 16 of 64 blocks in the first four batches, and none in the sixty after them.
+- The hidden blocks are drawn in every prediction (77): a slice of their random order at the number of the batch (84),
+  which has 16 of 64 blocks in the first four batches, and none in the sixty after them.
 - The version standard expects the same answer every time, and averages over no draws (144). The copy of torchattacks in
   the repository takes 10 steps of APGD and FAB where AutoAttack's authors take 100; the notebook imports the package of
   that name, in a version that it does not state.
 
-The training notebooks attack the classifier alone and purify what came out (lines 130 to 133 and 292 to 367 of
-Finetuning-AToP/cifar-miss-gau-adv.ipynb). The one with a log calls the column of PGD with 20 steps "BPDA" (line 393 of
-Finetuning-AToP/0..1 cifar-miss-gau-adv.ipynb). Tables 7 and 8 of the paper are told to do the same, with up to 1,000
-steps of PGD (second-hand: the authors' answers to their reviewers). No line of that code is used here.
+The training notebooks attack the classifier alone and purify the result (lines 130 to 133 and 292 to 367 of
+Finetuning-AToP/cifar-miss-gau-adv.ipynb). The notebook with a log calls the column of PGD with 20 steps "BPDA" (line
+393 of Finetuning-AToP/0..1 cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper do the same,
+with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). No line of that code is used here.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     """The adversarial images x' of a batch.
 
     Args:
-        defence: what is attacked, or whose classifier.
+        defence: the defence that is attacked, or whose classifier is.
         batch: the images.
         config: the attack and its target.
         graphs: captures the attack's step, if given.
@@ -64,12 +64,12 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
 
 @dataclass(frozen=True)
 class Passes:
-    """One batch through the purifier: what the losses need.
+    """The results of a batch's passes through the purifier, for the losses.
 
     Args:
         loss: the loss without its GAN term.
         metrics: detached scalars.
-        target: what each image is to be rebuilt as, in [-1, 1], ``[T, C, H, W]``.
+        target: the image to rebuild from each input, in [-1, 1], ``[T, C, H, W]``.
         refined: the purifier's images, differentiable, ``[T, C, H, W]``.
         packed: the transformed images t that the purifier saw, a plane of ones, and the mask, 1 where an image was
             hidden, ``[T, C + 2, H, W]``.
@@ -85,11 +85,11 @@ class Passes:
 def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
     """The transform and the purifier on one batch.
 
-    One pass where the L1's input and the classifier's are the same images; one of twice the images where not. While
-    lambda is 0 what only the cross-entropy would need is not computed.
+    If the L1 term and the classifier see the same images, one pass serves both; if not, one pass has twice the images.
+    While lambda is 0 the inputs of the cross-entropy alone are not computed.
 
     Args:
-        defence: whose purifier is trained.
+        defence: the defence whose purifier is trained.
         batch: the images.
         config: the settings of the training.
         graphs: captures the attack's step, if given.
@@ -111,7 +111,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
     images = defence.stages(packed)
     target = (2 * rebuild - 1).to(images[-1].dtype)
-    # sample by sample, N passes for each image of it
+    # sample by sample, with N passes for each of its images
     samples = len(owners)
     target = target.repeat_interleave(rows // (samples * len(rebuild)), 0).repeat(samples, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
@@ -151,7 +151,7 @@ def training_loss(
     config = AtopConfig() if config is None else config
     if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
         raise ValueError(
-            f"precision {config.precision!r} is not that of the defence: call accelerate(torch.bfloat16) or "
+            f"precision {config.precision!r} must be that of the defence: call accelerate(torch.bfloat16) or "
             "accelerate(None) on it first"
         )
     if config.gan_grad:
@@ -166,7 +166,7 @@ def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str
     Args:
         discriminator: images and masks to scores.
         one_pass: the batch's passes.
-        gan_fake: what it sees as fake, as `AtopConfig` has it.
+        gan_fake: the fake images for its step, as in `AtopConfig`.
     """
     fake = one_pass.refined.detach()
     mask = one_pass.packed[:, -1:]
@@ -201,7 +201,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def computes_in_bfloat16(defence: Atop) -> bool:
-    """Whether a defence is accelerated in bfloat16."""
+    """Tell whether a defence is accelerated in bfloat16."""
     return defence.fast is not None and defence.fast.dtype == torch.bfloat16
 
 
@@ -209,9 +209,9 @@ class AtopTask(PurifierTask[Atop]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         config: how; its precision decides whether the defence is accelerated.
-        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
 
     With ``gan_grad`` a discriminator is made from torch's global generator and plays along: each step first trains it,
     then the purifier. It is kept in checkpoints, not in the saved defence.
@@ -222,7 +222,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        # a defence that computes so already stays as it was made, compiled perhaps
+        # a defence in this precision stays as it is: it may be compiled
         if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
@@ -234,7 +234,7 @@ class AtopTask(PurifierTask[Atop]):
             channels, *size = defence.image_shape
             discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
             self.discriminator = discriminator.to(trained[0].device)
-            # what is trained together is one checkpoint
+            # models that are trained together share a checkpoint
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
             self._optimizers["discriminator"] = torch.optim.Adam(discriminator.parameters(), **options)
 
@@ -248,7 +248,7 @@ class AtopTask(PurifierTask[Atop]):
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
             judged = {"discriminator": loss.detach()}
-        # the purifier's loss is by the discriminator as it is after its own step
+        # the purifier's loss uses the discriminator after its own step
         loss, metrics = self._with_discriminator(one_pass)
         yield Update("purifier", loss, {**metrics, **judged})
 

@@ -13,14 +13,14 @@ from ...training.schedules import DelayUnit
 
 @dataclass(frozen=True)
 class CarsoConfig:
-    """How CARSO's purifier is trained. "Paper" is arXiv 2306.06081; "own" is this package's own choice.
+    """The settings of the training of CARSO's purifier. "Paper" is arXiv 2306.06081; "own" is this package's choice.
 
     Two trainings share these settings. kl_delay, beta, free_bits, reduction, eps_mode and adversarial_fraction belong
     to the published one: through the pipeline kl_delay, beta and adversarial_fraction have no effect, and the other
     three must stay as they are. train_samples, targets and reconstruction_weight belong to the pipeline's alone.
 
     Args:
-        attack_target: what the training examples are made against: "classifier" (paper), or "pipeline", the whole
+        attack_target: the target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
             defence with exact gradients (own).
         attack: the attack. Paper: eps 8/255 for color images and 0.3 for MNIST, linf, 40 steps of 0.01, which is made
             for eps 8/255; alpha None is own. The weak attacks of the published training have half of eps (paper), and
@@ -35,22 +35,22 @@ class CarsoConfig:
             long. Both are rounded up to whole units, and the weight is still 0 in the unit in which it begins to rise:
             with a delay of 1 epoch it is 0 in the first two epochs and full from the third on. 0 lets the term act at
             its full weight from the first step on.
-        kl_delay_unit: what kl_delay counts: "share" of the epochs (paper), "epochs", "steps" or "images".
+        kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: weight of the KL term at the end (paper: 1).
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
             NeurIPS 2016, with the whole latent as one group).
         train_samples: reconstructions per image, K, while training through the pipeline.
-        targets: what the K predictions of an attacked image are to be while training through the pipeline: "labels", by
+        targets: targets of the K predictions of an attacked image while training through the pipeline: "labels", by
             cross-entropy (own), or "classifier", the probabilities that the frozen classifier gives the clean image, by
             their divergence (adversarially robust distillation, Goldblum et al., AAAI 2020, arXiv 1905.09747).
         reconstruction_weight: weight of the reconstruction term while training through the pipeline (own: 0.02).
         joint: whether the classifier's copy is trained too, through the pipeline only (own; the paper's is frozen).
-        reduction: of the loss over the batch, "mean" (own) or "sum" (paper).
+        reduction: reduction of the loss over the batch, "mean" (own) or "sum" (paper).
         optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper), of which the slow weights
             remain.
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
-        schedule: of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
+        schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
             `purify_fast.training.schedules`.
         precision: "float32", which on a GPU is that of IEEE too (the official code leaves PyTorch's default, by which
             cuDNN's convolutions round to TF32); "tf32" (own), which there rounds what is
@@ -90,12 +90,12 @@ class CarsoConfig:
         pipeline, attack = self.attack_target == "pipeline", self.attack
         for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
             if pipeline and getattr(self, name) != default:
-                raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
+                raise ValueError(f"{name} {getattr(self, name)!r} needs attack_target='classifier', got 'pipeline'")
         if not attack.eps > 0:
-            raise ValueError(f"eps must be above 0, got {attack.eps}: the purifier is never trained without attacks")
+            raise ValueError(f"eps must be above 0, got {attack.eps}: the purifier is always trained on attacks")
         if not pipeline and not (attack.random_start and attack.start_std is None):
             raise ValueError(
-                "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
+                "attack_target='classifier' needs random_start=True and start_std=None: its PGD always starts "
                 "uniformly in the ball"
             )
         if not pipeline and (self.joint or self.targets == "classifier"):
@@ -105,17 +105,17 @@ class CarsoConfig:
             )
         if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
             raise ValueError(
-                "joint training has no frozen classifier: it goes with targets 'labels' and precision 'float32' or "
-                f"'tf32', got {self.targets!r} and {self.precision!r}"
+                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it has no frozen "
+                f"classifier, got {self.targets!r} and {self.precision!r}"
             )
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
-        """How long the KL term is left out of a run, and the unit of that.
+        """The length of the start of a run without the KL term, and its unit.
 
         Args:
-            epochs: of the whole run.
+            epochs: epochs of the whole run.
         """
         if self.kl_delay_unit == "share":
             return self.kl_delay * epochs, "epochs"
@@ -147,6 +147,6 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
     if atom == 0 and not allow_none:
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
-            "four attacks: it needs at least 4 / adversarial_fraction images per batch and process"
+            "four attacks: give at least 4 / adversarial_fraction images per batch and process"
         )
     return atom

@@ -61,8 +61,8 @@ class Carso(Defence):
         samples: K, reconstructions per prediction.
         decoder_width: channels of the decoder's last hidden layer; they double inwards. No effect on ``v1``.
         encoder_depth: blocks per pre-encoder. No effect on ``v1``.
-        mean: of the posterior encoder's input, which it normalizes: a number or one per channel.
-        std: of the posterior encoder's input, likewise; above 0.
+        mean: the mean by which the posterior encoder normalizes its input: a number or one per channel.
+        std: the standard deviation, in the same form, above 0.
         decoder: (start, layers) of the decoder, layers as `Deconvolution` or their fields; None has `decoder_plan` make
             them from image_shape and decoder_width. `published_decoder` has the paper's.
         version: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images.
@@ -73,7 +73,7 @@ class Carso(Defence):
         ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
             image_shape.
 
-    One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
+    Run one forward pass at a time: not several threads or ``nn.DataParallel`` (one process per GPU works).
 
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
     """
@@ -170,8 +170,8 @@ class Carso(Defence):
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            z: as in `reconstruct`.
-            draws: as in `reconstruct`.
+            z: the latents, as in `reconstruct`.
+            draws: the number of draws, as in `reconstruct`.
 
         Raises:
             ValueError: latents of another shape.
@@ -217,7 +217,7 @@ class Carso(Defence):
         """The condition ``[B, cond_dim]``.
 
         Args:
-            representation: what `read` returned.
+            representation: the result of `read`.
         """
         with self._autocast(representation[0].device):
             return self.condition_encoder(representation).to(self.purifier_dtype)
@@ -227,7 +227,7 @@ class Carso(Defence):
 
         Args:
             batch: number of images.
-            device: of the latents.
+            device: device of the latents.
             draws: sets of K latents per image.
         """
         if self.noise_is_off:
@@ -262,17 +262,17 @@ class Carso(Defence):
     # -- what its authors run -----------------------------------------------------------------------------------------
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """How CARSO's authors evaluate it (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
+        """The evaluation by CARSO's authors (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
 
-        It attacks the output of PeeL, which has no usable gradients where samples are sure. One further prediction of
-        that output judges what was found.
+        It attacks the output of PeeL, whose gradients vanish if the samples are sure. Another prediction of that output
+        judges the images that were found.
 
         Args:
             eps: radius in image units; AutoAttack takes the report's.
 
         Source: src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
         """
-        # a prediction does without the package that judges it
+        # a prediction does not need the package that judges it
         from ...attacks import AutoAttack
         from ...defences.stochastic import WithAggregation
         from ...evaluation import AttackSpec
@@ -319,7 +319,7 @@ class Carso(Defence):
         self._packed_decoder(self._last_bias.device)
 
     def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
-        """The decoder as one op, where a kernel serves it and no gradient of its weights can be asked for."""
+        """The decoder as one op, if a kernel serves it and nobody can ask for the gradient of its weights."""
         fast, bias = self.fast, self._last_bias
         if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
             return None

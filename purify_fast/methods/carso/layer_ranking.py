@@ -1,4 +1,4 @@
-"""Which layers should form the representation? A ranking by what each layer still tells about an attacked image. Ours.
+"""Rank layers for the representation by the information that each keeps about an attacked image. This is our method.
 
 The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with features f of clean and attacked images:
 
@@ -28,7 +28,7 @@ from ...models.representation import Representation
 
 @dataclass(frozen=True)
 class LayerScore:
-    """One layer's scores under attack, as the module's docstring defines them.
+    """A layer's scores under attack, as the module's docstring defines them.
 
     Args:
         layer: the module's path.
@@ -64,9 +64,9 @@ def rank_layers(
         x: float32 ``[N, C, H, W]``, at least 4 images, not those the classifier was trained on.
         y: true labels, int64 ``[N]``.
         eps: radius of the PGD attack in image units.
-        norm: of the attack.
-        steps: of the attack.
-        seed: of the attack.
+        norm: norm of the attack.
+        steps: steps of the attack.
+        seed: seed of the attack.
 
     Raises:
         ValueError: unknown layers, or fewer than 4 images.
@@ -99,7 +99,8 @@ def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0
     out = torch.empty_like(targets)
     for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         mean, std = clean[fit].mean(0), clean[fit].std(0)
-        std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)  # a pixel that is always black is no scale
+        # a pixel that is always black has no scale
+        std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)
         a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
         centre = targets[fit].mean(0)
         gram = a @ a.T / a.shape[1]

@@ -48,17 +48,17 @@ def linear_block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
-    """One layer's pre-encoder and the number of features it gives.
+    """A layer's pre-encoder and the number of features that it gives.
 
     A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
     without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged.
 
-    Tokens (T, D) go through ``depth`` linear blocks that halve D (rounded up); that is not in the paper. The blocks are
-    shared by the tokens, as a convolution's weights are by its positions. BatchNorm's statistics are taken over batch
-    and tokens, and which token is which is left to the joint layer that follows.
+    Tokens (T, D) go through ``depth`` linear blocks that halve D (rounded up); that is not in the paper. The tokens
+    share the blocks, as positions share a convolution's weights. BatchNorm's statistics are taken over batch and
+    tokens, and the joint layer that follows distinguishes the tokens.
 
     Args:
-        shape: of the layer's output without the batch: (C, H, W), (T, D) or (F,).
+        shape: shape of the layer's output without the batch: (C, H, W), (T, D) or (F,).
         depth: blocks.
     """
     if len(shape) == 1:
@@ -121,10 +121,10 @@ class PosteriorEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Deconvolution:
-    """One transposed convolution.
+    """A transposed convolution.
 
     Args:
-        channels: of its output.
+        channels: channels of its output.
         kernel: side of its kernel.
         stride: in both directions.
         padding: on all sides.
@@ -139,10 +139,10 @@ class Deconvolution:
 
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
-        """What a square layer is.
+        """The settings of a square layer.
 
         Args:
-            layer: with equal kernel, stride and padding in both directions.
+            layer: a layer with equal kernel, stride and padding in both directions.
         """
         more_h, more_w = layer.output_padding
         kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
@@ -180,8 +180,8 @@ def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     return (min(width << depth, 8 * width), h, w), layers
 
 
-#: Of the published decoders, by the shape of their images: side of the start, output padding of all layers but the
-#: last, and the last one's kernel. The sides are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
+#: The published decoders by the shape of their images: side of the start, output padding of all layers but the last,
+#: and the last layer's kernel. The sides are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
 PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 64): (4, 1, 3)}
 
 
@@ -192,7 +192,7 @@ def published_decoder(image_shape: Shape) -> Plan:
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: another image_shape, for which nothing is published; `decoder_plan` makes a decoder for it.
+        ValueError: no decoder is published for image_shape; `decoder_plan` makes one.
     """
     channels, h, w = image_shape
     if (channels, h, w) not in PUBLISHED:
@@ -245,7 +245,8 @@ class Decoder(nn.Module):
     """
 
     runs_in_order = True
-    slope = 0.2  # of its LeakyReLU
+    #: slope of its LeakyReLU
+    slope = 0.2
 
     def __init__(
         self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
@@ -340,7 +341,8 @@ class DecoderV1(nn.Module):
     """
 
     runs_in_order = True
-    slope = 0.01  # of its LeakyReLU
+    #: slope of its LeakyReLU
+    slope = 0.01
 
     def __init__(
         self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
@@ -354,7 +356,7 @@ class DecoderV1(nn.Module):
         return self.stack(h.flatten(0, 1).unflatten(1, self.start))
 
 
-#: Of each version of the method: condition encoder, posterior encoder, decoder.
+#: The networks of each version of the method: condition encoder, posterior encoder, decoder.
 NETWORKS: dict[str, tuple[Any, ...]] = {
     "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
     "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
@@ -369,7 +371,8 @@ class PackedDecoder(nn.Module):
 
     Args:
         decoder: a `Decoder` or `DecoderV1` in evaluation mode.
-        dtype: of the products, bfloat16 (all that a GPU multiplies fast), float32 or float64; float32 sums (float64).
+        dtype: dtype of the products, bfloat16 (the only one that a GPU multiplies fast), float32 or float64; sums are
+            in float32 (float64 for float64).
 
     Raises:
         ValueError: a decoder in training mode.
@@ -390,7 +393,7 @@ class PackedDecoder(nn.Module):
             start = decoder.start
             joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
             shift = decoder.adapter.bias.double().view(start)
-        else:  # its first convolution sees one pixel: a linear layer
+        else:  # its first convolution sees one pixel, so that it is a linear layer
             first, *layers = layers
             joint = first.weight.double().permute(1, 2, 3, 0)
             start = tuple(joint.shape[:3])
@@ -427,13 +430,13 @@ class PackedDecoder(nn.Module):
 
     @torch.no_grad()
     def refill(self, decoder: Decoder | DecoderV1) -> None:
-        """Take the weights that a decoder has now, in the memory of the old ones.
+        """Copy the weights that a decoder has now into the memory of the old ones.
 
         Args:
-            decoder: one of the sizes of that which this is a copy of, in evaluation mode.
+            decoder: a decoder with the sizes of the copied one, in evaluation mode.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError: the decoder is in training mode.
         """
         new = PackedDecoder(decoder, self.packed.dtype)
         for old, value in zip(self._tensors(), new._tensors(), strict=True):
@@ -454,7 +457,7 @@ class PackedDecoder(nn.Module):
             options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
 
         Raises:
-            ValueError: what `decode_prior` refuses.
+            ValueError: `decode_prior` refuses the arguments.
         """
         with without_autocast(condition.device):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
@@ -476,11 +479,11 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Whether a kernel exists that decodes on ``device``. False inside torch.compile, which fuses the plain layers.
+    """Tell whether a kernel can decode on ``device``. False inside torch.compile, which fuses the plain layers.
 
-    The kernel may not serve every dtype and batch size: `decode_prior` runs the layers where it does not.
+    The kernel may not serve every dtype and batch size: for the others `decode_prior` runs the layers.
 
     Args:
-        device: of the latents.
+        device: device of the latents.
     """
     return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)

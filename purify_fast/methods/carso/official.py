@@ -76,16 +76,16 @@ def read_official(
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]
     cond_dim, first = len(joint.get("1.0.weight", ())), decoder.get("0.1.weight", torch.empty(0, 0))
-    # strides and paddings are not in the files: they are those of the published decoder that begins as theirs
+    # the files have no strides and paddings: take those of the published decoder with the same start
     shape = next((shape for shape in PUBLISHED if prod(published_decoder(shape)[0]) == len(first)), None)
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
-        raise ValueError(f"{directory}: these are not the three files of a CARSO system")
+        raise ValueError(f"{directory} must hold the three files of a CARSO system, and these are other files")
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):
             raise ValueError("layers: name the modules of this classifier that the files were trained on")
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
-        raise ValueError(f"{paths['repr_compressors']} is for {count} layers, got {len(layers)}")
+        raise ValueError(f"layers must be {count}, as in {paths['repr_compressors']}, got {len(layers)}")
     arguments = {
         "layers": layers,
         "image_shape": shape,
@@ -115,7 +115,7 @@ def write_official(
     """Write the three official files, each whole or absent; see `Carso.save_official`."""
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:
-        # strides and paddings are not in the files: a reader takes the published ones
+        # the files have no strides and paddings: a reader takes the published ones
         raise ValueError("official files hold a published decoder only (`purify_fast.methods.carso.published_decoder`)")
     paths = _paths(Path(directory), stem)
     for part, tensors in official_tensors(condition_encoder, decoder).items():

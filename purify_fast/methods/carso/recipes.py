@@ -58,7 +58,7 @@ class CarsoRecipe(Recipe):
         """The defence with a fresh purifier.
 
         Args:
-            classifier: as `build_classifier` makes it, with weights of yours.
+            classifier: a network as from `build_classifier`, with weights of yours.
             changes: arguments of `Carso` that take the place of the recipe's.
 
         Raises:
@@ -101,7 +101,7 @@ class CarsoRecipe(Recipe):
         return defence
 
     def _classifier_file(self, folder: Path) -> Path:
-        """The file of weights that is none of the purifier's."""
+        """The file with the weights of the classifier."""
         endings, purifier = (".pt", ".pth", ".safetensors"), tuple(f"_{part}.safetensors" for part in PARTS)
         files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
         weights = self["start.classifier"].partition(":")[0]
@@ -119,8 +119,8 @@ class CarsoRecipe(Recipe):
         """The training of a defence, for `purify_fast.training.fit`.
 
         Args:
-            defence: what is trained.
-            official_code: as for `config`.
+            defence: the defence to train.
+            official_code: repeat the authors' code, as for `config`.
         """
         return CarsoTask(defence, self.config(official_code))
 

@@ -58,15 +58,15 @@ def balanced_batch(
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    All four attacks share one call, with a radius per image. With a bank, those of its images that it has are read, and
-    the others attacked in two calls.
+    All four attacks share one call, with a radius per image. With a bank, the images that it has are read, and the
+    others are attacked in two calls.
 
-    Every process lays out its own share of the batch, as the official code does. The shares of
-    `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
-    the images per attack, `atom_size` of the whole batch; if not, each rounds down by itself, and fewer are attacked.
+    Every process lays out its own share of the batch, as the official code does. If the number of processes divides the
+    images per attack, `atom_size` of the whole batch, the shares of `purify_fast.data.batches` attack the same images
+    as one process would; if not, each process rounds down by itself, and fewer images are attacked.
 
     Args:
-        classifier: what is attacked, images to logits.
+        classifier: the attacked classifier, images to logits.
         batch: the images, and the seed of the random starts.
         config: the attack, and the share of the images that is attacked.
         graphs: captures the attack's steps, if given.
@@ -135,11 +135,11 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     mean_kl = kl.detach().clone()
-    average_([mean_kl])  # the mean over all processes, so that all of them decide alike
+    average_([mean_kl])  # take the mean over all processes, so that all decide the same
     kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.progress_in(unit), delay)
-    # gradients are averaged over the processes; the factor makes of that the sum over all images
+    # gradients are averaged over the processes; the factor turns that into the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl_term) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -194,7 +194,7 @@ def pipeline_step(
     if config.targets == "labels":
         name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
     else:
-        # from the frozen classifier's probabilities of the clean images
+        # the targets are the frozen classifier's probabilities of the clean images
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
         wanted = wanted.repeat_interleave(config.train_samples, 0)
@@ -212,7 +212,7 @@ def training_loss(
     """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         batch: the images. Without epoch and epochs it counts as the first epoch, in which the default kl_delay
             leaves the KL term out.
         config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
@@ -230,9 +230,9 @@ class CarsoTask(PurifierTask[Carso]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
 
     Args:
-        defence: what is trained.
+        defence: the defence to train.
         config: how; its precision decides whether the defence is accelerated.
-        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
 
     Raises:
         ValueError: from `training_step`, a batch too small to hold adversarial examples.
@@ -246,7 +246,7 @@ class CarsoTask(PurifierTask[Carso]):
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
-        else:  # released by an earlier task, perhaps
+        else:  # an earlier task may have released it
             defence.classifier.requires_grad_(False)
         trainable = [p for p in defence.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
@@ -295,13 +295,13 @@ class CarsoTask(PurifierTask[Carso]):
         return {"reconstruction": 0, "kl": kl}
 
     def _check_last_batch(self, length: RunLength) -> None:
-        """ValueError where an epoch's last batch is kept, and is too small to be attacked."""
+        """ValueError if an epoch's last batch is kept, and is too small to be attacked."""
         config, images = self.config, length.last_batch
         if config.attack_target == "classifier" and images != length.batch_size:
             try:
                 atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
             except ValueError as error:
-                raise ValueError(f"drop_last False keeps a last batch of {images} images: {error}") from error
+                raise ValueError(f"drop_last=False keeps a last batch of {images} images: {error}") from error
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate

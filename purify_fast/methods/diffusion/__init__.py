@@ -9,6 +9,7 @@ from ..._lazy import lazy_exports
 if TYPE_CHECKING:
     from .config import DiffusionConfig as DiffusionConfig
     from .defence import DiffusionPurifier as DiffusionPurifier
+    from .denoiser import load_denoiser as load_denoiser
     from .denoiser import save_denoiser as save_denoiser
     from .process import Process as Process
     from .schedule import Schedule as Schedule

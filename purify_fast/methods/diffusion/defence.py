@@ -8,8 +8,9 @@ Nie et al., "Diffusion Models for Adversarial Purification", ICML 2022, arXiv 22
 guidance it is GDMP (Wang et al., arXiv 2205.14969); with several rounds of rising t* the gradual noise of Lee & Kim,
 ICCV 2023, arXiv 2303.09051; with one step to the end that of Carlini et al., ICLR 2023, arXiv 2206.10550.
 
-Its gradient is exact, whatever the number of steps, and takes the memory of one: each step is computed again when its
-gradient is, with the same noise, which is named by a seed and never kept (`purify_fast.attacks.checkpointed_steps`).
+Its gradient is exact, whatever the number of steps. It takes the memory of one, or of as many as there is room for:
+each other step is computed again when its gradient is, with the same noise, which is named by a seed and never kept
+(`purify_fast.attacks.checkpointed_steps`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from ..._tensors import dtype_of, first_tensor, write_stamp
 from ..._validation import check_counts, check_literal
-from ...attacks.checkpointed_steps import checkpointed_steps, draws_numbers
+from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, draws_numbers
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
@@ -39,6 +40,7 @@ from ..base import save_defence
 from .denoiser import Denoiser, description, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
+from .solvers import learned_variance
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -65,6 +67,9 @@ class DiffusionPurifier(Defence):
             ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
         max_forward_batch: rows (images times draws) that go through the denoiser at once; None: all.
         last_time: up to which time the denoiser was trained, as a share of the process.
+        keep: of how many of a process's steps, the last ones, a gradient keeps the activations, so that they are not
+            computed again; "auto": of as many as fit into a quarter of the free memory; 0: of none. It changes no
+            result, and is not saved.
 
     Raises:
         ValueError: a setting out of range, or a denoiser or classifier that is wrapped or does not fit image_shape or
@@ -87,12 +92,14 @@ class DiffusionPurifier(Defence):
         aggregation: Aggregation = "mean",
         max_forward_batch: int | None = None,
         last_time: float = 1.0,
+        keep: Keep = "auto",
     ):
         super().__init__(classifier, image_shape)
+        check_keep(keep)
         refuse_wrapped("denoiser", denoiser)
         check_literal("aggregation", aggregation, Aggregation)
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
-        self.process, self.last_time = Process.of(process), last_time
+        self.process, self.last_time, self.keep = Process.of(process), last_time, keep
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
         # Frozen, because neither a prediction nor an attack wants gradients of its weights.
         module = copy.deepcopy(denoiser).requires_grad_(False)
@@ -138,7 +145,7 @@ class DiffusionPurifier(Defence):
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory of one step.
+        """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory that ``keep`` allows.
 
         They are in [0, 1], but for a process that does not clip.
 
@@ -197,7 +204,11 @@ class DiffusionPurifier(Defence):
             if guidance is None:
                 return following
             target = moved(image[0], image[0], targets[j], len(self.begins) + j, True)
-            return following - weights[j] * GRADIENTS[guidance](x, target)
+            weight = weights[j]
+            if self.process.learns_variances:
+                share = prediction[:, x.shape[1] :].to(x.dtype)
+                weight = weight * learned_variance(share, *coefficients[j, -2:])
+            return following - weight * GRADIENTS[guidance](x, target)
 
         return checkpointed_steps(
             step,
@@ -208,6 +219,7 @@ class DiffusionPurifier(Defence):
             # the process names its noise, so that the dropout of a training alone draws from generators, or the
             # denoiser itself
             preserve_rng_state=self.training or self._denoiser_draws,
+            keep=self.keep,
         )
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
@@ -264,6 +276,20 @@ class DiffusionPurifier(Defence):
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
         # of one step every solver makes about the same
         return [few, skips, one] if max(short) > 1 else [skips, one]
+
+    def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
+        """What the field attacks such purifiers with (`purify_fast.protocols.OwnAttacks`).
+
+        Args:
+            norm: of the ball.
+            eps: radius in image units.
+
+        Source: `purify_fast.methods.diffusion.own_attacks`.
+        """
+        # a prediction does without the package that judges it
+        from .own_attacks import strong_attacks
+
+        return strong_attacks(self, norm, eps)
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
         """How the authors of such purifiers evaluate them (`purify_fast.protocols.AuthorsEvaluation`).

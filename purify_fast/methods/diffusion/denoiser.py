@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
+from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
@@ -89,7 +90,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     Raises:
         ImportError: diffusers is not installed.
         FileNotFoundError: there is no such folder, network or scheduler.
-        ValueError: a schedule or prediction that this package does not have.
+        ValueError: a schedule, prediction, variance or clip that this package does not have.
     """
     root = Path(folder)
     network = root / "unet" if (root / "unet").is_dir() else root
@@ -100,12 +101,21 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     steps = process.get("num_train_timesteps", 1000)
     kinds = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     predictions = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+    # diffusers' "learned" is the variance itself, and its "fixed_large_log" a logarithm of which it takes the root
+    variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     beta, predicted = process.get("beta_schedule", "linear"), process.get("prediction_type", "epsilon")
-    for name, value, known in (("beta_schedule", beta, kinds), ("prediction_type", predicted, predictions)):
+    variance = process.get("variance_type", "fixed_small")
+    for name, value, known in (
+        ("beta_schedule", beta, kinds),
+        ("prediction_type", predicted, predictions),
+        ("variance_type", variance, variances),
+    ):
         if value not in known:
             raise ValueError(f"{scheduler}: {name} must be one of {', '.join(known)}, got {value!r}")
     if process.get("trained_betas") is not None or process.get("thresholding") or process.get("rescale_betas_zero_snr"):
         raise ValueError(f"{scheduler}: trained_betas, thresholding and rescale_betas_zero_snr are not supported")
+    if (most := process.get("clip_sample_range", 1.0)) != 1 and process.get("clip_sample", True):
+        raise ValueError(f"{scheduler}: clip_sample_range must be 1, as images are in [-1, 1], got {most}")
     scale = steps / 1000
     schedule: dict[str, Any] = {"kind": kinds[beta], "steps": steps}
     if beta == "linear":
@@ -114,13 +124,51 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     settings = {
         "schedule": schedule,
         "prediction": predictions[predicted],
-        "variance": "large" if process.get("variance_type") == "fixed_large" else "small",
+        "variance": variances[variance],
         "clip": bool(process.get("clip_sample", True)),
     }
     denoiser = _diffusers_model().from_pretrained(str(network), local_files_only=True)
     size = denoiser.config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return denoiser, (denoiser.config["in_channels"], height, width), settings
+
+
+def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
+    """Read the weights that others trained into a network of theirs, made by their own code.
+
+    Args:
+        denoiser: the network; it is changed in place.
+        path: a file of guided-diffusion or of any code that saves a state dict; of score-SDE, a checkpoint that holds
+            the network as ``model`` and a moving average of its weights as ``ema``, which is what is taken
+            (models/ema.py of yang-song/score_sde_pytorch). Only tensors are read of it.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, or those of another network.
+    """
+    load_state(denoiser, read_weights(path), str(path))
+    whole = {} if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    if not isinstance(whole.get("ema"), dict):
+        return denoiser
+    averaged = whole["ema"].get("shadow_params", [])
+    # in the order of the parameters that are trained
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (averaged, trained)]
+    if shapes[0] != shapes[1]:
+        at = next(
+            (i for i, (one, other) in enumerate(zip(*shapes, strict=False)) if one != other), min(map(len, shapes))
+        )
+        raise ValueError(
+            f"{path}: the moving average is of {len(averaged)} tensors, the network trains {len(trained)}; "
+            f"number {at} is the first that differs"
+        )
+    with torch.no_grad():
+        for parameter, tensor in zip(trained, averaged, strict=True):
+            parameter.copy_(tensor)
+    return denoiser
 
 
 class Denoiser(nn.Module):

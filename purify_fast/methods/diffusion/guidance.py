@@ -2,6 +2,9 @@
 
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z' the noised input,   w = variance g sigma / alpha
 
+The variance is that of the step's noise; a learned one is a map of numbers, as where guided-diffusion's mean is moved
+(Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
+
 D is the mean square difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With local
 means E under a Gaussian window, m = E[x], n = E[y]:
 

@@ -29,7 +29,7 @@ class Table(NamedTuple):
     targets: Tensor
     #: What the denoiser is told of the time, ``[n]``.
     times: Tensor
-    #: w, by which guidance is multiplied, ``[n]``.
+    #: w, by which guidance is multiplied, ``[n]``; of learned variances without the variance.
     weights: Tensor
 
 
@@ -51,6 +51,8 @@ class Process:
         variance: of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
         clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1].
             Without it purified images may leave [0, 1] a little.
+        denoise_last: whether the last step of vp_sde adds no noise, as where score-SDE's sampler returns its mean
+            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The other solvers end so in any case.
         guidance: None, or the distance to the noised input by whose gradient each step is moved: ``mse`` or ``ssim``.
         guidance_scale: g, factor of that gradient, beside the step's variance and sigma / alpha.
 
@@ -67,6 +69,7 @@ class Process:
     eta: Share = 0.0
     variance: Variance = "small"
     clip: bool = True
+    denoise_last: bool = False
     guidance: Guidance | None = None
     guidance_scale: AtLeast0 = 0.0
 
@@ -83,10 +86,10 @@ class Process:
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta is of ddim: it must be 0 for {self.solver}, got {self.eta}")
         noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
-        if self.guidance is not None and (noiseless or self.learns_variances):
+        if self.guidance is not None and noiseless:
             raise ValueError(
-                "guidance moves a step by the variance of its noise: it goes with ddpm of a small or large variance, "
-                f"ddim with eta above 0, and vp_sde, got solver {self.solver!r} with variance {self.variance!r}"
+                "guidance moves a step by the variance of its noise: it goes with ddpm, ddim with eta above 0, and "
+                f"vp_sde, got solver {self.solver!r} with eta {self.eta}"
             )
         # the table refuses what the schedule does not have; guidance draws noise beside that of the steps
         rows = len(self.table()[1])
@@ -136,8 +139,12 @@ class Process:
                 variance=self.variance,
                 eta=self.eta,
                 clip=self.clip,
+                denoise_last=self.denoise_last,
             )
             forward, told = noising(self.schedule, t[:-1]), self.schedule.told(t[:-1], self.told)
+            if self.learns_variances:
+                # each step multiplies by the variance that the denoiser chooses
+                variances = torch.ones_like(variances)
             weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
             blank = torch.zeros(1, dtype=torch.float64)
             rows.append(Table(forward[:1], forward[:1], blank, blank))

@@ -56,7 +56,11 @@ class AdjointGradient(nn.Module):
         """
         defence: Any = self.defence
         images = 2 * x.to(torch.promote_types(defence.purifier_dtype, torch.float32)) - 1
-        return defence.classify(defence._as_images(_Adjoint.apply(defence, images))[:, None])[:, 0]
+        seed, ids = defence.noise(len(images), images.device)
+        most = defence.max_forward_batch or max(1, len(images))
+        parts = zip(images.split(most), ids.expand(len(images)).split(most), strict=True)
+        purified = torch.cat([_Adjoint.apply(defence, part, seed, names) for part, names in parts])
+        return defence.classify(defence._as_images(purified)[:, None])[:, 0]
 
 
 class TenPaths(nn.Module):
@@ -98,9 +102,8 @@ def _with_samples(defence: Any, samples: int) -> Any:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, defence: Any, images: Tensor) -> Tensor:
-        seed, ids = defence.noise(len(images), images.device)
-        ids, draws = ids.expand(len(images)), torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    def forward(ctx: Any, defence: Any, images: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
+        draws = torch.zeros_like(ids)
         state = defence._denoised(images, True, seed, ids, draws)
         ctx.defence = defence
         ctx.save_for_backward(state, seed, ids, draws)
@@ -108,7 +111,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         y, seed, ids, draws = ctx.saved_tensors
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
@@ -116,8 +119,8 @@ class _Adjoint(torch.autograd.Function):
         # a step backward begins where the forward one ended
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
-        options = {"solver": "vp_sde", "prediction": process.prediction, "variance": process.variance, "eta": 0.0}
-        rows, _ = denoising(schedule, t, **options, clip=process.clip)
+        names = ("solver", "prediction", "variance", "eta", "clip", "denoise_last")
+        rows, _ = denoising(schedule, t, **{name: getattr(process, name) for name in names})
         rows, told = rows.to(y), schedule.told(t[:-1], process.told).to(y.device)
         for j in reversed(range(len(rows))):
             word = torch.full_like(seed, j + 1)
@@ -129,7 +132,7 @@ class _Adjoint(torch.autograd.Function):
             (grad,) = torch.autograd.grad(ahead, leaf, grad)
             y = 2 * leaf.detach() - ahead.detach()
         # the noise is added outside of the SDE, by autograd: alpha x + sigma z
-        return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad)
+        return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad), None, None
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:

@@ -51,6 +51,17 @@ def of_prediction(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tenso
     return alpha, -sigma
 
 
+def learned_variance(share: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
+    """The variance that a denoiser chooses between two, in the shape of its choice; differentiable.
+
+    Args:
+        share: from -1, the lower variance, to 1, the higher one, ``[B, C, H, W]``.
+        log_low: the lower one's logarithm, ``[]``.
+        log_high: the higher one's logarithm, ``[]``.
+    """
+    return torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
+
+
 def noising(schedule: Schedule, t: Tensor) -> Tensor:
     """The coefficients of the forward process, alpha x + sigma z, float64 ``[..., 8]``.
 
@@ -73,6 +84,7 @@ def denoising(
     variance: Variance,
     eta: float,
     clip: bool,
+    denoise_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The coefficients of the steps of a reverse process, and the variances by which guidance moves their means.
 
@@ -84,6 +96,7 @@ def denoising(
         variance: of ddpm.
         eta: of ddim.
         clip: whether x0 is clipped to [-1, 1].
+        denoise_last: whether the last step adds no noise.
 
     Returns:
         Float64 ``[n, 8]``, as `purify_fast.ops.diffusion_step` takes them, and the variances ``[n]`` of the noise: that
@@ -115,7 +128,7 @@ def denoising(
         image, state = share * r * alpha / sigma.square(), 1 + r / 2 - share * r / sigma.square()
         noise = r if solver == "vp_sde" else noise
     deviation = torch.ones_like(t) if solver == "ddpm" and variance == "learned" else noise.sqrt()
-    if solver == "ddpm":
+    if solver == "ddpm" or denoise_last:
         deviation[-1] = 0
     columns = [p, q, torch.full_like(t, 1.0 if clip else inf), image, state, deviation, low, high]
     return torch.stack(columns, -1), noise

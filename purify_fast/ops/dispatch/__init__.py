@@ -1,1 +1,1 @@
-"""Who serves an op: how ops are registered, how kernels are verified and raced, and what is known of this machine."""
+"""The dispatch of ops: how they are registered, how kernels are verified and raced, and the records of this machine."""

@@ -1,4 +1,4 @@
-"""What this machine is, and what is known of the kernels on it: files in a folder of caches.
+"""The identity of this machine, and the records of the kernels on it: files in a folder of caches.
 
 A machine has two files of JSON: ``verified-*.json``, with the verdict on each kernel, and ``raced-*.json``, with who
 was faster. Each names the device and the versions that decide what a kernel computes, and has an entry for each op.
@@ -55,7 +55,7 @@ def processor() -> str:
 
 def _triton_version() -> str:
     try:
-        # PyTorch brings Triton for some platforms only
+        # PyTorch installs Triton on some platforms only
         import triton
     except ImportError:
         return ""
@@ -64,7 +64,7 @@ def _triton_version() -> str:
 
 def _driver() -> str:
     """The major CUDA version that the driver supports; ``unknown`` where the driver's library is missing."""
-    # PyTorch does not tell it; it has loaded the driver's library where there is a GPU
+    # PyTorch has no function for it, but has loaded the driver's library if there is a GPU
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()
@@ -92,16 +92,16 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """What Triton lacks to run any kernel on a GPU, with the way to mend it, in a sentence; None if it lacks nothing.
+    """Say what Triton lacks to run kernels on a GPU, and how to mend it, in a sentence; None if it lacks nothing.
 
     Triton builds a small C module, by which it calls the CUDA driver. Modules that it has built before, in its folder
     of caches, it loads without a compiler.
     """
     if not sys.platform.startswith("linux"):
-        # Triton brings its own compiler where it runs elsewhere
+        # on other platforms Triton has its own compiler
         return None
     consequence = "Triton can build no kernel for a GPU without it, so that PyTorch computes every op there"
-    # what Triton looks for, in triton/runtime/build.py
+    # Triton looks for the same, in triton/runtime/build.py
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
         return (
             f"there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set. {consequence}. Install "
@@ -116,7 +116,7 @@ def missing_compiler() -> str | None:
     return None
 
 
-def sources_digest(paths: tuple[Path, ...]) -> str:
+def files_digest(paths: tuple[Path, ...]) -> str:
     """A hash of the files' contents; a file that is absent counts as empty."""
     return hashlib.blake2b(b"".join(map(_content_digest, paths)), digest_size=8).hexdigest()
 
@@ -153,10 +153,10 @@ def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[st
     """Put entries into a file, beside those of other ops; the caller has it `locked`.
 
     Args:
-        kind: of the file.
+        kind: kind of the file.
         device: whose file it is.
         ops: entries by op.
-        facts: what the file says beside its entries, such as its date.
+        facts: facts of the file beside its entries, such as its date.
     """
     path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
     content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
@@ -166,7 +166,7 @@ def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[st
 
 @contextlib.contextmanager
 def locked(kind: Kind, device: torch.device) -> Iterator[None]:
-    """One process at a time is in the block.
+    """Let only one process at a time into the block.
 
     The lock ends with its process, however that ends. Where no file can be created, or the file system has no locks,
     the last writer wins.

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 HALVES = (torch.bfloat16, torch.float16)
 NHWC = torch.channels_last
-ROWS = 3  # samples of an example, so that its batch dimensions can be told from others
+#: Samples of an example. The number distinguishes its batch dimensions from its others.
+ROWS = 3
 #: Settings of ops whose examples differ in the shape of images. The last ones have more numbers than one program of the
 #: norms' steps and of the losses takes. With the dtypes that stand for kernels of whole rows on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
@@ -27,13 +28,13 @@ LAYOUTS = ("", "channels_last")
 
 @dataclass(frozen=True)
 class Example:
-    """One set of shapes and settings of one op.
+    """A set of shapes and settings of an op.
 
     Attributes:
-        name: tells it from the other examples of its op.
+        name: name of the example among those of its op.
         make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
-        setting: what it differs in from the other examples.
-        dtypes: those that the op takes.
+        setting: the setting that differs from the other examples.
+        dtypes: the dtypes that the op takes.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
         variant: the setting by which the op's server is chosen, if there is one.
@@ -64,7 +65,7 @@ def tensors(value) -> tuple[Tensor, ...]:
 
 
 def to(arguments: tuple, device: torch.device) -> tuple:
-    """The arguments on a device; a parameter stays one."""
+    """The arguments on a device; a parameter stays a parameter."""
 
     def one(tensor: Tensor) -> Tensor:
         moved = tensor.to(device)
@@ -74,13 +75,13 @@ def to(arguments: tuple, device: torch.device) -> tuple:
 
 
 def double(arguments: tuple) -> tuple:
-    """The arguments in float64, settings that are dtypes too."""
+    """The arguments in float64, and dtypes among the settings too."""
     wider = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
     return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in wider)
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """Which dimension holds the samples, or their passes; None for seeds and settings, and for weights: parameters."""
+    """The dimension of the samples or their passes; None for seeds and settings, and for weights: parameters."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
     return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
@@ -116,7 +117,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stream(seed: int) -> tuple[Tensor, Tensor]:
-    """A seed beyond 32 bits, and ids among which are a negative one and one beyond 32 bits."""
+    """A seed beyond 32 bits, and ids with a negative id and an id beyond 32 bits."""
     return torch.tensor([0x0123456789ABCDEF + seed]), torch.tensor([7, -1, 2**40 + 3])
 
 
@@ -126,18 +127,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def properties_of(setting: tuple, properties: Mapping) -> dict:
-    """Properties of one example, of which some are functions of its setting."""
+    """The properties of an example; some are functions of its setting."""
     return {name: value(*setting) if callable(value) else value for name, value in properties.items()}
 
 
 def examples(
     arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
 ) -> list[Example]:
-    """An example of each setting.
+    """Make an example of each setting.
 
     Args:
         arguments: makes the arguments of the kernel, as ``arguments(*setting, dtype, seed)``.
-        settings: what the examples differ in, and what they are named by; a mapping tells `Example.gpu` of each.
+        settings: the settings of the examples, which also name them; a mapping gives each its `Example.gpu`.
         **properties: other attributes of the examples, each a value or a function of the setting.
     """
     gpu = settings if isinstance(settings, Mapping) else {}

@@ -26,10 +26,10 @@ from .registry import Op
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether a derivative of what is computed from these tensors may be asked for.
+    """Tell whether a derivative of a function of these tensors may be asked for.
 
     Args:
-        tensors: those that the op is differentiable in.
+        tensors: the tensors in which the op is differentiable.
 
     Returns:
         True if gradients are recorded and a tensor requires one. Also true inside forward-mode differentiation, which
@@ -41,7 +41,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, without its cost where nobody asked for a second derivative.
+    """``once_differentiable``, without its cost if nobody asked for a second derivative.
 
     Args:
         backward: a function's ``backward(ctx, *grads)``.
@@ -66,14 +66,14 @@ def differentiable(
     saved: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = lambda inputs, outputs: inputs,
     constants: int = 0,
 ) -> Callable[..., Any]:
-    """An op as one function of autograd, with first-order gradients.
+    """Make a function of autograd with first-order gradients from an op.
 
     Args:
         forward: from the inputs to one output or a tuple of them.
         backward: from the gradients of the outputs, then the tensors and then the settings that were saved, to the
             gradient of the first input, or a tuple of those of the first inputs; the others have none. A plain
             function: compilers cannot look into an op that a closure holds.
-        saved: of the inputs and the outputs those that backward takes, tensors first.
+        saved: picks the arguments of backward from the inputs and the outputs, tensors first.
         constants: how many of the last outputs have no gradient.
 
     Returns:
@@ -112,7 +112,7 @@ def differentiable(
 
 
 def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
-    """The handle of a kernel of the compiled extension that is no op of its own: it takes tensors with data alone."""
+    """The handle of a kernel of the compiled extension that is not an op: it takes only tensors with data."""
     torch.library.define(f"purify_fast::{name}", schema)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
@@ -120,21 +120,21 @@ def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
 
 #: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
 SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
-#: False where the extension is missing, or was built before these kernels were written.
+#: False if the extension is missing, or was built before these kernels existed.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def transformed() -> bool:
-    """Whether a call is inside a transform of ``torch.func``, eagerly.
+    """Tell whether a call is inside a transform of ``torch.func``, eagerly.
 
-    They refuse functions of autograd whose ``forward`` takes the context. One that has ``setup_context`` in its place
-    takes 20 us more a call, in which PyTorch inspects a signature.
+    Transforms refuse functions of autograd whose ``forward`` takes the context. A function with ``setup_context`` in
+    its place takes 20 us more per call, in which PyTorch inspects a signature.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def may_save(x: Tensor) -> bool:
-    """Whether kernels that only a CPU has can be called.
+    """Tell whether kernels that only a CPU has can be called.
 
     They cannot be on a GPU, in compiled graphs, in functorch's transforms, and with subclasses of tensors, such as
     those without data.
@@ -145,5 +145,5 @@ def may_save(x: Tensor) -> bool:
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
-    """Whether a saving kernel stands in for an op that serves forward: its backward must be served by a kernel too."""
-    return may_save(x) and not backward.plain(x.device, x.dtype, x.numel(), variant)
+    """Tell whether a saving kernel replaces an op's forward: a kernel must serve its backward too."""
+    return may_save(x) and not backward.uses_reference(x.device, x.dtype, x.numel(), variant)

@@ -1,4 +1,4 @@
-"""What an op is: its handle, its definition, its kernels, and the examples that they are verified and raced with."""
+"""The parts of an op: its handle, its definition, its kernels, and the examples to verify and race them with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .cache import sources_digest
+from .cache import files_digest
 from .examples import Example
 
 Style = Literal["eager", "graph"]
@@ -23,13 +23,13 @@ SIZES = {"small": 17, "medium": 21, "large": 1000}
 
 
 class Call(NamedTuple):
-    """What of a call decides who serves it.
+    """The facts of a call that decide which backend serves it.
 
     Attributes:
-        device: of its tensors.
+        device: device of its tensors.
         variant: a setting of the op that is raced on its own; empty for an op that has none.
-        dtype: of the tensor that the op is weighed by; None for calls of every dtype.
-        bits: of that tensor's number of elements; 0 for calls of every size.
+        dtype: dtype of the tensor that `Definition.size_key` chooses; None for calls of every dtype.
+        bits: bits of that tensor's number of elements; 0 for calls of every size.
         style: an eager call, or one inside a compiled graph.
     """
 
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """Its name in a file of races: variant, dtype and size."""
+        """The call's name in a file of races: variant, dtype and size."""
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype else ""
         return " ".join(filter(None, (self.variant, dtype, size_of(self.bits))))
 
@@ -68,25 +68,25 @@ def first_argument(x: torch.Tensor, *_) -> tuple[torch.dtype, int]:
 
 @dataclass(frozen=True)
 class Definition:
-    """What an op is.
+    """The description of an op.
 
     Attributes:
-        name: without the name space.
+        name: name without the name space.
         handle: the op as PyTorch dispatches it.
         reference: the definition.
         available: device type to the backends that exist here, the kernel last.
-        examples: what its kernels are verified with.
-        raced: what they are raced with: a few samples of shapes that users have.
+        examples: the inputs that verify its kernels.
+        raced: the inputs that race its kernels: a few samples of shapes that users have.
         sources: device type to the files that its kernel there is built from.
         launch: starts its Triton kernel; None where it has none.
         replaces_many: the variants for which forward and backward together replace a dozen launches or more of the
             reference; ``""`` is the op that has none. There the kernel serves on a GPU where nothing was raced.
         compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
             reference serves them.
-        weigh: of the kernel's arguments, the dtype and the number of elements by which a race tells calls apart.
+        size_key: the dtype and the number of elements by which a race distinguishes calls, from the kernel's arguments.
         differentiable: whether gradients pass through the public function, by a ``torch.autograd.Function`` around the
             op. The op itself records none: False says that the public function does not either, and documents it.
-        served: who serves the calls that there were.
+        served: the backends that served calls so far.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Definition:
     launch: Callable | None
     replaces_many: tuple[str, ...] = ()
     compiler_fuses: tuple[str, ...] = ()
-    weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument
     differentiable: bool = True
     served: dict[Call, Backend] = field(default_factory=dict)
 
@@ -108,8 +108,8 @@ class Definition:
         return self.available[kind][-1] if kind in self.available else "reference"
 
     def sources_digest(self, kind: str) -> str:
-        """A hash of what the kernel on devices of a type is built from: verdicts and races are of these sources."""
-        return sources_digest(self.sources.get(kind, ()))
+        """A hash of the sources of the kernel on devices of a type: verdicts and races hold for these sources."""
+        return files_digest(self.sources.get(kind, ()))
 
     def serves_unraced(self, style: Style) -> tuple[str, ...]:
         """The variants whose kernel serves on a GPU where nothing was raced."""

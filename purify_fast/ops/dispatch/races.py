@@ -1,9 +1,9 @@
-"""Which backend was measured ahead, for eager calls and inside compiled graphs.
+"""The races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-Two kinds of files tell it, in one form: the user's own for this machine (`cache`), and ``races.json`` of the package,
-for machines that were measured with the benchmarks. The user's comes first. It has hashes of the ops' sources, and
-entries on other sources are not used. Of the machines that ship, the one of the same device counts, else of the same
-instruction set, and for a CPU else the first: a kernel that was ahead on one CPU is ahead on most.
+Two kinds of files hold the results, in one form: the user's own for this machine (`cache`), and ``races.json`` of the
+package, for machines that were measured with the benchmarks. The user's file comes first. It has hashes of the ops'
+sources, and entries for other sources are not used. Among the machines that ship, the same device counts, else the same
+instruction set, and for a CPU else the first machine: a kernel that was faster on one CPU is faster on most.
 
 A file has an entry for each op. Its ``cells`` name the winners of eager calls and inside graphs: for each variant,
 dtype and size that was raced, for each variant, and under an empty name for the op as a whole. The narrowest that knows
@@ -27,15 +27,15 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: By type of device, the choices that hold in place of the files: `registry.pin_kernels`.
+#: The choices that replace the files, by type of device: `registry.pin_kernels`.
 PINNED: dict[str, dict[str, Any]] = {}
 
 
 class Winner(NamedTuple):
-    """Who won a race.
+    """The winner of a race.
 
     Attributes:
-        backend: the fastest that is right, in all that was measured.
+        backend: the fastest backend that is right, in all that was measured.
         why: where and when it was measured, in words.
         gain: how many times as fast the kernel was as its reference, in words; empty where that is not known.
     """
@@ -57,27 +57,27 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read(device: torch.device) -> dict[str, Any]:
-    """The user's file for a device; empty where there is none."""
+    """The user's file for a device; empty if there is none."""
     return _read(cache.file_of("raced", device), device)
 
 
-@functools.cache  # once per process: after an upgrade it is so of most ops
+@functools.cache  # warn once per process: after an upgrade this is true of most ops
 def _warn_stale(path: Path) -> None:
     logger.warning(
-        "%s is of other sources of some ops and is not used for them: run `purify-fast tune` again; "
+        "%s was made with other sources of some ops and is not used for them: run `purify-fast tune` again; "
         "`purify-fast info --all` names them",
         path,
     )
 
 
-def forget() -> None:
+def forget_files() -> None:
     """Read the files again when they are next needed."""
     _read.cache_clear()
     _warn_stale.cache_clear()
 
 
 def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """Of the measured machines, by default those that ship, the one most like this one; None if none is like it."""
+    """The measured machine, by default among those that ship, that is most like this one; None if none is like it."""
     same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
@@ -101,13 +101,13 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
     return entries
 
 
-def decisive(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """What of an op's entries decides, without times: what `PINNED` has of it."""
+def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
+    """The winners among an op's entries, without times, in the form of `PINNED`."""
     return [{"cells": entry.get("cells", {})} for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:
-    """Who won the race of an op on a device that is here; None where there was none."""
+    """The winner of the race of an op on a device of this machine; None if there was no race."""
     for entry, why in entries_of(op, call.device):
         for name in (call.cell, call.variant, ""):
             backend = entry.get("cells", {}).get(name, {}).get(call.style)
@@ -122,7 +122,7 @@ def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
         cells = entry.get("cells", {})
         raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]
         if raced:
-            # of those that are raced by size, the entries of all sizes tell nothing more
+            # for ops that are raced by size, the entries of all sizes add nothing
             return [call for call in raced if call.bits] or raced
     return []
 
@@ -139,5 +139,5 @@ def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> P
             cache.update("raced", device, ops, facts)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error
-    forget()
+    forget_files()
     return path

@@ -1,8 +1,8 @@
-"""How every op is registered, and which backend serves it.
+"""The registration of ops, and the choice of the backend that serves each.
 
-One schema, one fake, one kernel per dispatch key, opaque to the compiler. Every op has two defaults on a device: for
-eager calls, and inside compiled graphs, where a kernel is a wall to the compiler. Where no kernel serves, the public
-function calls the reference directly, so that ``torch.compile`` can fuse it with its neighbors.
+An op has a schema, a fake, and a kernel per dispatch key, and is opaque to the compiler. Every op has two defaults on a
+device: for eager calls, and inside compiled graphs, where the compiler cannot fuse a kernel with its neighbors. If no
+kernel serves, the public function calls the reference directly, so that ``torch.compile`` can fuse it.
 
 A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
 (`races`), by dtype and by size. Where nothing was measured, it serves a GPU's eager calls if forward and backward
@@ -31,14 +31,14 @@ from typing import Any, cast
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ... import _library
+from ... import _library, kernels
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, SIZES, Backend, Call, Definition
 from .races import Winner
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(kernels.__path__[0])
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -83,21 +83,21 @@ def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
 
 
 class Op(Definition):
-    """A registered op, and who serves it."""
+    """A registered op, and the choice of the backend that serves it."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, the first a tensor, and run it. No gradient is recorded."""
-        dtype, size = self.weigh(*args)
-        return (self.reference if self.plain(args[0].device, dtype, size, variant) else self.handle)(*args)
+        dtype, size = self.size_key(*args)
+        return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
 
-    def plain(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
-        """Whether the public function should call the reference directly; dtype and size as `weigh` names them."""
-        # what is traced may be of every size
+    def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
+        """Tell whether the public function should call the reference directly; `size_key` gives dtype and size."""
+        # a traced call may have any size
         bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
 
     def serving(self, call: Call) -> Backend:
-        """The backend that serves a call: a kernel only once it was found right.
+        """The backend that serves a call; a kernel serves only once it was verified.
 
         Raises:
             RuntimeError: the backend that is forced on this device is missing.
@@ -120,7 +120,7 @@ class Op(Definition):
         return backend
 
     def wanted(self, call: Call) -> Winner:
-        """The backend that serves if it is right, and why: who won a race, else by a safe rule.
+        """The backend that serves if it is right, and the reason: it won a race, or a safe rule chose it.
 
         The device need not be here: then the rule decides.
         """
@@ -137,7 +137,7 @@ class Op(Definition):
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
     def may_serve(self, device: torch.device) -> bool:
-        """Whether the kernel serves some eager calls on a device; False where a backend that is forced is missing."""
+        """Tell whether the kernel serves some eager calls on a device; False if a forced backend is missing."""
         try:
             forced = self.forced(device.type)
         except RuntimeError:
@@ -163,11 +163,11 @@ class Op(Definition):
         missing = " or ".join(map(repr, _forced))
         raise RuntimeError(
             f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}; there are: "
-            f"{', '.join(there)}. Add one that it has, as in use_backend('{','.join(_forced)},reference')"
+            f"{', '.join(there)}. Add one of these, as in use_backend('{','.join(_forced)},reference')"
         )
 
 
-# Decided while a graph is traced, as a call of its own that is no part of it. A graph may be of every size.
+# Decided while a graph is traced, in a call that is not part of the graph. A graph may serve any size.
 @constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -175,8 +175,8 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
 
 
-def forget() -> None:
-    """Choose anew who serves what, as after a change of what is kept on the disk."""
+def forget_choices() -> None:
+    """Choose all backends again, as after a change of the files on the disk."""
     for op in REGISTRY.values():
         op.served.clear()
 
@@ -198,19 +198,19 @@ def define_op(
     """Register ``purify_fast::name``.
 
     Args:
-        name: of the op, without the name space.
+        name: name of the op, without the name space.
         schema: its signature, as ``torch.library.define`` takes it.
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
         fake: shapes and dtypes of the outputs.
         examples: small inputs, with which kernels are verified and tested.
         raced: a few samples of shapes that users have, with which kernels are raced; the examples by default.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        **properties: others that a `Definition` has: replaces_many, compiler_fuses, weigh, differentiable.
+        **properties: other attributes of `Definition`: replaces_many, compiler_fuses, size_key, differentiable.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
-    plain = torch.no_grad()(reference)  # else autograd traces the fallback
+    plain = torch.no_grad()(reference)  # without this, autograd traces the fallback
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
     definition = Path(reference.__code__.co_filename)
     extension = (Path(_library.path),) if _library.path else ()
@@ -250,12 +250,12 @@ def define_backward(
     """Register the backward of an op, which is verified, raced and served as the op is.
 
     Args:
-        op: whose backward it is.
+        op: the op whose backward it is.
         schema: its signature.
-        saved: what it takes beside the gradients, of the inputs and the outputs of the op; see `differentiable`.
+        saved: the arguments beside the gradients, from the inputs and the outputs of the op; see `differentiable`.
         constants: how many of the last outputs have no gradient.
-        changes: properties of its examples that are not those of the op's, as `examples` has them.
-        **definition: its reference and what else `define_op` takes.
+        changes: properties of its examples that differ from the op's, as in `examples`.
+        **definition: its reference and the other arguments of `define_op`.
     """
 
     def derived(example: Example) -> Example:
@@ -303,8 +303,8 @@ class Launcher:
     name: str
 
     def __call__(self, *args):
-        kernels = importlib.import_module(f"purify_fast.kernels.{self.module}")
-        return getattr(kernels, self.name)(*args)
+        module = importlib.import_module(f"purify_fast.kernels.{self.module}")
+        return getattr(module, self.name)(*args)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -313,37 +313,37 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def kernel_choices(device: torch.device) -> dict[str, Any]:
-    """What decides who serves on a device now, as JSON values; ``wrong`` has the kernels that are known to be.
+    """The state that decides which backends serve on a device now, as JSON values; ``wrong`` has the wrong kernels.
 
     Args:
-        device: where a run computes.
+        device: the device on which a run computes.
     """
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     verdicts = verify.known_verdicts(with_kernel, device) if verify.mode() != "off" else {}
-    # without a GPU its races cannot be read, and nothing serves there
+    # without a GPU its races cannot be read, and no kernel serves
     here = device.type != "cuda" or torch.cuda.is_available()
     return {
         "device": device.type,
         "forced": list(_forced),
         "kernels": {name: op.kernel(device.type) for name, op in with_kernel.items()},
         "wrong": sorted(name for name, verdict in verdicts.items() if not verdict.passed),
-        "races": {name: races.decisive(op, device) for name, op in with_kernel.items()} if here else {},
+        "races": {name: races.winners(op, device) for name, op in with_kernel.items()} if here else {},
     }
 
 
 def _changes_bits(op: Op) -> bool:
-    """Whether an op's kernel may differ from its reference in any bit."""
+    """Tell whether an op's kernel may differ from its reference in any bit."""
     return not all(example.exact for example in op.examples)
 
 
 def choices_of_bits(choices: dict[str, Any]) -> dict[str, Any]:
-    """What of `kernel_choices` changes bits of what is computed: that of ops whose kernels may differ from references.
+    """The part of `kernel_choices` that can change bits of results: the ops whose kernels may differ from references.
 
-    Which kernels are known to be wrong is left out. A kernel that is served has been verified, and the reference serves
-    in place of a wrong one from its first use on, so that what a run computes does not depend on when that was learned.
+    The list of wrong kernels is left out. A kernel that serves has been verified, and the reference replaces a wrong
+    kernel from its first use on, so that the results of a run do not depend on when the kernel was found to be wrong.
 
     Args:
-        choices: as `kernel_choices` gives them.
+        choices: the value of `kernel_choices`.
     """
     names = {name for name in choices["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
     chosen = {
@@ -353,15 +353,15 @@ def choices_of_bits(choices: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """What decides in a run that goes on.
+    """Decide which backends serve in a run that is resumed.
 
     Args:
-        begun: `kernel_choices` when it began; None where that was not recorded, or it begins now.
+        begun: `kernel_choices` at the run's start; None if it was not recorded, or the run starts now.
         now: `kernel_choices` of today.
 
     Returns:
-        What is to decide; ops that would be served by others today, but go on as they began; and in sentences what
-        cannot go on as it began, because the kernels or the device are others.
+        The choices to use; the ops that would have other backends today but keep theirs; and sentences about choices
+        that cannot be kept, because the kernels or the device changed.
     """
     if begun is None or begun == now:
         return now, [], []
@@ -388,19 +388,19 @@ def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[d
 
 @contextlib.contextmanager
 def pin_kernels(choices: dict[str, Any]) -> Iterator[None]:
-    """Within the block, and no longer, these choices hold; a kernel is verified at its first use as ever.
+    """Use these choices within the block; a kernel is still verified at its first use.
 
     Args:
-        choices: as `kernel_choices` gives them.
+        choices: the value of `kernel_choices`.
     """
     kind = choices["device"]
     before = races.PINNED.get(kind)
     races.PINNED[kind] = choices
-    forget()
+    forget_choices()
     try:
         yield
     finally:
         races.PINNED.pop(kind)
         if before is not None:
             races.PINNED[kind] = before
-        forget()
+        forget_choices()

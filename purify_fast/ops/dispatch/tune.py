@@ -31,11 +31,11 @@ from torch.utils._pytree import tree_leaves
 from . import races
 from .examples import Example, tensors, tile, to
 from .op import SIZES, Backend, Call, size_of
-from .registry import REGISTRY, Op, forget, use_backend
+from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import Verdict, verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: What serves keeps its place where it is not further behind than this.
+#: A backend that serves keeps its place if it is at least this fast, relative to its rival.
 LEVEL = 0.95
 #: Elements that stand for each size, on a CPU and on a GPU, whose caches and launches make other sizes large.
 ELEMENTS = {
@@ -44,9 +44,9 @@ ELEMENTS = {
 }
 #: The most elements that are raced of an op whose reference takes a kilobyte for each: 2 ** 25 would take 29 GB.
 MOST = {"decode_samples": 2**22}
-#: How often a race is run that would change who serves: what else the machine does may have decided the first one.
+#: How often a race is repeated that would change the winner: other work on the machine may have decided it.
 ATTEMPTS = 3
-#: Seconds of one timed run of one contestant at least.
+#: The least seconds of a contestant's timed run.
 RUN = 1e-3
 #: Times as fast as what ``torch.compile`` makes, for a kernel to serve inside graphs: it is a wall there, whose inputs
 #: and outputs are written and read once more than if they were fused with neighbors that the race does not have.
@@ -73,12 +73,12 @@ class Launches(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Race:
-    """One op at one variant, layout, dtype and size.
+    """An op at one variant, layout, dtype and size.
 
     Attributes:
-        op: its name.
+        op: name of the op.
         example: a few samples of the shapes that users have.
-        dtype: of the call.
+        dtype: dtype of the call.
         size: ``small``, ``medium`` or ``large``.
         times: how many times over the samples of the example are taken.
     """
@@ -91,11 +91,11 @@ class Race:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What tells it from the other races of its op."""
+        """The values that distinguish it from the other races of its op."""
         return self.example.name, self.example.variant, str(self.dtype).removeprefix("torch."), self.size
 
     def words(self) -> str:
-        """What it is of, as the progress bar says it."""
+        """A description for the progress bar."""
         example, _, dtype, size = self.key
         return f"{self.op} {example} {dtype} {size}"
 
@@ -110,11 +110,11 @@ class Row:
         dtype: without PyTorch's name.
         size: the bucket.
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
-        elements: of the tensor that the op is weighed by.
+        elements: elements of the tensor that `size_key` chooses.
         reference_us: microseconds of a call of the reference.
-        kernel_us: of the kernel.
+        kernel_us: microseconds of a call of the kernel.
         launches: operators that the reference launches where the kernel is one or a few.
-        megabytes: of the arguments and results, each read or written once.
+        megabytes: size of the arguments and results, each read or written once.
     """
 
     example: str
@@ -130,7 +130,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells it from the rows of other races of its op."""
+        """The values that distinguish it from the rows of other races of its op."""
         return self.example, self.variant, self.dtype, self.size, self.style
 
     @property
@@ -139,7 +139,7 @@ class Row:
         return self.reference_us / self.kernel_us
 
     def call(self, device: torch.device) -> Call:
-        """The calls that it tells the server of: inside graphs those of every size."""
+        """The calls that the race decides: inside graphs, the calls of every size."""
         dtype = getattr(torch, self.dtype)
         if self.style == "graph":
             return Call(device, self.variant, dtype, 0, "graph")
@@ -147,11 +147,11 @@ class Row:
 
 
 def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
-    """What an op is raced at on a device, in those of these dtypes that it has."""
+    """The races of an op on a device, in those of these dtypes that it has."""
     every = []
     for example in op.raced:
         for dtype in (one for one in dtypes if one in example.dtypes):
-            _, numel = op.weigh(*example.make(dtype, 0))
+            _, numel = op.size_key(*example.make(dtype, 0))
             for size, wanted in ELEMENTS[device.type].items():
                 times = max(1, round(min(wanted, MOST.get(op.name, wanted)) / numel))
                 if size_of((times * numel).bit_length()) == size:
@@ -176,7 +176,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of each call: the least of a few runs, in turn, so that what else the machine does counts little."""
+    """Seconds of each call: the least of a few alternating runs, so that other work on the machine counts little."""
     repeats, runs = [], 5
     for call in calls:
         call()
@@ -198,12 +198,12 @@ def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bo
 
 
 def level(ratio: float, serves: bool) -> bool:
-    """Whether a kernel so many times as fast is to serve; what ``serves`` keeps its place if it is hardly behind."""
+    """Tell whether a kernel with this relative speed is to serve; one that already ``serves`` may be a bit slower."""
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
 
 class Capture(Protocol):
-    """What captures CUDA graphs, such as `purify_fast.speed.graphs.cuda_capture.CudaCapture`."""
+    """An object that captures CUDA graphs, such as `purify_fast.speed.graphs.cuda_capture.CudaCapture`."""
 
     def aside(self, device: torch.device) -> AbstractContextManager[None]: ...
 
@@ -226,7 +226,7 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """A compiled call between a product and a sum, which the compiler may fuse with what it can look into."""
+    """A compiled call between a product and a sum, which the compiler may fuse with code that it can look into."""
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
     def surrounded(*given: Any) -> list[Tensor]:
@@ -242,10 +242,10 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, full: bool = False, capture: Capture | None = None) -> list[Row]:
-    """The rows of one race: of eager calls, of replays if something captures them, and ``full`` of a compiled graph."""
+    """The rows of a race: eager calls, replays if there is a ``capture``, and with ``full`` a compiled graph."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
-    elements = op.weigh(*arguments)[1]
+    elements = op.size_key(*arguments)[1]
     kernel = op.kernel(device.type)
     serves = op.wanted(Call(device, race.example.variant, race.dtype, elements.bit_length())).backend == kernel
     with use_backend("reference"), Launches() as launches:
@@ -270,7 +270,7 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
 
 @dataclass(frozen=True)
 class Change:
-    """Calls that another backend serves than before the race.
+    """Calls whose backend changes by the race.
 
     Attributes:
         op: its name.
@@ -289,16 +289,16 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What `tune` did.
+    """The results of `tune`.
 
     Attributes:
         path: the file it wrote.
-        seconds: that it took.
+        seconds: duration in seconds.
         rows: the times of the races that were run, by op.
-        changes: what another backend serves now.
+        changes: calls that another backend serves now.
         known: how many races were known already, and not run again.
         left_out: the races that the time did not suffice for, in words.
-        failed: what raised an error, with the error.
+        failed: races that raised an error, with the error.
         wrong: kernels that are wrong on this machine, with what is wrong; they were not raced.
     """
 
@@ -313,14 +313,14 @@ class Tuned:
 
 
 def _gain(rows: list[Row]) -> str:
-    """How many times as fast the kernel is, in words."""
+    """The relative speed of the kernel, in words."""
     ratios = sorted(row.ratio for row in rows)
     least, most = (f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}" for ratio in (ratios[0], ratios[-1]))
     return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
 
 
 def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
-    """Whether the kernel is to serve a call by all of its rows."""
+    """Tell whether the kernel is to serve a call, by all of its rows."""
     if call.style == "graph":
         return call.variant in op.serves_unraced("graph") and all(row.ratio >= IN_GRAPHS for row in rows)
     serves = op.wanted(call).backend == op.kernel(call.device.type)
@@ -328,7 +328,7 @@ def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
 
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
-    """What a file tells of an op by the rows of all its races on a device: who serves its calls; and what changes."""
+    """Decide from the rows of an op's races on a device which backend serves its calls; also list what changes."""
     by_call: dict[Call, list[Row]] = {}
     for row in rows:
         by_call.setdefault(row.call(device), []).append(row)
@@ -338,7 +338,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
         before, after = op.wanted(call).backend, op.kernel(device.type) if _wins(op, call, own) else "reference"
         if before != after:
             changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
-        # what was not raced on its own the kernel serves where it won all that was
+        # For calls that were not raced, use the kernel only if it won every race of its op.
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
             served[call.style] = "reference" if served.get(call.style) == "reference" else after
@@ -357,12 +357,12 @@ def known_rows(op: Op, device: torch.device) -> list[Row]:
     mine = entry.get("sources") == op.sources_digest(device.type)
     try:
         return [Row(**row) for row in entry.get("rows", [])] if mine else []
-    except TypeError:  # written by a version whose rows have other fields
+    except TypeError:  # a version whose rows have other fields wrote it
         return []
 
 
 def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
-    """Put rows into the user's file, in place of those of the same races.
+    """Put rows into the user's file, and replace rows of the same races.
 
     They decide nothing until all races are run, and a run that was killed goes on with them.
     """
@@ -373,7 +373,7 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
-    """All races, those first that must not be left out for want of time; with whether to compile."""
+    """All races, each with whether to compile; the first ones are those that must not be left out when time ends."""
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
     # Compiling takes seconds: one example of each variant and dtype, of one size, stands for graphs of every size.
@@ -394,19 +394,19 @@ def tune(
     capture: Capture | None = None,
     tell: Callable[[float, str], None] = lambda share, what: None,
 ) -> Tuned:
-    """Verify the kernels of a device, race them, and keep who won in the user's file.
+    """Verify the kernels of a device, race them, and write the winners into the user's file.
 
     Args:
-        device: where.
+        device: the device.
         seconds: no race is begun after so long; what is left out keeps what it had.
         full: also inside graphs of ``torch.compile``.
         ops: names; empty for all that have a kernel for the device.
         again: also the races that are known of this device and these versions of the package, torch and Triton.
         capture: captures CUDA graphs, so that replays are raced too; None for a device that has none.
-        tell: is told the share that is done, and what is done next.
+        tell: called with the share that is done, and the name of the next race.
 
     Returns:
-        What was measured. The winners serve from now on, in this process too.
+        The measurements. The winners serve from now on, in this process too.
 
     Raises:
         ValueError: an op that there is not, or that has no kernel for the device.
@@ -442,19 +442,19 @@ def tune(
         tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
         try:
             timed = run_race(race, device, compiled, capture)
-        except Exception as error:  # a lack of memory, or a kernel that cannot be captured, ends no other race
+        except Exception as error:  # if memory runs out, or a kernel cannot be captured, the other races go on
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         rows.setdefault(race.op, {}).update((row.key, row) for row in timed)
         _keep_rows(chosen[race.op], timed, device, facts)
         if device.type == "cuda" and race.size == "large":
-            # what its reference and its graphs took would add up with those of other ops
+            # memory of this op's reference and graphs would add up with that of other ops
             torch.cuda.empty_cache()
     decided = {
         name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))
     }
     path = races.write(device, {name: entry for name, (entry, _) in decided.items()}, facts)
-    forget()
+    forget_choices()
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,

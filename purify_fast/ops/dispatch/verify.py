@@ -3,12 +3,12 @@
 The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`cache`). A
 kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
 
-On a GPU a call waits for the kernels of its own variant and dtype alone (`cases`), which are compiled side by side; so
-an evaluation verifies what its model and its attacks reach, and nothing else. A line on stderr says what it waits for.
+On a GPU a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled side by side. So
+an evaluation verifies the kernels that its model and its attacks use. A line on stderr says why it waits.
 
-The error that is allowed is that of the tests: twice the error of the definition in the same dtype, and two units in
-the last place of the largest number; none where a kernel must have the definition's bits. Where an example says so,
-another error is allowed (`Example.slack`, `Example.jumps`).
+The allowed error is that of the tests: twice the error of the definition in the same dtype, and two units in the last
+place of the largest number. A kernel that must have the definition's bits is allowed none. An example can set another
+error (`Example.slack`, `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ logger = logging.getLogger("purify_fast")
 MODES = ("first_use", "off")
 #: The types of devices whose kernels take seconds to verify, mostly to compile, so that progress is shown.
 SLOW = {"cuda"}
-#: Seconds until a kernel is tried again that could not be verified for want of memory.
+#: Seconds until a kernel is tried again whose verification ran out of memory.
 PATIENCE = 60.0
-#: The error that is allowed of a result that jumps, relative to the result, both as root mean squares.
+#: The allowed error of a result that jumps, relative to the result, both as root mean squares.
 JUMPS = 0.1
 #: The dtypes on whose examples a GPU's kernel is verified, by the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The threads that verify now. What they call is served by definitions, or by kernels that have been verified already.
+#: The threads that verify now. Definitions, or kernels that have been verified, serve their calls.
 _verifying: set[int] = set()
 #: This process's verdicts, by file and part; they outlast a folder that cannot be written.
 _known: dict[tuple[str, str], Verdict] = {}
-#: When a kernel without a verdict for want of memory is tried again, by file and part.
+#: The time when a kernel is tried again whose verification ran out of memory, by file and part.
 _postponed: dict[tuple[str, str], float] = {}
 
 
@@ -66,7 +66,7 @@ def mode() -> str:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a result is from the definition.
+    """The deviation of a result from the definition.
 
     Attributes:
         error: the largest absolute error, or the root mean square of a result that jumps; infinite where a result is
@@ -94,12 +94,12 @@ class Verdict(Deviation):
     """The result of one verification: the deviation of the case that came closest to its budget.
 
     Attributes:
-        backend: whose kernel was verified.
-        sources: the hash of what it was built from.
+        backend: the backend whose kernel was verified.
+        sources: hash of the kernel's sources.
         status: ``compared``; ``raised``, where the kernel could not be run; or ``no memory``, which says nothing about
             the kernel.
-        seconds: what the verification took.
-        date: when, as ISO 8601.
+        seconds: duration of the verification.
+        date: its date, as ISO 8601.
     """
 
     backend: str
@@ -118,7 +118,7 @@ class Verdict(Deviation):
 
 
 def _part(call: Call) -> Call:
-    """What is verified before a kernel serves a call: all of its calls, or on a GPU those of one variant and dtype."""
+    """The calls that are verified together with a call: all of a CPU's, or on a GPU those of one variant and dtype."""
     whole = call.device.type == "cpu" or call.dtype is None
     return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
@@ -129,11 +129,11 @@ def _part_name(op: Definition, part: Call) -> str:
 
 
 def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
-    """What a kernel is verified with before it serves a call: examples, each with a dtype.
+    """The examples, each with a dtype, that verify a kernel before it serves a call.
 
-    A CPU's kernel is verified with all of them. A GPU's is compiled for every dtype and setting that it is called with,
-    at a third of a second each: there the examples and dtypes of `Example.gpu` stand for the whole op, and for calls of
-    one variant and dtype those of these examples that have this variant, in this dtype.
+    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, at a third of
+    a second each: there the examples and dtypes of `Example.gpu` represent the whole op, and calls of one variant and
+    dtype use only the examples that have this variant, in this dtype.
     """
     dtype = call.dtype
     if call.device.type == "cpu":
@@ -142,12 +142,12 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # an op that has no examples of its variants is verified with all of them
+    # an op whose examples have no variants is verified with all examples
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """How far one output on the CPU is from its definition in float64, ``golden``; ``same`` is that in its dtype."""
+    """Compare an output on the CPU with its definition in float64, ``golden``; ``same`` is the latter in its dtype."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
@@ -194,7 +194,7 @@ def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
 
 def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
     """Compile, side by side, the Triton kernels that the cases launch."""
-    # imports Triton, which is there only where its kernels are
+    # this imports Triton, which exists only if its kernels do
     ahead = importlib.import_module("purify_fast.kernels._ahead")
 
     def launch() -> None:
@@ -204,8 +204,8 @@ def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, t
     ahead.compile_together(launch)
 
 
-def _apart(function: Callable[[], Deviation]) -> Deviation:
-    """Run in a thread of its own, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
+def _in_fresh_thread(function: Callable[[], Deviation]) -> Deviation:
+    """Run in a new thread, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
 
     def work() -> Deviation:
         _verifying.add(threading.get_ident())
@@ -222,7 +222,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
     began, device = time.perf_counter(), part.device
     status: Literal["compared", "raised", "no memory"] = "compared"
     try:
-        worst = _apart(lambda: compare(op, device, cases(op, part)))
+        worst = _in_fresh_thread(lambda: compare(op, device, cases(op, part)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
@@ -238,7 +238,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
 
 
 def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
-    """Say that a kernel does not serve. Without a compiler none does, which one warning tells."""
+    """Warn that a kernel does not serve. Without a compiler no kernel serves, which a single warning says."""
     lacking = cache.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
@@ -266,7 +266,7 @@ def _warn_unwritable(path: str) -> None:
 
 
 def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
-    """Whether a verdict is on the op's kernel as it is now."""
+    """Tell whether a verdict holds for the op's kernel as it is now."""
     return verdict.sources == op.sources_digest(device.type) and verdict.backend == op.kernel(device.type)
 
 
@@ -277,18 +277,18 @@ def _read(device: torch.device) -> dict[str, Verdict]:
         try:
             verdicts[name] = Verdict(**entry)
         except TypeError:
-            logger.info("%s: the verdict on %s is of another version and is not used", path, name)
+            logger.info("%s: another version wrote the verdict on %s, which is not used", path, name)
     return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """The verdicts by part on the kernels of these ops as they are now; nothing is verified."""
+    """The verdicts by part on the current kernels of these ops; nothing is verified."""
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Of the verdicts on an op's parts the worst: one on a kernel that is wrong, else that closest to its budget."""
+    """The worst verdict on an op's parts: one on a wrong kernel, else the one closest to its budget."""
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
@@ -296,7 +296,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """The verdict on the kernel of a call, which is verified if there is none; one process at a time."""
+    """The verdict on the kernel of a call. A kernel without a verdict is verified now, in one process at a time."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(cache.file_of("verified", device))
 
@@ -317,12 +317,12 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
         if verdict.status == "no memory":
             _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
-                "%s: its kernel is not verified for want of memory: %s; the reference serves, and it is tried again "
+                "%s: memory ran out while its kernel was verified: %s; the reference serves, and it is tried again "
                 "after %d s", name, verdict.case, PATIENCE,
             )  # fmt: skip
             return verdict
         _known[path, name] = verdict
-        # what raised may work in the next process: with a compiler, or on another driver
+        # a kernel that raised an error may run in the next process: with a compiler, or on another driver
         if verdict.status == "compared":
             try:
                 cache.update("verified", device, {name: asdict(verdict)}, {})
@@ -335,7 +335,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
 
 
 def serves(op: Definition, call: Call) -> bool | None:
-    """Whether the op's kernel may serve a call; None where that cannot be told now, and is asked again."""
+    """Tell whether the op's kernel may serve a call; None if that is not known yet and is to be asked again."""
     if mode() == "off":
         return True
     device, name = call.device, _part_name(op, _part(call))

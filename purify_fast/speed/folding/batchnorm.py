@@ -3,8 +3,8 @@
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
 Pairs are found in a dry run, on any module: a BatchNorm whose input *is* the output of a convolution or linear layer.
-What a dry run cannot see (that output is read elsewhere too, a layer computes something of its own) is found by
-comparing the folded model with the original in float64: pairs that change it are left as they were.
+A dry run cannot see that an output is read elsewhere too, or that a layer computes more than its class says. So the
+folded model is compared with the original in float64: pairs that change it are left as they were.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something looks at what goes into a module or comes out of it."""
+    """Tell whether a hook reads the input or the output of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -149,7 +149,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     names = {module: name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
     runs: Counter[nn.Module] = Counter()
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # with the tensors, since ids are not reused
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keep the tensors too, so that their ids are not reused
     pairs: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +166,8 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         for module in names:
             if hooked(module):
                 continue
-            plain = isinstance(module._parameters.get("weight"), Tensor)  # not computed, as under weight normalisation
+            # skip weights that are computed, as under weight normalization
+            plain = isinstance(module._parameters.get("weight"), Tensor)
             if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
                 stack.enter_context(module.register_forward_hook(after))
             elif isinstance(module, _Norm) and module.running_mean is not None:
@@ -228,7 +229,7 @@ class FoldedPairs:
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
         }
-        #: By name, what stands for a parameter that a module does not have.
+        #: The values, by name, that replace a parameter that a module does not have.
         self._defaults = ones | zeros
         weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
         self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]
@@ -271,12 +272,12 @@ class FoldedPairs:
         spread = torch.cat(scales).index_select(0, self._tables[device])
         parts = spread.split([weight.numel() for weight in self._layouts])
         factors = [laid_out_like(part, weight) for part, weight in zip(parts, self._layouts, strict=True)]
-        # into the factors, whose strides are known; a result of its own might have others where a dimension is 1
+        # write into the factors, whose strides are known; a new result may have others if a dimension is 1
         torch._foreach_mul_(factors, weights)
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """Of every number of every weight, in the order in which they lie in memory, its channel among all channels."""
+        """For every number of every weight, in the order of memory, the index of its channel among all channels."""
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

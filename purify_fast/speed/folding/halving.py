@@ -9,7 +9,7 @@ A convolution that makes an image of one channel is slower still, because librar
 Here a whole row of such an image is one pixel with as many channels as the row is wide, and the convolution goes over
 rows alone. Most of its weights are zeros; a matrix product with them is faster than loops over single channels.
 
-It is for frozen copies of models: weights get no gradient, and there are no second derivatives.
+It serves frozen copies of models: weights get no gradient, and there are no second derivatives.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _as_row(x: Tensor) -> Tensor:
 
 def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     """``[B, C, H, W]``, channels_last, of ``[B, k W C, H / k, 1]``, in which k rows may stand in one pixel."""
-    # told rather than inferred, because of no images nothing can be inferred
+    # given and not inferred: an empty batch gives nothing to infer from
     height = rows.shape[1] * rows.shape[2] // (width * channels)
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
@@ -118,13 +118,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _Replacement(nn.Module):
-    """In the place of a frozen convolution: it has the layer's weight and bias, and the bias in another dtype.
+    """A replacement of a frozen convolution: it has the layer's weight and bias, and the bias in another dtype.
 
     A subclass computes batches of images in `_computed`. Whatever it does not serve, the layer itself computes.
 
     Args:
         layer: the convolution.
-        dtype: of the arithmetic; results are in it.
+        dtype: dtype of the arithmetic and of the results.
     """
 
     _bias: Tensor | None
@@ -137,12 +137,12 @@ class _Replacement(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own."""
+        """The layer's own parameter."""
         return self.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's own."""
+        """The layer's own parameter."""
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,20 +153,20 @@ class _Replacement(nn.Module):
             return self._computed(x.to(self.dtype))
 
     def _serves(self, x: Tensor) -> bool:
-        """Whether `_computed` is right and fast for images of this size, ``[B, C, H, W]``."""
+        """Tell whether `_computed` is right and fast for images of this size, ``[B, C, H, W]``."""
         raise NotImplementedError
 
     def _computed(self, x: Tensor) -> Tensor:
-        """What the layer would return, of images ``[B, C, H, W]`` in the dtype of the arithmetic."""
+        """Compute the layer's result from images ``[B, C, H, W]`` in the dtype of the arithmetic."""
         raise NotImplementedError
 
 
 class Resizing(_Replacement):
-    """In the place of a frozen convolution that halves an image, or of its transpose, which doubles one.
+    """A replacement of a frozen convolution that halves an image, or of its transpose, which doubles one.
 
     Args:
         layer: the convolution; `replacement_of` says which.
-        dtype: of the arithmetic; results are in it.
+        dtype: dtype of the arithmetic and of the results.
     """
 
     _weight: Tensor
@@ -209,11 +209,11 @@ def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 class RowByRow(_Replacement):
-    """In the place of a frozen 3 x 3 convolution of stride 1, transposed or not, to or from narrow rows.
+    """A replacement of a frozen 3 x 3 convolution of stride 1, transposed or not, to or from narrow rows.
 
     Args:
         layer: the convolution; `replacement_of` says which.
-        dtype: of the arithmetic; results are in it.
+        dtype: dtype of the arithmetic and of the results.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
@@ -251,17 +251,17 @@ class SameLayout(nn.Module):
         out = self.layer(x)
         last = out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
         if last and out.requires_grad:
-            # a function of its own would return a view, which the next layer could not change in place
+            # a function of autograd would return a view, which the next layer could not change in place
             out.register_hook(_last)
         return out
 
 
 def replacement_of(layer: nn.Module) -> type[Resizing | RowByRow] | None:
-    """What computes a layer faster on a CPU: `Resizing`, or `RowByRow` where images are narrow; None: nothing.
+    """The class that computes a layer faster on a CPU: `Resizing`, or `RowByRow` for narrow images; None for neither.
 
-    It is a 3 x 3 convolution of padding 1, without hooks, whose formula is known.
+    The layer is a 3 x 3 convolution of padding 1, without hooks, whose formula is known.
     """
-    # a subclass may compute something of its own
+    # a subclass may compute something else
     if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
         return None
     stride, channels = layer.stride[0], (layer.in_channels, layer.out_channels)

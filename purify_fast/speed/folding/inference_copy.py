@@ -38,7 +38,7 @@ def pad_batch(x: Tensor) -> Tensor:
 
 
 def keeps_sizes(device: torch.device) -> bool:
-    """Whether every batch size gets a CUDA graph of its own on a device."""
+    """Tell whether every batch size gets its own CUDA graph on a device."""
     return device.type == "cuda"
 
 
@@ -55,8 +55,8 @@ class CompiledRegion:
     is filled up. Further sizes share one graph, as all do on a CPU.
 
     Args:
-        function: of tensors ``[B, ...]``, to one tensor ``[B, ...]``; an item of the result must depend on the items at
-            its own place only.
+        function: maps tensors ``[B, ...]`` to a tensor ``[B, ...]``; an item of the result must depend only on the
+            items at its own place.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -170,7 +170,7 @@ def prepare_for_inference(
         image_shape: (C, H, W).
         dtype: float32 or bfloat16.
         fold: whether BatchNorms are folded into the layers before them.
-        fine: whether the layers for images compute in float32; so that an attack of a small radius is seen.
+        fine: whether the layers for images compute in float32, so that an attack of a small radius is seen.
 
     Returns:
         The names of the pairs (layer, BatchNorm) that were folded, and what `convert_to_channels_last` returned.
@@ -202,7 +202,7 @@ class InferenceCopy(nn.Module):
     Args:
         classifier: images in [0, 1] to logits; it is copied.
         image_shape: (C, H, W).
-        dtype: of the matrix products, float32 or bfloat16.
+        dtype: dtype of the matrix products, float32 or bfloat16.
         fold: whether BatchNorms are folded into the layers before them.
         compile: whether the copy is a `CompiledRegion`.
         fine: whether the layers for images compute in float32, so that an attack of a small radius is seen.
@@ -212,10 +212,10 @@ class InferenceCopy(nn.Module):
         uses_channels_last: whether the copy takes images in channels_last.
 
     Raises:
-        ValueError: as `prepare_for_inference`.
+        ValueError: `prepare_for_inference` refuses the arguments.
     """
 
-    #: What `refresh` reads; captured steps read what it writes.
+    #: `refresh` reads this, and captured steps read the weights that it writes.
     not_dependencies = frozenset({"_folding"})
 
     def __init__(
@@ -251,13 +251,13 @@ class InferenceCopy(nn.Module):
         Args:
             classifier: the one that this is a copy of; its modules must be the same.
         """
-        # under all of their names, of which the copy's may be any
+        # list all of their names, because the copy may use any of them
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
         if self._pairs:
             self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
             theirs |= self._folding(theirs)
-        # tensors of one dtype into those of one dtype are one launch on CUDA
+        # copying tensors of one dtype to others of one dtype takes one launch on CUDA
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
         for name, mine in (*self.classifier.named_parameters(), *self.classifier.named_buffers()):
             if not name.endswith("num_batches_tracked"):
@@ -276,15 +276,15 @@ class Accelerated:
     it. `make` makes one; it follows neither moves nor changes of the weights by itself.
 
     Args:
-        dtype: of the matrix products, float32 or bfloat16.
+        dtype: dtype of the matrix products, float32 or bfloat16.
         classifier: classifies the purified images.
         reader: reads the representation, for a defence that has one.
         regions: compiled functions of the defence, by name.
         packed: a part's weights as its kernel takes them, kept here by a defence that has such a part.
-        packed_from: names the weights that were packed; None: they may have changed since.
+        packed_from: names the weights that were packed; None if they may have changed since.
     """
 
-    #: What a captured step need not look at (`purify_fast.contents`): it changes with every training step.
+    #: A captured step need not look at it (`purify_fast.contents`): it changes with every training step.
     not_dependencies = frozenset({"packed_from"})
 
     dtype: torch.dtype
@@ -307,7 +307,7 @@ class Accelerated:
         reader: Representation | None = None,
         parts: tuple[Callable[..., Tensor], ...] = (),
     ) -> Accelerated:
-        """Copies of ``classifier`` and ``reader`` as they are now.
+        """Copy ``classifier`` and ``reader`` as they are now.
 
         They are made outside inference mode, wherever this is called, because attacks differentiate through them.
 
@@ -315,11 +315,11 @@ class Accelerated:
             classifier: images ``[B, *image_shape]`` in [0, 1] to logits.
             image_shape: (C, H, W).
             settings: ``dtype``, ``fold`` and ``compile``, as `InferenceCopy` takes them.
-            reader: of the representation, or None.
+            reader: the reader of the representation, or None.
             parts: functions of tensors ``[B, ...]`` that are compiled if the settings say so.
 
         Raises:
-            ValueError: as `prepare_for_inference`.
+            ValueError: `prepare_for_inference` refuses the arguments.
         """
         if reader is not None:
             reader = copy.deepcopy(reader)
@@ -333,7 +333,7 @@ class Accelerated:
         self.classifier.to(device)
         if self.reader is not None:
             self.reader.model.to(device)
-        # What is packed lies on the old device: it is packed again when it is next used.
+        # The packed weights are on the old device: they are packed again at the next use.
         self.packed = None
 
     def classify(self, x: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ class CudaCapture:
         caller.wait_stream(stream)
 
     def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-        """Seconds until the host had launched everything that a function launches, and until the device was done.
+        """Seconds until the host had launched all operators of a function, and until the device was done.
 
-        What the function allocates and chooses at its first call is then done.
+        A first call before it makes the function's allocations and choices.
         """
         with self.aside(device):
             torch.cuda.synchronize(device)
@@ -76,7 +76,7 @@ class CudaCapture:
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate and synchronize meanwhile: those that read data ahead, or watch collectives.
+            # Other threads, which read data ahead or watch collectives, may allocate and synchronize meanwhile.
             with (
                 _own_workspaces(device),
                 self.aside(device),
@@ -84,7 +84,7 @@ class CudaCapture:
             ):
                 run()
         except Exception as error:
-            # PyTorch reports the end of the capture, which fails too; what went wrong first is behind it.
+            # PyTorch reports the end of the capture, which fails too; the first error is its context.
             first = error.__context__ if isinstance(error.__context__, Exception) else error
             self._recover(device)
             raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error
@@ -112,8 +112,8 @@ class CudaCapture:
 def _own_workspaces(device: torch.device) -> Iterator[None]:
     """Within the block, cuBLAS takes new memory to work in, that of the pool if it is captured.
 
-    It keeps that memory from call to call, and whoever clears it, as `torch.compile` does for graphs of its own, would
-    take it from under a graph that was captured with it.
+    It keeps that memory from call to call. `torch.compile` clears it for its own graphs, and would take it from under a
+    graph that was captured with it.
     """
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()

@@ -1,4 +1,4 @@
-"""What a piece of code waits for, and what it allocates, as PyTorch dispatches it.
+"""The waits and allocations of a piece of code, as PyTorch dispatches it.
 
 On a GPU each of these operators stops the host until the device is done, and none of them can stand in a CUDA graph.
 They are counted on any device. A tensor made of Python numbers counts too: on a GPU it is copied there, which waits.
@@ -60,14 +60,14 @@ class HostSyncs(TorchDispatchMode):
 
 
 def _masks(name: str, args: Any) -> bool:
-    """Whether a tensor is indexed by a mask: the host must know how many elements it has."""
+    """Tell whether a tensor is indexed by a mask: the host must know how many elements it has."""
     if name not in ("index", "index_put_", "_index_put_impl_"):
         return False
     return any(isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1]))
 
 
 def _crosses(name: str, args: Any, result: Any) -> bool:
-    """Whether a tensor is copied between devices."""
+    """Tell whether a tensor is copied between devices."""
     if name not in COPIES:
         return False
     source = args[1] if name == "copy_" else args[0]

@@ -1,19 +1,19 @@
 """A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
 
-A step is a function from tensors to tensors, by name: what it returns takes the place of what it was given. Eagerly a
-loop simply goes on with the new tensors. Captured, the state lies in buffers that stay where they are, and the step
-ends by writing its results there. Both run the same function, so that there is one formula of an attack.
+A step is a function from tensors to tensors, by name: its results replace its arguments. Eagerly a loop simply goes on
+with the new tensors. Captured, the state is in buffers that stay where they are, and the step ends by writing its
+results there. Both run the same function, so that there is one formula of an attack.
 
 A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
 replayed only while everything that its model computes with is the same (`purify_fast.contents.identity_key`). Weights
 that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
 they would without a graph.
 
-A capture costs as much as dozens of steps; how many that are, each capture measures for the next. A training takes the
-same step for as long as it lasts, so its step is captured once so many were launched that replays would have paid for a
-capture. An evaluation says how many batches are to come, and an attack how many steps it has left. Its batches shrink
-while images fall, so that many sizes are used a few times only. Its step is therefore captured once the steps that are
-to be expected, going by the runs before, would pay for twice the capture.
+A capture costs as much as dozens of steps; each capture measures the number for the next. A training takes the same
+step all the time, so its step is captured once replays of the launched steps would have paid for a capture. An
+evaluation says how many batches are to come, and an attack how many steps it has left. Its batches shrink while images
+fall, so that many sizes are used a few times only. Its step is therefore captured once the expected steps, estimated
+from the runs before, would pay for twice the capture.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: For how many steps a capture is taken to cost before the first one was measured: an estimate for a ResNet-18.
+#: The assumed cost of a capture in steps, until a first capture was measured: an estimate for a ResNet-18.
 WORTH = 40
 #: The least and the most steps that a measured cost may ask for. One measurement on a busy machine proves little.
 LEAST_WORTH, MOST_WORTH = 10, 400
-#: How many times over the expected replays must pay for a capture; an attack may end earlier than those before it.
+#: How many times over the expected replays must pay for a capture; an attack may end earlier than attacks before it.
 MARGIN = 2.0
-#: Of the time a step takes, the share that the host must spend on launching it, for a graph to gain anything.
+#: The share of a step's time that the host must spend on launching it, for a graph to gain anything.
 LEAST_SHARE = 0.7
-#: How often a step is timed; the least counts, because whatever else the machine does only adds to it.
+#: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
-#: After how many launched steps it is tried again whether a step can be captured that could not.
+#: The number of launched steps after which a step that could not be captured is tried again.
 RETRIED_AFTER = 1000
-#: How many graphs there are at most.
+#: The most graphs.
 MOST_GRAPHS = 32
-#: How many steps are remembered that were not captured.
+#: The most steps to remember that were not captured.
 REMEMBERED = 64
 #: The error that is allowed, relative to the largest value, and the share of the values that may err by more.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
@@ -69,11 +69,11 @@ State = dict[str, Tensor]
 
 
 class StepFunction(Protocol):
-    """One step; it can be hashed, and two that are equal compute the same from the same state."""
+    """A step; it can be hashed, and two equal steps compute the same from the same state."""
 
     @property
     def model(self) -> Any:
-        """What it computes with besides its state: a module, if it is to be captured."""
+        """The model that it computes with besides its state: a module, if it is to be captured."""
 
     def __call__(self, state: State) -> State:
         """The new values of some of the state's tensors, each of the old one's shape and dtype.
@@ -85,7 +85,7 @@ class StepFunction(Protocol):
 
 @dataclass
 class Tally:
-    """How many steps were launched operator by operator, in all and in each run of an attack.
+    """Counts the steps that were launched operator by operator, in all and in each run of an attack.
 
     Args:
         steps: so far.
@@ -93,7 +93,7 @@ class Tally:
         run: the number of the latest of these runs; -1 before the first.
         first: the number of the first of these runs.
         before: how many steps the runs before the latest one took.
-        refusal: why the step is not captured, whatever it would save; "" where nothing is against it.
+        refusal: the reason why the step is never captured; "" if there is none.
     """
 
     steps: int = 0
@@ -110,15 +110,15 @@ class Tally:
             self.run, self.runs, self.before = run, self.runs + 1, self.steps
 
     def expected(self, left: int, to_come: float) -> float:
-        """How many more steps are to be expected: for this run what earlier ones took, and some for each later run.
+        """Estimate the steps to come: for this run the steps of earlier runs, and some for each later run.
 
-        The first run is expected to go on for as long as it went on so far, and nothing is expected of later runs:
-        where batches shrink, most sizes are met by one run alone. For the same reason the mean that is expected of
-        later runs is over all runs since the first, also those that did not meet the size.
+        The first run is expected to take as many steps again as it took so far, and later runs none: while batches
+        shrink, most sizes occur in one run only. For the same reason the mean for later runs is over all runs since the
+        first, including runs without this size.
 
         Args:
-            left: how many steps this run has left at most.
-            to_come: how many runs will follow this one.
+            left: the most steps that this run has left.
+            to_come: number of runs that follow this run.
         """
         done = self.steps - self.before
         if self.runs <= 1:
@@ -139,7 +139,7 @@ class Steps:
         state: the tensors as they are now; not for keeping, `values` gives those.
     """
 
-    #: Whether steps are replayed.
+    #: True if steps are replayed.
     replays = False
 
     def __init__(self, function: StepFunction, state: State, tally: Tally | None = None):
@@ -205,11 +205,11 @@ class Captured:
     """A captured step.
 
     Args:
-        model: what it computes with; the graph goes when the model does.
+        model: the model that it computes with; the graph goes when the model does.
         buffers: where its state lies.
         replay: launches it.
         counts: how many images the parts of its model that count them count in a step.
-        objects: what it depends on by identity.
+        objects: the objects that it depends on by identity.
         loop: the last loop over it, which has its state in the buffers until it is gone.
     """
 
@@ -221,7 +221,7 @@ class Captured:
     loop: weakref.ref[Replays] | None = None
 
     def is_in_use(self) -> bool:
-        """Whether there still is a loop that may go on."""
+        """Tell whether a loop over it still exists."""
         return self.loop is not None and self.loop() is not None
 
 
@@ -230,7 +230,7 @@ def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
 
     Args:
         model: any module.
-        protocol: of `purify_fast.protocols`.
+        protocol: a protocol of `purify_fast.protocols`.
     """
     return [part for part in model.modules() if issubclass(type(part), protocol)]
 
@@ -239,7 +239,7 @@ def write(values: State, buffers: State) -> None:
     """Write a step's results to the buffers that it read from; a result that is another buffer is read before that.
 
     Args:
-        values: what the step returned.
+        values: the step's results.
         buffers: the state, by name.
     """
     storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
@@ -270,7 +270,7 @@ def weak_key(value: Any) -> Hashable:
 
 
 class _Ahead(NamedTuple):
-    """What is known of the loop that begins; see `StepGraphs.begin`."""
+    """The known facts about the loop that begins; see `StepGraphs.begin`."""
 
     steps: int
     certain: bool
@@ -282,15 +282,15 @@ class StepGraphs:
     """The captured steps of one training or evaluation.
 
     Args:
-        mode: "auto" captures steps whose launches take longer than what they compute, once that pays; "always" captures
-            whatever can be, at once; "off" captures nothing.
-        capture: what makes graphs; None: CUDA graphs, on CUDA devices.
+        mode: "auto" captures steps whose launches take longer than their computations, once that pays; "always"
+            captures every step that it can, immediately; "off" captures nothing.
+        capture: the maker of graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: why the last loop that was to be captured was not, and will not be for the next `RETRIED_AFTER` steps;
-            None where it was, or may yet be.
-        worth: for so many steps a capture pays, by the last one that was measured.
-        to_come: how many batches of the attack are to follow the present one, 0.5 for half a batch; None: nobody knows.
+        refusal: the reason why the last loop was not captured, and will not be for the next `RETRIED_AFTER` steps;
+            None if it was captured, or may yet be.
+        worth: the number of steps for which a capture pays, by the last measured capture.
+        to_come: number of the attack's batches after the present one, 0.5 for half a batch; None if it is unknown.
 
     Raises:
         ValueError: an unknown mode.
@@ -316,7 +316,7 @@ class StepGraphs:
         return len(self._captured)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
-        # a copy of what is trained or attacked captures for itself
+        # a copy of the trained or attacked model needs its own captures
         return StepGraphs(self.mode, self.capture)
 
     def new_run(self) -> int:
@@ -337,11 +337,11 @@ class StepGraphs:
 
         Args:
             function: the step.
-            state: what it begins with, tensors by name on one device.
-            steps: how many will be taken at most.
+            state: the first state, tensors by name on one device.
+            steps: the most steps that will be taken.
             certain: whether all of them will be taken.
-            run: by `new_run`, the run that the loop belongs to; None: the loop is a run by itself.
-            later: how many runs like it the attack has to come on the same batch.
+            run: the run that the loop belongs to, from `new_run`; None: the loop is a run by itself.
+            later: number of such runs that the attack will begin later on the same batch.
 
         Returns:
             The loop; replayed if the step is captured, or can be and is worth it.
@@ -358,7 +358,7 @@ class StepGraphs:
         return Steps(function, state, known if isinstance(known, Tally) else None)
 
     def may_replay(self, device: torch.device) -> bool:
-        """Whether loops on a device are captured, as far as is known.
+        """Tell whether loops on a device are captured, as far as is known.
 
         Args:
             device: where their state lies.
@@ -381,7 +381,7 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
-        # outside of the except block, whose traceback holds the tensors of the work that failed
+        # do this outside of the except block, whose traceback holds the tensors of the failed work
         logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
         self.mode = "off"
         self._captured.clear()
@@ -392,7 +392,7 @@ class StepGraphs:
     def _find(
         self, function: StepFunction, state: State, device: torch.device, ahead: _Ahead
     ) -> Captured | Tally | None:
-        """The captured step, captured now if need be; else what counts the steps that are launched, if they count."""
+        """Find the captured step, or capture it now; else return the count of launched steps, if they count."""
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
         model = function.model
@@ -432,7 +432,7 @@ class StepGraphs:
         return captured
 
     def _pays(self, launched: Tally, ahead: _Ahead) -> bool:
-        """Whether a capture is worth its cost now; see the module."""
+        """Tell whether a capture pays now; see the module."""
         sure = ahead.steps if ahead.certain else 0
         if self.to_come is None:
             return launched.steps + sure >= self.worth
@@ -450,7 +450,7 @@ class StepGraphs:
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
     ) -> Captured | Tally | None:
-        """Capture a step, if it can be; else what counts the steps until it is tried again."""
+        """Capture a step; if that fails, return the count of steps until it is tried again."""
         buffers = {name: value.detach().clone() for name, value in state.items()}
 
         def advance() -> None:
@@ -475,7 +475,7 @@ class StepGraphs:
                     )
                 if reason is not None:
                     return self._refuse(base, reason)
-                # the state is written by what is launched, and by no warm-up: it is put in before each loop
+                # only launches write the state, not the warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
@@ -483,11 +483,11 @@ class StepGraphs:
                 if saved > 0:
                     self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
         except Exception as error:
-            # whatever a user's model raises in a trial is no reason to end an attack that runs without graphs
+            # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # none of these steps is one of the loop
+            # take back the counts: these steps are not steps of the loop
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
@@ -498,13 +498,13 @@ class StepGraphs:
         return min(launching), min(whole)
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
-        """Run the step once, and say what keeps it from being captured, if anything does."""
+        """Run the step once, and return the reason why it cannot be captured, if there is one."""
         before = host_generators(device)
         with self.capture.aside(device), HostSyncs() as waits:
             results = function(buffers)
         if host_generators(device) != before:
             return f"{_name(function.model)} draws from a generator of the host, which a graph would draw from once"
-        # a number that is turned into a tensor waits only if it goes to the device, where the capture then fails
+        # lift_fresh (torch.tensor(1.0)) blocks only for device tensors, and then the capture itself fails
         blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]
@@ -519,13 +519,13 @@ class StepGraphs:
 
 
 def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State, steps: int) -> Steps:
-    """Begin a loop over a step: replayed if there are graphs that take it, else eager.
+    """Begin a loop over a step: replayed if ``graphs`` accept the step, else eager.
 
     Args:
         graphs: the captured steps of the caller, or None.
         function: the step.
-        state: what it begins with, tensors by name on one device.
-        steps: how many will be taken.
+        state: the first state, tensors by name on one device.
+        steps: the number of steps.
     """
     return Steps(function, state) if graphs is None else graphs.begin(function, state, steps)
 
@@ -559,7 +559,7 @@ def numerics(device: torch.device) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def no_trace(device: torch.device) -> Iterator[None]:
-    """Within the block a step is tried and captured: no generator has moved after it, and no autocast keeps a weight.
+    """A block in which a step is tried and captured: afterwards no generator has moved, and no autocast keeps a weight.
 
     Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
     which do not follow the weights.
@@ -578,7 +578,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators, that of the device among them, back where they are now."""
+    """A function that puts torch's generators, including the device's, back to their present states."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -591,7 +591,7 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that no graph follows; it follows the device's own."""
+    """The states of the generators that graphs do not follow; they follow the device's own."""
     array: Any = np.random.get_state()
     # on a CPU torch's generator of the host is that of the device
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
@@ -604,7 +604,7 @@ def first_replay_agrees(
     replay: Callable[[], None],
     device: torch.device,
 ) -> bool:
-    """Whether a replay gives what the step gives, from the same state and the same generator; waits for the device.
+    """Tell whether a replay gives the step's result, from the same state and the same generator; waits for the device.
 
     Args:
         step: computes new values of some of the buffers, and writes to none.
@@ -613,7 +613,7 @@ def first_replay_agrees(
         device: where the buffers are.
     """
     again = same_draws_again(device)
-    # what is a buffer itself is overwritten by the replay
+    # the replay overwrites results that are buffers themselves
     wanted = {name: value.clone() for name, value in step().items()}
     again()
     replay()
@@ -621,9 +621,9 @@ def first_replay_agrees(
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Whether two results of a step are the same, but for sums that a library adds in another order; waits.
+    """Tell whether two results of a step are equal, but for sums that a library adds in another order; waits.
 
-    Where a gradient is nearly 0 another order gives another sign, and the step goes the other way.
+    If a gradient is nearly 0, another order gives another sign, and the step goes the other way.
     """
     if not wanted.numel():
         return True

@@ -193,15 +193,15 @@ def test_without_matplotlib_and_with_a_curve_of_one_point(tmp_path, monkeypatch)
         ({"angles": (120.0,)}, {}, r"angle must be in \[0, 90\] degrees, got 120.0"),
         ({"taus": (-1.0,)}, {}, "tau must be at least 0, got -1.0"),
         ({}, {"distance": "l2", "tau": 1.0, "replay": False}, "tau 1 would be in no row: .* give taus"),
-        ({"taus": (1.0,)}, {"distance": "l2", "tau": 1.0}, "tau must be given with distance 'l2'"),  # the angle's row
+        ({"taus": (1.0,)}, {"distance": "l2", "tau": 1.0}, "distance='l2' needs tau"),  # the angle's row
         (
             {},
             {"distillation_weight": 3.0},
             r"distillation_weight 3 would be in no row: .*, give weights \(--weights 3\)",
         ),
         ({}, {"tau": 0.2}, r"tau 0.2 would be in no row: the ablation varies it, give taus \(--taus 0.2\)"),
-        ({}, {"replay": False}, r"replay is off, and on in the rows of angles and taus: .*\(--angles, --taus\)"),
-        ({}, {"pooled": True}, "pooled is for maps and tokens: what hidden puts out is a vector already"),
+        ({}, {"replay": False}, r"--angles and --taus switch replay on: leave them out"),
+        ({}, {"pooled": True}, "pooled is for maps and tokens: hidden puts out a vector already"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused_before_any_work(images, tmp_path, what, config, message):

@@ -102,7 +102,8 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
     for other in (["--width", "4"], ["--purifier", "small_generator"]):
         assert run("atop", made, tmp_path / "other", *options, *other) == 2
-        assert f"--weights {path} goes with --purifier deepfill" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "--weights needs --purifier deepfill" in said and f"got --weights {path}" in said
     assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
     assert "none.pth" in capsys.readouterr().err
 
@@ -143,7 +144,7 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, given, named):
     assert run("atop", made, tmp_path / "out", "--init", str(generator), *given) == 2
     said = capsys.readouterr().err
-    assert f"--init {generator} brings its own network and transform; leave out {named}, or start from" in said
+    assert f"--init {generator} sets the network and the transform: leave out {named}, or start from" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -59,7 +59,7 @@ def test_defaults_and_refusals():
     assert build_purifier("small_generator", (1, 16, 16)).arguments == SmallGenerator(1).arguments
     assert build_purifier("masked_autoencoder", (1, 16, 16)).arguments == MaskedAutoencoder((1, 16, 16)).arguments
     assert build_purifier("small_generator", (1, 16, 16), residual=True).arguments["residual"]
-    with pytest.raises(ValueError, match="residual goes with small_generator, not with deepfill"):
+    with pytest.raises(ValueError, match="residual needs purifier small_generator, got deepfill"):
         build_purifier("deepfill", (3, 16, 16), residual=True)
 
 

@@ -88,7 +88,7 @@ def test_any_classifier_by_its_layers(tmp_path):
     made.save_official(tmp_path, "small")
     with pytest.raises(ValueError, match="layers: name the modules"):
         Carso.from_official(classifier, tmp_path)
-    with pytest.raises(ValueError, match=r"small_repr_compressors.safetensors is for 2 layers, got 1"):
+    with pytest.raises(ValueError, match=r"layers must be 2, as in .*small_repr_compressors.safetensors, got 1"):
         Carso.from_official(classifier, tmp_path, layers=layers[:1])
     assert Carso.from_official(classifier, tmp_path, layers=layers).num_classes == 4
 
@@ -105,8 +105,8 @@ def rewrite(path, change):
         ("repr_compressors", lambda t: t.pop("3.1.1.bias"), r"does not fit .*: 3\.1\.1\.bias is missing"),
         ("decoder", lambda t: t.update({"6.weight": torch.zeros(1)}), r"does not fit .*: 6\.weight is unknown"),
         ("decoder", lambda t: t.update({"3.1.bias": torch.zeros(9)}), r"3\.1\.bias is \[9\], must be \[64\]"),
-        ("repr_fcn_compressor", lambda t: t.pop("1.0.weight"), "these are not the three files"),
-        ("decoder", lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}), "these are not the three files"),
+        ("repr_fcn_compressor", lambda t: t.pop("1.0.weight"), "must hold the three files"),
+        ("decoder", lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}), "must hold the three files"),
     ],
 )
 def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, change, message):

@@ -1,17 +1,20 @@
 """Attacks on a purifier by diffusion: exact gradients, surrogates, ways to predict, and its authors' evaluations."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from denoisers import Tiny, defence, images
 
-from purify_fast.attacks import AutoAttack, BpdaModel
+from purify_fast.attacks import AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import evaluate, lee_kim_2023
-from purify_fast.evaluation.protocols import PROTOCOLS
+from purify_fast.evaluation.protocols import PROTOCOLS, protocol_attacks
+from purify_fast.evaluation.specs import LEE_KIM
+from purify_fast.evaluation.subject import Subject
 from purify_fast.evaluation.surrogates import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.own_attacks import LOW, LowFrequencyGradient, low_frequencies
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.methods.diffusion.released_evaluation import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
 
@@ -132,6 +135,69 @@ def test_strong_tries_them_by_itself():
     assert wanted <= set(names)
 
 
+# -- what the field adds -----------------------------------------------------------------------------------------------
+
+
+def test_strong_adds_what_the_field_attacks_such_purifiers_with():
+    made, x = defence(SHAPE, process=Process(steps=2)), images(2, SHAPE)
+    subject = Subject(made, x, torch.zeros(2, dtype=torch.int64), batch_size=2, n_eval=2, seed=0)
+    specs = {spec.label: spec for spec in protocol_attacks("strong", subject, BALL)}
+    lee_kim = next(spec for label, spec in specs.items() if label and label.startswith(LEE_KIM))
+    assert isinstance(lee_kim.resolved, LeavingPGD) and lee_kim.survivors_only
+    published = lee_kim_2023(0.1).resolved
+    assert all(getattr(lee_kim.resolved, name) == value for name, value in asdict(published).items())
+    assert specs[LOW].survivors_only and isinstance(specs[LOW].gradients_from, LowFrequencyGradient)
+    # steps of 0.007 are of L-inf
+    assert [spec.label for spec in made.strong_attacks("l2", 0.5)] == [LOW]
+    # other models are attacked as before
+    with torch.no_grad():
+        alone = Subject(made.classifier, x, made.classifier(x).argmax(1), batch_size=2, n_eval=2, seed=0)
+    labels = {spec.label for spec in protocol_attacks("strong", alone, BALL)}
+    assert not labels & {LOW, lee_kim.label}
+
+
+class Loop(torch.nn.Module):
+    """Somebody's own purifier; random or not."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise, self.classifier = noise, defence(SHAPE).classifier
+        self.eval()
+
+    def purify(self, x):
+        return x + self.noise * torch.randn_like(x)
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
+def test_strong_adds_lee_and_kims_attack_for_any_random_purifier(noise, norm, expected):
+    x, y = images(2, SHAPE), torch.zeros(2, dtype=torch.int64)
+    subject = Subject(Loop(noise), x, y, batch_size=2, n_eval=2, seed=0)
+    labels = [spec.label or "" for spec in protocol_attacks("strong", subject, ThreatModel(norm, 0.1))]
+    assert any(label.startswith(LEE_KIM) for label in labels) == expected
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (16, 12)])
+def test_gradients_of_low_frequencies(shape):
+    grad = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low = low_frequencies(grad)
+    # a projection, which leaves means and slow waves, and takes every frequency above a quarter of the highest
+    torch.testing.assert_close(low_frequencies(low), low)
+    torch.testing.assert_close((low * grad).sum(), low.square().sum())
+    torch.testing.assert_close(low.mean((2, 3)), grad.mean((2, 3)))
+    spectrum = torch.fft.fft2(low).abs()
+    rows, columns = (torch.fft.fftfreq(n).abs() > 0.125 for n in shape)
+    assert spectrum[..., rows, :].max() < 1e-12 and spectrum[..., :, columns].max() < 1e-12
+    turns = torch.arange(shape[1], dtype=torch.float64) / shape[1]
+    wave = torch.cos(2 * torch.pi * turns).expand(1, 1, *shape)
+    torch.testing.assert_close(low_frequencies(wave), wave)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * shape[0] * shape[1], 4)).double()
+    found, whole = (gradient(each, grad) for each in (LowFrequencyGradient(model), model))
+    torch.testing.assert_close(found, low_frequencies(whole))
+
+
 # -- what its authors run ----------------------------------------------------------------------------------------------
 
 
@@ -146,6 +212,24 @@ def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
         assert torch.equal(AdjointGradient(made)(x), logits)
         apart.append(float((exact - other).norm() / exact.norm()))
     assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
+
+
+def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
+    class Counts(Tiny):
+        most = 0
+
+        def forward(self, x, t):
+            self.most = max(self.most, len(x))
+            return super().forward(x, t)
+
+    network, x, found = Counts(1), images(5, SHAPE, torch.float64), {}
+    for most in (None, 2):
+        process = Process(VP, solver="vp_sde", t_star=0.2, steps=3)
+        made = defence(SHAPE, network, process, max_forward_batch=most).double()
+        made.denoiser.module.most = 0
+        found[most] = gradient(AdjointGradient(made), x)
+        assert made.denoiser.module.most == (most or 5)
+    torch.testing.assert_close(found[2], found[None])
 
 
 def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():

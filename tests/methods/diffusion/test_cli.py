@@ -92,11 +92,11 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
 
     train_to = f"train diffusion --out {tmp_path / 'out'}"
     classifier = ["--classifier", made / "classifier"]
-    assert "classifier: of the training through the purification" in refused(train_to, *classifier)
-    assert "t_star: of the training through the purification" in refused(train_to, "--t-star", 0.2)
+    assert "classifier needs an --eps above 0" in refused(train_to, *classifier)
+    assert "t_star needs an --eps above 0" in refused(train_to, "--t-star", 0.2)
     assert "--eps above 0 trains through the purification: give --init" in refused(train_to, "--eps", 0.1, *classifier)
     tuning = [train_to, "--eps", 0.1, "--init", denoiser, *classifier]
-    assert f"--init {denoiser} brings its own; leave out width" in refused(*tuning, "--width", 8)
+    assert f"--init {denoiser} sets width: leave it out" in refused(*tuning, "--width", 8)
     assert "t_star must be at most 0.6" in refused(*tuning, "--t-star", 0.7)
     assert "width must be even and at most 16, or a multiple of 16, got 17" in refused(train_to, "--width", 17)
     assert not (tmp_path / "out").exists()
@@ -104,4 +104,4 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     assert f"--classifier must be given: {denoiser} holds a denoiser alone" in refused(evaluate, "--eps", 0.1)
     assert "--eps must be given" in refused(evaluate, *classifier)
     own = refused(f"evaluate {made / 'classifier'}", "--eps", 0.1, "--t-star", 0.1)
-    assert f"--solver are of a saved purifier: {made / 'classifier'} is none" in own
+    assert f"--solver need a saved purifier, and {made / 'classifier'} is not one" in own

@@ -1,6 +1,7 @@
 """The purifier's contract as a module: noise, modes, copies, files, other people's denoisers."""
 
 import copy
+import json
 import types
 from dataclasses import replace
 
@@ -64,6 +65,28 @@ def test_purified_images_are_images_where_the_process_clips(options):
     leaf = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(made.purify(leaf).sum(), leaf)
     assert slope.isfinite().all() and slope.norm() > 0
+
+
+def test_the_last_step_of_the_sde_may_leave_its_noise_out():
+    class Nothing(nn.Module):
+        def forward(self, x, t):
+            return torch.zeros_like(x)
+
+    x = images(3)
+    noisy, clean = (
+        defence(denoiser=Nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
+        for last in (False, True)
+    )
+    apart = []
+    for seed in range(2):
+        with noisy.fixed_noise(seed), clean.fixed_noise(seed):
+            apart.append(noisy.purify(x) - clean.purify(x))
+    # what differs is the noise of the last step alone: normals times the root of beta times the step's length
+    schedule = noisy.process.schedule
+    t, s = schedule.times(0.1, 3)[-2:]
+    wanted = float((schedule.rate(t) * (t - s)).sqrt()) / 2
+    assert float(torch.stack(apart).std()) == pytest.approx(wanted, rel=0.1)
+    assert not torch.equal(apart[0], apart[1])
 
 
 def test_every_addition_of_noise_has_its_own():
@@ -355,6 +378,18 @@ def test_a_network_of_diffusers_as_it_is(tmp_path):
     read.save(tmp_path / "saved")
     again = purify_fast.load_defence(tmp_path / "saved", classifier)
     torch.testing.assert_close(gradient(again, x), gradient(read, x))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [
+    ({"clip_sample_range": 2.0}, "clip_sample_range must be 1, as images are in"),
+    ({"variance_type": "learned"}, "variance_type must be one of fixed_small, .*, learned_range, got 'learned'"),
+    ({"variance_type": "fixed_large_log"}, "variance_type must be one of"),
+])  # fmt: skip
+def test_what_a_folder_of_diffusers_asks_and_is_not_there_is_refused(tmp_path, given, wanted):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=wanted):
+        DiffusionPurifier.from_pretrained(tmp_path, SmallCNN(3))
 
 
 def test_its_files(tmp_path):

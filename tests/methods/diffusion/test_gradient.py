@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -74,6 +76,7 @@ def textbook(made, x):
                 if process.learns_variances:
                     deviation = torch.exp(((1 + v) / 2 * beta.log() + (1 - v) / 2 * small.log()) / 2)
                 following = mean if last else mean + deviation * z
+                variance = deviation.square()
             elif process.solver == "ddim":
                 variance = process.eta**2 * posterior
                 ahead = (1 - kept_s - variance).clamp(min=0).sqrt() * (state - alpha * x0) / sigma
@@ -84,7 +87,8 @@ def textbook(made, x):
                 score = (alpha * x0 - state) / sigma**2
                 variance = schedule.rate(t) * (t - s)
                 share, noise = (1, variance.sqrt() * z) if process.solver == "vp_sde" else (0.5, 0)
-                following = state + variance * (state / 2 + share * score) + noise
+                following = state + variance * (state / 2 + share * score)
+                following = following if last and process.denoise_last else following + noise
             if process.guidance is not None:
                 target = alpha * image + sigma * normals(image, ids, draws, calls + word)
                 distance = DISTANCES[process.guidance](state, target).sum()
@@ -95,16 +99,27 @@ def textbook(made, x):
     return ((state + 1) / 2).unflatten(0, (len(x), -1))
 
 
+#: Of how many steps the activations are kept: of none, of some, of all, and of those that fit.
+KEEPS = (0, 2, 99, "auto")
+
+
 def both(made, x):
-    """Of the textbook's process and of the defence: the images, and the gradient of a sum with fixed weights."""
+    """Of the textbook's process and of the defence: the images, and the gradient of a sum with fixed weights.
+
+    However many steps the defence keeps, it gives the same; the gradients agree to the last bit.
+    """
     results = []
-    for run in (lambda leaf: textbook(made, leaf), made.purify):
+    for keep in (None, *KEEPS):
+        made.keep, run = keep, partial(textbook, made) if keep is None else made.purify
         leaf = x.clone().requires_grad_()
         with made.fixed_noise(SEED):
             out = run(leaf)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x.dtype)
         results.append((out.detach(), torch.autograd.grad((out * weights).sum(), leaf)[0]))
-    return results
+    for again in results[2:]:
+        for one, other in zip(results[1], again, strict=True):
+            close(other, one, 1e-6 if x.dtype == torch.float32 else 1e-14)
+    return results[:2]
 
 
 def close(got, want, tolerance):
@@ -120,10 +135,11 @@ SOLVERS = {
     "ddim, eta": {"solver": "ddim", "steps": 3, "eta": 0.7, "clip": False},
     "vp_sde": {"solver": "vp_sde", "steps": 5, "schedule": Schedule("vp"), "clip": False},
     "vp_sde, linear": {"solver": "vp_sde", "steps": 5},
+    "vp_sde, clean end": {"solver": "vp_sde", "steps": 3, "schedule": Schedule("vp"), "denoise_last": True},
     "ode": {"solver": "ode", "steps": 5, "schedule": Schedule("vp")},
     "one_shot": {"solver": "one_shot", "schedule": Schedule("cosine", 200)},
 }
-GUIDED = ("ddpm", "ddpm, large", "ddim, eta", "vp_sde")
+GUIDED = ("ddpm", "ddpm, large", "ddpm, learned", "ddim, eta", "vp_sde")
 SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
 CASES = [
     (name, prediction, guidance, shape)
@@ -178,12 +194,14 @@ def test_it_reaches_the_weights_of_a_released_denoiser():
     made = made_for("ddpm", "noise", "mse", (3, 8, 12), 2, 2).double()
     made.denoiser.requires_grad_(True)
     weights, results = list(made.denoiser.parameters()), []
-    for run in (lambda x: textbook(made, x), made.purify):
+    for made.keep in (None, *KEEPS):
+        run = partial(textbook, made) if made.keep is None else made.purify
         with made.fixed_noise(SEED):
             x = images(2, dtype=torch.float64).requires_grad_()
             results.append(torch.autograd.grad(run(x).square().sum(), [x, *weights]))
-    for want, got in zip(*results, strict=True):
-        close(got, want, 1e-10)
+    for gradients in results[1:]:
+        for want, got in zip(results[0], gradients, strict=True):
+            close(got, want, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "vp_sde", "ddpm, learned"])
@@ -204,20 +222,24 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
     )):  # fmt: skip
         for got, want in zip(one, other, strict=True):
             close(got, want, 1e-5)
-    for made.max_forward_batch in (1, 3, 100):
+    for made.max_forward_batch, made.keep in ((1, 0), (3, 2), (3, "auto"), (100, 0)):
         for got, want in zip(run(x), (logits, gradient), strict=True):
             close(got, want, 1e-5)
 
 
 @pytest.mark.slow
-def test_a_hundred_steps_take_the_memory_of_five_and_their_images():
+def test_a_hundred_steps_take_the_memory_of_five_and_their_images(monkeypatch):
     most = {}
-    for steps in (5, 100):
+    # "auto", where nothing is free, keeps those by which it measures
+    module = sys.modules["purify_fast.attacks.checkpointed_steps"]
+    monkeypatch.setattr(module, "free_memory", lambda device, budget: 0)
+    for steps, keep in itertools.product((5, 100), (0, "auto")):
         process = Process(steps=steps, t_star=0.1)
-        made = defence((3, 16, 16), Tiny(width=48), process, samples=2)
+        made = defence((3, 16, 16), Tiny(width=48), process, samples=2, keep=keep)
         leaf = images(2, (3, 16, 16)).requires_grad_()
         gc.collect()
         with LiveBytes() as counted:
             torch.autograd.grad(made(leaf).sum(), leaf)
-        most[steps] = counted.most
-    assert most[100] <= 1.2 * most[5] + 100 * 4 * 3 * 16 * 16 * 4
+        most[steps, keep] = counted.most
+    for keep in (0, "auto"):
+        assert most[100, keep] <= 1.2 * most[5, keep] + 100 * 4 * 3 * 16 * 16 * 4

@@ -172,7 +172,7 @@ REFUSED = {
     "one_shot, which takes one step": {"solver": "one_shot", "steps": 2},
     "eta is of ddim": {"eta": 0.5},
     "guidance moves a step": {"solver": "ode", "guidance": "mse"},
-    "guidance moves a step by": {"variance": "learned", "guidance": "mse"},
+    "guidance moves a step by": {"solver": "ddim", "guidance": "mse"},
     "solver must be one of": {"solver": "euler"},
     "eta must be in": {"eta": 2.0, "solver": "ddim"},
     "guidance_scale must be": {"guidance_scale": -1.0},

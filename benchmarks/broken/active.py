@@ -1,0 +1,182 @@
+"""An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is known to be there?
+
+For each of some images a random corner of its ball is made adversarial, by a row of its own on what the model's last
+linear layer is given: the row separates the corner from the image and from many points inside of the ball. A short
+attack along the model's own gradients then looks for any point on the corner's side. The share that it finds is its
+power. Random corners look as well: what they find anyway proves nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from purify_fast.attacks import apgd, frozen
+
+#: Raised whenever another result would come out.
+REVISION = 1
+#: Images in which a corner is planted, points inside of each ball, random corners that look for it, and draws that
+#: decide of a random model.
+PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
+#: The share of the radius within which the inside points lie, and where between them and the corner the border runs.
+NEAR, BORDER = 0.95, 0.9
+#: Steps and random starts of the short attack; the least share that it must find.
+STEPS, STARTS, LEAST = 20, 2, 0.8
+
+
+@dataclass
+class Power:
+    """What an attack found of what was planted.
+
+    Args:
+        planted: how many points.
+        found: how many of them the short attack found.
+        by_chance: how many of them random corners found.
+        reason: why nothing was planted; "" where something was.
+    """
+
+    planted: int = 0
+    found: int = 0
+    by_chance: int = 0
+    reason: str = ""
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether attacks miss so much of what is there that what they leave says little."""
+        return self.planted > 0 and self.found < LEAST * self.planted
+
+
+class Features(nn.Module):
+    """Images to what the model's last linear layer is given, ``[B, d]``.
+
+    Args:
+        model: images to logits.
+
+    Raises:
+        ValueError: no linear layer is called once with a row for each image; the message says so.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor):
+        super().__init__()
+        self.model, self.last = model, _last_linear(model, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given: list[Tensor] = []
+        handle = self.last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        try:
+            self.model(x)
+        finally:
+            handle.remove()
+        return given[-1]
+
+
+def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
+    called: list[tuple[nn.Module, torch.Size]] = []
+    linear = {module for module in model.modules() if isinstance(module, nn.Linear)}
+    handles = [each.register_forward_pre_hook(lambda m, inputs: called.append((m, inputs[0].shape))) for each in linear]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError("the model calls no linear layer")
+    last, shape = called[-1]
+    if len(shape) != 2 or shape[0] != len(x) or sum(module is last for module, _ in called) > 1:
+        raise ValueError("the last linear layer is not called once with one row for each image")
+    return last
+
+
+class Planted(nn.Module):
+    """Two logits: 0, and on which side of the row of its image a point lies; an image is that of the nearest center.
+
+    Args:
+        features: images to features.
+        centers: the images, ``[N, C, H, W]``.
+        rows: of the images, ``[N, d]``, and their offsets ``[N]``.
+    """
+
+    def __init__(self, features: Features, centers: Tensor, rows: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.features, self.centers, self.rows = features, centers.flatten(1), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.cdist(x.detach().flatten(1), self.centers, p=float("inf")).argmin(1)
+        row, offset = (part[at] for part in self.rows)
+        score = (self.features(x) * row).sum(1) + offset
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def row_of(inside: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """The row that separates a corner from points inside of the ball, and its offset: ridge regression.
+
+    Args:
+        inside: features ``[M, d]``.
+        corner: features ``[d]``.
+
+    Returns:
+        A row ``[d]`` and an offset [], positive at the corner, and near to 0 there.
+    """
+    points = torch.cat([inside, corner[None]]).double()
+    points = points - points.mean(0)
+    sides = torch.full((len(points),), -1.0, dtype=torch.double)
+    sides[-1] = len(inside)
+    gram = points @ points.T
+    ridge = 1e-4 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(points), dtype=torch.double)
+    row = points.T @ torch.linalg.solve(gram + ridge, sides)
+    scores = torch.cat([inside, corner[None]]).double() @ row
+    least, most = scores[:-1].amax(), scores[-1]
+    return row.float(), -(least + BORDER * (most - least)).float()
+
+
+def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
+    """Plant points in the balls of some images, and let a short attack look for them.
+
+    Args:
+        model: images to logits.
+        x: images ``[N, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[N]``; only images that are classified correctly are taken.
+        eps: the L-inf radius.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def corners(x: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+        return (x + eps * signs).clamp(0, 1)
+
+    with torch.no_grad(), frozen(model):
+        torch.manual_seed(0)
+        x = x[model(x).argmax(1) == y][:PLANTED]
+        if len(x) == 0:
+            return Power(reason="no image is classified correctly")
+        try:
+            features = Features(model, x)
+        except ValueError as error:
+            return Power(reason=str(error))
+        random = not torch.equal(features(x), features(x))
+        draws = DRAWS if random else 1
+
+        def mean(images: Tensor) -> Tensor:
+            return torch.stack([features(images) for _ in range(draws)]).mean(0)
+
+        targets, rows = corners(x), []
+        for image, corner in zip(x, mean(targets), strict=True):
+            noise = torch.rand(INSIDE - 1, *image.shape, generator=generator) * 2 - 1
+            points = torch.cat([image[None], (image + NEAR * eps * noise).clamp(0, 1)])
+            rows.append(row_of(mean(points), corner))
+        planted = Planted(features, x, (torch.stack([row for row, _ in rows]), torch.stack([off for _, off in rows])))
+
+        def reached(images: Tensor) -> Tensor:
+            return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
+
+        # a row that does not separate its own corner says nothing about attacks
+        valid = reached(targets)
+        chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
+        attacked = apgd(
+            planted, x, torch.zeros_like(y[: len(x)]), eps=eps, steps=STEPS, restarts=STARTS, loss="margin",
+            eot_iter=4 if random else 1, judge_draws=draws,
+        )  # fmt: skip
+        found = reached(attacked)
+    return Power(int(valid.sum()), int((found & valid).sum()), int((chance & valid).sum()))

@@ -1,0 +1,173 @@
+"""The table of the study of diffusion purifiers, and the sentences that its numbers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purify_fast.evaluation.show.tables import markdown_table
+
+#: How the page calls the command that makes the numbers.
+COMMAND = "`python -m benchmarks study diffusion`"
+PGD = "PGD-200, EOT 20, exact"
+
+
+def bits(text: str) -> np.ndarray:
+    """Image by image, from a text of 0 and 1."""
+    return np.array([int(one) for one in text], dtype=float)
+
+
+class Found:
+    """What one model withstood, from the results of its jobs; everything is image by image, None if not done.
+
+    Args:
+        results: of one model with one process.
+    """
+
+    def __init__(self, results: Sequence[dict[str, Any]]):
+        self.groups = {result["group"]: result for result in results}
+
+    def rule(self, rule: str, when: str = "attacked", group: str = "exact") -> np.ndarray | None:
+        """By one rule: ``first`` of the draws, ``mean`` of them, ``all`` of them, or their ``vote``."""
+        if group not in self.groups:
+            return None
+        of = self.groups[group][when]
+        if rule == "vote":
+            return bits(of["vote"])
+        draws = np.stack([bits(one) for one in of["draws"]])
+        return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
+
+    def chain(self) -> np.ndarray | None:
+        """After PGD and `strong`, of the first images."""
+        return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
+
+    def authors(self) -> dict[str, np.ndarray]:
+        """What the authors' attacks left, by their labels."""
+        rows = self.groups.get("authors", {"rows": []})["rows"]
+        return {row["attack"]: bits("".join(str(int(one)) for one in row["robust"])) for row in rows}
+
+    def seconds(self) -> float | None:
+        """Processor time of an image under PGD."""
+        exact = self.groups.get("exact")
+        return None if exact is None else exact["cpu_seconds"] / exact["images"]
+
+
+def share(robust: np.ndarray | None) -> str:
+    """An accuracy with its standard error, in percent."""
+    if robust is None:
+        return "-"
+    return f"{100 * robust.mean():.1f} ± {100 * robust.std() / len(robust) ** 0.5:.1f}"
+
+
+def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
+    """Of two accuracies on the same first images, in points."""
+    if robust is None or other is None:
+        return "-"
+    few = min(len(robust), len(other))
+    return share_of_points(robust[:few] - other[:few])
+
+
+def share_of_points(apart: np.ndarray) -> str:
+    """A mean difference with its standard error."""
+    return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / len(apart) ** 0.5:.1f}"
+
+
+def cells(found: Found, alone: Found) -> dict[str, str]:
+    """What the table says of one model, by the name of the line.
+
+    Args:
+        found: of the model.
+        alone: of the adversarially trained classifier.
+    """
+    lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
+    lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
+    names = {"first": "one draw", "mean": "mean of the draws", "all": "every draw right", "vote": "majority"}
+    lines |= {f"{PGD}: {name}": share(found.rule(rule)) for rule, name in names.items()}
+    lines[f"{PGD}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
+    chain = found.chain()
+    lines["that, then `strong`: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
+    lines["the same, minus the adversarially trained classifier alone"] = difference(chain, alone.chain())
+    seconds = found.seconds()
+    lines["CPU seconds of PGD-200 an image"] = "-" if seconds is None else f"{seconds:.1f}"
+    return lines
+
+
+def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The lines of a data set's tables: of its models, and of other processes if there are any.
+
+    Args:
+        part: of the data set, in settings.yaml.
+        rows: its results.
+    """
+    names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
+    found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
+    columns = {name: cells(one, found[part["alone"]]) for name, one in found.items() if one.groups}
+    lines = list(dict.fromkeys(line for told in columns.values() for line in told))
+    # what the authors' code attacks stands before the exact gradient
+    lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
+    body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
+    tables = [markdown_table(["%", *(f"`{name}`" for name in columns)], body)]
+    others = [row for row in rows if row["process"] is not None]
+    if others:
+        tables.append(of_processes(others, found[part["processes_of"]]))
+    return tables
+
+
+def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
+    """A line for each process of a purifier, beside its own.
+
+    Args:
+        results: with other processes.
+        own: with its own.
+    """
+    told = {"its own": own}
+    for result in results:
+        words = ", ".join(f"{name} {value}" for name, value in result["process"].items() if value is not None)
+        told[words] = Found([result])
+    body = []
+    for words, one in told.items():
+        seconds = one.seconds()
+        columns = [share(one.rule("mean", "clean")), *(share(one.rule(rule)) for rule in ("mean", "all", "vote"))]
+        body.append([words, *columns, "-" if seconds is None else f"{seconds:.1f}"])
+    head = ["process", "clean", "mean of the draws", "every draw right", "majority", "CPU seconds an image"]
+    return [f"`{results[0]['model']}` with other processes, under {PGD}:", "", *markdown_table(head, body)]
+
+
+def table(results: Path) -> list[str]:
+    """The lines of docs/diffusion.md.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    page = results / "studies" / "diffusion.md"
+    if not page.is_file():
+        return [f"Not run yet: {COMMAND} writes the numbers."]
+    return page.read_text().strip().splitlines()
+
+
+def said(results: Path) -> list[str]:
+    """What the numbers say, a sentence for each purifier.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    path = results / "studies" / "diffusion.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows if row["group"] == "fixed"):
+        one = Found([row for row in rows if row["model"] == name and row["process"] is None])
+        exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
+        if exact is None:
+            continue
+        text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
+        if weakest is not None:
+            text += f", the weakest of its authors' attacks {share(weakest)} %"
+        chain = one.chain()
+        if chain is not None:
+            text += f"; after `strong` {share(chain)} % of {len(chain)} images are right in every draw"
+        lines.append(f"{text}.")
+    return lines or [f"Not run yet: {COMMAND} writes the numbers."]

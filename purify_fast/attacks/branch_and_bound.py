@@ -1,0 +1,383 @@
+"""Branch and bound on a small ReLU network: a complete search of an L-inf ball, for a point or a proof.
+
+By how much a class leads another one is bounded from below over the ball, each ReLU replaced by a line above and a line
+below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). Where the bound is not above 0, a ReLU is split: in one
+half its input is at least 0, in the other at most 0, and it is a line in both (Bunel et al., JMLR 2020, arXiv
+1909.06588). A Lagrange multiplier for each split brings its constraint into the bound (beta-CROWN, Wang et al., NeurIPS
+2021, arXiv 2103.06624). Three things are not in these papers. The multipliers and the slopes of the lines below rise by
+Polyak's steps, whose goal is known: a bound above 0. Each subproblem searches a point as well, from its bound's
+minimizers, by the same steps on what a point lacks: the lead, and its signs. And a part of the subproblems is taken
+from the deepest ones, where a misclassified point is found first.
+
+Gradients of the network need not lead to the point that is found, so that a network cannot hide it from this search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._validation import Count
+from ..protocols import Classifier
+from .attacked_model import frozen
+from .ball import projected
+from .base import AttackContext, BallAttack, Radius, run_alone
+from .engine.rows import ActiveSet, Judge
+from .relu_layers import Affine, affine_layers, forward
+
+#: Steps of each subproblem that raise its bound, and that search a point.
+RAISES, DESCENTS = 5, 15
+#: A bound proves something if it is above this share of the image's largest logit: the model computes in float32, this
+#: search in float64. And the share of the largest logit by which the model's logits may differ from those in float64.
+SAFE, ALIKE = 5e-5, 2e-5
+#: Images that are searched at once, and subproblems that are split at once: at most, and with as many numbers.
+IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
+#: The share of the subproblems that are taken from the deepest ones; the others are those of least bound.
+DEEPEST = 0.5
+#: How much the width of a relaxation counts beside its error at the minimizer, where a ReLU is chosen.
+WIDTH = 0.3
+#: Beyond 0 the goal of a step is so much of what the bound is below it.
+GOAL = 0.05
+#: Steps towards a point are longer than Polyak's, whose goal is 0, for the square of what it lacks by this factor.
+LONG = 3.0
+TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchAndBound(BallAttack):
+    """Branch and bound in an L-inf ball, for modules of affine layers with few ReLUs between them.
+
+    Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
+    `AttackContext.proved` gets how many images of a batch are proved robust.
+
+    Args:
+        nodes: subproblems of an image at most, about; where they do not suffice, nothing is proved.
+        relus: of the network at most.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "branch_and_bound"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
+
+    nodes: Count = 20_000
+    relus: Count = 300
+
+    def name(self, context: AttackContext) -> str:
+        return "branch and bound"
+
+    def revision(self) -> str:
+        return "1"
+
+    def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
+        """The network that is searched.
+
+        Args:
+            model: images to logits.
+            x: images ``[B, C, H, W]``, on which the network is compared with the model.
+            max_forward_batch: images in one forward pass at most; None: no limit.
+
+        Raises:
+            ValueError: the model is no such network.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a module, whose layers can be read, got {type(model).__name__}")
+        layers = affine_layers(model, x.shape[1:], self.relus)
+        with frozen(model):
+            logits = Judge(model, max_forward_batch=max_forward_batch).logits(x).double().cpu()
+        apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
+        if not apart <= ALIKE * logits.abs().max():
+            raise ValueError(f"model must give the logits of its weights in float64, got others by up to {apart:.2g}")
+        return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        ball = self.ball(x, y, context)
+        if len(x) == 0:
+            return x.clone()
+        x = x.detach().clone()
+        with torch.no_grad(), frozen(target):
+            layers = self.layers(target, x, context.max_forward_batch)
+            judge = Judge(target, max_forward_batch=context.max_forward_batch)
+            active = ActiveSet(x, y, ball, judge, torch.arange(len(x), device=x.device))
+            active.judge_clean_images()
+            proved = torch.zeros_like(y, dtype=torch.bool)
+            for part in active.left().split(IMAGES):
+                proved[part] = _Search(layers, active, part).run(self.nodes)
+        context.proved.append(proved.sum())
+        return active.best
+
+
+def branch_and_bound(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
+    """Branch and bound within an L-inf ball.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``: an ``nn.Module`` of affine layers and few ReLUs, which is
+            frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]``.
+        **options: of `BranchAndBound`, and of `AttackContext`, such as ``clip_max`` and ``max_forward_batch``.
+
+    Returns:
+        Per image a misclassified point, where one was found, otherwise the image. Shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        ValueError: a wrong shape, dtype, name, count or range, another norm, or a model that is no such network.
+    """
+    return run_alone(BranchAndBound, model, x, y, eps=eps, **options)
+
+
+#: What each layer's numbers are at least and at most in each node, ``[B, pixels]`` and then ``[B, units]``.
+_Boxes = list[tuple[Tensor, Tensor]]
+
+
+class _Nodes(NamedTuple):
+    """Subproblems: every field is by node.
+
+    Args:
+        owner: the image, int64 ``[B]``.
+        rival: the class that is to take over, int64 ``[B]``.
+        signs: of the inputs of the ReLUs that were split, 1 or -1, 0 of the others; int8 ``[B, units]``.
+        slopes: of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
+        prices: the multipliers of the splits, float32 ``[B, units]``.
+        least: what the lead is at least, float64 ``[B]``.
+        unit: the ReLU to split next, int64 ``[B]``; -1: none, the node itself is bounded again.
+    """
+
+    owner: Tensor
+    rival: Tensor
+    signs: Tensor
+    slopes: Tensor
+    prices: Tensor
+    least: Tensor
+    unit: Tensor
+
+    def take(self, index: Tensor) -> _Nodes:
+        """Some of the nodes, by an index int64 or bool."""
+        return _Nodes(*(each[index] for each in self))
+
+    @staticmethod
+    def joined(parts: Sequence[_Nodes]) -> _Nodes:
+        """All nodes of several parts."""
+        return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def halves(self) -> _Nodes:
+        """Both halves of each node that has a ReLU to split, and the others."""
+        others, split = self.take(self.unit < 0), self.take(self.unit >= 0)
+        signs = [split.signs.scatter(1, split.unit[:, None], sign) for sign in (1, -1)]
+        return _Nodes.joined([others, *(split._replace(signs=each) for each in signs)])
+
+
+class _Search:
+    """The search of some images.
+
+    Args:
+        layers: of the network.
+        active: all images.
+        part: indices of those that are searched, int64 ``[n]``.
+    """
+
+    def __init__(self, layers: Sequence[Affine], active: ActiveSet, part: Tensor):
+        self.layers, self.active, self.part, self.y = layers, active, part, active.y[part]
+        ball, x = active.ball.take(part), active.x[part].flatten(1).double()
+        reach = ball.eps.double()[:, None]
+        self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
+        self.safe = SAFE * forward(layers, x).abs().amax(1)
+        self.widths = [len(bias) for _, bias in layers[:-1]]
+        # what bounds a layer takes a matrix of its units and the pixels for each node
+        self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
+
+    def run(self, limit: int) -> Tensor:
+        """Search until every image fell, is proved robust, or has had so many nodes; which are proved, bool ``[n]``."""
+        count, classes, device = len(self.y), len(self.layers[-1].bias), self.y.device
+        owner, rival = torch.ones(count, classes, device=device).nonzero().unbind(1)
+        owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
+        none = torch.zeros(len(owner), sum(self.widths), device=device)
+        least = torch.full((len(owner),), -torch.inf, dtype=torch.float64, device=device)
+        left = _Nodes(
+            owner, rival, signs=none.to(torch.int8), slopes=none - 1, prices=none, least=least,
+            unit=torch.full_like(owner, -1),
+        )  # fmt: skip
+        made, ended = torch.zeros_like(self.y), torch.zeros_like(self.y, dtype=torch.bool)
+        while len(left.owner):
+            chosen = self.chosen(left)
+            nodes = left.take(chosen).halves()
+            made += torch.bincount(nodes.owner, minlength=count)
+            left = _Nodes.joined([left.take(~chosen), self.bounded(nodes)])
+            ended |= (made >= limit) & (torch.bincount(left.owner, minlength=count) > 0)
+            left = left.take(~(ended | self.active.fallen[self.part])[left.owner])
+        return ~ended & ~self.active.fallen[self.part]
+
+    def chosen(self, nodes: _Nodes) -> Tensor:
+        """Which nodes are next, bool ``[B]``: those of least bound, and a share of the deepest."""
+        order = nodes.least.argsort()
+        deepest = order[nodes.signs.abs().sum(1)[order].argsort(descending=True, stable=True)]
+        chosen, share = torch.zeros_like(order, dtype=torch.bool), int(DEEPEST * self.at_once)
+        chosen[deepest[:share]] = True
+        chosen[order[: self.at_once - share]] = True
+        return chosen
+
+    def bounded(self, nodes: _Nodes) -> _Nodes:
+        """Bound some nodes and try points of each: those that are left, with their bounds and what to split next."""
+        boxes = self.boxes(nodes)
+        nodes, corners, weights = self.raised(nodes, boxes)
+        # what cannot have its signs has no point
+        empty = torch.stack([(low > high).any(1) for low, high in boxes]).any(0)
+        stays = (nodes.least <= self.safe[nodes.owner]) & ~empty
+        nodes, corners, weights = nodes.take(stays), corners[:, stays], weights[stays]
+        boxes = [(low[stays], high[stays]) for low, high in boxes]
+        for start in (corners[-1], corners.mean(0)):
+            self.descend(nodes, boxes, start)
+        return nodes._replace(unit=self.to_split(nodes, boxes, corners[-1], weights))
+
+    def boxes(self, nodes: _Nodes) -> _Boxes:
+        """What the pixels and the ReLUs' inputs are at least and at most in each node."""
+        boxes = [(self.low[nodes.owner], self.high[nodes.owner])]
+        for i, signs in enumerate(nodes.signs.split(self.widths, 1)):
+            weight, bias = self.layers[i]
+            least, most = (end.relu() for end in boxes[-1]) if i else boxes[-1]
+            middle, radius = (least + most) / 2 @ weight.T + bias, (most - least) / 2 @ weight.abs().T
+            low, high = middle - radius, middle + radius
+            if i:
+                # neither is the tighter one everywhere
+                both = Affine(torch.cat([weight, -weight])[None], torch.cat([bias, -bias]))
+                ends, upper = self.least(boxes, both, _smallest_areas(boxes))[0].split(len(bias), 1)
+                low, high = torch.maximum(low, ends), torch.minimum(high, -upper)
+            boxes.append((low.where(signs <= 0, low.clamp(min=0)), high.where(signs >= 0, high.clamp(max=0))))
+        return boxes
+
+    def least(
+        self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What linear functions of a layer's ReLUs are at least, by CROWN's backward pass.
+
+        Args:
+            boxes: up to that layer's.
+            functions: their weights ``[B, F, units of the layer]`` and constants ``[B, F]``; or as for one node.
+            slopes: of the lines below open ReLUs, ``[B, units]`` of all these layers.
+            prices: by which the inputs of ReLUs are subtracted, ``[B, units]``.
+
+        Returns:
+            The bounds ``[B, F]``; the functions' weights of the pixels; those of each layer's ReLUs.
+        """
+        (weight, constant), weights = functions, []
+        ends = slopes.shape[1]
+        for (low, high), layer in zip(reversed(boxes[1:]), reversed(self.layers[: len(boxes) - 1]), strict=True):
+            weights.append(weight)
+            begins = ends - low.shape[1]
+            above = _above(low, high)
+            below = torch.where((low < 0) & (high > 0), slopes[:, begins:ends], above)
+            negative = weight.clamp(max=0)
+            constant = constant - (negative * (low.clamp(max=0) * above)[:, None]).sum(2)
+            weight = weight.clamp(min=0) * below[:, None] + negative * above[:, None]
+            if prices is not None:
+                weight = weight - prices[:, None, begins:ends]
+            constant = constant + weight @ layer.bias
+            weight, ends = weight @ layer.weight, begins
+        middle, radius = (boxes[0][0] + boxes[0][1]) / 2, (boxes[0][1] - boxes[0][0]) / 2
+        bound = constant + (weight @ middle[:, :, None] - weight.abs() @ radius[:, :, None])[:, :, 0]
+        return bound, weight, weights[::-1]
+
+    def raised(self, nodes: _Nodes, boxes: _Boxes) -> tuple[_Nodes, Tensor, Tensor]:
+        """Raise the bounds of nodes by their slopes and prices.
+
+        Returns:
+            The nodes; the minimizers of their relaxations on the way, ``[steps, B, pixels]``; what the lead changes by
+            with each ReLU's output, ``[B, units]``.
+        """
+        (weight, bias), y, rival, signs = self.layers[-1], self.y[nodes.owner], nodes.rival, nodes.signs
+        lead = Affine((weight[y] - weight[rival])[:, None], (bias[y] - bias[rival])[:, None])
+        slopes = torch.where(nodes.slopes < 0, _smallest_areas(boxes), nodes.slopes.double())
+        # a price counts by how far its ReLU's input may go
+        low, high = _of_all(boxes)
+        prices, unit = nodes.prices.double(), 1 / (high - low).clamp(min=TINY)
+        least, corners = nodes.least, []
+        for step in range(RAISES + 1):
+            slopes, prices = slopes.detach().requires_grad_(), prices.detach().requires_grad_()
+            with torch.enable_grad():
+                bound, normal, weights = self.least(boxes, lead, slopes, prices * signs)
+                total = bound.sum()
+            bound = bound.detach()[:, 0]
+            least = torch.maximum(least, bound)
+            corners.append(torch.where(normal.detach()[:, 0] > 0, *boxes[0]))
+            # without ReLUs the bound is exact
+            if step == RAISES or not self.widths:
+                break
+            up, dearer = torch.autograd.grad(total, (slopes, prices))
+            # what is at its end already does not count
+            up = up * torch.where(up > 0, slopes < 1, slopes > 0)
+            dearer = unit * dearer * ((dearer > 0) | (prices > 0))
+            missing = (2 * self.safe[nodes.owner] + GOAL * bound.abs() - bound).clamp(min=0)
+            length = (missing / (up.square() + dearer.square()).sum(1).clamp(min=TINY))[:, None]
+            slopes, prices = (slopes + length * up).clamp(0, 1), (prices + length * dearer * unit).clamp(min=0)
+        nodes = nodes._replace(slopes=slopes.detach().float(), prices=prices.detach().float(), least=least)
+        changes = [each.detach()[:, 0] for each in weights]
+        return nodes, torch.stack(corners), torch.cat([*changes, low[:, :0]], 1)
+
+    def to_split(self, nodes: _Nodes, boxes: _Boxes, corner: Tensor, weights: Tensor) -> Tensor:
+        """The open ReLU whose relaxation lowers the bound most, at the minimizer and elsewhere; -1: none is open."""
+        low, high = _of_all(boxes)
+        at, inputs = corner, [low[:, :0]]
+        for i, (weight, bias) in enumerate(self.layers[:-1]):
+            at = (at.relu() if i else at) @ weight.T + bias
+            inputs.append(at)
+        z, above = torch.cat(inputs, 1), _above(low, high)
+        error = torch.where(weights < 0, above * (z - low) - z.relu(), z.relu() - nodes.slopes * z)
+        score = weights.abs() * (error - WIDTH * low * above)
+        score = score.masked_fill((low >= 0) | (high <= 0), -torch.inf)
+        return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
+
+    def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
+        """Search a misclassified point with the signs of each node, from a point ``[B, pixels]`` of it."""
+        (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
+        signs = nodes.signs.double().split(self.widths, 1)
+        best, smallest = x, torch.full_like(safe, torch.inf)
+        for _ in range(DESCENTS):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                at, lacks = x, torch.zeros_like(safe)
+                for (weight, bias), box, sign in zip(self.layers, boxes[1:], signs, strict=False):
+                    z = at @ weight.T + bias
+                    lacks = lacks + (-sign * z).relu().square().sum(1)
+                    # a ReLU that was split is a line also where its input has the other sign yet
+                    at = torch.where((box[0] < 0) & (box[1] > 0), z.relu(), z * (box[0] >= 0))
+                weight, bias = self.layers[-1]
+                lead = ((weight[y] - weight[rival]) * at).sum(1) + bias[y] - bias[rival]
+                lacks = lacks + (lead + safe).relu().square()
+                gradient = torch.autograd.grad(lacks.sum(), x)[0]
+            x, lacks = x.detach(), lacks.detach()
+            logits = forward(self.layers, x)
+            true = (logits.gather(1, y[:, None]) - logits.gather(1, rival[:, None]))[:, 0]
+            best, smallest = torch.where((true < smallest)[:, None], x, best), torch.minimum(true, smallest)
+            gradient = gradient * torch.where(gradient > 0, x > low, x < high)
+            length = LONG * lacks / gradient.square().sum(1).clamp(min=TINY)
+            x = (x - length[:, None] * gradient).clamp(low, high)
+        claims = smallest <= 0
+        owner = self.part[nodes.owner[claims]]
+        clean = self.active.x[owner]
+        points = projected(clean, best[claims].to(clean.dtype).view_as(clean), self.active.ball.take(owner))
+        self.active.settle(owner, points, torch.ones_like(smallest[claims]))
+
+
+def _of_all(boxes: _Boxes) -> tuple[Tensor, Tensor]:
+    """What all ReLUs' inputs are at least and at most, ``[B, units]``."""
+    low, high = (torch.cat([ends[0][:, :0], *ends[1:]], 1) for ends in zip(*boxes, strict=True))
+    return low, high
+
+
+def _above(low: Tensor, high: Tensor) -> Tensor:
+    """The slopes of the lines above ReLUs, of all that are on one side those of the ReLUs themselves."""
+    return high.relu() / (high.relu() - low.clamp(max=0)).clamp(min=TINY)
+
+
+def _smallest_areas(boxes: _Boxes) -> Tensor:
+    """The slopes of the lines below open ReLUs that leave the smallest areas, ``[B, units]``."""
+    low, high = _of_all(boxes)
+    return (high > -low).double()

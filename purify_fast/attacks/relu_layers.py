@@ -1,0 +1,154 @@
+"""Networks of affine layers with ReLUs between them, read from a model as matrices.
+
+The model is asked for the vectors of a basis, and again for those of each ReLU's outputs. What it computes must consist
+of operations that are affine or polynomial, and of ReLUs; a polynomial that the matrices give on random images is
+affine. So what is read is the model for every image, and not only for those that were tried.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: A model with more weights has more ReLUs than can be searched: it is not looked at.
+MOST_WEIGHTS = 4_000_000
+#: Vectors of a basis that the model is asked for at once, and images on which the matrices are compared with it.
+AT_ONCE, COMPARED = 256, 16
+#: Operations of PyTorch that compare and round nothing.
+POLYNOMIAL = frozenset({
+    "_adaptive_avg_pool2d", "_batch_norm_no_update", "_native_batch_norm_legit_no_training", "_reshape_alias",
+    "_unsafe_view", "add", "add_", "addmm", "alias", "avg_pool2d", "baddbmm", "bmm", "cat", "clone", "constant_pad_nd",
+    "convolution", "detach", "div", "div_", "dot", "empty", "expand", "mean", "mm", "mul", "mul_", "mv",
+    "native_batch_norm", "neg", "permute", "rsub", "select", "slice", "split", "squeeze", "stack",
+    "sub", "sub_", "sum", "t", "transpose", "unbind", "unsqueeze", "view",
+})  # fmt: skip
+RELU = ("relu", "relu_")
+
+
+class Affine(NamedTuple):
+    """z = weight @ a + bias, float64; a ReLU follows each but the last of a network."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def affine_layers(model: nn.Module, shape: Sequence[int], most: int | None = None) -> list[Affine]:
+    """A network as matrices, with a ReLU between two of them.
+
+    Args:
+        model: affine steps and ReLUs, in turn; it stays as it is.
+        shape: of an image, ``[C, H, W]``.
+        most: ReLUs and weights at most, the latter `MOST_WEIGHTS`; None: any number.
+
+    Returns:
+        The layers, with the model's weights in float64, on the CPU.
+
+    Raises:
+        ValueError: the model is no such network, or a larger one.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module of affine layers and ReLUs, got {type(model).__name__}")
+    if most is not None and sum(weight.numel() for weight in model.parameters()) > MOST_WEIGHTS:
+        raise ValueError(f"model must have at most {MOST_WEIGHTS} weights, got {type(model).__name__} with more")
+    pixels = math.prod(shape)
+    # whatever code a user's model has may refuse what it was not written for
+    try:
+        exact = copy.deepcopy(model).cpu().double().eval()
+        with torch.no_grad():
+            # no operation on numbers can hide where there are none
+            empty, x = copy.deepcopy(exact).to("meta"), torch.empty(1, *shape, dtype=torch.float64, device="meta")
+            with _Reading(None) as reading:
+                empty(x)
+            widths = [pixels, *(z.shape[1] for z in reading.seen)]
+            units = sum(widths[1:])
+            if most is None or units <= most:
+                layers = _read(exact, shape, widths)
+                x = torch.rand(COMPARED, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+                logits = exact(x)
+    except Exception as error:
+        raise _refused(model, f"{type(error).__name__}: {error}") from error
+    if most is not None and units > most:
+        raise ValueError(f"model must have at most {most} ReLUs, got {units}")
+    if not torch.allclose(forward(layers, x.flatten(1)), logits, rtol=1e-9, atol=1e-9):
+        raise _refused(model, "matrices give other logits")
+    return layers
+
+
+def forward(layers: Sequence[Affine], x: Tensor) -> Tensor:
+    """Logits ``[B, classes]`` of flat images ``[B, pixels]``."""
+    for i, (weight, bias) in enumerate(layers):
+        x = (x.relu() if i else x) @ weight.T + bias
+    return x
+
+
+def _refused(model: nn.Module, why: str) -> ValueError:
+    reason = why.partition("\n")[0]
+    return ValueError(f"model must be affine between its ReLUs, got {type(model).__name__} ({reason})")
+
+
+def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list[Affine]:
+    """The layers, from what the model makes of each vector of a basis, and of 0.
+
+    Args:
+        model: in float64.
+        shape: of an image.
+        widths: how many pixels there are, and units before each ReLU.
+    """
+    parts = []
+    for first in range(0, max(widths) + 1, AT_ONCE):
+        basis = torch.arange(first, min(first + AT_ONCE, max(widths) + 1))
+        reading = _Reading(basis)
+        x = reading.vectors(widths[0]).view(-1, *shape)
+        with reading:
+            logits = model(x)
+        parts.append([*reading.seen, logits])
+    layers = []
+    for width, rows in zip(widths, zip(*parts, strict=True), strict=True):
+        answers = torch.cat(rows)
+        layers.append(Affine((answers[:width] - answers[width]).T.contiguous(), answers[width]))
+    return layers
+
+
+class _Reading(TorchDispatchMode):
+    """Notes what arrives at every ReLU, and sends vectors of a basis on in its place.
+
+    Args:
+        basis: numbers of the vectors; None: the ReLU's own outputs are sent on.
+
+    Attributes:
+        seen: what arrived at each ReLU, flat.
+    """
+
+    def __init__(self, basis: Tensor | None):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.basis, self.seen = basis, list[Tensor]()
+
+    def vectors(self, width: int) -> Tensor:
+        """The vectors of a basis, of which number ``width`` and those after it are 0; ``[B, width]``."""
+        assert self.basis is not None
+        return (self.basis[:, None] == torch.arange(width)).double()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in RELU:
+            (z,) = args
+            # a copy: what is changed in place later was seen before
+            self.seen.append(z.flatten(1).clone())
+            if self.basis is None:
+                return z
+            sent = self.vectors(z[0].numel()).view_as(z)
+            return sent if name == "relu" else z.copy_(sent)
+        kwargs = kwargs or {}
+        if name not in POLYNOMIAL or kwargs.get("rounding_mode"):
+            raise TypeError(f"{name} is no affine operation")
+        answer = func(*args, **kwargs)
+        # whole numbers are rounded ones; what is empty says nothing
+        if isinstance(answer, Tensor) and answer.dtype != torch.float64 and name != "empty":
+            raise TypeError(f"{name} gives {answer.dtype}")
+        return answer

@@ -1,0 +1,94 @@
+"""Files of the shapes that others save denoisers in, with random weights."""
+
+import pytest
+import torch
+from denoisers import Tiny, images
+from safetensors.torch import save_file
+from torch import nn
+
+from purify_fast.methods.diffusion import DiffusionPurifier, Process, load_denoiser
+from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.models.classifiers import SmallCNN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class ScoreNetwork(Tiny):
+    """As score-SDE's: weights that are not trained, such as Fourier's frequencies, and a buffer of noise levels."""
+
+    def __init__(self, width=6):
+        super().__init__(3, width=width)
+        self.frequencies = nn.Parameter(torch.randn(4), requires_grad=False)
+        self.register_buffer("sigmas", torch.rand(10))
+
+
+def checkpoint(path, width=6):
+    """A checkpoint of score_sde_pytorch: the network within DataParallel, an optimizer, an average of its weights."""
+    torch.manual_seed(1)
+    network = ScoreNetwork(width)
+    averaged = [torch.randn_like(weight) for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam([weight for weight in network.parameters() if weight.requires_grad])
+    ema = {"decay": 0.9999, "num_updates": 7, "shadow_params": averaged}
+    model = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"optimizer": optimizer.state_dict(), "model": model, "ema": ema, "step": 7}, path)
+    return network, averaged
+
+
+def test_a_checkpoint_of_score_sde_gives_its_moving_average(tmp_path):
+    saved, averaged = checkpoint(tmp_path / "checkpoint_8.pth")
+    torch.manual_seed(2)
+    network = load_denoiser(ScoreNetwork(), tmp_path / "checkpoint_8.pth")
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    assert len(trained) == len(averaged) and all(torch.equal(*pair) for pair in zip(trained, averaged, strict=True))
+    assert torch.equal(network.frequencies, saved.frequencies) and torch.equal(network.sigmas, saved.sigmas)
+    # behind the process that its recipe names
+    process = {**vars(RECIPES["diffpure"].process()), "steps": 3}
+    made = DiffusionPurifier(network, SmallCNN(3, image_size=(8, 12), width=4), (3, 8, 12), process)
+    assert made.process.told == "continuous" and made(images()).isfinite().all()
+    assert torch.equal(made.denoiser.module.first.weight, averaged[0])
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_state_dict_of_guided_diffusion_has_learned_variances(tmp_path, ending):
+    torch.manual_seed(1)
+    saved = Tiny(3, 6)
+    path = tmp_path / f"256x256_diffusion_uncond.{ending}"
+    save_file(saved.state_dict(), path) if ending == "safetensors" else torch.save(saved.state_dict(), path)
+    torch.manual_seed(2)
+    network = load_denoiser(Tiny(3, 6), path)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in network.state_dict().items())
+    process = Process(variance="learned", times="rescaled", t_star=0.15, steps=3)
+    made = DiffusionPurifier(network, SmallCNN(3, image_size=(8, 12), width=4), (3, 8, 12), process)
+    assert made.denoiser.learns_variances and made(images()).isfinite().all()
+
+
+def test_files_of_other_networks_are_refused(tmp_path):
+    checkpoint(tmp_path / "wide.pth", width=7)
+    with pytest.raises(ValueError, match=r"wide.pth.*first.weight"):
+        load_denoiser(ScoreNetwork(), tmp_path / "wide.pth")
+    _, averaged = checkpoint(tmp_path / "short.pth")
+    whole = torch.load(tmp_path / "short.pth", weights_only=True)
+    whole["ema"]["shadow_params"] = averaged[:-1]
+    torch.save(whole, tmp_path / "short.pth")
+    wanted = "the moving average is of 5 tensors, the network trains 6; number 5 is the first"
+    with pytest.raises(ValueError, match=wanted):
+        load_denoiser(ScoreNetwork(), tmp_path / "short.pth")
+    with pytest.raises(FileNotFoundError, match=r"none.pt is missing"):
+        load_denoiser(Tiny(), tmp_path / "none.pt")
+
+
+KINDS = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
+
+
+@pytest.mark.parametrize(("kind", "variance"), KINDS.items())
+def test_a_folder_of_diffusers_tells_its_variance(tmp_path, kind, variance):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
+    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "sample_size": 16}
+    network = diffusers.UNet2DModel(in_channels=3, out_channels=6 if variance == "learned" else 3, **blocks, **sizes)
+    network.save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler(variance_type=kind).save_pretrained(tmp_path / "scheduler")
+    classifier = SmallCNN(3, image_size=(16, 16), width=4)
+    made = DiffusionPurifier.from_pretrained(tmp_path, classifier, {"steps": 2})
+    assert made.process.variance == variance and made.process.clip
+    assert made(images(2, (3, 16, 16))).isfinite().all()
