@@ -9,6 +9,7 @@ from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from . import evaluation, style
 from .report import PIPELINES, ROWS, ops_sentence, read_csv
+from .truth import tables as truth
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
@@ -78,23 +79,39 @@ def speed_table(results: Path) -> list[str]:
     return [*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)]
 
 
-def attacks_sentence(results: Path) -> list[str]:
-    """This package's attacks beside the official AutoAttack, on the same images and models.
+def contests_sentence(results: Path) -> list[str]:
+    """The default protocol beside the official AutoAttack, on the same images and models.
 
     Args:
         results: the folder of committed results.
     """
-    contests: dict[str, list[dict]] = {}
-    for row in evaluation.read(results / "studies"):
-        contests.setdefault(row["contest"], []).append(row)
-    # a contest whose rows of this package were made by other attacks has the official row alone
-    pairs = [rows[:2] for rows in contests.values() if len(rows) > 1]
-    leads = [official["robust"] - ours["robust"] for official, ours in pairs]
+    rows = [
+        row for file in (evaluation.FILE, evaluation.ROBUST_FILE) for row in evaluation.read(results / "studies", file)
+    ]
+    official = {row["contest"]: row for row in rows if row["contestant"].startswith(evaluation.OFFICIAL)}
+    leads: dict[str, list[float]] = {}
+    for row in rows:
+        theirs = official.get(row["contest"])
+        ours = row["contestant"].partition(",")[0] == evaluation.OURS or row["contestant"] == evaluation.OURS_RAND
+        # an official row that is not finished has fewer images
+        if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
+            leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
+    every = [lead for of_contest in leads.values() for lead in of_contest]
+    above = sum(lead < 0 for lead in every)
     return [
-        f"This package's own attacks leave {min(leads):.1f} to {max(leads):.1f} points less than the official "
-        f"AutoAttack on {len(pairs)} models: "
+        f"On {len(leads)} models this package's default leaves up to {max(every):.1f} points less than the official "
+        f"AutoAttack. In {above} of {len(every)} runs it leaves more, by at most {max(0.0, -min(every)):.1f} points: "
         "[all contests](docs/evaluation.md)."
     ]
+
+
+def judges_sentences(results: Path) -> list[str]:
+    """How the attacks of this package compare with AutoAttack, and with the truth where it is known.
+
+    Args:
+        results: the folder of committed results.
+    """
+    return [*contests_sentence(results), *truth.front(results)]
 
 
 def picture(results: Path, path: Path) -> bool:

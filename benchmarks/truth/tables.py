@@ -198,7 +198,7 @@ def front(results: Path) -> list[str]:
     shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
     falls, planted = (every["standard"][0].falls for every in (exact, hidden))
     return [
-        f"{decided:,} images of {len(NETWORKS)} small networks are decided exactly, and {falls:,} of them fall. Of "
-        f"these the attacks miss, from the worst seed: {missed}. Of {planted} counterexamples that networks were "
-        f"trained to hide from PGD they find: {shares}."
+        f"For {decided:,} images of {len(NETWORKS)} small networks the truth is known exactly. {falls:,} of them fall, "
+        f"and from the worst seed the attacks miss: {missed}. {planted} counterexamples were hidden from PGD by "
+        f"training, and the attacks find: {shares}."
     ]

@@ -34,10 +34,11 @@ def test_ratios_are_those_of_the_times():
         assert float(times_compiled) == pytest.approx(compiled / own, abs=0.06)
 
 
-def test_our_attacks_leave_no_more_than_the_official_ones():
-    (sentence,) = front_page.attacks_sentence(RESULTS)
-    least, most, models = map(float, re.findall(r"-?[0-9.]*[0-9]", sentence))
-    assert 0 <= least <= most and models >= 3
+def test_our_attacks_leave_hardly_more_than_the_official_ones():
+    (sentence,) = front_page.contests_sentence(RESULTS)
+    models, most, above, runs, worst = map(float, re.findall(r"[0-9.]*[0-9]", sentence))
+    # a single image of 250
+    assert models >= 3 and most > 0 and above <= 1 < runs and worst <= 0.4
 
 
 def test_the_picture_is_drawn(tmp_path):

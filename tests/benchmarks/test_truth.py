@@ -206,7 +206,8 @@ def test_the_tables_count_what_was_missed(tmp_path):
     assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2"]
     assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
     assert "proved robust: 7;" in text and "not in float32: 1." in text
-    assert pages.table("front_truth", tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        tables.front(tmp_path)
     (tmp_path / "cpu" / tables.FILE).write_text(json.dumps(rows()))
-    front = pages.table("front_truth", tmp_path)
+    (front,) = tables.front(tmp_path)
     assert "AutoAttack 2, fast 2, standard 2, strong 2" in front and "AutoAttack 50 %" in front
