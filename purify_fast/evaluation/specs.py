@@ -133,7 +133,7 @@ class FunctionAttack(BallAttack):
             target: images to logits.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
-            context: what the evaluation tells.
+            context: context of the attack.
 
         Returns:
             The function's images.
