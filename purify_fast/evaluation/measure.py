@@ -557,7 +557,7 @@ class Batches:
         Args:
             share: makes batches, given by number, in several processes; None: this process makes all.
             at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
-            beyond the point where the rule stops is left out, so that rows equal those of one process.
+                beyond the point where the rule stops is left out, so that rows equal those of one process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()

@@ -32,7 +32,7 @@ REVISION = 1
 CONFIDENCE = 0.95
 #: Most rounds of an attack, and least images in a round: a smaller batch takes a processor hardly less time.
 ROUNDS, SMALLEST = 8, 32
-#: An image's place in the order is that of its margin, or that of its lot if this comes first. Lots are spread over four
+#: An image's place in the order is that of its margin, or of its lot if that comes first. Lots are spread over four
 #: times as many places, so that about one image in five of the first round is drawn by lot.
 BY_LOT = 4
 
