@@ -237,9 +237,9 @@ class AttackSpec:
         judge: the model of an evaluation by others, who judge it by one prediction. It judges every image, and is
             attacked unless there is a target. Such a row says nothing about the defence: it enters neither the headline
             nor ``worst``, and its label, "as ...", names the source.
-        until: search the images first to which earlier attacks came nearest, and stop when the rest can hold at most
-            this share of all images that would fall, at 95 % (`purify_fast.evaluation.stopping`). With None, or a
-            random model, whose images fall bit by bit, every image is searched.
+        until: search the images first to which earlier attacks came nearest, and stop when at most this share of all
+            images can still fall among the rest, at 95 % (`purify_fast.evaluation.stopping`). With None, or a random
+            model, whose images fall bit by bit, every image is searched.
         nearest: attack only this number of images, those to which earlier attacks came nearest; None: all.
         published: the publication of this attack, if it counts an image as robust by other predictions than a row
             does; the report says so.
