@@ -301,7 +301,7 @@ class Report:
 
         If every fallen image was kept, these are written too, to ``report.witnesses.safetensors``; see
         `purify_fast.evaluation.check_witnesses`.
-        
+
         If the folder already holds a report with other contents or settings, that is moved into a subfolder
         "earlier, ...".
 

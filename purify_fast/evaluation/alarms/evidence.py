@@ -199,7 +199,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
     gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
     text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
-    # the same attack with the same loss, whatever the random starts and numbers of steps
+    # The same attack with the same loss, whatever the random starts and numbers of steps.
     kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
     if kinds[-1] not in kinds[:-1]:
         return 0.0, f"{text}; it was the first of its kind, so this says nothing of another one"

@@ -241,7 +241,7 @@ def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
 
 @alarm("a further attack", of_probes=True)
 def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether a short attack finds what the attacks of the report left."""
+    """Alarm if a short attack breaks images that the attacks of the report left."""
     if probes.further is None:
         return "not asked", "no image was left", ""
     return _unless_blind(evidence, *_missed({"the model itself": probes.further}, probes.n))
