@@ -12,9 +12,9 @@ from .report import PIPELINES, ROWS, ops_sentence, read_csv
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
-#: That of the studies of ARREST.
+#: The same row in the studies of ARREST.
 LAST = "then AutoAttack standard, first 300"
-#: Lines of the table of results: title, study, the model's name in its report, and the row that counts.
+#: Lines of the table of results: title, study, the model's name in its report, and the row that is shown.
 PAPER = "CARSO with the paper's objective, attacked through"
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
@@ -57,7 +57,7 @@ def results_table(results: Path) -> list[str]:
 
 
 def speed_table(results: Path) -> list[str]:
-    """Times of whole predictions and training steps on a CPU, with the rival to beat.
+    """Times of whole predictions and training steps on a CPU, beside the strongest rival.
 
     Args:
         results: the folder of committed results.
@@ -87,7 +87,7 @@ def attacks_sentence(results: Path) -> list[str]:
     contests: dict[str, list[dict]] = {}
     for row in evaluation.read(results / "studies"):
         contests.setdefault(row["contest"], []).append(row)
-    # a contest whose rows of this package were made by other attacks has the official row alone
+    # A contest whose rows of this package are outdated has only the official row, and is left out.
     pairs = [rows[:2] for rows in contests.values() if len(rows) > 1]
     leads = [official["robust"] - ours["robust"] for official, ours in pairs]
     return [
@@ -98,7 +98,7 @@ def attacks_sentence(results: Path) -> list[str]:
 
 
 def picture(results: Path, path: Path) -> bool:
-    """Draw what a defence claims, the alarm, and the truth under exact gradients; False without matplotlib.
+    """Draw a defence's claim, the alarm, and the truth under exact gradients; False without matplotlib.
 
     Args:
         results: the folder of committed results.
