@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what every op gains, measured, and the tables made from it."""
+"""`python -m benchmarks`: measurements of every op's gain, and the tables made from them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The benchmarks: what is fast, what is robust, and the pages that say so."""
+"""The benchmarks of speed and robustness, and the pages made from them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from .truth import command as truth
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command.
 
     Attributes:
         help: one line.
-        run: does it; what it returns is printed, but for a bool, which says whether it succeeded.
+        run: runs the command. Its result is printed, except a bool, which says whether it succeeded.
         arguments: adds its options to a parser.
         check: raises ValueError, FileNotFoundError or ModuleNotFoundError for options that would stop it later.
     """

@@ -1,8 +1,8 @@
 """A3 as a contestant: Liu et al., "Practical evaluation of adversarial robustness via adaptive auto attack", CVPR 2022.
 
-It is the authors' released code (liuye6666/adaptive_auto_attack, its main file as of commit c3650cd), which is no part
-of this package: a folder with it is given. Nothing of the search is changed. What it reads from image files it is given
-from memory, it runs on the CPU, and names that NumPy has removed are put back.
+It is the authors' released code (liuye6666/adaptive_auto_attack, main file of commit c3650cd), which is not part of
+this package: the user gives a folder with it. The search is unchanged. Its images come from memory in place of files,
+it runs on the CPU, and names that NumPy has removed are put back.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from purify_fast.attacks import frozen
 
 FILE = "Adaptive_Auto_Attack_main.py"
-#: Its authors' own, of the last lines of that file and of the defaults of its ``main``.
+#: The authors' settings, from the last lines of that file and the defaults of its ``main``.
 BATCH, AVERAGE = 128, 1000
 
 
 def folder(text: str) -> Path:
-    """Reads the folder that holds the authors' code; argparse tells what is wrong with it."""
+    """Read the folder that holds the authors' code; argparse reports what is wrong with it."""
     path = Path(text)
     if not (path / FILE).is_file():
         raise ArgumentTypeError(f"{path} holds no {FILE}")
@@ -41,10 +41,10 @@ def folder(text: str) -> Path:
 
 
 def _load(path: Path) -> ModuleType:
-    """Their module, on the CPU, of which only the words for the device are changed."""
+    """Load their module for the CPU; only the names of the device are changed."""
     code: Any = ModuleType("a3_released")
     text = (path / FILE).read_text(encoding="utf-8").replace("'cuda'", "'cpu'").replace('"cuda"', '"cpu"')
-    # it chooses a GPU for the whole process
+    # It chooses a GPU for the whole process.
     with patch.dict(os.environ):
         exec(compile(text, str(path / FILE), "exec"), vars(code))
     code.trange = range
@@ -53,7 +53,7 @@ def _load(path: Path) -> ModuleType:
 
 
 class _Run:
-    """One run of their code, in which the adversarial images are kept that it only counts."""
+    """A run of their code, which keeps the adversarial images that the code only counts."""
 
     def __init__(self, code: Any, model: nn.Module, x: Tensor, y: Tensor):
         self.model, self.x, self.y, self.found = model, x, y, x.clone()
@@ -64,7 +64,7 @@ class _Run:
         code.mytest_loader, code.AAA_white_box = self.loader, self.searched
 
     def loader(self, batch_size: int, dataframe: Any, datasets: str, model_name: str) -> Iterator[dict[str, Tensor]]:
-        """The images of a table, in the place of their loader of files."""
+        """The images from memory, in place of their loader of files."""
         index = torch.tensor([int(Path(name).stem) for name in dataframe["img_path"]], dtype=torch.int64)
         for self.batch in index.split(batch_size) if len(index) else ():
             yield {"img": self.x[self.batch], "lab": self.y[self.batch]}
@@ -73,14 +73,14 @@ class _Run:
         self.found[self.batch[fallen]] = points.detach()[fallen]
 
     def predicted(self, points: Tensor) -> Tensor:
-        """The model. Before the first search it is asked for the images of a batch and for a random start of each."""
+        """Call the model. Before the first search it gets the images of a batch and a random start of each."""
         logits = self.model(points)
         if not self.attacking:
             self.keep(points, logits.argmax(1) != self.y[self.batch])
         return logits
 
     def searched(self, *given: Any, **named: Any) -> Any:
-        """Their search, whose second and third results are which images stand, and the points."""
+        """Run their search, whose second and third results are the mask of standing images, and the points."""
         self.attacking = True
         result = self.search(*given, **named)
         self.keep(result[2], ~torch.from_numpy(result[1]))
@@ -91,14 +91,14 @@ def attack(path: Path, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Te
     """Attack a model by their code, with the settings that it has for CIFAR-10.
 
     Args:
-        path: the folder that holds it.
+        path: the folder that holds the code.
         model: images to logits of ten classes, on the CPU.
-        x: images, float32 ``[N, C, H, W]`` in [0, 1]. Its order of the images is one over all of them.
+        x: images, float32 ``[N, C, H, W]`` in [0, 1]. The search orders all of them together.
         y: labels, int64 ``[N]``.
         eps: the L-inf radius.
 
     Returns:
-        The images, in the places of those that fell what they fell to.
+        The images; a fallen image is replaced by its adversarial image.
     """
     code: Any = _load(path)
     run = _Run(code, model, x, y)

@@ -1,8 +1,8 @@
-"""Every Triton kernel compiled ahead of time, without a GPU, and what its machine code holds.
+"""Every Triton kernel compiled ahead of time, without a GPU, and its machine code.
 
-A case calls a launcher, so that what is compiled is what it launches: block, warps and the types of the arguments, with
-every size and pointer a multiple of 16, as large tensors have them. tests/aot holds what the code must and must not do;
-`python -m benchmarks instructions` writes how many instructions there are.
+A case calls a launcher and compiles what that launches: block, warps and the types of the arguments, with every size
+and pointer a multiple of 16, as for large tensors. tests/aot tests the code; `python -m benchmarks instructions` counts
+its instructions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _made(arguments: Sequence, dtype: torch.dtype) -> list:
 
 
 def _cases() -> dict[str, tuple]:
-    """The arguments of each launcher, by names that begin with that of the op; "-backward" means its backward."""
+    """The arguments of each launcher, by names that begin with the op's name; "-backward" means its backward."""
     image, latent, rows = x(4, 3, 64, 64), x(4, 1024), one(4)
     cases = {
         "sample_latent-forward": (latent, latent, SEED, IDS),
@@ -137,7 +137,7 @@ def _no_half(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_half(*shape: int) -> Callable:
-    """An argument of an op that takes no float16: bfloat16 in its place."""
+    """An argument of an op without float16: bfloat16 in its place."""
     return lambda dtype: torch.empty(shape, dtype=_no_half(dtype))
 
 
@@ -163,7 +163,7 @@ CASES = _cases()
 
 
 class Device:
-    """What the compiler asks a driver for; the number of the device keeps the compiled kernels of each apart."""
+    """The facts that the compiler asks a driver for; the number keeps the compiled kernels of devices apart."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -179,7 +179,7 @@ class Device:
 
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
-    """What ``start`` makes of every launch of the case, on such a device."""
+    """The results of ``start`` for every launch of the case on such a device."""
     results: list = []
     op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
@@ -189,7 +189,7 @@ def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
 
 @contextmanager
 def recorded(architecture: int, start: Callable) -> Iterator[None]:
-    """Within the block, launchers find such a device, and ``start`` is called in place of every launch."""
+    """Within the block, launchers find such a device, and ``start`` replaces every launch."""
     run = mock.patch.object(triton.JITFunction, "run", lambda *args, **kwargs: start(*args, **kwargs))
     major = mock.patch.object(_common, "_major", lambda device: architecture // 10)
     with run, major, mock.patch.object(driver, "_active", Device(architecture)):
@@ -209,13 +209,13 @@ def name_of(function: triton.JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions of a kernel, in their order, what a thread takes, and the loops among them.
+    """The instructions of a kernel in order, its loops, and the resources of a thread.
 
     Attributes:
-        instructions: SASS without addresses; what is behind the last branch, the padding, is left out.
-        loops: where each loop begins and ends among the instructions: a branch backwards closes it.
-        registers: of a thread.
-        threads: of a program.
+        instructions: SASS without addresses and without the padding after the last branch.
+        loops: begin and end of each loop among the instructions: a branch backwards closes it.
+        registers: number of registers of a thread.
+        threads: number of threads of a program.
     """
 
     instructions: tuple[str, ...]
@@ -224,16 +224,16 @@ class Code:
     threads: int
 
     def executed(self, *trips: int) -> int:
-        """Instructions of a thread, if no branch is taken past anything.
+        """The instructions executed by a thread, if no branch skips any.
 
         Args:
-            trips: of the loops, of the outermost first, then of those inside of them; 1 where there are more.
+            trips: numbers of trips of the loops, from the outermost inward; 1 for loops beyond these.
         """
         depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
         return sum(math.prod(trips[:nested]) for nested in depth)
 
     def programs(self) -> int:
-        """Programs that fit on a multiprocessor of sm_90 beside each other, by registers and threads."""
+        """The number of programs that fit on a multiprocessor of sm_90 at once, by registers and threads."""
         warp = -(-self.registers * 32 // 256) * 256  # registers are given to warps, 256 at a time
         warps = self.threads // 32
         return min(32, 65536 // warp // warps, 64 // warps)
@@ -247,18 +247,18 @@ def _tool(name: str, *arguments: str, cubin: bytes) -> str:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers (REG) and bytes of the stack (STACK) and of local memory (LOCAL) of a thread."""
+    """The registers (REG) and bytes of stack (STACK) and of local memory (LOCAL) of a thread."""
     text = _tool("cuobjdump", "-res-usage", cubin=cubin)
     return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
 
 
 def sass(cubin: bytes) -> str:
-    """What nvdisasm prints."""
+    """The output of nvdisasm."""
     return _tool("nvdisasm", "-c", cubin=cubin)
 
 
 def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Instructions and loops of what nvdisasm prints."""
+    """The instructions and loops in the output of nvdisasm."""
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -274,7 +274,7 @@ def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
 
 @cache
 def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
-    """By name of the kernel, what the case launches."""
+    """The kernels that the case launches, by name."""
     found = {}
     for kernel in launched(case, dtype, architecture):
         cubin = kernel.asm["cubin"]

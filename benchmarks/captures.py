@@ -1,10 +1,9 @@
-"""What an evaluation captures in CUDA graphs, and how often it replays them: counted without a GPU.
+"""Counts of CUDA graphs captured and replayed by an evaluation, without a GPU.
 
 An evaluation with the protocol "standard" runs on the CPU as it would on a GPU: its batches have a GPU's sizes, and a
 function that is run again stands for each graph. Each attack's captures and replays are counted. Square's queries are
-not run: they would take most of the time, and Square has no step that could be captured. A second count
-is of the operators that one step of each attack dispatches where kernels serve: launched one by one, and beside the
-replay of a graph.
+not run: they would take most of the time, and Square has no step that could be captured. A second count covers the
+operators that a step of each attack dispatches when kernels serve: launched one by one, and beside a graph's replay.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from . import RESULTS, options, report
 from .launches import Replays
 
 FILE = "captures.csv"
-#: Images of an evaluation, and of a batch, as many users have them.
+#: Usual numbers of images of an evaluation, and of a batch.
 IMAGES, BATCH = 1000, 250
-#: Images and steps with which the operators of a step are counted.
+#: Numbers of images and steps with which the operators of a step are counted.
 COUNTED_IMAGES, COUNTED_STEPS = 16, (20, 40)
-#: Images among which those are chosen, and draws of a random model by which they are.
+#: Number of images from which those are chosen, and of a random model's draws for the choice.
 CANDIDATES, DRAWS = 250, 100
 
 
@@ -52,7 +51,7 @@ class Run(NamedTuple):
     """One evaluation.
 
     Args:
-        model: a name of the zoo.
+        model: name of a model of the zoo.
         data: its data set.
         eps: the radius in linf, in image units.
     """
@@ -62,7 +61,7 @@ class Run(NamedTuple):
     eps: float
 
 
-#: Each model at a radius at which few images fall, and at one at which many do.
+#: Each model at a radius where few images fall, and at a radius where many do.
 RUNS = [
     Run("digits-pgd-at", "digits", 0.05),
     Run("digits-pgd-at", "digits", 0.2),
@@ -73,11 +72,11 @@ RUNS = [
 
 @dataclass
 class Counts:
-    """What one attack of an evaluation captured.
+    """The captures of an attack of an evaluation.
 
     Attributes:
-        replays: of each capture.
-        sizes: of the batches whose gradients were asked for.
+        replays: number of replays of each capture.
+        sizes: sizes of the batches that got gradients.
     """
 
     replays: list[int] = field(default_factory=list)
@@ -85,7 +84,7 @@ class Counts:
 
 
 class _PerAttack(Replays):
-    """The stand-in for graphs; counts for the attack that is running."""
+    """A stand-in for graphs, which counts for the running attack."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,15 +92,15 @@ class _PerAttack(Replays):
         self.attack = ""
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """A function that runs again what was captured, and counts that.
+        """Return a function that runs the captured function again, and count its calls.
 
         Args:
-            run: what is captured.
-            device: where it computes.
+            run: the captured function.
+            device: its device.
         """
         counts = self.counts[self.attack]
         number = len(counts.replays)
-        # the first replay checks the capture; those that are timed do not count either
+        # The first replay checks the capture; timed replays do not count either.
         counts.replays.append(-1)
 
         def replay() -> None:
@@ -111,17 +110,17 @@ class _PerAttack(Replays):
         return replay
 
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """As if a graph saved nothing, so that captures tell nothing of what they cost.
+        """Report no saving, so that captures learn nothing about their cost.
 
         Args:
-            run: not run, since nothing is to be learnt from it.
-            device: where it computes.
+            run: not run.
+            device: its device.
         """
         return 1.0, 1.0
 
 
 class _Noted(StepGraphs):
-    """Notes the sizes of the batches."""
+    """Record the sizes of the batches."""
 
     def begin(self, function: StepFunction, state: State, steps: int, **options: Any) -> Steps:
         """See `StepGraphs.begin`."""
@@ -133,7 +132,7 @@ class _Noted(StepGraphs):
 
 @contextlib.contextmanager
 def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
-    """Within the block evaluations on the CPU use a GPU's batch sizes, and a stand-in for its graphs.
+    """Within the block, evaluations on the CPU use a GPU's batch sizes, and a stand-in for its graphs.
 
     Args:
         capture: the stand-in; counts by attack.
@@ -160,7 +159,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
 
 
 def captured(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Counts]:
-    """What each attack of the protocol "standard" captures.
+    """The captures of each attack of the protocol "standard".
 
     Args:
         model: images to logits.
@@ -176,7 +175,7 @@ def captured(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Co
     return capture.counts
 
 
-#: One run of each attack, by the beginning of its name in a report; none of the images falls.
+#: A run of each attack, by the beginning of its name in a report; no image falls.
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "APGD-10 margin": partial(apgd, loss="margin"),
     "APGD-100 ce": apgd,
@@ -188,9 +187,9 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 
 
 def far_from_falling(model: nn.Module, x: Tensor) -> Tensor:
-    """The images whose first logit is furthest above the others, at the least of several draws.
+    """The images whose first logit has the largest lead over the others, in the worst of several draws.
 
-    A random model misclassifies others now and then, in one run and not in the next: their steps would be missing.
+    A random model may misclassify other images in some runs, and their steps would be missing.
 
     Args:
         model: images to logits.
@@ -204,13 +203,13 @@ def far_from_falling(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], captures: bool) -> tuple[float, float]:
-    """The operators that one step launches, and those that wait for the device.
+    """Count the operators that a step launches, and those that wait for the device.
 
     Args:
         model: images to logits.
-        x: images ``[B, C, H, W]``, classified as the model classifies them, so that none falls.
+        x: images ``[B, C, H, W]``, with the model's own classes as labels, so that no image falls.
         attack: one of `ATTACKS`.
-        captures: whether what can be captured is.
+        captures: whether to capture everything that can be captured.
     """
     y, replays = model(x).argmax(1).detach(), Replays()
     options: dict[str, Any] = {"eps": 1e-6}
@@ -218,7 +217,7 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
         options["graphs"] = StepGraphs("always", capture=replays)
     launched, waited = [], []
     for steps in COUNTED_STEPS:
-        # whatever can be captured is, by the first of these runs
+        # The first of these runs captures everything that can be captured.
         attack(model, x, y, steps=steps, **options)
         replays.replayed = 0
         with HostSyncs() as waits, Launches() as launches:
@@ -230,7 +229,7 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
 
 
 def of_model(name: str, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
-    """What an attack asks of a model in a step, the gradient of its loss or of Square a forward pass: see `counted`.
+    """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
 
     Args:
         name: of the attack.
@@ -245,17 +244,17 @@ def of_model(name: str, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
 
 
 def kernels_serve() -> contextlib.AbstractContextManager[Any]:
-    """Within the block every op counts as one operator, as where a kernel serves, also where a CPU has none."""
+    """Within the block, every op counts as one operator, like a kernel, even if a CPU has no kernel."""
     return mock.patch.object(registry.Op, "uses_reference", lambda *given: False)
 
 
 def images_of(name: str, count: int, folder: str) -> tuple[Tensor, Tensor]:
-    """The first images of a data set, those of its test before those of its training.
+    """The first images of a data set, test images before training images.
 
     Args:
-        name: of the data set.
-        count: how many at most.
-        folder: where to look for it.
+        name: name of the data set.
+        count: largest number of images.
+        folder: folder of the data set.
     """
     data = load_dataset(name, folder)
     x, y = (torch.cat([data.x_test, data.x_train]), torch.cat([data.y_test, data.y_train]))
@@ -263,12 +262,12 @@ def images_of(name: str, count: int, folder: str) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(run: Run, count: int, folder: str) -> list[dict[str, Any]]:
-    """A row for each attack of one evaluation.
+    """The rows of an evaluation, one for each attack.
 
     Args:
-        run: which.
-        count: images.
-        folder: where to look for its data.
+        run: the evaluation.
+        count: number of images.
+        folder: folder of its data.
     """
     model, (x, y) = zoo.load(run.model), images_of(run.data, count, folder)
     some = far_from_falling(model, x)
@@ -303,13 +302,13 @@ def rows_of(run: Run, count: int, folder: str) -> list[dict[str, Any]]:
 
 
 def write(results: Path, count: int = IMAGES, folder: str = "data", redo: bool = False) -> Path:
-    """Count, and write ``captures.csv`` into the folder of results after each evaluation; goes on where it was.
+    """Count, and write ``captures.csv`` into the folder of results after each evaluation; resume earlier runs.
 
     Args:
         results: the folder.
-        count: images of an evaluation.
-        folder: where to look for the data.
-        redo: whether to count again what is in the file already.
+        count: number of images of an evaluation.
+        folder: folder of the data.
+        redo: whether to count again the evaluations that are in the file.
     """
     path = results / FILE
     rows: list[dict[str, Any]] = [] if redo or not path.exists() else list(report.read_csv(path))
@@ -337,7 +336,7 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def chapter(results: Path) -> list[str]:
-    """The lines of docs/performance.md on what `write` left, if it left anything.
+    """The lines of docs/performance.md on the results of `write`, if there are any.
 
     Args:
         results: the folder.

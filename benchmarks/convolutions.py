@@ -1,6 +1,7 @@
 """Every convolution of AToP's generator at 128 px, ours against PyTorch's: ``python -m benchmarks convolutions``.
 
-Both are in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one thread. Each direction is on its own.
+Both run in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one thread. Directions are timed
+separately.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class Layer:
 
     @property
     def flop(self) -> int:
-        """As written, products with the zeros of the border among them."""
+        """The FLOP of the formula, including products with the zeros of the border."""
         pixels = IMAGES * (self.side // self.stride) ** 2
         return 2 * pixels * self.inputs * self.outputs * self.kernel**2
 
     def arguments(self) -> dict[str, tuple]:
-        """Of each direction's op."""
+        """The arguments of each direction's op."""
         padding = self.dilation * (self.kernel // 2)
         settings = [[one, one] for one in (self.stride, padding, self.dilation)]
         small = self.side // self.stride
@@ -70,7 +71,7 @@ class Layer:
 
 
 def layers_of_generator() -> dict[Layer, int]:
-    """Every convolution of AToP's generator at 128 px, and how many there are of its shape."""
+    """Every convolution of AToP's generator at 128 px, and the number of convolutions of its shape."""
     counts: Counter[Layer] = Counter()
 
     def count(layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
@@ -87,7 +88,7 @@ def layers_of_generator() -> dict[Layer, int]:
 
 
 def seconds(calls: list[Callable[[], object]], runs: int) -> list[float]:
-    """The median CPU time of each, called in turn."""
+    """The median CPU time of each function, called in turn."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -100,7 +101,7 @@ def seconds(calls: list[Callable[[], object]], runs: int) -> list[float]:
 
 
 def table(layers: dict[Layer, int], runs: int) -> list[str]:
-    """Milliseconds of both, and GFLOP/s of ours, layer by layer; then all layers of the generator together."""
+    """Milliseconds of both, and GFLOP/s of ours, for each layer; then for all layers of the generator together."""
     total = {name: [0.0, 0.0] for name in DIRECTIONS}
     body = []
     for layer, count in layers.items():

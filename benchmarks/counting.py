@@ -1,4 +1,4 @@
-"""Counts what an attack asks of a model, at the model's door: images of forward passes, and gradients to images."""
+"""Counts of an attack's work at the model: images of forward passes, and gradients to images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Counts:
-    """The sums; copies of a counted model add to the same ones.
+    """The sums, which copies of a counted model share.
 
     Attributes:
-        forwards: images that went through the model, each time they did.
-        gradients: images to which a gradient was computed, each time it was.
+        forwards: number of images that went through the model, counted each time.
+        gradients: number of images to which a gradient was computed, counted each time.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class Counts:
 
 
 class CountedModel(nn.Module):
-    """A model with a counter at its door.
+    """A model that counts its inputs.
 
-    An attack that computes its gradients in a copy of the model copies the door too, so that nothing is missed.
+    An attack that computes gradients in a copy of the model copies the counter too, so that nothing is missed.
 
     Args:
         model: images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
-    #: What is counted changes no prediction (`purify_fast.contents`).
+    #: The counts do not change predictions (`purify_fast.contents`).
     not_dependencies = frozenset({"counts"})
 
     def __init__(self, model: nn.Module):
@@ -46,7 +46,7 @@ class CountedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.forwards += len(x)
         if x.requires_grad:
-            # a tensor of this pass: a hook on the attack's own would stay there, and count every other pass again
+            # Use a tensor of this pass: a hook on the attack's own tensor would remain, and count other passes again.
             x = x.view_as(x)
             x.register_hook(self.counts.count_gradient)
         return self.model(x)

@@ -1,16 +1,16 @@
-"""The package's own attacks against the official AutoAttack: who finds more, and in how much time.
+"""The package's own attacks against the official AutoAttack: finds and times.
 
 Each contest is one model, one set of images and one radius. Its contestants run one after the other in one process, and
-every round runs all of them, so that what else the machine does meets them alike. What they return is judged alike: the
-images are cut off at the ball, and the model itself decides, by fresh draws if it is random.
+every round runs all of them, so that other load on the machine affects them alike. Results are judged alike: images are
+clipped to the ball, and the model itself decides, by fresh draws if it is random.
 
 Every finished run of a contestant is kept in the results file and not made again: the command can be interrupted, and
-the contests can be run one by one, by their names. A row has what its figures depend on: the weights, the images, and
-of a protocol its attacks with their revisions. Where one of these is another by now, the contestant runs again.
+the contests can be run one by one, by their names. A row names what its figures depend on: the weights, the images, and
+a protocol's attacks with their revisions. If one of these has changed, the contestant runs again.
 
 The contests on robust networks are larger, and are counted: how many images went through the model, and to how many a
-gradient was computed. A run is there a part of the images. Which images each contestant left is kept, so that two of
-them are compared image by image.
+gradient was computed. There a run covers a part of the images. The images that each contestant left are kept, so that
+two contestants are compared image by image.
 """
 
 from __future__ import annotations
@@ -61,30 +61,30 @@ FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG, A3 = "AutoAttack", "standard", "fast", "strong", "A3"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: Steps of a shorter run against a random model, of as many draws each.
+#: Number of steps of a shorter run against a random model, and of draws in each step.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: Draws by which the images of a random model are judged, and those that the attacks average.
+#: Number of draws that judge the images of a random model, and of draws that attacks average.
 JUDGES, DRAWS = 20, 20
-#: Images that are attacked together, the official implementation's own number.
+#: Number of images attacked together, the official implementation's default.
 BATCH = 250
-#: Images in the parts of the slow contestants of a robust contest, so that a run that was stopped goes on. The others
+#: Number of images in a part for slow contestants of a robust contest, so that stopped runs can resume. The others
 #: attack all images in one run: A3 and this package's stopping rule decide by all of them where they go on.
 PARTS = {OFFICIAL: 50, STRONG: 50}
-#: Images of a robust contest that the protocol strong attacks.
+#: Number of images of a robust contest that the protocol strong attacks.
 STRONG_IMAGES = 100
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of everything.
+    """The amounts of everything.
 
     Args:
-        images: at most so many images; None: as many as the contest has.
-        steps: of an attack that takes more, or does not say how many.
-        queries: of Square.
-        draws: that the attacks on a random model average.
-        rounds: how often every contestant runs; the shortest time counts.
+        images: largest number of images; None: all images of the contest.
+        steps: steps of an attack that takes more, or sets no number.
+        queries: queries of Square.
+        draws: draws that the attacks on a random model average.
+        rounds: number of runs of every contestant; the shortest time counts.
     """
 
     images: int | None = None
@@ -99,7 +99,7 @@ QUICK = Amount(images=4, steps=2, queries=5, draws=2)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is attacked.
+    """The attacked model and images.
 
     Args:
         model: images to logits, as its users would hold it.
@@ -116,12 +116,12 @@ class Subject:
     random: bool = False
 
 
-#: Attacks a subject; the share of fresh draws that misclassify each image as it was attacked, ``[N]``.
+#: A function that attacks a subject, and returns the share of fresh draws that misclassify each image, ``[N]``.
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
 def official(version: str) -> Contestant:
-    """The official AutoAttack, called as its own documentation calls it."""
+    """The official AutoAttack, called as in its own documentation."""
 
     def attack(subject: Subject, amount: Amount) -> Tensor:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -145,12 +145,12 @@ def official(version: str) -> Contestant:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One of the package's protocols; of a model that is not random as its users run it, by `evaluate`.
+    """A protocol of the package; run by `evaluate` for a deterministic model, as users do.
 
     Args:
-        name: of the protocol.
-        steps: at most.
-        seed: of the evaluation.
+        name: name of the protocol.
+        steps: largest number of steps.
+        seed: seed of the evaluation.
     """
 
     name: str
@@ -158,7 +158,7 @@ class Protocol:
     seed: int = 0
 
     def attacks(self, subject: Subject, amount: Amount) -> list[tuple[AttackSpec, Attack]]:
-        """What is run, each with its options cut down to the amount."""
+        """The attacks that are run, each with its options reduced to the amount."""
         whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         listed = []
@@ -171,7 +171,7 @@ class Protocol:
         return listed
 
     def code(self, random: bool, amount: Amount) -> list[str]:
-        """What tells the results of these attacks from those of others, on any model that is random or not."""
+        """The code that tells these attacks' results from others', for any random or deterministic model."""
         x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
         with torch.random.fork_rng([]):
             attacks = self.attacks(Subject(revisions.AnyModel(random), x, y, 0.1, random), amount)
@@ -203,12 +203,11 @@ def standard_error(share: float, draws: int) -> float:
     """The standard error of a share of misclassified draws.
 
     Args:
-        share: in [0, 1].
-        draws: how many independent draws it was counted over, at least 1.
+        share: share of draws, in [0, 1].
+        draws: number of independent draws, at least 1.
 
     Returns:
-        Wilson's half width at one standard deviation, which is not 0 where all draws agree: four equal draws prove
-        little.
+        Wilson's half width at one standard deviation, which is not 0 if all draws agree: four equal draws prove little.
     """
     return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
@@ -234,9 +233,9 @@ class Contest(NamedTuple):
     """A contest.
 
     Args:
-        make: makes what is attacked, from the folder of the images.
-        contestants: who attacks, by name.
-        model: makes the model alone, where that needs no folder and no training.
+        make: makes the attacked model and images, from the folder of the images.
+        contestants: the attackers, by name.
+        model: makes the model alone, if that needs no folder and no training.
         random: whether two predictions of the model differ.
     """
 
@@ -247,16 +246,16 @@ class Contest(NamedTuple):
 
 
 def _of_zoo(name: str, random: bool = False) -> nn.Module:
-    """A model of the zoo; without its noise, where it has one, if it is not to be random."""
+    """A model of the zoo, without its noise unless it is to be random."""
     model = zoo.load(name)
     if isinstance(model, StochasticDefence) and not random:
-        # AutoAttack's standard version is for models that predict the same every time
+        # AutoAttack's standard version is for deterministic models.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
 
 def _digits(name: str, images: int | None = None, random: bool = False) -> Contest:
-    """A model of the zoo, and the digits that it was not trained on."""
+    """A model of the zoo, and digits on which it was not trained."""
 
     def make(folder: Path | None) -> Subject:
         held_out = digits()
@@ -273,7 +272,7 @@ def _resnet18(folder: Path | None) -> Subject:
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:
-    """A network of the zoo, and some of the images that it was not trained on."""
+    """A network of the zoo, and some images on which it was not trained."""
 
     def make(folder: Path | None) -> Subject:
         card = zoo.card(name)
@@ -291,10 +290,10 @@ def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
 
 
 def _published(folder: Path | None) -> Subject:
-    """An adversarially trained network of others, from the folder ``networks`` beside the images.
+    """An adversarially trained network by others, from the folder ``networks`` beside the images.
 
-    It is SDP-FO's (Dathathri et al., NeurIPS 2020), as alpha-beta-CROWN distributes it. Of its authors' 200 images at
-    this radius 76.0 % were proved robust, and the best attack left 76.5 %.
+    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Of its authors' 200 images
+    at this radius 76.0 % were proved robust, and the best attack left 76.5 %.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
@@ -311,17 +310,17 @@ def _published(folder: Path | None) -> Subject:
 #: The order of the rows of a contest.
 RANKS = [OFFICIAL, A3, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
 
-#: What is attacked, by name.
+#: The contests, by name.
 CONTESTS = {
     "digits, base": _digits("digits-pgd-at"),
     "digits, ARREST": _digits("digits-arrest"),
     "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
     "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # 20 draws of eight samples for every step: a fifth of the images take the official attack several minutes
+    # Each step has 20 draws of eight samples: a fifth of the images take the official attack several minutes.
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
-#: Networks that withstand. The names of some are followed by the first and the last image.
+#: Robust networks. Some names are followed by the first and the last image.
 ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
 ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
 ROBUST |= {
@@ -334,11 +333,11 @@ ROBUST |= {
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
-    """The share of draws in which each image is misclassified as an attack returned it, cut off at the ball, ``[N]``.
+    """The share of draws that misclassify each image of an attack, clipped to the ball, ``[N]``.
 
     Args:
-        subject: what was attacked.
-        found: what the attack returned.
+        subject: the attacked model and images.
+        found: images returned by the attack.
     """
     inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
     judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
@@ -351,15 +350,15 @@ def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
     """The share of right predictions in percent, and its standard error over the draws.
 
     Args:
-        subject: what was attacked.
-        wrong: what `misclassified` returned.
+        subject: the attacked model and images.
+        wrong: result of `misclassified`.
     """
     errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
 
 def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
-    """The images of each run of a contestant: a part of them, or all of them in every round."""
+    """The images of each run of a contestant: a part, or all in every round."""
     if name not in ROBUST:
         return [slice(0, images)] * rounds
     size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
@@ -367,13 +366,13 @@ def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
 
 
 def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counted: bool) -> None:
-    """One run of a contestant, added to its row."""
+    """Run a contestant once, and add the result to its row."""
     torch.manual_seed(0)
     door = CountedModel(subject.model) if counted else None
     begin, work = time.perf_counter(), time.process_time()
     wrong = attack(subject if door is None else replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    # what else runs on the machine lengthens this less
+    # Other load on the machine affects this time less.
     row["cpu_seconds"].append(time.process_time() - work)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
@@ -384,11 +383,11 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counte
 
 
 def is_current(row: dict, contest: Contest) -> bool:
-    """Whether a row is of the attacks, and of the weights, that the package has.
+    """Tell whether a row was made with the attacks and weights of the package.
 
     Args:
-        row: of `run_contest`.
-        contest: that it is of; only one whose `Contest.model` is known tells of other weights.
+        row: row of `run_contest`.
+        contest: contest of the row; weights are compared only if its `Contest.model` is known.
     """
     code: dict[str, Any] = row.get("code", {})
     attack = contest.contestants.get(row["contestant"])
@@ -398,7 +397,7 @@ def is_current(row: dict, contest: Contest) -> bool:
 
 
 def outdated(results: Path) -> list[str]:
-    """Rows of the contests that other attacks or weights made than the package has, a line for each.
+    """A line for each row of the contests that was made with other attacks or weights than the package has.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -418,15 +417,15 @@ def outdated(results: Path) -> list[str]:
 def run_contest(
     name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[dict] = ()
 ) -> Iterator[list[dict]]:
-    """The rows of one contest, a contestant each, again after every run of a contestant.
+    """Yield the rows of a contest, one for each contestant, again after every run.
 
     Args:
-        name: of one of `CONTESTS` or `ROBUST`.
-        whole: what is attacked.
-        contestants: who attacks.
-        amount: how much of everything.
-        known: the rows of a contest that was interrupted; its runs are not made again, but where the model has other
-            weights by now, the images are others, or a protocol has other attacks.
+        name: name in `CONTESTS` or `ROBUST`.
+        whole: the attacked model and images.
+        contestants: the attackers.
+        amount: the amounts of everything.
+        known: the rows of an interrupted contest. Their runs are repeated only if the model's weights, the images or a
+            protocol's attacks have changed.
     """
     counted, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
@@ -455,14 +454,14 @@ def run_contest(
 
 
 def sign_test(one: str, other: str) -> float:
-    """The chance of images being as one-sided as these, if those that only one of two attacks left were as many.
+    """The chance of a difference at least as large, if each attack alone were equally likely to leave an image.
 
     Args:
-        one: of each image whether the first attack left it, "1" or "0".
-        other: the same of the second.
+        one: for each image "1" if the first attack left it, else "0".
+        other: the same for the second attack.
 
     Returns:
-        The exact binomial p-value over the images of which they differ, two-sided.
+        The exact two-sided binomial p-value over the images on which they differ.
     """
     only = [sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one))]
     tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
@@ -473,7 +472,7 @@ def robust_markdown(rows: list[dict]) -> list[str]:
     """The table of the contests on robust networks.
 
     Args:
-        rows: of `run_contest`. A contestant that is not done has fewer images, and is compared on these.
+        rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these.
     """
     head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes an image"]
     body = []
@@ -495,10 +494,10 @@ def robust_markdown(rows: list[dict]) -> list[str]:
 
 
 def picture(rows: list[dict], path: Path) -> bool:
-    """How many points each contestant leaves more than AutoAttack, against its passes; False without matplotlib.
+    """Draw the points that each contestant leaves more than AutoAttack, over its passes; False without matplotlib.
 
     Args:
-        rows: of `run_contest`, on robust networks.
+        rows: rows of `run_contest`, on robust networks.
         path: the PNG file that is written.
     """
     figure = style.new_figure(figsize=(7, 4))
@@ -533,7 +532,7 @@ def markdown(rows: list[dict]) -> list[str]:
     """The table of all contests.
 
     Args:
-        rows: of `run_contest`.
+        rows: rows of `run_contest`.
     """
     compared = ["difference, points", "seconds", "times faster", "times less CPU time"]
     head = ["model", "images", "clean, %", "attack", "robust accuracy, %", *compared]
@@ -549,7 +548,7 @@ def markdown(rows: list[dict]) -> list[str]:
         else:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             if row["device"] != first["device"]:
-                # times of two machines say nothing about the attacks
+                # Times of two machines say nothing about the attacks.
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
@@ -577,11 +576,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run contests; their table. Every finished run of a contestant is kept and not made again."""
+    """Run contests, and return their table. Every finished run of a contestant is kept and not repeated."""
     amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds, images=chosen.images)
     if chosen.quick and chosen.images is None:
         amount = replace(amount, images=QUICK.images)
-    # a trial must not take the place of what ran for days
+    # A trial must not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
     out = chosen.out or (Path("runs/benchmarks") if trial else RESULTS / "studies")
     contests, file, page, table = CONTESTS, FILE, TABLE, markdown
@@ -612,7 +611,7 @@ def main(chosen: argparse.Namespace) -> str:
             print(f"{name} is left out: {error}", flush=True)
             continue
         for rows in run_contest(name, subject, contestants, amount, known):
-            # read again: another process may have run something else meanwhile
+            # Read again: another process may have written other rows meanwhile.
             others = [row for row in read(out, file) if row["contest"] != name or row["contestant"] not in contestants]
             every = [row for row in others if row["contest"] != name or row["amount"] == asdict(amount)] + rows
             every.sort(key=lambda row: (list(contests).index(row["contest"]), RANKS.index(row["contestant"])))
@@ -625,7 +624,7 @@ def main(chosen: argparse.Namespace) -> str:
 
 
 def read(out: Path, file: str = FILE) -> list[dict]:
-    """The rows of a results folder; none where there is no results file.
+    """The rows of a results folder; none without a results file.
 
     Args:
         out: the folder.

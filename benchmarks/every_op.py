@@ -1,4 +1,4 @@
-"""Runs every registered op once for each of its examples: what the sanitizers look at."""
+"""Runs every registered op once for each of its examples, for the sanitizers."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from .truth import tables as truth
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
-#: That of the studies of ARREST.
+#: The same row in the studies of ARREST.
 LAST = "then AutoAttack standard, first 300"
-#: Lines of the table of results: title, study, the model's name in its report, and the row that counts.
+#: Lines of the table of results: title, study, the model's name in its report, and the row that is shown.
 PAPER = "CARSO with the paper's objective, attacked through"
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
@@ -58,7 +58,7 @@ def results_table(results: Path) -> list[str]:
 
 
 def speed_table(results: Path) -> list[str]:
-    """Times of whole predictions and training steps on a CPU, with the rival to beat.
+    """Times of whole predictions and training steps on a CPU, beside the strongest rival.
 
     Args:
         results: the folder of committed results.
@@ -115,7 +115,7 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def picture(results: Path, path: Path) -> bool:
-    """Draw what a defence claims, the alarm, and the truth under exact gradients; False without matplotlib.
+    """Draw a defence's claim, the alarm, and the truth under exact gradients; False without matplotlib.
 
     Args:
         results: the folder of committed results.

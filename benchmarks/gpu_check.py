@@ -1,19 +1,19 @@
-"""Everything that only a GPU can tell, in three commands of at most nine minutes each.
+"""All checks that need a GPU, in three commands of at most nine minutes each.
 
 ``tests`` measures what a capture costs, verifies every kernel, and runs the tests of the device; ``ops`` evaluates a
 model with graphs and without, times training steps, and races the kernels; ``pipelines`` has the ops in detail, the
 sanitizer and the pipelines. The five measurements of `gpu_sections` come before everything else. ``tests ops`` does
-both on one machine, which compiles their kernels once. Each is made of sections, each in a process of its own and
+both on one machine, which compiles their kernels once. Each command consists of sections, each in its own process and
 within a time limit.
 
-A section ends as passed, failed, or not available (a tool that is not here). What it found is written when it ends, to
+A section ends as passed, failed, or not available (a tool is missing). At its end, findings are written to
 ``DIR/gpu_check/<section>.json``, its output to ``<section>.log``, a summary of all to ``DIR/gpu_check.md``; figures and
-tables go to DIR itself, row by row. A second run does what is not done: what failed, was left out, or was done by
-another version, by other sources or on another device. One that was killed goes on where it was: rows that are written
-are not measured again, and tests that passed are not run again.
+tables go to DIR itself, row by row. A second run repeats sections that failed, were left out, or were done by another
+version, by other sources or on another device. A killed run is resumed: written rows are not measured again, and passed
+tests are not run again.
 
-Every command ends by writing what it changes: DIR's chapter of docs/performance.md, and the races that ship with the
-package. In a rehearsal both are written into DIR alone.
+Every command finally writes DIR's chapter of docs/performance.md, and the races that ship with the package. In a
+rehearsal both are written only into DIR.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 from .running import folder
 from .studies import Unfit
 
-#: Seconds beyond its limit until a section is ended, on a GPU and in the rehearsal.
+#: Seconds beyond its limit after which a section is killed, on a GPU and in the rehearsal.
 GRACE = (20.0, 5.0)
 #: The commands, each with its sections.
 PARTS = {
@@ -55,21 +55,21 @@ TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 
 
 def _rehearse(out: Path) -> None:
-    """Few elements, short runs, and a folder of verdicts and races of its own."""
+    """Set up few elements, short runs, and a separate folder of verdicts and races."""
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
     tune.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
     tune.RUN = 1e-5
 
 
 def _end_with(parent: int) -> None:
-    """End this group of processes once its parent is gone, which would be killed without a chance to do so."""
+    """End this group of processes once its parent is gone: a killed parent could not end it."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)
 
 
 def _work(pipe, name: str, context: tuple, parent: int) -> None:
-    """A section's process, with the processes that it starts in a group of their own."""
+    """Run a section in this process, in a process group with the processes that it starts."""
     os.setsid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     out, device, dry, seconds, data = context
@@ -87,7 +87,7 @@ def _work(pipe, name: str, context: tuple, parent: int) -> None:
 
 
 def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell, data: Path | None) -> dict:
-    """The outcome, with its traceback; a section that does not end in time is ended."""
+    """Run a section, and return its outcome, with a traceback; a section that exceeds its time is killed."""
     began, grace = time.monotonic(), GRACE[dry]
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
@@ -120,7 +120,7 @@ def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: 
 
 
 def done(path: Path, mark: dict) -> dict | None:
-    """What a section wrote, if it was of the same."""
+    """Read the result of a section, if it has the same fingerprint."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -140,7 +140,7 @@ def table(results: dict[str, dict | None]) -> list[str]:
 
 
 def page(results: dict[str, dict | None], mark: dict) -> str:
-    """The report: the table, what was left out, what failed."""
+    """The report: the table, the omissions, the failures."""
     kind = "Rehearsal on a CPU" if mark["dry"] else "GPU check"
     on = f"{mark['device']}, torch {mark['torch']}, triton {mark['triton']}, Python {mark['python']}"
     lines = [f"# {kind}", "", f"purify_fast {mark['version']} on {on}; {datetime.date.today().isoformat()}.", ""]
@@ -159,14 +159,14 @@ def page(results: dict[str, dict | None], mark: dict) -> str:
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
-    """Write what the results change: the chapter, and in the folder of all results the page and the races that ship.
+    """Write the chapter, and in the folder of all results the page and the races that ship.
 
     Args:
         out: the folder of the device.
-        dry: whether this was a rehearsal, which changes nothing outside of ``out``.
+        dry: whether this was a rehearsal, which changes nothing outside ``out``.
 
     Returns:
-        What was written.
+        A list of the written files.
     """
     written = [out / "chapter.md", out / "races.json"]
     write_text(written[0], "\n".join(performance.chapter(out)) + "\n")
@@ -177,7 +177,7 @@ def conclude(out: Path, dry: bool) -> list[Path]:
 
 
 def why_no_device() -> str:
-    """Why PyTorch finds no CUDA device, in its own words and with what it was built for."""
+    """The reason why PyTorch finds no CUDA device, in its own words, with the version that it was built for."""
     built = f"this PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this PyTorch has no CUDA"
     try:
         torch.cuda.init()
@@ -187,7 +187,7 @@ def why_no_device() -> str:
 
 
 def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
-    """Remember that a section was begun; what it has so far, of others or to be done again, is removed."""
+    """Record that a section was begun, and remove its outdated results."""
     begun = out / "gpu_check" / f"{name}.begun"
     if redo or not begun.exists() or json.loads(begun.read_text()) != mark:
         for file in SECTIONS[name].files:
@@ -199,12 +199,12 @@ def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
 
 
 def complete(result: dict | None) -> bool:
-    """Whether nothing of a section is left to do."""
+    """Tell whether a section is complete."""
     return result is not None and result["state"] != FAILED and not result["left_out"]
 
 
 def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
-    """Run what is not done of the chosen sections; whether all of them passed, or are not available."""
+    """Run the unfinished chosen sections; tell whether all of them passed or are not available."""
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began, dry = fingerprint(device, chosen.dry), time.monotonic(), chosen.dry
     total = chosen.total or sum(TOTALS[part][dry] for part in chosen.parts or PARTS)
@@ -263,7 +263,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> bool:
-    """``python -m benchmarks gpu_check``; whether all passed that was asked for."""
+    """``python -m benchmarks gpu_check``; tell whether everything requested passed."""
     if not chosen.dry and not torch.cuda.is_available():
         raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")

@@ -1,11 +1,11 @@
-"""What the check of a GPU does: its sections, each a function of a `Context`.
+"""The sections of the GPU check, each a function of a `Context`.
 
-Five measurements come first, each in a file of its own: what decides whether graphs and kernels gain anything.
+Five measurements come first, each in its own file: they decide whether graphs and kernels gain anything.
 
-1. `CAPTURE_COST`: what a capture costs, and what a replay saves of a step.
-2. `VERDICTS`: whether each kernel is right, and how long it takes to compile. The tests of the device stand beside it.
+1. `CAPTURE_COST`: cost of a capture, and saving of a replay.
+2. `VERDICTS`: correctness and compile time of each kernel. The tests of the device stand beside it.
 3. `STANDARD`: an evaluation with graphs and without, against the official AutoAttack.
-4. `STEPS`: a training step of each method: how long the host launches, how long the device computes.
+4. `STEPS`: a training step of each method: the host's launch time, and the device's computing time.
 5. `REPLAYS`: kernels replayed in CUDA graphs, against their references and `torch.compile`.
 """
 
@@ -57,14 +57,14 @@ from .running import Budget, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]
 EVERY_OP = ("-m", "benchmarks.every_op")
-#: What pytest runs.
+#: The folder that pytest runs.
 TESTS = ("tests/gpu",)
-#: What the results depend on.
+#: The files on which results depend.
 SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
            "tests/conftest.py", "tests/cuda_launches.py", "tests/training/torch_functions.py", "setup.py")  # fmt: skip
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
 STEPS, REPLAYS = "training_steps.csv", "replays.csv"
-#: Runs of what is timed, of which the median counts.
+#: Number of timed runs, whose median counts.
 RUNS = 20
 
 
@@ -73,16 +73,16 @@ PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
 
 @dataclass(frozen=True)
 class Context:
-    """What a section is given.
+    """The inputs of a section.
 
     Attributes:
         out: the folder of the device's results.
-        device: what is checked.
+        device: the checked device.
         dry: whether this rehearses on a CPU, where everything is small and no number means anything.
-        seconds: how long the section may take.
-        tell: is told the share that is done, and of what.
-        data: where CIFAR-10 is: a folder, or an ``.npz`` file; None for the current folder.
-        started: when it began, on the monotonic clock.
+        seconds: time limit of the section.
+        tell: called with the finished share and its name.
+        data: CIFAR-10, as a folder or an ``.npz`` file; None for the current folder.
+        started: start time on the monotonic clock.
     """
 
     out: Path
@@ -111,15 +111,15 @@ class Outcome:
 
 
 def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> Outcome:
-    """Measure what a file lacks, one part after the other, and write the file after each of them.
+    """Measure the missing parts of a file one by one, and write the file after each part.
 
     Args:
-        context: of the section.
-        file: in the folder of the device.
-        work: by the name of a part, which its rows have in the column ``part``, what measures it.
+        context: context of the section.
+        file: file in the folder of the device.
+        work: for each part's name, as in the column ``part``, the function that measures it.
 
     Returns:
-        What became of the parts: those that fail end no other, those that the time does not suffice for are left out.
+        The outcome of the parts: a failed part does not stop others, and parts without enough time are left out.
     """
     path, here = context.out / file, measure.environment(context.device)
     rows: list[dict] = list(report.rows_of(path))
@@ -136,14 +136,14 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict
 
 
 def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
-    """Passed if something was measured, and nothing has an error or a wrong result."""
+    """The outcome: passed if something was measured and nothing has an error or a wrong result."""
     errors = {**(budget.failed or {}), **(wrong or {})}
     summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
 def fingerprint(device: torch.device, dry: bool) -> dict:
-    """What a section's results are of."""
+    """The identity of a section's results: version, sources and machine."""
     sources = hashlib.blake2b(digest_size=16)
     for pattern in SOURCES:
         for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
@@ -155,7 +155,7 @@ def fingerprint(device: torch.device, dry: bool) -> dict:
 
 
 def _capture(device: torch.device) -> Any:
-    """What captures on a device; on a CPU a stand-in."""
+    """The class that captures on a device; on a CPU a stand-in."""
     return CudaCapture() if device.type == "cuda" else Replays()
 
 
@@ -178,7 +178,7 @@ class _SignStep:
 
 
 def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
-    """What the capture of one step costs, and what a step takes with and without it."""
+    """Measure the cost of capturing a step, and the time of a step with and without it."""
     torch.manual_seed(0)
     model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
     x = torch.rand(images, 3, 32, 32, device=context.device)
@@ -218,7 +218,7 @@ def capture_cost(context: Context) -> Outcome:
 
 
 def _one_verdict(context: Context, name: str) -> list[dict]:
-    """The verdict on an op, reached now or before, with the seconds that it took, most of them for compiling."""
+    """The verdict on an op, reached now or before, with its seconds, mostly for compiling."""
     verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
     return [{"op": name, **asdict(verdict), "passed": verdict.passed}]
 
@@ -248,14 +248,14 @@ def _subject(context: Context) -> evaluation.Subject:
 
 
 def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
-    """What an attack left, beside what it left without graphs."""
+    """Compare the images that an attack left with those that it left without graphs."""
     other = int((robust != without_graphs).sum())
     row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
     return row | {"other_than_off": other}
 
 
 def _evaluated(context: Context, subject: evaluation.Subject, mode: Any) -> list[dict]:
-    """The rows of an evaluation, and whether its robust images are those of the one without graphs."""
+    """Evaluate, and tell whether the robust images equal those of the evaluation without graphs."""
     folder = context.out / "gpu_check" / "standard"
     report = evaluate(
         subject.model, subject.x, subject.y, eps=subject.eps, protocol="fast" if context.dry else "standard",
@@ -288,7 +288,7 @@ def standard(context: Context) -> Outcome:
 
 
 def _device_seconds(run: Callable[[], object]) -> float:
-    """Seconds that a GPU computes, by PyTorch's profiler; 0 where it cannot tell."""
+    """Seconds that a GPU computes, by PyTorch's profiler; 0 if it cannot measure them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -296,7 +296,7 @@ def _device_seconds(run: Callable[[], object]) -> float:
 
 
 def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> list[dict]:
-    """Launching, all of it, and what the device computes, of a training step."""
+    """Measure a training step: launching, the whole step, and the device's computing time."""
     chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
     job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
     for _ in range(1 if context.dry else 5):
@@ -310,7 +310,7 @@ def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> li
 
 
 def training_steps(context: Context) -> Outcome:
-    """A step of each method's training: host against device."""
+    """Measure a step of each method's training, host against device."""
     chosen = [
         (pipeline, name, contestant)
         for pipeline in ("arrest_step", "carso_training", "atop_finetune")
@@ -326,7 +326,7 @@ def training_steps(context: Context) -> Outcome:
 
 
 def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
-    """A kernel, its reference and what `torch.compile` makes of that, each replayed."""
+    """Replay a kernel, its reference, and the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
     row = tune.run_race(race, context.device)[0]
@@ -348,7 +348,7 @@ def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
 
 
 def replays(context: Context) -> Outcome:
-    """Each kernel on large tensors, in bfloat16 where there is one, by variant and layout."""
+    """Measure each kernel on large tensors, in bfloat16 if it is supported, by variant and layout."""
     copied = limits.read(context.out).get((measure.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in (op for op in REGISTRY.values() if op.kernel(context.device.type) != "reference"):
@@ -359,7 +359,7 @@ def replays(context: Context) -> Outcome:
 
 
 def extension(context: Context) -> Outcome:
-    """The one that is loaded, else one built aside; it has the kernels of the CPU."""
+    """The loaded extension, or else a separate build; it has the kernels of the CPU."""
     loaded = _library.path if _library.loaded() else None
     path = Path(loaded) if loaded else _build(context)
     known = facts(path)
@@ -382,7 +382,7 @@ def measured_limits(context: Context) -> Outcome:
 
 
 def tests(context: Context) -> Outcome:
-    """tests/gpu: the small tensors side by side, then large ones one at a time; none that has passed already."""
+    """Run tests/gpu: small tensors side by side, then large tensors one by one; passed tests are skipped."""
     path = context.out / "gpu_check" / "tests.outcomes"
     cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
     rounds = [("kernels", "not large", 0.8, cores), ("large tensors", "large", 1.0, 0)]
@@ -398,7 +398,7 @@ def tests(context: Context) -> Outcome:
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
         command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        # all passed, some failed, none was left to run
+        # All passed, some failed, or none was left to run.
         if status not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with exit status {status}")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
@@ -411,7 +411,7 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """compute-sanitizer over every op once; without it, the ops alone, which is no check of memory."""
+    """Run compute-sanitizer over every op once; without it, only the ops, which does not check memory."""
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
 
@@ -431,7 +431,7 @@ def sanitizer(context: Context) -> Outcome:
     if tool is None:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
     tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
-    # PyTorch asks the driver for what it may not support: those errors are not the kernels'
+    # PyTorch may ask the driver for unsupported features: those errors are not the kernels'.
     kinds = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
     commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in kinds.items()}
@@ -490,7 +490,7 @@ def raced_pipelines(context: Context) -> Outcome:
 
 
 def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
-    """How many rows of a file have which verdict; those that are wrong by the columns that name them."""
+    """Count the rows of a file by verdict, and name wrong rows by their columns."""
     rows = report.rows_of(path)
     wrong = {" ".join(row[name] for name in columns): "wrong" for row in rows if row["verdict"] == "wrong"}
     counts = Counter(row["verdict"] for row in rows)
@@ -503,10 +503,10 @@ class Section:
     """A part of the check, which runs in a process of its own.
 
     Attributes:
-        part: the command that it belongs to.
-        run: does it.
-        limits: the seconds that it may take, on a GPU and in the rehearsal on a CPU.
-        files: the rows that it makes, in the folder of the device.
+        part: the section's command.
+        run: runs the section.
+        limits: time limits in seconds, on a GPU and in the rehearsal on a CPU.
+        files: the files of its rows, in the folder of the device.
     """
 
     part: str

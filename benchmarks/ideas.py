@@ -1,8 +1,8 @@
-"""``python -m benchmarks ideas``: what each idea of a search gives by itself, and at what cost.
+"""``python -m benchmarks ideas``: the gain and cost of each idea of a search by itself.
 
-Choices are made here, on images that no contest has. What ran before an idea runs once for all ideas, whose images are
-kept. A result says with which state of the sources it was made: an idea that decided nothing has left them, and its
-numbers stay in the table. Every result is kept as soon as it is there.
+Choices are made here, on images that no contest has. Attacks before an idea run once for all ideas, and their images
+are kept. A result names its state of the sources: an idea without use is no longer in them, and its numbers stay in the
+table. Every result is kept at once.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from .running import Budget
 
 FILE = "ideas.json"
 BATCH = 250
-#: Ideas in the table at most: what it cannot hold decided nothing.
+#: The most ideas in the table: an idea that does not fit was of no use.
 MOST = 12
 
 
 class Turn(InTurn):
-    """Attacks in turn, and how near each image came to falling.
+    """Attacks in turn, with the least margin of each image.
 
     Attributes:
-        reached: the least margin seen of each image, ``[N]``.
+        reached: the least margin seen for each image, ``[N]``.
         index: images that are attacked next, int64; None: all that stand.
     """
 
@@ -63,11 +63,11 @@ class Turn(InTurn):
         return list(zip(self.x.split(BATCH), self.y.split(BATCH), strict=True))
 
     def standing(self) -> Tensor:
-        """The images that have not fallen, those that came nearest first, int64."""
+        """The images that have not fallen, nearest to falling first, int64."""
         return self.reached.masked_fill(self.fallen, torch.inf).argsort()[: int((~self.fallen).sum())]
 
     def run(self, attack: Attack) -> None:
-        """Let an attack look for what the ones before it did not find, and note how near it came."""
+        """Run an attack on the images that stand, and record the margins that it reached."""
         with frozen(self.model):
             index = (~self.fallen).nonzero()[:, 0] if self.index is None else self.index
             for part in index.split(BATCH) if len(index) else ():
@@ -80,12 +80,12 @@ class Turn(InTurn):
                     self.reached[part] = self.reached[part].minimum(margin(self.model(points), self.y[part]))
 
 
-#: What lets an idea look at the images that stand.
+#: An idea: a function that attacks the images that stand.
 Idea = Callable[[Turn], None]
 
 
 def ran(*attacks: Attack, seed: int = 0) -> Idea:
-    """Attacks, each on what those before it left; the random starts are those of a seed."""
+    """Run attacks, each on the images that stand, with random starts from a seed."""
 
     def idea(turn: Turn) -> None:
         turn.context = replace(turn.context, seed=seed)
@@ -95,11 +95,11 @@ def ran(*attacks: Attack, seed: int = 0) -> Idea:
     return idea
 
 
-# -- ideas whose code is here alone ------------------------------------------------------------------------------------
+# -- ideas whose code is only here -------------------------------------------------------------------------------------
 
 
 def probability_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """By how much a target's probability is above the label's (PMA: Xie et al., arXiv 2411.15210)."""
+    """The lead of a target's probability over the label's (PMA: Xie et al., arXiv 2411.15210)."""
     probabilities = logits.softmax(1)
     of_target, of_label = (probabilities.gather(1, each[:, None])[:, 0] for each in (target, y))
     return of_target - of_label
@@ -140,11 +140,11 @@ class Conjugate(APGD):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(APGD):
-    """Each run begins where images that fell went in the space of the logits.
+    """Auto-PGD whose runs begin where fallen images went in the space of the logits.
 
-    The starts of A3 (Liu et al., CVPR 2022, arXiv 2203.05154, "adaptive direction initialization"), learned for each
-    target class by itself: the mean change of the logits, scaled to length 1, of the images that fell to this class;
-    of none, of all that fell. Two steps along the gradient of this direction lead there from a random point.
+    The starts of A3 (Liu et al., CVPR 2022, arXiv 2203.05154, "adaptive direction initialization"), learned separately
+    for each target class: the mean change of the logits, scaled to length 1, of the images that fell to this class, or
+    if none did, of all fallen images. Two steps along the gradient of this direction lead there from a random point.
 
     Args:
         fallen: pairs of images before and after they fell, ``[2, F, C, H, W]``.
@@ -157,7 +157,7 @@ class Learned(APGD):
             left = active.left()
             if len(left) == 0:
                 return
-            # what fell to the goals before is learned from too
+            # Images that fell to earlier goals are used too.
             now = torch.stack([active.x, active.best])[:, active.fallen & active.correct]
             directions = _directions(objective, torch.cat([self.fallen, now], 1))
             told, begin = replace(context, seed=context.seed + number), active.x.clone()
@@ -169,7 +169,7 @@ class Learned(APGD):
 
 @torch.no_grad()
 def _directions(objective: Objective, fallen: Tensor) -> Tensor:
-    """For each class the mean change of the logits of what fell to it, ``[classes, classes]``."""
+    """For each class the mean change of the logits of images that fell to it, ``[classes, classes]``."""
     before, after = (torch.cat([objective.model(part) for part in each.split(BATCH)]) for each in fallen)
     change = (after - before) / (after - before).norm(dim=1, keepdim=True).clamp_min(1e-12)
     of_class = after.argmax(1)
@@ -180,10 +180,10 @@ def _directions(objective: Objective, fallen: Tensor) -> Tensor:
 def _along(
     objective: Objective, active: ActiveSet, left: Tensor, goal: Tensor, directions: Tensor, *, seed: int
 ) -> Tensor:
-    """Where two steps along weighted logits lead from random points of the ball."""
+    """The points to which two steps along weighted logits lead from random points of the ball."""
     x, y, rows = active.x[left], active.y[left], torch.arange(len(left))
     weights, ball = directions[goal].clone(), active.ball.take(left)
-    # as in A3, whatever was learned: away from the label, and towards the class
+    # As in A3, always go away from the label and towards the class.
     weights[rows, y], weights[rows, goal] = -0.8, 0.8
     point, eps = sample_in_ball(x, ball, seed=seed, sample_ids=active.ids[left]), per_image(ball.eps, x)
     for _ in range(2):
@@ -195,15 +195,15 @@ def _along(
 
 
 def learned_starts(turn: Turn) -> None:
-    """`Learned` from what fell to the attacks before."""
+    """`Learned` from images that fell to earlier attacks."""
     fell = turn.fallen & (turn.images != turn.x).flatten(1).any(1)
     turn.run(Learned(**FOUR, precision="float32", fallen=torch.stack([turn.x[fell], turn.images[fell]])))
 
 
 def rounds(turn: Turn) -> None:
-    """One class for all images, two for the half that came nearest, four for a quarter, eight for an eighth.
+    """Target one class for all images, two for the nearest half, four for a quarter, eight for an eighth.
 
-    A3's rounds on hard images ("online statistics-based discarding"): as many steps as four classes for all.
+    These are A3's rounds on hard images ("online statistics-based discarding"): as many steps as four classes for all.
     """
     whole = len(turn.standing())
     for halvings in range(4):
@@ -216,11 +216,11 @@ def rounds(turn: Turn) -> None:
     turn.index = None
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- the measurements --------------------------------------------------------------------------------------------------
 
 FIRST, NINE = APGD(loss="margin", steps=10), APGD(loss="dlr_targeted", give_up=True)
 FOUR: dict[str, Any] = {"loss": "dlr_targeted", "steps": 50, "n_target_classes": 4, "give_up": True}
-#: What is run before the ideas of each part, and the ideas by name.
+#: For each part, the attacks before its ideas, and the ideas by name.
 IDEAS: dict[str, tuple[list[Attack], dict[str, Idea]]] = {
     "after 10 steps on the margin": (
         [FIRST],
@@ -252,8 +252,8 @@ def _of_zoo(name: str, images: slice, data: Path | None, held_out: bool = True) 
     return zoo.load(name), to_float(x[images]), y[images], card.eps
 
 
-#: By name: makes a model, images, labels and a radius, of the folder of the data. The contests have all test images of
-#: the digits, the first 1,000 of MNIST and the first 2,000 of CIFAR-10.
+#: Functions, by name, that make a model, images, labels and a radius from the data's folder. The contests use all test
+#: images of the digits, the first 1,000 of MNIST and the first 2,000 of CIFAR-10.
 SUBJECTS: dict[str, Callable[[Path | None], tuple[Any, Tensor, Tensor, float]]] = {
     "digits-pgd-at, training images 1 to 500": partial(_of_zoo, "digits-pgd-at", slice(0, 500), held_out=False),
     "mnist-pgd-at, 5001 to 5250": lambda data: _of_zoo("mnist-pgd-at", slice(5000, 5250), data),
@@ -265,10 +265,10 @@ NAMES = [(part, idea) for part, (_, ideas) in IDEAS.items() for idea in ideas]
 
 
 class Bench:
-    """The ideas on one subject: what runs before those of a part runs once.
+    """The ideas on a subject; attacks before a part's ideas run once.
 
     Args:
-        subject: its model, images, labels and radius.
+        subject: the subject's model, images, labels and radius.
     """
 
     def __init__(self, subject: tuple[Any, Tensor, Tensor, float]):
@@ -278,7 +278,7 @@ class Bench:
         self.turns = {"": Turn(self.door, self.x, y, context)}
 
     def before(self, part: str) -> Turn:
-        """The images as they are before the ideas of a part; what is counted begins there."""
+        """The images before the ideas of a part, from where costs are counted."""
         if part not in self.turns:
             turn = copy.copy(self.turns[""])
             turn.images, turn.share, turn.reached = (each.clone() for each in (turn.images, turn.share, turn.reached))
@@ -289,7 +289,7 @@ class Bench:
         return turn
 
     def measured(self, part: str, idea: str) -> dict[str, Any]:
-        """Images before and after an idea, and its forward passes and gradients per image, and CPU seconds."""
+        """The numbers of images before and after an idea, its forward passes and gradients per image, and seconds."""
         turn, n = self.before(part), len(self.x)
         before, counts, begin = int((~turn.fallen).sum()), self.door.counts, time.process_time()
         forwards, gradients = counts.forwards, counts.gradients
@@ -303,10 +303,10 @@ class Bench:
 
 
 def markdown(results: list[dict[str, Any]]) -> list[str]:
-    """One table for each part: images left, and forward passes and gradients per image, for each subject.
+    """A table for each part: images left, and forward passes and gradients per image, for each subject.
 
     Args:
-        results: of this state of the sources, and of earlier ones.
+        results: results of this state of the sources and of earlier states.
     """
     subjects = list(dict.fromkeys(one["subject"] for one in results))
     at = {(one["subject"], one["part"], one["idea"]): one for one in results}
@@ -325,7 +325,7 @@ def markdown(results: list[dict[str, Any]]) -> list[str]:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The results of a folder; none where there is no results file."""
+    """The results of a folder; none without a results file."""
     return json.loads((out / FILE).read_text()) if (out / FILE).exists() else []
 
 
@@ -345,7 +345,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Measure what is not measured yet; the tables."""
+    """Measure the missing results, and return the tables."""
     kept = {(one["subject"], one["part"], one["idea"]) for one in read(chosen.out)}
     torch.set_num_threads(1)
     found = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, cwd=RESULTS)

@@ -1,4 +1,4 @@
-"""How many instructions a thread of a Triton kernel executes on sm_90, beside the memory time of what it moves.
+"""The instructions that a thread of a Triton kernel executes on sm_90, beside the memory time of its data.
 
 Counted in the machine code of the ahead-of-time build, without a GPU; no time is measured.
 """
@@ -22,13 +22,13 @@ class Row:
     """A line of the table.
 
     Attributes:
-        case: of `benchmarks.ahead.CASES`.
-        dtype: of `benchmarks.ahead.DTYPES`.
-        elements: that a thread makes while it executes the instructions that are counted.
-        bytes: that must be moved for them at least.
-        trips: of the loops, while it makes them.
-        divided: how many times as many elements the trips make; the instructions are divided by it.
-        where: what the bytes are.
+        case: case in `benchmarks.ahead.CASES`.
+        dtype: dtype in `benchmarks.ahead.DTYPES`.
+        elements: number of elements that a thread makes with the counted instructions.
+        bytes: least number of bytes that must be moved for them.
+        trips: trips of the loops for these elements.
+        divided: divisor of the instructions, if the trips make more elements by this factor.
+        where: description of the bytes.
     """
 
     case: str
@@ -65,14 +65,14 @@ EXECUTED = (
     Row("contextual_attention-forward", "bf16", 4, 64, "G read, A and four U written", trips=4, divided=4),
     Row("contextual_attention-backward", "bf16", 4, 80, "four U, A and G read, one written", trips=4, divided=4),
 )
-#: The trips of a kernel's loops where they are not those of the row.
+#: The trips of a kernel's loops if they differ from the row's.
 TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
 #: Kernels that work on the blocks of a mask, which are few, not on the elements of a row.
 APART = ("random_transform._owners",)
 
 
 def instructions(case: str, dtype: str) -> int:
-    """What a thread executes in all launches of the case, counted over the elements of its row in `EXECUTED`."""
+    """The instructions of a thread in all launches of the case, for the elements of its row in `EXECUTED`."""
     from . import ahead  # needs Triton, which a report does not
 
     row = next((row for row in EXECUTED if row.case == case), Row(case, dtype, 0, 0, ""))
@@ -86,7 +86,7 @@ def instructions(case: str, dtype: str) -> int:
 
 
 def write(folder: Path) -> Path:
-    """Count every row, beside what the committed table had before: its column ``before`` stays."""
+    """Count every row, beside the committed table's column ``before``, which stays."""
     path = folder / RESULT
     known = {(line["case"], line["dtype"]): line for line in read_csv(path)} if path.exists() else {}
     rows = []
@@ -104,7 +104,7 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """What `write` left, beside the memory time of what the instructions move, for docs/performance.md."""
+    """The results of `write` beside the memory time of the moved data, for docs/performance.md."""
     counted = {(line["case"], line["dtype"]): line for line in read_csv(results / RESULT)}
     body = []
     for row in EXECUTED:

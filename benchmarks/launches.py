@@ -1,10 +1,10 @@
-"""How many operators one step of each training dispatches: on a GPU each is a launch, which takes the host its time.
+"""The operators that a step of each training dispatches: on a GPU each is a launch, which costs host time.
 
-Counted on the CPU as PyTorch dispatches them, without those that move no data, such as views: served by the references,
-in PyTorch; by the kernels that serve a GPU's eager calls where nothing was raced, which are those that replace a dozen
-launches or more, with the attack's step launched each time or replayed as one graph; and by every kernel, as where all
-won their races. The CPU's kernels stand for the GPU's, as both are one
-operator; the decoder, which has none on a CPU, is counted by its layers.
+PyTorch's dispatches are counted on the CPU, without operators that move no data, such as views. The ops are served by
+the PyTorch references; by the kernels that serve a GPU's eager calls without races, which replace at least a dozen
+launches each, with the attack's step launched each time or replayed as one graph; and by every kernel, as if all had
+won their races. The CPU's kernels stand for the GPU's, as both are one operator; the decoder, which has no CPU kernel,
+is counted by its layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
 Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
 CPU = torch.device("cpu")
-#: The module, which the package's function of that name hides.
+#: The module, which the package's function of the same name hides.
 attention = import_module("purify_fast.ops.contextual_attention")
 
 
@@ -47,7 +47,7 @@ def _batch() -> Batch:
 def arrest(
     steps: int, network: Callable[[], nn.Module], shape: tuple[int, ...] = SHAPE, eps: float = EPS, **options: Any
 ) -> ArrestTask:
-    """A training by ARREST with attacks of so many steps, and further options of its settings."""
+    """A training by ARREST with attacks of this number of steps, and further settings."""
     attack = TrainingAttack(eps=eps, steps=steps, alpha=eps / min(4, steps))
     return ArrestTask(network(), ArrestConfig(attack=attack, **options), shape)
 
@@ -58,7 +58,7 @@ def _carso(target: str, steps: int) -> CarsoTask:
 
 
 def atop(target: str, steps: int, defence: Atop, eps: float = EPS) -> AtopTask:
-    """A fine-tuning by AToP, against FGSM on the classifier or PGD of so many steps through the pipeline."""
+    """A fine-tuning by AToP, against FGSM on the classifier or PGD of this number of steps through the pipeline."""
     attack = TrainingAttack(eps=eps, steps=steps)
     method = "fgsm" if target == "classifier" else "pgd"
     return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
@@ -72,7 +72,7 @@ def _atop(target: str, steps: int) -> AtopTask:
     return atop(target, steps, Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1))
 
 
-#: By training, what makes its task, with the steps of its attack; the one step of FGSM has no such number.
+#: For each training, the function that makes its task, with the number of its attack's steps; FGSM has none.
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-2": lambda: arrest(2, _small),
     "ARREST, PGD-10": lambda: arrest(10, _small),
@@ -91,7 +91,7 @@ def served(by: Served) -> Iterator[None]:
     """Within the block, the CPU is served by the references alone, as a GPU where nothing was raced, or by all kernels.
 
     Args:
-        by: which of them.
+        by: references or kernels.
     """
     entries = {}
     for name, op in REGISTRY.items():
@@ -99,7 +99,7 @@ def served(by: Served) -> Iterator[None]:
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
         entries[name] = [{"cells": cells}]
-    # kernels of a whole function, that only a CPU has, would count less than a GPU launches
+    # A CPU has kernels for whole functions that a GPU lacks: they would count fewer operators than a GPU launches.
     whole, attention.WHOLE = attention.WHOLE, False
     try:
         with pin_kernels({"device": "cpu", "races": entries, "wrong": []}):
@@ -117,23 +117,23 @@ class Replays:
         self.replayed = 0
 
     def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Nothing that runs here disturbs the step."""
+        """Do nothing: nothing here disturbs the step."""
         return contextlib.nullcontext()
 
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """As if all of a step's time went into launching it."""
+        """Report that all of a step's time is launching."""
         run()
         return 1.0, 1.0
 
     def now(self, device: torch.device) -> float:
-        """No time passes."""
+        """Return a constant: no time passes."""
         return 0.0
 
     def release(self) -> None:
-        """There is no memory to give back."""
+        """Do nothing: there is no memory to give back."""
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """What replays a step: its operators are not counted."""
+        """Return a function that replays a step without counting its operators."""
 
         def replay() -> None:
             self.replayed += 1
@@ -144,18 +144,18 @@ class Replays:
 
 
 def count(make: Callable[[], Any], by: Served) -> int:
-    """The operators of one step, forward and backward, once what is made only once is made.
+    """Count the operators of a step, forward and backward, after everything that is made only once.
 
     Args:
-        make: the training's task.
-        by: as in `served`.
+        make: makes the training's task.
+        by: see `served`.
     """
     torch.manual_seed(0)
     with served(by):
         task, batch, replays = make(), _batch(), Replays()
         task.graphs = StepGraphs("always", capture=replays) if by == "by rule, captured" else None
         task.model.train()
-        # the first replay is checked by an eager step
+        # The first replay is checked by an eager step.
         for _ in range(3):
             torch.manual_seed(0)
             replays.replayed = 0

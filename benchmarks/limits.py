@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: bytes copied and bfloat16 products per second."""
+"""The device's measured limits: bytes copied and bfloat16 products per second."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ FILE = "limits.csv"
 COPY, PRODUCT = "copy", "bfloat16 product"
 
 
-#: Bytes of a buffer that is copied, rows of a matrix, and runs.
+#: Bytes of a copied buffer, rows of a matrix, and number of runs.
 SIZES = {"cuda": (2 << 30, 8192, 20), "cpu": (256 << 20, 2048, 10)}
 QUICK = (8 << 20, 256, 3)
 
 
 def _times(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
-    """Of ``runs`` calls in turn, after each was made once."""
+    """The times of ``runs`` calls in turn, after a first call of each."""
     for call in calls:
         call()
     return [measure.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
 
 
 def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[float]]:
-    """Bytes read and written by a copy, and times; buffers take turns, so that no cache holds what is read next."""
+    """The bytes read and written by a copy, and times; buffers take turns, so that no cache holds the next one."""
     if device.type == "cuda":
         length = min(length, torch.cuda.mem_get_info(device)[0] // 8)
     pairs = [[torch.empty(length // 4, dtype=torch.int32, device=device).random_() for _ in range(2)] for _ in range(2)]
@@ -38,12 +38,12 @@ def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[floa
 
 
 def operands(device: torch.device, *shape: int) -> Tensor:
-    """Random numbers: a GPU multiplies ones or zeros faster than it does data."""
+    """Random matrices, since a GPU multiplies ones or zeros faster than data."""
     return torch.randn(shape, device=device).to(torch.bfloat16)
 
 
 def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[float]]:
-    """FLOP of a square product, and times."""
+    """The FLOP of a square product, and times."""
     a, b = (operands(device, rows, rows) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * rows**3, _times([lambda: torch.mm(a, b, out=out)], device, runs)
@@ -72,6 +72,6 @@ def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
 
 
 def read(folder: Path) -> dict[tuple[str, str], float]:
-    """Rates by device and limit, in units per second; empty where none were measured."""
+    """Rates by device and limit, in units per second; empty if none were measured."""
     rows = report.rows_of(folder / FILE)
     return {(row["device"], row["limit"]): 1e9 * float(row["median"]) for row in rows}

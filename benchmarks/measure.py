@@ -1,11 +1,11 @@
-"""One row of the table: the contestants compared, then timed in turn, in one run.
+"""A row of the table: the contestants are compared, then timed in turn, in the same run.
 
 Contestants: ``eager`` (the reference), ``compile`` (torch.compile of it), ``ours`` (the C++, Triton or CUDA op), and on
 a GPU ``autotuned`` (torch.compile with the mode max-autotune-no-cudagraphs). Styles: ``eager`` calls the function from
-Python; ``graph`` puts it between a multiplication and a sum and compiles the whole, where the plain reference can be
+Python; ``graph`` puts it between a multiplication and a sum and compiles the whole, so that the plain reference can be
 fused with its neighbours and the opaque op cannot.
 
-On a GPU, runs are timed by its events, and where the data would stay in its cache, sets of inputs take turns.
+On a GPU, runs are timed by its events, and sets of inputs take turns if the data would stay in its cache.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .ops import Case
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
 AUTOTUNED = "autotuned"
-#: Most sets of inputs that take turns: beyond it, what is so small is not limited by memory.
+#: The most sets of inputs that take turns: smaller inputs are not limited by memory.
 MOST_SETS = 8
-#: Ours is served only where nothing beats it by more than 5 percent.
+#: Ours is served only if nothing beats it by more than 5 percent.
 LEAST = 0.95
 
 
@@ -55,7 +55,7 @@ QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
 def backend_of(op: str, device: torch.device) -> str:
-    """Our backend for ``op`` on ``device``; RuntimeError where there is none but the reference."""
+    """Our backend for ``op`` on ``device``; RuntimeError if there is only the reference."""
     ours = [name for name in REGISTRY[op].available[device.type] if name != "reference"]
     if not ours:
         raise RuntimeError(f"{op}: there is only the reference on {device.type}; build the extension first")
@@ -86,20 +86,20 @@ def _function(case: Case, style: str) -> Callable:
 
 
 def _own_code(function: Callable, name: str) -> Callable:
-    """A copy with a code object of its own, so that contestants do not share the compiler's cache and its guards."""
+    """A copy with its own code object, so that contestants do not share the compiler's cache and guards."""
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 class Contestant:
-    """Functions of no arguments, one for each set of inputs, and the backend they run under."""
+    """Functions without arguments, one for each set of inputs, and their backend."""
 
     def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
         self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
-            # CUDA graphs would copy the inputs, and overwrite the outputs of the run before
+            # CUDA graphs would copy the inputs and overwrite the outputs of the run before.
             mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
@@ -122,7 +122,7 @@ class Contestant:
 def agree(
     actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, style: str, slack: float = 1.0
 ) -> bool:
-    """Whether two contestants computed the same: within rounding of ``dtype``; sums over a graph a little more."""
+    """Tell whether two contestants agree within rounding of ``dtype``, with some more room for sums over a graph."""
     wide = slack * (20 if style == "graph" else 1)
     rtol = wide * (1e-5 if dtype not in (torch.float16, torch.bfloat16) else 2e-2)
     for a, b in zip(actual, expected, strict=True):
@@ -133,11 +133,11 @@ def agree(
 
 
 def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Of all calls, one after the other: by the device's own events on a GPU."""
+    """The seconds of all calls one after the other, on a GPU by its own events."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # the device need not be the current one, whose stream an event stands on by default
+        # The device need not be the current device, whose stream an event uses by default.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for call in calls:
@@ -152,11 +152,11 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
 
 
 def allocated(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that some work has at once beside those that were there, compiled code's too.
+    """The peak bytes of tensors that some work adds, including those of compiled code.
 
     Args:
-        work: what is measured; it is done once.
-        device: where it computes.
+        work: the measured function, which is called once.
+        device: its device.
     """
     if device.type == "cuda":
         return peak_memory(work, device)
@@ -181,7 +181,7 @@ def quantile(times: list[float], fifths: int) -> float:
 def _alternate(
     entries: dict[str, Contestant], repeats: dict[str, int], device: torch.device, effort: Effort
 ) -> dict[str, list[float]]:
-    """Times by contestant, one run of each in turn; of several attempts, the one whose spread is least."""
+    """Times by contestant, one run of each in turn; among several attempts, the one with the least spread."""
     best, least = {}, math.inf
     for _ in range(effort.attempts):
         times: dict[str, list[float]] = {kind: [] for kind in entries}
@@ -197,7 +197,7 @@ def _alternate(
 
 
 def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """The inputs; on a GPU as many sets as together are twice as large as its cache."""
+    """The inputs; on a GPU several sets, together twice as large as its cache."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -210,7 +210,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     return [tuple(one) for one in sets]
 
 
-#: A backward that is run again keeps its buffers.
+#: A backward pass that is repeated must keep its buffers.
 @functorch_config.patch(donated_buffer=False)
 def measure(
     op: str,
@@ -222,7 +222,7 @@ def measure(
     contestants: tuple[str, ...] = CONTESTANTS,
     bandwidth: float | None = None,
 ) -> dict:
-    """A row of the table; a contestant whose result is wrong has no number. ``bandwidth``: of a copy, in bytes/s."""
+    """A row of the table; a contestant with a wrong result has no number. ``bandwidth``: a copy's bytes/s."""
     torch._dynamo.reset()
     sets = _sets(case, direction, device)
     entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in contestants}
@@ -272,7 +272,7 @@ def measure(
 
 
 def verdict(row: dict) -> str:
-    """Of one row: ours is ``best``, ``level`` (at most 5 percent behind), ``behind``, or ``wrong``."""
+    """The verdict on ours in a row: ``best``, ``level`` (at most 5 percent behind), ``behind``, or ``wrong``."""
     if not row["ratio"]:
         return "wrong"
     ratio = float(row["ratio"])

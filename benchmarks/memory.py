@@ -1,4 +1,4 @@
-"""Memory of the gradient through a diffusion process: of five and of a hundred steps, each in a process of its own."""
+"""Memory of the gradient through a diffusion process of five and of a hundred steps, each in its own process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILE = "cpu/memory.csv"
 IMAGES, STEPS = 8, (5, 100)
 SMALL, LARGE = "U-Net of width 32", "UNet2DModel of google/ddpm-cifar10-32's shape"
 PLAIN, CHECKPOINTED, OURS, OURS_BFLOAT16 = "plain autograd", "checkpointed steps", "ours", "ours, bfloat16"
-#: The activations of all steps of the others would not fit into the memory of a usual machine.
+#: For the other networks, the activations of all steps would not fit into a usual machine's memory.
 MEASURED = [
     (network, form, steps)
     for network in (SMALL, LARGE)
@@ -51,10 +51,10 @@ def network(name: str) -> nn.Module:
 
 
 def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
-    """The logits of a loop as one would write it: DDPM's steps, noise by `torch.randn_like`.
+    """The logits of a plain loop: DDPM's steps, noise by `torch.randn_like`.
 
     Args:
-        made: whose parts and coefficients are taken.
+        made: defence whose parts and coefficients are used.
         x: images ``[B, C, H, W]``.
         kept: whether autograd keeps all activations; else each step is computed again backward.
     """
@@ -73,13 +73,13 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
 
 
 def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
-    """One row: the largest memory of this process above that with the networks alone.
+    """A row: the peak memory of this process above that with only the networks.
 
     Args:
-        name: of the network.
-        form: how the gradient is taken.
-        steps: of the process.
-        images: of the batch.
+        name: name of the network.
+        form: form of the gradient.
+        steps: number of steps of the process.
+        images: number of images of the batch.
     """
     made = DiffusionPurifier(
         network(name),
@@ -109,12 +109,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """``python -m benchmarks memory``: writes the file after each row, and goes on where it was."""
+    """``python -m benchmarks memory``: write the file after each row, and resume earlier runs."""
     path = chosen.out / FILE
     rows: list[dict[str, Any]] = list(report.read_csv(path)) if path.exists() else []
     done = {(row["network"], row["form"], int(row["steps"])) for row in rows}
     for name, form, steps in tqdm([one for one in MEASURED if one not in done], desc="memory", unit=" rows"):
-        # the largest memory of a process never falls
+        # The peak memory of a process never falls.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows.append(pool.submit(measured, name, form, steps, chosen.images).result())
         report.write_csv(path, rows)

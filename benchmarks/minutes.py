@@ -1,9 +1,9 @@
-"""Robust accuracy against minutes: adversarial training of a PreActResNet-18 on CIFAR-10, dear and cheap forms of it.
+"""Robust accuracy against minutes: costly and cheap adversarial training of a PreActResNet-18 on CIFAR-10.
 
-Every form trains from the same weights with the same loop, with three numbers of epochs, so that each has a curve. What
-was trained is judged by `standard`. A training that was stopped goes on where it was; a finished one is not run again.
-The time of a training is the median of its steps' times, multiplied by their number: of a step it is the time of the
-processor, and on a GPU the time until the device has ended it.
+Every form trains from the same weights with the same loop, with three numbers of epochs, so that each has a curve. The
+trained models are judged by `standard`. A stopped training is resumed; a finished training is not repeated. The time of
+a training is the median of its steps' times, multiplied by their number: processor time, and on a GPU the time until
+the device has finished the step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FILE, PICTURE = "minutes.json", Path(__file__).parents[1] / "docs" / "pictures" 
 
 
 class Form(NamedTuple):
-    """A form of adversarial training: its attack's steps, how it is used, and passes over the images in an epoch."""
+    """A form of adversarial training: its attack's steps, its use, and passes over the images in an epoch."""
 
     steps: int
     adversarial: str = "pgd"
@@ -55,23 +55,23 @@ FORMS = {
     "PGD-10": Form(10),
     "PGD-5": Form(5),
     "PGD-2": Form(2),
-    # one step of 1.25 eps from a uniform start, as Wong et al. (ICLR 2020) have it
+    # This is one step of 1.25 eps from a uniform start, as in Wong et al. (ICLR 2020).
     "FGSM-RS": Form(1, alpha=1.25 * EPS),
     "N-FGSM": Form(1, "n_fgsm"),
     "NuAT": Form(1, "nuat"),
     "Free-4": Form(4, "free", passes=4),
 }
-#: Passes over the images; the free form trains on each batch four times, and has a fourth of the epochs.
+#: Passes over the images; the free form trains on each batch four times, and has a quarter of the epochs.
 PASSES = (4, 8, 16)
-#: Held-out training images by which a collapse is seen at the end of every epoch.
+#: Number of held-out training images that reveal a collapse at the end of every epoch.
 WATCHED = 1000
 
 
 class StepTimes(Callback):
-    """The seconds of each step but the first three, in which kernels are verified and memory is taken.
+    """The seconds of each step except the first three, which verify kernels and allocate memory.
 
     Args:
-        device: of the training.
+        device: device of the training.
     """
 
     def __init__(self, device: str):
@@ -87,14 +87,14 @@ class StepTimes(Callback):
 
     def on_step(self, state: TrainingState) -> None:
         now = self._now(self.on_gpu)
-        # a step after a validation has that in its time
+        # The time of a step after a validation includes the validation.
         if state.epoch == self._epoch:
             self.seconds.append(now - self._last)
         self._epoch, self._last = state.epoch, now
 
 
 def train(job: Job, folder: Path, root: Path) -> dict[str, Any]:
-    """One form with one number of passes: {form, passes, budget, images, data, device}."""
+    """Train a form with a number of passes: {form, passes, budget, images, data, device}."""
     s, form = job.settings, FORMS[job.settings["form"]]
     images, config = images_of(job), configuration(form)
     torch.manual_seed(job.seed)
@@ -122,19 +122,19 @@ def train(job: Job, folder: Path, root: Path) -> dict[str, Any]:
 
 
 def configuration(form: Form) -> ClassifierConfig:
-    """How a form is trained: AdamW and one cycle of rates, bfloat16, and eps that rises in the first fifth."""
+    """The training of a form: AdamW with one cycle of rates, bfloat16, and eps that rises in the first fifth."""
     attack = TrainingAttack(eps=EPS, steps=form.steps, alpha=form.alpha, eps_warmup=0.2)
     return ClassifierConfig(attack=attack, adversarial=form.adversarial, precision="bfloat16")  # type: ignore[arg-type]
 
 
 def write_steps(folder: Path, seconds: Sequence[float]) -> None:
-    """Keep the median of the steps' times, for a run that goes on behind its training."""
+    """Keep the median of the steps' times, for a run that resumes after its training."""
     if seconds:
         write_text(folder / "seconds.json", json.dumps(statistics.median(seconds)))
 
 
 def read_seconds(folder: Path) -> float:
-    """What `write_steps` kept."""
+    """Read the file of `write_steps`."""
     return float(json.loads((folder / "seconds.json").read_text()))
 
 
@@ -166,14 +166,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(chosen: argparse.Namespace) -> None:
-    """ValueError for a number of passes that the free form cannot have."""
+    """Raise ValueError for a number of passes that the free form cannot have."""
     for passes in chosen.passes:
         if passes % 4:
             raise ValueError(f"--passes must be multiples of 4, got {passes}: the free form takes four at once")
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """Train and judge, and write the results after each training; those of other widths and devices stay."""
+    """Train and judge, and write the results after each training; results of other widths and devices stay."""
     path = chosen.out / FILE
     with folder_lock(chosen.runs):
         for job in jobs(chosen):
@@ -209,10 +209,10 @@ def table(results: Path) -> list[str]:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Each form's accuracy under `standard` against its minutes; False without matplotlib.
+    """Draw each form's accuracy under `standard` over its minutes; False without matplotlib.
 
     Args:
-        rows: of one device and width.
+        rows: rows of one device and width.
         path: the PNG file that is written.
     """
     figure = style.new_figure(figsize=(7, 4))

@@ -1,4 +1,4 @@
-"""How options of the commands are read; argparse tells what is wrong with them."""
+"""Readers of the commands' options; argparse reports what is wrong with them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from purify_fast.cli.command import usable_device
 
 
 def at_least_one(text: str) -> int:
-    """A whole number of which there must be one."""
+    """Read a whole number that is at least 1."""
     if (number := int(text)) < 1:
         raise ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
 def seconds(text: str) -> float:
-    """A time above 0."""
+    """Read a time above 0."""
     if not (number := float(text)) > 0:
         raise ArgumentTypeError(f"must be above 0, got {number:g}")
     return number
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """Reads one of the names; argparse's own choices refuse that none is given."""
+    """Make a reader of one of the names; argparse's own choices refuse an empty list."""
     known = list(names)
 
     def name(text: str) -> str:
@@ -37,7 +37,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def device(text: str) -> torch.device:
-    """A device of this machine."""
+    """Read a device of this machine."""
     try:
         return torch.device(usable_device(text))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What README and docs take from results files: tables between markers, single values between markers.
+"""The tables and single values that README and docs take from results files, between markers.
 
 A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->`` around a table, and around one number
 ``<!-- value: STUDY/MODEL/ATTACK -->`` ... ``<!-- end -->``. `fill` writes both again from ``benchmarks/results``, so
@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _VALUE = re.compile(r"(<!-- value: ([^/>]+)/([^/>]+)/([^>]+?) -->).*?(<!-- end -->)", re.S)
-#: How the contestants of a race are called on a page for readers.
+#: The names of a race's contestants on a page for readers.
 NAMES = {
     "ours": "**purify_fast**",
     "ours, compiled": "**purify_fast, compiled**",
@@ -63,7 +63,7 @@ def every_page() -> list[Path]:
 
 
 def pipelines(results: Path, *wanted: str) -> list[str]:
-    """The contestants of some pipelines, one column for each case.
+    """The contestants of some pipelines, with a column for each case.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -99,7 +99,7 @@ def contests(results: Path) -> list[str]:
     return evaluation.markdown(rows)
 
 
-#: What makes the lines of each table.
+#: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": contests,
     "robust": lambda results: evaluation.robust_markdown(evaluation.read(results / "studies", evaluation.ROBUST_FILE)),
@@ -126,15 +126,15 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "diffusion_said": diffusion_table.said,
     "minutes": minutes.table,
 }
-#: A page of tables and of notes on them, whose numbers no study holds.
+#: Pages of tables and notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"
 
 
 def table(name: str, results: Path) -> str | None:
-    """The text of a table; None where its results file is missing.
+    """The text of a table; None if its results file is missing.
 
     Args:
-        name: of one of `TABLES`, or of a study with a file ``studies/NAME.md``.
+        name: name in `TABLES`, or of a study with a file ``studies/NAME.md``.
         results: the folder ``benchmarks/results``.
     """
     try:
@@ -146,7 +146,7 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """One accuracy of a study in percent, with one decimal; of several seeds the mean.
+    """An accuracy of a study in percent, with one decimal; the mean over several seeds.
 
     Args:
         study: the study's name; ``cpu`` for the speed of a pipeline, whose ``model`` is "pipeline, case" and whose
@@ -176,10 +176,10 @@ def value(study: str, model: str, key: str, results: Path) -> str:
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
-    """A page's text with its tables and values written again, and the names of tables whose results are missing.
+    """Update a page's tables and values; return the text and the names of tables whose results are missing.
 
     Args:
-        text: of the page.
+        text: text of the page.
         results: the folder ``benchmarks/results``.
     """
     missing: list[str] = []
@@ -234,7 +234,7 @@ def broken_links(page: Path) -> list[str]:
             continue
         place = (page.parent / path) if path else page
         if place.parent == ROOT / "docs" / "api":
-            # written when the site is built, one for each public module
+            # The site's build writes a page for each public module.
             module = place.stem.removeprefix("purify_fast").replace(".", "/")
             home = ROOT / f"purify_fast{module}"
             if not (home.with_suffix(".py").is_file() or (home / "__init__.py").is_file()):
@@ -257,10 +257,10 @@ def anchors(page: Path) -> set[str]:
 
 
 def typed_numbers(page: Path, results: Path) -> list[str]:
-    """Numbers in a page's sentences that neither its own generated tables nor the results that it names hold.
+    """Numbers in a page's sentences that are neither in its generated tables nor in the results that it names.
 
-    Looked at are numbers with decimals, outside of code, generated tables and generated values. Two comments say where
-    a number is from: ``<!-- numbers from: carso_mnist, atop_digits -->`` names studies, and
+    Only numbers with decimals are checked, outside code, generated tables and generated values. Two comments name a
+    number's source: ``<!-- numbers from: carso_mnist, atop_digits -->`` names studies, and
     ``<!-- not measured here: 0.25, 1.1 -->`` the numbers that are no measurements of this package, such as settings,
     versions and figures of papers.
 
@@ -283,7 +283,7 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
 
 @functools.cache
 def _measured(name: str, results: Path) -> frozenset[str]:
-    """Every number with decimals in a table and in the results behind it, there in percent with one decimal."""
+    """Every number with decimals in a table and in its results, the latter in percent with one decimal."""
     text = table(name, results) or ""
     found = {number.replace(",", "") for number in re.findall(r"\d[\d,]*\.\d+", text)}
     whole = results / "studies" / f"{name}.json"
@@ -293,10 +293,10 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 
 
 def check(results: Path) -> list[str]:
-    """What is wrong with README and docs.
+    """The faults of README and docs.
 
-    Tables and values that are not those of the results, contests that other attacks or weights made than the package
-    has, links, typed numbers, and trainings that are called as published without a recipe.
+    These are tables and values that differ from the results, contests made with other attacks or weights than the
+    package has, broken links, typed numbers, and trainings that are called as published without a recipe.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -324,7 +324,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> bool | None:
-    """``python -m benchmarks report``; if that is asked for, whether README and docs agree with the results."""
+    """``python -m benchmarks report``; with --check, tell whether README and docs agree with the results."""
     for path in chosen.folders:
         if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
             raise Unfit(f"{path} holds neither {report.ROWS} nor {report.PIPELINES}")
@@ -341,7 +341,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
             print(path / report.PIPELINES_TABLE)
     if chosen.count:
         print(launches.write(RESULTS))
-    # the pages show the committed results alone
+    # The pages show only the committed results.
     if any(RESULTS not in path.resolve().parents for path in chosen.folders):
         return None
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
@@ -350,7 +350,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
 
 
 def publish() -> None:
-    """Write what ships of the results with the package, and the tables of all pages."""
+    """Write the results that ship with the package, and the tables of all pages."""
     print(shipping.write_races(RESULTS))
     for page in every_page():
         for name in fill(page, RESULTS):
@@ -374,10 +374,10 @@ def ship(chosen: argparse.Namespace) -> Path:
 
 #: The claim, also across a line break and within quotations and lists of Markdown.
 CLAIM = re.compile(r"\bas[\s>*]+published\b", re.I)
-#: The name of a recipe, such as ``carso/cifar10``; a path that contains it is none.
+#: The name of a recipe, such as ``carso/cifar10``; a path that contains it does not count.
 RECIPE = re.compile(r"(?<![\w/.-])(?:carso|atop|arrest)/\w+")
-#: Where one sentence ends and another begins: after a mark, at a blank line, before and after a line of a table, and
-#: before an item of a list.
+#: The borders of sentences: after a mark, at a blank line, before and after a line of a table, and before an item of
+#: a list.
 _BREAK = re.compile(r"(?<=[.!?])\s+|\n\s*\n|\n(?=\s*[|#])|(?<=\|)\s*\n|\n(?=\s*(?:[-*+]|\d+\.)\s)")
 _GENERATED = ("api", "generated")
 
@@ -398,13 +398,13 @@ def claims(text: str) -> list[tuple[int, str]]:
 
 
 def check_claims(root: Path = ROOT) -> list[str]:
-    """What README, changes, docs, docstrings and the titles of the zoo's cards claim without naming a recipe.
+    """Claims of README, changes, docs, docstrings and the titles of the zoo's cards that do not name a recipe.
 
     Args:
         root: the repository.
 
     Returns:
-        One line for each, with file, line and sentence.
+        A line for each claim, with file, line and sentence.
     """
     docs = root / "docs"
     pages = [path for path in sorted(docs.rglob("*.md")) if path.relative_to(docs).parts[0] not in _GENERATED]

@@ -1,6 +1,6 @@
-"""The tables of docs/performance.md: what ops and pipelines must do, the least time for it, and what was measured.
+"""The tables of docs/performance.md: the work of ops and pipelines, its least time, and the measurements.
 
-All of it from the committed CSV files and the formulas of the benchmarks.
+They are made from the committed CSV files and the formulas of the benchmarks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .measure import AUTOTUNED
 from .ops import Case, registry
 from .report import table
 
-#: What was found by hand on a device, in words; closes its chapter.
+#: Findings by hand on a device, in words; they close its chapter.
 NOTES = "notes.md"
-#: bytes/s and FLOP/s that stand for an H200-class GPU where none was measured.
+#: Assumed bytes/s and FLOP/s of an H200-class GPU if none was measured.
 ASSUMED = (4.3e12, 790e12)
-#: Microseconds of these are shown.
+#: Contestants whose microseconds are shown.
 KINDS = ("eager", "compile", AUTOTUNED, "ours")
 NOT_RUN = (
     "**Not yet run on a GPU.** What is said of one below is counted. `python -m benchmarks gpu_check` measures "
@@ -30,13 +30,13 @@ NOT_RUN = (
 
 
 def standard(cases: list[Case]) -> Case:
-    """The case that stands for an op: the largest of the first variant and dtype."""
+    """The case that represents an op: the largest of the first variant and dtype."""
     same = [case for case in cases if (case.variant, case.dtype) == (cases[0].variant, cases[0].dtype)]
     return max(same, key=lambda case: case.count("bytes", "forward"))
 
 
 def limit(case: Case, direction: str, copied: float | None, multiplied: float | None) -> tuple[float, str] | None:
-    """Seconds that nothing can be faster than, and what takes them; None if the bandwidth is not known."""
+    """The lower limit in seconds, and its cause; None if the bandwidth is unknown."""
     if copied is None:
         return None
     moving = case.count("bytes", direction) / copied
@@ -55,7 +55,7 @@ def _shape(case: Case) -> str:
 
 
 def counted() -> list[str]:
-    """What every op must do at a shape that fills a GPU, and the least time for it."""
+    """The work of every op at a shape that fills a GPU, and its least time."""
     body = []
     for op, cases in registry("cuda").items():
         case = standard(cases())
@@ -68,7 +68,7 @@ def counted() -> list[str]:
 
 
 def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
-    """By device: bytes/s of a copy, FLOP/s of a product, each None if it was not measured there."""
+    """For each device, bytes/s of a copy and FLOP/s of a product, None if not measured there."""
     measured = limits.read(folder)
     raced = {
         device: max(1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device)
@@ -86,7 +86,7 @@ def _measured_on(rows: list[dict]) -> str:
 
 
 def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
-    """One shape of every op, called eagerly, beside its limit."""
+    """A shape of every op, called eagerly, beside its limit."""
     columns = [name for name in KINDS if f"{name}_us" in rows[0]]
     served = {(line["op"], line["direction"]): line["eager_calls"] for line in report.verdicts(rows)}
     body = []
@@ -114,7 +114,7 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
 
 
 def lost(rows: list[dict]) -> list[str]:
-    """Where another one is faster than our kernels."""
+    """The cases in which another contestant is faster than our kernels."""
     lines = report.verdicts(rows)
     columns = ("op", "direction", "behind_eager", "worst_ratio", "worst_row")
     if body := [[line[name] for name in columns] for line in lines if line["eager_calls"] == "reference"]:
@@ -144,7 +144,7 @@ def lost(rows: list[dict]) -> list[str]:
 
 
 def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
-    """Whole predictions and training steps, beside the time that their arithmetic takes at least."""
+    """Whole predictions and training steps, beside the least time of their arithmetic."""
     known = {name: cases(False) for name, cases in pipelines.registry().items()}
     body = []
     for (pipeline, name), rows in report.by_case(races).items():
@@ -177,7 +177,7 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
 
 
 def measured_races(raced: dict) -> list[str]:
-    """What `purify-fast tune` found on a device: gains over the reference by op, and whom it lost to."""
+    """The results of `purify-fast tune` on a device: gains over the reference by op, and lost races."""
     body = []
     for op, entry in raced["ops"].items():
         cells = []
@@ -210,7 +210,7 @@ def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def chapter(folder: Path) -> list[str]:
-    """The chapter of one folder of results; empty where nothing was measured."""
+    """The chapter of a folder of results; empty if nothing was measured."""
     rows, races = _measurements(folder)
     rates, raced = _rates(folder, rows, races), shipping.read(folder)
     kind = "cpu" if folder.name == "cpu" else "cuda"
@@ -231,7 +231,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def devices(results: Path) -> list[str]:
-    """The limits of the devices, and whether a GPU was among them."""
+    """The limits of the devices, and whether they include a GPU."""
     body = [["an H200-class GPU", *(f"{rate / 1e9:,.0f}" for rate in ASSUMED), "**assumed**, not measured"]]
     for folder in folders(results):
         rows, races = _measurements(folder)
@@ -244,5 +244,5 @@ def devices(results: Path) -> list[str]:
 
 
 def chapters(results: Path) -> list[str]:
-    """What was measured on each device."""
+    """The measurements on each device."""
     return "\n\n".join("\n".join(chapter(folder)) for folder in folders(results)).splitlines()

@@ -1,8 +1,8 @@
-"""Pipelines raced: every contestant in a process of its own, one awake at a time, in turn, in one run.
+"""Races of pipelines: every contestant has its own process, and they run in turn, one at a time.
 
-The allocator's thresholds are a process's own and cannot be put back, hence the processes. Between two runs nothing
-works for a moment, so that the threads of the process that just worked have stopped spinning. For a GPU all contestants
-get ready at the same time, which is mostly compilation; then they are timed in turn like the others.
+The processes are needed because a process cannot restore its allocator's thresholds. A pause between two runs lets the
+threads of the last process stop spinning. For a GPU all contestants get ready at the same time, which is mostly
+compilation; then they are timed in turn like the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _matrix_rate(device: torch.device, size: int) -> float:
 
 
 def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:
-    """A contestant's process: makes its job, then answers one command after the other."""
+    """Run a contestant's process: make its job, then answer commands one by one."""
     torch.set_num_threads(threads)
     device, effort = torch.device(device_type), QUICK if quick else Effort()
     chosen = registry()[pipeline](quick)[case].contestants[contestant]
@@ -84,12 +84,12 @@ class _Process:
         theirs.close()
 
     def order(self, command: str) -> None:
-        """Have it work on a command, whose answer `answer` waits for."""
+        """Send a command, whose answer `answer` awaits."""
         with contextlib.suppress(OSError):  # it has ended already, as the answer will tell
             self.pipe.send(command)
 
     def answer(self, command: str, seconds: float = math.inf):
-        """RuntimeError with the other side's traceback, or its exit status; TimeoutError if there is none in time."""
+        """Return the answer; RuntimeError with the process's traceback or exit status; TimeoutError if it is late."""
         try:
             if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
                 raise TimeoutError(command)
@@ -122,9 +122,10 @@ def race(
     tell=lambda text: None,
     limit: float = math.inf,
 ) -> list[dict]:
-    """The rows of one case, a contestant each; one whose result is not the first's has no number.
+    """The rows of a case, one for each contestant; a contestant with a wrong result has no number.
 
-    Nor has one that is not ready within ``limit`` seconds: it is left out, unless it is the first or ours.
+    A contestant that is not ready within ``limit`` seconds has no number and is left out, unless it is the first or
+    ours.
     """
     effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
     together = device.type == "cuda"
@@ -143,7 +144,7 @@ def race(
     try:
         truth = None
         needed = {next(iter(case.contestants)), "ours"}
-        # within a time limit, those without which there is no race come before the others
+        # Within a time limit, contestants that a race needs come first.
         order = sorted(case.contestants, key=lambda label: limit < math.inf and label not in needed)
         for label in order if together else ():
             prepare(label)

@@ -1,4 +1,4 @@
-"""The tables and pictures made from the CSV files, and who is to serve which op."""
+"""The tables and pictures made from the CSV files, and the kernels chosen for the ops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where it is not there."""
+    """The rows of a CSV file; none without the file."""
     return read_csv(path) if path.exists() else []
 
 
@@ -45,10 +45,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """One line per op, direction and kernel: who serves eager calls, and how our kernel stands there and inside graphs.
+    """A line for each op, direction and kernel: who serves eager calls, and our kernel's standing there and in graphs.
 
-    Eager calls go to our kernel where none of its rows is more than 5 percent behind the best, else to the plain
-    reference. Inside a compiled graph it serves where it is at least `IN_GRAPHS` times as fast in every row.
+    Eager calls go to our kernel if no row of it is more than 5 percent behind the best, else to the plain reference.
+    Inside a compiled graph it serves if it is at least `IN_GRAPHS` times as fast in every row.
     """
     decided = []
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
@@ -57,7 +57,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
         lost = {
             style: [r for r in own if r["style"] == style and r["verdict"] in ("behind", "wrong")] for style in STYLES
         }
-        if not eager:  # a time limit left them out
+        if not eager:  # A time limit left them out.
             continue
         worst = min(eager, key=lambda row: float(row["ratio"] or 0))
         gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
@@ -78,9 +78,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
 
 
 def _ahead(rows: list[dict]) -> bool:
-    """Whether a kernel is far enough ahead in all of these rows to be a wall inside a graph.
+    """Tell whether a kernel is far enough ahead in all of these rows to block fusion inside a graph.
 
-    Only where compilers do not fuse the reference as well, with neighbours that the rows do not have.
+    This holds only if compilers do not fuse the reference as well, with neighbors that the rows do not have.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
@@ -89,9 +89,9 @@ def _ahead(rows: list[dict]) -> bool:
 
 
 def races(rows: list[dict]) -> dict:
-    """What the package ships of a machine's rows: who serves each op and each of its variants, and where it was found.
+    """The facts that the package ships from rows: who serves each op and variant, and the measuring machine.
 
-    Where ops were measured on several machines, it is named after the one of most rows.
+    If ops were measured on several machines, the machine with most rows is named.
     """
     usual = statistics.mode(row["device"] for row in rows)
     first = next(row for row in rows if row["device"] == usual)
@@ -117,7 +117,7 @@ def _winners(rows: list[dict]) -> dict[str, str]:
 
 
 def _machines(rows: list[dict], kind: str) -> str:
-    """What the rows were measured on; which of ``kind`` on which, if they were not all on one machine."""
+    """The machine of the rows; if there are several, the machine of each ``kind``."""
     found: dict[str, list[str]] = {}
     for row in rows:
         where = f"{row['device']}, {row['threads']} threads, torch {row['torch']}, triton {row['triton'] or 'absent'}"
@@ -129,20 +129,20 @@ def _machines(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """Who serves each op, and how far ahead or behind our kernel is."""
+    """The table of who serves each op, and how far ahead or behind our kernel is."""
     head = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
 
 def markdown(rows: list[dict]) -> str:
-    """The page of the ops: who serves, and all rows."""
+    """The page of the ops: the serving kernels, and all rows."""
     gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
     kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
     heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # an autotuned form was not asked for in every row, and it has no column where it never was
+        # Not every row has an autotuned form; its column is left out if no row has it.
         cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
         cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
         body.append(cells)
@@ -174,17 +174,17 @@ def markdown(rows: list[dict]) -> str:
 
 
 def report(folder: Path) -> None:
-    """Everything that ``folder``'s ops.csv says, written beside it."""
+    """Write the page of ``folder``'s ops.csv beside it."""
     rows = read_csv(folder / ROWS)
     write_csv(folder / VERDICTS, verdicts(rows))
     write_text(folder / TABLE, markdown(rows))
 
 
 def ops_sentence(path: Path) -> str:
-    """How the C++ kernels stand against the compiler and the uncompiled reference, over all eager rows.
+    """A sentence comparing the C++ kernels with the compiler and the uncompiled reference, over all eager rows.
 
     Args:
-        path: the rows, ops.csv of a CPU; one of them at least was called from Python.
+        path: the rows, ops.csv of a CPU; at least one of them was called from Python.
     """
     rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
     compiled, eager = (
@@ -252,7 +252,7 @@ def parts(row: dict) -> list[tuple[str, float]]:
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
-    """Speed relative to the first contestant, by case; the best torch.compile is marked. False without matplotlib."""
+    """Draw speeds relative to the first contestant, with the best torch.compile marked; False without matplotlib."""
     cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]
     figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
@@ -283,7 +283,7 @@ def _colour(contestant: str) -> str:
 
 
 def report_pipelines(folder: Path) -> None:
-    """Everything that ``folder``'s pipelines.csv says, written beside it."""
+    """Write the page of ``folder``'s pipelines.csv beside it."""
     rows = read_csv(folder / PIPELINES)
     write_text(folder / PIPELINES_TABLE, pipelines_markdown(rows))
     plot_pipelines(rows, folder / PIPELINES_PLOT)

@@ -1,7 +1,6 @@
-"""What the rows of a protocol depend on, besides the model and its images: its attacks, their options and revisions.
+"""A protocol's attacks with options and revisions, on which its rows depend besides model and images.
 
-A results file keeps this with its rows. So a row that was made by other attacks than the package has is found without
-making it again.
+A results file keeps these with its rows, so that outdated rows are found without making them again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
-    """Some classifier of ten classes, for what a protocol runs on every model.
+    """A classifier of ten classes, to list the attacks that a protocol runs on every model.
 
     Args:
         random: whether two predictions differ.
@@ -46,18 +45,18 @@ class AnyModel(nn.Module):
 
 
 class AnyPurifier(AnyModel):
-    """The same as a purifier by diffusion, for which "strong" adds attacks."""
+    """The same classifier as a purifier by diffusion, for which "strong" adds attacks."""
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Those attacks; arguments as `DiffusionPurifier.strong_attacks` takes them."""
+        """The added attacks; the arguments are those of `DiffusionPurifier.strong_attacks`."""
         return strong_attacks(self, norm, eps)
 
 
 def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
-    """Each attack in words: its label, its options and its revision, and which images it searches.
+    """Each attack in words: its label, options and revision, and the images that it searches.
 
     Args:
-        attacks: how each is used, and the attack with the options that it runs with.
+        attacks: specification of each attack, and the attack with its final options.
     """
     words = []
     for spec, attack in attacks:
@@ -71,7 +70,7 @@ def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
     """The attacks of a protocol on any model.
 
     Args:
-        name: of the protocol.
+        name: name of the protocol.
         random: whether two predictions of the model differ.
         diffusion: whether it is a purifier by diffusion.
     """
@@ -84,7 +83,7 @@ def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
 
 
 def added(name: str, random: bool) -> list[str]:
-    """The revision of the surrogates, of a protocol that may add attacks through those that a model has.
+    """The revision of surrogates, for a protocol that may add attacks through a model's surrogates.
 
     Args:
         name: of the protocol.
@@ -95,5 +94,5 @@ def added(name: str, random: bool) -> list[str]:
 
 @functools.cache
 def short(name: str, random: bool, diffusion: bool = False) -> str:
-    """A short hash of `of_protocol`; arguments as there."""
+    """A short hash of `of_protocol`, with its arguments."""
     return hashlib.sha256("\n".join(of_protocol(name, random, diffusion)).encode()).hexdigest()[:8]

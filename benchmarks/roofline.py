@@ -1,9 +1,8 @@
-"""How long a step of each attack and each training should take on an H100: a model, counted and not measured.
+"""A model of the time of a step of each attack and training on an H100, counted and not measured.
 
-A step takes at least as long as the longest of three: what the host needs to launch its operators, what the memory
-needs to move their bytes, and what the tensor cores need for their products. All three are counted on the CPU as
-PyTorch dispatches a step at two batch sizes, and continued in a straight line to others. A measurement on a GPU can
-prove the model wrong, which is what it is for.
+A step takes at least the longest of three times: the host launches its operators, the memory moves their bytes, and the
+tensor cores compute their products. All three are counted on the CPU as PyTorch dispatches a step at two batch sizes,
+and extrapolated linearly to others. The model is made to be tested by measurements on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ FILE = "roofline.csv"
 H100 = GPUS["h100"]
 #: The attacks whose step is modelled.
 STEPS = ("APGD-100 ce", "APGD-T 100", "FAB-T 100", "Square")
-#: Where a step is counted, and for which batches it is modelled.
+#: The batch sizes at which a step is counted, and those for which it is modelled.
 COUNTED, BATCHES = (4, 8), (16, 64, 250)
 SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
 #: ARREST's threshold beyond any drift, so that every image is attacked.
@@ -45,7 +44,7 @@ NEVER_REPLAYED = 10.0
 
 
 class Half(nn.Module):
-    """A classifier as attacks follow its gradients on a GPU: BatchNorm folded, in bfloat16 with channels last.
+    """A classifier in the form whose gradients attacks use on a GPU: BatchNorm folded, bfloat16, channels last.
 
     Args:
         model: the classifier.
@@ -61,13 +60,13 @@ class Half(nn.Module):
 
 
 class Count(NamedTuple):
-    """What a step asks of host, memory and tensor cores.
+    """The work of a step for host, memory and tensor cores.
 
     Args:
-        launches: operators that the host launches.
-        beside: those that it launches where what can be captured is replayed, each replay counted as one.
-        bytes: read and written.
-        flop: of products.
+        launches: number of operators that the host launches.
+        beside: number of launches with everything captured that can be; a replay counts as one.
+        bytes: bytes read and written.
+        flop: FLOP of products.
     """
 
     launches: float
@@ -77,13 +76,13 @@ class Count(NamedTuple):
 
 
 def of_attack(name: str, size: int) -> Count:
-    """One step of an attack on a ResNet-18 that none of the images falls to.
+    """Count a step of an attack on a ResNet-18 that no image falls to.
 
-    What the attack does by itself is counted on a tiny network, whose share is taken away.
+    The attack's own work is counted on a tiny network, whose share is subtracted.
 
     Args:
-        name: of the attack, in `benchmarks.captures.ATTACKS`.
-        size: images.
+        name: name of the attack, in `benchmarks.captures.ATTACKS`.
+        size: number of images.
     """
     torch.manual_seed(0)
     x, attack = torch.rand(size, *SHAPE), ATTACKS[name]
@@ -100,7 +99,7 @@ def of_attack(name: str, size: int) -> Count:
     launches, moved, flop = (
         (b - a) / steps - small + big for a, b, small, big in zip(short, long, *models, strict=True)
     )
-    # a query of Square is not captured
+    # A query of Square is not captured.
     return Count(launches, launches if name == "Square" else beside, moved, flop)
 
 
@@ -117,7 +116,7 @@ def _atop() -> AtopTask:
     return atop("classifier", 10, Atop(_network(), SmallGenerator(SHAPE[0]), SHAPE, block=4, sigma=0.1), EPS)
 
 
-#: A step of each training, of a ResNet-18 and what goes with it, in float32 (TF32 where it multiplies).
+#: A step of each training of a ResNet-18 and its other networks, in float32 (TF32 for products).
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-10": lambda: arrest(10, _network, SHAPE, EPS, tau=NEVER_REPLAYED),
     "CARSO, pipeline, PGD-10": _carso,
@@ -126,11 +125,11 @@ TRAININGS: dict[str, Callable[[], Any]] = {
 
 
 def of_training(make: Callable[[], Any], size: int) -> Count:
-    """One step of a training, forward and backward.
+    """Count a step of a training, forward and backward.
 
     Args:
-        make: its task.
-        size: images.
+        make: makes its task.
+        size: number of images.
     """
     torch.manual_seed(0)
     x = torch.rand(size, *SHAPE)
@@ -148,11 +147,11 @@ def of_training(make: Callable[[], Any], size: int) -> Count:
 
 
 def continued(counts: tuple[Count, Count], size: int) -> Count:
-    """The count of another batch: bytes and products on the straight line through both, launches as of the larger.
+    """The count for another batch: bytes and products extrapolated linearly, launches of the larger batch.
 
     Args:
-        counts: of the batches of `COUNTED`.
-        size: images of the other batch.
+        counts: counts of the batches of `COUNTED`.
+        size: number of images of the other batch.
     """
     first, second = counts
     share = (size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
@@ -164,10 +163,10 @@ def row_of(step: str, count: Count, size: int, rate: float) -> dict[str, Any]:
     """The model of one step.
 
     Args:
-        step: its name.
-        count: what it asks for.
-        size: images.
-        rate: FLOP in a second at most.
+        step: name of the step.
+        count: work of the step.
+        size: number of images.
+        rate: largest FLOP/s.
     """
     memory, products = count.bytes / H100.bytes_per_second, count.flop / (SHARE * rate)
     launching = count.launches * EAGER
@@ -220,7 +219,7 @@ def main(chosen: argparse.Namespace) -> Path:
     return write(chosen.out)
 
 
-#: The columns of the table: what each is called, and what it is in the file.
+#: The columns of the table: the name of each, and its column in the file.
 COLUMNS = {
     "step": "step", "images": "images", "operators": "launches", "beside a graph": "launches_captured", "MB": "MB",
     "GFLOP": "GFLOP", "launches, ms": "launches_ms", "captured": "launches_captured_ms", "bytes, ms": "bytes_ms",
@@ -230,6 +229,6 @@ COLUMNS = {
 
 
 def table(results: Path) -> list[str]:
-    """What `write` left, for docs/performance.md."""
+    """The results of `write`, for docs/performance.md."""
     rows = report.read_csv(results / FILE)
     return report.table([head.strip() for head in COLUMNS], [[row[name] for name in COLUMNS.values()] for row in rows])

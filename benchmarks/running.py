@@ -1,4 +1,4 @@
-"""Rows measured one after the other and written as they come; what a time limit leaves out is named."""
+"""Measure rows one by one and write them at once; rows left out by a time limit are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from purify_fast.speed import retain_freed_memory
 from . import RESULTS, limits, measure, options, pipelines, race, report
 from .ops import Case, registry
 
-#: What tells the rows of ops.csv apart.
+#: The columns that identify a row of ops.csv.
 KEY = ("op", "variant", "shape", "dtype", "direction", "style", "backend")
 
 
@@ -32,19 +32,19 @@ def device_class(device: torch.device) -> str:
 
 
 def folder(device: torch.device, quick: bool) -> Path:
-    """Where results go if nothing else is said."""
+    """The default folder of results."""
     return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
 
 
 @dataclass
 class Budget:
-    """How long a run may take, and how it goes on: without one, an error ends it and nothing is left out.
+    """The time limit of a run, and its resumption: by default an error ends it and nothing is left out.
 
     Attributes:
-        seconds: nothing is begun that would end later, if it took as long as the longest before it.
-        resume: keep what has been measured already.
+        seconds: time limit; work is not begun if it would exceed this by taking as long as the longest work before.
+        resume: whether to keep earlier measurements.
         failed: tracebacks by name, if errors are to be collected.
-        tell: is told the share that is done, and the next name.
+        tell: called with the finished share and the next name.
     """
 
     seconds: float = math.inf
@@ -74,7 +74,7 @@ class Budget:
 
 
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
-    """(rank of the case, op, case, direction, style) of every row."""
+    """The (rank of the case, op, case, direction, style) of every row."""
     rows = []
     for name in names:
         cases = ops[name]()
@@ -96,18 +96,18 @@ def run_ops(
     out: Path,
     budget: Budget | None = None,
 ) -> None:
-    """Measure, and write after every row; rows of ops that are not asked for stay.
+    """Measure, and write after every row; rows of other ops stay.
 
     Args:
-        names: of the ops.
-        device: where they run.
+        names: names of the ops.
+        device: device of the ops.
         quick: whether one small case of each variant is enough.
         out: the folder of the results.
-        budget: how long it may take; as long as it does by default.
+        budget: time limit; none by default.
     """
     budget = budget or Budget()
     effort = measure.QUICK if quick else measure.Effort()
-    # the cases for the device; to be quick those for a CPU, where there are any
+    # These are the device's cases; in a quick run those of a CPU, if there are any.
     ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / report.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in report.rows_of(path)}
@@ -151,7 +151,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
     known = {name: pipelines.registry()[name](quick) for name in names}
     work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
-    # compiling the contestants takes most of the time: those that are not ready within a case's share are left out
+    # Compilation takes most of the time: contestants that are not ready within a case's share are left out.
     share = budget.seconds / 3
 
     def run(name: str, label: str) -> None:
@@ -167,11 +167,11 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
 
 
 def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
-    """The options that ``python -m benchmarks`` has for ops and for pipelines.
+    """Add the options of ``python -m benchmarks`` for ops and for pipelines.
 
     Args:
-        parser: of the command.
-        known: the names of what can be measured.
+        parser: parser of the command.
+        known: names that can be measured.
     """
     which = f"which; all by default: {', '.join(known)}"
     parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(known), help=which)
@@ -183,7 +183,7 @@ def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
-    """Measure ops; who serves each of them, and the table's file."""
+    """Measure ops; return who serves each of them, and the table's file."""
     device, out = chosen.device, chosen.out or folder(chosen.device, chosen.quick)
     retain_freed_memory()
     run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
@@ -192,7 +192,7 @@ def ops_command(chosen: argparse.Namespace) -> str:
 
 
 def pipelines_command(chosen: argparse.Namespace) -> str:
-    """Race pipelines; their table."""
+    """Race pipelines; return their table."""
     out = chosen.out or folder(chosen.device, chosen.quick)
     run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
     return (out / report.PIPELINES_TABLE).read_text()

@@ -1,8 +1,8 @@
 """The ops' benchmarks: one file per op, each a list of the inputs that users have.
 
-A file has SHAPES, and for GPUs, which these would not fill, other shapes in LARGE, the largest first. It has a function
-``case(shape, dtype, variant)``, which is called with every shape and with every pair in KINDS; a file without KINDS has
-no variants. Where not every shape has every kind, the file has a function ``cases(shapes)`` in their place.
+A file has SHAPES, and larger shapes for GPUs in LARGE, the largest first. It has a function ``case(shape, dtype,
+variant)``, which is called with every shape and with every pair in KINDS; a file without KINDS has no variants. If not
+every shape has every kind, the file has a function ``cases(shapes)`` in place of these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-#: The ops that are measured, in the order of the tables; some have a kernel on a GPU alone.
+#: The measured ops, in the order of the tables; some have a kernel only on a GPU.
 OPS = (
     "philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step", "apgd_step", "random_transform",
     "stitch", "gated_elu", "contextual_attention", "representation_distance", "noisy_replay", "decode_samples",
@@ -29,12 +29,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape, and what it cannot do without: bytes read and written once, and arithmetic.
+    """An op at a shape, with its least work: bytes read and written once, and arithmetic.
 
     Attributes:
         inputs: tensors on torch's default device; the first is what a surrounding graph feeds.
-        slack: how many times the usual error contestants may differ by.
-        work: by direction the bytes and the FLOP, as formulas of ``symbols``, the elements n and the bytes s of each.
+        slack: factor on the usual error by which contestants may differ.
+        work: for each direction the bytes and the FLOP, as formulas of ``symbols``, the elements n and their bytes s.
     """
 
     shape: tuple[int, ...]
@@ -52,12 +52,12 @@ class Case:
         return ("forward", "backward") if self.differentiable else ("forward",)
 
     def count(self, what: str, direction: str) -> int:
-        """``bytes`` or ``flops`` as a number."""
+        """The ``bytes`` or ``flops`` as a number."""
         symbols = {"n": math.prod(self.shape), "s": self.dtype.itemsize, **self.symbols}
         return int(eval(self.formula(what, direction), {"__builtins__": {}}, symbols))
 
     def formula(self, what: str, direction: str) -> str:
-        """Of ``bytes`` or ``flops``."""
+        """The formula of ``bytes`` or ``flops``."""
         return self.work[direction][("bytes", "flops").index(what)]
 
 
@@ -93,5 +93,5 @@ def _cases(name: str, kind: str) -> list[Case]:
 
 
 def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
-    """By op, what makes the cases for devices of a kind, cpu or cuda."""
+    """For each op, the function that makes the cases for a kind of device, cpu or cuda."""
     return {name: partial(_cases, name, kind) for name in OPS if kind == "cuda" or name not in CUDA_ONLY}

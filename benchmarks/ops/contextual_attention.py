@@ -14,7 +14,7 @@ from . import Case, normal, uniform
 
 SHAPES = ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8))
 LARGE = ((32, 96, 64, 64), (256, 96, 8, 8))
-#: Each takes minutes of compilation.
+#: Each case takes minutes of compilation.
 KINDS = ((torch.float32, ""), (torch.bfloat16, "channels_last"))
 
 
@@ -31,7 +31,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
         dtype,
         inputs,
         contextual_attention,
-        # the products of pixels (one) and with the weights (four), then of their gradients
+        # These are the products of pixels (one) and with the weights (four), then of their gradients.
         {"forward": ("8*B*C*L*s", "10*B*C*L*L"), "backward": ("12*B*C*L*s", "20*B*C*L*L")},
         variant,
         (0,),

@@ -1,6 +1,6 @@
-"""K samples of each of B images, by the paper's two decoders: a kernel on a GPU only, the layers serve elsewhere.
+"""K samples of each of B images, by the paper's two decoders: a kernel on a GPU, the layers elsewhere.
 
-The others run the same folded layers in bfloat16 and channels_last, their weights unpacked once.
+The other contestants run the same folded layers in bfloat16 and channels_last, with weights unpacked once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from . import Case, normal
 
 #: images, samples of each; side of the images
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
-#: By the side: the preset, its condition and latent.
+#: For each side: the preset, its condition and latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
 def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
-    """What makes the inputs, with the decoder where they are, and the call that is timed."""
+    """The function that makes the inputs, with the decoder on their device, and the timed call."""
     _, width, latent = SIZES[side]
     shape = (3, side, side)
     decoders: list[PackedDecoder] = []
@@ -40,7 +40,7 @@ def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
 
 
 def macs(side: int) -> tuple[int, int, int]:
-    """Products of a sample and of a condition, weights."""
+    """The products of a sample and of a condition, and the number of weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -59,7 +59,7 @@ def case(batch: int, samples: int, side: int) -> Case:
         (batch, samples, 3, side, side),
         torch.bfloat16,
         *decoding(batch, samples, side),
-        # bfloat16 images and weights; of the condition its half of the first map
+        # Images and weights are bfloat16; the condition has its half of the first map.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),

@@ -1,4 +1,4 @@
-"""States of a sampler in float32, and what a denoiser predicts: images of CIFAR-10, and 8 of 256 pixels."""
+"""States of a sampler in float32, and a denoiser's predictions: images of CIFAR-10, and 8 of 256 pixels."""
 
 from __future__ import annotations
 

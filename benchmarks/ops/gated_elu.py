@@ -10,7 +10,7 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# the first convolution, then those of the middle; one image and four; 32 px with a training batch
+# The first convolution, then those of the middle; one image and four; 32 px with a training batch.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

@@ -18,7 +18,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     def inputs() -> tuple[torch.Tensor, ...]:
         x, w = uniform(*shape, dtype=dtype), normal(*shape, dtype=dtype, scale=1e-3)
         flat, size = x.flatten(1).float(), w.flatten(1).float()
-        # in linf the distances are a little more than this
+        # In linf the distances are a little larger.
         distance = torch.linspace(-0.05, 0.05, shape[0])
         return x, w, (flat * size).sum(1) + distance * size.abs().sum(1)
 
@@ -27,9 +27,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         dtype,
         inputs,
         lambda x, w, b: hyperplane_projection(x, w, b, norm),
-        # were the number t of a row known
+        # This would be the work if the number t of a row were known.
         {"forward": ("3*n*s", {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm])},
         norm,
-        # in l1 one coordinate takes the rounding of the sum over all
+        # In l1 one coordinate takes the rounding of the sum over all.
         slack=300.0 if norm == "l1" and dtype == torch.float32 else 1.0,
     )

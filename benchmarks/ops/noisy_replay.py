@@ -29,7 +29,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        # of the two, each sample's one is read; of what is replayed, a uniform as `philox` counts it, and five more
+        # A sample reads one of the two images. A replayed value takes a uniform, as `philox` counts it, and five more.
         {"forward": ("2*n*s", "32*r")},
         variant,
         symbols={"r": pixels // 4 if variant == "quarter" else pixels},

@@ -24,7 +24,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=1),
         ),
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
-        # of l1, were its two thresholds known
+        # This would be the work of l1 if its two thresholds were known.
         {"forward": ("4*n*s", {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm])},
         norm,
     )

@@ -20,7 +20,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, distribution: str) -> Case:
         dtype,
         lambda: (torch.arange(ids), torch.tensor([1234567890123])),
         lambda ids, seed: philox(seed, ids, numel, stream=Stream.LATENT, distribution=distribution, draws=draws),
-        # 100 integer operations give 4 words
+        # 100 integer operations give 4 words.
         {"forward": ("4*n + 8*B", {"bits": "25*n", "uniform": "27*n", "normal": "45*n"}[distribution])},
         distribution,
         symbols={"B": ids},

@@ -24,7 +24,7 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, variant: str) -
         shape,
         dtype,
         lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),
-        # bfloat16 is for the generator, which takes it in channels_last
+        # bfloat16 is for the generator, which takes it in channels_last.
         lambda x, seed, ids: random_transform(
             x,
             seed,

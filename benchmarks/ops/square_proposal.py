@@ -1,4 +1,4 @@
-"""The points that Square has reached and the clean images; one proposal for each image, and eight, as of late ones."""
+"""The points that Square has reached and the clean images; one proposal for each image, and eight for late ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> C
     def inputs() -> tuple[torch.Tensor, ...]:
         numbers = uniform(shape[0], draws, 5 + shape[1], dtype=torch.float32, seed=2)
         images = uniform(*shape, dtype=dtype), uniform(*shape, dtype=dtype, seed=1)
-        # on the device that is raced, which is not always the default one
+        # Use the raced device, which is not always the default.
         return (*images, numbers, *([] if norm == "linf" else [pattern(edge, norm, numbers.device)]))
 
     return Case(
@@ -32,7 +32,7 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> C
         dtype,
         inputs,
         lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
-        # of l1, were its shift known
+        # This would be the work of l1 if its shift were known.
         {"forward": ("(2 + T)*n*s", {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm])},
         norm,
         symbols={"n": math.prod(shape), "T": draws},

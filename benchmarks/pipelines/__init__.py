@@ -1,4 +1,4 @@
-"""The pipelines' benchmarks: one file each, what users run end to end, against a plain implementation."""
+"""The pipelines' benchmarks, a file each: what users run end to end, against a plain implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from purify_fast.training import Batch, Task
 
 @dataclass(frozen=True)
 class Job:
-    """One contestant, ready to run in its own process."""
+    """A contestant, ready to run in its own process."""
 
     run: Callable[[], object]  # what is timed
     result: Callable[[], Tensor]  # what must agree with the first contestant's
@@ -27,14 +27,14 @@ Make = Callable[[torch.device, bool], Job]  # device, quick
 
 @dataclass(frozen=True)
 class Contestant:
-    """One column of a case.
+    """A column of a case.
 
     Attributes:
         make: makes its job.
-        raised: whether glibc's allocator thresholds are.
+        raised: whether glibc's allocator thresholds are raised.
         tf32: whether a GPU rounds the operands of its float32 products to ten bits; by default float32 is IEEE's, as
             this package's own evaluation and training have it.
-        less_work: whether it computes less than ours, so that ours' FLOP say nothing about it.
+        less_work: whether it computes less than ours, so that the FLOP of ours do not apply.
     """
 
     make: Make
@@ -45,11 +45,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. What the others are compared with comes first; ``ours`` counts the work.
+    """A row of the table. The first contestant is the standard of comparison; ``ours`` counts the work.
 
     Attributes:
-        tolerance: relative L2 distance to the first one's result.
-        flops: what ours computes, in symbols that `performance` explains.
+        tolerance: relative L2 distance to the first contestant's result.
+        flops: FLOP of ours, in symbols that `performance` explains.
     """
 
     shape: str
@@ -59,13 +59,13 @@ class Case:
 
 
 def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
-    """The same under `torch.autocast` to bfloat16."""
+    """The same job under `torch.autocast` to bfloat16."""
     job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
     return Job(cast(job.run), cast(job.result), times=job.times)
 
 
 def _made(make: Make, device: torch.device, quick: bool) -> Job:
-    """The job; in a quick run `torch.compile` does nothing, as it would take most of the time."""
+    """Make the job; in a quick run `torch.compile` does nothing, since it would take most of the time."""
     job = make(device, quick)
     if not quick:
         return job
@@ -74,15 +74,15 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
-    """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32.
+    """The columns of a pipeline. Ours computes in bfloat16; the plain forms in float32 and in bfloat16.
 
     Only a machine with a GPU can race the plain form in TF32, which is PyTorch's own default for convolutions, and ours
     with its attack's step in a CUDA graph.
 
     Args:
-        plain: makes a job of the device and of whether it is to be quick; compiled if it gets the keyword ``compiled``.
-        ours: likewise; with its attack's step captured if it gets the keyword ``captured``.
-        captured: whether ours takes that.
+        plain: makes a job for a device, quick or not; compiled if it gets the keyword ``compiled``.
+        ours: like ``plain``; with its attack's step captured if it gets the keyword ``captured``.
+        captured: whether ours has that keyword.
     """
 
     def of(make: Callable[..., Job], **options: bool) -> Make:
@@ -103,14 +103,14 @@ def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool 
 
 
 def random_batch(device: torch.device, size: int, side: int, epochs: int) -> Batch:
-    """Images and labels, always the same."""
+    """The same random images and labels in every call."""
     source = torch.Generator().manual_seed(1)
     x, y = torch.rand(size, 3, side, side, generator=source), torch.randint(10, (size,), generator=source)
     return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, epochs)
 
 
 def optimizer_step(task: Task, batch: Batch) -> Tensor:
-    """One step of a training, by the first of its optimizers; returns the loss."""
+    """Make a step of a training with the first optimizer; return the loss."""
     loss, optimizer = task.training_step(batch)[0], next(iter(task.optimizers.values()))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -119,7 +119,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
-    """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
+    """Pipelines by name; each makes its cases by name, small cases for a quick run."""
     from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion
 
     modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion)

@@ -1,8 +1,8 @@
 """One step of ARREST's finetuning of a ResNet-18: the drift test, PGD-10, the loss on logits and representation.
 
-In the second half of the training every image is attacked; in the first, here, half of them are replayed: every second
-one, whatever the drift, which is computed all the same. It would move with the weights, and bfloat16 rounds some images
-across any threshold: contestants and runs would attack different numbers of images.
+In the second half of the training every image is attacked. In the first half, every second image is replayed here,
+whatever its drift, which is still computed. A threshold on the drift would let contestants and runs attack different
+numbers of images, since weights and bfloat16 rounding move images across it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH, EPOCHS = 64, 20
 
 
 def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, list[str]]:
-    """The classifier as it is after some steps, its start, and the layers that are compared; a toy for a quick run."""
+    """The classifier after some steps, its start, and the compared layers; a small classifier for a quick run."""
     if quick:
         torch.manual_seed(0)
         start, layers = PreActResNet18(width=4).eval(), ["act"]
@@ -56,12 +56,12 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """Drifts: 1 of every second image, 0 of the others."""
+    """Drifts: 1 for every second image, 0 for the others."""
     return (torch.arange(len(x), device=x.device) % 2).float()
 
 
 class HalfReplayed(ArrestTask):
-    """Ours, but for what the drift test finds."""
+    """Ours, with a fixed outcome of the drift test."""
 
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
         super().drift(x, of_teacher)
@@ -85,7 +85,7 @@ class _Split(nn.Module):
 
 
 class PlainStep:
-    """The step as one would write it: float32, contiguous, PGD by ``loss.backward()`` for every image."""
+    """The step in plain PyTorch: float32, contiguous, PGD by ``loss.backward()`` for every image."""
 
     def __init__(self, device: torch.device, quick: bool, replay: bool, compiled: bool):
         now, start, _ = networks(device, quick)

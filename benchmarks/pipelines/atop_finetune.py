@@ -1,7 +1,7 @@
 """One step of AToP's fine-tuning: FGSM on the classifier, RT2, DeepFillv2.
 
-The released notebooks do more than the step's gradients need; a plain form without that is raced too, so that the table
-tells what doing less brings from what kernels and bfloat16 bring.
+The released notebooks do more than the step's gradients need. A plain form without that work is raced too, so that the
+table separates the gain of less work from that of kernels and bfloat16.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ IMAGE = 10  # the refined image's values are about 0.1
 
 
 def sizes(quick: bool) -> tuple[int, int, int]:
-    """Images, their side, the generator's width. In smaller images the attention would have no valid key."""
+    """The number of images, their side, the generator's width. Smaller images would leave attention no valid key."""
     return (2, 64, 4) if quick else (BATCH, SIDE, 48)
 
 
 def generator(width: int) -> DeepFillGenerator:
-    """Random weights under which the image depends on what is given, and a third of that on the attention.
+    """Random weights for which the image depends on its input, a third of it through the attention.
 
-    Under the published start a fresh generator paints mid-grey: whatever contestants compute, they would agree. Larger
-    weights make so much of rounding that bfloat16 paints another image.
+    With the published initialization a fresh generator paints mid-gray, so that all contestants would agree. Larger
+    weights amplify rounding so much that bfloat16 paints another image.
     """
     made = DeepFillGenerator(5, width)
     for layer in made.modules():
@@ -73,13 +73,13 @@ def setting(precision: str) -> AtopConfig:
 
 
 def compared(reconstruction: Tensor, cross_entropy: Tensor, refined: Tensor) -> Tensor:
-    """What contestants must agree on: both losses and the refined image, so scaled that each counts about as much."""
+    """The result on which contestants must agree: both losses and the refined image, scaled to similar sizes."""
     image = refined.float().flatten() * (IMAGE / refined.numel() ** 0.5)
     return torch.cat([torch.stack([reconstruction.float(), cross_entropy.float()]), image]).detach()
 
 
 class PlainGate(nn.Module):
-    """A gated convolution as one would write it: under autocast it stays in the dtype of its convolution."""
+    """A gated convolution in plain PyTorch: under autocast it stays in the dtype of its convolution."""
 
     def __init__(self, layer: GatedConv):
         super().__init__()
@@ -91,7 +91,7 @@ class PlainGate(nn.Module):
 
 
 def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
-    """Attention ``[N, keys, queries]`` of scores of the same shape: the fuse as two convolutions, then the softmax."""
+    """Attention ``[N, keys, queries]`` from scores of its shape: the fuse as two convolutions, then the softmax."""
     n, keys = len(scores), h * w
     diagonal = torch.eye(3, device=scores.device, dtype=scores.dtype)[None, None]
     for a, b in ((h, w), (w, h)):
@@ -133,7 +133,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainStep:
-    """The step as one would write it, with nothing in it that its gradients do not need."""
+    """The step in plain PyTorch, without work that its gradients do not need."""
 
     attention: type[nn.Module] = PlainAttention
 
@@ -148,7 +148,7 @@ class PlainStep:
                     setattr(block, name, PlainGate(layer))
         for layer in self.generator.modules():
             if isinstance(layer, Conv2d):
-                # PyTorch's layer, which the plain form is made of, with the weights that are there
+                # The plain form consists of PyTorch's layers, with the weights that are there.
                 layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)  # frozen
         self.optimizer = self.adam(self.generator)
@@ -164,7 +164,7 @@ class PlainStep:
         return attack(self.f, self.batch.x, self.batch.y, EPS, EPS, 1, None, None)
 
     def mask(self, device: torch.device) -> Tensor:
-        """One for the batch, of an 8 x 8 grid's blocks, ``[8, 8]``."""
+        """A mask for the batch, of an 8 x 8 grid's blocks, ``[8, 8]``."""
         return (torch.randperm(64, device=device) < 16).float().view(8, 8)
 
     def noise(self, x: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class PlainStep:
         self.optimizer.step()
 
     def result(self) -> Tensor:
-        """Under the noise and masks of ours."""
+        """The result under the noise and masks of ours."""
         x, b = self.adversarial(), self.batch
         packed, _ = self.made.draw(x, noise=(torch.full((1,), b.seed, device=x.device), b.sample_ids))
         return compared(*self.losses(x, packed.contiguous(), packed[:, -1:].contiguous()))
@@ -226,7 +226,7 @@ class ReleasedStep(PlainStep):
         return torch.normal(0.0, 1.0, x.shape).to(x.device)
 
     def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by a pass of the generator for each of the two losses."""
+        """The same losses, with a pass of the generator for each of the two."""
         coarse, refined = self.g(packed, mask)
         return self.reconstruction(x, coarse, refined), self.cross_entropy(self.g(packed, mask)[1]), refined
 

@@ -22,7 +22,7 @@ def classifier() -> nn.Module:
     """ResNet-18 for 32 x 32 images, with random weights and statistics."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
-    # as robustness libraries have it for small images
+    # This is the form of robustness libraries for small images.
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -32,7 +32,7 @@ def classifier() -> nn.Module:
 
 
 def defence(device: torch.device, quick: bool, samples: int = SAMPLES) -> Carso:
-    """CARSO around it, at sizes of a 32 x 32 data set; a toy for a quick run."""
+    """CARSO around the classifier, at sizes of a 32 x 32 data set; a small model for a quick run."""
     if quick:
         torch.manual_seed(0)
         made = Carso(SmallCNN(3, 10, (8, 8), 4), ["conv2", "hidden"], (3, 8, 8), 8, 4, min(samples, 2), decoder_width=4)
@@ -46,7 +46,7 @@ def images(batch: int, made: Carso, device: torch.device) -> Tensor:
 
 
 class Plain(nn.Module):
-    """CARSO as one would write it: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer."""
+    """CARSO in plain PyTorch: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer."""
 
     def __init__(self, made: Carso):
         super().__init__()
@@ -55,7 +55,7 @@ class Plain(nn.Module):
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
-        """One sample: latents ``[B, latent_dim]`` to image logits ``[B, C, H, W]``."""
+        """Decode a sample: latents ``[B, latent_dim]`` to image logits ``[B, C, H, W]``."""
         decoder = self.made.decoder
         h = F.leaky_relu(decoder.adapter(torch.cat([z, condition], 1)), 0.2)
         return decoder.stack(h.unflatten(1, decoder.start))
@@ -72,7 +72,7 @@ class Plain(nn.Module):
 
 
 def latents(made: Carso, batch: int, device: torch.device, seed: int = 2) -> Tensor:
-    """``[K, B, latent_dim]``, always the same."""
+    """The same latents ``[K, B, latent_dim]`` in every call."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(made.samples, batch, made.latent_dim, generator=generator).to(device)
 

@@ -26,7 +26,7 @@ from . import Case, Contestant, Job, columns, optimizer_step
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
-#: The bank's variants, the share that is made anew, the recipe's epochs, and the steps that one figure is the mean of.
+#: The bank's variants, the share that is made anew, the recipe's epochs, and the number of steps in a mean.
 VARIANTS, REFRESH, EPOCHS, STEPS = 4, 0.05, 200, 60
 
 
@@ -44,7 +44,7 @@ def batch_of(made, device: torch.device, quick: bool) -> Batch:
 def attack(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alpha: float, steps: int, seed: int | None, ids
 ) -> Tensor:
-    """L-inf PGD as one would write it, from a random start if there is a seed; weights accumulate gradients."""
+    """L-inf PGD in plain PyTorch, from a random start if there is a seed; weights accumulate gradients."""
     adversarial = x.clone()
     if seed is not None:
         adversarial = sample_in_ball(x, Ball(torch.full((len(x),), eps, device=x.device)), seed=seed, sample_ids=ids)
@@ -57,7 +57,7 @@ def attack(
 
 
 class PlainTraining:
-    """The two steps as one would write them: float32, an attack after the other, nothing frozen."""
+    """The two steps in plain PyTorch: float32, the attacks in turn, nothing frozen."""
 
     def __init__(self, target: str, device: torch.device, quick: bool, compiled: bool):
         made = defence(device, quick, samples=1)
@@ -148,7 +148,7 @@ def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
     """The published step with a bank, the mean of `STEPS` steps: a full one, or as in a run that fills it.
 
     In a run of `EPOCHS`, the steps are spread evenly over the epochs, and a variant is missing with the probability
-    that none of the epochs before has asked for it.
+    that no earlier epoch has asked for it.
     """
     made = defence(device, quick, samples=1)
     task, batch = CarsoTask(made, setting("classifier", quick, "bfloat16")), batch_of(made, device, quick)
@@ -176,7 +176,7 @@ def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
         return loss
 
     def result() -> Tensor:
-        # an image stands at the same place in every step, so that this one fills the bank
+        # An image has the same place in every step, so this step fills the bank.
         made.train()
         return task.training_step(at(batch.seed))[0].detach()
 

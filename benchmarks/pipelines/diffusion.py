@@ -1,4 +1,4 @@
-"""A prediction behind a diffusion process of 100 steps, K = 8, and one exact gradient of it to the images."""
+"""A prediction behind a diffusion process of 100 steps, K = 8, and its exact gradient to the images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
 SEED = 3
-#: bfloat16 rounds every one of the steps.
+#: The tolerance, since bfloat16 rounds every step.
 PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.1
 
 
 def denoiser(width: int) -> UNet:
-    """Random weights under which the prediction depends on the state: a fresh network predicts 0 of everything."""
+    """Random weights for which the prediction depends on the state: a fresh network always predicts 0."""
     torch.manual_seed(0)
     made = UNet(3, width, patch=2)
     for layer in made.modules():
@@ -37,7 +37,7 @@ def denoiser(width: int) -> UNet:
 
 
 def defence(device: torch.device, quick: bool) -> DiffusionPurifier:
-    """ResNet-18 behind a U-Net for 32 x 32 images; toys for a quick run."""
+    """ResNet-18 behind a U-Net for 32 x 32 images; small networks for a quick run."""
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
     judge = SmallCNN(3, 10, (side, side), 4) if quick else classifier()
@@ -50,15 +50,15 @@ def images(made: DiffusionPurifier, device: torch.device) -> Tensor:
 
 
 def loss(logits: Tensor) -> Tensor:
-    """Cross-entropy to class 0, summed over the images, so that each has the gradient that it has alone."""
+    """Cross-entropy to class 0, summed over the images, so that an image's gradient is that of the image alone."""
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), reduction="sum")
 
 
 class Plain:
-    """The process as one would write it: the networks in a loop, noise by `torch.randn_like`.
+    """The process in plain PyTorch: the networks in a loop, noise by `torch.randn_like`.
 
     Args:
-        keep: whether autograd keeps all activations; else every step is a `torch.utils.checkpoint`.
+        keep: whether autograd keeps all activations; otherwise every step is a `torch.utils.checkpoint`.
     """
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool):
@@ -72,13 +72,13 @@ class Plain:
         self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
 
     def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """DDPM's, from the denoised image, clipped, and the state."""
+        """A step of DDPM, from the clipped denoised image and the state."""
         p, q, _, image, state, noise, _, _ = self.numbers[i]
         predicted = self.denoise(x, torch.full((len(x),), self.times[i], device=x.device))
         return image * (p * x + q * predicted).clamp(-1, 1) + state * x + noise * z
 
     def __call__(self, x: Tensor, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """The mean logits of K processes, each with its own noise, a function of the state and the step."""
+        """The mean logits of K processes; the noise is a function of the state and the step."""
         x = (2 * x - 1).repeat_interleave(self.made.samples, 0)
         x = self.numbers[0][4] * x + self.numbers[0][5] * noise(x, 0)
         for i in range(1, self.count + 1):
@@ -107,7 +107,7 @@ def fresh(x: Tensor, i: int) -> Tensor:
 def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True) -> Job:
     plain = Plain(device, quick, compiled, keep)
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
-    # neither the package's convolutions nor its other kernels
+    # It uses neither the package's convolutions nor its other kernels.
     call = use_backend("reference")(call)
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 
@@ -136,9 +136,9 @@ def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = Fa
 
 
 def _gradients() -> dict[str, Contestant]:
-    """The columns of a gradient: the plain loop keeps all activations; checkpointed, those of one step at a time.
+    """The columns of a gradient: the plain loop keeps all activations; the checkpointed loop those of a step.
 
-    Ours keeps those that there is memory for, and, where its name says so, those of one step at a time.
+    Ours keeps as many as fit into memory or, if its name says so, those of a single step.
     """
     step_by_step, whole = (partial(_plain, gradient=True, keep=keep) for keep in (False, True))
     checkpointed, plain = (

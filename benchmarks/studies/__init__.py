@@ -1,8 +1,8 @@
-"""Studies: what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
+"""Studies of what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
 
-A study is a list of jobs that train and attack one model each. Jobs run side by side; a finished one leaves
-``result.json`` and is not run again, so a study that was stopped goes on where it was. What a job was asked to do
-stands in ``job.json`` beside it: a folder that was begun with other settings is refused.
+A study is a list of jobs that train and attack a model each. Jobs run side by side; a finished job leaves
+``result.json`` and is not run again, so a stopped study can be resumed. A job's settings stand in ``job.json`` beside
+it: a folder that was begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ RESULT, ASKED = "result.json", "job.json"
 
 
 class Unfit(ValueError):
-    """What is there does not fit what was asked for."""
+    """Existing files or settings do not fit the request."""
 
 
 def folder_of(root: Path, name: str, seed: int) -> Path:
-    """Where a row of a study keeps what it trained and found."""
+    """The folder of a study's row, with its models and results."""
     return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
 
 
 def result_of(root: Path, name: str, seed: int) -> dict[str, Any]:
-    """What a row's job found; FileNotFoundError if it is not done."""
+    """The result of a row's job; FileNotFoundError if it is not done."""
     return json.loads((folder_of(root, name, seed) / RESULT).read_text())
 
 
@@ -52,13 +52,13 @@ Work = Callable[["Job", Path, Path], dict]
 
 @dataclass(frozen=True)
 class Job:
-    """One model of a study.
+    """A model of a study.
 
     Attributes:
-        name: the row of the table. seed: of its training and of the attacks.
+        name: the row of the table. seed: seed of its training and of the attacks.
         work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
-        needs: rows whose folders it reads: of the same seed by their names, of another one as ``(name, seed)``.
-        settings: for ``work``.
+        needs: rows whose folders it reads: with the same seed by name, with another seed as ``(name, seed)``.
+        settings: settings of ``work``.
         threads: 1, since for small models a second thread only spins; 0 for an equal share of torch's own number.
     """
 
@@ -74,11 +74,11 @@ class Job:
         return folder_of(root, name or self.name, self.seed)
 
     def needed(self) -> list[tuple[str, int]]:
-        """Names and seeds of what it needs."""
+        """Names and seeds of the rows that it needs."""
         return [(need, self.seed) if isinstance(need, str) else need for need in self.needs]
 
     def ready(self, root: Path) -> bool:
-        """Whether all that it needs has ended."""
+        """Tell whether all rows that it needs are done."""
         return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
 
     def done(self, root: Path) -> bool:
@@ -86,11 +86,11 @@ class Job:
         return (self.folder(root) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:
-        """What this job found, or that of another row of the same seed; FileNotFoundError if it is not done."""
+        """The result of this job, or of another row with the same seed; FileNotFoundError if it is not done."""
         return result_of(root, name or self.name, self.seed)
 
     def asked(self) -> dict:
-        """What must be equal for its folder to be used again, as JSON has it; where it runs is no part of it."""
+        """The settings, as in JSON, that must be equal for its folder to be used again; the device does not count."""
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)
         return json.loads(plain)
@@ -107,7 +107,7 @@ def _run(job: Job, root: Path, share: int) -> None:
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
-    """That the jobs can all be run, and that what ``root`` holds of them is theirs; ValueError otherwise."""
+    """Raise ValueError if a job cannot be run, or ``root`` holds folders with other settings."""
     if not jobs:
         raise ValueError("the study has no job")
     if len({job.folder(root) for job in jobs}) < len(jobs):
@@ -138,17 +138,17 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
 def run(
     jobs: Sequence[Job], root: Path, workers: int = 2, after_each: Callable[[], object] = lambda: None
 ) -> list[dict]:
-    """Run the jobs that are not done, and return all results in the order of ``jobs``. Interrupted, it ends at once.
+    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends it at once.
 
     Args:
-        jobs: what is to be done.
-        root: where their folders are.
-        workers: jobs side by side.
+        jobs: the jobs.
+        root: the folder of their folders.
+        workers: number of jobs side by side.
         after_each: called when a job has ended.
 
     Raises:
-        ValueError: before any work, no job, jobs of one name, a need that no job fills, jobs that need each other, or
-            a folder with a job of other settings. Else what a job raised, after those that were running have ended.
+        ValueError: before any work, there is no job, jobs share a name, a needed job is missing, jobs need each other,
+            or a folder has a job of other settings. The error of a job is raised after the running jobs have ended.
     """
     _check(jobs, root)
     began = time.monotonic()
@@ -180,26 +180,26 @@ def run(
 
 @functools.cache
 def settings_of(study: str) -> dict[str, Any]:
-    """How much a study trains and attacks, or which rows it has: its part of settings.yaml."""
+    """A study's part of settings.yaml: amounts of training and attacks, or rows."""
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
 
 
 def positive(text: str) -> int:
-    """A number of the command line that must be at least 1."""
+    """Read a number of the command line that must be at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
 
 
 class Study:
-    """A study, as the command line sees it.
+    """A study for the command line.
 
     Attributes:
-        name: of the study, of its part of settings.yaml and of its page.
-        dataset: what it trains and attacks on.
-        workers: jobs side by side, where the command line does not say.
-        amounts: how much of everything there can be.
-        uses_autoattack: whether the package with the official AutoAttack must be there.
+        name: name of the study, of its part of settings.yaml and of its page.
+        dataset: data set of trainings and attacks.
+        workers: default number of jobs side by side.
+        amounts: names of the budgets.
+        uses_autoattack: whether the package with the official AutoAttack is needed.
     """
 
     name: str
@@ -212,19 +212,19 @@ class Study:
     uses_autoattack = True
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Options of this study alone."""
+        """Add the options of only this study."""
         parser.add_argument("--data", default="data", help="the folder that holds the images; data by default")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        """ValueError or FileNotFoundError for options that would stop the study, or its table, later."""
+        """Raise ValueError or FileNotFoundError for options that would stop the study, or its table, later."""
         self.jobs(chosen)
 
     def variant(self, chosen: argparse.Namespace) -> str:
-        """What the folder of the runs is called behind the study's name, so that different budgets lie apart."""
+        """The suffix of the runs' folder after the study's name, which separates different budgets."""
         return "" if chosen.amount == "default" else f"-{chosen.amount}"
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
-        """Whether the table is the one that is committed."""
+        """Tell whether the table is the committed table."""
         return not self.variant(chosen)
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
@@ -232,18 +232,18 @@ class Study:
         raise NotImplementedError
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """What there is to do before the jobs, such as to take over results that are in ``folder``."""
+        """Prepare the jobs, for example take over results in ``folder``."""
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """What there is to do when a job has ended."""
+        """Called when a job has ended."""
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """The page of tables, and the results behind it in ``folder``, from what the jobs left in ``root``."""
+        """Write the page of tables and its results in ``folder``, from the jobs' folders in ``root``."""
         raise NotImplementedError
 
 
 def write_page(folder: Path, name: str, **values: Any) -> Path:
-    """``name.md`` in ``folder``, from its template and the values that stand there."""
+    """Write ``name.md`` in ``folder``, from its template and these values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -255,7 +255,7 @@ def write_page(folder: Path, name: str, **values: Any) -> Path:
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """Mean ± standard error over seeds, in percent points; one seed has no error."""
+    """Mean ± standard error over seeds, in percentage points; a single seed has no error."""
     mean = 100 * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1f}"

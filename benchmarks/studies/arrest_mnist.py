@@ -27,7 +27,7 @@ def alpha(budget: SimpleNamespace) -> float:
 
 
 def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
-    """A row's finetuning."""
+    """The settings of a row's finetuning."""
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
     return ArrestConfig(

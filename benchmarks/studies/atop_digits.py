@@ -1,7 +1,7 @@
-"""What makes AToP robust, on digits: one setting changed at a time, over seeds, against the classifier it defends.
+"""A study of AToP's robustness on digits: one change at a time, over seeds, against the defended classifier.
 
-The row "pipeline" is a purifier fine-tuned through the whole defence, on an adversarially trained classifier. It is of
-the residual form and begins with no correction. Every other row changes what its name says.
+The row "pipeline" is a purifier fine-tuned through the whole defence, on an adversarially trained classifier. It has
+the residual form and begins without a correction. The name of every other row says its change.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .digits import (
 
 
 def _attacked(model: nn.Module, job: Job) -> dict:
-    """With the model's randomness and without, apart: a model that has none, of one variant therefore, would lose in
-    the second what the first took.
+    """Attack with and without the model's randomness separately: a deterministic model, with one variant, would lose
+    in the second attack the images that the first took.
     """
     quick, auto = job.settings["quick"], job.settings["autoattack"]
     _, steps, *_ = effort(quick)
@@ -58,7 +58,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """A row's purifier, new or from another row's."""
+    """Train a row's purifier, new or from another row's."""
     s, digits = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
@@ -67,19 +67,19 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     else:
         purifier = SmallGenerator(1, **s["generator"])
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
-    # fewer epochs would end before the paper's cross-entropy acts
+    # Fewer epochs would end before the paper's cross-entropy acts.
     stage = s["stage"] | ({"epochs": 3, "images": 128} if s["quick"] else {})
     train_stage(job, folder, defence, digits, stage, EPS)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """A trained model with other draws when it predicts."""
+    """Attack a trained model with another number of draws in a prediction."""
     return _attacked(with_samples(job, root), job)
 
 
 class AtopDigits(DigitsStudy):
-    """What makes AToP robust, on digits."""
+    """The study of AToP's robustness on digits."""
 
     name = "atop_digits"
     works: ClassVar[dict[str, Work]] = {"classifier": train_base, "purifier": train, "samples": attack_samples}

@@ -1,8 +1,8 @@
-"""AToP on MNIST, L-inf eps 0.3: what attacks through the whole defence leave of it, and which training helps.
+"""AToP on MNIST, L-inf eps 0.3: its accuracy under attacks through the whole defence, for several trainings.
 
-On a classifier trained on clean images the purifier only pre-trained, fine-tuned with the paper's objective (FGSM on
-the classifier) and fine-tuned through the whole pipeline; on an adversarially trained classifier the last of these.
-Each is attacked with full gradients and, for comparison, as in the paper's ablation: on the classifier alone.
+On a classifier trained on clean images, the purifier is only pre-trained, fine-tuned with the paper's objective (FGSM
+on the classifier), or fine-tuned through the whole pipeline; on an adversarially trained classifier only the last. Each
+is attacked with full gradients and, for comparison, as in the paper's ablation: on the classifier alone.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ BASES = {
 
 
 def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, stage: dict, eps: float) -> dict:
-    """Train and save the defence's purifier; the last epoch's metrics.
+    """Train and save the defence's purifier; return the last epoch's metrics.
 
-    ``stage`` has ``epochs``, ``batch_size`` and, unless all are used, ``images``: so many of the first. A stage of
-    ``pretraining`` has no attack, any other one has ``steps`` of it. The other names are `AtopConfig`'s.
+    ``stage`` has ``epochs``, ``batch_size`` and, unless all images are used, ``images``, the number of first images. A
+    stage of ``pretraining`` has no attack, any other stage has its ``steps``. The other names are `AtopConfig`'s.
     """
     options = dict(stage)
     fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
@@ -57,7 +57,7 @@ def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, sta
 
 
 def train_purifier(job: Job, folder: Path, root: Path) -> dict:
-    """On clean images, with L1 and a discriminator; or from there with the paper's objective or through the pipeline.
+    """Train on clean images, with L1 and a discriminator, or go on with the paper's objective or the pipeline.
 
     In pre-training the classifier takes no part.
     """
@@ -68,7 +68,7 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
         generator = SmallGenerator(1, **budget.generator)
         defence = Atop(load_classifier(place), generator, images.image_shape, **budget.defence)
     else:
-        # pre-training knew no classifier, and any will do
+        # Pre-training used no classifier, so any classifier will do.
         defence = load_defence(job.folder(root, PRETRAINED), load_classifier(place), check=False)
     return train_stage(job, folder, defence, images, getattr(budget, job.settings["stage"]), EPS)
 

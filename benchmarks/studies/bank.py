@@ -1,4 +1,4 @@
-"""What a bank of adversarial images costs, on digits: CARSO's published objective with fresh attacks and with a bank.
+"""The cost of a bank of adversarial images, on digits: CARSO's published objective with fresh attacks and a bank.
 
 Every row trains the same purifier from the same weights on the same base, three seeds. Each is judged by its losses on
 held-out images that are attacked afresh, and by the protocols `fast` and `strong`; differences are to fresh attacks of
@@ -25,17 +25,17 @@ from . import Job, Work, over_seeds, write_page
 from .digits import EPS, DigitsStudy, train_base
 
 FRESH = "fresh attacks"
-#: Seeds of the attacks on the held-out images, whose losses are averaged.
+#: Seeds of the attacks on held-out images, whose losses are averaged.
 DRAWS = 5
 
 
 def images_of(quick: bool) -> dict[str, int]:
-    """Held-out images that each protocol attacks."""
+    """The number of held-out images that each protocol attacks."""
     return {"fast": 4, "strong": 2} if quick else {"fast": 500, "strong": 200}
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """A purifier with the paper's objective: {base, epochs, bank}, the last one None for fresh attacks."""
+    """Train a purifier with the paper's objective: {base, epochs, bank}, where bank is None for fresh attacks."""
     s, digits = job.settings, setting.digits()
     torch.manual_seed(job.seed)
     defence = Carso(load_classifier(job.folder(root, s["base"])), setting.LAYERS, digits.image_shape, **setting.SIZES)
@@ -68,7 +68,7 @@ def fresh_losses(task: CarsoTask, epochs: int) -> dict[str, float]:
 
 
 class Bank(DigitsStudy):
-    """What a bank of adversarial images costs, on digits."""
+    """The study of the cost of a bank of adversarial images, on digits."""
 
     name = "bank"
     works: ClassVar[dict[str, Work]] = {"classifier": train_base, "purifier": train}

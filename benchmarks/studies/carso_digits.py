@@ -1,6 +1,6 @@
-"""What makes CARSO robust, on digits: one setting changed at a time, three seeds, against the controls that decide.
+"""A study of CARSO's robustness on digits: one change at a time, three seeds, against the decisive controls.
 
-Every model is attacked in the same way: PGD-100 with cross-entropy and with DLR, then AutoAttack on what is left, on
+Every model is attacked in the same way: PGD-100 with cross-entropy and with DLR, then AutoAttack on the rest, on
 the deterministic model (z = 0, no noise); the main ones also with their randomness, by PGD with expectation over draws.
 """
 
@@ -42,7 +42,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """A purifier with the paper's objective, or from another row's through the pipeline: {layers, config, attack}."""
+    """Train a purifier with the paper's objective, or another row's through the pipeline: {layers, config, attack}."""
     s, digits = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     ball = {"eps": s.get("eps", EPS), "norm": s.get("norm", "linf")}
@@ -54,7 +54,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     else:
         torch.manual_seed(job.seed)
         defence, batch_size = Carso(base, s.get("layers", setting.LAYERS), digits.image_shape, **setting.SIZES), 64
-        # fewer epochs would leave none with the KL term
+        # Fewer epochs would leave none with the KL term.
         origin, quick_epochs = "scratch", 3
         attack, options = TrainingAttack(steps=20, **ball), s.get("config", {})
     task = CarsoTask(defence, CarsoConfig(attack=attack, **options), origin)
@@ -66,19 +66,19 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 
 def attack_copies(job: Job, folder: Path, root: Path) -> dict:
-    """Noisy copies of the image on a classifier, under its randomness: {sigma}."""
+    """Attack noisy copies of the image on a classifier, under their randomness: {sigma}."""
     s = job.settings
     defence = NoisyEnsemble(load_classifier(job.folder(root, s["base"])), s["sigma"], 8)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """A trained model with another K when it predicts: {samples}."""
+    """Attack a trained model with another K in its predictions: {samples}."""
     return _attacked(with_samples(job, root), job)
 
 
 class CarsoDigits(DigitsStudy):
-    """What makes CARSO robust, on digits."""
+    """The study of CARSO's robustness on digits."""
 
     name = "carso_digits"
     works: ClassVar[dict[str, Work]] = {

@@ -1,4 +1,4 @@
-"""CARSO on MNIST, L-inf eps 0.3: what is left of its robustness under attacks with exact gradients.
+"""CARSO on MNIST, L-inf eps 0.3: its robustness under attacks with exact gradients.
 
 Four models: an adversarially trained classifier, CARSO on it with the paper's objective, attacked through the output
 its authors attack (PeeL) and through exact gradients, and CARSO fine-tuned through the whole pipeline.
@@ -28,7 +28,7 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train, train_cla
 #: K = 4: the paper's first version on MNIST.
 SIZES = {"cond_dim": 64, "latent_dim": 16, "samples": 4, "decoder_width": 8}
 CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
-#: `EXACT`, attacked through the output that its authors attack.
+#: The model of `EXACT`, attacked through the output that its authors attack.
 PEEL = f"{EXACT}, through PeeL"
 
 
@@ -45,7 +45,7 @@ def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", 
 
 
 def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpec]:
-    """PGD with cross-entropy, and with DLR on what that left; each step averages over draws."""
+    """PGD with cross-entropy, and with DLR on the survivors; each step averages over draws."""
     return [
         AttackSpec(
             PGD(loss=loss), survivors_only=loss != "ce", label=f"PGD-{budget.steps} {what}, EOT {budget.eot}", **options
@@ -55,7 +55,7 @@ def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpe
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """CARSO with the paper's objective, or from there through the pipeline."""
+    """Train CARSO with the paper's objective, or go on through the pipeline."""
     budget, images = job.settings["budget"], images_of(job)
     if job.name == EXACT:
         torch.manual_seed(job.seed)
@@ -91,7 +91,7 @@ class CarsoMnist(ReportStudy):
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
         b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
-        # rand is for models that draw
+        # The version rand is for random models.
         version = "standard" if name == CLASSIFIER else "rand"
         auto = AutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
         label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"

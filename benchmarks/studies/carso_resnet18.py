@@ -1,10 +1,10 @@
 """A user's own classifier behind CARSO: the ResNet-18 of pyautoattack's examples, on CIFAR-10.
 
-The classifier is wrapped as it is, its layers named by module path; a short purifier training, to rebuild clean images
-and then through the pipeline, in bfloat16; then the same attacks on all. The paper's objective leaves its KL term out
-for the first eighth of the epochs, which is all of one epoch: its reconstruction is trained alone. At the usual eps of
-8/255 nothing is left of this classifier, nor of a purifier trained so shortly: eps is 2/255, where a difference can be
-seen.
+The classifier is wrapped unchanged, its layers named by module path. A purifier is trained shortly in bfloat16, first
+to rebuild clean images and then through the pipeline; all models meet the same attacks. The paper's objective leaves
+out its KL term for the first eighth of the epochs, which covers the only epoch: only its reconstruction is trained. At
+the usual eps of 8/255 neither this classifier nor the shortly trained purifier withstands; eps is 2/255, where a
+difference is visible.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def classifier() -> nn.Module:
     """The example checkpoint: 10 classes, images in [0, 1], no normalization; in evaluation mode.
 
     Raises:
-        ModuleNotFoundError: without pyautoattack.
+        ModuleNotFoundError: pyautoattack is missing.
     """
     spec = importlib.util.find_spec("pyautoattack")
     if spec is None or not spec.submodule_search_locations:
@@ -54,12 +54,12 @@ def classifier() -> nn.Module:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """The purifier without its KL term, or fine-tuned from there through the pipeline."""
+    """Train the purifier without its KL term, or fine-tune it from there through the pipeline."""
     budget, images = job.settings["budget"], images_of(job)
     attack = TrainingAttack(eps=EPS, steps=5)
     torch.manual_seed(job.seed)
     if job.name == RECONSTRUCTION:
-        # the statistics are CIFAR-10's
+        # The statistics are those of CIFAR-10.
         defence = Carso(
             classifier(), LAYERS, images.image_shape, cond_dim=256, latent_dim=64, samples=8,
             mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
@@ -79,7 +79,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 
 class CarsoResnet18(ReportStudy):
-    """CARSO around a ResNet-18 that comes from elsewhere, on CIFAR-10."""
+    """CARSO around another package's ResNet-18, on CIFAR-10."""
 
     name, dataset = "carso_resnet18", "cifar10"
     models: ClassVar[dict[str, str | None]] = {CLASSIFIER: None, RECONSTRUCTION: RECONSTRUCTION, PIPELINE: PIPELINE}
@@ -93,7 +93,7 @@ class CarsoResnet18(ReportStudy):
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == CLASSIFIER:
-            # one precision for all: what is attacked and what predicts is the same function
+            # All use one precision, so that the attacked and the predicting function are the same.
             return InferenceCopy(classifier(), (3, 32, 32))
         return load_defence(job.folder(root, name), classifier()).accelerate()
 

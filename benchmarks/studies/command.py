@@ -1,4 +1,4 @@
-"""``python -m benchmarks study NAME``: run a study, or go on with it, and write its tables."""
+"""``python -m benchmarks study NAME``: run or resume a study, and write its tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "studies"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """A parser for each study, with its own options and those of all."""
+    """Add a parser for each study, with its own and the common options."""
     studies = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, study in STUDIES.items():
         options = studies.add_parser(name, help=study.__doc__)
@@ -54,11 +54,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(chosen: argparse.Namespace) -> None:
-    """What would stop the study later.
+    """Raise errors that would stop the study later.
 
     Raises:
-        ValueError: an option that does not fit. FileNotFoundError: no data. ModuleNotFoundError: no AutoAttack, or what
-        the data need is missing.
+        ValueError: an option does not fit. FileNotFoundError: there is no data. ModuleNotFoundError: AutoAttack or a
+            package for the data is missing.
     """
     study = STUDIES[chosen.name]
     study.check(chosen, places(chosen)[1])
@@ -70,12 +70,12 @@ def check(chosen: argparse.Namespace) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run what is not done yet; the page of tables. The tables go to benchmarks/results/studies; those of other budgets
-    or widths, of some rows or of fewer seeds to the runs' folder."""
+    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; those of other
+    budgets or widths, of some rows or of fewer seeds go to the runs' folder."""
     study = STUDIES[chosen.name]
     root, results = places(chosen)
     if chosen.so_far:
-        # the study may be running: what its jobs left is only read
+        # The study may be running: its jobs' folders are only read.
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)

@@ -1,10 +1,10 @@
-"""What diffusion purifiers withstand: as their authors attack them, and through the exact gradient of every step.
+"""The robustness of diffusion purifiers: under their authors' attacks, and under exact gradients of every step.
 
-The models are those of the zoo: of each data set a purifier before a classifier of clean images, one before an
+The models are those of the zoo: for each data set a purifier before a classifier of clean images, another before an
 adversarially trained classifier, these classifiers alone, and CARSO and AToP. All models of a data set face the same
 images in one ball. A purifier meets a chain of attacks: PGD-200 with 20 draws and exact gradients, and then the
-protocol `strong` on what that left of the first images. What each prediction said is kept, so that one attack tells of
-one draw, of the mean of ten, of all of ten and of their majority.
+protocol `strong` on the survivors among the first images. Every prediction is kept, so that one attack gives the
+accuracy of one draw, of the mean of ten, of all ten and of their majority.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from purify_fast.training import load_classifier
 from . import ASKED, RESULT, Job, Study, positive, settings_of, write_page
 from .diffusion_table import tables_of
 
-#: What is asked of a purifier; of a classifier alone; and of another random defence beside. The cheap ones come first.
+#: The groups of attacks on a purifier, on a classifier alone, and on another random defence. Cheap groups come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
-#: Images times draws in one pass, at most: of each CARSO classifies several reconstructions.
+#: The most images times draws in a pass: CARSO classifies several reconstructions of each.
 ROWS = 200
-#: A row of a report, as the results keep it.
+#: A row of a report in the form of the results.
 FACTS = ("attack", "kind", "robust", "mean", "n")
 
 
 def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
-    """A model of the zoo; a purifier with another process, if one is given."""
+    """A model of the zoo; a purifier gets another process, if one is given."""
     if process is None:
         return zoo.load(name)
     return load_defence(zoo.folder(name), load_classifier(zoo.classifier_folder(name)), process=process)
 
 
 def images_of(job: Job) -> tuple[Tensor, Tensor]:
-    """The images and labels of a job; each first part of them is balanced too."""
+    """The images and labels of a job; every first part of them is balanced too."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
     chosen = balanced_subset(whole.x_test, whole.y_test, s["budget"].images, 0, num_classes=whole.num_classes)
@@ -64,10 +64,10 @@ def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[An
 
 
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
-    """Images of Lee and Kim's PGD, with exact gradients: of a defence in bfloat16, by a copy of it.
+    """Images of Lee and Kim's PGD, with exact gradients; a defence is attacked through a copy in bfloat16.
 
     Args:
-        model: what is attacked.
+        model: the attacked model.
         x: images ``[n, C, H, W]``.
         y: labels ``[n]``.
         s: settings of the job.
@@ -90,19 +90,19 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
-    """The classes that a model names in several draws, in its own precision, ``[draws, n]``."""
+    """The classes predicted by a model in several draws, in its own precision, ``[draws, n]``."""
     model.eval()
     return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
 
 
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Image by image, 1 where it is right: of each draw, and of the draws' majority."""
+    """For each draw, and for the draws' majority: a text with 1 for right images."""
     in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
 def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """PGD-200 through the whole model; what fresh predictions say before and after it."""
+    """PGD-200 through the whole model, with fresh predictions before and after it."""
     budget = job.settings["budget"]
     torch.manual_seed(1)
     clean = predictions(model, x, budget.draws, budget.batch)
@@ -112,7 +112,7 @@ def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 
 
 def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The same attack where the noise is fixed: one draw, which the attack knows."""
+    """The same attack with fixed noise: a single draw, which the attack knows."""
     found = found_by_pgd(model, x, y, job.settings, fixed=True)
     with quiet(model, True):
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
@@ -128,7 +128,7 @@ def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, **asked: Any) -> 
 
 
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """As the authors of such purifiers attack them; AutoAttack through the adjoint takes the first images alone."""
+    """The attacks of the authors of such purifiers; AutoAttack through the adjoint covers only the first images."""
     budget = job.settings["budget"]
     assert isinstance(model, AuthorsEvaluation)
     specs = [
@@ -159,13 +159,13 @@ def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict
 
 
 def short(spec: AttackSpec) -> AttackSpec:
-    """An attack of two steps and two draws, where only the path is tried."""
+    """An attack of two steps and two draws, which only tests the code path."""
     attack: Any = spec.resolved
     return replace(spec, attack=replace(attack, steps=2, eot_iter=2))
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
-    """One model under one group of attacks: what it withstood, and the processor time of an image."""
+    """A model under a group of attacks: the images that withstood, and the processor time of an image."""
     s = job.settings
     x, y = images_of(job)
     model, began = model_of(s["model"], s["process"]), time.process_time()
@@ -177,7 +177,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
 
 
 class Diffusion(Study):
-    """What diffusion purifiers withstand."""
+    """The study of the robustness of diffusion purifiers."""
 
     name, dataset, workers = "diffusion", "digits", 1
     amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
@@ -198,7 +198,7 @@ class Diffusion(Study):
             data.load_dataset(name, chosen.data)
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """How much is attacked."""
+        """The amounts of the attacks."""
         own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
         usual = settings_of(self.name)[chosen.amount]
         given = {name: value for name, value in own.items() if value is not None}
@@ -221,7 +221,7 @@ class Diffusion(Study):
         return jobs
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """What the results' file holds of these jobs is not done again, though the runs' folder be gone."""
+        """Take over the results file, so that its jobs are not repeated even if the runs' folder is gone."""
         for job in self.jobs(chosen):
             for row in rows_of(folder):
                 if row["name"] == job.name and row["asked"] == job.asked() and not job.done(root):
@@ -229,14 +229,14 @@ class Diffusion(Study):
                     write_text(job.folder(root) / RESULT, json.dumps(row, indent=1) + "\n")
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """The results' file has each row as soon as it is there."""
+        """Write each row to the results file at once."""
         self.write(root, folder, chosen)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """``diffusion.json`` with every image's outcome, and ``diffusion.md``; of the jobs that are done."""
+        """Write ``diffusion.json`` with every image's outcome, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
         fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # data sets that were not asked for now stay
+        # Data sets that were not requested now stay.
         kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets]
         rows = [*kept, *fresh.values()]
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
@@ -249,11 +249,11 @@ class Diffusion(Study):
 
 
 def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
-    """What a results' folder holds of the study."""
+    """The rows of the study in a results folder."""
     path = folder / f"{Diffusion.name}.json"
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def in_words(process: dict[str, Any]) -> str:
-    """What differs from the purifier's own process."""
+    """Describe the differences from the purifier's own process."""
     return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)

@@ -18,15 +18,15 @@ from .diffusion import found_by_pgd, predictions
 
 PATH = Path(__file__).parents[2] / "docs" / "pictures" / "diffusion.png"
 MODEL, SEED = "digits-diffpure", 0
-#: Images among which one is chosen that is right before the attack and wrong after it, and the attack's effort.
+#: Number of images from which one is chosen that is right before the attack and wrong after it, and its effort.
 CANDIDATES, STEPS, DRAWS = 10, 40, 10
 
 
 def states(purifier: DiffusionPurifier, image: Tensor) -> list[Tensor]:
-    """What the denoiser is given at each step, and the purified image at the end, in [0, 1].
+    """The denoiser's input at each step, and the purified image at the end, in [0, 1].
 
     Args:
-        purifier: of one round and one draw.
+        purifier: purifier with one round and one draw.
         image: ``[1, C, H, W]``.
     """
     seen: list[Tensor] = []
@@ -41,7 +41,7 @@ def chosen(purifier: DiffusionPurifier) -> tuple[Tensor, Tensor, int]:
     """An image, its attacked form and its label; ValueError if the attack fooled none.
 
     Args:
-        purifier: of the digits.
+        purifier: purifier for digits.
     """
     data = load_dataset("digits")
     some = balanced_subset(data.x_test, data.y_test, CANDIDATES, SEED, num_classes=data.num_classes)

@@ -1,4 +1,4 @@
-"""The table of the study of diffusion purifiers, and the sentences that its numbers say."""
+"""The table of the study of diffusion purifiers, and the sentences made from its numbers."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import numpy as np
 
 from purify_fast.evaluation.show.tables import markdown_table
 
-#: How the page calls the command that makes the numbers.
+#: The page's name of the command that makes the numbers.
 COMMAND = "`python -m benchmarks study diffusion`"
 PGD = "PGD-200, EOT 20, exact"
 
 
 def bits(text: str) -> np.ndarray:
-    """Image by image, from a text of 0 and 1."""
+    """The mask of a text of 0 and 1."""
     return np.array([int(one) for one in text], dtype=float)
 
 
 class Found:
-    """What one model withstood, from the results of its jobs; everything is image by image, None if not done.
+    """The outcome of a model from the results of its jobs, image by image; None if not done.
 
     Args:
-        results: of one model with one process.
+        results: results of a model with a process.
     """
 
     def __init__(self, results: Sequence[dict[str, Any]]):
         self.groups = {result["group"]: result for result in results}
 
     def rule(self, rule: str, when: str = "attacked", group: str = "exact") -> np.ndarray | None:
-        """By one rule: ``first`` of the draws, ``mean`` of them, ``all`` of them, or their ``vote``."""
+        """The outcome by a rule: ``first`` of the draws, ``mean`` of them, ``all`` of them, or their ``vote``."""
         if group not in self.groups:
             return None
         of = self.groups[group][when]
@@ -42,16 +42,16 @@ class Found:
         return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
 
     def chain(self) -> np.ndarray | None:
-        """After PGD and `strong`, of the first images."""
+        """The outcome of the first images after PGD and `strong`."""
         return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
 
     def authors(self) -> dict[str, np.ndarray]:
-        """What the authors' attacks left, by their labels."""
+        """The outcomes of the authors' attacks, by their labels."""
         rows = self.groups.get("authors", {"rows": []})["rows"]
         return {row["attack"]: bits("".join(str(int(one)) for one in row["robust"])) for row in rows}
 
     def seconds(self) -> float | None:
-        """Processor time of an image under PGD."""
+        """The processor time of an image under PGD."""
         exact = self.groups.get("exact")
         return None if exact is None else exact["cpu_seconds"] / exact["images"]
 
@@ -64,7 +64,7 @@ def share(robust: np.ndarray | None) -> str:
 
 
 def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
-    """Of two accuracies on the same first images, in points."""
+    """The difference of two accuracies on the same first images, in points."""
     if robust is None or other is None:
         return "-"
     few = min(len(robust), len(other))
@@ -77,11 +77,11 @@ def share_of_points(apart: np.ndarray) -> str:
 
 
 def cells(found: Found, alone: Found) -> dict[str, str]:
-    """What the table says of one model, by the name of the line.
+    """The table's cells for a model, by the name of the line.
 
     Args:
-        found: of the model.
-        alone: of the adversarially trained classifier.
+        found: outcome of the model.
+        alone: outcome of the adversarially trained classifier.
     """
     lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
     lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
@@ -97,17 +97,17 @@ def cells(found: Found, alone: Found) -> dict[str, str]:
 
 
 def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The lines of a data set's tables: of its models, and of other processes if there are any.
+    """The lines of a data set's tables, for its models, and for other processes if there are any.
 
     Args:
-        part: of the data set, in settings.yaml.
-        rows: its results.
+        part: part of settings.yaml for the data set.
+        rows: results of the data set.
     """
     names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
     found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
     columns = {name: cells(one, found[part["alone"]]) for name, one in found.items() if one.groups}
     lines = list(dict.fromkeys(line for told in columns.values() for line in told))
-    # what the authors' code attacks stands before the exact gradient
+    # The authors' attacks stand before the exact gradient.
     lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
     body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
     tables = [markdown_table(["%", *(f"`{name}`" for name in columns)], body)]
@@ -121,8 +121,8 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
     """A line for each process of a purifier, beside its own.
 
     Args:
-        results: with other processes.
-        own: with its own.
+        results: results with other processes.
+        own: results with its own process.
     """
     told = {"its own": own}
     for result in results:
@@ -150,7 +150,7 @@ def table(results: Path) -> list[str]:
 
 
 def said(results: Path) -> list[str]:
-    """What the numbers say, a sentence for each purifier.
+    """A sentence on the numbers of each purifier.
 
     Args:
         results: the folder ``benchmarks/results``.

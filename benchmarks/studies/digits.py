@@ -1,4 +1,4 @@
-"""Studies on digits: many rows, over seeds, each beside the classifier that is defended."""
+"""Studies on digits: many rows, over seeds, each beside the defended classifier."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ SEEDS, ABLATION_SEEDS = 3, 1
 
 
 def effort(quick: bool) -> tuple[int, int, int, int, int]:
-    """Images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
+    """The numbers of images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
     return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
 
 
 def first_steps_and_draws(quick: bool) -> tuple[int, int]:
-    """Steps of a PGD with one draw, and draws per step of the others after it, on a model that draws."""
+    """Steps of PGD with one draw, and draws per step of the later PGDs, on a random model."""
     return (2, 2) if quick else (20, 4)
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
-    """PGD, and if asked for AutoAttack, on a model without its randomness; the rows of the results' keys."""
+    """PGD, and if requested AutoAttack, on a model without its randomness; returns the rows by result key."""
     _, steps, auto_steps, queries, _ = effort(quick)
     variant: Variant = "deterministic" if randomised else "random"
     attacks = setting.ce_then_dlr(variant)
@@ -76,7 +76,7 @@ def attacked(
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """A classifier, adversarially trained unless it is ``standard``: {epochs, width, norm, eps, standard, rank}."""
+    """Train a classifier, adversarially unless it is ``standard``: {epochs, width, norm, eps, standard, rank}."""
     s = job.settings
     norm, eps = s.get("norm", "linf"), s.get("eps", EPS)
     digits = setting.digits()
@@ -97,7 +97,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
-    """The defence that another row trained, with other draws when it predicts: {base, start, samples}."""
+    """Another row's defence with another number of draws in a prediction: {base, start, samples}."""
     s = job.settings
     defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
     defence.samples = s["samples"]
@@ -105,12 +105,12 @@ def with_samples(job: Job, root: Path) -> nn.Module:
 
 
 def count(model: nn.Module) -> int:
-    """Parameters."""
+    """The number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """All jobs, or those of some rows and what they need; ValueError for a row that no job has."""
+    """All jobs, or those of some rows with the rows that they need; ValueError for an unknown row."""
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
@@ -129,7 +129,7 @@ class DigitsStudy(Study):
     """A study on digits, whose rows are in settings.yaml.
 
     Attributes:
-        works: what is done with a row, by the name that it has there.
+        works: functions that do a row's work, by their names in settings.yaml.
     """
 
     dataset = "digits"
@@ -144,7 +144,7 @@ class DigitsStudy(Study):
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """All rows, or some and what they need; those with all seeds first."""
+        """The jobs of all rows, or of some with those that they need; rows with all seeds come first."""
         table, jobs = settings_of(self.name), []
         more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
         for part, seeds in (("rows", chosen.seeds), ("ablations", more)):
@@ -156,13 +156,13 @@ class DigitsStudy(Study):
         return select(jobs, chosen.rows)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """``NAME.json`` with every number, and ``NAME.md``."""
+        """Write ``NAME.json`` with every number, and ``NAME.md``."""
         results = [result_of(root, job.name, job.seed) for job in self.jobs(chosen)]
         write_text(folder / f"{self.name}.json", json.dumps(results, indent=1) + "\n")
         return self.write_table(results, folder, chosen.amount == "quick")
 
     def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
-        """``NAME.md``: one line for each row; differences are to the base of the same seed."""
+        """Write ``NAME.md``, with a line for each row; differences are to the base with the same seed."""
         rows: dict[str, dict[int, dict]] = {}
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result

@@ -29,7 +29,7 @@ MakeJob = Callable[..., Job]
 
 
 def images_of(job: Job) -> data.DataSet:
-    """The first so many images to train on, and to attack."""
+    """The first images for training, and those for attacks."""
     whole, budget = data.load_dataset(job.settings["dataset"], job.settings["data"]), job.settings["budget"]
     n, m = budget.train_images, budget.images
     return replace(
@@ -38,7 +38,7 @@ def images_of(job: Job) -> data.DataSet:
 
 
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
-    """A classifier of MNIST trained on PGD examples, or with eps 0 on clean images: {epochs, eps, steps, alpha}."""
+    """Train a classifier of MNIST on PGD examples, or with eps 0 on clean images: {epochs, eps, steps, alpha}."""
     s, images = job.settings, images_of(job)
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), s["budget"].width)
@@ -52,7 +52,7 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train(job: Job, folder: Path, task: Task, images: data.DataSet, epochs: int, batch_size: int = 128) -> dict:
-    """Train on all of the images; the last epoch's metrics."""
+    """Train on all of the images; return the last epoch's metrics."""
     return fit(task, images.x_train, images.y_train, FitConfig(epochs, batch_size, job.seed), folder)
 
 
@@ -60,10 +60,10 @@ class ReportStudy(Study):
     """A study whose jobs train a few models and attack each of them.
 
     Attributes:
-        models: the columns of the table, each with the row whose training it needs; None for none.
-        eps: of the attacks.
-        threads: of each job.
-        sizes: how many images `evaluate` takes at once.
+        models: the columns of the table, each with the row whose training it needs, or None.
+        eps: radius of the attacks.
+        threads: number of threads of each job.
+        sizes: numbers of images that `evaluate` takes at once.
     """
 
     dataset = "mnist"
@@ -77,15 +77,15 @@ class ReportStudy(Study):
         raise NotImplementedError
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
-        """What is attacked in a column of the table."""
+        """The attacked model of a column of the table."""
         raise NotImplementedError
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
-        """The rows of one model, in groups that are attacked apart; one label for all models."""
+        """The rows of a model, in groups that are attacked separately; labels are the same for all models."""
         raise NotImplementedError
 
     def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
-        """What the page shows beside the reports and the facts of the trainings; more pictures go to a folder."""
+        """The page's contents besides reports and facts of the trainings; more pictures go to a folder."""
         return {}
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
@@ -106,7 +106,7 @@ class ReportStudy(Study):
         return [*self.trainings(job, budget), *attacks]
 
     def attack(self, job: Job, folder: Path, root: Path) -> dict:
-        """One model under one group of attacks: its report stays in the folder; returns the accuracies."""
+        """A model under a group of attacks: write its report to the folder, and return the accuracies."""
         name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
         model = self.model(job, root, name)
         report = evaluate(
@@ -118,16 +118,16 @@ class ReportStudy(Study):
         return {row.attack: row.accuracy for row in report.rows}
 
     def reports(self, root: Path, budget: SimpleNamespace) -> dict[str, Report]:
-        """By model, the rows of its groups and the worst over all of them.
+        """For each model, the rows of its groups and the worst over all of them.
 
-        Each group was attacked apart: in one go, a classifier, which has one variant, would lose to APGD what the PGD
-        before it had taken, and the defences would not.
+        Each group was attacked separately: together, a classifier, which has one variant, would not be attacked by APGD
+        where PGD had succeeded, and the defences would.
         """
         reports = {}
         for name in self.models:
             folders = [Job(f"{name} {group}", 0, self.attack).folder(root) for group in self.attacks(name, budget)]
             parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-            # clean is in each
+            # Each group has the clean row.
             rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
             notes = dict.fromkeys(note for part in parts for note in part.notes)
             reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))

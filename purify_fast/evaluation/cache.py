@@ -1,7 +1,7 @@
-"""Finished rows on disk, named after all that they depend on, and the finished batches of an unfinished row.
+"""Finished rows on disk, named by everything that they depend on, and the finished batches of an unfinished row.
 
-Every file holds a checksum of its content (`purify_fast._sealed`). A damaged file is as good as absent: its content is
-computed again, and a warning says so.
+Every file holds a checksum of its content (`purify_fast._sealed`). A damaged file counts as absent: its content is
+computed again, with a warning.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ logger = logging.getLogger("purify_fast")
 #: one attack raises that attack's own version instead, so that the rows of the others are kept.
 PROTOCOL_VERSION = 1
 
-#: The plain values of a file, and its tensors.
+#: Plain values and tensors of a file.
 Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def read_file(path: Path) -> Content | None:
-    """What `purify_fast._sealed.write_sealed` wrote; None where the file is absent or damaged."""
+    """Read a file of `purify_fast._sealed.write_sealed`; None if it is absent or damaged."""
     if path.exists():
         try:
             return read_sealed(path)
@@ -55,12 +55,12 @@ class AttackedBatch:
     Args:
         images: the attacked images, ``[B, C, H, W]``.
         health: counts of the gradients, by name.
-        seconds: how long it took.
-        warnings: what the attack told.
-        fallen: how many images fell to what, by name.
-        fell: which images the attacked model misclassifies now, as 0 and 1 in the order of the images.
-        stood_still: how many images no search came nearer to a border.
-        proved: how many images no point of their balls fools the attacked model on, by a complete search.
+        seconds: duration.
+        warnings: warnings of the attack.
+        fallen: number of images that fell, by the name of what they fell to.
+        fell: mask of the images that the attacked model misclassifies now, as 0 and 1 in the order of the images.
+        stood_still: number of images that no search brought nearer to a border.
+        proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
     """
 
     images: Tensor
@@ -77,14 +77,14 @@ class PartialRow:
     """The finished batches of an unfinished row, in a folder of their own.
 
     Args:
-        folder: made with the first batch; None: nothing is kept.
+        folder: folder of the batches, made with the first of them; None: nothing is kept.
     """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
-        """The batch of the images with these indices, if it was finished and its file is not damaged."""
+        """Read the batch of the images with these indices, if it was finished and its file is not damaged."""
         content = None if self.folder is None else read_file(self._path(ids))
         if content is None:
             return None
@@ -99,7 +99,7 @@ class PartialRow:
         write_sealed(self._path(ids), values, {"images": batch.images})
 
     def begin(self, points: Tensor | None = None) -> Tensor:
-        """The points at which the attack begins, for other processes; kept where they are given."""
+        """The points at which the attack begins, for other processes; given points are kept."""
         assert self.folder is not None
         path = self.folder / "begin.safetensors"
         if points is not None:
@@ -120,9 +120,9 @@ class RowCache:
     """Finished rows, and the answers to the probes, in ``folder/rows``.
 
     Args:
-        folder: of the whole evaluation; None: nothing is kept.
-        served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits,
-            so that rows that others would serve are no part of the same evaluation.
+        folder: folder of the whole evaluation; None: nothing is kept.
+        served: the kernels that serve the ops, by `purify_fast.ops.kernel_choices`. Kernels and references differ in
+            the last bits, so rows of other kernels do not belong to the same evaluation.
         revision: the user's name for what the model computes, part of what every row depends on.
 
     Attributes:
@@ -134,7 +134,7 @@ class RowCache:
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = {} if served is None else choices_of_bits(served), revision
-        # a model is read once, not once for each row; it is kept beside its mark, so that its id stays its own
+        # A model is read only once. It is kept beside its mark, so that no other object gets its id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,36 +142,36 @@ class RowCache:
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
         """The name of a row of these settings, in plain values, on these models.
 
-        It depends on PyTorch's release, on the presence of the kernel extension and on forced backends too, which
-        change the last bits of a model's arithmetic, and on what float32 means on a GPU, which changes more. The bytes
-        of the extension are no part of it: built again from the same definitions it computes the same.
+        The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
+        which change the last bits of a model's arithmetic, and on the precision of float32 on a GPU, which changes
+        more. It does not depend on the extension's bytes: a new build of the same definitions computes the same.
 
         Args:
-            settings: all that the row depends on but the models.
-            models: those that took part; None stands for one that did not.
+            settings: everything that the row depends on except the models.
+            models: the models that took part; None stands for a model that did not.
 
         Returns:
-            A file name, or None where nothing is kept, or where a model has no fingerprint.
+            A file name, or None if nothing is kept or a model has no fingerprint.
         """
         marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
         if self.folder is None or None in marks:
             return None
-        # a block of `use_backend` overrides the variable
+        # A block of `use_backend` overrides the environment variable.
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
         whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
     def know(self, model: object, mark: str | None) -> None:
-        """Let this mark, a `fingerprint`, stand for the model in the names of its rows; with None none are kept."""
+        """Use this mark, a `fingerprint`, for the model in the names of its rows; with None no rows are kept."""
         self._marks[id(model)] = model, mark
 
     def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:
-        """The row of that name, made and kept if it is not there yet.
+        """Read the row of that name, or make and keep it.
 
         Args:
-            key: the name; None: the row is made and not kept.
-            make: makes it; is given the batches that an interrupted run finished.
+            key: name of the row; None: the row is made and not kept.
+            make: makes the row from the batches that an interrupted run finished.
         """
         unfinished = PartialRow(None if self.folder is None or key is None else self.folder / f"{key}.batches")
 
@@ -183,7 +183,7 @@ class RowCache:
             return row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()}
 
         values, tensors = self._content(key, content)
-        # a run that ended between the two left the batches of a finished row
+        # A run that ended after writing the row and before removing its batches has left these.
         unfinished.remove()
         row, arrays = Row.from_dict(values), {name: tensor.numpy() for name, tensor in tensors.items()}
         row.margins, row.points = arrays.pop("margins", None), arrays.pop("points", None)
@@ -191,11 +191,11 @@ class RowCache:
         return row
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Plain values of that name, made and kept if they are not there yet.
+        """Read the plain values of that name, or make and keep them.
 
         Args:
-            key: the name; None: they are made and not kept.
-            make: makes them.
+            key: name of the values; None: they are made and not kept.
+            make: makes the values.
         """
         return self._content(None if key is None else f"{key}.values", lambda: (make(), {}))[0]
 

@@ -1,4 +1,4 @@
-"""Whether a claim of robust accuracy survives an evaluation."""
+"""Test whether a claim of robust accuracy survives an evaluation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from .rows import Row
 
-#: A claim is refuted where a number this low has a smaller chance than this, if the claim were true.
+#: A claim is refuted if, were it true, a number this low would have a smaller chance than this.
 REFUTED = 0.01
-#: Numbers of images beyond which none is asked for.
+#: The largest number of images that is ever asked for.
 MOST = 10**6
 
 
@@ -17,11 +17,11 @@ def check_claim(claim: Any) -> None:
     """Check a claim as `evaluate` takes it.
 
     Args:
-        claim: robust accuracy in percent; None: nothing is claimed.
+        claim: robust accuracy in percent; None: no claim.
 
     Raises:
-        TypeError: no number.
-        ValueError: a number outside 0 to 100.
+        TypeError: claim is not a number.
+        ValueError: claim is outside 0 to 100.
     """
     if claim is None:
         return
@@ -32,12 +32,12 @@ def check_claim(claim: Any) -> None:
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
-    """The exact binomial tail: how likely at most so many of the images are left.
+    """The exact binomial tail: the chance that at most this number of images is left.
 
     Args:
-        left: at most so many, from 0 to ``images``.
-        images: how many were drawn.
-        share: the chance of each to be left, in [0, 1].
+        left: largest number that is left, from 0 to ``images``.
+        images: number of images drawn.
+        share: chance of each image to be left, in [0, 1].
     """
     if left >= images or share == 0:
         return 1.0
@@ -53,14 +53,14 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
 
 
 def images_to_decide(left: float, claim: float) -> int | None:
-    """How many images would refute a claim, if as large a share of them were left.
+    """The number of images that would refute a claim, if the same share of them were left.
 
     Args:
         left: the share that is left, in [0, 1].
         claim: the share that is claimed, in [0, 1].
 
     Returns:
-        The number; None where none would, or more than a million.
+        The number; None if no number would, or more than a million.
     """
     if left >= claim:
         return None
@@ -80,7 +80,7 @@ def images_to_decide(left: float, claim: float) -> int | None:
 
 
 def answer(claim: float, row: Row) -> str:
-    """Whether what is left refutes a claim, in a sentence.
+    """A sentence that says whether the images left refute a claim.
 
     Args:
         claim: robust accuracy in percent.

@@ -1,8 +1,8 @@
-"""The accuracy over the radius of the ball, from radius to radius.
+"""Accuracy over the radius of the ball, attacked from radius to radius.
 
-What fell within a smaller ball has fallen within a larger one, and what withstood in the report's ball counts as right
-within the smaller ones. So an image is attacked at the radii below the report's only if it fell there, and at those
-above only if it did not, until it falls. The accuracy can only fall with the radius.
+An image that fell within a smaller ball has fallen within a larger ball. An image that withstood in the report's ball
+counts as right within smaller balls. So an image is attacked below the report's radius only if it fell there, and
+above it only if it did not, until it falls. The accuracy can only fall with the radius.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ REVISION = 1
 
 
 def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
-    """The radii of a curve in rising order, without the report's own.
+    """The radii of a curve in rising order, without the report's radius.
 
     Args:
         curve: radii in image units.
         eps: the report's radius.
-        largest: what a radius may be at most.
+        largest: the largest radius allowed.
 
     Raises:
-        TypeError: a radius that is no number.
-        ValueError: a radius that is not above 0, or too large, or several that a report would call by one name.
+        TypeError: a radius is not a number.
+        ValueError: a radius is not above 0, or too large, or a report would call several radii by the same name.
     """
     for radius in curve:
         check_number("each of curve", radius)
-        # written so that NaN is refused too
+        # This form of the comparison refuses NaN too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
     radii = sorted({float(eps), *map(float, curve)})
@@ -57,15 +57,15 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
-    """Those attacks of a plan that can be run at any radius, on all images, on the model as it is deployed.
+    """The attacks of a plan that can be run at any radius, on all images, on the model as it is deployed.
 
     Args:
         plan: the attacks of the report.
-        context: what they are told.
-        radii: of the curve.
+        context: the evaluation's attack context.
+        radii: radii of the curve.
 
     Raises:
-        ValueError: there are radii and no such attack, or an attack has one of these radii as its own.
+        ValueError: there are radii and no such attack, or an attack has a radius of its own among them.
     """
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
@@ -91,33 +91,33 @@ class Curve:
     """The attacks of a curve and its radii.
 
     Args:
-        specs: the attacks, in their order.
-        radii: rising, without the report's own; empty: there is no curve.
+        specs: the attacks, in order.
+        radii: rising, without the report's radius; empty: there is no curve.
     """
 
     specs: Sequence[AttackSpec]
     radii: Sequence[float]
 
     def specs_at(self, radius: float, norm: str) -> list[AttackSpec]:
-        """The attacks at one of the radii."""
+        """The attacks at a radius of the curve."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
     def costs(self, context: AttackContext) -> list[int | None]:
-        """Forward passes per image at most, for each radius; None where that is not known."""
+        """The most forward passes per image, for each radius; None if unknown."""
         costs = [spec.resolved.cost(context) for spec in self.specs]
         return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
     def rows(self, measure: Measure, left: np.ndarray) -> list[Row]:
-        """A row for each radius: what is right after every attack.
+        """A row for each radius, with the images that are right after every attack.
 
         Args:
-            measure: what makes rows, of the images in question.
-            left: bool ``[n]``, which images the attacks of the report left right.
+            measure: makes rows of these images.
+            left: bool ``[n]``, True for images that the attacks of the report left right.
         """
         eps, rows = float(measure.context.eps), []
         for side in ([r for r in self.radii if r < eps], [r for r in self.radii if r > eps]):
             below = bool(side) and side[0] < eps
-            # below the report's radius what withstood there is safe, and above it what fell there has fallen
+            # Images that withstood the report's radius are safe below it; images that fell there have fallen above it.
             safe = left if below else np.zeros_like(left)
             standing = measure.clean("random").robust & ~left if below else left
             before: tuple[float, Tensor] | None = None
@@ -132,11 +132,11 @@ class Curve:
         return rows
 
     def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
-        """The curve as a report holds it: radii and accuracies, from the clean images on.
+        """The curve of a report: radii and accuracies, from the clean images on.
 
         Args:
-            rows: of the report.
-            name: of the model.
+            rows: rows of the report.
+            name: name of the model.
             eps: the report's radius.
         """
         if not self.radii:
@@ -148,13 +148,13 @@ class Curve:
 
 
 class Images(NamedTuple):
-    """Which images are attacked at a radius, and where that begins."""
+    """The images that are attacked at a radius, and their start."""
 
-    #: Bool ``[n]``: those that are attacked.
+    #: Bool ``[n]``: images that are attacked.
     standing: np.ndarray
-    #: Bool ``[n]``: those that count as right without being attacked.
+    #: Bool ``[n]``: images that count as right without an attack.
     safe: np.ndarray
-    #: The radius before, and the best points there, ``[n, C, H, W]``; None at the first one.
+    #: The radius before, and the best points there, ``[n, C, H, W]``; None at the first radius.
     before: tuple[float, Tensor] | None
 
 
@@ -181,8 +181,8 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
             order = measure.in_order(spec, index, lead.numpy())
             sums = measure.attack(spec, order, PartialRow(None), begin).sums
             judged = subject.judge(sums.images[index], "random", "judge", index=index)
-            # The point of the smallest lead is nearest to falling. A lead that is no number is larger than any other,
-            # and still better than none.
+            # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
+            # and still better than no point.
             margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
             closer = index[margins < lead[index]]
             best[closer] = sums.images[closer]

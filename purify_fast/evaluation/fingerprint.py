@@ -1,12 +1,12 @@
-"""What tells one model from another: all that it holds, by value, and the code of its classes and functions.
+"""The fingerprint of a model: all that it holds, by value, and the code of its classes and functions.
 
-Two models get the same fingerprint only if nothing that can be seen of them differs. What cannot be compared by its
-value, such as an open connection, is never told by its type alone: the model has no fingerprint then. Nothing that
-differs from process to process is part of it: no address in memory, no order of a set, no state of a generator.
+Two models get the same fingerprint only if nothing that can be seen of them differs. A model that holds something that
+cannot be compared by value, such as an open connection, has no fingerprint. A fingerprint depends on nothing that
+differs from process to process: no address in memory, no order of a set, no state of a generator.
 
-The code of libraries is told by their version. Of a user's own code that of the classes and functions that a model
-holds counts, and what these call in their own files; functions that they import from other files count by name. Who
-edits those names a ``revision``.
+Code of libraries counts by their version. Code of the user counts for the classes and functions that a model holds, and
+for what these call in their own files. Functions that they import from other files count by name: after editing those,
+give another ``revision``.
 """
 
 from __future__ import annotations
@@ -32,57 +32,57 @@ from .._tensors import digest, text_hash
 from ..contents import HOOKS, PLAIN, attributes, not_dependencies, variables
 from .inputs import LogitsOf
 
-#: Values that their text tells apart.
+#: Values that are told apart by their text.
 _PLAIN = (*PLAIN, torch.layout, torch.memory_format)
-#: What its name tells: descriptors and functions in C, and objects on which no prediction depends.
+#: Types told apart by name: descriptors and functions in C, and objects on which no prediction depends.
 _NAMED = (
     types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
     logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()), types.ModuleType,
 )  # fmt: skip
-#: What has a state that no value tells.
+#: Types with a state that no value shows.
 _INCOMPARABLE = (
     torch.jit.ScriptModule, torch.jit.ScriptFunction,
     random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator,
 )  # fmt: skip
-#: What a class has besides what it computes with.
+#: Attributes of a class that it does not compute with.
 _NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
-#: What PyTorch adds to a module that it compiled or traced.
+#: Attributes that PyTorch adds to a module that it compiled or traced.
 _ADDED = frozenset({"_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
-#: Packages whose code is told by their version, or by this package's own.
+#: Packages whose code counts by their version, or by this package's own.
 _LIBRARIES = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
-#: Variables of PyTorch with hooks of all modules.
+#: Variables of PyTorch that hold hooks of all modules.
 _HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 Path = tuple[str, ...]
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """A hash of what a module computes with: its weights, attributes, hooks and parts, and the code of its classes.
+    """Hash all that a module computes with: its weights, attributes, hooks and parts, and the code of its classes.
 
-    Whoever edits a defence and evaluates it again must not be given the rows of the defence before. Comments,
+    An edited defence must not be given the rows of the defence before. Comments,
     docstrings and the place in the file do not count. Attributes count by value, private ones too: tensors and arrays
     with their contents, and modules, functions and objects that are held anywhere inside them with all that these hold.
-    A class names in ``not_dependencies`` the attributes that its predictions do not depend on. Of a torch.Generator the
-    seed counts and not the state.
+    A class names in ``not_dependencies`` the attributes that its predictions do not depend on. The seed of a
+    torch.Generator counts, its state does not.
 
-    A generator of NumPy or of Python's ``random`` does not tell its seed, and `evaluate` sets neither its seed nor its
-    state: a kept row could be of other draws, and nothing would show it. A model that holds one has no fingerprint.
+    A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` sets neither its seed nor its
+    state: a kept row could come from other draws unnoticed. A model that holds such a generator has no fingerprint.
     Draw from PyTorch's own generator, which `evaluate` seeds, or give a revision.
 
     Args:
-        model: what is judged.
-        revision: the user's name for what the model computes. Where a model cannot be compared, it is told by this, by
-            its name and by its weights.
+        model: the judged model.
+        revision: the user's name for what the model computes. It identifies a model that cannot be compared, together
+            with the model's name and weights.
 
     Returns:
-        The hash; without a revision None for what is no module, and for a module that holds what cannot be compared.
+        The hash. Without a revision, None if the model is not a module or holds something that cannot be compared.
     """
     return fingerprint_or_reason(model, revision)[0]
 
 
 def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
-    """The `fingerprint` of a model, or None and why it has none, as the end of a sentence that begins with its name."""
+    """The `fingerprint` of a model, or None and the reason, as the end of a sentence that begins with its name."""
     inner = model.model if isinstance(model, LogitsOf) else model
     reason = "is a function, of which no weights can be compared"
     if isinstance(inner, nn.Module):
@@ -103,7 +103,7 @@ def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[s
 
 
 class _CannotCompareError(Exception):
-    """The message says where a value is, and of which type."""
+    """An error whose message names the place and the type of a value."""
 
     def __init__(self, value: Any, path: Path):
         place = ".".join(path).replace(".[", "[") or "itself"
@@ -129,7 +129,7 @@ def _package(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """What a class or function is called; of a user's own without the file, which may be run or imported."""
+    """The name of a class or function; without the file if it is the user's, since that may be run or imported."""
     package = _package(value)
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
     version = "" if package in _LIBRARIES else getattr(sys.modules.get(package), "__version__", "")
@@ -137,17 +137,17 @@ def _name(value: Any) -> str:
 
 
 class _Marks:
-    """What stands for values in a fingerprint: each once, of those inside each other the outer ones as such."""
+    """The marks of values in a fingerprint: each value is read once, and a value inside itself counts by its depth."""
 
     def __init__(self) -> None:
         self.marks: dict[int, str] = {}
-        # values that are being looked through, with how many these are inside
+        # Values that are being visited, with their depth.
         self.open: dict[int, int] = {}
-        # an id is that of one value only as long as this is there
+        # The id of a value is unique only while the value exists.
         self.alive: list[Any] = []
 
     def of(self, value: Any, path: Path) -> str:
-        """What stands for a value, to which the names of the path lead; _CannotCompareError where nothing does."""
+        """The mark of a value, which is found along the path; raises _CannotCompareError if it has none."""
         if type(value) in _PLAIN:
             return f"{type(value).__name__} {value!r}"
         if id(value) in self.open:
@@ -162,7 +162,7 @@ class _Marks:
         return self.marks[id(value)]
 
     def _inside(self, value: Any, path: Path) -> tuple[str, Iterable[str]]:
-        """The kind of a value, and what stands for its parts."""
+        """The kind of a value, and the marks of its parts."""
         if isinstance(value, _INCOMPARABLE):
             raise _CannotCompareError(value, path)
         if isinstance(value, nn.Module):
@@ -198,7 +198,7 @@ class _Marks:
             yield self.of(part, (*path, f"[{key!r}]" if type(key) in (str, int) else "[...]"))
 
     def _named(self, named: Iterable[tuple[str, Any]], path: Path) -> Iterator[str]:
-        """Attributes by name; their order is that in which the object got them, which is no part of what it is."""
+        """Attributes sorted by name, since the order in which an object got them does not matter."""
         for name, part in sorted(named, key=lambda pair: str(pair[0])):
             yield str(name)
             yield self.of(part, (*path, str(name)))
@@ -214,7 +214,7 @@ class _Marks:
             left_out = _ADDED | _computed_once(type(module))
             yield from self._named(((name, part) for name, part in attributes(module) if name not in left_out), path)
         for group in HOOKS:
-            # a hook's number counts those of the whole process
+            # A hook's number counts all hooks of the process.
             yield from (group, *(self.of(hook, (*path, "a hook")) for hook in getattr(module, group).values()))
 
     def _tensor(self, tensor: Tensor, path: Path) -> Iterator[str]:
@@ -229,7 +229,7 @@ class _Marks:
             yield from self._named(vars(tensor).items(), path)
 
     def _class(self, kind: type, path: Path) -> Iterator[str]:
-        """A class of a user by what it computes: its methods and attributes, and those of its bases."""
+        """The marks of a user's class: its methods and attributes, and those of its bases."""
         for base in kind.__mro__:
             yield _name(base)
             if not _is_library(_package(base)):
@@ -254,7 +254,7 @@ class _Marks:
         yield from self._named(vars(function).items(), here)
 
     def _code(self, code: types.CodeType, doc: str | None, path: Path) -> Iterator[str]:
-        """What a function does: its instructions, constants and names, without the docstring."""
+        """The marks of a function: its instructions, constants and names, without the docstring."""
         yield from (code.co_code.hex(), getattr(code, "co_exceptiontable", b"").hex(), str(code.co_names))
         for i, constant in enumerate(code.co_consts):
             if isinstance(constant, types.CodeType):
@@ -263,39 +263,39 @@ class _Marks:
                 yield self.of(constant, path)
 
     def _object(self, value: Any, path: Path) -> Iterator[str]:
-        """Any other object: its class, its state as a copy or a pickle would have it, and all its attributes."""
+        """The marks of any other object: its class, its state for a copy or a pickle, and all its attributes."""
         kind = type(value)
         try:
             reduced: Any = (copyreg.dispatch_table.get(kind) or (lambda value: value.__reduce_ex__(4)))(value)
-        # whatever an object's own code raises
+        # An object's own code may raise anything.
         except Exception as error:
             raise _CannotCompareError(value, path) from error
         if isinstance(reduced, str):
-            # the name of a variable; what is around a function is an object of that name too
+            # The name of a global; a wrapper around a function has that name too.
             reduced = reduced, getattr(value, "__wrapped__", None)
         make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
         yield from (self.of(part, path) for part in (kind, make, arguments))
         left_out = not_dependencies(kind) | _computed_once(kind)
-        # objects with slots have two
+        # Objects with slots have two dictionaries of state.
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             if isinstance(part, dict) and all(isinstance(name, str) for name in part):
                 yield from self._named(((name, inner) for name, inner in part.items() if name not in left_out), path)
             else:
                 yield self.of(part, path)
-        # elements of a list, and entries of a dictionary
+        # The parts are elements of a list, and entries of a dictionary.
         yield from (self.of(None if each is None else list(each), path) for each in members[:2])
         if not _is_library(_package(kind)):
             yield from self._named(((name, part) for name, part in attributes(value) if name not in left_out), path)
 
 
 def _computed_once(kind: type) -> frozenset[str]:
-    """Properties whose value, made of the other attributes, is kept with the object."""
+    """Properties whose value is computed from the other attributes and kept with the object."""
     once = functools.cached_property
     return frozenset(name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, once))
 
 
 def _is_found_by_name(function: types.FunctionType) -> bool:
-    """Whether a library's function is told by its name: it is no lambda and was not made by another function."""
+    """Tell whether a library's function counts by its name: not a lambda, and not made by another function."""
     place: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         place = getattr(place, name, None)

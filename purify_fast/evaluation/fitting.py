@@ -1,8 +1,8 @@
-"""``batch_size="auto"``: how many images go through the models of an evaluation at once, by the memory that there is.
+"""``batch_size="auto"``: choose by the available memory how many images go through the models at once.
 
-The images are attacked in batches of the usual size, whatever the memory: an attack that searches the images nearest to
-a border first chooses among those of a batch. What follows the memory is how many of a batch's images, and of their
-draws, stand in one pass of the model, which changes no result of a model that answers the same every time.
+Images are attacked in batches of the usual size, whatever the memory: an attack that searches the images nearest to a
+border first chooses within a batch. Memory decides how many of a batch's images, and of their draws, share a pass of
+the model. This changes no result of a model that answers the same every time.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-#: Images attacked together where nothing else is asked for.
+#: Number of images attacked together by default.
 USUAL_BATCH = 250
-#: So many tensors of the size of its images an attack is taken to remember.
+#: Assumed number of tensors of the images' size that an attack remembers.
 REMEMBERED = 16
 
 BatchSize = int | Literal["auto"]
 
 
 def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
-    """How many images are attacked together.
+    """The number of images that are attacked together.
 
     Args:
         batch_size: a number, or "auto".
-        memory: that an automatic one may take; None: as much as there is.
+        memory: memory that an automatic batch may take; None: all that is free.
 
     Raises:
-        ValueError: neither a number nor "auto", or an amount of memory that cannot be used.
+        ValueError: batch_size is neither a number nor "auto", or memory cannot be used.
     """
     if batch_size == "auto":
         if memory is not None:
@@ -54,17 +54,17 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
 
 
 def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
-    """Measure how many images there is room for, and let the subject's room be so large.
+    """Measure the number of images that fit into memory, and set the subject's room to it.
 
     Args:
         subject: the model with its images; within `purify_fast.attacks.frozen`.
-        models: those through which gradients are taken.
-        memory: that the process may take in all; None: as much as there is.
-        cache: keeps the number. A run that goes on takes it again where it still fits: of a random model the draws
-            depend on it.
+        models: the models through which gradients are taken.
+        memory: memory that the process may take in total; None: all that is free.
+        cache: keeps the number. A resumed run uses it again if it still fits, since a random model's draws depend on
+            it.
     """
     device = subject.device
-    # of the images that an attack remembers, all are in memory at once
+    # All images that an attack remembers are in memory at once.
     remembered = REMEMBERED * subject.x[: subject.batch_size].nbytes
     images = subject.room.images
     for model in models:
@@ -76,7 +76,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             return objective.gradient(x.to(device), y.to(device))
 
         fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
-        # a model that keeps its last input is left in the state in which it was found
+        # A model that keeps its last input is left as it was found.
         model(subject.some())
         images = fitting if images is None else min(images, fitting)
     if images is not None:

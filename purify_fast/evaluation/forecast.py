@@ -1,4 +1,4 @@
-"""What an evaluation will take: a few of its images are evaluated, and their cost is continued to all of them."""
+"""Forecast the time of an evaluation: evaluate a few of its images, and extrapolate their cost to all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .report import Report
 from .runner import evaluate, has_signs
 from .subject import device_of
 
-#: Images with which it is counted what the evaluation asks of the device.
+#: Number of images on which the work for the device is counted.
 COUNTED = 8
 
 
@@ -33,20 +33,20 @@ def forecast(
     seconds: float = 10.0,
     **options: Any,
 ) -> Forecast:
-    """What `evaluate` will take with the same arguments.
+    """Forecast the time of `evaluate` with the same arguments.
 
-    How long an attack searches depends on the images: on a CPU more and more of them are evaluated until that takes
-    ``seconds``, and the rest is taken to be like them.
+    The duration of a search depends on the images: on a CPU more and more images are evaluated until that takes
+    ``seconds``, and the rest is assumed to be like them.
 
     Args:
-        model: as of `evaluate`.
+        model: see `evaluate`.
         x: images ``[N, C, H, W]``.
         y: labels, int64 ``[N]``.
-        gpu: a name of `purify_fast.speed.counting.GPUS`, for which operators are counted and their time is modelled;
+        gpu: a name in `purify_fast.speed.counting.GPUS`, for which operators are counted and their time is modelled;
             None: this CPU, on which they are timed.
-        gpus: how many share the batches.
-        seconds: that the last probe takes on a CPU at least, unless there are too few images.
-        **options: of `evaluate`.
+        gpus: number of GPUs that share the batches.
+        seconds: least duration of the last probe on a CPU, unless there are too few images.
+        **options: further arguments of `evaluate`.
     """
     options = {**options, "out": None, "progress": False, "together": False}
     batch_size = options.get("batch_size", USUAL_BATCH)
@@ -57,7 +57,7 @@ def forecast(
         return evaluate(model, x[:count], y[:count], **options | more)
 
     peaks: list[int] = []
-    # the signs, which have a bounded number of images, are left out of what is counted
+    # The signs have a bounded number of images, so they are not counted.
     counts = counted(lambda: peaks.append(peak_memory(lambda: some(few, probes=False), device_of(model, x))))
     cost = Cost(counts.launches * math.ceil(len(x) / batch), *(value * len(x) / few for value in counts[1:]))
     memory = peaks[0] * min(batch, len(x)) / few
@@ -79,7 +79,7 @@ def forecast(
         began = time.perf_counter()
         asked = some(few)
         signs = time.perf_counter() - began - _of_attacks(asked)
-    # neither the signs nor what comes before the attacks grow with the images, but for the first few
+    # Beyond the first few images, neither the signs nor the work before the attacks grow with their number.
     whole = _of_attacks(report) * len(x) / count + max(0.0, signs) * min(PROBED, len(x)) / few
     return Forecast(what, cost, resident_memory() + memory, whole)
 

@@ -1,8 +1,8 @@
-"""The identity in the backward pass of modules inside a model that have no gradient: BPDA without anyone naming them.
+"""BPDA without naming modules: modules inside a model that have no gradient get the identity's gradient.
 
-A detour through NumPy, a compression, a floor division or a function of one's own hands no gradient on. A module around
-one that gives about what it takes, of the same shape and range, is differentiated as if it gave just that (BPDA,
-Athalye, Carlini & Wagner, ICML 2018, section 4), where its own gradient is missing, zero or not finite.
+A detour through NumPy, a compression, a floor division or a user's own function passes no gradient on. If a module
+around it returns about its input, of the same shape and range, it is differentiated as the identity (BPDA, Athalye,
+Carlini & Wagner, ICML 2018, section 4) wherever its own gradient is missing, zero or not finite.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch.overrides import TorchFunctionMode
 from ..attacks import frozen
 from ..protocols import Classifier
 
-#: Raised whenever such a copy would compute something else: kept rows of one are used again by this number.
+#: Raised whenever such a copy would compute something else: kept rows are used again only under the same number.
 REVISION = 1
-#: By how much of its input's range a module's output may lie outside of it.
+#: The share of its input's range by which a module's output may lie outside of this range.
 OUTSIDE = 0.1
 
 
 class PassedThrough(TorchFunctionMode):
-    """Within the block, modules give what they give, with the gradient of the identity.
+    """Within the block, modules keep their output and get the gradient of the identity.
 
-    As a function mode it is entered again where a step is computed again for its gradient
+    It is a function mode, which is entered again when a step is computed again for its gradient
     (`purify_fast.attacks.checkpointed_steps`). It leaves functions as they are.
 
     Args:
-        modules: whose first argument and whose output are images of one shape.
+        modules: modules whose first argument and output are images of the same shape.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -47,7 +47,7 @@ class PassedThrough(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         hooks = contextlib.ExitStack()
-        # a block inside of another one finds the hooks there
+        # A block inside another block finds the hooks in place.
         for module in [] if self._entered else self.modules:
             for handle in (
                 module.register_forward_pre_hook(self._before, prepend=True),
@@ -66,7 +66,7 @@ class PassedThrough(TorchFunctionMode):
         if not _takes_images(args):
             return None
         self._given.setdefault(module, []).append(args[0])
-        # NumPy takes no tensor that asks for gradients
+        # NumPy refuses tensors that require gradients.
         return args[0].detach(), *args[1:]
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -81,7 +81,7 @@ class IdentityBackward(nn.Module):
 
     Args:
         model: any callable.
-        modules: those modules, inside of it.
+        modules: these modules inside the model.
     """
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
@@ -96,15 +96,15 @@ class IdentityBackward(nn.Module):
 
 
 def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:
-    """The modules that give images of the shape and range that they take, and no gradient.
+    """Find modules that return images of the shape and range of their input, without a gradient.
 
     Args:
         model: images to logits.
-        inside: modules of it, with their names; all modules in them are looked at.
+        inside: modules of the model, with their names; all modules in them are examined.
         x: a few images ``[B, C, H, W]``.
 
     Returns:
-        By name the innermost ones, and the outermost ones where these are others; an empty list where there are none.
+        By name the innermost modules, and the outermost modules if they differ; empty if there are none.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}
@@ -114,7 +114,7 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         if module not in calls and _takes_images(args) and _like(output, args[0]) and _within(output, args[0]):
             calls[module] = args, kwargs
 
-    # whatever code a user's model has may refuse what it was not written for
+    # A user's model may raise anything on inputs that it was not written for.
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack, torch.no_grad():
         for module in dict.fromkeys(named.values()):
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
@@ -135,14 +135,14 @@ def _like(output: Any, x: Tensor) -> bool:
 
 
 def _within(output: Tensor, x: Tensor) -> bool:
-    """Whether an output is in about the range of its input."""
+    """Tell whether an output is in about the range of its input."""
     least, most = x.aminmax()
     room = OUTSIDE * (most - least)
     return bool((output.amin() >= least - room) & (output.amax() <= most + room))
 
 
 def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether no image gets a finite gradient through a module that is not zero."""
+    """Tell whether no image gets a finite nonzero gradient through a module."""
     gradient = None
     with contextlib.suppress(Exception), torch.enable_grad(), frozen(module):
         leaf = args[0].detach().clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""What an evaluation is given, as it needs it: images in [0, 1] with their labels, and a model that returns logits."""
+"""Convert the inputs of an evaluation: images in [0, 1] with their labels, and a model that returns logits."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor, nn
 from ..defences.base import Defence
 from ..protocols import Classifier
 
-#: What labels may be.
+#: Dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: What PyTorch says where images have a shape that a model does not take.
+#: Words of PyTorch's errors about images of a shape that a model does not take.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
-#: What is to be done about a model that returns probabilities.
+#: Advice on a model that returns probabilities.
 INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
 )
 
 
 def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Images and labels as `evaluate` needs them, a part after the other.
+    """Images and labels as `evaluate` needs them, part by part.
 
     Args:
-        x: images as `collect` takes them, which are one part; or, without ``y``, a DataLoader or any other iterable of
-            batches (images, labels) or (images, labels, indices), which is read once. The indices are not used.
+        x: images as `collect` takes them, which form a single part; or, without ``y``, a DataLoader or any other
+            iterable of batches (images, labels) or (images, labels, indices), read once. The indices are not used.
         y: labels, integers ``[N]``.
-        least: images of each part of an iterable; more where a batch of it reaches beyond, and fewer in the last part.
+        least: number of images in each part of an iterable. Whole batches may exceed it; the last part may have fewer.
 
     Yields:
         Images, float32 in [0, 1], labels, int64, and whether there are more.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: something else than tensors or arrays, or than batches of them.
+        TypeError: x or y is not a tensor or array, and x does not yield batches of them.
     """
     if y is not None:
         yield *collect(x, y), False
@@ -46,7 +46,7 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     for batch, batch_labels in _read(x):
         if sum(map(len, images)) >= least:
             part = collect(torch.cat(images), torch.cat(labels))
-            # the batches are not held while the part is attacked
+            # The batches must not stay in memory while the part is attacked.
             images, labels = [], []
             yield *part, True
         images.append(batch)
@@ -61,14 +61,14 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
     Args:
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
-        y: labels, integers ``[N]``, likewise.
+        y: labels, integers ``[N]``, a tensor or a NumPy array.
 
     Returns:
         Images, float32 in [0, 1], and labels, int64.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: something else than tensors or arrays.
+        TypeError: x or y is not a tensor or array.
     """
     x, y = _of_array(x), _of_array(y)
     for name, value in (("x", x), ("y", y)):
@@ -81,7 +81,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
         raise ValueError(f"y must be integers [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
-    # tensors made in inference mode take part in no gradient
+    # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
         return x.float() / 255, y.to(torch.int64)
@@ -94,22 +94,22 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 
 def _of_array(value: Any) -> Any:
-    """The tensor of a NumPy array of numbers; anything else as it is."""
+    """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    # PyTorch takes no other byte order, no negative strides, and warns of arrays that must not be written to
+    # PyTorch refuses other byte orders and negative strides, and warns of read-only arrays.
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _as_tensor(name: str, value: Any) -> str:
-    """The line that makes a tensor of what was given; empty where none does."""
+    """The line of code that makes a tensor of the input; empty if there is none."""
     if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
         return f": torch.stack({name}) makes one of them"
     return f": torch.as_tensor({name}) makes one of it" if isinstance(value, (list, tuple)) else ""
 
 
 def _as_labels(x: Tensor, y: Tensor) -> str:
-    """The line that makes labels of what was given; empty where none does."""
+    """The line of code that makes labels of the input; empty if there is none."""
     if y.shape == (len(x),):
         return "" if y.is_floating_point() else "; y.long() makes them int64"
     if y.dim() == 2 and len(y) == len(x):
@@ -119,7 +119,7 @@ def _as_labels(x: Tensor, y: Tensor) -> str:
 
 
 def _range(x: Tensor) -> str:
-    """What values images have that are not in [0, 1], and the line that mends it where one can be told."""
+    """Describe the values of images outside [0, 1], with the line of code that mends them if it is known."""
     if bool(x.isnan().any()):
         return f"{int(x.isnan().sum())} values that are NaN"
     least, most = float(x.min()), float(x.max())
@@ -140,7 +140,7 @@ def _range(x: Tensor) -> str:
 
 
 def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an iterable; they may not differ in dtype or in the size of their images."""
+    """Read the batches of an iterable, which may not differ in dtype or in the size of their images."""
     if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
         raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}")
     first: tuple[torch.dtype, list[int]] | None = None
@@ -164,7 +164,7 @@ def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class LogitsOf(nn.Module):
-    """A model that returns an object or a mapping with ``logits``, as its logits alone.
+    """A wrapper that returns only the ``logits`` of a model's output object or mapping.
 
     Args:
         model: the model; any callable.
@@ -180,13 +180,13 @@ class LogitsOf(nn.Module):
 
 
 def as_classifier(model: Any) -> Classifier:
-    """A model as the evaluation asks it: a callable that returns logits.
+    """Wrap a model as a callable that returns logits.
 
     Args:
-        model: any callable; what it returns is looked at when it is asked for the first time.
+        model: any callable; its output is examined at the first call.
 
     Raises:
-        TypeError: no callable, or a class in place of an object of it.
+        TypeError: model is not callable, or a class in place of its instance.
     """
     if isinstance(model, type):
         raise TypeError(f"the model is the class {model.__name__}: give an object of it, such as {model.__name__}()")
@@ -197,16 +197,16 @@ def as_classifier(model: Any) -> Classifier:
 
 @torch.no_grad()
 def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """The model, or where it returns an object or a mapping with logits the model as these alone; and its classes.
+    """The model, wrapped if it returns an object or a mapping with logits, and its number of classes.
 
     Args:
         model: any callable.
         some: a few images ``[B, C, H, W]``.
 
     Raises:
-        TypeError: no tensor is returned, and nothing that has one as ``logits``.
-        ValueError: classes in place of logits, another shape than ``[B, classes]`` with two classes at least, or the
-            model does not take images of this shape.
+        TypeError: the model returns neither a tensor nor something that has a tensor as ``logits``.
+        ValueError: the model returns classes in place of logits, or another shape than ``[B, classes]`` with two
+            classes at least, or it does not take images of this shape.
     """
     output = _first_output(model, some)
     if isinstance(output, Tensor):
@@ -233,18 +233,18 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
 
 def _seem_classes(output: Tensor) -> bool:
-    """Whether these are predicted classes in place of logits: one whole number from 0 for each image."""
+    """Tell whether these are predicted classes in place of logits: a whole number from 0 for each image."""
     if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
         return False
     return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
 
 
 def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape of the images that a model of this package was made for; None for another model.
+    """The shape of the images that a model of this package was made for; None for other models.
 
     Args:
         model: any callable.
-        given: the shape of the images at hand, (C, H, W), which stands where the model takes any size.
+        given: the shape of the images at hand, (C, H, W), which counts if the model takes any size.
     """
     if isinstance(model, Defence):
         return model.image_shape
@@ -255,7 +255,7 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _wanted(model: Any, given: Sequence[int]) -> str:
-    """What is known of the images that a model takes, as the end of a sentence; empty where nothing is."""
+    """The known facts about the images that a model takes, as the end of a sentence; empty if there are none."""
     shape = image_shape_of(model, given)
     if shape is not None and shape != tuple(given):
         return f": it was trained on {list(shape)}"
@@ -267,11 +267,11 @@ def _wanted(model: Any, given: Sequence[int]) -> str:
 
 
 def _first_output(model: Classifier, some: Tensor) -> Any:
-    """What the model returns for a few images."""
+    """The model's output for a few images."""
     try:
         return model(some)
     except Exception as error:
-        # a size that only images [N, H, W, C] usually have
+        # Usually only images of shape [N, H, W, C] have this size.
         if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
             if not isinstance(error, RuntimeError) or not any(text in str(error) for text in SHAPE_ERRORS):
                 raise
@@ -288,12 +288,12 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Whether every line is one of probabilities: numbers in [0, 1] whose sum is 1.
+    """Tell whether every row holds probabilities: numbers in [0, 1] whose sum is 1.
 
     Args:
-        logits: what a model returned, ``[B, classes]``.
+        logits: output of a model, ``[B, classes]``.
     """
-    # a sum of many rounded numbers; half precision rounds to three or four digits
+    # The sum has many rounded terms, and half precision rounds to three or four digits.
     room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
     inside = (values >= 0) & (values <= 1 + room)

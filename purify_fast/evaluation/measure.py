@@ -1,4 +1,4 @@
-"""The rows of an evaluation, made or read from the folder that keeps them: attack, judge, count."""
+"""Make the rows of an evaluation, or read them from the folder that keeps them: attack, judge, count."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
-#: Attacked images kept with each row, for the pictures.
+#: Number of attacked images kept with each row, for the pictures.
 EXAMPLES = 8
-#: What `GradientHealth` counts.
+#: The counts of `GradientHealth`.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
@@ -45,9 +45,9 @@ class Outcome:
 
     Args:
         spec: the attack.
-        index: which of the images were attacked, int64.
-        sums: all images, attacked or not, and health and time over the batches.
-        settings: what is known of the attack's settings only after it.
+        index: indices of the attacked images, int64.
+        sums: all images, attacked or not, with health and time summed over the batches.
+        settings: settings of the attack that are known only after it.
     """
 
     spec: AttackSpec
@@ -57,19 +57,19 @@ class Outcome:
 
 
 class Measure:
-    """Makes the rows of one call of `evaluate`.
+    """The rows of a call of `evaluate`.
 
     Args:
-        subject: what is attacked.
-        context: what the attacks are told.
-        name: of the model.
+        subject: the attacked model.
+        context: context of the attacks.
+        name: name of the model.
         cache: the finished rows.
         progress: counts and shows.
         team: the processes that make the rows.
-        keep_all: whether rows keep every image that fell, and not only some for the pictures.
+        keep_all: whether rows keep every fallen image, not only some for the pictures.
 
     Attributes:
-        attacks: all of the evaluation, in the same order in every process.
+        attacks: all attacks of the evaluation, in the same order in every process.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Measure:
         self.attacks: list[AttackSpec] = []
         self._clean: dict[Variant, Row] = {}
         self._targets: dict[int, CountedModel] = {}
-        # the last one, whose images may be tried on another variant
+        # The images of the last attack may be tried on another variant.
         self._search: Outcome | None = None
 
     def turn_to(self, subject: Subject) -> None:
-        """Go on with other images of the same model."""
+        """Continue with other images of the same model."""
         self.subject, self._clean, self._search = subject, {}, None
 
     def clean(self, variant: Variant) -> Row:
@@ -103,7 +103,7 @@ class Measure:
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
-        """One attack's row.
+        """The row of an attack.
 
         Args:
             spec: the attack.
@@ -112,24 +112,24 @@ class Measure:
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
-            # what the defence gets wrong, its authors' model may get right
+            # The authors' model may be right where the defence is wrong.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec) | {"attacked": len(index)}
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, index, settings))
-        # no part of the key: the same attack by any name
+        # The key does not hold the name: it is the same attack by any name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
         return row
 
     def tried(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """The row of the images of an attack on a variant, judged by the deployed model in fresh draws.
+        """The row of a variant's attacked images, judged by the deployed model in fresh draws.
 
         Args:
             spec: the attack.
             left: bool ``[n]``, which images earlier attacks on the variant left right.
-            left_deployed: bool ``[n]``, which images earlier rows left right of the deployed model.
+            left_deployed: bool ``[n]``, True for images that earlier rows left right for the deployed model.
         """
         alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
         attacked = self.settings_of(spec)
@@ -142,13 +142,13 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
 
         def make(unfinished: PartialRow) -> Row:
-            # its images are gone where the attack's own row was kept by an earlier run
+            # If the attack's row was read from an earlier run, its images are not in memory.
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], unfinished)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
-            # an image falls only by what the attack made of it
+            # Only an image that was attacked can fall.
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
             row.transferred = True
             row.seconds = time.perf_counter() - begin
@@ -159,11 +159,11 @@ class Measure:
         return row
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
-        """The images that an attack searches, int64, in its order.
+        """The images that an attack searches, int64, in the order of the search.
 
         Args:
             spec: the attack.
-            index: the images that it is given, int64.
+            index: images given to the attack, int64.
             margins: the least margins that other attacks reached, of all images, ``[n]``.
         """
         if spec.nearest is not None:
@@ -174,19 +174,19 @@ class Measure:
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Which of its images an attack is given, of those that a variant classifies correctly."""
+        """Choose the images for an attack from those that a variant classifies correctly."""
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:
-        """Of the present images, how many an attack is about at most."""
+        """The largest number of the present images that an attack covers."""
         return None if spec.max_images is None else max(0, spec.max_images - self.subject.first)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
-        """What is run, in plain values."""
+        """The settings of an attack, in plain values."""
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         optional = {
-            # BPDA has an aggregation among its own options
+            # BPDA has an aggregation of its own among its options.
             "aggregation": spec.aggregation,
             "seed": spec.seed or None,
             "gradients_from": None if spec.gradients_from is None else on,
@@ -205,7 +205,7 @@ class Measure:
         }
 
     def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
-        """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
+        """Read the row of these settings, of an attack or of the clean images, from the cache, or make it."""
         row = self.kept(settings, spec, make)
         row.threat = None if spec is None else threat_name(spec, self.context)
         return row
@@ -216,24 +216,24 @@ class Measure:
         specs: AttackSpec | Sequence[AttackSpec] | None,
         make: Callable[[PartialRow], Row],
     ) -> Row:
-        """The row of these settings from the cache if it has it; made and kept if not.
+        """Read the row of these settings from the cache, or make and keep it.
 
         Args:
-            settings: what is run, in plain values.
+            settings: settings in plain values.
             specs: the attack, or several; None: the clean images.
-            make: makes the row; is given the batches that an interrupted run finished.
+            make: makes the row from the batches that an interrupted run finished.
         """
         subject, context = self.subject, self.context
         key: str | None = None
         several = [specs] if isinstance(specs, AttackSpec) else list(specs or ())
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in several]
-        # rows of an attack that names no revision are not kept
+        # Rows of an attack without a revision are not kept.
         if all(attack[1] is not None for attack in attacks):
             whole = {
                 "data": subject.data,
                 "seed": subject.seed,
                 "classes": subject.num_classes,
-                # which image gets which draws depends on them
+                # An image's draws depend on the batches.
                 "batches": _batches_of(settings, context) if subject.is_random else [],
                 "attack": None if specs is None else attacks[0] if isinstance(specs, AttackSpec) else attacks,
                 "settings": settings,
@@ -244,10 +244,10 @@ class Measure:
                 whole["judges"] = [context.judge_draws, context.judge_share]
             key = self.cache.key(whole, subject.model, *([spec.other_model for spec in several] or [None]))
         row = self.cache.row(key, make)
-        # these are no part of the key
+        # These do not belong to the key.
         row.model = self.name
         row.settings["deterministic"] = not self.subject.is_random
-        # an attack that left nothing lacked nothing
+        # If no image survived, missing gradients do not matter.
         row.reliable = row.reliable or not row.robust.any()
         return row
 
@@ -265,7 +265,7 @@ class Measure:
         )
 
     def _new_row(self, judged: Judgement, right: np.ndarray, **fields: Any) -> Row:
-        """A row of the model's predictions, of which these are right."""
+        """A row of the model's predictions, given which are right."""
         return Row(
             model=self.name,
             mean=float(right.mean()),
@@ -282,15 +282,15 @@ class Measure:
 
         Args:
             spec: the attack.
-            index: the images that it is given, int64, in the order in which it searches them.
-            unfinished: has the batches that an interrupted run finished.
-            begin: where the search begins, ``[N, C, H, W]``; None: as the attack says.
+            index: images given to the attack, int64, in the order of the search.
+            unfinished: holds the batches that an interrupted run finished.
+            begin: start of the search, ``[N, C, H, W]``; None: the attack's own start.
         """
         attack, team = spec.resolved, self.team
         kept = team.folder(unfinished, self.cache.folder)
         with self._batches(spec, index, kept, begin) as batches:
             context = batches.context
-            # of a target that predicts the same every time one draw is enough
+            # A deterministic target needs one draw.
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
             total = None if cost is None else cost * sum(map(len, batches.parts))
@@ -327,10 +327,10 @@ class Measure:
         """Make some batches of an attack for the first process.
 
         Args:
-            task: the batches, of images that the measure has.
+            task: the batches, all of images that the measure has.
 
         Raises:
-            ValueError: they are other images than the first process has, or it keeps batches where this one cannot see.
+            ValueError: the first process has other images, or keeps batches where this process cannot see them.
         """
         mine = self.team.taken(task, self.progress)
         first = next(mine, None)
@@ -358,20 +358,20 @@ class Measure:
         begin: Tensor | None,
         draws_differ: bool | None = None,
     ) -> Iterator[Batches]:
-        """What an attack is run on, batch by batch, with the model as the attack's variant has it within the block.
+        """Within the block, the batches of an attack, with the model in the attack's variant.
 
         Args:
             spec: the attack.
-            index: the images that it is given, int64, in the order in which it searches them.
+            index: images given to the attack, int64, in the order of the search.
             kept: keeps the batches.
-            begin: where the search begins.
-            draws_differ: whether the target differs from call to call; None: that is tried.
+            begin: start of the search.
+            draws_differ: whether the target differs from call to call; None: try it.
         """
         subject = self.subject
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
-            # tried in every process, for the draws that it takes
+            # Every process tries it, since that takes random draws.
             tried = self._draws_differ(spec, target)
             context = dataclasses.replace(
                 self.context,
@@ -393,12 +393,12 @@ class Measure:
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
-        # what was not attacked, because earlier attacks broke it, counts as lost
+        # Images that were not attacked because earlier attacks broke them count as lost.
         row = self._judged(search, settings, judged, judged.right & alive, alive)
         health = search.sums.health
         row.health = health if health["gradients"] else None
         target = spec.other_model if spec.target is None else spec.target
-        # another aggregation of the same samples is the same model
+        # Another aggregation of the same samples does not make another model.
         row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
@@ -406,7 +406,7 @@ class Measure:
     def _judged(
         self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
     ) -> Row:
-        """The row of an attack's images, from the predictions that count; given: the images that can fall here."""
+        """The row of an attack's images, from the predictions that count; ``given`` marks the images that can fall."""
         shown = _shown(search.index, judged, given if self.keep_all else None)
         return self._new_row(
             judged,
@@ -423,7 +423,7 @@ class Measure:
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
-        """What the attack runs on."""
+        """The target of the attack."""
         model = self.subject.single
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
@@ -437,26 +437,26 @@ class Measure:
         return self.subject.of(spec.variant) if view is model else view
 
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
-        """Whether the target predicts something else every time. Within the variant's block."""
+        """Tell whether the target's predictions vary. Call it within the variant's block."""
         subject = self.subject
-        # an aggregation that is infinite everywhere hides the draws behind it
+        # An aggregation that is infinite everywhere hides differences between draws.
         hidden = subject.is_random and spec.variant == "random" and not target(subject.some()).isfinite().all()
         return hidden or subject.draws(target)
 
 
 def _shown(index: Tensor, judged: Judgement, given: np.ndarray | None) -> tuple[Tensor, bool]:
-    """The images that a row keeps, int64, and whether they fell; where none did, some that withstood the attack.
+    """The images that a row keeps, int64, and whether they fell; if none did, some that withstood the attack.
 
     Args:
         index: the images that were attacked.
         judged: the predictions on all images.
-        given: bool ``[n]``, the images that can fall, where all that did are kept; None: some are kept.
+        given: bool ``[n]``, images that can fall, if all fallen images are kept; None: some are kept.
     """
     wrong = torch.from_numpy(~judged.right.all(0))
     if given is None:
         fallen = index[wrong[index]][:EXAMPLES]
     else:
-        # an image that was not attacked falls too, by the draws of a random model
+        # With a random model, an image that was not attacked may fall by its draws.
         wrong &= torch.from_numpy(given)
         others = torch.ones_like(wrong).index_fill(0, index, False)
         fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
@@ -466,7 +466,7 @@ def _shown(index: Tensor, judged: Judgement, given: np.ndarray | None) -> tuple[
 def _examples(
     subject: Subject, adversarial: Tensor, shown: Tensor, fell: bool, judged: Judgement, numbered: bool
 ) -> Examples | None:
-    """Attacked images for the pictures, and as witnesses."""
+    """The attacked images that are kept, for pictures and as witnesses."""
     if len(shown) == 0:
         return None
     return Examples(
@@ -480,8 +480,8 @@ def _examples(
 
 
 def _batches_of(settings: dict[str, Any], context: AttackContext) -> list[Any]:
-    """The settings on which it depends which image gets which draws."""
-    # there was a time when a batch went on with the random numbers of the one before it
+    """The settings that decide the draws of each image."""
+    # Rows of earlier versions, whose batches continued the random numbers of the batch before, are not used.
     seeds = ["a seed each"] if settings.get("attacked", 0) > (context.batch_size or 0) else []
     return [context.batch_size, context.max_forward_batch, *seeds]
 
@@ -492,16 +492,16 @@ def _batches_of(settings: dict[str, Any], context: AttackContext) -> list[Any]:
 class Batches:
     """The batches of an attack, each of which can be made without the others.
 
-    Random starts are tied to an image's index, so that of a model that predicts the same every time the batches do not
-    matter. For a random one each batch has a seed of its own.
+    Random starts depend on an image's index, so the batches do not matter for a deterministic model. For a random model
+    each batch has a seed of its own.
 
     Args:
         attack: the attack.
-        target: what it runs on.
-        index: the images, int64.
-        subject: brings them.
-        context: what the evaluation tells the attack.
-        kept: keeps the batches, and has those that an interrupted run or another process finished.
+        target: target of the attack.
+        index: indices of the images, int64.
+        subject: holds the images.
+        context: context of the attack.
+        kept: keeps the batches, and holds those that an interrupted run or another process finished.
         rule: decides after each batch whether the attack stops; None: every batch is made.
     """
 
@@ -522,18 +522,18 @@ class Batches:
         self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of some batches, by their numbers, that are still to be made."""
+        """Numbers of the batches, among these, that are not made yet."""
         return [number for number in numbers if self.kept.read(self.parts[number]) is None]
 
     def make(self, number: int) -> AttackedBatch:
-        """Attack the images of a batch, and keep it.
+        """Attack the images of a batch, and keep the batch.
 
         Args:
-            number: of the batch.
+            number: number of the batch.
 
         Raises:
             TypeError: the attack returned no tensor.
-            ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
+            ValueError: the attack returned images that are not allowed (`check_adversarial`).
         """
         part = self.parts[number]
         if self.context.graphs is not None:
@@ -546,18 +546,18 @@ class Batches:
         return batch
 
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """Which attacked images the model misclassifies, as 0 and 1."""
+        """Mask of the attacked images that the model misclassifies, as 0 and 1."""
         subject = self.subject
         judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.max_forward_batch))
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All the images, attacked in the places of the index, with the sums over the batches up to the last one made.
+        """All images, attacked at the places of the index, with sums over the batches up to the last that was made.
 
         Args:
-            share: has some batches, by their numbers, made by several processes; None: this one makes all.
-            at_once: so many batches are shared before the rule is asked; without a rule, all of them are. A batch that
-                was made although the rule stops before it is left out: the rows are those of one process.
+            share: makes batches, given by number, in several processes; None: this process makes all.
+            at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
+                beyond the point where the rule stops is left out, so that rows equal those of one process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
@@ -581,7 +581,7 @@ class Batches:
 
 
 def _no_evidence(batch: AttackedBatch) -> int:
-    """How many images that withstood say nothing about others: all where the attack lacked gradients."""
+    """The number of withstanding images that say nothing about others: all if the attack lacked gradients."""
     usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
     return batch.stood_still if usable else len(batch.fell)
 
@@ -599,7 +599,7 @@ def _attack(
             context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[], proved=[],
             max_forward_batch=subject.room.limit(context.max_forward_batch),
         )  # fmt: skip
-        # the attack gets a copy, so that what it does to the images cannot hide how far it went
+        # The attack gets a copy: changes in place must not hide how far it moved the images.
         return attack.search(target, x.clone(), y, told), told, health
 
     graphs, device = context.graphs, subject.device
@@ -608,7 +608,7 @@ def _attack(
     )
     check_adversarial(attack.name(context), images, x, attack.threat_model(context))
     counts = {name: health.count(name) for name in COUNTS}
-    # when the images are there, the device has done its work
+    # Once the images are on the host, the device has finished its work.
     found = images.detach().cpu()
     batch = AttackedBatch(found, counts, time.perf_counter() - begin)
     batch.warnings, batch.fallen, batch.stood_still = told.warnings, told.fell_to, sum(map(int, told.stood_still))

@@ -1,6 +1,6 @@
-"""Attacks of torchattacks, Foolbox and ART as `purify_fast.evaluation.evaluate` runs them: as they are, on its model.
+"""Attacks of torchattacks, Foolbox and ART, which `purify_fast.evaluation.evaluate` runs unchanged on its model.
 
-None of these packages is imported before an attack of it runs. An attack is known by the class from which it descends.
+No package is imported before an attack of it runs. An attack is recognized by the class from which it descends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..defences import MajorityVote
 from .inputs import LogitsOf
 from .progress import CountedModel
 
-#: By how much an attack's own radius may exceed the report's: rounding.
+#: The rounding error by which an attack's own radius may exceed the report's.
 ROUNDED = 1e-5
 
 
@@ -29,15 +29,15 @@ class OtherAttack(abc.ABC):
     """An attack of another package.
 
     Args:
-        attack: the object.
+        attack: the attack object.
 
     Raises:
         ValueError: it cannot attack a model that takes images in [0, 1].
     """
 
-    #: The package, as it is called in reports.
+    #: The package's name in reports.
     package: ClassVar[str]
-    #: The class from which its attacks descend: the first part of its module's name, and its own name.
+    #: The base class of its attacks: the first part of its module's name, and its own name.
     base: ClassVar[tuple[str, str]]
 
     def __init__(self, attack: Any):
@@ -48,24 +48,24 @@ class OtherAttack(abc.ABC):
 
     @classmethod
     def descends(cls, kind: type) -> bool:
-        """Whether a class is one of the package's attacks."""
+        """Tell whether a class is an attack of the package."""
         return any((one.__module__.partition(".")[0], one.__name__) == cls.base for one in kind.__mro__)
 
     @staticmethod
     @abc.abstractmethod
     def line(name: str, eps: float = 8 / 255) -> str:
-        """The line that makes such an attack, by the name of its class and the radius."""
+        """The line of code that makes such an attack, from the name of its class and the radius."""
 
     @abc.abstractmethod
     def check(self) -> None:
-        """ValueError for options with which the attack would attack something else."""
+        """Raise ValueError for options with which the attack would attack something else."""
 
     @abc.abstractmethod
     def ball(self) -> tuple[str | None, float | None]:
-        """Norm and radius that the attack has itself, None where it has none."""
+        """The attack's own norm and radius; None if it has none."""
 
     def check_ball(self, threat: ThreatModel) -> None:
-        """ValueError where the attack would search another ball than the report's."""
+        """Raise ValueError if the attack would search another ball than the report's."""
         norm, eps = self.ball()
         right = f"write {self.line(self.kind, threat.eps)}"
         if norm is not None and norm != threat.norm:
@@ -74,14 +74,14 @@ class OtherAttack(abc.ABC):
             raise ValueError(f"{self.name} has eps = {eps:.6g}, the report's eps is {threat.eps:.6g}: {right}")
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
-        """What the attack makes of images.
+        """Attack images.
 
         Args:
             model: a module from images to logits.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             threat: the ball.
-            warnings: gets what the reader of the result must know.
+            warnings: list to which warnings for the reader of the result are added.
         """
         given, judged = self.wrapped(), model
         while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
@@ -91,7 +91,7 @@ class OtherAttack(abc.ABC):
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
-        # an attack that looks for the nearest point, however far, finds nothing where that is outside of the ball
+        # An attack that looks for the nearest point at any distance finds nothing if that lies outside the ball.
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)
@@ -107,7 +107,7 @@ class OtherAttack(abc.ABC):
 
 
 class OfTorchattacks(OtherAttack):
-    """An attack of torchattacks, of which a copy runs on the judged model."""
+    """An attack of torchattacks; a copy of it runs on the judged model."""
 
     package, base = "torchattacks", ("torchattacks", "Attack")
 
@@ -142,14 +142,14 @@ class OfTorchattacks(OtherAttack):
         return [each.model for each in self._all()]
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        # every reference to the model that the attack was made for becomes one to the judged model
+        # Every reference to the model that the attack was made for becomes a reference to the judged model.
         mine = copy.deepcopy(self.attack, {id(each): model for each in self.wrapped()})
         mine.set_device(x.device)
         return mine(x, y)
 
 
 class OfFoolbox(OtherAttack):
-    """An attack of Foolbox, which is told the model and the radius when it runs."""
+    """An attack of Foolbox, which gets the model and the radius when it runs."""
 
     package, base = "Foolbox", ("foolbox", "Attack")
 
@@ -158,12 +158,12 @@ class OfFoolbox(OtherAttack):
         return f"foolbox.attacks.{name}()"
 
     def check(self) -> None:
-        """Nothing: the attack is told model and radius when it runs."""
+        """Check nothing: the attack gets model and radius when it runs."""
 
     def ball(self) -> tuple[str | None, float | None]:
         order: Any = None
         with contextlib.suppress(ValueError):
-            # an attack for which its user chooses the distance has none before
+            # If the user chooses the distance when the attack runs, it has no distance before.
             order = getattr(self.attack.distance, "p", None)
         return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
 
@@ -176,7 +176,7 @@ class OfFoolbox(OtherAttack):
             )
 
     def wrapped(self) -> list[Any]:
-        """None: the attack is told the model when it runs."""
+        """No models: the attack gets the model when it runs."""
         return []
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
@@ -221,7 +221,7 @@ class OfArt(OtherAttack):
         return norm, float(eps)
 
     def _estimators(self) -> list[Any]:
-        """The PyTorch classifiers of the attack and of those that it is made of."""
+        """The PyTorch classifiers of the attack and of its parts."""
         found: dict[int, Any] = {}
         attacks, seen = [self.attack], set[int]()
         while attacks:
@@ -247,7 +247,7 @@ class OfArt(OtherAttack):
 
     @contextlib.contextmanager
     def _on(self, model: Any) -> Iterator[None]:
-        """A block in which the estimators have this model."""
+        """Within the block, the estimators have this model."""
         wrappers = [estimator._model for estimator in self._estimators()]
         before = [wrapper._model for wrapper in wrappers]
         try:
@@ -268,11 +268,11 @@ def of_other_package(given: Any) -> OtherAttack | None:
     """An attack of torchattacks, Foolbox or ART; None for anything else.
 
     Args:
-        given: what stands in a list of attacks.
+        given: an entry of a list of attacks.
 
     Raises:
-        TypeError: a class in place of an object of it.
-        ValueError: an attack that is made for something else than images in [0, 1] with their true classes.
+        TypeError: given is a class in place of its instance.
+        ValueError: the attack is made for something other than images in [0, 1] with their true classes.
     """
     for kind in (OfTorchattacks, OfFoolbox, OfArt):
         if isinstance(given, type):

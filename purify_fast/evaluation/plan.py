@@ -1,4 +1,4 @@
-"""The plan of an evaluation: which of the attacks a model allows, each once, and what their rows are called."""
+"""The plan of an evaluation: the attacks that a model allows, each once, and the names of their rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("purify_fast")
 
 ALONE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
-#: By data set and norm, the radii that most published numbers are about.
+#: The radii of most published numbers, by data set and norm.
 USUAL_RADII: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {"linf": (0.3,), "l2": (2.0, 1.5), "l1": (10.0,)},
     "fashion_mnist": {"linf": (0.1,), "l2": (1.5,)},
@@ -32,15 +32,15 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
-    """The attacks this model allows, with notes on the others; for a deterministic model every variant is itself.
+    """The attacks this model allows, with notes on the others; a deterministic model is its own every variant.
 
-    A variant that is not what its name promises is attacked by nothing: no number of it would mean anything.
+    A variant that is not what its name promises is not attacked, since its number would mean nothing.
 
     Args:
-        specs: the attacks, in their order.
+        specs: the attacks, in order.
         subject: the model with its images.
-        context: what the evaluation tells attacks.
-        name: of the model, for the notes.
+        context: context of the attacks.
+        name: name of the model, for the notes.
 
     Raises:
         ValueError: two attacks that differ would share a name.
@@ -49,7 +49,7 @@ def feasible(
     plan: list[AttackSpec] = []
     for spec in specs:
         if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.more:
-            # these are all images
+            # The attack covers all images.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
         if obstacle is None and (fault := subject.fault(spec.variant)) is not None:
@@ -61,7 +61,7 @@ def feasible(
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-        # the same attack on the same model and images adds nothing
+        # The same attack on the same model and images adds nothing.
         if spec not in plan:
             plan.append(spec)
     names = [row_name(spec, context) for spec in plan]
@@ -72,7 +72,7 @@ def feasible(
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """The attacks, and each one on the model as it is again under fixed noise, where the model has that."""
+    """The attacks, with each attack on the model as it is repeated under fixed noise, if the model has that."""
     if not supports(subject.single, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []
@@ -87,7 +87,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
 
 
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
-    """Why a model cannot be attacked so, if it cannot."""
+    """The reason why a model cannot be attacked in this way; None if it can."""
     model, attack = subject.single, spec.resolved
     rand = isinstance(attack, AutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
@@ -117,7 +117,7 @@ def ball_name(norm: str, eps: float) -> str:
 
 
 def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
-    """A note where a radius is not one that others use on this data set; none for an unknown one."""
+    """A note if a radius is unusual for this data set; no note for an unknown data set."""
     known = USUAL_RADII.get(dataset or "", {}).get(norm, ())
     if not known or any(math.isclose(eps, usual, rel_tol=1e-3) for usual in known):
         return []
@@ -126,7 +126,7 @@ def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
-    """The attack's threat model in words, None where it is the report's; ValueError where it has no such norm."""
+    """The attack's threat model in words, None if it is the report's; ValueError if the attack lacks its norm."""
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
         return None
@@ -134,23 +134,23 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
-    """The row's name, of a random model as of a deterministic one."""
+    """The row's name, for random and deterministic models."""
     name = _own_name(spec, context) if spec.label is None else spec.label
-    # a label may say so itself
+    # A label may say so already.
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    # without its noise, or with the same one, a model answers the same every time
+    # Without noise, or with fixed noise, a model answers the same every time.
     own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
     name = spec.resolved.name(own)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
     if spec.target is not None:
         name += f" {ALONE}" if spec.target == CLASSIFIER else " on another model"
-    # standard AutoAttack needs a model without randomness anyway: fixed noise goes without saying
+    # Standard AutoAttack always needs a model without randomness, so its name need not say fixed noise.
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
@@ -159,7 +159,7 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
 
 
 def short(eps: float) -> str:
-    """0.5, 8/255, or a few digits."""
+    """Write a radius as 0.5, 8/255, or in a few digits."""
     if float(f"{eps:.2g}") == eps:
         return f"{eps:.2g}"
     levels = 255 * eps

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, plain lines in a log; images per second and the time left."""
+"""Progress of an evaluation: a bar on a terminal, lines in a log; images per second and the time left."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tqdm import tqdm
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: Seconds between two lines of a log, at least.
+#: Least number of seconds between two lines of a log.
 LINE_EVERY = 30.0
 
 
 class Progress:
-    """The progress of one evaluation: counts the images that go through the model.
+    """The progress of an evaluation: counts the images that go through the model.
 
     Args:
-        name: of the model.
+        name: name of the model.
         shown: whether to show anything.
-        costs: forward passes of single images that each row takes at most, in order, and before them the probes as
-            one more row; None where it is not known.
+        costs: for the probes and then for each row in order, the most forward passes of single images; None if
+            unknown.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -42,11 +42,11 @@ class Progress:
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
-        """Within the block, the images are counted for one row.
+        """Within the block, the images are counted for a row.
 
         Args:
-            label: of the row.
-            total: forward passes of single images at most; None: not known.
+            label: label of the row.
+            total: the most forward passes of single images; None if unknown.
         """
         self.in_row = 0
         place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
@@ -58,14 +58,14 @@ class Progress:
         self.bar = None
 
     def next_row(self) -> None:
-        """Go on to the next row: the one before is finished, or was kept by an earlier run."""
+        """Go to the next row: the row before is finished, or was read from an earlier run."""
         self.rows, self.in_row = self.rows + 1, 0
 
     def count(self, images: int) -> None:
         """Count images that went through the model; a log gets a line now and then.
 
         Args:
-            images: how many; below 0 for passes that were only tried.
+            images: number of images; below 0 for passes that were only tried.
         """
         self.images += images
         self.in_row += images
@@ -76,7 +76,7 @@ class Progress:
             self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
 
     def finished(self, result: str) -> None:
-        """Give a log the result of a row, in short."""
+        """Write the short result of a row to the log."""
         if self.lines:
             self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)}, {self.left()})")
 
@@ -96,16 +96,16 @@ class Progress:
 
 
 class CountedModel(nn.Module):
-    """A module around any callable, as AutoAttack wants one, that counts the images of its forward passes.
+    """A module around any callable that counts the images of its forward passes. AutoAttack needs a module.
 
-    One of these serves a model for a whole evaluation, because a captured step is of one module.
+    The same object serves a model for a whole evaluation, because a captured step belongs to one module.
 
     Args:
         model: the callable.
         progress: counts the images.
     """
 
-    #: What a captured step need not look at (`purify_fast.contents`).
+    #: Attributes that a captured step ignores (`purify_fast.contents`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):
@@ -114,23 +114,23 @@ class CountedModel(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> CountedModel:
-        """Nothing: the model under attack stays in evaluation mode, whatever an attack does to its modes.
+        """Do nothing: the model under attack stays in evaluation mode, whatever an attack asks for.
 
         Args:
-            mode: is not looked at.
+            mode: ignored.
         """
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
-        """The same counter around another model, which ``replace`` makes of the one inside."""
+        """The same counter around another model, which ``replace`` makes from the inner model."""
         return counted_model(replace(self.model), self.progress)
 
     def counted(self) -> int:
-        """How many images were counted, each draw of an image by itself."""
+        """The number of images counted; each draw of an image counts."""
         return self.progress.images
 
     def count(self, images: int) -> None:
-        """Count images, those of a captured step that is replayed too; below 0 for passes that were only tried."""
+        """Count images, also those of replayed captured steps; below 0 for passes that were only tried."""
         self.progress.count(images)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class CountedModel(nn.Module):
 
 
 class _CountedDraws(CountedModel):
-    """The same around a model that makes several draws at once."""
+    """The same counter around a model that makes several draws at once."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         self.count(draws * len(x))

@@ -1,7 +1,7 @@
-"""Which attacks are run: protocols by name, each a function from the model and the ball to a list of attacks.
+"""Protocols by name, each a function from the model and the ball to a list of attacks.
 
-To add one, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: what has fallen
-is attacked no more, so that the costly ones see few images.
+To add a protocol, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: fallen
+images are not attacked again, so that costly attacks see few images.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from .surrogates import WithoutNoise
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 
-#: How "authors" calls the one row of a model that does not say how its authors evaluate it.
+#: Row name of "authors" for a model that does not define its authors' evaluation.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
-#: Steps of the first attack of "fast" and "standard": most images fall to the first few.
+#: Steps of the first attack of "fast" and "standard": most images fall in the first few.
 FIRST_STEPS = 10
-#: Steps of the search of "fast" on many images. A hundred found one image in 500 more, and cost a fifth more.
+#: Steps of the search of "fast" on many images. 100 steps found one more image in 500, and cost a fifth more.
 FAST_STEPS = 60
-#: The share of the images that an attack of "fast", or of "standard", may leave in what it does not search.
+#: The share of all images that may still fall among those that an attack of "fast" or "standard" does not search.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: So many images, those nearest to falling, are searched again by further attacks, and so many by the costly ones: they
-#: decide the number.
+#: Numbers of images, those nearest to falling, that further attacks and costly attacks search again: they decide the
+#: accuracy.
 NEAREST, FEWEST_NEAREST = 24, 10
-#: Queries of Square where it searches many images.
+#: Queries of Square when it searches many images.
 SHORT_QUERIES = 1000
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
 RAND_DRAWS = 20
@@ -58,11 +58,11 @@ def protocol_attacks(
     """The attacks of a protocol, in their order.
 
     Args:
-        name: of the protocol, one of `ProtocolName`.
-        subject: what is attacked.
+        name: name of the protocol, in `ProtocolName`.
+        subject: the attacked model.
         ball: norm and radius of the report.
         base: an undefended classifier to transfer from.
-        steps: at most, of Auto-PGD after its first ten; None: as many as the protocol says.
+        steps: the most steps of Auto-PGD after its first ten; None: the protocol's number.
 
     Raises:
         ValueError: another name.
@@ -71,7 +71,7 @@ def protocol_attacks(
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
-    # an evaluation of others has no such row
+    # Evaluations by others have no such row.
     if base is not None and name != "authors":
         attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
@@ -85,12 +85,12 @@ def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
 
 
 def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
-    """An attack on what the ones before it left."""
+    """An attack on the images that earlier attacks left."""
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
 def _nearest(attack: Attack, images: int, **options: Any) -> AttackSpec:
-    """An attack on the few images to which the ones before it came nearest, from another random start."""
+    """An attack, from another random start, on the few images to which earlier attacks came nearest."""
     return _left(attack, nearest=images, seed=1, **options)
 
 
@@ -117,13 +117,13 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
         _nearest(FABT(give_up=True), NEAREST),
-        # what decides the number, at full length
+        # The images that decide the number are searched at full length.
         *(_nearest(attack, FEWEST_NEAREST) for attack in (every, FABT(n_target_classes=None), Square())),
     ]
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a random model: what its deterministic version falls to, tried on the model itself."""
+    """For a random model: attacks on its deterministic version, tried on the model itself."""
     if not (subject.is_random and supports(subject.single, DeterministicMode)):
         return []
     return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
@@ -135,7 +135,7 @@ def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    # every search to its end: what the other protocols give up is looked at here
+    # Every search runs to its end, so images that the other protocols skip are searched here.
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
@@ -152,7 +152,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a small ReLU network in an L-inf ball: a search that needs no gradients, and ends with a point or a proof."""
+    """For a small ReLU network in an L-inf ball: a search without gradients that ends with a point or a proof."""
     attack = BranchAndBound()
     if subject.is_random or ball.norm not in attack.norms:
         return []
@@ -164,24 +164,24 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
-    """What a model says that it is to be attacked with; of other random purifiers Lee and Kim's PGD."""
+    """The attacks that a model asks for; for other random purifiers Lee and Kim's PGD."""
     model = subject.single
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
-    # one with samples is attacked through several heads instead
+    # A purifier with samples is attacked through several heads instead.
     bare = is_purifier(model) and not supports(model, SampleLogits)
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """The attacks with every search on every image and to its end, and the rows of the model's surrogates.
+    """The attacks with every search on every image to its end, and rows for the model's surrogates.
 
-    Surrogates come after the attacks by the model's own gradients, which are to show what these find, and before the
-    costly ones. What ends no search early and has these rows comes back as it is.
+    Surrogates come after the attacks by the model's own gradients, to show what these gradients find, and before the
+    costly attacks. A list that ends no search early and has these rows is returned unchanged.
 
     Args:
-        attacks: of a protocol.
-        subject: what is attacked.
+        attacks: attacks of a protocol.
+        subject: the attacked model.
         ball: norm and radius of the report.
     """
     whole = [_whole(spec) for spec in attacks]
@@ -199,7 +199,7 @@ def _whole(spec: AttackSpec) -> AttackSpec:
 
 
 def _has_several_samples(subject: Subject) -> bool:
-    """Whether a prediction is made of several samples; of a single one every aggregation is about the same."""
+    """Tell whether a prediction uses several samples; for a single sample all aggregations are about the same."""
     if not supports(subject.single, SampleLogits):
         return False
     with torch.no_grad():
@@ -235,11 +235,11 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """What a report must say of its protocol: of "authors", whose evaluation it is, and why there is no headline.
+    """Notes of a report on its protocol: for "authors", whose evaluation it is, and why there is no headline.
 
     Args:
-        name: of the protocol; None for a list of attacks.
-        model: what was attacked.
+        name: name of the protocol; None for a list of attacks.
+        model: the attacked model.
     """
     if name != "authors":
         return []
@@ -255,7 +255,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: The protocols whose searches run to their end where signs of masked gradients are found before them.
+#: Protocols whose searches run to their end if signs of masked gradients are found before them.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: Every protocol by its name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {

@@ -1,4 +1,4 @@
-"""What somebody needs who repeats an evaluation: the call, and what it was computed on."""
+"""Facts for repeating an evaluation: the call, and the processor."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 from ..ops.dispatch.cache import processor
 
-#: Arguments that change nothing of a report.
+#: Arguments that do not change a report.
 WITHOUT = ("progress", "out")
-#: Characters of an argument beyond which only its name is written.
+#: An argument of more characters is written by its name alone.
 LONGEST = 300
 
 
 def written_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call as Python writes it; an argument that no short text makes again, such as a model, stands by its name.
+    """A call as Python code; an argument without a short text that makes it, such as a model, is written by its name.
 
     Args:
-        function: what was called.
-        args: by place.
-        kwargs: by name.
+        function: the called function.
+        args: positional arguments.
+        kwargs: keyword arguments.
     """
     parameters = [each for each in signature(function).parameters.values() if each.kind is not Parameter.KEYWORD_ONLY]
     written = [each.name for each, _ in zip(parameters, args, strict=False)]
@@ -34,10 +34,10 @@ def _as_text(name: str, value: Any) -> str:
     if callable(value) or isinstance(value, (torch.Tensor, Mapping)):
         return name
     text = repr(value)
-    # an object without a text of its own has its address in it
+    # The default text of an object contains its address.
     return name if len(text) > LONGEST or "<" in text or "tensor(" in text or "\n" in text else text
 
 
 def processor_name(device: torch.device) -> str:
-    """What computed, as the system calls it."""
+    """The system's name of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -26,22 +26,22 @@ FORMAT = 1
 
 @dataclass(repr=False)
 class Report:
-    """Rows of one model, or of several (`merge`), and remarks on what could not be run.
+    """Rows of one model, or of several (`merge`), and remarks on attacks that could not be run.
 
     Args:
         rows: the rows, in the order in which they were made.
         notes: remarks, one sentence each.
-        about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
-            and ``version`` (of this package), as far as they are known; ``predict`` where a way to predict was named;
-            ``precision`` where it is not float32; ``claim``, the robust accuracy that was claimed, in percent; and for
-            whoever repeats it the ``date`` of the first `save`, the ``command`` or the ``call``, ``model`` (a hash of
-            what it computes with) and ``processor``.
-        findings: whether the numbers can be believed, alarm by alarm.
-        outlooks: what it would take to go lower, by model.
+        about: facts common to all rows, as far as known: ``threat`` (such as ``L-inf 8/255``), ``dataset``,
+            ``protocol``, ``seed`` and ``version`` (of this package); ``predict`` if a way to predict was named;
+            ``precision`` if it is not float32; ``claim``, the claimed robust accuracy in percent; and for repeating the
+            evaluation the ``date`` of the first `save`, the ``command`` or the ``call``, ``model`` (a hash of what it
+            computes with) and ``processor``.
+        findings: findings of the alarms on whether the numbers can be believed.
+        outlooks: expected gain of a stronger attack, by model.
         curves: accuracy over the radius, the steps, K and EOT, by model, for the page; see `curve`.
-        threats: the threat model that each model was evaluated in, where they are not the same (`merge`).
-        witnesses: the images that fell, as the model saw them, where `evaluate` was given ``keep="all"``. `save` writes
-            them to a file of their own; a report that is read from JSON, or merged, has none.
+        threats: each model's threat model, if they are not the same (`merge`).
+        witnesses: the images that fell, as the model saw them, if `evaluate` was given ``keep="all"``. `save` writes
+            them to a separate file; a report that is read from JSON, or merged, has none.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -64,18 +64,18 @@ class Report:
 
     @property
     def attacks(self) -> list[str]:
-        """Labels of the rows: clean, then attacks, then the worst over them, then other threat models; in order."""
+        """Labels of the rows, in order: clean, attacks, the worst over them, other threat models."""
         return attack_names(self.rows)
 
     def row(self, attack: str, model: str | None = None) -> Row:
         """The row of an attack.
 
         Args:
-            attack: its label.
-            model: the model's name; needed where there are several.
+            attack: label of the attack.
+            model: the model's name; needed if there are several models.
 
         Raises:
-            KeyError: there is no such row, or several; the message names what there is.
+            KeyError: there is no such row, or several; the message lists the rows.
         """
         rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
         if len(rows) != 1:
@@ -85,21 +85,21 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """Per model, the attack row of lowest accuracy, in the report's own threat model, of the deployed model.
+        """For each model, the attack row of lowest accuracy, in the report's threat model, on the deployed model.
 
-        An unreliable row counts, and so does one that is not adaptive: an attack's success is a success.
+        Unreliable and non-adaptive rows count too: an attack's success is a success.
         """
         return {model: row for (model, threat), row in self.lowest.items() if threat is None}
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """Per model and threat model, None being the report's own, the attack row of lowest accuracy.
+        """For each model and threat model (None: the report's own), the attack row of lowest accuracy.
 
-        Rows that a variant judged, such as fixed noise, are about a model that nobody deploys and stand beside these.
+        Rows judged by a variant, such as fixed noise, concern a model that nobody deploys, and are left out.
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
-            # of equal numbers the one that brings all attacks together, then one that had gradients
+            # Among equal numbers, prefer the row over all attacks, then a row that had gradients.
             return row.accuracy, row.kind != "worst", not row.reliable
 
         best: dict[tuple[str, str | None], Row] = {}
@@ -111,7 +111,7 @@ class Report:
         return best
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
-        """The worst over all images, if there is one."""
+        """The worst row over all images, if there is one."""
         mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
         return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
 
@@ -126,10 +126,10 @@ class Report:
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
-        """The attacks of a row's model and threat model on the deployed model, on as many images at least; or itself.
+        """The attacks behind a worst row, on at least as many images; for any other row the row itself.
 
         Args:
-            row: of this report.
+            row: row of this report.
         """
         if row.kind != "worst":
             return [row]
@@ -138,17 +138,17 @@ class Report:
         return [each for each in mine if each.n >= row.n]
 
     def one_draw(self, row: Row) -> float | None:
-        """The mean accuracy of one draw of a random model, beside a number that wants every draw right.
+        """The mean accuracy of one draw of a random model, beside a number that needs every draw right.
 
-        An image counts by the draws on the image of the attack to which it fell. Where attacks on all images stand
-        beside each other, it is that of the attack that left the least.
+        An image counts by the draws on the attacked image to which it fell. If several attacks were run on all images,
+        the attack that left the least counts.
 
         Args:
             row: an attack, or the worst over all of them, such as `headline`.
 
         Returns:
-            The mean, at least the row's accuracy; None for a model that predicts the same every time, and where rows
-            on survivors stand beside others that they did not follow alone.
+            The mean, at least the row's accuracy; None for a deterministic model, and if rows on survivors are mixed
+            with rows that they did not follow.
         """
         mine = [each for each in self.attacks_like(row) if each.n == row.n]
         whole = [each.mean for each in mine if not each.of_survivors]
@@ -158,12 +158,12 @@ class Report:
             return min(whole)
         if row.kind != "worst":
             return None
-        # a row's mean counts what stands as 1, what it felled by the share of its draws, and the rest as 0
+        # A row's mean counts standing images as 1, its fallen images by the share of right draws, and the rest as 0.
         return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
     @property
     def curve(self) -> list[list[float]]:
-        """Radii from 0 on, and the accuracy after every attack at each, of the one model.
+        """Radii from 0 on, and the accuracy after all attacks at each radius, of the only model.
 
         Raises:
             ValueError: there are several models, or `evaluate` was given no ``curve``.
@@ -174,26 +174,26 @@ class Report:
         return known[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
-        """Accuracy of this report's model minus the other's on the images both have.
+        """Accuracy of this report's model minus the other model's, on their common images.
 
         Args:
             other: a report on the same data, in the same threat model.
             row: the attack's label.
-            other_row: its label in the other report, if it is another one.
+            other_row: its label in the other report, if that differs.
 
         Returns:
             The difference with its standard error.
 
         Raises:
             KeyError: no such row, or several.
-            ValueError: the rows are not about the same data, or are attacks within different threat models. Rows on
-                clean images have no threat model.
+            ValueError: the rows have different data, or are attacks within different threat models. Rows on clean
+                images have no threat model.
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
             raise ValueError(f"{mine.model} and {theirs.model} were evaluated on different images: no pairs")
         within = self._threat_of(mine), other._threat_of(theirs)
-        # a report that does not say its threat model is taken at the caller's word
+        # If a report does not name its threat model, trust the caller.
         if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
             raise ValueError(
                 f"{mine.model} was attacked within {within[0]}, {theirs.model} within {within[1]}: only rows of the "
@@ -204,7 +204,7 @@ class Report:
         return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
 
     def _threat_of(self, row: Row) -> str | None:
-        """The threat model of one of the rows; None where it is not known."""
+        """The threat model of a row; None if unknown."""
         return row.threat or self.threats.get(row.model, self.about.get("threat"))
 
     def to_json(self) -> str:
@@ -245,11 +245,11 @@ class Report:
         return render("report.md.jinja", report=self, lowest=lowest)
 
     def to_html(self, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
-        """The report as one page that loads nothing from anywhere.
+        """The report as one page that loads nothing.
 
         Args:
-            defence: for the pictures: its predictions, and what it makes of attacked images if it has ``purify``. Of
-                several models, a mapping from their names; those it lacks are shown without.
+            defence: for the pictures: gives predictions, and purified images if it has ``purify``. For several models,
+                a mapping from their names; missing models are shown without pictures of a defence.
 
         Raises:
             ValueError: one defence for several models.
@@ -260,7 +260,7 @@ class Report:
 
     @property
     def title(self) -> list[str]:
-        """What the numbers are about: threat model, data set, protocol, precision, version, where they are known."""
+        """The known facts about the numbers: threat model, data set, protocol, precision, version."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
         named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
@@ -270,15 +270,15 @@ class Report:
         return markdown_table(*comparison(self.rows))
 
     def to_text(self, color: bool | None = None) -> str:
-        """The table for a terminal; the comparison only, when there are several models. Above it what it is about.
+        """The table for a terminal, below its title; for several models the comparison only.
 
         Args:
-            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
+            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is unset.
         """
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
     def _set_aside(self, folder: Path) -> None:
-        """Move a report on something else, or with other settings, into a folder of its own."""
+        """Move a report with other contents or settings into a folder of its own."""
         try:
             there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -299,15 +299,15 @@ class Report:
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``report.json`` and ``report.md``, each of which appears whole or not at all.
 
-        Where every image that fell was kept, they are written too, to ``report.witnesses.safetensors``; see
+        If every fallen image was kept, these are written too, to ``report.witnesses.safetensors``; see
         `purify_fast.evaluation.check_witnesses`.
 
-        A report with other settings, or on something else, that is in the folder already is moved into a folder
-        "earlier, ..." in it.
+        If the folder already holds a report with other contents or settings, that is moved into a subfolder
+        "earlier, ...".
 
         Args:
-            folder: made if it is missing.
-            defence: for the pictures, as of `to_html`.
+            folder: folder of the report; made if it is missing.
+            defence: for the pictures, see `to_html`.
 
         Raises:
             ValueError: one defence for several models.
@@ -316,7 +316,7 @@ class Report:
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
-        # the file before the report that names it
+        # The file is written before the report that names it.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
         else:
@@ -324,25 +324,25 @@ class Report:
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
-        # last, so that a defence that fails on the pictures loses nothing
+        # The page is last: a defence that fails on the pictures then loses nothing else.
         write_text(folder / "report.html", self.to_html(defence))
 
 
 def merge(reports: Iterable[Report]) -> Report:
     """One report on several models.
 
-    Where the reports are not about the same threat model or precision, each model's name says its own in brackets, such
-    as ``base (L-inf 8/255)``.
+    If threat models or precisions differ, they are added to each model's name in brackets, such as
+    ``base (L-inf 8/255)``.
 
     Args:
-        reports: of the models, on the same images or not.
+        reports: reports of the models, on the same images or not.
 
     Raises:
         ValueError: two rows share model and attack.
     """
     merged = Report()
     together = list(reports)
-    # a report that does not say its threat model may be about the same one; one without a precision is of float32
+    # A report without a threat model may have the same as the others; a report without a precision has float32.
     told = ["threat"] if len({report.about.get("threat") for report in together} - {None}) > 1 else []
     told += ["predict"] if len({report.about.get("predict") for report in together}) > 1 else []
     told += ["precision"] if len({report.about.get("precision") for report in together}) > 1 else []
@@ -373,7 +373,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """What two reports have in common if one may replace the other, of their JSON: what was run on which images."""
+    """The part of a report's JSON that is equal if another report may replace it: attacks and images."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
@@ -381,7 +381,7 @@ def _identity(content: Mapping[str, Any]) -> Any:
 
 
 def _named(report: Report, words: list[str]) -> Report:
-    """The report with these words in brackets behind the name of each model; the same where there are none."""
+    """The report with these words in brackets after each model's name; unchanged without words."""
     if not words:
         return report
 

@@ -1,4 +1,4 @@
-"""Rows: the outcome of one attack, image by image, and the worst outcome over several attacks."""
+"""Rows: the outcome of an attack, image by image, and the worst outcome over several attacks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from ..attacks import GradientHealth
 
-#: The kinds of attacks that ask for no gradient.
+#: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
-#: The modes of a random model that are not the model as it is deployed, in words.
+#: Words for the modes of a random model in which it is not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: How the accuracy over the radius, after every attack, is called among a report's curves.
+#: Name of the accuracy over the radius, after every attack, among a report's curves.
 CURVE = "eps, every attack"
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
@@ -30,10 +30,10 @@ class Examples:
         clean: the images before the attack, ``[M, C, H, W]`` float32 in [0, 1].
         adversarial: the same images after it, of the same shape.
         labels: the true classes, int64 ``[M]``.
-        fell: which of them fell to the attack, bool ``[M]``.
-        predicted: the classes predicted after the attack, int64 ``[M]``, of an image that fell by a prediction that was
-            wrong; -1 where it names no class.
-        index: their places in the data, int64 ``[M]``, where every image that fell is kept; None where some are.
+        fell: images that fell to the attack, bool ``[M]``.
+        predicted: the classes predicted after the attack, int64 ``[M]``: for a fallen image a wrong class; -1 if the
+            prediction names no class.
+        index: their places in the data, int64 ``[M]``, if every fallen image is kept; None if only some are.
     """
 
     clean: np.ndarray
@@ -44,12 +44,12 @@ class Examples:
     index: np.ndarray | None = None
 
     def first(self, count: int) -> Examples:
-        """The first so many, as they are kept for the pictures."""
+        """The first few images, as kept for the pictures."""
         arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
         return Examples(**arrays | {"index": None})
 
     def with_following(self, following: Examples) -> Examples:
-        """All that fell, of these images and of those of the part of the data that follows."""
+        """All fallen images, of this part of the data and of the part that follows."""
         both = [part for part in (self, following) if part.fell.any()] or [self]
         return Examples(**{name: np.concatenate([vars(part)[name] for part in both]) for name in vars(self)})
 
@@ -61,33 +61,33 @@ class Row:
     Args:
         model: the model's name.
         attack: the attack's name; with the model's name it identifies the row.
-        kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation of others, on a model of theirs.
-        variant: which mode of the model was judged: ``random``, the model as it is deployed, whether it draws random
-            numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant` says it in
+        kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation by others, on their model.
+        variant: the mode of the model that was judged: ``random``, the model as deployed, whether it draws random
+            numbers or not; for a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant` gives the
             words.
-        robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
-            was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
-        mean: mean accuracy of one prediction, over ``n_eval`` of them; of an image that was not attacked, because it
-            was misclassified or had fallen before, they count as wrong. A row of kind ``worst`` has no predictions of
-            its own: there this and the next are its accuracy, and tables leave them out.
+        robust: bool ``[n]``, image by image. In a clean row: the first prediction was right. In an attack's row: the
+            image was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
+        mean: mean accuracy of a single prediction, over ``n_eval`` predictions. For an image that was not attacked,
+            because it was misclassified or had fallen before, they count as wrong. A row of kind ``worst`` has no own
+            predictions: there ``mean`` and ``worst`` equal its accuracy, and tables leave them out.
         worst: share of the images for which all ``n_eval`` predictions are right.
-        n_eval: how many predictions judged each image.
-        seed: of everything random.
+        n_eval: number of predictions that judged each image.
+        seed: seed of everything random.
         seconds: wall clock time.
         data: a hash of the images and labels.
-        health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None where none were counted.
+        health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None if none were counted.
         reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
-            lower. Of a ``worst`` row also whether no sign makes it doubtful.
-        settings: what was run, in plain values, and whether the model is ``deterministic``.
-        threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
-            headline and in no ``worst`` but its own.
-        transferred: whether the images were found on another model than the one that judged them, or by its gradients;
-            another aggregation of the same samples is the same model.
-        nonfinite_predictions: how many of the predictions name no class, because of a NaN or of an infinity that
-            several classes share; they count as wrong.
+            lower. For a ``worst`` row also: no sign makes it doubtful.
+        settings: settings of the run, in plain values, and whether the model is ``deterministic``.
+        threat: the threat model, such as ``L2 0.5``, if it is not the report's. Such a row counts for no headline, and
+            only for the ``worst`` of this threat model.
+        transferred: whether the images were found on another model than the judge, or by another model's gradients.
+            Another aggregation of the same samples does not make another model.
+        nonfinite_predictions: number of predictions that name no class, because of a NaN or of an infinity that several
+            classes share; they count as wrong.
         examples: some attacked images, for the pictures.
-        margins: by how much the true logit leads the next on the attacked images, float32 ``[n]``, the mean over the
-            draws; negative where they are misclassified. Of a clean or ``worst`` row None.
+        margins: lead of the true logit over the next on the attacked images, float32 ``[n]``, the mean over the draws;
+            negative for misclassified images. None in a clean or ``worst`` row.
         points: while a curve over the radius is made, the best points of the images that stand; then None.
     """
 
@@ -118,7 +118,7 @@ class Row:
 
     @property
     def n(self) -> int:
-        """How many images the row is about."""
+        """The number of the row's images."""
         return len(self.robust)
 
     @property
@@ -128,9 +128,9 @@ class Row:
 
     @property
     def always_right(self) -> float:
-        """Share of the images that are right in every one of the predictions, the criterion of every attack.
+        """Share of the images that are right in all predictions, the criterion of every attack.
 
-        Of a clean row ``robust`` and ``accuracy`` are about the first prediction: it decides what is attacked.
+        In a clean row ``robust`` and ``accuracy`` use the first prediction, which decides what is attacked.
         """
         return self.worst if self.kind == "clean" else self.accuracy
 
@@ -141,32 +141,32 @@ class Row:
 
     @property
     def deployed(self) -> bool:
-        """Whether the model was judged as it is deployed, and not in a mode of its own."""
+        """Tell whether the model was judged as it is deployed, not in another mode."""
         return self.variant not in VARIANTS_APART
 
     @property
     def own_gradients(self) -> bool:
-        """Whether the attack followed the gradients of the model that judged it, by any aggregation."""
+        """Tell whether the attack followed the gradients of the model that judged it, by any aggregation."""
         return not self.transferred and self.kind not in GRADIENT_FREE
 
     @property
     def lacked_gradients(self) -> bool:
-        """Whether the gradients of the attack were counted and were not usable."""
+        """Tell whether the gradients of the attack were counted and were not usable."""
         return self.health is not None and not GradientHealth(dict(self.health)).reliable
 
     @property
     def is_attack(self) -> bool:
-        """Whether this is an attack on the model itself: no ``clean``, no ``worst``, no evaluation of others."""
+        """Tell whether this is an attack on the model itself: not ``clean``, ``worst`` or an evaluation by others."""
         return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
     def of_survivors(self) -> bool:
-        """Whether the attack was given only what the attacks before it had left right."""
+        """Tell whether the attack was given only images that earlier attacks had left right."""
         return bool(self.settings.get("survivors_only"))
 
     @property
     def nothing_to_attack(self) -> bool:
-        """Whether this is a ``worst`` over attacks none of which had a correctly classified image to attack."""
+        """Tell whether this is a ``worst`` over attacks without any correctly classified image to attack."""
         return self.kind == "worst" and self.settings.get("attacked") == 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Row:
         return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
 
     def describe_variant(self) -> str:
-        """What was judged, in a word: the model as it is, and whether that is random, or a mode of a random one."""
+        """A word for the judged model: deterministic, random, or a mode of a random model."""
         if not self.deployed:
             return VARIANTS_APART[self.variant]
         words = {True: "deterministic", False: "random", None: "as it is"}
@@ -204,9 +204,9 @@ class Paired:
     """A difference of accuracies on the same images.
 
     Args:
-        difference: of the two accuracies, between -1 and 1.
-        standard_error: of the paired differences.
-        n: how many images.
+        difference: difference of the two accuracies, between -1 and 1.
+        standard_error: standard error of the paired differences.
+        n: number of images.
     """
 
     difference: float
@@ -223,18 +223,18 @@ def model_names(rows: Sequence[Row]) -> list[str]:
 
 
 def attack_names(rows: Sequence[Row]) -> list[str]:
-    """The names of the attacks: clean, then attacks, then the worst over them, then other threat models; in order."""
+    """The names of the attacks, in order: clean, attacks, the worst over them, other threat models."""
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))
 
 
 def joined(row: Row, following: Row) -> Row:
-    """The row of all images, from those of one part of them and of the part that follows.
+    """The row of all images, joined from the rows of two consecutive parts.
 
     Args:
-        row: of an attack, or of the clean images.
-        following: the same of the images that follow.
+        row: row of an attack, or of the clean images.
+        following: the same row for the images that follow.
     """
     robust = np.concatenate([row.robust, following.robust])
     shares = np.array([row.n, following.n]) / len(robust)
@@ -272,21 +272,21 @@ def joined(row: Row, following: Row) -> Row:
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """Per image, the worst over every row of one threat model on the same images, judged by the deployed model.
+    """For each image, the worst over all rows of a threat model on the same images, judged by the deployed model.
 
-    AutoAttack, transferred images and rows of survivors count like every other: an image that one of them broke is
-    broken. A row that a variant of a random model judged (fixed noise, noise off) counts for that variant alone; what
-    it found was tried on the deployed model too, in a row that counts here. Attacks on fewer images, the first so many,
-    enter the row that is named after these (``worst, first 200``), beside all that the other attacks found on the same
-    images; they neither lower nor raise the row over all images.
+    AutoAttack, transferred images and rows of survivors count like other rows: an image that any row broke is broken. A
+    row judged by a variant of a random model (fixed noise, noise off) counts for that variant alone. Its images were
+    tried on the deployed model too, in a row that counts here. Attacks on the first 200 images enter a row named after
+    these (``worst, first 200``), together with the other attacks' results on the same images. They do not change the
+    row over all images.
 
     Args:
-        rows: of one model, the clean ones included.
+        rows: rows of one model, clean rows included.
 
     Returns:
-        For the report's threat model a row over all images (``worst``), one for every smaller number of images, and one
-        for each variant with several attacks (``worst, deterministic``). For another threat model the first two, where
-        it has several attacks.
+        For the report's threat model a row over all images (``worst``), a row for every smaller number of images, and a
+        row for each variant with several attacks (``worst, deterministic``). For another threat model with several
+        attacks the first two.
     """
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
@@ -306,12 +306,12 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None:
-    """Count images that fell to something else than the attacks as fallen, in the rows over all attacks.
+    """Count images that fell to something other than the attacks as fallen, in the rows over all attacks.
 
     Args:
-        rows: of one model.
-        fallen: the numbers of the images, which fell within the report's ball.
-        eps: its radius: what fell there has fallen within every larger one.
+        rows: rows of one model.
+        fallen: numbers of the images that fell within the report's ball.
+        eps: radius of that ball; the images have fallen within every larger ball too.
     """
     for row in rows:
         larger = row.settings.get("eps", 0) > eps
@@ -328,8 +328,8 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
     accuracy = float(robust.mean())
     first = group[0]
     attacked = [row for row in group if row.settings["attacked"]]
-    # what was found elsewhere and carried over says nothing about the gradients of the model itself; of its own attacks
-    # one that had gradients is enough, the others can only have lowered the number
+    # Transferred images say nothing about this model's gradients. A single own attack with usable gradients is enough:
+    # the other attacks can only lower the number.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
     return Row(
         model=first.model,
@@ -343,7 +343,7 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
-        # where there was nothing to attack, or nothing is left, no attack lacked anything
+        # If there was nothing to attack, or nothing is left, missing gradients do not matter.
         reliable=not attacked or had_gradients or not robust.any(),
         settings={
             "over": [row.attack for row in group],

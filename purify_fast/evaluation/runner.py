@@ -2,8 +2,8 @@
 
 A row is one attack. The model is attacked and judged in one of three variants: ``random``, as it is; ``fixed``, under
 ``model.fixed_noise(seed)``; ``deterministic``, under ``model.deterministic()``. Any callable can be evaluated; those
-context managers, and ``sample_logits``, are used where the model has them, and checked before. The images of an attack
-on a variant are tried on the model as it is, which alone has the headline.
+context managers, and ``sample_logits``, are used if the model has them, and checked before. The images of an attack on
+a variant are tried on the model as it is, which alone has the headline.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 
-#: Of images that an attack takes for fallen before the worst of several draws, the share that may be right in all.
+#: The largest share of images, among those that an attack takes for fallen, that may be right in all judging draws.
 SURELY = 0.01
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: Batches of a data loader's images that go through all attacks together: of fewer, an attack on what is left of them
-#: would attack few at a time.
+#: Number of a data loader's batches that go through all attacks together. With fewer, attacks on the remaining images
+#: would have small batches.
 CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
     """A decorator of `evaluate`: ``device`` is refused, and a KeyboardInterrupt is raised again from here, in words.
 
-    The frames of the attack say nothing to whoever pressed Ctrl-C; a debugger has them in ``__context__``. Subclasses,
-    and an interrupt that has a message, are of somebody's own making and pass as they are.
+    After Ctrl-C the frames of the attack are of no use; a debugger has them in ``__context__``. Subclasses of
+    KeyboardInterrupt, and an interrupt with a message, pass unchanged.
     """
 
     @functools.wraps(function)
@@ -133,98 +133,98 @@ def evaluate(
     keep: Literal["some", "all"] = "some",
     claim: float | None = None,
 ) -> Report:
-    """Attack a model in every way asked for, and report what it withstands.
+    """Run all requested attacks on a model, and report what it withstands.
 
     Args:
-        model: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
-            to the images. A module's mode, ``requires_grad`` flags and weights, and the random generators, are
-            afterwards as they were; so are those of modules that it holds in plain lists, objects or hooks. A function
-            is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
-            it can be seen to use are told in a warning and in the report's notes.
+        model: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write to
+            the images. Afterwards a module's mode, ``requires_grad`` flags and weights, and the random generators, are
+            as before; so are those of modules that it holds in plain lists, objects or hooks. A function is called as
+            it is: put the modules that it uses into evaluation mode yourself. A warning and the report's notes name
+            modules in training mode that it is seen to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
             float32. Or, without ``y``, a DataLoader or any other iterable of batches (images, labels) or (images,
             labels, indices), which is read once, in parts of four batches of ``batch_size`` images, or of 64 images: a
-            part goes through all attacks before the next one is read. The first part is held to the end, for the signs,
-            and each other one until the next is read. A batch that is not allowed is found when it is read.
+            part goes through all attacks before the next part is read. The first part is kept to the end, for the
+            signs, and each other part until the next is read. Batches are checked when they are read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
-        eps: radius of the ball, in image units; above 0 where anything is attacked.
-        norm: of the ball: ``linf``, ``l2`` or ``l1``.
-        base: an undefended classifier: its adversarial images are tried on the defence.
-        protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
+        eps: radius of the ball, in image units; above 0 if anything is attacked.
+        norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
+        base: an undefended classifier, whose adversarial images are tried on the defence.
+        protocol: name of the list of attacks: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
             package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
-            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", what those
-            who published the defence ran, to compare with their numbers, in no headline. The last two need the package
+            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", the evaluation of
+            the defence's authors, to compare with their numbers, not for the headline. The last two need the package
             pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
-        attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
+        attacks: attacks in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
             torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        steps: of PGD and APGD where an attack does not say; a protocol's take no more, except a first one of ten.
-        eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
-        n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
-        predict: how they decide, of a random model. "worst_of": an image counts as fallen if any of them is wrong.
-            "votes": their majority is the one prediction of the model, which is what the attacks attack, along the
-            gradient of the mean probabilities. The attacks know which, and with either every attack on the model as it
-            is has a row beside it under fixed noise, where the model has ``fixed_noise``. None: an image counts as
-            fallen if any of them is wrong, attacks look for images that five fresh draws misclassify, and fixed noise
-            is attacked only where an attack says so.
-        batch_size: images attacked together. "auto": 250 as by default, of which as many go through the model in one
-            pass as memory allows. That is measured on a pass of a few images, and halved when memory runs out. The
-            results are those of 250; of a random model, which image gets which draws depends on it, as with
-            ``max_forward_batch``. Functions, and attacks of other packages, are given 250 images in any case.
-        max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
-        memory: with the batch size "auto", the most that this process may take in all of the memory in which the model
-            computes, in bytes or as "20GB". None: as much as there is, on a CPU within the limits of the process and
-            of its control group.
-        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
-            longer than computing; "always" wherever that is possible, "off" never. Choose "off" for a model that keeps
-            settings in an object of a class of its own, no module, dataclass or namespace, and changes them there while
-            it is attacked: a captured step does not see it.
-        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch,
-            "auto" not where the process asks for deterministic ones. Which one wins may differ from run to run, and
-            with it the last bits of a gradient.
-        seed: of everything random.
-        out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights, data and the
-            code of the model's classes agree. Rows of models without weights to compare (plain callables), and of those
-            that hold something that cannot be compared by its value, are made anew; a warning says so.
-        revision: names what the model computes, beside what can be compared: with one, the rows of every model are
-            kept. Change it when code changes that the model's classes import from other files, or that of a function.
-        name: of the model, in the report.
-        dataset_name: of the data set, for the report's title.
-        probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
-            images over the radius, the steps and the draws, small steps in random directions, the same images again.
-            None: with every protocol but "authors", and not with a list of attacks.
+        steps: steps of PGD and APGD if the attack sets none; also the limit for a protocol's attacks, except a first
+            attack of ten steps.
+        eot_iter: draws per step if the attack sets none; a deterministic model is attacked with one draw.
+        n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
+        predict: how the predictions of a random model decide. "worst_of": an image has fallen if any of them is wrong.
+            "votes": their majority is the model's prediction, which the attacks attack along the gradient of the mean
+            probabilities. With either, the attacks know the rule, and each attack on the model as it is has a row
+            beside it under fixed noise, if the model has ``fixed_noise``. None: an image has fallen if any of them is
+            wrong, attacks look for images that five fresh draws misclassify, and fixed noise is attacked only if an
+            attack says so.
+        batch_size: images attacked together. "auto": 250, the default, with as many in one pass of the model as memory
+            allows. That number is measured on a pass of a few images, and halved when memory runs out. The results are
+            those of 250; but the draws of a random model depend on it, as with ``max_forward_batch``. Functions, and
+            attacks of other packages, are always given 250 images.
+        max_forward_batch: most images in a forward pass of an attack (exact); None: no limit.
+        memory: with batch_size="auto", the most memory of the model's device that this process may take in total, in
+            bytes or as "20GB". None: all that is free; on a CPU within the limits of the process and of its control
+            group.
+        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it if launching takes longer
+            than computing; "always" does so wherever possible, "off" never. Choose "off" for a model that changes its
+            settings while it is attacked, if it keeps them in an object of its own class that is not a module,
+            dataclass or namespace: a captured step does not see such changes.
+        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch;
+            "auto" does not if the process asks for deterministic algorithms. The winner, and with it the last bits of a
+            gradient, may differ from run to run.
+        seed: seed of everything random.
+        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the code
+            of the model's classes agree. Rows of models without weights to compare (plain callables), or holding values
+            that cannot be compared, are made anew, with a warning.
+        revision: the user's name for what the model computes: with it, the rows of every model are kept. Change it when
+            code changes that the model's classes import from other files, or the code of a function.
+        name: name of the model in the report.
+        dataset_name: name of the data set, for the report's title.
+        probes: whether to test if the number can be believed: by short attacks on a few images over the radius, the
+            steps and the draws, small steps in random directions, and the same images again. None: with every protocol
+            but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
-        curve: further radii, in image units. What still stands is attacked at each of them by those attacks of the
-            report that have no radius of their own, from the best point of the smaller radius on. Each is a row, such
-            as "worst, L-inf 2/255", and all of them are `Report.curve`.
-        together: whether the processes of torch's default process group share the work. Each of them then calls this
-            function with the same arguments, and attacks batches of ``batch_size`` images. The rows are those of one
-            process. The first process alone writes and shows something; the others get the report without its pictures.
-            Machines that do not share their temporary files need an ``out`` that they share. False: each process works
-            by itself.
-        keep: which attacked images the report keeps. "some": a few of each row, for its pictures. "all": every image
-            that fell as well, exactly as the model saw it; `Report.save` writes them to a file, about 4 KB for each
-            image of CIFAR-10, and `check_witnesses` tries them again.
-        claim: the robust accuracy that somebody claims, in percent: the report says whether what is left refutes it.
+        curve: further radii, in image units. At each radius the images that still stand are attacked by the report's
+            attacks without a radius of their own, from the best point of the smaller radius on. Each radius has a row,
+            such as "worst, L-inf 2/255"; `Report.curve` has all of them.
+        together: whether the processes of torch's default process group share the work. Each process then calls this
+            function with the same arguments, and attacks batches of ``batch_size`` images. The rows equal those of one
+            process. Only the first process writes and shows anything; the others get the report without pictures.
+            Machines that do not share temporary files need a shared ``out``. False: each process works by itself.
+        keep: attacked images that the report keeps. "some": a few of each row, for its pictures. "all": also every
+            fallen image, exactly as the model saw it; `Report.save` writes them to a file, about 4 KB for each image of
+            CIFAR-10, and `check_witnesses` tries them again.
+        claim: the claimed robust accuracy, in percent: the report says whether the result refutes it.
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
         if it is robust in every row of the deployed model, AutoAttack and transferred images included; a row that
-        attacked survivors only counts what fell before it.
+        attacked only survivors includes earlier falls.
         The images of an attack on a variant are tried on the deployed model, in a second row, which enters ``worst``;
-        the first enters "worst, fixed" or "worst, deterministic" alone. Attacks on the first 200 images enter "worst,
-        first 200" instead, with all other attacks on these. Of any other threat model with several attacks, a ``worst``
-        of its own.
+        the first row enters only "worst, fixed" or "worst, deterministic". Attacks on the first 200 images enter
+        "worst, first 200" instead, with all other attacks on these. Another threat model with several attacks has its
+        own ``worst``.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, a way to predict for a
             deterministic model, ``out`` is a file, or the processes evaluate different things.
-        ConnectionError: the first of several processes does not answer.
+        ConnectionError: the first process of several does not answer.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
-        TypeError: images or labels that are neither tensors nor arrays, an eps that is no number, an attack that is
-            none, or a ``device``.
+        TypeError: images or labels are neither tensors nor arrays, eps is not a number, an attack is not an attack, or
+            a ``device`` is given.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
@@ -257,7 +257,7 @@ def evaluate(
         subject.more = more
         if batch_size == "auto":
             make_room(subject, [subject.model], memory, RowCache(None))
-        # taken after the trial predictions: a model that stores its last input is then always in the same state
+        # Take it after the trial predictions: a model that stores its last input is then always in the same state.
         mark = fingerprint_or_reason(subject.model, revision)
         report.about |= {} if mark[0] is None else {"model": mark[0]}
         report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name, protocol)
@@ -276,7 +276,7 @@ def evaluate(
         context = _knowing(context, predict, n_eval)
         served = None
         if out is not None or team.world > 1:
-            # the choice of kernels stays the same during the evaluation
+            # The choice of kernels must not change during the evaluation.
             served = team.from_first("kernels", lambda: kernel_choices(device))
             stack.enter_context(pin_kernels(served))
         cache = RowCache(None)
@@ -299,7 +299,7 @@ def evaluate(
 
 
 def _check_moves(eps: float, attacked: bool) -> None:
-    """ValueError for a radius of 0 where something is attacked."""
+    """Raise ValueError for a radius of 0 if anything is attacked."""
     if eps == 0 and attacked:
         raise ValueError(
             "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
@@ -309,13 +309,13 @@ def _check_moves(eps: float, attacked: bool) -> None:
 
 @dataclass
 class _Acting:
-    """The attacks of an evaluation, which search further where signs of masked gradients are found before them.
+    """The attacks of an evaluation, which search further if signs of masked gradients are found before them.
 
     Args:
         plan: the attacks without such signs.
-        acts: whether they search further: those of a protocol do, and a list of attacks is run as it is.
-        measure: what makes rows.
-        stack: holds what is frozen for as long as the evaluation runs.
+        acts: whether they search further: true for a protocol, false for a list of attacks.
+        measure: makes rows.
+        stack: keeps models frozen while the evaluation runs.
     """
 
     plan: Sequence[AttackSpec]
@@ -324,7 +324,7 @@ class _Acting:
     stack: contextlib.ExitStack
 
     def act(self, signs: Sequence[str]) -> list[str]:
-        """Let every search run to its end, if there are signs; the sentence that says so."""
+        """Let every search run to its end, if there are signs; return a sentence that says so."""
         if not (signs and self.acts):
             return []
         subject, context, cache = self.measure.subject, self.measure.context, self.measure.cache
@@ -352,7 +352,7 @@ def _filled(
     last_notes: list[str],
     witnessed: dict[str, Any] | None,
 ) -> Report:
-    """The report with its rows; of another process than the first, the first one's report."""
+    """The report with its rows; processes other than the first get the first one's report."""
     measure = acting.measure
     subject, context, team = measure.subject, measure.context, measure.team
 
@@ -390,12 +390,12 @@ def _filled(
 
 
 def _about_model(subject: Subject, mark: str | None) -> dict[str, Any]:
-    """What witnesses say of the model."""
+    """Facts about the model for the witnesses."""
     return {"model": model_marks(subject.single, mark), "classes": subject.num_classes}
 
 
 def _gather(report: Report, measure: Measure, about: dict[str, Any]) -> None:
-    """Move every image that fell from the rows into the report's witnesses; the rows keep some for the pictures."""
+    """Move all fallen images from the rows into the report's witnesses; the rows keep some for pictures."""
     found = gathered(report.rows, about)
     if found is not None:
 
@@ -409,14 +409,14 @@ def _gather(report: Report, measure: Measure, about: dict[str, Any]) -> None:
 
 
 def _kept_rows(cache: RowCache, subject: Subject, others: Sequence[Classifier], mark: str | None) -> RowCache:
-    """The rows in a folder, which know the models that they may depend on."""
+    """The kept rows of a folder, with the marks of the models that they may depend on."""
     cache.know(subject.model, mark)
     _know(cache, others, subject)
     return cache
 
 
 def _know(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
-    """Let kept rows know further models."""
+    """Add the marks of further models to the kept rows."""
     if cache.folder is None:
         return
     for model in others:
@@ -426,7 +426,7 @@ def _know(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> No
 
 
 def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
-    """What must be the same in all processes that share an evaluation."""
+    """The facts that must be equal in all processes that share an evaluation."""
     subject, context = measure.subject, measure.context
     return {
         "images": subject.data,
@@ -446,10 +446,10 @@ def _help(
     """Make batches, and parts of the probes, for the first process until its report is there.
 
     Args:
-        measure: what makes rows.
+        measure: makes rows.
         before: the answers of the model before the attacks.
         chunks: the images that follow.
-        act: takes the signs that the probes gave.
+        act: called with the signs that the probes gave.
     """
     for task in measure.team.tasks():
         if task.attack == PROBES:
@@ -468,7 +468,7 @@ def _help(
 def _about(
     norm: NormName, eps: float, seed: int, model: Classifier, device: torch.device, *, claim: float | None
 ) -> dict[str, str]:
-    """What all rows have in common, and what was claimed."""
+    """The facts common to all rows, and the claim."""
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
     about["processor"] = processor_name(device)
     precision = precision_name(model, device)
@@ -484,7 +484,7 @@ def _in_words(predict: Predict | None, n_eval: int) -> str | None:
 
 
 def _how_judged(predict: Predict | None, n_eval: int) -> list[str]:
-    """The sentence that says how the images of a random model were judged, where that was asked for."""
+    """The sentence on how the images of a random model were judged, if ``predict`` was given."""
     draws = f"{n_eval} fresh draws of the model"
     sentences = {
         "worst_of": f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong",
@@ -494,10 +494,10 @@ def _how_judged(predict: Predict | None, n_eval: int) -> list[str]:
 
 
 def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> AttackContext:
-    """What attacks are told of the way to predict.
+    """The attacks' context for a way to predict.
 
-    Against the worst of several draws an image has fallen as soon as fresh ones would hardly all be right. A vote
-    averages over its draws itself: a step takes as many votes as make the draws that were asked for.
+    Against the worst of several draws an image has fallen as soon as fresh draws would hardly all be right. A vote
+    averages over its draws itself, so a step takes only as many votes as make up the requested draws.
     """
     if predict == "worst_of":
         return replace(context, judge_draws=max(5, n_eval), judge_share=1 - SURELY ** (1 / n_eval))
@@ -509,7 +509,7 @@ def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> At
 
 
 def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
-    """Notes for the report; of modes and probabilities there are warnings now: an evaluation may take hours."""
+    """Notes for the report. Modes and probabilities are warned of at once, since an evaluation may take hours."""
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
@@ -536,7 +536,7 @@ def _freeze_others(
 
 
 def has_signs(protocol: ProtocolName | None, attacks: Sequence[Any] | None, probes: bool | None) -> bool:
-    """Whether an evaluation asks the model for signs of a failed attack; the arguments are those of `evaluate`."""
+    """Tell whether an evaluation looks for signs of a failed attack; the arguments are those of `evaluate`."""
     if probes is not None:
         return probes
     return attacks is None and protocol != "authors"
@@ -545,14 +545,14 @@ def has_signs(protocol: ProtocolName | None, attacks: Sequence[Any] | None, prob
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
-    """The protocol, which asks the model what to run, or None and the attacks that were listed."""
+    """The protocol, which chooses attacks by the model, or None and the listed attacks."""
     if protocol is not None:
         check_literal("protocol", protocol, ProtocolName)
         if attacks is not None:
             raise ValueError("give a protocol or a list of attacks, not both")
     given = [] if attacks is None else as_specs(attacks)
     if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # if it is missing, no work is begun
+        # If the package is missing, no work begins.
         implementation()
     return ("standard" if protocol is None and attacks is None else protocol), given
 
@@ -563,7 +563,7 @@ def _all_rows(
     chunks: Iterable[tuple[Tensor, Tensor, bool]],
     curve: Curve,
 ) -> list[Row]:
-    """The rows of all images: of those that the measure has, and of the chunks that follow."""
+    """The rows of all images: those of the measure, and those of the chunks that follow."""
     subject = measure.subject
     rows, data = _rows(plan, measure, curve), [subject.data]
     for images, labels, more in chunks:
@@ -574,13 +574,13 @@ def _all_rows(
     if len(data) > 1:
         for row in rows:
             row.data = text_hash(" ".join(data)).hexdigest()
-    # what is asked about the model is asked on the first images
+    # Questions about the model are asked on the first images.
     measure.turn_to(subject)
     return rows
 
 
 def _costs(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[int | None]:
-    """Forward passes of single images that each row takes at most; None where that is not known."""
+    """The most forward passes of single images for each row; None if unknown."""
     context, n = measure.context, len(measure.subject.y)
     asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in plan]
     asked += [(cost, n) for cost in curve.costs(context)]
@@ -588,21 +588,21 @@ def _costs(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[i
 
 
 def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[Row]:
-    """The rows of the clean images, one for each variant, of the attacks in the order of the plan, and of the curve.
+    """The rows of the clean images, one for each variant, those of the attacks in order, and those of the curve.
 
-    The images of an attack on a variant are tried on the deployed model, in a row of its own.
+    The images of an attack on a variant are tried on the deployed model, in a separate row.
     """
     variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in plan)]))
     subject, made = measure.subject, measure.progress.rows
     n = len(subject.y)
-    # how many images are to come is not known
+    # The number of images to come is unknown.
     measure.progress.costs[made:] = [*_costs(plan, measure, curve), *([None] if subject.more else [])]
     all_rows = [measure.clean(variant) for variant in variants]
-    # survivors are tracked for each threat model by itself
+    # Survivors are tracked for each threat model separately.
     left: dict[tuple[str, str | None], np.ndarray] = {}
-    # the least margin that any attack on a variant has reached
+    # For each variant, the least margin that any attack has reached.
     margins: dict[tuple[str, str | None], np.ndarray] = {}
-    # what every attack on all images left
+    # The images that every attack on all images left.
     standing = measure.clean("random").robust.copy()
     for spec in plan:
         if spec.max_images is not None and spec.max_images <= subject.first:
@@ -631,13 +631,13 @@ def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[Ro
 
 
 def _conclude(report: Report, measure: Measure, before: Before | None, asked: AskedBefore | None) -> None:
-    """Add to a report the findings of the alarms, the curves of the probes and the outlook; mark what is not believed.
+    """Add the alarms' findings, the probes' curves and the outlook to a report, and mark doubtful rows.
 
     Args:
-        report: of one model, with all of its rows.
-        measure: what made them.
-        before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
-        asked: what was measured before the attacks.
+        report: report of one model, with all of its rows.
+        measure: made the rows.
+        before: the answers of the model before the attacks, for comparison; None: no further questions.
+        asked: measurements made before the attacks.
     """
     rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
     subject = measure.subject
@@ -654,10 +654,10 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
         report.outlooks = [replace(expected, model=measure.name)]
     doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
     inconsistent = any(finding.of_answers for finding in doubts)
-    # where no attack counted gradients, the probes have followed them
+    # If no attack counted gradients, the probes have followed them.
     followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
     for row in report.rows:
-        # at 0 % there is nothing to doubt: nothing stopped the attacks
+        # At 0 % there is nothing to doubt: nothing stopped the attacks.
         headline = row.kind == "worst" and row.threat is None and row.deployed
         row.reliable = row.reliable or (headline and followed)
         if headline and doubts and (row.accuracy > 0 or inconsistent):
@@ -666,7 +666,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
 
 
 def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:
-    """The parts of the probes, each of which is made again with fewer images at once when memory runs out."""
+    """The parts of the probes; each is repeated with fewer images at once when memory runs out."""
     room, context = measure.subject.room, measure.context
     model = counted_model(measure.subject.model, measure.progress)
 
@@ -680,7 +680,7 @@ def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:
 
 
 def _settings_of_probes(measure: Measure) -> dict[str, Any]:
-    """What the answers to the probes depend on, but for the model."""
+    """The settings on which answers to the probes depend, besides the model."""
     context, subject = measure.context, measure.subject
     return {
         "probes": 6, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
@@ -690,7 +690,7 @@ def _settings_of_probes(measure: Measure) -> dict[str, Any]:
 
 
 def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> AskedBefore:
-    """The probes that come before the attacks; later: what the rows after them take at most."""
+    """The probes that come before the attacks; ``later`` has the highest costs of the rows after them."""
     context, subject, progress = measure.context, measure.subject, measure.progress
     passes = cost_of_probes(subject, context)
     progress.costs = [passes, *later]
@@ -710,9 +710,9 @@ def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> Asked
 
 
 def _probes(measure: Measure, before: Before, asked: AskedBefore, evidence: Evidence) -> Probes:
-    """All of them; kept answers are used again only after the same attacks, which some are compared with."""
+    """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
     context, subject = measure.context, measure.subject
-    # which of the first images withstood every attack on the model as it is; none without an attack
+    # Mask of the first images that withstood every attack on the model as it is; all False without an attack.
     n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
     robust = evidence.robust(n)
     left = np.zeros(n, dtype=bool) if robust is None else robust

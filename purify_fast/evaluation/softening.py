@@ -1,9 +1,9 @@
-"""Gradients through what hardens a model, without its cooperation: thresholds, masks, rounding, gates, detached parts.
+"""Gradients through a model's thresholds, masks, rounding, gates and detached parts, without its cooperation.
 
 The functions of PyTorch are replaced while the model's own code runs. A comparison returns the bool tensor that it
 always returns, and a floating-point counterpart is kept beside it: a smooth step of the difference. Where the mask
 takes part in arithmetic, the same is computed with the counterpart, and that has a gradient (Bengio et al., arXiv
-1308.3432, call the estimator that keeps the hard values straight-through). What is not known here runs as it is.
+1308.3432, call the estimator that keeps the hard values straight-through). Functions unknown here run unchanged.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn.functional import pad, softsign
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: Raised whenever a softened model would compute something else: kept rows of one are used again by this number.
+#: Raised whenever a softened model would compute something else: kept rows are used again only under the same number.
 REVISION = 2
-#: The slope of a comparison, in units of the size of what is compared: where values stay exact, and at temperature 1.
+#: The slope of a comparison, in units of the size of the compared values: with exact values, and at temperature 1.
 #: It falls with the root of the temperature: ten times lower slopes find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
@@ -36,8 +36,8 @@ _FLAT = {
     "round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "hardshrink",
     "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
 }  # fmt: skip
-#: Functions that go in steps, of floating-point numbers and of integers, by the same function without steps. Who rounds
-#: takes a remainder away, others use it: half of the gradient leaves some to both.
+#: Functions with steps, of floating-point numbers and of integers, and the same functions without steps. Rounding takes
+#: a remainder away, other code uses the remainder: half of the gradient leaves some to both.
 _STEPS: dict[str, Callable[..., Any]] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -51,18 +51,18 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "and": lambda *each: sum(value for value in each if _follows(value)),
     "or": lambda *each: sum(value for value in each if _follows(value)),
 }
-#: All of these, and those that are flat with some arguments alone, as `_is_flat` tells.
+#: All of these, and functions that are flat only with some arguments, as `_is_flat` tells.
 _SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
-#: Comparisons: whether the first argument is to be the larger one.
+#: Comparisons: True if the first argument is to be larger.
 _COMPARISONS = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1) | dict.fromkeys(
     ("lt", "le", "less", "less_equal"), -1
 )
-#: Functions that only change a type; between a floating-point one and others they round.
+#: Functions that only change a type; from a floating-point type to others they round.
 _CASTS = {
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "byte", "char", "short", "int", "long",
     "quantize_per_tensor", "quantize_per_channel", "dequantize",
 }  # fmt: skip
-#: Functions that do to the counterpart of their first argument what they do to it.
+#: Functions that treat the counterpart of their first argument like the argument.
 _SHAPES = {
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
     "broadcast_to", "permute", "transpose", "t", "movedim", "repeat", "tile", "select", "narrow", "flip", "roll",
@@ -85,43 +85,43 @@ _OF_MASKS: dict[str, Callable[..., Any]] = {
 }
 #: Functions that look rows up in a table, and where their table and their indices stand.
 _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
-#: Functions of which counterparts may be arguments, and that have a form in place.
+#: Functions that accept counterparts as arguments and have an in-place form.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
-#: Other names of the same functions, in the names that a `Softening` makes of theirs.
+#: Aliases of the same functions, in the names that a `Softening` uses.
 _SPELLINGS = {
     "invert": "not", "clip": "clamp", "divide": "div", "floor_divide": "floordiv", "right_shift": "rshift",
     "left_shift": "lshift", "iand": "and_", "ior": "or_", "irshift": "rshift_", "ilshift": "lshift_",
 }  # fmt: skip
-#: What is raised where a formula was not written for what it is given, which then stays as it is.
+#: Errors of a formula on values that it was not written for; the values then stay unchanged.
 _UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-#: Which argument of a choice among values says along which dimension, and where the indices are in its result.
+#: For each function that chooses among values: its argument for the dimension, and the place of indices in its result.
 _CHOICES = {
     "argmax": (1, None), "argmin": (1, None), "max": (1, 1), "min": (1, 1), "median": (1, 1), "kthvalue": (2, 1),
     "topk": (2, 1), "sort": (1, 1), "argsort": (1, None),
 }  # fmt: skip
-#: What leaves of the indices of a choice some along the dimension of what they choose from.
+#: Functions that keep some of a choice's indices, along the dimension of the choice.
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 
 class Softening(TorchFunctionMode):
-    """Within the block, what hardens a model lets gradients pass.
+    """Within the block, thresholds, rounding and the like let gradients pass.
 
     Args:
-        temperature: what the arguments of saturating functions are divided by, and with them the slope of comparisons;
-            None: every value stays what it is.
+        temperature: divisor of the arguments of saturating functions, and of the slope of comparisons; None: every
+            value stays exact.
     """
 
     def __init__(self, temperature: float | None):
         super().__init__()
         self.temperature = temperature
         self.slope = EXACT_SLOPE if temperature is None else SOFT_SLOPE / sqrt(temperature)
-        # of a tensor that is not floating-point: its version when it was made, and its counterpart; or, of indices of
-        # chosen values, what they choose from, and along which dimension; or how much of each index is there, and None
+        # For a tensor that is not floating-point: its version when it was made, and its counterpart. For indices of
+        # chosen values: the values and the dimension of the choice. For weights of each index: these and None.
         self.beside: Any = WeakTensorKeyDictionary()
         self._hooks: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> Self:
-        # a softened form may need what the model, whose own form does not, writes to later: copies are kept of it
+        # A softened form may need a tensor that the model later overwrites, so a copy is kept.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
         self._hooks.append(contextlib.ExitStack())
         self._hooks[-1].enter_context(kept)
@@ -138,7 +138,7 @@ class Softening(TorchFunctionMode):
         name, kwargs = _plain_name(func), kwargs or {}
         self.let_through(args)
         if name == "set_grad_enabled":
-            # a block without gradients inside the model; whether there are any at all is decided outside of it
+            # This is a no_grad block inside the model; code outside decides whether there are gradients at all.
             return None
         first: Any = args[0] if args else None
         if name == "detach" or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -155,7 +155,7 @@ class Softening(TorchFunctionMode):
                 name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set())
                 or _goes_in_steps(name[:-1], first, **kwargs)
             ):
-                # an operation in place changes its argument, which the model goes on with
+                # An in-place operation changes its argument, which the model continues to use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
                 after = self.__torch_function__(_not_in_place(func), types, (before, *args[1:]), kwargs)
@@ -175,7 +175,7 @@ class Softening(TorchFunctionMode):
     def _followed(
         self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """What a function returned, with a gradient, or with a counterpart beside it."""
+        """The result of a function, with a gradient, or with a counterpart beside it."""
         first: Any = args[0] if args else None
         if _is_flat(name, *args[1:], **kwargs) and _floating(first):
             return _straight(hard, first)
@@ -213,10 +213,10 @@ class Softening(TorchFunctionMode):
                 self.beside[hard] = hard._version, self._reshaped(name, func, hard, args, kwargs)
             return hard if soft is None else self._soft(hard, func(soft, *args[1:], **kwargs))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
-            # arithmetic with an infinity, such as that of what is masked out of a softmax, has no softened form
+            # Arithmetic with an infinity, such as the mask of a softmax, has no softened form.
             rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
             if name == "where" and _floating(first):
-                # x.where(mask, other)
+                # This is x.where(mask, other).
                 args = (args[1], first, *args[2:])
             return hard if rule is None else self._soft(hard, rule(*map(self._or_itself, args), **kwargs))
         return hard
@@ -237,7 +237,7 @@ class Softening(TorchFunctionMode):
             self.beside[hard] = hard._version, soft
 
     def _kept(self, value: Any, kind: Any = (Tensor, tuple)) -> Any:
-        """What is kept of a tensor, if it is of a kind; None where there is nothing, or the tensor changed since."""
+        """The entry kept for a tensor, if it is of a kind; None if there is none, or the tensor has changed since."""
         if not isinstance(value, Tensor) or value.is_floating_point():
             return None
         version, kept = self.beside.get(value, (None, None))
@@ -249,12 +249,12 @@ class Softening(TorchFunctionMode):
         return self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
-        """What takes an argument's place in a formula: its counterpart, or the value as a number."""
+        """The replacement of an argument in a formula: its counterpart, or its value as a number."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._or_itself, value))
         soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
         if choice is not None:
-            # the mean of the indices, by how much of each is there
+            # The mean of the indices by their weights.
             weights = self._weights(value, choice)
             return _straight(value.to(weights.dtype), weights @ torch.arange(weights.shape[-1]).to(weights))
         if soft is None and isinstance(value, Tensor) and value.dtype == torch.bool:
@@ -262,7 +262,7 @@ class Softening(TorchFunctionMode):
         return value if soft is None else soft
 
     def _soft(self, hard: Tensor, soft: Tensor | None) -> Tensor:
-        """The result of a function, of which a softened form is known."""
+        """The softened result of a function with a known softened form."""
         if soft is None or soft.shape != hard.shape:
             return hard
         if not _floating(hard):
@@ -271,7 +271,7 @@ class Softening(TorchFunctionMode):
         return _straight(hard, soft) if self.temperature is None else soft.to(hard.dtype)
 
     def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
-        """The result of a function that goes in steps, with the gradient of one that does not."""
+        """The result of a function with steps, with the gradient of the function without steps."""
         if not _follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)
@@ -287,7 +287,7 @@ class Softening(TorchFunctionMode):
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None
-        # its gradient vanishes nowhere, as a sigmoid's does far from the threshold
+        # Its gradient vanishes nowhere; a sigmoid's does far from the threshold.
         return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
 
     def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
@@ -308,7 +308,7 @@ class Softening(TorchFunctionMode):
         return 1 / (1 + self.slope * difference / _size(one, other))
 
     def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
-        """By which of some bounds numbers stand, as if it rose evenly from the first bound to the last."""
+        """The softened index of the bound next to each number, which rises evenly from the first bound to the last."""
         bounds = bounds[bounds.isfinite()] if bounds.dim() == 1 else bounds
         if bounds.shape[-1] == 1:
             return self._compared(values, bounds)
@@ -318,7 +318,7 @@ class Softening(TorchFunctionMode):
     # -- indices ------------------------------------------------------------------------------------------------------
 
     def _choose(self, name: str, hard: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what indices of chosen values choose from."""
+        """Record the values from which indices were chosen."""
         at, place = _CHOICES[name]
         source, last = args[0], None if name in ("argmax", "argmin", "max", "min", "median") else -1
         dim = args[at] if len(args) > at else kwargs.get("dim", last)
@@ -329,7 +329,7 @@ class Softening(TorchFunctionMode):
             self.beside[index] = index._version, (source, dim % source.dim())
 
     def _weights(self, index: Tensor, choice: tuple[Tensor, int | None]) -> Tensor:
-        """How much of each index is where one was chosen, ``[*index.shape, choices]``: the more, the less it missed."""
+        """The weight of each index in a choice, ``[*index.shape, choices]``: larger for values near the chosen."""
         source, dim = choice
         if dim is None:
             return source
@@ -343,7 +343,7 @@ class Softening(TorchFunctionMode):
     def _reshaped(
         self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, int | None]:
-        """What indices choose from whose tensor was given another shape."""
+        """The choice behind indices whose tensor was reshaped."""
         choice = self._kept(args[0], tuple)
         source, dim = choice
         if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
@@ -378,7 +378,7 @@ class Softening(TorchFunctionMode):
     def _looked_up(
         self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The softened form of what stands in a table at indices, or of ``one_hot`` of them."""
+        """The softened form of a table's values at indices, or of ``one_hot`` of the indices."""
         (of_table, of_index), index = _LOOKUPS[name], self._index(name, args)
         assert index is not None
         table, choice = None if of_table is None else args[of_table], self._kept(index, tuple)
@@ -390,9 +390,9 @@ class Softening(TorchFunctionMode):
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
             found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
-            # a table of the images' own values has a gradient already
+            # A table of the images' own values has a gradient already.
             return hard + (found - found.detach()) if table.requires_grad else found
-        # of a number in steps: what stands at the next steps
+        # A number with steps interpolates between the values at the next steps.
         least, most, whole = *index.aminmax(), index.long()
         above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
         given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
@@ -404,7 +404,7 @@ class Softening(TorchFunctionMode):
         return hard + moved * (rise - fall).detach()
 
     def _set(self, func: Callable[..., Any], x: Tensor, index: Any, value: Any) -> None:
-        """``x[mask] = value``."""
+        """The softened form of ``x[mask] = value``."""
         mask, before = self._kept(index, Tensor), x.clone()
         func(x, index, value)
         if mask is not None and _is_number(value) and mask.shape == x.shape[: mask.dim()] and _floating(x):
@@ -413,7 +413,7 @@ class Softening(TorchFunctionMode):
 
 
 def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The form of an operation in place that returns its result."""
+    """The out-of-place form of an in-place operation."""
     name = func.__name__.strip("_")
     name = {f"i{each}": f"bitwise_{each}" for each in ("and", "or")}.get(name, name)
     name = {"irshift": "bitwise_right_shift", "ilshift": "bitwise_left_shift"}.get(name, name)
@@ -421,7 +421,7 @@ def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain_name(func: Callable[..., Any]) -> str:
-    """The name of a function without what tells operators, private and logical ones apart; ``_`` if it is in place."""
+    """The name of a function without marks of operators, private and logical functions; ends in ``_`` if in place."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")
@@ -429,13 +429,13 @@ def _plain_name(func: Callable[..., Any]) -> str:
 
 
 def _is_flat(name: str, /, *bounds: Any, **named: Any) -> bool:
-    """Whether a function has no gradient somewhere, and is no ReLU or the guard of a division."""
+    """Tell whether a function has no gradient somewhere, and is neither a ReLU nor the guard of a division."""
     given = [each for each in (*bounds, *named.values()) if each is not None]
     return name in _FLAT or (name == "clamp" and len(given) == 2) or (name == "threshold" and 0 not in given[:1])
 
 
 def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
-    """Whether a function is one of `_STEPS`, of which some go in steps for integers or by an option alone."""
+    """Tell whether a function in `_STEPS` has steps: some only have steps for integers or with an option."""
     whole = isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
     return name in _STEPS and (
         named.get("rounding_mode") is not None if name == "div" else whole or name not in ("clamp", "and", "or")
@@ -443,7 +443,7 @@ def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
 
 
 def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
-    """``hardtanh`` of a range so many times as wide, around the same middle."""
+    """``hardtanh`` with a range wider by a factor, around the same middle."""
     middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
     return x.clamp(middle - temperature * half, middle + temperature * half)
 
@@ -452,12 +452,12 @@ def _let_through(node: Any, always: bool) -> None:
     """Give the input of a user's ``autograd.Function`` the gradient of its output, if it has the same shape.
 
     Args:
-        node: of the graph, such as the ``grad_fn`` of what the function returned.
-        always: also where its own gradient is neither missing nor zero: it may be wrong.
+        node: node of the graph, such as the ``grad_fn`` of the function's result.
+        always: replace also a gradient that is neither missing nor zero, since it may be wrong.
     """
     function = node._forward_cls
     if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
-        # `apply` of a node asks its class for the function's backward
+        # `apply` of a node looks up the function's backward in its class.
         node._forward_cls = _with_gradient(function, always)
 
 
@@ -468,7 +468,7 @@ def _with_gradient(function: Any, always: bool) -> type:
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         found: Any = None
-        # a function that no one differentiates may have no backward, or a wrong one
+        # A function that was never differentiated may have no backward, or a wrong one.
         with contextlib.suppress(Exception):
             found = own(ctx, grad, *others)
         needed = ctx.needs_input_grad
@@ -481,20 +481,20 @@ def _with_gradient(function: Any, always: bool) -> type:
                 break
         return tuple(every)
 
-    # what has a `vjp` may have no `backward`
+    # A function with a `vjp` may have no `backward`.
     named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
     return type(function.__name__, (function,), named)
 
 
 def _where_useful(own: Tensor, other: Tensor) -> Tensor:
-    """A gradient, and another one for the images for which it is zero or not finite."""
+    """A gradient, replaced by another for images where it is zero or not finite."""
     each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
     useless = (each == 0).all(1) | ~each.isfinite().all(1)
     return torch.where(useless.view(-1, *[1] * (own.dim() - 1)) if own.dim() else useless[0], other, own)
 
 
 def _size(a: Any, b: Any) -> Tensor:
-    """How large what is compared is, of each image, or of whatever stands first."""
+    """The size of the compared values, for each image or other entry of the first dimension."""
     size = (abs(a) + abs(b)).detach()
     if size.dim() > 1:
         size = size.flatten(1).mean(1).view(-1, *[1] * (size.dim() - 1))
@@ -502,7 +502,7 @@ def _size(a: Any, b: Any) -> Tensor:
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:
-    """The sizes of a tensor but for one."""
+    """The shape of a tensor without a dimension."""
     return [size for place, size in enumerate(tensor.shape) if place != dim]
 
 

@@ -1,4 +1,4 @@
-"""What is run: an attack for each row of a report, a function of the user's as an attack, and a published attack."""
+"""Specifications of attacks: the attack for each row of a report, a user's function, and a published attack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
-#: How far a value of a float32 image in [0, 1] may be off by rounding: two sums of numbers up to 2, and some room.
+#: The rounding error allowed in a value of a float32 image in [0, 1]: two sums of numbers up to 2, with some margin.
 ROUNDING = 2.0**-21
 #: The target that stands for the defence's own classifier.
 CLASSIFIER = "classifier"
@@ -40,25 +40,25 @@ def as_attack(
     norm: NormName | None = None,
     revision: str | None = None,
 ) -> FunctionAttack:
-    """A function as an attack, for `evaluate` or an `AttackSpec`.
+    """Make an attack of a function, for `evaluate` or an `AttackSpec`.
 
     Args:
         function: ``(model, x, y) -> x_adv``. It gets a module from images to logits in evaluation mode, float32 images
             ``[B, C, H, W]`` in [0, 1] and int64 labels ``[B]`` on the model's device, with gradients enabled, and must
             return images of the same shape and dtype, in [0, 1] and in the ball. Or an attack of torchattacks, Foolbox
-            or ART, which runs as it is, on the judged model: see `purify_fast.evaluation.other_packages`.
-        name: of the row; the function's own name if None.
-        eps: radius of the ball in image units, if it is another than the report's.
+            or ART, which runs unchanged on the judged model: see `purify_fast.evaluation.other_packages`.
+        name: name of the row; the function's own name if None.
+        eps: radius of the ball in image units, if it is not the report's.
         norm: norm of that ball; it needs an eps.
-        revision: names what the function computes. Rows of a function without one are made anew by every `evaluate`;
-            with one they are kept, so change it whenever the function would find other images. Functions are told
-            apart by their module and name: two lambdas, or two functions that one function returned, need revisions
-            that differ.
+        revision: names what the function computes. Without a revision every `evaluate` makes the function's rows anew;
+            with a revision rows are kept, so change it whenever the function would find other images. Functions are
+            told apart by module and name: two lambdas, or two functions returned by the same function, need different
+            revisions.
 
     Raises:
-        TypeError: no function.
-        ValueError: a name that is empty, a ball that is not allowed, or an attack of another package that is made for
-            other images or labels.
+        TypeError: function is not callable.
+        ValueError: name is empty, the ball is not allowed, or an attack of another package is made for other images or
+            labels.
     """
     given: Any = function
     other = of_other_package(given)
@@ -82,8 +82,8 @@ class FunctionAttack(BallAttack):
 
     Args:
         function: ``(model, x, y) -> x_adv``.
-        row_name: of the row.
-        own_revision: names what the function computes, None: rows are never kept.
+        row_name: name of the row.
+        own_revision: names what the function computes; None: rows are never kept.
     """
 
     kind: ClassVar[str] = "function"
@@ -101,7 +101,7 @@ class FunctionAttack(BallAttack):
         return self.row_name
 
     def draws(self, context: AttackContext) -> int:
-        """1: the function asks the model as often as it likes."""
+        """Always 1, since the function averages draws itself."""
         return 1
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
@@ -133,16 +133,16 @@ class FunctionAttack(BallAttack):
             target: images to logits.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
-            context: what the evaluation tells.
+            context: context of the attack.
 
         Returns:
             The function's images.
 
         Raises:
-            TypeError: no tensor was returned.
-            ValueError: a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than rounding.
+            TypeError: the result is not a tensor.
+            ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
         """
-        # attacks of other packages switch modes and gradients as they like
+        # Attacks of other packages may switch modes and gradients.
         threat = self.threat_model(context)
         with torch.enable_grad(), frozen(target):
             if isinstance(self.function, OtherAttack):
@@ -150,19 +150,19 @@ class FunctionAttack(BallAttack):
             else:
                 images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
-        # what rounding left outside comes back to the border
+        # Values that rounding left outside are put back to the border.
         return pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
 
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
-    """Refuse images that an attack was not allowed to return, of the clean images x in [0, 1].
+    """Refuse attacked images that are not allowed, given the clean images x in [0, 1].
 
-    Of a norm that measures no change of pixels, such as "flow", no radius is checked.
+    No radius is checked for a norm that does not measure changes of pixels, such as "flow".
 
     Raises:
-        TypeError: no tensor.
-        ValueError: a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than rounding; the
-            message says by how much, and what is allowed.
+        TypeError: images is not a tensor.
+        ValueError: images have a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than
+            rounding; the message says by how much, and what is allowed.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
@@ -190,7 +190,7 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
 
 
 def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
-    """How far each image was moved, float64 ``[B]``, and how far it may be with rounding.
+    """The distance by which each image was moved, float64 ``[B]``, and the allowed distance with rounding.
 
     Args:
         images: attacked images ``[B, C, H, W]``.
@@ -198,13 +198,13 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
         threat: the ball.
 
     Returns:
-        None for a norm that measures no change of pixels, such as "flow".
+        None for a norm that does not measure changes of pixels, such as "flow".
     """
     order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
     if order is None:
         return None
     lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
-    # of a whole image's rounding errors the norm of the allowed ones
+    # The norm of an image in which every value is off by the allowed rounding error.
     count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm] if len(x) else 1.0
     return lengths, threat.eps * (1 + 1e-5) + ROUNDING * count
 
@@ -214,39 +214,39 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack, and how it is used for a row: on what, on which images, under which name.
+    """An attack and its use for a row: its target, its images, and its name.
 
     Args:
         attack: one of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
-        variant: which mode of the model is attacked and judged: ``random``, as it is; ``fixed``, every image under the
-            same noise; ``deterministic``, without noise.
-        target: attack this model instead, and judge the defence by the result: a transfer attack, or another view of
-            the defence. ``"classifier"``: the defence's own classifier, alone; the row's name says how little that
-            shows.
-        aggregation: attack the defence with its samples aggregated so, by a method of `purify_fast.ops.aggregate`, and
-            judge the defence as it is. BPDA has an option of its own for this.
-        label: the row's name; made from the rest if None. Another threat model than the report's, or the target
-            ``"classifier"``, is named after it.
-        max_images: attack only the first so many images; None: all.
-        survivors_only: attack only what the attacks before it, on this variant and in this threat model, left right.
-            The row counts every image, as left after all of them. Cheap attacks first then save most of a costly one's
-            work.
-        gradients_from: follow the gradients of this model, a surrogate; the defence itself judges every success. Only
-            attacks that can follow them (`purify_fast.attacks.APGD`).
-        seed: added to the evaluation's for this attack: another random start of the same attack is another row.
-        judge: repeat an evaluation of others, who judge this model by one prediction: it is attacked where there is no
-            target, on every image, and it judges. Such a row is about that model and not about the defence: it is in no
-            headline and in no ``worst``, and its label, "as ...", names the source.
-        until: search the images first to which the attacks before came nearest, and stop when what is left can hold at
-            most this share of all images, at 95 % (`purify_fast.evaluation.stopping`). None, or a random model, whose
-            images fall bit by bit: every image is searched.
-        nearest: attack only so many images, those to which the attacks before came nearest; None: all.
-        published: the publication whose attack this is, where it counts an image as robust by other predictions than a
-            row does; the report says so.
+        variant: the mode of the model that is attacked and judged: ``random``, as it is; ``fixed``, every image under
+            the same noise; ``deterministic``, without noise.
+        target: a model to attack in place of the defence, which judges the result: for a transfer attack, or another
+            view of the defence. ``"classifier"``: the defence's own classifier alone; the row's name says how little
+            that shows.
+        aggregation: a method of `purify_fast.ops.aggregate` for the samples of the attacked defence; the defence is
+            judged as it is. BPDA has its own option for this.
+        label: the row's name; made from the other fields if None. A threat model other than the report's, or the
+            target ``"classifier"``, is added to it.
+        max_images: attack only this number of first images; None: all.
+        survivors_only: attack only images that earlier attacks, on this variant and in this threat model, left right.
+            The row counts every image, as left after all of these attacks. Cheap attacks first then save most of a
+            costly attack's work.
+        gradients_from: a surrogate model whose gradients are followed; the defence itself judges every success. Only
+            for attacks that support it (`purify_fast.attacks.APGD`).
+        seed: added to the evaluation's seed for this attack: another random start of the same attack is another row.
+        judge: the model of an evaluation by others, who judge it by one prediction. It judges every image, and is
+            attacked unless there is a target. Such a row says nothing about the defence: it enters neither the headline
+            nor ``worst``, and its label, "as ...", names the source.
+        until: search the images first to which earlier attacks came nearest, and stop when at most this share of all
+            images can still fall among the rest, at 95 % (`purify_fast.evaluation.stopping`). With None, or a random
+            model, whose images fall bit by bit, every image is searched.
+        nearest: attack only this number of images, those to which earlier attacks came nearest; None: all.
+        published: the publication of this attack, if it counts an image as robust by other predictions than a row
+            does; the report says so.
 
     Raises:
-        ValueError: options that are not allowed or do not go together.
-        TypeError: no attack.
+        ValueError: options that are not allowed or contradict each other.
+        TypeError: attack is not an attack.
     """
 
     attack: Attack | AttackFunction
@@ -299,19 +299,19 @@ class AttackSpec:
 
     @property
     def resolved(self) -> Attack:
-        """The attack; a function is wrapped as one."""
+        """The attack; a function is wrapped as an attack."""
         return cast(Attack, self.attack)
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model that is attacked in the defence's place, whose gradients are followed, or that judges, if any."""
+        """The model besides the defence that is attacked, gives gradients, or judges; None if there is none."""
         if callable(self.target):
             return self.target
         return self.judge if self.gradients_from is None else self.gradients_from
 
 
 def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
-    """A list of attacks and functions as `AttackSpec`; TypeError for no list, and for what is no attack."""
+    """Make `AttackSpec` of a list of attacks and functions; TypeError if it is not a list of these."""
     if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
         raise TypeError(f"attacks must be a list, got {attacks!r}")
     specs = []
@@ -326,17 +326,17 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
 def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
-    Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
-    sign is taken, L-inf, no random start. Two things are not in the paper: of the iterates the best is kept, not the
-    last; and as in every row, an image counts as robust only if all ``n_eval`` predictions after the attack are right
-    (5 of 5 by default). The row's mean counts single predictions.
+    Full gradient, 200 steps of 0.007 at eps = 8/255, or of the same share of any other eps, 20 draws averaged before
+    the sign is taken, L-inf, no random start. Two things differ from the paper: the best iterate is kept, not the last;
+    and as in every row, an image counts as robust only if all ``n_eval`` predictions after the attack are right (5 of 5
+    by default). The row's mean counts single predictions.
 
     Args:
         eps: radius in image units.
-        leave: whether an image is attacked no more once all 20 draws of a step are wrong (`LeavingPGD`).
+        leave: whether an image's attack ends once all 20 draws of a step are wrong (`LeavingPGD`).
 
     Raises:
-        ValueError: an eps below 0 or above 1.
+        ValueError: eps is below 0 or above 1.
     """
     check_eps(eps, "linf")
     kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)

@@ -1,10 +1,10 @@
-"""When an attack stops before it has searched every image: by evidence, and never by a constant.
+"""The rule by which an attack stops before it has searched every image: by evidence, never by a constant.
 
-Images are searched in rounds. Those come first to which earlier attacks came nearest, by the least margin that any of
-them reached on the model itself. The further down this order an image stands, the less likely it falls. So the images
-that withstood the attack since the last one that fell bound what the others may still hold: if none of ``w`` images
+Images are searched in rounds, first those to which earlier attacks came nearest, by the least margin that any attack
+reached on the model itself. An image further down this order is less likely to fall. So the images that have withstood
+the attack since the last image fell bound how many of the rest may fall: if none of ``w`` images
 fell, an image of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for
-``a = 0.05`` this is the rule of three, ``3 / w``). The question is asked after each round, so that ``a`` is 0.05
+``a = 0.05`` this is the rule of three, ``3 / w``). The rule is applied after each round, so that ``a`` is 0.05
 divided by the number of rounds. The attack stops when this bound, times the images that are left, is below a stated
 share of all images. The report states the bound.
 
@@ -26,14 +26,14 @@ from ..attacks.ball import philox_key
 from ..ops.philox import Stream, philox
 from .rows import Row
 
-#: Raised whenever the same attack would search other images; rows of an evaluation are kept by it.
+#: Raised whenever the same attack would search other images; kept rows depend on it.
 REVISION = 1
 #: The confidence of the bound, over all rounds together.
 CONFIDENCE = 0.95
-#: Rounds of an attack at most, and images in a round at least: a smaller batch takes a processor hardly less time.
+#: Most rounds of an attack, and least images in a round: a smaller batch takes a processor hardly less time.
 ROUNDS, SMALLEST = 8, 32
-#: An image has its place in the order by its margin, or by lot where that comes first. Lots are spread over four times
-#: as many places, so that about one image in five of the first round is drawn by lot.
+#: An image's place in the order is that of its margin, or of its lot if that comes first. Lots are spread over four
+#: times as many places, so that about one image in five of the first round is drawn by lot.
 BY_LOT = 4
 
 
@@ -41,10 +41,10 @@ def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> 
     """Images in the order in which they are searched.
 
     Args:
-        index: the images, int64 ``[n]``.
-        margins: of all images, the least that any attack has reached; infinite where none has, ``[N]``.
+        index: indices of the images, int64 ``[n]``.
+        margins: least margin that any attack has reached on each of all images, ``[N]``; infinite without an attack.
         first: the number of the first image in the data set; an image's lot depends on its number there.
-        seed: of the lots.
+        seed: seed of the lots.
 
     Returns:
         The same images, int64 ``[n]``.
@@ -60,34 +60,34 @@ class StoppingRule:
     """Decides after each round whether an attack stops.
 
     Args:
-        share: of all images, which those that are left out may hold at most.
-        images: how many images the attack is given.
-        total: how many images there are, attacked or not.
+        share: the most images, as a share of all, that may still fall among those left out.
+        images: number of images given to the attack.
+        total: number of all images, attacked or not.
 
     Attributes:
-        unsearched: how many images the attack has not searched.
-        misses: how many images in a row withstood it, up to the last one that was searched.
+        unsearched: number of images that the attack has not searched.
+        misses: number of images in a row, up to the last searched image, that withstood it.
     """
 
     def __init__(self, share: float, images: int, total: int):
         self.allowed, self.unsearched, self.misses = share * total, images, 0
-        #: Images in a round.
+        #: Number of images in a round.
         self.round = max(SMALLEST, math.ceil(images / ROUNDS))
         self._error = (1 - CONFIDENCE) / max(1, math.ceil(images / self.round))
 
     @property
     def may_hold(self) -> float:
-        """How many of the images that were not searched would fall at most, at `CONFIDENCE`."""
+        """The most images, of those not searched, that would fall, at `CONFIDENCE`."""
         if self.misses == 0:
             return float(self.unsearched)
         return self.unsearched * (1 - self._error ** (1 / self.misses))
 
     def see(self, fell: Sequence[bool], no_evidence: int) -> bool:
-        """Take note of a round.
+        """Record a round.
 
         Args:
-            fell: which of its images fell, in their order.
-            no_evidence: how many of those that withstood are no evidence.
+            fell: mask of its images that fell, in order.
+            no_evidence: number of withstanding images that are no evidence.
 
         Returns:
             Whether the attack stops.
@@ -100,7 +100,7 @@ class StoppingRule:
 
 
 def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
-    """The sentence of a report that says how many images a complete search has proved robust; none without one."""
+    """The sentence of a report on the images that a complete search proved robust; none without such a search."""
     own = [row for row in rows if row.is_attack and row.threat is None and row.deployed and not row.transferred]
     proved = [row for row in own if row.settings.get("proved robust") and row.settings["target"] == "defence"]
     if not proved:
@@ -114,7 +114,7 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The sentence of a report that says what the images that no attack searched may hold; none where all were."""
+    """The sentence of a report on the images that no attack searched; none if all were searched."""
     stopped = [row for row in rows if row.threat is None and row.settings.get("unsearched")]
     if not stopped:
         return []

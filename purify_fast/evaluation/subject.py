@@ -1,4 +1,4 @@
-"""The model under evaluation: its variants, how its predictions are judged, and what is looked at before an attack."""
+"""The model under evaluation: its variants, the judgement of its predictions, and the checks before an attack."""
 
 from __future__ import annotations
 
@@ -40,34 +40,35 @@ from .surrogates import surrogates
 logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
-#: How several predictions of a random model decide: an image is right if all of them are, or if most of them say so.
+#: The rule for several predictions of a random model: an image is right if all of them are, or if their majority is.
 Predict = Literal["worst_of", "votes"]
-#: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
+#: Each phase of an evaluation has its own seed, so that no attack has seen the draws that judge it.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
-#: By how much of an image's spread (largest minus smallest logit) its logits may differ through rounding: between
-#: batches of one shape, and between batches of different shapes, for which libraries choose other algorithms.
+#: Rounding may change an image's logits by these shares of their spread (largest minus smallest): between batches of
+#: one shape, and between batches of different shapes, for which libraries choose other algorithms.
 SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
-#: The share of the images that may differ by more: an image at the edge of a rounding step tells nothing of the noise.
+#: The share of the images that may differ by more: an image at the edge of a rounding step says nothing about the
+#: noise.
 FEW = 0.25
-#: Modules that a note names.
+#: The most modules that a note names.
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a variant cannot be attacked.
+    """The reason why a variant cannot be attacked.
 
     Args:
-        reason: what is wrong and what to do about it, in a sentence.
-        repeats: whether one and the same call gives the same logits again, so that only the batch matters.
+        reason: a sentence on what is wrong and what to do about it.
+        repeats: whether the same call gives the same logits again, so that only the batch matters.
     """
 
     reason: str
     repeats: bool
 
 
-#: By variant: how it is entered, and what to do where two calls in one block differ, where two blocks of the same seed
-#: differ, and where the logits of an image depend on the batch.
+#: For each variant: how it is entered, and what to do if two calls in a block differ, if two blocks of the same seed
+#: differ, or if the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -85,7 +86,7 @@ ADVICE = {
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
-    """Where a model computes: where its first tensor is, or the images, for a model without tensors."""
+    """The device of a model: that of its first tensor, or of the images for a model without tensors."""
     if isinstance(model, nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
@@ -93,9 +94,9 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """What the products of a model are rounded to, None where it is float32: another precision is another function.
+    """The precision of a model's products, None for float32: another precision makes another function.
 
-    Of accelerated defences in the model the dtype is known, of other models nothing.
+    The dtype is known for accelerated defences in the model, and not for other models.
     """
     parts = model.modules() if isinstance(model, nn.Module) else ()
     settings = [part.acceleration for part in parts if isinstance(part, Defence)]
@@ -103,7 +104,7 @@ def precision_name(model: Classifier, device: torch.device) -> str | None:
         return "bfloat16"
     older, values = float32_settings()
     rounds = "tf32" in values if older is None else older != (False, "highest")
-    # a CPU rounds nothing, whatever is asked for
+    # A CPU never rounds to TF32, whatever is set.
     return "tf32" if rounds and device.type == "cuda" else None
 
 
@@ -112,11 +113,11 @@ class Judgement:
     """Repeated predictions on the same images.
 
     Args:
-        right: bool ``[draws, n]``, which predictions were right.
-        nonfinite: how many of them name no class, because of a NaN or an infinity; they are not right.
-        margins: by how much the true logit leads the next, float32 ``[n]``, the mean over the predictions.
-        classes: what was predicted, int64 ``[n]``: by the first prediction that is wrong, or the first of all where
-            none is; -1 where it names no class.
+        right: bool ``[draws, n]``, True for right predictions.
+        nonfinite: number of predictions that name no class, because of a NaN or an infinity; they are not right.
+        margins: lead of the true logit over the next, float32 ``[n]``, the mean over the predictions.
+        classes: predicted classes, int64 ``[n]``: of the first wrong prediction, or of the first prediction if none is
+            wrong; -1 if it names no class.
     """
 
     right: np.ndarray
@@ -126,30 +127,30 @@ class Judgement:
 
 
 class Subject:
-    """A model with the images it is attacked on.
+    """A model with the images on which it is attacked.
 
     Args:
         model: images to logits.
         x: images, float32 in [0, 1].
         y: labels, int64.
-        batch_size: images in one prediction at most.
-        n_eval: how often a random model judges each image; of "votes", how many draws make its one prediction.
-        seed: of everything random.
-        predict: how these decide; None: as "worst_of".
+        batch_size: most images in a prediction.
+        n_eval: number of predictions of a random model on each image; with "votes", of draws in its one prediction.
+        seed: seed of everything random.
+        predict: rule for these; None: as "worst_of".
 
     Attributes:
-        first: the number of its first image in all that is evaluated, where that comes part by part.
+        first: number of its first image among all evaluated images, if these come in parts.
         more: whether further parts are to come.
-        room: how many images there is room for in one pass; without a limit at first.
-        model: what is judged: the model itself, or the vote of its draws.
-        single: the model itself, whose modes and parts can be asked for.
+        room: number of images that fit into memory in a pass; no limit at first.
+        model: the judged model: the model itself, or the vote of its draws.
+        single: the model itself, with its modes and parts.
         is_random: whether two predictions of the model on the same images differ.
-        draws_once_per_call: whether it draws once for all images of a call, and not for each.
-        has_probabilities: whether the model returns probabilities where logits are wanted.
+        draws_once_per_call: whether it draws once for all images of a call, not for each image.
+        has_probabilities: whether the model returns probabilities in place of logits.
 
     Raises:
-        ValueError: a label that the model has no class for, a model that writes to its input, or a way to predict for
-            one that gives the same answer every time.
+        ValueError: a label has no class in the model, the model writes to its input, or ``predict`` is given for a
+            deterministic model.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """Images in one prediction."""
+        """The number of images in a prediction."""
         return self.room.at_most(self._batch_size)
 
     def _check_labels(self) -> None:
@@ -215,7 +216,7 @@ class Subject:
         return other
 
     def of(self, variant: Variant) -> Classifier:
-        """What a variant judges: in a mode of the model all draws are the same, and there is nothing to vote on."""
+        """The model that a variant judges: in a mode without randomness there is nothing to vote on."""
         return self.model if variant == "random" else self.single
 
     def some(self) -> Tensor:
@@ -223,20 +224,20 @@ class Subject:
         return self.x[:8].to(self.device, copy=True)
 
     def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
-        """What a careful attacker, whose ball has this norm and radius, attacks in the model's place, by name.
+        """Models that a careful attacker would attack in the model's place, by name.
 
         Args:
-            ball: norm and radius.
-            absent: where to write why there is no such model, by its name.
+            ball: norm and radius of the attacker.
+            absent: dictionary to which reasons for missing models are written, by name.
         """
         return surrogates(self.single, self.some(), self.num_classes, ball, absent)
 
     def draws(self, model: Classifier) -> bool:
-        """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""
+        """Tell whether predictions of a model vary. Two may agree by chance if it has few to choose from."""
         one = model(self.some())
         if differ(one, model(self.some())):
             return True
-        # what is tried beyond two predictions takes no draws from what comes after it
+        # Trials beyond two predictions must not change later draws.
         with self._forked_generators():
             return any(differ(one, model(self.some())) for _ in range(TRIED_CALLS - 2))
 
@@ -244,35 +245,35 @@ class Subject:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
-        """The model as the variant has it, within a block."""
+        """Within the block, the model is in the variant's mode."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()
         single: Any = self.single
         return single.fixed_noise(self.seed) if name == "fixed" else single.deterministic()
 
     def fault(self, name: Variant) -> Fault | None:
-        """What is wrong with a variant that the model has; None where nothing is, and for the model as it is."""
+        """The fault of a variant that the model has; None if there is none, and for the model as it is."""
         if name == "random" or not self.is_random:
             return None
         if name not in self._faults:
-            # what is tried takes no draws from what comes after it
+            # Trials must not change later draws.
             with self._forked_generators():
                 self._faults[name] = find_fault(self.single, self.some(), lambda: self.variant(name), name)
         return self._faults[name]
 
     def judges(self, variant: Variant) -> int:
-        """How many predictions judge an image."""
+        """The number of predictions that judge an image."""
         return self.n_eval if variant == "random" and self.is_random else 1
 
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
-        """Put the random generators where the phase begins."""
-        # the noise of one part of the images is not that of the next
+        """Seed the random generators for a phase."""
+        # Each part of the images has its own noise.
         torch.manual_seed(3 * (self.seed + self.first) + PHASES[phase])
 
     def reseed_batch(self, number: int) -> None:
-        """Put the random generators where a batch of an attack begins, whichever process made those before it.
+        """Seed the random generators for a batch of an attack, whichever process made the batches before.
 
-        The first one goes on from where its attack began.
+        The first batch continues the seed of its attack.
         """
         if number:
             torch.manual_seed(int(text_hash(f"{self.seed} {self.first} {number}").hexdigest()[:15], 16))
@@ -285,17 +286,17 @@ class Subject:
         by: Classifier | None = None,
         index: Tensor | None = None,
     ) -> Judgement:
-        """Predictions on some of the images, or on what became of them.
+        """Predict and judge some of the images, or their attacked versions.
 
         A prediction that names no class, because of a NaN or of an infinity that several classes share, is wrong,
-        whatever ``argmax`` would say.
+        whatever ``argmax`` returns.
 
         Args:
             x: the images.
-            variant: of the model.
-            phase: which draws are taken.
+            variant: variant of the model.
+            phase: phase whose draws are taken.
             by: another model, which judges each image once.
-            index: which of the images they are, int64; None: the first ``len(x)``.
+            index: indices of these images, int64; None: the first ``len(x)``.
         """
         return self.room.within(lambda: self._judge(x, variant, phase, by, index))
 
@@ -328,7 +329,7 @@ class Subject:
 def find_fault(
     model: Classifier, x: Tensor, block: Callable[[], contextlib.AbstractContextManager[Any]], variant: Variant
 ) -> Fault | None:
-    """The first way in which a variant of a random model is not what its name promises; None where there is none.
+    """Find the first way in which a variant of a random model breaks the promise of its name; None if there is none.
 
     An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
     mean something only if the draw is the same in every call, for every place in a batch and for every split of the
@@ -336,7 +337,7 @@ def find_fault(
     parts of the batch.
     """
     call, for_calls, for_blocks, for_batches = ADVICE[variant]
-    # the places of a single image can be told apart too
+    # Copies of a single image make places in a batch comparable.
     x = x if len(x) > 1 else torch.cat([x, x])
     with block():
         first, again = model(x), model(x)
@@ -361,7 +362,7 @@ def find_fault(
 
 
 def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
-    """Which images have logits that differ by more than rounding explains, bool ``[B]``."""
+    """Mask of the images whose logits differ by more than rounding explains, bool ``[B]``."""
     one, other = one.double(), other.double()
     same = (one == other) | (one.isnan() & other.isnan())
     finite = one.isfinite()
@@ -375,13 +376,13 @@ def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
 
 
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
-    """Notes about modules in training mode that a model uses and nobody switches, and about those that it hides.
+    """Notes on modules in training mode that a model uses and that are not switched, and on hidden modules.
 
-    The mode of a module is switched, and that of its parts; that of a function is not, nor that of a global variable.
+    The mode of a module and of its parts is switched; modules of a function or a global variable are not.
 
     Args:
-        model: what is judged, within `purify_fast.attacks.frozen`.
-        name: how it is called in the report.
+        model: the judged model, within `purify_fast.attacks.frozen`.
+        name: its name in the report.
     """
     if not isinstance(model, nn.Module):
         training = _in_training_mode(used_modules(model))
@@ -417,7 +418,7 @@ def _listed(modules: list[str]) -> str:
 
 
 def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """Those that behave as in training, each once."""
+    """The modules that behave as in training, each once."""
     return list(
         dict.fromkeys(
             f"{place} ({type(part).__name__})"
@@ -429,7 +430,7 @@ def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
 
 
 def _asks_for_mode(module: nn.Module) -> bool:
-    """Whether a module computes something else in training, as dropout and batch normalization do."""
+    """Tell whether a module computes differently in training, as dropout and batch normalization do."""
     for kind in type(module).__mro__:
         if kind is nn.Module:
             return False
@@ -440,13 +441,13 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 
 def refresh_stale_copies(*models: object) -> None:
-    """Let accelerated defences copy their classifiers again where these are others than when they were copied.
+    """Let accelerated defences copy their classifiers again if these have changed since.
 
-    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow changes in place. Judged with the old
-    ones, a defence would be one that its weights no longer describe. That they were made again is logged.
+    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow changes in place. With old copies,
+    the judged defence would not have its own weights. New copies are logged.
 
     Args:
-        models: what is judged or attacked from; any of them may be, hold or use accelerated defences, or be None.
+        models: judged models and sources of attacks; each may be, hold or use accelerated defences, or be None.
     """
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
     for defence in modules.values():
@@ -459,7 +460,7 @@ def refresh_stale_copies(*models: object) -> None:
                 type(defence).__name__,
             )
             defence.refresh()
-        # weights packed for a kernel are packed again, which takes a moment, when they are next used
+        # Weights packed for a kernel are packed again at their next use, which takes a moment.
         elif defence.fast.packed is not None:
             defence.fast.packed_from = None
 
@@ -473,6 +474,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """What stands for the copies of the classifier; of one without a fingerprint its tensors alone."""
+    """The mark of a copied classifier: its fingerprint, or without one its tensors."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

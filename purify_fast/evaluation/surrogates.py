@@ -1,8 +1,8 @@
-"""What a careful attacker attacks in a model's place: its parts alone, softened copies of it, fewer samples, no noise.
+"""Surrogates of a model for a careful attacker: its parts alone, softened copies, fewer samples, no noise.
 
 A sharp gate, a threshold, a rounding, a detached part or a head that saturates leaves a gradient finite, not zero, and
-useless. What is found on a copy without it is then tried on the model itself. A surrogate needs no cooperation: the
-functions that harden a model are replaced while its own code runs (`purify_fast.evaluation.softening`).
+useless. Images found on a copy without it are then tried on the model itself. A surrogate needs no cooperation: such
+functions are replaced while the model's own code runs (`purify_fast.evaluation.softening`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates
 from .identity_backward import IdentityBackward, blocking
 from .softening import REVISION, Softening
 
-#: How much softer the softened copies are: a gate's slope is divided by these. One more copy keeps every value.
+#: Temperatures of the softened copies, by which a gate's slope is divided. One more copy keeps every value.
 TEMPERATURES = (10.0, 100.0)
-#: Parts that are attacked alone, at most; a model's modules are asked from the outside in.
+#: The most parts that are attacked alone; a model's modules are tried from the outside in.
 MOST_PARTS = 4
-#: How deep in a model parts are looked for.
+#: The depth in a model to which parts are looked for.
 DEPTH = 2
 #: Gradients are the same if those of each image differ by no more than this share of its largest.
 ROUNDING = 1e-4
-#: How many characters of the reason why there is no such copy are told.
+#: The most characters of the reason why there is no such copy.
 REASON = 160
-#: Corners of the ball, at which gradients are compared too, are points so many radii away, projected onto it.
+#: Gradients are compared at corners of the ball too: points this number of radii away, projected onto it.
 FAR = 100.0
 
 
@@ -51,13 +51,13 @@ class Softened(_Around):
 
     Args:
         model: any callable.
-        temperature: what the arguments of sigmoid, softmax and the like are divided by, and the slope of comparisons;
-            None: the logits stay exact, and only their gradient is another.
+        temperature: divisor of the arguments of sigmoid, softmax and the like, and of the slope of comparisons; None:
+            the logits stay exact, and only their gradient changes.
     """
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        # kept rows are told apart by what this object holds, and not by this package's code
+        # Kept rows are told apart by this object's contents, not by this package's code.
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class Softened(_Around):
         return self.model(x) if self.temperature is None else self._within(Softening(self.temperature), x).detach()
 
     def _within(self, mode: Softening, x: Tensor) -> Tensor:
-        # what depends on the images is told by what requires a gradient, also where none is wanted
+        # Tensors that depend on the images are recognized by requires_grad, even if no gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
-        # the model may take gradients itself: what it switches on or off inside is not followed, so they are on
+        # The model may take gradients itself. Its own switches are not followed, so gradients are on.
         with torch.enable_grad(), mode:
             logits = self.model(leaf)
         mode.let_through([logits])
@@ -117,7 +117,7 @@ class FewerSamples(_Around):
 
     Args:
         model: with an attribute ``samples``.
-        samples: how many it takes here.
+        samples: number of samples here.
     """
 
     def __init__(self, model: nn.Module, samples: int):
@@ -134,7 +134,7 @@ class FewerSamples(_Around):
 
 
 class Together(nn.Module):
-    """All parts at once: an image that fools each of them fools whatever chooses between them.
+    """All parts at once: an image that fools each part fools any choice between them.
 
     Args:
         parts: models of the same classes.
@@ -143,7 +143,7 @@ class Together(nn.Module):
     def __init__(self, parts: Sequence[Classifier]):
         super().__init__()
         self.parts = list(parts)
-        # registered, so that their weights are found
+        # The parts are registered, so that their weights are found.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.eval()
 
@@ -154,14 +154,14 @@ class Together(nn.Module):
 def surrogates(
     model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
 ) -> list[tuple[str, Classifier]]:
-    """The surrogates that a model has, by name; what does not run, or gives no finite logits, is left out.
+    """The surrogates of a model, by name; those that fail, or give logits that are not finite, are left out.
 
     Args:
         model: images to logits; any callable.
         x: a few images ``[B, C, H, W]`` on its device.
-        num_classes: of its logits.
+        num_classes: number of classes of its logits.
         ball: norm and radius of the attacks.
-        absent: where to write why there is no such copy, by its name.
+        absent: dictionary to which reasons for missing copies are written, by name.
     """
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
@@ -187,7 +187,7 @@ def surrogates(
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
-    # what hardens a model may do so only away from the images
+    # A model may be hard to differentiate only away from the images.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
         seen, usable = [_gradient(model, x, num_classes)], []
@@ -197,7 +197,7 @@ def surrogates(
                 if absent is not None:
                     absent[name] = gradient
                 continue
-            # a copy with the gradients of the model, or of another copy, finds nothing new
+            # A copy with the gradients of the model, or of another copy, finds nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if not (copies and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
@@ -207,22 +207,22 @@ def surrogates(
 
 @contextlib.contextmanager
 def _tried(model: Classifier, x: Tensor) -> Iterator[None]:
-    """A block in which a model is asked; what it draws is drawn again after it."""
+    """Within the block, a model is tried; its random draws do not change later draws."""
     with frozen(model), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         yield
 
 
 def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
-    """The gradient to the images of a model's logits; the reason where there is none, or it is not finite."""
-    # whatever code a user's model has may refuse what it was not written for
+    """The gradient of a model's logits to the images, or the reason why there is none or it is not finite."""
+    # A user's model may raise anything on inputs that it was not written for.
     try:
         with torch.enable_grad():
-            # a random model draws the same as its copies
+            # A random model draws the same as its copies.
             torch.manual_seed(0)
             leaf = x.detach().clone().requires_grad_()
             logits = model(leaf)
             with torch.no_grad():
-                # attacks judge points without gradients
+                # Attacks judge points without gradients.
                 model(x)
             if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
                 return f"it gives no logits of {num_classes} classes"
@@ -239,7 +239,7 @@ def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
 
 
 def _same(one: Tensor, other: Tensor | str) -> bool:
-    """Whether two gradients differ by no more than rounding, for each image by itself."""
+    """Tell whether two gradients differ by no more than rounding, separately for each image."""
     if isinstance(other, str):
         return False
     apart, size = ((each.flatten(1).abs().amax(1)) for each in (one - other, other))
@@ -251,7 +251,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     whole = _logits(model, x)
     parts: list[tuple[str, Classifier]] = []
     if has_classifier(model):
-        # a defence's own classifier: a part by contract, whatever else is in the defence
+        # A defence's own classifier is a part by contract, whatever else is in the defence.
         parts.append(("classifier", model.classifier))
     for name, part in _inside(model, DEPTH):
         if len(parts) == MOST_PARTS:
@@ -277,8 +277,8 @@ def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
 
 
 def _logits(model: Classifier, x: Tensor) -> Tensor | None:
-    """What a part makes of images; None where it does not take them."""
-    # whatever code a user's model has may refuse what it was not written for
+    """The logits of a part for images; None if it does not accept them."""
+    # A user's model may raise anything on inputs that it was not written for.
     with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
         logits = model(x)
         if isinstance(logits, Tensor) and logits.dim() == 2:

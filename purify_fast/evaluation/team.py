@@ -1,12 +1,12 @@
-"""One evaluation by several processes: they share each attack's batches and the probes; the first one does the rest.
+"""An evaluation by several processes: they share each attack's batches and the probes; the first does the rest.
 
 The first process of torch's default process group runs the evaluation as it would alone. When it comes to an attack, it
-publishes which batches are to be made, and every process takes the next one that nobody has taken, so that hard images
-keep none waiting. A finished batch is a file in a folder that all see, where an interrupted evaluation finds it too.
-What a batch consists of depends on the images alone, and its seed on its number: who made it does not matter.
+publishes the batches to make, and every process takes the next batch that nobody has taken, so that hard images keep no
+process waiting. A finished batch is a file in a folder that all see, where an interrupted evaluation finds it too.
+The contents of a batch depend on the images alone, and its seed on its number: its maker does not matter.
 
-Everything goes through the store of the process group. No collective operation takes part: nobody waits for a process
-that is slow, and the batches of one that died are made by the first process.
+Everything goes through the store of the process group, without collective operations: nobody waits for a slow process,
+and the first process makes the batches of a dead process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
 _AGAIN = "Start the same again to go on from the batches that are finished, with as many processes as there are then"
 
 
-#: In place of an attack's number: what the model is asked besides the attacks, and the signs that this gave.
+#: Codes in place of an attack's number: for the probes, and for the signs that these gave.
 PROBES, SIGNS = -1, -2
 
 
@@ -51,15 +51,15 @@ class Task(NamedTuple):
 
     Args:
         attack: the number of the attack among those of the evaluation, or `PROBES` or `SIGNS`.
-        first: the number of the first image of the part that is attacked.
+        first: the number of the first image of the attacked part.
         data: the checksum of that part.
-        images: int64 as bytes, the images of the part that are attacked, in their order. Of the probes nothing; of the
-            signs their words, as JSON.
-        batches: the numbers of the batches that are missing.
-        folder: where they go; of the probes, whose parts give values, none.
-        draws_differ: whether the first process found the attacked model to differ from call to call.
+        images: int64 as bytes, the attacked images of the part, in order. For probes empty; for signs their words, as
+            JSON.
+        batches: the numbers of the missing batches.
+        folder: folder of the batches; none for probes, whose parts give values.
+        draws_differ: whether the first process found that the attacked model varies from call to call.
         begins: whether the folder has the points at which the attack begins.
-        number: counts the tasks of an evaluation.
+        number: number of this task in the evaluation.
     """
 
     attack: int
@@ -74,14 +74,14 @@ class Task(NamedTuple):
 
 
 class Team:
-    """The processes that make one evaluation, a context manager: what is raised in one of them is raised in all.
+    """The processes of an evaluation, a context manager: an error raised in one process is raised in all.
 
     Args:
-        together: whether the processes of the group share the work; False: this one works alone.
+        together: whether the processes of the group share the work; False: this process works alone.
 
     Attributes:
         rank: the number of this process.
-        world: how many there are.
+        world: number of processes.
     """
 
     _evaluations = 0
@@ -93,7 +93,7 @@ class Team:
         if self.world > 1:
             Team._evaluations += 1
             name = f"purify_fast evaluation {Team._evaluations}"
-            # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+            # PyTorch's public functions for the store belong to the group's creator, which may not be this package.
             store = dist.distributed_c10d._get_default_store()
             self.store, self.signs = PrefixStore(name, store), _Signs(PrefixStore(name, store.clone()), self.rank)
 
@@ -101,7 +101,7 @@ class Team:
         if self.world > 1:
             self.signs.thread.start()
         if self.rank > 0:
-            # the first process says it
+            # Only the first process logs.
             logger.addFilter(_nothing)
         return self
 
@@ -110,7 +110,7 @@ class Team:
             return
         try:
             if error is not None and not isinstance(error, (dist.DistError, ProcessLost)):
-                # what ended this process is raised here, even where the others cannot be told
+                # The error of this process is raised even if the others cannot be told.
                 with contextlib.suppress(dist.DistError):
                     self._fail(error)
         finally:
@@ -124,13 +124,13 @@ class Team:
                 f"({str(error).splitlines()[0]}): the process or the machine that has it ended. {_AGAIN}"
             ) from error
 
-    # -- what all agree on --------------------------------------------------------------------------------------------
+    # -- agreement of all processes -----------------------------------------------------------------------------------
 
     def from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives in the first process, in every process.
+        """Share the result of ``make`` in the first process with every process.
 
         Args:
-            name: under which the others find it.
+            name: name under which the others find it.
             make: called by the first process alone.
         """
         if self.rank > 0:
@@ -141,10 +141,10 @@ class Team:
         return value
 
     def check_same(self, call: Mapping[str, Any]) -> None:
-        """Refuse processes that evaluate something else than the first one.
+        """Refuse processes that evaluate something other than the first process.
 
         Args:
-            call: what is evaluated, by name.
+            call: the facts of the evaluation, by name.
 
         Raises:
             ValueError: anything differs; the message names it.
@@ -160,11 +160,11 @@ class Team:
     # -- the first process --------------------------------------------------------------------------------------------
 
     def folder(self, unfinished: PartialRow, out: Path | None) -> PartialRow:
-        """Where the batches of an attack go: where they are kept, or a folder for this evaluation alone.
+        """The folder of an attack's batches: the folder that keeps them, or a temporary one for this evaluation.
 
         Args:
-            unfinished: keeps them, or nothing.
-            out: a folder that all processes see; None: the system's for temporary files.
+            unfinished: keeps the batches, or nothing.
+            out: a folder that all processes see; None: the system's folder for temporary files.
         """
         if self.world == 1 or unfinished.folder is not None:
             return unfinished
@@ -173,11 +173,11 @@ class Team:
         return PartialRow(self._scratch / str(self._tasks))
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
-        """Have the batches of an attack made by all processes; those that are lost on the way are left out.
+        """Let all processes make the batches of an attack; batches of lost processes are left out.
 
         Args:
             task: the batches.
-            make: makes one.
+            make: makes a batch.
             progress: counts the images of all processes.
         """
         if task.folder:
@@ -193,7 +193,7 @@ class Team:
                 progress.count(int(images))
 
     def values(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
-        """What some functions give, each of which any process may call.
+        """The results of some functions, each of which any process may call.
 
         Args:
             task: has a number for each.
@@ -210,10 +210,10 @@ class Team:
         return [values[part] for part in task.batches]
 
     def end(self, report: Callable[[], str]) -> None:
-        """The evaluation is made.
+        """End the evaluation.
 
         Args:
-            report: what the other processes get.
+            report: report for the other processes.
         """
         if self.world > 1:
             self._end(report())
@@ -221,7 +221,7 @@ class Team:
     # -- the others ---------------------------------------------------------------------------------------------------
 
     def tasks(self) -> Iterator[Task]:
-        """What there is to do for another process than the first, until the evaluation ends."""
+        """The tasks of a process other than the first, until the evaluation ends."""
         while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
             self._tasks += 1
             yield Task(*_as_value(text))
@@ -238,7 +238,7 @@ class Team:
             self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
-        """What the first process gave to `end`, when there are no tasks any more."""
+        """The report that the first process gave to `end`, once there are no more tasks."""
         report = self._wait_for_value("ended")
         self._ended = True
         self.store.set(f"left {self.rank}", "yes")
@@ -247,7 +247,7 @@ class Team:
         return str(report)
 
     def check_folder(self, folder: Path) -> None:
-        """Refuse a folder that this process does not see; ValueError."""
+        """Raise ValueError for a folder that this process does not see."""
         end = time.monotonic() + VISIBLE
         while not folder.is_dir():
             if time.monotonic() > end:
@@ -255,13 +255,13 @@ class Team:
                     f"process {self.rank}, on {socket.gethostname()}, does not see {folder}, where the first one looks "
                     "for its batches: give out=FOLDER (--out), one that all machines share"
                 )
-            # a batch that others have made already is looked for by none
+            # Nobody looks for a batch that others have made already.
             time.sleep(LONGEST)
 
-    # -- all ----------------------------------------------------------------------------------------------------------
+    # -- all processes ------------------------------------------------------------------------------------------------
 
     def taken(self, task: Task, progress: Progress) -> Iterator[int]:
-        """The batches that this process takes; one is finished when the next is asked for.
+        """The batches that this process takes; a batch is finished when the next is asked for.
 
         Args:
             task: the batches.
@@ -279,7 +279,7 @@ class Team:
                 self.store.set(f"made {place}", str(progress.images - before))
 
     def _wait_for(self, name: str, owner: int = 0, other: str | None = None) -> bytes | None:
-        """What is under a name; None where the other name is there, or where its owner, another one, is lost.
+        """Wait for the value of a name; None if the other name appears, or if its owner, another process, is lost.
 
         Raises:
             ProcessLost: the first process is lost, or does not begin.
@@ -304,13 +304,13 @@ class Team:
         return self.store.get(name)
 
     def _wait_for_value(self, name: str) -> Any:
-        """What the first process gave under a name."""
+        """Wait for the first process's value of a name."""
         text = self._wait_for(name)
         assert text is not None
         return _as_value(text)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others of an error; another process than the first leaves when that has heard of it."""
+        """Tell the others of an error; a process other than the first leaves once the first has heard of it."""
         if self._ended or self.store.check([f"lost {self.rank}"]):
             return
         self.store.compare_set("failed", "", _as_text(sendable(error)))
@@ -322,7 +322,7 @@ class Team:
                 self.store.set(f"left {self.rank}", "yes")
 
     def _end(self, result: object) -> None:
-        """Give the others the result, and time to read it: the store may be in this process, and end with it."""
+        """Give the others the result, and time to read it: the store may be in this process and end with it."""
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
@@ -339,11 +339,11 @@ class ProcessLost(ConnectionError):
 class _Signs:
     """The signs of life of the processes of a team.
 
-    Silence is counted while this process waits, in steps of a beat at most, so that one that was stopped and goes on
-    does not take the time in which it heard nothing for the others' silence.
+    Silence is counted while this process waits, in steps of at most a beat. So a process that was stopped and goes on
+    does not mistake the pause for the others' silence.
 
     Args:
-        store: a connection of its own; one that the evaluation waits at would keep the signs back.
+        store: a separate connection; the evaluation's connection, while it waits, would delay the signs.
         rank: the number of this process.
     """
 
@@ -359,12 +359,12 @@ class _Signs:
         beats = 0
         while beats == 0 or not self.over.wait(BEAT):
             beats += 1
-            # a store that does not answer is silence
+            # A store that does not answer counts as silence.
             with contextlib.suppress(dist.DistError):
                 self.store.set(f"alive {self.rank}", str(beats))
 
     def lost(self, other: int) -> bool:
-        """Whether another process, for which this one waits, gives no signs any more; it may take long to begin."""
+        """Tell whether another process, for which this process waits, has fallen silent; it may take long to begin."""
         now = time.monotonic()
         sign = self.store.get(f"alive {other}") if self.store.check([f"alive {other}"]) else b""
         if sign != self._last.get(other):

@@ -1,8 +1,8 @@
-"""Standard against robust accuracy, of a single model or of curves of models: as one number, and as a picture.
+"""Standard against robust accuracy, for a single model or for curves of models: as a number, and as a picture.
 
 `ar_bd` and `ar_point_dist` are this package's own. Like the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki
-et al., arXiv 2308.16454) they are inspired by the Bjontegaard delta of video coding, but they are not that measure: its
-definition was not found, and numbers of the two must not be compared.
+et al., arXiv 2308.16454) they are inspired by the Bjontegaard delta of video coding, but they are not ARDist: its
+definition was not found, and its numbers must not be compared with these.
 
 matplotlib and adjustText come with the extra ``demo``; both are imported where a picture is drawn.
 """
@@ -22,8 +22,8 @@ from .._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
-#: Rounds in which names push each other away. All of them run if one name finds no free place, which takes two seconds
-#: for twenty models; ten times as many rounds make no better picture.
+#: Rounds in which names push each other away. All rounds run if a name finds no free place, which takes two seconds
+#: for twenty models; ten times as many rounds do not improve the picture.
 ROUNDS = 300
 
 
@@ -38,7 +38,7 @@ class Tradeoff:
         robust: accuracy on attacked images, 0 to 100.
 
     Raises:
-        ValueError: not within 0 to 100, or not finite.
+        ValueError: an accuracy is not within 0 to 100, or not finite.
     """
 
     standard: float
@@ -68,7 +68,7 @@ class Tradeoff:
 
 
 def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]]) -> float:
-    """How much more robust a curve of models is than another at equal standard accuracy, on average.
+    """The mean gain in robust accuracy of a curve of models over another at equal standard accuracy.
 
     The Bjontegaard delta with linear axes: both curves, robust over standard accuracy, are interpolated by monotone
     cubics (pchip); the difference of their integrals over the standard accuracies both cover is divided by that
@@ -77,11 +77,11 @@ def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]])
     Args:
         reference: pairs (standard %, robust %) in any order, two at least, with distinct standard accuracies; models
             along one curve differ in a weight or a schedule. The number depends on the reference: state it.
-        test: the curve that is compared with it, of the same form.
+        test: the curve that is compared with it, in the same form.
 
     Returns:
-        Points of robust accuracy, positive where ``test`` is better. NaN, with a warning, where no interval of
-        standard accuracies is covered by both; a warning where less than 75 % of what either covers is.
+        Points of robust accuracy, positive if ``test`` is better. NaN, with a warning, if the curves share no interval
+        of standard accuracies; a warning also if they share less than 75 % of what either covers.
 
     Raises:
         ValueError: too few points, repeated standard accuracies, or accuracies not within 0 to 100.
@@ -99,11 +99,11 @@ def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) 
     at its first and last point: there is no extrapolation. It is not the ARDist of ARREST: see this module.
 
     Args:
-        reference: pairs (standard %, robust %) as of `ar_bd`. The number depends on it: state it.
+        reference: pairs (standard %, robust %) as for `ar_bd`. The number depends on it: state it.
         point: (standard %, robust %).
 
     Returns:
-        Points. Positive where the model is above the curve at its standard accuracy, negative where below. Outside
+        Points. Positive if the model is above the curve at its standard accuracy, negative if below. Outside
         the curve's standard accuracies it is positive unless the end on that side is at least as good in both: past
         the upper end always, below the lower end where the model is more robust than that end.
 
@@ -126,7 +126,7 @@ def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) 
 
 
 def _check_percent(name: str, value: float) -> float:
-    # written so that NaN is refused too
+    # This form of the comparison refuses NaN too.
     if not 0 <= value <= 100:
         raise ValueError(f"{name} must be a percentage from 0 to 100, got {value!r}")
     return float(value)
@@ -156,7 +156,7 @@ def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarra
 def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
     """The monotone cubic through the points; ModuleNotFoundError without scipy, which is optional."""
     try:
-        # scipy is optional: the extras eval and demo have it
+        # scipy is optional: the extras eval and demo have it.
         from scipy.interpolate import PchipInterpolator
     except ImportError as error:
         raise ModuleNotFoundError(
@@ -191,10 +191,10 @@ def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
     for i, width in enumerate(np.diff(curve.x)):
         cubic = np.poly1d(curve.c[:, i] * width ** np.arange(3, -1, -1.0))
         slope = np.poly1d([width**2, width * (curve.x[i] - x)]) + (cubic - y) * cubic.deriv()
-        # rounding leaves leading coefficients where there are none, and roots far away that spoil the others
+        # Rounding leaves tiny leading coefficients, whose far roots would spoil the others.
         leading = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
         roots = np.roots(slope.c[leading[0] :])
-        # real parts of all: a double root may come out as a complex pair, and any point of the piece may be tried
+        # Take real parts: a double root may come out as a complex pair, and any point of the piece may be tried.
         us[i] = np.concatenate([us[i], np.clip(roots.real, 0, 1)])
     s = np.concatenate([curve.x[i] + u * (curve.x[i + 1] - curve.x[i]) for i, u in enumerate(us)])
     r = curve(s)
@@ -219,16 +219,16 @@ def plot_tradeoff(
         path: the PNG, which appears whole or not at all.
         points: from names to (standard %, robust %) or to (standard %, robust %, their two standard errors in points),
             which become error bars.
-        reference: pairs (standard %, robust %) as of `ar_bd`, drawn with the curve of `ar_point_dist`.
+        reference: pairs (standard %, robust %) as for `ar_bd`, drawn with the curve of `ar_point_dist`.
         reference_name: the curve's name in the legend.
-        title: above everything.
+        title: title of the picture.
 
     Returns:
         False, without a file, if matplotlib or adjustText is missing.
 
     Raises:
-        ValueError: nothing to show, accuracies not within 0 to 100, negative or infinite standard errors, or a
-            reference that `ar_bd` refuses.
+        ValueError: there is nothing to show, accuracies are not within 0 to 100, standard errors are negative or
+            infinite, or `ar_bd` refuses the reference.
         ModuleNotFoundError: there is a reference, and scipy is missing.
     """
     shown = {name: _with_errors(name, values) for name, values in points.items()}
@@ -241,9 +241,9 @@ def plot_tradeoff(
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    # more names need more room
+    # More names need more room.
     side = max(1.0, len(shown) / 8) ** 0.5
-    # not a figure of pyplot, so that the user's backend and open figures are left alone
+    # A figure without pyplot leaves the user's backend and open figures alone.
     figure: Any = Figure(figsize=(7.2 * side, 5.0 * side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -252,14 +252,14 @@ def plot_tradeoff(
     everything = np.concatenate([at - errors, at + errors, np.stack([x, y], 1)])
     low, high = everything.min(0), everything.max(0)
     room = np.maximum(0.14 * (high - low), 2.0)
-    # beyond 0 and 100 only what the marks need
+    # The axes go beyond 0 and 100 only by the size of the marks.
     low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     _lines_of_equal_sum(axes, low, high)
     traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
     for i, (center, error) in enumerate(zip(at, errors, strict=True)):
         if error.any():
-            # a bar of length 0 would still have caps
+            # A bar of length 0 would still have caps.
             xerr, yerr = (value or None for value in error)
             axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
         axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
@@ -277,7 +277,7 @@ def plot_tradeoff(
 
 
 def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """(standard, robust, standard error, standard error), the errors 0 where none are given."""
+    """(standard, robust, standard error, standard error), with errors of 0 if none are given."""
     what, given = f"points[{name!r}]", tuple(values)
     if len(given) not in (2, 4):
         raise ValueError(f"{what} must be (standard %, robust %) or these and two standard errors, got {given!r}")
@@ -288,7 +288,7 @@ def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
-    """The reference curve with its points; returns where it runs, ``[points, 2]``."""
+    """Draw the reference curve with its points; return points on the curve, ``[points, 2]``."""
     along = np.linspace(x[0], x[-1], 400)
     traced = np.stack([along, interpolate(x, y)(along)], 1)
     axes.plot(*traced.T, color=_GRAY, lw=1.6, zorder=2)
@@ -299,7 +299,7 @@ def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.nd
 
 
 def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
-    """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
+    """Draw lines of equal SUM, with the value at the right or the upper edge."""
     from matplotlib.ticker import MaxNLocator
 
     for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
@@ -318,7 +318,7 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
 
     if not names:
         return
-    # the layout, and with it the place of every point in pixels, is known from here on
+    # From here on the layout, and so the place of every point in pixels, is known.
     axes.figure.canvas.draw()
     texts = [
         axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
@@ -326,8 +326,8 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
     ]
     for text in texts:
         text.set_in_layout(False)
-    # nine points of an error bar and a twentieth of the curve's points stand for them; a number of rounds in place of a
-    # time keeps the picture the same. The forces are the first that keep the names of a study of twenty models free.
+    # Nine points stand for an error bar, and a twentieth of its points for the curve. A number of rounds in place of a
+    # time keeps the picture the same. These forces were the first that kept the names of twenty models apart.
     along = np.linspace(-1, 1, 9)[:, None, None] * errors
     bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
     x, y = np.concatenate([*bars, traced[::20]]).T

@@ -1,4 +1,4 @@
-"""The attacked images that fell, kept with a report, and their check by anybody, on any machine, at any later time.
+"""The attacked images that fell, kept with a report, and their later check by anybody on any machine.
 
 A report says that an image fell; its witness is the image that the model got wrong. `evaluate` with ``keep="all"``
 keeps a witness of every image that fell, exactly as the model saw it, and `check_witnesses` tries each of them again.
@@ -30,32 +30,32 @@ from .rows import Row
 from .specs import ROUNDING, moved
 from .subject import Predict, Subject
 
-#: The file beside ``report.json``. Its name begins as those of the report's other files, with which it is moved.
+#: The file beside ``report.json``. It is moved with the report's other files, whose names begin alike.
 FILE = "report.witnesses.safetensors"
 FORMAT = 1
-#: What the file says of each witness, beside its numbers.
+#: The texts about each witness in the file.
 TOLD = ("of", "labels", "numbers", "margins", "attacks")
-#: Characters of the checksum of one witness.
+#: Number of characters of a witness's checksum.
 SHORT = 12
-#: Images that a text names, at most.
+#: The most images that a text names.
 NAMED = 10
-#: Bytes that a pixel's value may take in the file, on average: 1,000 images of CIFAR-10 take 10 MB at most. Of images
-#: that would take more, the changes are rounded to multiples of this step, where the model still gets them wrong and
+#: The most bytes of a pixel's value in the file, on average: 1,000 images of CIFAR-10 take 10 MB at most. If images
+#: would take more, their changes are rounded to multiples of this step, provided the model still gets them wrong and
 #: they stay in the ball.
 MOST_BYTES, STEP = 3.0, 2.0**-16
-#: How hard the numbers are compressed: beyond this, time grows and files do not shrink.
+#: The level of compression: beyond this, time grows and files do not shrink.
 LEVEL = 6
 
 
 def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
-    """What tells a model from another: the checksums of its weights and of all that it computes with.
+    """The marks that identify a model: the checksums of its weights and of all that it computes with.
 
     Args:
-        model: what was attacked.
+        model: the attacked model.
         mark: its `purify_fast.evaluation.fingerprint.fingerprint`.
 
     Returns:
-        ``weights`` and ``fingerprint``; None for what cannot be compared, such as the weights of a function.
+        ``weights`` and ``fingerprint``; None for marks that do not exist, such as the weights of a function.
     """
     inner = model.model if isinstance(model, LogitsOf) else model
     weights = weights_fingerprint(inner) if isinstance(inner, nn.Module) else None
@@ -64,17 +64,17 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Attacked images that fell, one for each image and threat model, with what they were before.
+    """Attacked images that fell, one for each image and threat model, with the clean images.
 
     Args:
         clean: the images before the attacks, each once, float32 ``[M, C, H, W]`` in [0, 1].
-        of: the clean image of each witness, its place in ``clean``, int64 ``[W]``.
+        of: the place in ``clean`` of each witness's clean image, int64 ``[W]``.
         adversarial: the witnesses, float32 ``[W, C, H, W]``.
         labels: the true classes, int64 ``[W]``.
         numbers: the place of each image in the data that was evaluated, int64 ``[W]``.
-        margins: by how much the true logit led the next, float32 ``[W]``, the mean over the draws; below 0 where the
-            witness was misclassified.
-        attacks: the attack that found each witness, its place in the list ``attacks`` of ``about``, int64 ``[W]``.
+        margins: lead of the true logit over the next, float32 ``[W]``, the mean over the draws; below 0 if the witness
+            was misclassified.
+        attacks: the place in the list ``attacks`` of ``about`` of the attack that found each witness, int64 ``[W]``.
         about: plain values: the model's marks and number of classes, ``random``, ``n_eval``, ``predict``, ``seed``, and
             the attacks with their balls.
     """
@@ -92,7 +92,7 @@ class Witnesses:
         return len(self.labels)
 
     def summary(self) -> dict[str, Any]:
-        """What a report says of its witnesses: how many, and the checksums by which a change of one is found."""
+        """The report's facts about its witnesses: their number, and checksums by which changes are found."""
         each = [
             digest(self.clean[self.of[i]], self.adversarial[i], self.labels[i], self.numbers[i], self.attacks[i])[
                 :SHORT
@@ -108,9 +108,9 @@ class Witnesses:
         return [balls[number] for number in self.attacks.tolist()]
 
     def outside(self) -> Tensor:
-        """Which witnesses lie outside of the ball or of [0, 1] by more than rounding, or are no numbers; bool ``[W]``.
+        """Mask of the witnesses that lie outside the ball or [0, 1] by more than rounding, or are NaN; bool ``[W]``.
 
-        Of a norm that measures no change of pixels, such as "flow", no radius is looked at.
+        No radius is checked for a norm that does not measure changes of pixels, such as "flow".
         """
         images = self.adversarial
         outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
@@ -122,10 +122,10 @@ class Witnesses:
         return outside
 
     def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
-        """The same where the file is small; where not, with images rounded that fall all the same.
+        """The same witnesses if the file is small; if not, with images rounded that still fall.
 
         Args:
-            still_wrong: images like the witnesses to bool ``[W]``: which of them the model gets wrong.
+            still_wrong: function of images like the witnesses: mask of those that the model gets wrong, bool ``[W]``.
         """
         packed = self._packed()
         if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():
@@ -145,7 +145,7 @@ class Witnesses:
         }
 
     def _is_whole(self) -> bool:
-        """Whether the clean images are multiples of 1/255."""
+        """Tell whether the clean images are multiples of 1/255."""
         return bool((torch.from_numpy(_levels(self.clean)).float() / 255 == self.clean).all())
 
     def save(self, folder: Path) -> None:
@@ -159,7 +159,7 @@ class Witnesses:
         """Read the file.
 
         Args:
-            folder: of the report.
+            folder: folder of the report.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -204,7 +204,7 @@ def _unpacked(packed: Tensor) -> np.ndarray:
 
 
 def _planes(numbers: np.ndarray) -> np.ndarray:
-    """The four bytes of each number, all first bytes, then all second ones: most of the first are the same."""
+    """The bytes of all numbers, first all first bytes, then all second bytes: most first bytes are the same."""
     return np.ascontiguousarray(numbers.astype(">u4").reshape(-1, 1).view(np.uint8).T)
 
 
@@ -214,18 +214,18 @@ def _joined(planes: np.ndarray) -> np.ndarray:
 
 
 def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Where a pixel of an attacked image is likely to be: where it was, or on either border of the ball."""
+    """The likely values of an attacked image's pixel: the clean value, and both borders of the ball."""
     radius = eps.astype(np.float32).reshape(-1, *[1] * (clean.ndim - 1))
     borders = [np.clip(clean + sign * radius, np.float32(0), np.float32(1)) for sign in (np.float32(1), np.float32(-1))]
     return np.stack([clean, *borders]).view(np.uint32)
 
 
 def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dict[str, Tensor]:
-    """Images by the nearest guess for each pixel, and by how many representable numbers it is away from that."""
+    """Encode each pixel by the nearest guess and its distance from that, counted in representable numbers."""
     away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
     choice = np.abs(away.astype(np.int64)).argmin(0)
     nearest = np.take_along_axis(away, choice[None], 0)[0]
-    # small numbers of either sign become small numbers without one
+    # Small numbers of either sign become small unsigned numbers.
     unsigned = ((nearest << 1) ^ (nearest >> 31)).view(np.uint32)
     return {"choice": _packed(choice.astype(np.uint8)), "away": _packed(_planes(unsigned))}
 
@@ -242,14 +242,14 @@ def _decoded(tensors: Mapping[str, Tensor], clean: np.ndarray, eps: np.ndarray) 
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
-    """The witnesses of an evaluation that kept every fallen image; None where none fell.
+    """The witnesses of an evaluation that kept every fallen image; None if no image fell.
 
     An image has one witness for each threat model: that of the first attack to which it fell. A model's variants and
-    evaluations of others have none: they are about other models. What fell on a curve at other radii has none either.
+    evaluations by others have none: they concern other models. Images that fell on a curve at other radii have none.
 
     Args:
-        rows: of one model, the clean ones included.
-        about: the model's marks, and how images were judged.
+        rows: rows of one model, clean rows included.
+        about: the model's marks, and the rule that judged images.
     """
     right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
     seen: set[tuple[str | None, int]] = set()
@@ -286,19 +286,19 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
 
 @dataclass(frozen=True)
 class CheckedWitnesses:
-    """What became of a report's witnesses when they were tried again.
+    """The outcome of trying a report's witnesses again.
 
     Args:
         numbers: the place of each image in the data that was evaluated.
         attacks: the attack that found each witness, by the name of its row.
-        falls: bool ``[W]``, which witnesses the model still gets wrong, by the rule of the report.
-        draws: how many predictions judged each witness.
-        wrong: how many of them were wrong, int64 ``[W]``.
-        outside: bool ``[W]``, which witnesses lie outside of the ball, or of [0, 1], by more than rounding.
-        changed: bool ``[W]``, which witnesses, clean images or labels are others than the report says.
-        margins: what the report's evaluation measured, float32 ``[W]``: by how much the true logit led the next.
-        model: what is known of the model, in a sentence.
-        same_model: whether it is the report's; None where that cannot be compared.
+        falls: bool ``[W]``, witnesses that the model still gets wrong, by the rule of the report.
+        draws: number of predictions that judged each witness.
+        wrong: number of them that were wrong, int64 ``[W]``.
+        outside: bool ``[W]``, witnesses that lie outside the ball or [0, 1] by more than rounding.
+        changed: bool ``[W]``, witnesses whose image, clean image or label is not that of the report.
+        margins: lead of the true logit over the next in the report's evaluation, float32 ``[W]``.
+        model: a sentence on what is known about the model.
+        same_model: whether it is the report's model; None if that cannot be compared.
     """
 
     numbers: np.ndarray
@@ -314,11 +314,11 @@ class CheckedWitnesses:
 
     @property
     def confirmed(self) -> bool:
-        """Whether every image still falls, by a witness that is unchanged and within the ball."""
+        """Tell whether every image still falls, by a witness that is unchanged and within the ball."""
         return bool((self.falls & ~self.outside & ~self.changed).all())
 
     def to_text(self) -> str:
-        """What was found, in lines for a terminal."""
+        """The result, in lines for a terminal."""
         count, fell = len(self.falls), int(self.falls.sum())
         lines = [self.model, f"{fell} of {count} witnesses still fall"]
         if self.draws > 1:
@@ -344,7 +344,7 @@ class CheckedWitnesses:
 
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
-    """The witnesses of a saved report, and which of them are not those that the report names.
+    """Read the witnesses of a saved report, with a mask of those that the report does not name.
 
     Args:
         report: the folder of a report.
@@ -381,16 +381,16 @@ def check_witnesses(
         report: the folder of a report that was made with ``keep="all"``.
         model: the model of the report, or another one; it computes on its own device.
         batch_size: images in one forward pass at most.
-        seed: of the draws of a random model, which are judged by the report's rule; None: another than the report's,
-            so that the draws are fresh.
+        seed: seed of a random model's draws, which are judged by the report's rule; None: not the report's seed, so
+            that the draws are fresh.
 
     Returns:
         A `CheckedWitnesses`.
 
     Raises:
         FileNotFoundError: no report, or no file of witnesses.
-        ValueError: a damaged file, a report without witnesses, or a model that does not take its images.
-        TypeError: a model that is not callable.
+        ValueError: the file is damaged, the report has no witnesses, or the model does not accept its images.
+        TypeError: model is not callable.
     """
     check_at_least_one(batch_size=batch_size)
     witnesses, changed = load_witnesses(report)
@@ -421,7 +421,7 @@ def check_witnesses(
 
 
 def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -> tuple[str, bool | None]:
-    """Whether a model is the report's, in a sentence and as a word."""
+    """Tell whether a model is the report's, in a sentence and as a word."""
     if report["weights"] is None or now["weights"] is None:
         return "the model cannot be compared with the report's: a function has no weights to compare", None
     if report["weights"] != now["weights"]:

@@ -1,6 +1,6 @@
-"""Can this number be believed? Signs that an attack was stopped by something else than robustness.
+"""Signs that an attack was stopped by something else than robustness, so that its number cannot be believed.
 
-A sign passes, is noted or makes the number unreliable, or nothing was measured that could tell (`STATES`).
+A sign passes, is noted, makes the number unreliable, or was not asked because nothing was measured (`STATES`).
 """
 
 from .evidence import STATES, Evidence, Finding, Outlook, Verdict, outlook

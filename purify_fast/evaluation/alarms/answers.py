@@ -1,4 +1,4 @@
-"""A model's answers: the same later, in another batch, under gradients, with another seed? And as gradients say?"""
+"""Tests of a model's answers: later, in another batch, under gradients, with another seed, and as gradients say."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ...protocols import Classifier, FixedNoise, supports
 from ..fingerprint import fingerprint
 from ..subject import Subject, Variant
 
-#: Why a model's gradients tell nothing.
+#: The reasons why a model's gradients tell nothing.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
 
-#: Images that are asked, at most.
+#: The largest number of images that are asked.
 PROBED = 64
-#: How often the same images are asked again, one time after the other.
+#: Number of times that the same images are asked again in a row.
 AGAIN = 8
-#: Images that are asked one by one.
+#: Number of images that are asked in batches of size 1.
 ALONE = 16
 #: Lengths of small steps, in image units: a model that rounds its input needs the larger one.
 SMALL = (1e-3, 8e-3)
-#: Random directions of small steps.
+#: Number of random directions of small steps.
 DIRECTIONS = 2
-#: By how much of their spread logits may differ through rounding, in bfloat16 too.
+#: The share of their spread by which rounding may change logits, in bfloat16 too.
 SAME_LOGITS = 0.05
 
 
 def in_parts(model: Classifier, most: int) -> Classifier:
-    """A model that is given so many images at a time: the probes are bounded as the attacks are."""
+    """A model that sees a limited number of images at a time. The probes have the same limit as the attacks."""
     return lambda x: torch.cat([model(part) for part in x.split(most)])
 
 
@@ -42,7 +42,7 @@ class Before:
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
         self.predicted = self.predictions()
-        # not so for a random model that neither has fixed noise nor draws from the global generator
+        # A random model without fixed noise may draw from another generator than torch's: its answers then vary.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
         self.mark = fingerprint(subject.model)
 
@@ -53,22 +53,22 @@ class Before:
             return self.model(self.x).argmax(1)
 
     def model(self, x: Tensor) -> Tensor:
-        """The model's answers, to as many images at a time as there is room for."""
+        """The model's answers, for as many images at a time as memory allows."""
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
-        """The largest share of the predictions that differ from those before, in several predictions one by one."""
+        """The largest share of changed predictions, over several repetitions."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
     def state_changed(self) -> bool:
-        """Whether weights, buffers or attributes differ from those before."""
-        # a model may keep what it saw last, which was the same before
+        """Tell whether weights, buffers or attributes differ from those before."""
+        # A model may store its last input, so it sees the same input as it did before.
         self.predictions()
         return self.mark != fingerprint(self.subject.model)
 
 
 def quiet(subject: Subject) -> Variant:
-    """The variant in which a model gives the same answer every time, where it has one."""
+    """The variant in which a model gives the same answer every time, if it has such a variant."""
     if not (subject.is_random and supports(subject.single, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
@@ -76,7 +76,7 @@ def quiet(subject: Subject) -> Variant:
 
 
 def is_repeatable(subject: Subject) -> bool:
-    """Whether a model gives the same answer every time, by itself or in a variant of it."""
+    """Tell whether a model, or a variant of it, gives the same answer every time."""
     return not subject.is_random or quiet(subject) == "fixed"
 
 
@@ -93,7 +93,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         x: the images that are asked, the first of the subject's.
 
     Returns:
-        The largest of the shares; None for a random model whose noise cannot be fixed, of which it cannot be told.
+        The largest of the shares; None if it cannot be measured: for a random model whose noise cannot be fixed.
     """
     model, x = subject.model, x[: subject.batch_size]
     if not is_repeatable(subject):
@@ -102,13 +102,13 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
         alone = torch.cat([model(image[None]).argmax(1) for image in x[:ALONE]])
-        # as many as the attacks are given
+        # The batch is as large as those of the attacks.
         larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
     return max(share(together, reverse), share(together, larger), share(together[:ALONE], alone))
 
 
 def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> float | None:
-    """The share of the images whose logits are others while gradients are recorded.
+    """The share of the images whose logits change while gradients are recorded.
 
     Args:
         subject: the model with its images.
@@ -116,8 +116,8 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
         points: images ``[B, C, H, W]``.
 
     Returns:
-        The largest share over the points; None for a random model whose noise cannot be fixed, of which it cannot be
-        told.
+        The largest share over the points; None if it cannot be measured: for a random model whose noise cannot be
+        fixed.
     """
     if not is_repeatable(subject):
         return None
@@ -150,7 +150,7 @@ def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
 
 
 def sets_seed(model: Classifier, x: Tensor) -> bool:
-    """Whether a model puts torch's generator into a state of its own choice: its noise is then always the same.
+    """Tell whether a model sets the state of torch's generator itself: its noise is then always the same.
 
     Args:
         model: images to logits.
@@ -166,7 +166,7 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
 
 
 def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing, float]:
-    """Whether a model changes as its gradients say.
+    """Compare the changes of a model's output with those that its gradients predict.
 
     Args:
         subject: the model with its images.
@@ -174,10 +174,10 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
         points: images ``[B, C, H, W]``: the clean ones, and others near them.
 
     Returns:
-        Of the points, the smallest cosine between the changes of the margin that gradients promise and those that are
-        measured. "not finite": a logit or a gradient is NaN or infinite; "no gradient": PyTorch has none of the output
-        to the images; "zero gradient": it is 0 everywhere. And the largest share of the images whose gradient is zero,
-        not finite or missing.
+        The smallest cosine, over the points, between the changes of the margin that gradients promise and those that
+        are measured. Without a cosine, the reason: "not finite": a logit or a gradient is NaN or infinite;
+        "no gradient": PyTorch has no gradient of the output to the images; "zero gradient": it is 0 everywhere. Then
+        the largest share of the images whose gradient is zero, not finite or missing.
     """
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
@@ -220,6 +220,6 @@ def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Ten
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    # a random model without fixed noise draws from the global generator
+    # Both calls of a random model without fixed noise draw the same from the global generator.
     torch.manual_seed(subject.seed)
     return margin(subject.model(x).float(), y)

@@ -1,4 +1,4 @@
-"""What is known about a model under attack, what an alarm finds in it, and how much a stronger attack would take."""
+"""The evidence about a model under attack, the findings of the alarms, and the expected gain of a stronger attack."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .probes import Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
 
-#: What is missing where a model's gradients tell nothing, in words.
+#: For each reason why gradients tell nothing, the words for what is missing.
 MISSING: dict[Missing, str] = {
     "not finite": "logits or gradients are not finite",
     "no gradient": "there is no gradient: PyTorch has none of the output to the images",
     "zero gradient": "the gradient is zero everywhere",
 }
 
-#: What a sign may say of the number, in words for the reader of a report.
+#: The verdicts on the number, in words for the reader of a report.
 STATES = {
     "passed": "nothing speaks against the number",
     "noted": "worth knowing, and no reason to doubt the number",
@@ -35,16 +35,16 @@ class Finding:
     """One line of the table "can this number be believed".
 
     Args:
-        alarm: what was looked at.
+        alarm: name of the alarm.
         verdict: "passed": nothing speaks against the number; "noted": worth knowing, and no reason to doubt the number;
             "unreliable": a reason to doubt it; "not asked": nothing was measured that could tell.
         measured: the numbers, in words.
         row: the row that gives it away, or the probe.
         model: the model's name.
-        of_answers: whether the alarm is about a model that gives no answer, or not always the same: its successes and
-            failures are both doubtful, also where no image is left.
-        prominent: whether it is told beside the headline where it is no more than noted.
-        advice: what to do about it; empty where there is nothing to do.
+        of_answers: whether the alarm is about missing or inconsistent answers: successes and failures are then both
+            doubtful, even if no image is left.
+        prominent: whether it stands beside the headline even if it is only noted.
+        advice: what to do about it; empty if there is nothing to do.
     """
 
     alarm: str
@@ -58,24 +58,24 @@ class Finding:
 
     @property
     def beside_headline(self) -> bool:
-        """Whether a reader of the lowest number must know it."""
+        """Tell whether a reader of the lowest number must know it."""
         return self.verdict == "unreliable" or (self.verdict == "noted" and self.prominent)
 
     @property
     def told(self) -> str:
-        """The alarm in a sentence, with the row that tells."""
+        """The alarm in a sentence, with the row that shows it."""
         return f"{self.alarm}: {self.measured}" + (f" ({self.row})" if self.row else "")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one model under the report's threat model.
+    """The evidence about one model under the report's threat model.
 
     Args:
-        rows: the clean rows and the attacks, in the order in which they were made; no ``worst``.
-        probes: what the model was asked besides; None if it was not.
-        classes: how many classes the model has; None if that is not known.
-        probabilities: whether the model returns probabilities where logits are wanted; None if that is not known.
+        rows: the clean rows and the attacks, in the order in which they were made, without ``worst``.
+        probes: answers of the model to the probes; None if it was not probed.
+        classes: number of the model's classes; None if unknown.
+        probabilities: whether the model returns probabilities in place of logits; None if unknown.
     """
 
     rows: Sequence[Row]
@@ -99,7 +99,7 @@ class Evidence:
 
     @property
     def nothing_left(self) -> bool:
-        """Whether every image has fallen, to the attacks or to the probes."""
+        """Tell whether every image has fallen, to the attacks or to the probes."""
         robust = self.robust(max((row.n for row in self.rows), default=0))
         if robust is None:
             return False
@@ -107,11 +107,11 @@ class Evidence:
         return not robust.any()
 
     def fallen_to_probes(self, n: int) -> list[int]:
-        """Which of the first n images withstood every attack and fell to a probe, by number."""
+        """Numbers of those among the first n images that withstood every attack and fell to a probe."""
         return [] if self.probes is None else [image for image in self.probes.fallen if image < n]
 
     def blind(self) -> str:
-        """Why short attacks along the model's gradients could find nothing; empty where they could."""
+        """The reason why short attacks along the model's gradients could find nothing; empty if they could."""
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):
             return MISSING[self.probes.cosine]
@@ -119,12 +119,12 @@ class Evidence:
         return f"the attacks had no usable gradients ({counted[0].describe_health()})" if lacked else ""
 
     def robust(self, n: int) -> np.ndarray | None:
-        """Which of the first n images withstood every attack on as many, bool ``[n]``; None without such an attack."""
+        """Mask of the images that withstood every attack on the first n, bool ``[n]``; None without such an attack."""
         masks = [row.robust[:n] for row in self.attacks() if row.n >= n]
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Every attack with the images that fell to it, bool ``[n]``: of survivors, those that it was given."""
+        """Every attack with the images that fell to it, bool ``[n]``; an attack on survivors saw only these."""
         clean = {row.variant: row.robust for row in self.rows if row.kind == "clean"}
         left: dict[str, np.ndarray] = {}
         fallen = []
@@ -145,7 +145,7 @@ class Outlook:
     """An estimate of what one more effort of the same kind would find.
 
     Args:
-        points: of accuracy, between 0 and 1: the largest of what the signs below say.
+        points: expected loss of accuracy, between 0 and 1: the largest over the signs below.
         sentences: the signs, in words.
         model: the model's name.
     """
@@ -156,7 +156,7 @@ class Outlook:
 
 
 def outlook(evidence: Evidence) -> Outlook | None:
-    """The estimate for one model, from its attacks on all images; None without any, and where no image is left.
+    """The estimate for one model, from its attacks on all images; None if there is no such attack or no image is left.
 
     Args:
         evidence: rows and probes of the model.
@@ -179,7 +179,7 @@ def outlook(evidence: Evidence) -> Outlook | None:
     )
     taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
     if taken:
-        # the attacks alone say too little: what the probes took of a part is expected of all
+        # The attacks alone say too little: the share that the probes took of some images is expected of all.
         among = int(robust[:asked].sum())
         points = taken / among * float(left.mean())
         text = (
@@ -193,13 +193,13 @@ Fallen = Sequence[tuple[Row, np.ndarray]]
 
 
 def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
-    """What the last attack found that no other had, if it repeats one before it; the first of a kind tells nothing."""
+    """The new finds of the last attack, if it repeats an earlier attack: the first of a kind tells nothing."""
     row, mask = fallen[-1]
     if len(fallen) == 1:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
     gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
     text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
-    # the same attack with the same loss, whatever the random starts and numbers of steps
+    # The same attack with the same loss, whatever the random starts and numbers of steps.
     kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
     if kinds[-1] not in kinds[:-1]:
         return 0.0, f"{text}; it was the first of its kind, so this says nothing of another one"
@@ -207,10 +207,10 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
 
 
 def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
-    """Images that only one of several attacks on all images found: many of these mean that others are unseen.
+    """Estimate the unseen from images that only one of several attacks found: many of these mean more are unseen.
 
-    The estimate of the unseen is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)), f1 being the number of images
-    that one attack alone found, and f2 that two found.
+    The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)). Here f1 images were found by exactly one
+    attack, and f2 by exactly two.
     """
     whole = [(row, mask) for row, mask in fallen if not row.of_survivors]
     if len(whole) < 3:
@@ -225,7 +225,7 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
 
 
 def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
-    """How near the images that are left came to falling, against what the last gradient attack gained on them."""
+    """Compare the remaining images' margins with the gain of the last gradient attack on them."""
     measured = [row.margins for row, _ in fallen if row.margins is not None and row.health is not None]
     if len(measured) < 2:
         return None
@@ -235,7 +235,7 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     gained = np.maximum(before - last, 0)
     if not np.isfinite(nearest).all():
         return None
-    # the chance that as much is gained once more as is still missing, over what was gained on any image
+    # The chance that a further gain is at least the margin that is left, by the distribution of gains over images.
     chance = (gained[None, :] >= np.maximum(nearest, 1e-12)[:, None]).mean(1)
     points = float(chance.sum() / len(robust))
     return points, (
@@ -246,12 +246,12 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
 
 
 def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
-    """Whether more steps still find more; without gradients none can."""
+    """Estimate the gain of more steps; without gradients more steps find nothing."""
     if evidence.probes is None or evidence.blind():
         return None
     (a, before), (b, after) = evidence.probes.steps[-2:]
     gain = max(0.0, before - after)
-    # one image more or less is luck
+    # A difference of a single image is luck.
     gains = gain * evidence.probes.n >= 1.5
     means = "further steps still find more" if gains else "further steps find hardly more"
     return (

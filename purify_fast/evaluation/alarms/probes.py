@@ -1,7 +1,7 @@
-"""What a model is asked besides the attacks: short sweeps on a few images, and whether it answers the same again.
+"""Probes of a model besides the attacks: short sweeps on a few images, and whether it answers the same again.
 
-The short attacks come before the attacks of the report: what they show decides how far those search. They are asked
-through the gradient copy that attacks use, and an image that has fallen leaves them.
+The short attacks come before the attacks of the report and decide how far those search. They run on the gradient copy
+that attacks use, and skip images that have fallen.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
-#: Steps of the short attacks that look for what others left, and of those of the sweeps.
+#: Steps of the short attacks on remaining images, and of those of the sweeps.
 STEPS, SWEEP = 20, 10
 #: Shares of the report's radius that the sweep tries, before the radius at which every image is within reach.
 RADII = (0.5, 1.0, 2.0, 4.0)
-#: The steps of the sweep over the steps; one more is of the sweep over the radius.
+#: The numbers of steps in the sweep over steps; the sweep over the radius adds one more.
 ITERATIONS = (1, 3, 10, 30)
 DRAWS = (1, 4, 16)
 STARTS = 5
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9
-#: Surrogates that a model with gates or thresholds has; the time of a probe is estimated by it.
+#: Number of surrogates of a model with gates or thresholds, by which a probe's time is estimated.
 USUAL_SURROGATES = 3
-#: Wrong classes that are tried by the gradients of each. Of a random model, each of whose steps takes several draws,
-#: only the nearest one is tried.
+#: Number of wrong classes that are tried along each surrogate's gradients. For a random model, whose steps take
+#: several draws each, only the nearest class is tried.
 TARGETS, TARGETS_OF_RANDOM = 2, 1
 
 Curve = list[tuple[float, float]]
-#: By the name of a surrogate, which images fell to its gradients, as 0 and 1.
+#: For each surrogate's name, a mask of the images that fell to its gradients, as 0 and 1.
 Fallen = dict[str, list[int]]
 
 
 @dataclass
 class Probes:
-    """What the probes measured; curves are pairs of a setting and the accuracy that is left.
+    """Measurements of the probes; curves are pairs of a setting and the accuracy that is left.
 
     Args:
-        n: images.
+        n: number of images.
         chance: one over the number of classes.
-        eps: over the radius in image units, the last one huge.
-        steps: over the steps of the attack; what fell to fewer steps counts as fallen.
-        eot: over the draws averaged per step; empty for a model that predicts the same every time.
-        samples: over the samples K of a defence that has them.
+        eps: curve over the radius in image units; the last radius is huge.
+        steps: curve over the steps of the attack; images that fell to fewer steps count as fallen.
+        eot: curve over the draws averaged per step; empty for a model that predicts the same every time.
+        samples: curve over the number of samples K of a defence that has samples.
         one_start: accuracy left by one random start, on average.
         all_starts: accuracy left by all of them.
-        cosine: between promised and measured changes; in words why there is none.
-        batch_changes: share of the predictions that depend on the batch; None: cannot be told.
+        cosine: cosine between promised and measured changes, or the reason why there is none, in words.
+        batch_changes: share of the predictions that depend on the batch; None: cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
-        watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be told.
+        watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be measured.
         later_changes: share of the predictions on clean images that differ from those before the attacks.
         state_changed: whether weights, buffers or attributes differ from those before the attacks.
         sets_seed: whether the model sets the seed of torch's generator itself.
-        further: how many images that withstood every attack of the report had fallen to a short one before; None where
-            none was left.
-        missed: how many of those that this left had fallen to the gradients of each surrogate, by its name, in the
-            order in which they were tried.
-        absent: why there is no such surrogate, by its name.
-        fallen: which images withstood every attack of the report and fell to a probe within the same ball, by number.
+        further: number of images that withstood every attack of the report and had fallen to a short attack before;
+            None if none was left.
+        missed: number of the other remaining images that had fallen to the gradients of each surrogate, by its name,
+            in the order in which they were tried.
+        absent: for each missing surrogate's name, the reason why it is missing.
+        fallen: numbers of the images that withstood every attack of the report and fell to a probe within its ball.
     """
 
     n: int
@@ -93,27 +93,27 @@ class Probes:
     fallen: list[int] = field(default_factory=list)
 
     def curves(self) -> dict[str, list[list[float]]]:
-        """The curves by what they are over; empty ones are left out."""
+        """The curves, by the name of their setting, without empty curves."""
         named = {"eps": self.eps, "steps": self.steps, "samples K": self.samples, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
 @dataclass
 class AskedBefore:
-    """What was measured before the attacks of the report, in plain values.
+    """Measurements made before the attacks of the report, in plain values.
 
     Args:
-        sweeps: the curves over the radius and the steps, and over draws and samples where there are any, by their
-            names as of `Probes`.
-        one_start: as of `Probes`.
-        all_starts: as of `Probes`.
-        cosine: as of `Probes`.
+        sweeps: the curves over the radius and the steps, and over draws and samples if there are any, by their names
+            in `Probes`.
+        one_start: see `Probes`.
+        all_starts: see `Probes`.
+        cosine: see `Probes`.
         without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
             missing.
-        fell: which images fell to the short attacks by the model's own gradients, as 0 and 1.
-        copies: which of the others fell to the gradients of each surrogate, by its name, as 0 and 1, in the order in
-            which they were tried.
-        absent: as of `Probes`.
+        fell: mask of the images that fell to the short attacks along the model's own gradients, as 0 and 1.
+        copies: for each surrogate's name, in the order tried, a mask of the other images that fell to its gradients,
+            as 0 and 1.
+        absent: see `Probes`.
     """
 
     sweeps: dict[str, Curve]
@@ -127,7 +127,7 @@ class AskedBefore:
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """About how many images the probes give to the model at most, each pass of an image counted."""
+    """An upper estimate of the images that the probes give to the model, each pass of an image counted."""
     draws, judges = _draws(subject, context)
     attacks = [*[SWEEP] * STARTS, *[SWEEP] * len(_radii(context, subject.x)), *ITERATIONS]
     passes = sum(attacks) * draws + len(attacks) * judges
@@ -151,8 +151,8 @@ def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str
 
     Args:
         before: the model's answers before the attacks.
-        context: what the evaluation tells attacks.
-        model: what is attacked, the subject's own with a counter.
+        context: context of the attacks.
+        model: the attacked model, which is the subject's own with a counter.
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
@@ -171,12 +171,12 @@ def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str
 
 
 def asked_before(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> AskedBefore:
-    """What is known before the attacks.
+    """Collect the measurements made before the attacks.
 
     Args:
         before: the model's answers before them.
-        context: what the evaluation tells attacks.
-        measured: what `parts` gave.
+        context: context of the attacks.
+        measured: results of `parts`.
     """
     subject, x, y = before.subject, before.x, before.y
     together = torch.stack([measured[f"start {seed}"] for seed in range(STARTS)])
@@ -202,13 +202,13 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
 
     Args:
         before: its answers before them.
-        context: what the evaluation tells attacks.
+        context: context of the attacks.
         asked: what was measured before them.
-        left: which of the first images withstood every attack of the report.
+        left: mask of the first images that withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
 
-    # the attacks before are kept by an earlier run, or draw numbers now
+    # The attacks before were either read from an earlier run, or have drawn random numbers now.
     torch.manual_seed(context.seed)
 
     def among(fell: Sequence[int]) -> int:
@@ -233,7 +233,7 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
         probes.fallen = [image for image, stands in enumerate(left) if stands and any(fell[image] for fell in found)]
     if subject.is_random:
         probes.varying = answers.varying(before.model, x, y)
-    # last: a model that counts has counted the short attacks too
+    # This comes last: a model that counts its calls has counted the short attacks too.
     probes.later_changes = before.later_changes()
     probes.state_changed = before.state_changed()
     probes.watched_changes = answers.watched_changes(subject, before.model, x, _near(context, x))
@@ -244,10 +244,11 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
 def _sweeps(
     short: _Short, subject: Subject
 ) -> tuple[dict[str, Curve], list[int], dict[str, list[int]], dict[str, str]]:
-    """The curves over the steps and the radius; what falls by the model's own gradients, and by surrogates'.
+    """The curves over the steps and the radius, and the images that fall to own gradients and to surrogates'.
 
-    What fell to fewer steps is not attacked again. What withstood in the report's ball counts as right in a smaller
-    one; in larger ones every image is attacked, since a larger radius may leave more where gradients are masked.
+    Images that fell to fewer steps are not attacked again. Images that withstood in the report's ball count as right
+    in a smaller ball. In larger balls every image is attacked, since masked gradients may make a larger radius leave
+    more.
     """
     eps, standing, plain = float(short.context.eps), short.right(), None
     right, steps = standing, []
@@ -285,17 +286,17 @@ class _Short:
         self.draws, self.judges, self.targets = draws, judges, targets
 
     def right(self) -> Tensor:
-        """Which images are right as they are, bool ``[n]``."""
+        """Mask of the images that are right without an attack, bool ``[n]``."""
         return self._mostly_right(self.x, self.y)
 
     def robust(self, among: Tensor | None = None, *, eps: float | None = None, seed: int = 0, **options: Any) -> Tensor:
-        """Which images are right after Auto-PGD on the margin, bool ``[n]``; those not among these count as wrong.
+        """Mask of the images that are right after Auto-PGD on the margin, bool ``[n]``; others count as wrong.
 
         Args:
-            among: the images that are attacked, bool ``[n]``; None for all.
+            among: mask of the images that are attacked, bool ``[n]``; None for all.
             eps: the radius; None: that of the report.
-            seed: of the random start.
-            **options: of `apgd`.
+            seed: seed of the random start.
+            **options: further options of `apgd`.
         """
         torch.manual_seed(self.context.seed)
         right = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device) if among is None else among.clone()
@@ -307,7 +308,7 @@ class _Short:
         return right
 
     def _attacked(self, at: Tensor, *, eps: float | None = None, **options: Any) -> Tensor:
-        """Some of the images after Auto-PGD, by their places, int64."""
+        """The images at these places, int64, after Auto-PGD."""
         context = self.context
         return apgd(
             self.model, self.x[at], self.y[at], eps=context.eps if eps is None else eps, norm=context.norm,
@@ -321,7 +322,7 @@ class _Short:
         return torch.stack(right).float().mean(0) > 0.5
 
     def fallen(self, left: Tensor, gradients_from: Classifier | None) -> Tensor:
-        """Which of the images that are left fall to APGD along the model's own or another model's gradients."""
+        """Mask of the remaining images that fall to APGD along the model's own or another model's gradients."""
         torch.manual_seed(self.context.seed)
         at = left.nonzero()[:, 0]
         fell = torch.zeros_like(left)
@@ -335,12 +336,12 @@ class _Short:
         return fell
 
     def accuracy(self, **options: Any) -> float:
-        """The share of them."""
+        """The share of right images."""
         return _share(self.robust(**options))
 
 
 def _radii(context: AttackContext, x: Tensor) -> list[float]:
-    """The radii of the sweep, and one within which every image lies."""
+    """The radii of the sweep, and a radius within which every image lies."""
     size = x[0].numel()
     whole = {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[context.norm]
     eps = float(context.eps)
@@ -348,7 +349,7 @@ def _radii(context: AttackContext, x: Tensor) -> list[float]:
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:
-    """The images with noise of half the radius at most: what a model does there need not be what it does to clean ones.
+    """The images with noise of half the radius at most, where a model may behave differently than on clean images.
 
     Clean images have few values: a defence can tell them from attacked ones.
     """
@@ -367,7 +368,7 @@ def _over_samples(model: Any, samples: int, short: _Short) -> Curve:
         for count in counts:
             model.samples = count
             curve.append((float(count), short.accuracy()))
-    # a defence may have its number of samples built in
+    # A defence may not allow another number of samples.
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return []
     finally:

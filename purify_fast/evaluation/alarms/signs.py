@@ -1,8 +1,7 @@
 """The alarms: signs that an attack was stopped by something else than robustness.
 
-An alarm is a function that returns a verdict, what was measured, and the row or probe that tells; None where it has
-nothing to say of a model. To add one, write it here below `alarm`.
-Alarms are asked in the order in which they stand.
+An alarm is a function that returns a verdict, the measurement, and the row or probe that shows it; None if it does not
+apply to a model. To add an alarm, write it here below `alarm`. Alarms are asked in the order of this file.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from ..rows import GRADIENT_FREE, Row
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
-#: The share of the images that may fall to something else than the model's own gradients.
+#: The share of the images that may fall to something other than the model's own gradients.
 MOST_MISSED = 0.03
-#: Cosine between the changes that gradients promise and those that are measured, below which they are wrong.
+#: Gradients are wrong if the cosine between the changes that they promise and the measured changes is below this.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
-#: By how many points five random starts may be stronger than one, on average.
+#: The number of points by which five random starts may be stronger than a single start, on average.
 START_UNRELIABLE, START_NOTED = 0.15, 0.08
 #: The share of the correctly classified images whose class may change from draw to draw.
 NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
 #: The share of the predictions that rounding may change, and how many images a short attack may miss.
 ROUNDED, FEW = 0.02, 4
-#: So many images at least must make a difference: one or two of a few images are a large share by luck.
+#: The least number of images that counts as a difference: one or two of a few images are a large share by luck.
 MORE_THAN_LUCK = 3
 
-#: A verdict, what was measured, and the row or probe that tells.
+#: A verdict, the measurement in words, and the row or probe that shows it.
 Outcome = tuple[Verdict, str, str]
 
 
@@ -46,8 +45,8 @@ def alarm(
     """A decorator of a function that judges evidence.
 
     Args:
-        name: what is looked at.
-        of_probes: whether it judges what a probe measured; it is not asked where there are no probes.
+        name: name of the alarm.
+        of_probes: whether it judges measurements of probes; without probes it is not asked.
         options: ``of_answers`` and ``prominent`` of its `Finding`.
     """
 
@@ -59,10 +58,10 @@ def alarm(
 
 
 def findings(evidence: Evidence) -> list[Finding]:
-    """What every alarm has to say, in order.
+    """The findings of all alarms, in order.
 
-    A number of 0 cannot be too high, whatever stopped an attack: what would be a reason to doubt it is noted, unless
-    the model's answers themselves are inconsistent.
+    A number of 0 cannot be too high, whatever stopped an attack: reasons to doubt it are then only noted, unless the
+    model's answers themselves are inconsistent.
 
     Args:
         evidence: rows and probes of one model.
@@ -84,7 +83,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     ]
 
 
-#: What to do about each sign that gives a reason to doubt the number.
+#: Advice for each sign that gives a reason to doubt the number.
 ADVICE = {
     "finite predictions": "look for a division by 0, log(0) or an overflow of exp() in forward",
     "logits": "return the logits before the softmax",
@@ -103,7 +102,7 @@ ADVICE = {
     "noise and seeds": "average each gradient over more draws (eot_iter=20), and set no seed in forward",
     "same answer again": "let forward keep no state, and compute the same whether gradients are recorded or not",
 }
-#: The same where gradients are missing, by the reason.
+#: Advice if gradients are missing, by the reason.
 WITHOUT_GRADIENTS = {
     "not finite": "look for a division by 0, log(0) or an overflow of exp() in forward",
     "no gradient": (
@@ -118,7 +117,7 @@ WITHOUT_GRADIENTS = {
 
 
 def _advice(finding: Finding, evidence: Evidence) -> str:
-    """What to do about a sign that gives a reason to doubt the number."""
+    """The advice for a sign that gives a reason to doubt the number."""
     if finding.alarm not in ("gradient health", "gradients against differences"):
         return ADVICE[finding.alarm]
     missing = "" if evidence.probes is None else evidence.probes.cosine
@@ -135,12 +134,12 @@ def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
 
 
 def _surely_more(count: int, share: float, n: int) -> bool:
-    """Whether so many of n images are more than the share, and more than luck explains."""
+    """Tell whether the count among n images exceeds the share by more than luck explains."""
     return count - 1.5 * math.sqrt(count) > share * n
 
 
 def _surely_above(limit: float, share: float, n: int) -> bool:
-    """Whether a share of n images is above its limit, and of more images than luck explains."""
+    """Tell whether a share of n images exceeds its limit by more images than luck explains."""
     return share > limit and share * n >= MORE_THAN_LUCK
 
 
@@ -149,7 +148,7 @@ def _surely_above(limit: float, share: float, n: int) -> bool:
 
 @alarm("better than guessing", prominent=True)
 def better_than_guessing(evidence: Evidence) -> Outcome | None:
-    """Whether the model classifies clean images better than a guess would."""
+    """Alarm if the model does not classify clean images better than a guess would."""
     clean = next((row for row in evidence.rows if row.kind == "clean"), None)
     if clean is None or evidence.classes is None:
         return None
@@ -166,7 +165,7 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
 
 @alarm("finite predictions", of_answers=True)
 def finite_predictions(evidence: Evidence) -> Outcome:
-    """Whether every prediction names a class."""
+    """Alarm if a prediction names no class."""
     broken = [row for row in evidence.rows if row.nonfinite_predictions]
     if not broken:
         return "passed", "every prediction names a class", ""
@@ -177,7 +176,7 @@ def finite_predictions(evidence: Evidence) -> Outcome:
 
 @alarm("logits")
 def logits(evidence: Evidence) -> Outcome | None:
-    """Whether the model returns logits, and not the probabilities that a softmax makes of them."""
+    """Alarm if the model returns the probabilities after a softmax in place of logits."""
     if evidence.probabilities is None:
         return None
     if not evidence.probabilities:
@@ -191,7 +190,7 @@ def logits(evidence: Evidence) -> Outcome | None:
 
 @alarm("gradient health")
 def gradient_health(evidence: Evidence) -> Outcome:
-    """Whether some attack through the whole model had gradients to work with."""
+    """Alarm if no attack through the whole model had gradients to work with."""
     counted = evidence.with_counted_gradients()
     if not counted:
         return "not asked", "no attack counted the gradients of the model itself", ""
@@ -208,13 +207,13 @@ def gradient_health(evidence: Evidence) -> Outcome:
 
 @alarm("gradient-free against gradients")
 def gradient_free_beats_gradients(evidence: Evidence) -> Outcome:
-    """Whether an attack without gradients breaks what gradients left."""
+    """Alarm if an attack without gradients breaks images that attacks with gradients left."""
     return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE)
 
 
 @alarm("transfer against gradients")
 def transfer_beats_gradients(evidence: Evidence) -> Outcome:
-    """Whether what is found on another model, or by its gradients, breaks what the model's own gradients left."""
+    """Alarm if images of another model, or its gradients, break images that the model's own gradients left."""
     return _beaten(evidence, lambda row: row.transferred)
 
 
@@ -242,21 +241,21 @@ def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
 
 @alarm("a further attack", of_probes=True)
 def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether a short attack finds what the attacks of the report left."""
+    """Alarm if a short attack breaks images that the attacks of the report left."""
     if probes.further is None:
         return "not asked", "no image was left", ""
     return _unless_blind(evidence, *_missed({"the model itself": probes.further}, probes.n))
 
 
 def _unless_blind(evidence: Evidence, verdict: Verdict, text: str, row: str) -> Outcome:
-    """An outcome of attacks along the model's gradients: where there are none, they could not have found anything."""
+    """The outcome of attacks along the model's gradients; without gradients they could not have found anything."""
     blind = evidence.blind()
     return ("not asked", f"{blind}; {text}", row) if blind and verdict != "unreliable" else (verdict, text, row)
 
 
 @alarm("parts and softened copies", of_probes=True)
 def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether the gradients of the model's parts and of softened copies find what its own gradients left."""
+    """Alarm if gradients of the model's parts or of softened copies break images that its own gradients left."""
     reasons: dict[str, list[str]] = {}
     for name, reason in probes.absent.items():
         reasons.setdefault(reason, []).append(name)
@@ -271,7 +270,7 @@ def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
 
 
 def _missed(missed: dict[str, int], n: int) -> Outcome:
-    """What short attacks found that the report's attacks had left, by whose gradients they followed."""
+    """Images that short attacks broke and the report's attacks left, by the model whose gradients were followed."""
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     text = f"{count} of {n} images withstood every attack of the report, but fell to {gradients}"
@@ -283,11 +282,11 @@ def _missed(missed: dict[str, int], n: int) -> Outcome:
 
 @alarm("huge radius", of_probes=True)
 def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether anything is left where every image may become any other."""
+    """Alarm if images are left at a radius at which every image may become any other."""
     (radius, accuracy), chance = probes.eps[-1], probes.chance
     allowed = chance + 2 * math.sqrt(chance * (1 - chance) / probes.n)
     text = f"{100 * accuracy:.0f} % of {probes.n} images at eps {radius:.3g}"
-    # of many classes chance is less than one image: a few that a short attack missed prove nothing
+    # With many classes, chance is less than one image: a few images that a short attack missed prove nothing.
     bad = accuracy > allowed and (accuracy - chance) * probes.n >= FEW
     if bad:
         text = f"{text}, where at most chance, {100 * chance:.0f} %, can be left"
@@ -298,7 +297,7 @@ def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("radius sweep", of_probes=True)
 def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether a larger radius ever leaves more."""
+    """Alarm if a larger radius leaves more images."""
     rises = [(b[1] - a[1], a, b) for a, b in zip(probes.eps, probes.eps[1:], strict=False)]
     rise, a, b = max(rises, key=lambda entry: entry[0])
     if rise > 2 * math.sqrt(max(rise, 0) / probes.n) and rise * probes.n >= MORE_THAN_LUCK:
@@ -310,7 +309,7 @@ def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("random start", of_probes=True)
 def random_start(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether it matters where an attack begins."""
+    """Alarm if the random start of an attack matters."""
     gain = probes.one_start - probes.all_starts
     one, five = 100 * probes.one_start, 100 * probes.all_starts
     text = f"five random starts leave {five:.0f} %, one leaves {one:.0f} % on average"
@@ -321,9 +320,9 @@ def random_start(evidence: Evidence, probes: Probes) -> Outcome:
 
 
 def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
-    """That the attacks of the report left less than a short attack; empty where they did not.
+    """A remark that the attacks of the report left less than a short attack; empty if they did not.
 
-    The troubles of an attack that is weaker than those of the report do not show that these had any.
+    Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
     """
     left = evidence.left(n)
     if left is None or left >= accuracy:
@@ -333,10 +332,10 @@ def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
 
 @alarm("gradients against differences", of_probes=True)
 def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether the model changes as its gradients say."""
+    """Alarm if the model does not change as its gradients say."""
     row = "probe: small steps in random directions"
     if isinstance(probes.cosine, str):
-        # gradient health raises the alarm where attacks counted the same gradients
+        # The alarm on gradient health covers the gradients that attacks counted.
         counted = evidence.with_counted_gradients()
         told = bool(counted) and all(each.lacked_gradients for each in counted)
         return "not asked" if told else "unreliable", MISSING[probes.cosine], row
@@ -346,7 +345,7 @@ def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("batch size", of_probes=True, of_answers=True)
 def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether an image's class depends on the images beside it."""
+    """Alarm if an image's class depends on the images beside it."""
     changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
     if changes is None:
         return "not asked", "the model is random, with no fixed_noise() that fixes it", row
@@ -356,7 +355,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("noise and seeds", of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
-    """Whether an image withstands because predictions are drawn anew, and gradients with them."""
+    """Alarm if an image withstands only because predictions and gradients are drawn anew."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
         return "unreliable", text, "probe: the generator's state after two seeds"
@@ -377,7 +376,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
 
 @alarm("same answer again", of_probes=True, of_answers=True)
 def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
-    """Whether the model answers otherwise when it is asked often, or while gradients are recorded."""
+    """Alarm if the model answers differently when it is asked often, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"
     if probes.watched_changes:
         share = probes.watched_changes

@@ -1,1 +1,1 @@
-"""How a report is shown: tables and sentences in Markdown and on a terminal, an HTML page, pictures."""
+"""The presentation of a report: tables and sentences in Markdown and on a terminal, an HTML page, pictures."""

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: styles, drawings and pictures are inside it."""
+"""A report as a single HTML page, with styles, drawings and pictures inside."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..rows import CURVE, Examples, Row
 from ..subject import device_of
 from .text import render
 
-#: Purified images, and transformed images, that are shown of each image at most.
+#: The largest number of purified images, and of transformed images, shown for each image.
 SAMPLES = 4
 
-#: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true one;
-#: None where there is none.
+#: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true
+#: class; None for an empty place.
 Picture = tuple[Tensor, str, bool | None]
 
 
@@ -35,8 +35,8 @@ def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None
 
     Args:
         report: a `purify_fast.evaluation.Report` on one model, or on several.
-        defence: for the pictures: its predictions, and what it makes of attacked images if it has ``purify``. Of
-            several models, a mapping from their names.
+        defence: for the pictures: gives predictions, and purified images if it has ``purify``. For several models, a
+            mapping from their names.
 
     Returns:
         HTML that loads nothing from anywhere.
@@ -54,12 +54,12 @@ def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None
 
 
 def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]:
-    """What the page says of one model."""
+    """The part of the page on a model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
     attacks = [row for row in own if row.is_attack]
-    # an overlap is of the same images, and what had fallen before was not given to an attack on survivors
+    # Compare only attacks on the same images. Attacks on survivors saw fewer.
     most = [row for row in attacks if row.n == max(each.n for each in attacks)]
     whole = [row for row in most if not row.of_survivors]
     fell: Any = np.stack([~row.robust for row in whole]) if len(whole) > 1 else []
@@ -73,7 +73,7 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # for each attack, of the images that it fools, the share that each attack fools; None where it fools none
+        # overlap[a][b]: share of the images fooled by a that b fools too; None if a fools none.
         "overlap": [
             (row.attack, [float(other[one].mean()) if one.any() else None for other in fell])
             for row, one in zip(whole, fell, strict=False)
@@ -95,11 +95,11 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
 
 
 def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any]]:
-    """The points of a curve, by rising setting, with their places from left (0) to right (1) and standard errors."""
+    """The points of a curve by rising setting, with places from left (0) to right (1) and standard errors."""
     if not points:
         return []
     settings, accuracies = np.array(points).T
-    # settings that grow by factors, such as steps, stand at equal distances for equal factors
+    # Settings that grow by factors, such as steps, have a logarithmic axis.
     scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
     errors = np.sqrt(accuracies * (1 - accuracies) / images)
@@ -113,9 +113,9 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 
 
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """The row whose images are shown, of the attack on the deployed model to which most images fell, and their number.
+    """The row whose images are shown, the attack on the deployed model that felled most images, and their number.
 
-    The images of a weaker attack, or of what was left to it, would flatter the model.
+    Images of a weaker attack, or of an attack on survivors, would flatter the model.
     """
     fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
@@ -123,11 +123,11 @@ def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
 
 
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
-    """One line per image: clean, attacked, the amplified difference, and what the defence makes of it.
+    """A line for each image: clean, attacked, the amplified difference, and the defence's images of it.
 
     Args:
-        examples: attacked images with C = 1 or 3. The classes predicted after the attack are theirs: a random defence
-            that is asked again may say something else.
+        examples: attacked images with C = 1 or 3. Their stored classes after the attack are shown: a random defence
+            may answer differently when asked again.
         defence: gives the predicted classes, and the purified images if it has ``purify``.
     """
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
@@ -149,12 +149,12 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
 
 @torch.no_grad()
 def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
-    """The classes of images before an attack, and the columns of what a defence makes of them after it.
+    """The classes of images before an attack, and the columns with the defence's images after it.
 
-    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. A defence with ``transformed(x)`` shows what
-    it repairs, one with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw ``[B, C, H, W]``, the
-    purified images, and with ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` they share
-    their noise.
+    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. ``transformed(x)`` gives the images that the
+    defence repairs. ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or for one draw ``[B, C, H, W]``, gives
+    purified images, and ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` all share the
+    same noise.
     """
     if defence is None:
         return None, []
@@ -187,7 +187,7 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
 
 def data_uri(image: Tensor) -> str:
     """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as a PNG inside a URI."""
-    # a report without pictures does not import it
+    # A report without pictures does not import it.
     from PIL import Image
 
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()

@@ -1,6 +1,6 @@
-"""Tables of an evaluation: what stands in them, and how they are written in Markdown and on a terminal.
+"""Tables of an evaluation: their contents, and their forms in Markdown and on a terminal.
 
-A table is a head and lines of cells; the page, `purify_fast.evaluation.show.page`, is made of the same ones.
+A table is a head and lines of cells; `purify_fast.evaluation.show.page` uses the same tables.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..alarms import Finding
 from ..rows import Row, attack_names, model_names
 
 UNRELIABLE = "unreliable"
-#: How an unreliable number is marked in Markdown.
+#: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "one draw", "draws", "gradients", "", "seed", "s"]
-#: Characters of a line on a terminal.
+#: Number of characters of a line on a terminal.
 TERMINAL = 100
-#: Characters of a column on a terminal, below which it is not wrapped further.
+#: A column on a terminal is not wrapped to fewer characters.
 NARROWEST = 12
 
 
@@ -34,10 +34,10 @@ class Cell:
     """A cell with remarks.
 
     Args:
-        text: what stands first.
-        remarks: what follows it.
-        unreliable: whether it is marked as unreliable, which follows the remarks.
-        red: whether it must not be overlooked.
+        text: main text.
+        remarks: texts after it.
+        unreliable: whether it is marked as unreliable, after the remarks.
+        red: whether it is shown in red.
     """
 
     text: str = ""
@@ -73,7 +73,7 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) ->
 
 
 def _in_markdown(cell: str | Cell) -> str:
-    """A cell in which a bar ends no column and a name such as ``<lambda>`` is no tag."""
+    """Escape a cell, so that a bar does not end its column and a name such as ``<lambda>`` is not a tag."""
     text = cell if isinstance(cell, str) else cell.written(RED_UNRELIABLE)
     return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
 
@@ -81,9 +81,9 @@ def _in_markdown(cell: str | Cell) -> str:
 def terminal_table(
     head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool, longest: float = math.inf
 ) -> str:
-    """The same in columns of equal width; with ``color``, cells that must not be overlooked are red.
+    """The lines of a table in columns of fixed width; with ``color``, marked cells are red.
 
-    Where a line would have more than ``longest`` characters, the widest columns are wrapped.
+    If a line would have more than ``longest`` characters, the widest columns are wrapped.
     """
     table = [list(head), *body]
     width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
@@ -94,7 +94,7 @@ def terminal_table(
 
 
 def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> list[str]:
-    """A line of a table, in as many lines as its longest cell takes."""
+    """A line of a table, in as many lines as its longest cell needs."""
     red = [color and isinstance(cell, Cell) and cell.red for cell in cells]
     parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
     return [
@@ -107,22 +107,22 @@ def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> 
 
 
 def _length(widths: Sequence[int]) -> int:
-    """Of a line with these columns."""
+    """The length of a line with these columns."""
     return sum(widths) + 2 * (len(widths) - 1)
 
 
 def paint(text: str, color: Literal["red", "green"], wanted: bool) -> str:
-    """A text as a terminal shows it in a color, where that is wanted."""
+    """Color a text for a terminal, if that is wanted."""
     return f"\033[{31 if color == 'red' else 32}m{text}\033[0m" if wanted else text
 
 
 def color_is_welcome() -> bool:
-    """Whether standard output is a terminal, and NO_COLOR (https://no-color.org) is not set."""
+    """Tell whether standard output is a terminal, and NO_COLOR (https://no-color.org) is not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def percent(row: Row) -> str:
-    """A row's accuracy and its standard error, in percent; of a clean row by the first prediction."""
+    """A row's accuracy and its standard error, in percent; for a clean row by the first prediction."""
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
@@ -132,22 +132,22 @@ def percent_always(row: Row) -> str:
 
 
 def images(row: Row) -> str:
-    """How many images a row is about, and of an attack on survivors how many it was given."""
+    """The number of a row's images, and for an attack on survivors the number that it was given."""
     return f"{row.n} ({row.settings['attacked']})" if row.of_survivors else str(row.n)
 
 
 def draws(row: Row) -> str:
-    """How many draws the attack averaged per step."""
+    """The number of draws that the attack averaged per step."""
     return str(row.settings.get("eot_iter", "-"))
 
 
 def single_predictions(row: Row) -> str:
-    """The share of single predictions that are right, in percent; of a row named worst, which has none, -."""
+    """The share of single predictions that are right, in percent; - for a worst row, which has no predictions."""
     return "-" if row.kind == "worst" else f"{100 * row.mean:.1f}"
 
 
 def warning(row: Row) -> Cell:
-    """What a reader of a row's number must know; empty for most."""
+    """The warning about a row's number; empty for most rows."""
     broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
     remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
@@ -187,7 +187,7 @@ def short_table(rows: Sequence[Row]) -> Table:
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """A table with the attacks down and the models across."""
+    """A table with a line for each attack and a column for each model."""
     models = model_names(rows)
     by_name = {(row.attack, row.model): row for row in rows}
 
@@ -199,7 +199,7 @@ def comparison(rows: Sequence[Row]) -> Table:
 
 
 def table_of_findings(findings: Sequence[Finding]) -> Table:
-    """The findings of the alarms, with the model's name first, and what to do about a doubt."""
+    """The findings of the alarms, with the model's name first, and advice on doubts."""
     body: list[list[str | Cell]] = []
     for finding in findings:
         doubt = finding.verdict == "unreliable"

@@ -1,4 +1,4 @@
-"""What a report says in sentences: the templates beside this file hold them, and here is what they ask."""
+"""The sentences of a report: the templates beside this file hold them, and call these functions."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from .tables import (
 if TYPE_CHECKING:
     import jinja2
 
-#: `purify_fast.evaluation.Report`, which writes itself by this module.
+#: `purify_fast.evaluation.Report`, which uses this module.
 Report = Any
 
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this folder with these values; in HTML every text is escaped.
+    """Render a template of this folder with these values; in HTML every text is escaped.
 
     Args:
         template: the file's name.
-        values: what it names, beside the functions and words that all templates may use.
+        values: its variables, besides the functions and words that all templates may use.
     """
     return _environment().get_template(template).render(values)
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    # it takes as long to import as all of this folder
+    # Its import takes as long as that of this whole folder.
     import jinja2
 
     environment = jinja2.Environment(
@@ -67,13 +67,13 @@ def _environment() -> jinja2.Environment:
 
 
 def fill(text: str, mark: str = "") -> str:
-    """A text in lines of a terminal's width, with a mark in front of the first and as much space before the others."""
+    """Wrap a text to a terminal's width, with a mark before the first line and equal space before the others."""
     indent = " " * len(mark)
     return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def short_legend(rows: Sequence[Row]) -> str:
-    """What the columns on a terminal mean, in a line."""
+    """A line that explains the columns on a terminal."""
     several = max((row.n_eval for row in rows), default=1)
     right = f"right in all {several} draws" if several > 1 else "right"
     authors = any(row.kind == "authors" for row in rows)
@@ -82,7 +82,7 @@ def short_legend(rows: Sequence[Row]) -> str:
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """What somebody needs who repeats a report, by name, as far as it is known."""
+    """The known facts for repeating a report, by name."""
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
     named = {name: report.about.get(name, "") for name in ("date", "command", "call")}
     named |= {"images": images, "seed": report.about.get("seed", "")}
@@ -95,7 +95,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def outcome(report: Report, row: Row) -> str:
-    """What a row's number counts, behind the percent sign, and the same without an attack, by the same criterion."""
+    """The words after a row's percent sign, and the accuracy without an attack by the same criterion."""
     text = f"of {row.n} image{' is' if row.n == 1 else 's are'} still classified correctly"
     several = row.n_eval > 1
     if several:
@@ -121,12 +121,12 @@ def outcome(report: Report, row: Row) -> str:
 
 
 def claim(report: Report, row: Row) -> str:
-    """Whether a report's lowest row refutes what was claimed; empty where nothing was."""
+    """The sentence on whether a report's lowest row refutes the claim; empty without a claim."""
     return answer(float(report.about["claim"]), row) if "claim" in report.about else ""
 
 
 def reason(report: Report, row: Row) -> str:
-    """Why a row is unreliable, where no sign says it; empty where one does, and where the row is reliable."""
+    """The reason why a row is unreliable; empty if a sign gives the reason or the row is reliable."""
     told = any((finding.model, finding.verdict) == (row.model, "unreliable") for finding in report.findings)
     if row.reliable or row.settings.get("doubts") or told:
         return ""
@@ -146,7 +146,7 @@ def told_beside(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def column_legend(rows: Sequence[Row]) -> list[str]:
-    """What the columns of a table of all rows mean, a paragraph each; what no row has is not explained."""
+    """A paragraph for each column of the table of all rows; columns that no row uses are not explained."""
     early = dict.fromkeys(row.attack for row in rows if _may_end_early(row))
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
@@ -155,7 +155,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 
 def _may_end_early(row: Row) -> bool:
-    """Whether a search of a row may have ended early, by the row's settings."""
+    """Tell by a row's settings whether a search may have ended early."""
     settings = row.settings
     if not settings.get("give_up"):
         return False
@@ -165,7 +165,7 @@ def _may_end_early(row: Row) -> bool:
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:
-    """The lowest number of each variant of a model, in sentences: they stand beside the number of the deployed one."""
+    """Sentences on the lowest number of each variant of a model, to stand beside that of the deployed model."""
     apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
     lowest = [
         min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))

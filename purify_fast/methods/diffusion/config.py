@@ -11,28 +11,26 @@ from ...training.config import TrainingAttack
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How a denoiser is trained. "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice.
+    """The training of a denoiser. "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice.
 
-    Two trainings share these settings. Without an attack the denoiser learns to predict what the diffusion added to
-    clean images (paper). With one a trained denoiser is fine-tuned inside a purifier, on images that are attacked
-    through the whole purification (own; `purify_fast.methods.diffusion.task`).
+    Two trainings share these settings. Without an attack the denoiser learns to predict the noise that the diffusion
+    added to clean images (paper). With an attack a trained denoiser is fine-tuned inside a purifier, on images that are
+    attacked through the whole purification (own; `purify_fast.methods.diffusion.task`).
 
     Args:
-        attack: eps 0 for the first training, above 0 for the second, whose attack it is.
+        attack: attack of the second training, with eps above 0; eps 0 selects the first training.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
-        prediction: what the denoiser predicts: "noise" (paper), "x0" or "v".
-        last_time: the time, as a share of the process, up to which the denoiser is trained (paper: 1). A purifier asks
-            for no time after its t*, and a small denoiser that is trained for these alone removes their noise better
-            (own).
+        prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
+        last_time: the time, as a share of the process, up to which the denoiser is trained (paper: 1). A purifier uses
+            no time after its t*, and a small denoiser trained only up to t* removes this noise better (own).
         denoising_weight: weight of the first training's loss beside the cross-entropy in the second (own); it has no
             effect in the first.
-        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0 for none. Its first
-            steps keep less, (1 + n) / (10 + n) after n of them (own).
+        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0 for none. The decay
+            is at most (1 + n) / (10 + n) after n steps (own).
         learning_rate: the highest rate of a one-cycle schedule (own; paper: 2e-4, constant).
-        weight_decay: of AdamW (own; paper: Adam without any).
-        precision: "float32", which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is multiplied
-            to ten bits of mantissa, while `purify_fast.training.fit` trains; or "bfloat16" within matrix products
-            (own).
+        weight_decay: weight decay of AdamW (own; paper: Adam without any).
+        precision: "float32", IEEE's on a GPU too; "tf32" (own), which on a GPU rounds factors to ten bits of mantissa
+            while `purify_fast.training.fit` trains; or "bfloat16" within matrix products (own).
 
     Raises:
         ValueError: a setting out of range; the message names it.

@@ -8,8 +8,8 @@ Nie et al., "Diffusion Models for Adversarial Purification", ICML 2022, arXiv 22
 guidance it is GDMP (Wang et al., arXiv 2205.14969); with several rounds of rising t* the gradual noise of Lee & Kim,
 ICCV 2023, arXiv 2303.09051; with one step to the end that of Carlini et al., ICLR 2023, arXiv 2206.10550.
 
-Its gradient is exact, whatever the number of steps. It takes the memory of one, or of as many as there is room for:
-each other step is computed again when its gradient is, with the same noise, which is named by a seed and never kept
+Its gradient is exact for any number of steps. It takes the memory of one step, or of as many as fit: each other step is
+computed again for its gradient, with the same noise, which is drawn from a seed and never stored
 (`purify_fast.attacks.checkpointed_steps`).
 """
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: Surrogates have so many times fewer steps, or fewer gradients of the denoiser.
+#: The factor by which surrogates have fewer steps, or fewer gradients of the denoiser.
 FEWER = 4
 
 
@@ -61,19 +61,18 @@ class DiffusionPurifier(Defence):
         classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
             kept in evaluation mode; the caller's own is left untouched.
         image_shape: (C, H, W).
-        process: how images are noised and denoised, a `Process` or its fields.
+        process: a `Process`, or its fields: how images are noised and denoised.
         samples: K, processes per prediction.
-        aggregation: of the K predictions: ``mean`` of the logits, ``mean_softmax``, the log of the mean softmax,
-            ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
-        max_forward_batch: rows (images times draws) that go through the denoiser at once; None: all.
-        last_time: up to which time the denoiser was trained, as a share of the process.
-        keep: of how many of a process's steps, the last ones, a gradient keeps the activations, so that they are not
-            computed again; "auto": of as many as fit into a quarter of the free memory; 0: of none. It changes no
-            result, and is not saved.
+        aggregation: aggregation of the K predictions: ``mean`` of the logits, ``mean_softmax``, the log of the mean
+            softmax, ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
+        max_forward_batch: most rows (images times draws) in a pass of the denoiser; None: all.
+        last_time: last time for which the denoiser was trained, as a share of the process.
+        keep: number of last steps whose activations a gradient keeps, so that they are not computed again; "auto": as
+            many as fit into a quarter of the free memory; 0: none. It changes no result, and is not saved.
 
     Raises:
-        ValueError: a setting out of range, or a denoiser or classifier that is wrapped or does not fit image_shape or
-            process; also a t_star after ``last_time``.
+        ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or classifier is wrapped
+            or does not fit image_shape or process.
 
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise
     anywhere, and makes one prediction per image.
@@ -101,7 +100,7 @@ class DiffusionPurifier(Defence):
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
         self.process, self.last_time, self.keep = Process.of(process), last_time, keep
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
-        # Frozen, because neither a prediction nor an attack wants gradients of its weights.
+        # It is frozen, because neither a prediction nor an attack needs gradients of its weights.
         module = copy.deepcopy(denoiser).requires_grad_(False)
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
@@ -122,11 +121,11 @@ class DiffusionPurifier(Defence):
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
-            # such as dropout that stays on: the process does not name it
+            # The denoiser may have its own randomness, such as dropout that stays on.
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
-        """The numbers of the process, as buffers on the device of the noise, and which steps are followed."""
+        """Make the numbers of the process, buffers on the device of the noise, and choose the steps with a gradient."""
         if (latest := max(start for start, _ in self.process.rounds)) > self.last_time:
             raise ValueError(
                 f"t_star must be at most {self.last_time}, the last time that the denoiser was trained for, "
@@ -135,11 +134,11 @@ class DiffusionPurifier(Defence):
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins))}
-        # the bits of the numbers, which conversions of the defence to another dtype must not round
+        # Store the bits of the numbers, since conversions of the defence to another dtype would round numbers.
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
-        #: At which rows the gradient goes through the denoiser; elsewhere its prediction counts as a constant.
+        #: Rows at which the gradient goes through the denoiser; elsewhere its prediction counts as a constant.
         self.followed: list[bool] = [True] * len(self.begins)
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
@@ -147,14 +146,14 @@ class DiffusionPurifier(Defence):
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory that ``keep`` allows.
 
-        They are in [0, 1], but for a process that does not clip.
+        They are in [0, 1], unless the process does not clip.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: sets of K draws, 65,536 draws at most.
+            draws: number of sets of K draws, at most 65,536 draws.
 
         Raises:
-            ValueError: images of another shape, or more draws.
+            ValueError: images have another shape, or there are more draws.
         """
         self.check_images(x)
         if draws * self.samples > STEPS:
@@ -165,7 +164,7 @@ class DiffusionPurifier(Defence):
         count = draws * self.samples if noisy else 1
         seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
         images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
-        # a row for each draw of each image
+        # There is a row for each draw of each image.
         rows = images.repeat_interleave(count, 0)
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
@@ -174,19 +173,19 @@ class DiffusionPurifier(Defence):
         return self._as_images(purified).unflatten(0, (len(x), count))
 
     def _as_images(self, state: Tensor) -> Tensor:
-        """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may lead out of [0, 1]."""
+        """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may leave [0, 1]."""
         if self.process.clip:
-            # at both ends the gradient passes, which torch.clamp decides otherwise in some versions
+            # The gradient passes at both ends; torch.clamp of some versions stops it there.
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
         return (state + 1) / 2
 
     def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
-        """What the whole process makes of images ``[B, C, H, W]`` in [-1, 1]."""
+        """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
         table = Table(*(getattr(self, f"_{name}").view(torch.float64) for name in Table._fields))
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
-        # chosen once, since a look at all parameters takes as long as a small layer
+        # Choose the network once: a look at all parameters takes as long as a small layer.
         network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
@@ -216,14 +215,14 @@ class DiffusionPurifier(Defence):
             len(self.begins),
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
-            # the process names its noise, so that the dropout of a training alone draws from generators, or the
-            # denoiser itself
+            # The process draws its noise from a seed, so only dropout in training, or the denoiser itself, draws from
+            # generators.
             preserve_rng_state=self.training or self._denoiser_draws,
             keep=self.keep,
         )
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
-        """What a network predicts of states, told the times ``t`` ``[B]``, as `diffusion_step` takes it."""
+        """A network's prediction for states at the times ``t`` ``[B]``, in the form of `diffusion_step`."""
         with self._autocast(x.device):
             prediction = (network or self._network)(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
@@ -243,10 +242,10 @@ class DiffusionPurifier(Defence):
         return aggregate(logits, self.aggregation)
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """The same denoiser and classifier, which both share, with another process; not accelerated.
+        """A defence that shares this denoiser and classifier and has another process; not accelerated.
 
         Args:
-            process: of images of the same kind, such as one of fewer steps.
+            process: process of images of the same kind, such as one with fewer steps.
         """
         other = copy.copy(self)
         other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
@@ -258,10 +257,10 @@ class DiffusionPurifier(Defence):
     # -- attacks ------------------------------------------------------------------------------------------------------
 
     def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
-        """Purifiers whose gradients may find more than its own (`purify_fast.protocols.OwnSurrogates`).
+        """Purifiers whose gradients may find more than this defence's own (`purify_fast.protocols.OwnSurrogates`).
 
-        A gradient through many steps is a product of as many derivatives. Those of shorter processes have fewer: Lee &
-        Kim, ICCV 2023, arXiv 2303.09051, section 4.2, attack through a process of fewer steps.
+        A gradient through many steps is a product of as many derivatives. Shorter processes have fewer: Lee & Kim, ICCV
+        2023, arXiv 2303.09051, section 4.2, attack through a process of fewer steps.
         """
         ends = [j for j, begins in enumerate(self.begins) if begins] + [len(self.begins)]
         counts = [after - before - 1 for before, after in pairwise(ends)]
@@ -274,32 +273,32 @@ class DiffusionPurifier(Defence):
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
-        # of one step every solver makes about the same
+        # With a single step all solvers do about the same.
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """What the field attacks such purifiers with (`purify_fast.protocols.OwnAttacks`).
+        """Published attacks on such purifiers (`purify_fast.protocols.OwnAttacks`).
 
         Args:
-            norm: of the ball.
+            norm: norm of the ball.
             eps: radius in image units.
 
         Source: `purify_fast.methods.diffusion.own_attacks`.
         """
-        # a prediction does without the package that judges it
+        # A prediction does not need the package that judges it.
         from .own_attacks import strong_attacks
 
         return strong_attacks(self, norm, eps)
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """How the authors of such purifiers evaluate them (`purify_fast.protocols.AuthorsEvaluation`).
+        """The evaluation by the authors of such purifiers (`purify_fast.protocols.AuthorsEvaluation`).
 
         Args:
             eps: radius in image units.
 
         Source: `purify_fast.methods.diffusion.released_evaluation`.
         """
-        # a prediction does without the package that judges it
+        # A prediction does not need the package that judges it.
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)
@@ -308,7 +307,7 @@ class DiffusionPurifier(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The precision of the denoiser's weights; the states are float32, or float64 if these are."""
+        """The precision of the denoiser's weights; the states are float32, or float64 if the weights are."""
         return dtype_of(self.denoiser)
 
     @property
@@ -317,7 +316,7 @@ class DiffusionPurifier(Defence):
 
     @property
     def _network(self) -> Denoiser:
-        """What predicts: of an accelerated defence a copy in bfloat16, as long as the denoiser is not trained."""
+        """The predicting network: for an accelerated defence a bfloat16 copy, unless the denoiser is being trained."""
         if self.fast is not None and self.fast.packed is not None and self._is_frozen:
             return self.fast.packed
         return self.denoiser
@@ -333,7 +332,7 @@ class DiffusionPurifier(Defence):
 
     def _pack(self, fast: Accelerated) -> None:
         """Copy the denoiser in bfloat16, in the memory of the copy before, which captured steps read."""
-        # outside of inference mode, because attacks differentiate through the copy
+        # Leave inference mode, because attacks differentiate through the copy.
         with torch.inference_mode(False), torch.no_grad():
             if fast.packed is None:
                 fast.packed = self.denoiser.bfloat16_copy()
@@ -361,18 +360,18 @@ class DiffusionPurifier(Defence):
     def from_pretrained(
         cls, folder: str | Path, classifier: nn.Module, process: Mapping[str, Any] | None = None, **options: Any
     ) -> DiffusionPurifier:
-        """A purifier with a denoiser of diffusers, and the schedule that it was trained on.
+        """Make a purifier of a denoiser of diffusers and its schedule.
 
         Args:
-            folder: that of a pipeline, such as a copy of google/ddpm-cifar10-32; nothing is downloaded.
-            classifier: of images of the denoiser's size.
-            process: fields of `Process` other than those that the folder tells.
+            folder: folder of a pipeline, such as a copy of google/ddpm-cifar10-32; nothing is downloaded.
+            classifier: classifier for images of the denoiser's size.
+            process: fields of `Process` that the folder does not define.
             options: further arguments of `DiffusionPurifier`.
 
         Raises:
             ImportError: diffusers is not installed.
             FileNotFoundError: there is no such folder, network or scheduler.
-            ValueError: a schedule or prediction that this package does not have.
+            ValueError: this package does not have the schedule or prediction.
         """
         denoiser, image_shape, known = read_pretrained(folder)
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)

@@ -1,4 +1,4 @@
-"""One interface to every denoiser: the package's U-Net, those of diffusers, any module of a user's own."""
+"""One interface to every denoiser: the package's U-Net, those of diffusers, and any module of the user."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import save_model
 
-#: The package's own denoisers, by the name of their class; each keeps in ``arguments`` what makes it again.
+#: The package's own denoisers, by the name of their class; each keeps its arguments in ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
 #: The kind of a saved denoiser that has no classifier.
 ALONE = "Denoiser"
-#: diffusers' network, which its ``config`` makes again.
+#: diffusers' network, which can be made again from its ``config``.
 DIFFUSERS = "UNet2DModel"
 
 
@@ -35,7 +35,7 @@ def _diffusers_model() -> Any:
 
 
 def description(denoiser: nn.Module) -> dict[str, Any]:
-    """What makes the denoiser again, JSON values; of a module of a user's own its class's name alone."""
+    """JSON values from which the denoiser can be made again; for a user's own module only its class's name."""
     name = type(denoiser).__name__
     if type(denoiser) is DENOISERS.get(name):
         return {"kind": name, "arguments": denoiser.arguments}
@@ -45,7 +45,7 @@ def description(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
-    """The denoiser that a saved `description` is of, or the one given, if it is of that kind; else ValueError."""
+    """Make the denoiser of a saved `description`, or return the given denoiser of that kind; else ValueError."""
     if given is not None:
         if description(given)["kind"] != facts["kind"]:
             raise ValueError(f"purifier: {folder} holds a {facts['kind']}, got a {type(given).__qualname__}")
@@ -67,21 +67,21 @@ def save_denoiser(
     """Write a denoiser without a classifier; `purify_fast.load_defence` puts it before one.
 
     Args:
-        denoiser: what `purify_fast.methods.diffusion.DiffusionTask` trained.
-        folder: where to; ``model.safetensors`` is written there.
+        denoiser: denoiser trained by `purify_fast.methods.diffusion.DiffusionTask`.
+        folder: folder in which ``model.safetensors`` is written.
         image_shape: (C, H, W).
         process: the fields of `purify_fast.methods.diffusion.Process` that its training decides.
-        last_time: up to which time it was trained, as a share of the process.
+        last_time: last time for which it was trained, as a share of the process.
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
     save_model(folder, ALONE, arguments | {"denoiser": description(denoiser)}, denoiser.state_dict())
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
-    """A denoiser of diffusers from its folder, its images' shape, and what the folder tells of its process.
+    """Read a denoiser of diffusers from its folder, with its images' shape and the settings of its process.
 
     Args:
-        folder: that of a ``DDPMPipeline`` or ``DDIMPipeline``, such as a copy of google/ddpm-cifar10-32. Nothing is
+        folder: folder of a ``DDPMPipeline`` or ``DDIMPipeline``, such as a copy of google/ddpm-cifar10-32. Nothing is
             downloaded.
 
     Returns:
@@ -90,7 +90,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     Raises:
         ImportError: diffusers is not installed.
         FileNotFoundError: there is no such folder, network or scheduler.
-        ValueError: a schedule, prediction, variance or clip that this package does not have.
+        ValueError: this package does not have the schedule, prediction, variance or clip.
     """
     root = Path(folder)
     network = root / "unet" if (root / "unet").is_dir() else root
@@ -101,7 +101,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     steps = process.get("num_train_timesteps", 1000)
     kinds = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     predictions = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
-    # diffusers' "learned" is the variance itself, and its "fixed_large_log" a logarithm of which it takes the root
+    # In diffusers "learned" is the variance itself, and "fixed_large_log" a logarithm, of which it takes the root.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     beta, predicted = process.get("beta_schedule", "linear"), process.get("prediction_type", "epsilon")
     variance = process.get("variance_type", "fixed_small")
@@ -134,27 +134,27 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
 
 
 def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
-    """Read the weights that others trained into a network of theirs, made by their own code.
+    """Read weights trained by others into their network, which their own code made.
 
     Args:
         denoiser: the network; it is changed in place.
-        path: a file of guided-diffusion or of any code that saves a state dict; of score-SDE, a checkpoint that holds
-            the network as ``model`` and a moving average of its weights as ``ema``, which is what is taken
-            (models/ema.py of yang-song/score_sde_pytorch). Only tensors are read of it.
+        path: a file of guided-diffusion or of any code that saves a state dict; or a checkpoint of score-SDE, with the
+            network as ``model`` and a moving average of its weights as ``ema``, which is used (models/ema.py of
+            yang-song/score_sde_pytorch). Only tensors are read.
 
     Returns:
         The same network.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or those of another network.
+        ValueError: the file holds no weights, or those of another network.
     """
     load_state(denoiser, read_weights(path), str(path))
     whole = {} if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     if not isinstance(whole.get("ema"), dict):
         return denoiser
     averaged = whole["ema"].get("shadow_params", [])
-    # in the order of the parameters that are trained
+    # The order is that of the trained parameters.
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (averaged, trained)]
     if shapes[0] != shapes[1]:
@@ -172,10 +172,10 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
 
 
 class Denoiser(nn.Module):
-    """Any denoiser as one function ``(x_t, t) -> prediction``.
+    """Any denoiser as a function ``(x_t, t) -> prediction``.
 
     Args:
-        module: what predicts; used as it is, not copied. ``module(x, t)``, x ``[B, C, H, W]`` and t ``[B]``, gives a
+        module: the denoiser, which is not copied. ``module(x, t)``, x ``[B, C, H, W]`` and t ``[B]``, gives a
             tensor or, as diffusers' models do, an object with a tensor ``sample``: ``[B, C, H, W]``, or
             ``[B, 2C, H, W]`` with learned variances, as guided-diffusion's models have them.
         image_shape: (C, H, W).
@@ -185,8 +185,8 @@ class Denoiser(nn.Module):
         learns_variances: whether the module gives twice as many channels as the images have.
 
     Raises:
-        ValueError: a module that does not run on two images, or returns something else; it names the module, what it
-            returned and what is allowed.
+        ValueError: the module fails on two images, or returns something else; the message names the module, its result
+            and what is allowed.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int], whole_times: bool):
@@ -213,9 +213,9 @@ class Denoiser(nn.Module):
 
         Args:
             x: states ``[B, C, H, W]``.
-            t: what the module is told of the time, ``[B]``, float64.
+            t: times in the module's own units, ``[B]``, float64.
         """
-        # bfloat16 has eight bits, too few for a thousand times
+        # The eight bits of bfloat16 are too few for a thousand times.
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
@@ -227,7 +227,7 @@ class Denoiser(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # the same layer, which on a CPU takes the package's convolution where that is faster
+                    # The same layer uses the package's convolution on a CPU if that is faster.
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What guides a reverse process to the image that it purifies: GDMP (Wang et al., arXiv 2205.14969).
+"""Guidance of a reverse process toward the image that it purifies: GDMP (Wang et al., arXiv 2205.14969).
 
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z' the noised input,   w = variance g sigma / alpha
 
@@ -11,10 +11,10 @@ means E under a Gaussian window, m = E[x], n = E[y]:
     SSIM = mean of S,  S = (2 m n + C1) / (m^2 + n^2 + C1) (2 cov + C2) / (var + C2),
     cov = E[x y] - m n,   var = E[x^2] - m^2 + E[y^2] - n^2
 
-The gradients are written out, so that what follows them is differentiated like any other formula. The authors' code
+The gradients are written out, so that they are differentiated like any other formula. The authors' code
 (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271, and averages D over the images of a batch too. Here D is of each image
-alone, so that no image changes another.
+pytorch_diffusion/diffusion.py:80-82 and 269-271, and averages D over the images of a batch too. Here D is taken for
+each image alone, so that no image changes another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 
 Guidance = Literal["mse", "ssim"]
-#: Of SSIM: the window's side and standard deviation in pixels, and what keeps its fractions finite.
+#: Constants of SSIM: the window's side and standard deviation in pixels, and terms that keep its fractions finite.
 WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
@@ -39,17 +39,17 @@ def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: images ``[B, C, H, W]``.
-        y: likewise.
+        y: the other images, of the same shape.
     """
     return 2 * (x - y) / prod(x.shape[1:])
 
 
 def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """The gradient to x of each image's 1 - SSIM, in the shape of x; zeros are around the images.
+    """The gradient to x of each image's 1 - SSIM, in the shape of x; the images are padded with zeros.
 
     Args:
         x: images ``[B, C, H, W]``.
-        y: likewise.
+        y: the other images, of the same shape.
     """
     offsets = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     line = torch.softmax(-offsets.square() / (2 * DEVIATION**2), 0)
@@ -64,7 +64,7 @@ def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
     covariance = 2 * (local(x * y) - m * n) + C2
     variances = local(x.square() + y.square()) - m.square() - n.square() + C2
     similarity = means * covariance / (squares * variances)
-    # S by m, by E[x^2] and by E[x y]; the window is symmetric, so that the adjoint of a local mean is a local mean
+    # Derivatives of S by m, by E[x^2] and by E[x y]. The window is symmetric, so a local mean is its own adjoint.
     by_product = 2 * means / (squares * variances)
     by_square = -similarity / variances
     by_mean = 2 * n * covariance / (squares * variances) - 2 * m * similarity / squares

@@ -1,12 +1,12 @@
 """Attacks on purifiers by diffusion that the protocol "strong" adds to its own.
 
-PGD with 200 steps and 20 draws each is how Lee & Kim (ICCV 2023, arXiv 2303.09051) judge such purifiers. That noise
-hides low frequencies least is the idea of DiffBreak's attack (arXiv 2411.16598), which chooses filters. Here one filter
-stands behind the gradient:
+Lee & Kim (ICCV 2023, arXiv 2303.09051) judge such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's attack
+(arXiv 2411.16598) uses that noise hides low frequencies least, and chooses filters. Here a single filter is applied to
+the gradient:
 
     g_low = F^-1 (m F g),   m 1 for frequencies of at most a quarter of the highest one in each direction, else 0
 
-Whatever a filtered gradient leads to is judged by the purifier itself, as every success is.
+The purifier itself judges the images that a filtered gradient finds, like every success.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...evaluation import AttackSpec, lee_kim_2023
 
 #: The share of the frequencies, in each direction, that the gradient keeps.
 KEPT = 0.25
-#: Draws that a step averages.
+#: Number of draws that a step averages.
 DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 
@@ -39,7 +39,7 @@ class _LowFrequencies(torch.autograd.Function):
 
 
 def low_frequencies(image: Tensor) -> Tensor:
-    """What is left of images when their higher frequencies are taken away, of their shape and dtype.
+    """Remove the higher frequencies of images; the result has their shape and dtype.
 
     Args:
         image: ``[..., H, W]``.
@@ -53,7 +53,7 @@ def low_frequencies(image: Tensor) -> Tensor:
 
 
 class LowFrequencyGradient(nn.Module):
-    """A model whose gradient to the images has low frequencies alone.
+    """A model whose gradient to the images has only low frequencies.
 
     Args:
         model: any module from images ``[B, C, H, W]`` to logits.
@@ -65,7 +65,7 @@ class LowFrequencyGradient(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Its logits, ``[B, classes]``.
+        """The model's logits, ``[B, classes]``.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -74,11 +74,11 @@ class LowFrequencyGradient(nn.Module):
 
 
 def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
-    """The further rows of "strong".
+    """The additional attacks of "strong".
 
     Args:
         defence: a `DiffusionPurifier`.
-        norm: of the ball; Lee and Kim's steps are those of "linf".
+        norm: norm of the ball; Lee and Kim's steps are those of "linf".
         eps: radius in image units.
     """
     low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")

@@ -1,7 +1,7 @@
 """The settings of a purification by diffusion, and the table of its steps.
 
 A step takes its numbers from a row of a table (`Table`), so that no value is read by the host. A round begins with a
-row that adds noise up to its t*; one row for each step of the solver follows.
+row that adds noise up to its t*; a row for each step of the solver follows.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from .solvers import Prediction, Solver, Variance, denoising, noising
 
 
 class Table(NamedTuple):
-    """The numbers of n rows, float64 where nothing else is noted."""
+    """The numbers of n rows, float64 unless noted otherwise."""
 
-    #: Of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
+    #: The coefficients of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
     coefficients: Tensor
-    #: Those that noise an image up to the row's time, as guidance needs it, ``[n, 8]``.
+    #: The coefficients that noise an image up to the row's time, for guidance, ``[n, 8]``.
     targets: Tensor
-    #: What the denoiser is told of the time, ``[n]``.
+    #: The times in the denoiser's units, ``[n]``.
     times: Tensor
-    #: w, by which guidance is multiplied, ``[n]``; of learned variances without the variance.
+    #: w, the factor of guidance, ``[n]``; for learned variances without the variance.
     weights: Tensor
 
 
 @dataclass(frozen=True)
 class Process:
-    """How images are noised and denoised.
+    """The settings by which images are noised and denoised.
 
     Args:
         schedule: the noise that the denoiser was trained on.
-        prediction: what the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
-        times: what it is told of the time (`Schedule.told`); None: the training step's index, or with the schedule
+        prediction: quantity that the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
+        times: units of the denoiser's time (`Schedule.told`); None: the training step's index, or with the schedule
             ``vp`` score-SDE's continuous time.
         solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
             probability flow) or ``one_shot`` (the image that is predicted at t*).
-        t_star: the time up to which noise is added, as a share of the process; several for as many rounds, each of
-            which purifies the result of the one before.
-        steps: of the solver in each round; one number, or one for each round. None: every training step.
-        eta: of ddim: 0 adds no noise, 1 as much as ddpm.
-        variance: of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
+        t_star: the time up to which noise is added, as a share of the process; several times for as many rounds, each
+            of which purifies the result of the round before.
+        steps: number of the solver's steps, for all rounds or for each round. None: every training step.
+        eta: parameter of ddim: 0 adds no noise, 1 as much as ddpm.
+        variance: variance of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
         clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1].
             Without it purified images may leave [0, 1] a little.
-        denoise_last: whether the last step of vp_sde adds no noise, as where score-SDE's sampler returns its mean
-            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The other solvers end so in any case.
-        guidance: None, or the distance to the noised input by whose gradient each step is moved: ``mse`` or ``ssim``.
-        guidance_scale: g, factor of that gradient, beside the step's variance and sigma / alpha.
+        denoise_last: whether the last step of vp_sde adds no noise, like score-SDE's sampler when it returns its mean
+            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The other solvers always end like this.
+        guidance: None, or the distance to the noised input whose gradient moves each step: ``mse`` or ``ssim``.
+        guidance_scale: g, a factor of that gradient, besides the step's variance and sigma / alpha.
 
     Raises:
-        ValueError: a setting out of range, or settings that do not go together; the message names them.
+        ValueError: a setting is out of range, or settings contradict each other; the message names them.
     """
 
     schedule: Schedule = Schedule()
@@ -91,17 +91,18 @@ class Process:
                 "guidance moves a step by the variance of its noise: it goes with ddpm, ddim with eta above 0, and "
                 f"vp_sde, got solver {self.solver!r} with eta {self.eta}"
             )
-        # the table refuses what the schedule does not have; guidance draws noise beside that of the steps
+        # Making the table refuses settings that the schedule lacks. Guidance draws noise besides that of the steps.
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
             raise ValueError(f"steps must be fewer in all rounds, {STEPS // 2} with one more for each, got {rows}")
 
     @classmethod
     def of(cls, given: Process | Mapping[str, Any]) -> Process:
-        """A process from its fields, as a saved model holds them.
+        """Make a process from its fields, as stored with a model.
 
         Args:
-            given: a process, which is returned as it is, or its fields by name; the schedule as `Schedule.of` takes it.
+            given: a process, which is returned unchanged, or its fields by name; the schedule as `Schedule.of` takes
+                it.
         """
         if isinstance(given, Process):
             return given
@@ -109,7 +110,7 @@ class Process:
 
     @property
     def rounds(self) -> list[tuple[float, int | None]]:
-        """t* and the steps of each round."""
+        """The t* and number of steps of each round."""
         starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
         if not starts or len(counts) != len(starts):
@@ -118,16 +119,16 @@ class Process:
 
     @property
     def learns_variances(self) -> bool:
-        """Whether the denoiser's second half of channels is the noise's variance."""
+        """Tell whether the denoiser's second half of channels is the noise's variance."""
         return self.solver == "ddpm" and self.variance == "learned"
 
     @property
     def told(self) -> Times:
-        """What the denoiser is told of the time."""
+        """The units of the denoiser's time."""
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
     def table(self) -> tuple[Table, list[bool]]:
-        """The rows of all rounds, and which of them begin one: they noise an image, and ask no denoiser."""
+        """The rows of all rounds, and a mask of those that begin a round: these noise an image without a denoiser."""
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
@@ -143,7 +144,7 @@ class Process:
             )
             forward, told = noising(self.schedule, t[:-1]), self.schedule.told(t[:-1], self.told)
             if self.learns_variances:
-                # each step multiplies by the variance that the denoiser chooses
+                # Each step multiplies it by the variance that the denoiser chooses.
                 variances = torch.ones_like(variances)
             weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
             blank = torch.zeros(1, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The published purifications by diffusion, number by number, each with its source, in ``recipes.json``.
 
-A source is a file of a repository with its lines, of NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur at
-6ee8b1a, ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or
+A source is a file and its lines in one of the repositories NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur
+at 6ee8b1a, ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or
 ethz-spylab/diffusion_denoised_smoothing at 699e7a5. Nothing of them is copied here. The denoisers were trained by
 others: these recipes have no training.
 """
@@ -25,7 +25,7 @@ class DiffusionRecipe(Recipe):
     """A published purification. The keys ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
 
     def process(self) -> Process:
-        """How images are noised and denoised; a noise that is given as sigma becomes the t* that has it."""
+        """The recipe's process; a noise given as sigma becomes the t* with this noise."""
         schedule, fields = Schedule(**self.part("schedule")), self.part("process")
         if "noise.sigma" in self.facts:
             fields["t_star"] = schedule.time_of(self["noise.sigma"])
@@ -37,7 +37,7 @@ class DiffusionRecipe(Recipe):
         Args:
             denoiser: takes images of the recipe's size in [-1, 1].
             classifier: takes images of the recipe's size; trained on clean images by the authors.
-            changes: arguments of `DiffusionPurifier` that take the place of the recipe's.
+            changes: arguments of `DiffusionPurifier` that replace those of the recipe.
         """
         options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}
         return DiffusionPurifier(denoiser, classifier, **options)

@@ -1,10 +1,10 @@
-"""Purification by diffusion as its authors evaluate it: the protocol "authors", to be compared with their numbers.
+"""The authors' evaluations of purification by diffusion: the protocol "authors", to compare with their numbers.
 
 DiffPure (NVlabs/DiffPure at 985703f) is attacked by AutoAttack, version rand (lines 24 and 25 of
 run_scripts/cifar10/run_cifar_rand_inf.sh), through the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
-runners/diffpure_sde.py). That one solves the SDE once more, backward in time, and the equation of the adjoint beside it
+runners/diffpure_sde.py). It solves the SDE again, backward in time, together with the equation of the adjoint
 (google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
-adjoint_sde.py). Both are discretized by themselves, so that it is not the gradient of what was computed:
+adjoint_sde.py). Both are discretized separately, so that the result is not the gradient of the computed output:
 
     y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a,    from the purified image back to t*
 
@@ -32,12 +32,12 @@ from .solvers import denoising
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
-#: Purifications by which GDMP's authors predict (``path_number``, line 25 of both files of settings).
+#: Number of purifications in a prediction of GDMP's authors (``path_number``, line 25 of both files of settings).
 PATHS = 10
 
 
 class AdjointGradient(nn.Module):
-    """A purifier with the reverse SDE, of one round and one draw, whose gradient is that of the adjoint SDE.
+    """A purifier by the reverse SDE, with one round and one draw, whose gradient is that of the adjoint SDE.
 
     Args:
         defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
@@ -64,10 +64,10 @@ class AdjointGradient(nn.Module):
 
 
 class TenPaths(nn.Module):
-    """A purifier that predicts from ten purifications, and whose ``purify`` makes one, as GDMP's BPDA does.
+    """A purifier that predicts from ten purifications, and whose ``purify`` makes a single one, as GDMP's BPDA does.
 
     Args:
-        defence: a `DiffusionPurifier`, of any number of samples.
+        defence: a `DiffusionPurifier` with any number of samples.
     """
 
     def __init__(self, defence: Any):
@@ -94,7 +94,7 @@ class TenPaths(nn.Module):
 
 
 def _with_samples(defence: Any, samples: int) -> Any:
-    """The same defence with the mean of so many samples."""
+    """The same defence with the mean of this number of samples."""
     other = defence.with_process(defence.process)
     other.samples, other.aggregation = samples, "mean"
     return other
@@ -116,7 +116,7 @@ class _Adjoint(torch.autograd.Function):
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
-        # a step backward begins where the forward one ended
+        # A backward step begins where the forward step ended.
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         names = ("solver", "prediction", "variance", "eta", "clip", "denoise_last")
@@ -127,19 +127,19 @@ class _Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
                 prediction = defence._predict(leaf, told[j].expand(len(leaf)))
-                # y + f dt + g dW: the noise is that of the step forward
+                # This is y + f dt + g dW, with the noise of the forward step.
                 ahead = diffusion_step(leaf, prediction, rows[j], seed=seed, sample_ids=ids, draws=draws, step=word)
             (grad,) = torch.autograd.grad(ahead, leaf, grad)
             y = 2 * leaf.detach() - ahead.detach()
-        # the noise is added outside of the SDE, by autograd: alpha x + sigma z
+        # The noise alpha x + sigma z is added outside the SDE, and differentiated by autograd.
         return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad), None, None
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
-    """The rows of the protocol "authors", see this module.
+    """The attacks of the protocol "authors"; see this module.
 
-    PGD and BPDA keep the best of their points, where the authors' take the last. GDMP's BPDA adds the signs of the
-    gradients of its draws, here these are averaged. Its PGD attacks in a ball of 8/256.
+    PGD and BPDA keep their best point; the authors' code takes the last. GDMP's BPDA adds the signs of the gradients of
+    its draws; here the gradients are averaged. Its PGD attacks in a ball of 8/256.
 
     Args:
         defence: a `DiffusionPurifier`.
@@ -151,7 +151,7 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
         AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
-        # DiffPure's authors predict from one draw
+        # DiffPure's authors predict from one draw.
         adjoint = AdjointGradient(_with_samples(defence, 1))
         rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
     return rows

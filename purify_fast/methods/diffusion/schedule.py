@@ -25,20 +25,20 @@ from torch import Tensor
 from ..._validation import Range, check_types
 
 ScheduleKind = Literal["linear", "cosine", "vp"]
-#: How a denoiser wants to be told the time.
+#: The units in which a denoiser takes the time.
 Times = Literal["index", "rescaled", "continuous"]
-#: Steps of which betas are given: a schedule of fewer has larger ones.
+#: Number of steps for which betas are given: a schedule with fewer steps has larger betas.
 USUAL_STEPS = 1000
-#: As many training steps, and steps of a reverse process, are allowed.
+#: The most training steps, and steps of a reverse process.
 MOST_STEPS = 10_000
-#: No step of a cosine schedule adds more noise.
+#: The largest beta of a cosine schedule.
 LARGEST_BETA = 0.999
-#: Where a process in continuous time ends: at 0 the score is infinite. NVlabs/DiffPure, runners/diffpure_sde.py:228.
+#: The end of a process in continuous time: at 0 the score is infinite. NVlabs/DiffPure, runners/diffpure_sde.py:228.
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
-# a training asks for it in every step, and would copy it to the device each time
+# It is cached: a training needs it in every step, and would copy it to the device each time.
 @functools.lru_cache(maxsize=16)
 def _products(schedule: Schedule, device: torch.device) -> Tensor:
     """alpha_bar of all training steps and of the image before them, float64 ``[N + 1]``."""
@@ -48,13 +48,13 @@ def _products(schedule: Schedule, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much noise a diffusion process has added by the time t.
+    """The noise that a diffusion process has added by the time t.
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, on which the denoiser was trained; of vp, in how many indices its times are counted.
-        first_beta: of linear and vp, the variance that the first of 1,000 steps adds; no effect on cosine.
-        last_beta: the same of the last step.
+        steps: N, the number of training steps of the denoiser; for vp, the number of indices that count its times.
+        first_beta: for linear and vp, the variance that the first of 1,000 steps adds; no effect on cosine.
+        last_beta: the same for the last step.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -74,10 +74,10 @@ class Schedule:
 
     @classmethod
     def of(cls, given: Schedule | Mapping[str, Any] | str) -> Schedule:
-        """A schedule from its kind or its fields, as a saved model holds them.
+        """Make a schedule from its kind or its fields, as stored with a model.
 
         Args:
-            given: a schedule, which is returned as it is; its fields by name; or its kind.
+            given: a schedule, which is returned unchanged; its fields by name; or its kind.
         """
         if isinstance(given, Schedule):
             return given
@@ -85,12 +85,12 @@ class Schedule:
 
     @property
     def is_continuous(self) -> bool:
-        """Whether times between the training steps exist."""
+        """Tell whether times between the training steps exist."""
         return self.kind == "vp"
 
     @property
     def betas(self) -> Tensor:
-        """The variances that the training steps add, float64 ``[N]``; of linear and cosine."""
+        """The variances that the training steps add, float64 ``[N]``; for linear and cosine."""
         if self.kind == "cosine":
             t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
             kept = torch.cos(pi / 2 * (t + 0.008) / 1.008).square()
@@ -129,10 +129,10 @@ class Schedule:
 
         Args:
             start: t*, in (0, 1].
-            steps: how many steps are taken, at least 1; None: every training step.
+            steps: number of steps, at least 1; None: every training step.
 
         Raises:
-            ValueError: a start outside of (0, 1], or more steps than there are.
+            ValueError: start is outside (0, 1], or there are fewer training steps.
         """
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
@@ -149,21 +149,21 @@ class Schedule:
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round() / self.steps
 
     def told(self, t: Tensor, times: Times) -> Tensor:
-        """What a denoiser is told at times of this schedule, float64.
+        """Convert times of this schedule to a denoiser's units, float64.
 
         Args:
             t: times in (0, 1].
-            times: ``index``: from 0 to N - 1, of the training step. ``rescaled``: that index as one of 1,000, as
-                guided-diffusion's ``rescale_timesteps`` has it. ``continuous``: 999 t, as score-SDE has it.
+            times: ``index``: index of the training step, from 0 to N - 1. ``rescaled``: that index rescaled to 1,000,
+                as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
         """
         if times == "continuous":
             return 999 * t.double()
-        # DiffPure rounds the times of its SDE down for denoisers of discrete ones (runners/diffpure_sde.py:84).
+        # DiffPure rounds the times of its SDE down for denoisers of discrete times (runners/diffpure_sde.py:84).
         index = (t * self.steps).floor().clamp(max=self.steps - 1) if self.is_continuous else self._step(t) - 1
         return index.double() * (USUAL_STEPS / self.steps if times == "rescaled" else 1)
 
     def time_of(self, sigma: float) -> float:
-        """The first training step's time at which images in [0, 1] have at least so much noise.
+        """The time of the first training step at which images in [0, 1] have at least this noise.
 
         Args:
             sigma: standard deviation of the noise in image units, relative to the image: Carlini et al., arXiv

@@ -2,7 +2,7 @@
 
     x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
 
-m is what the denoiser predicts at t. With alpha and sigma at t, alpha' and sigma' at s:
+m is the denoiser's prediction at t. With alpha and sigma at t, alpha' and sigma' at s:
 
     noise   P = 1 / alpha,  Q = -sigma / alpha
     x0      P = 0,          Q = 1
@@ -40,7 +40,7 @@ def of_prediction(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tenso
     """P and Q, by which x0 = P x + Q m.
 
     Args:
-        kind: what m is.
+        kind: quantity that m predicts.
         alpha: factor of the image, any shape.
         sigma: factor of the noise, the same shape.
     """
@@ -66,7 +66,7 @@ def noising(schedule: Schedule, t: Tensor) -> Tensor:
     """The coefficients of the forward process, alpha x + sigma z, float64 ``[..., 8]``.
 
     Args:
-        schedule: of the process.
+        schedule: schedule of the process.
         t: times, any shape.
     """
     kept = schedule.alpha_bar(t)
@@ -89,18 +89,18 @@ def denoising(
     """The coefficients of the steps of a reverse process, and the variances by which guidance moves their means.
 
     Args:
-        schedule: of the process.
+        schedule: schedule of the process.
         times: float64 ``[n + 1]``, falling.
-        solver: which one.
-        prediction: what the denoiser predicts.
-        variance: of ddpm.
-        eta: of ddim.
+        solver: name of the solver.
+        prediction: quantity that the denoiser predicts.
+        variance: variance of ddpm.
+        eta: parameter of ddim.
         clip: whether x0 is clipped to [-1, 1].
         denoise_last: whether the last step adds no noise.
 
     Returns:
-        Float64 ``[n, 8]``, as `purify_fast.ops.diffusion_step` takes them, and the variances ``[n]`` of the noise: that
-        of the last step, which adds none, is what DDPM's code takes for it, the one before.
+        Float64 ``[n, 8]``, as `purify_fast.ops.diffusion_step` takes them, and the variances ``[n]`` of the noise. The
+        last step adds no noise; like DDPM's code, it takes the variance of the step before.
     """
     t, s = times[:-1], times[1:]
     kept, kept_s = schedule.alpha_bar(t), schedule.alpha_bar(s)

@@ -44,7 +44,7 @@ def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Te
     """Times spread evenly over a process, float64 ``[B]``.
 
     Args:
-        schedule: of the process; a discrete one has the times of its training steps.
+        schedule: schedule of the process; a discrete schedule has the times of its training steps.
         uniform: numbers in [0, 1), ``[B]``.
         last: the latest time.
     """
@@ -59,10 +59,10 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
     Times and noise are functions of the batch's seed and of each image's sample id.
 
     Args:
-        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to what it predicts, as x_t.
+        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction of the shape of x_t.
         batch: the images.
-        process: its schedule, what is predicted, and how the denoiser is told the time.
-        config: the last time, and the precision.
+        process: gives the schedule, the predicted quantity, and the units of time.
+        config: gives the last time and the precision.
     """
     clean, schedule = 2 * batch.x - 1, process.schedule
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=clean.device)
@@ -87,14 +87,14 @@ def purification_loss(
     """The loss of one batch through the whole purification, and metrics.
 
     Args:
-        defence: whose denoiser is trained.
+        defence: the defence whose denoiser is trained.
         batch: the images.
-        config: the attack, and the weight of the loss of clean images.
+        config: gives the attack, and the weight of the loss on clean images.
         graphs: captures the attack's step on a CUDA device, if given.
     """
     with noise_of(defence, batch):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
-        # other draws than those that the attack has seen
+        # The loss uses other draws than the attack has seen.
         purified = defence.purify(adversarial)
     logits, labels = defence.classify(purified).flatten(0, 1), batch.y.repeat_interleave(purified.shape[1])
     cross_entropy = F.cross_entropy(logits, labels)
@@ -110,13 +110,14 @@ class DiffusionTask(Task):
     """Trains a denoiser on clean images in `purify_fast.training.fit`.
 
     Args:
-        denoiser: `purify_fast.models.UNet`, or any module (x_t ``[B, C, H, W]``, t ``[B]``) to what it predicts, as
-            x_t. It is trained in place. The time is the training step's index, 0 to 999; of the schedule "vp" 999 t.
-        config: how.
-        origin: what the denoiser starts from, if not from scratch; a run is resumed only with the same one.
+        denoiser: `purify_fast.models.UNet`, or any module (x_t ``[B, C, H, W]``, t ``[B]``) to a prediction of the
+            shape of x_t. It is trained in place. The time is the training step's index, 0 to 999; for the schedule "vp"
+            999 t.
+            config: settings of the training.
+            origin: start of the denoiser, if not from scratch; a run is resumed only with the same origin.
 
     Raises:
-        ValueError: a config with an attack.
+        ValueError: config has an attack.
     """
 
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
@@ -132,19 +133,19 @@ class DiffusionTask(Task):
         self.model: nn.Module = denoiser
         if config.ema_decay > 0:
             self.average = moving_average(denoiser, config.ema_decay, warm_up=True)
-            # what is trained together is one checkpoint
+            # Networks that are trained together share a checkpoint.
             self.model = nn.ModuleDict({"denoiser": denoiser, "average": self.average})
 
     @property
     def result(self) -> nn.Module:
-        """The trained denoiser: the moving average if there is one, else the one that was given."""
+        """The trained denoiser: the moving average if there is one, else the given denoiser."""
         return self.denoiser if self.average is None else self.average.module
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return denoising_loss(self.denoiser, batch, self.process, self.config), {}
 
     def after_step(self) -> None:
-        """The moving average follows the weights."""
+        """Update the moving average of the weights."""
         if self.average is not None:
             self.average.update_parameters(self.denoiser)
 
@@ -186,13 +187,13 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
     """Fine-tunes a purifier's denoiser through the whole purification in `purify_fast.training.fit`.
 
     Args:
-        defence: what is trained; its classifier stays as it is. Each step takes the samples that it takes.
-        config: how; its precision decides whether the defence is accelerated. The defence's process has the schedule
-            and the prediction.
-        origin: what the denoiser starts from; a run is resumed only with the same one.
+        defence: the trained defence, whose classifier does not change. Each step takes the defence's samples.
+        config: settings of the training; the precision decides whether the defence is accelerated. The schedule and the
+            prediction are those of the defence's process.
+        origin: start of the denoiser; a run is resumed only with the same origin.
 
     Raises:
-        ValueError: a config without an attack.
+        ValueError: config has no attack.
     """
 
     name = "diffusion through the purification"
@@ -216,7 +217,7 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
         return purification_loss(self.defence, batch, self.config, self.graphs)
 
     def after_step(self) -> None:
-        """The moving average follows the weights."""
+        """Update the moving average of the weights."""
         if self.average is not None:
             self.average.update_parameters(self.defence.denoiser)
 
