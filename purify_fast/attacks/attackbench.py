@@ -13,7 +13,7 @@ from torch import Tensor
 from ..protocols import Classifier
 from .arguments import check_eps
 from .base import Attack, AttackContext, EngineAttack
-from .in_turn import InTurn
+from .sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
@@ -53,7 +53,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
             raise ValueError("targeted must be False: these attacks look for any wrong class")
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
-        attacked = InTurn(model, inputs, labels, context)
+        attacked = AttackSequence(model, inputs, labels, context)
         for one in plain:
             attacked.run(one)
         return attacked.images

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._tensors import repeat_batch
 from ..contents import hidden_modules
-from ..protocols import Classifier, CountsImages, SharesDraws, supports
+from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 
 Answer = TypeVar("Answer")
 
@@ -173,12 +173,13 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     Args:
         model: images to logits; within `frozen`.
         x: images ``[B, ...]``; the first few are tried.
-        draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
+        draws: how many an attack will ask for. If that is one, the model is not asked. Nor is it asked if its class
+            promises draws for each image (`purify_fast.protocols.draws_for_each_image`): a training would ask in every
+            step.
         most: images in one forward pass at most; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
-    # the methods of this package draw for every image, and a training would ask in every step
-    if draws == 1 or rows < 2 or type(model).__module__.startswith("purify_fast.methods."):
+    if draws == 1 or rows < 2 or draws_for_each_image(model):
         return False
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)

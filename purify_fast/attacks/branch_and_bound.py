@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import AttackContext, BallAttack, Radius, run_alone
+from .base import AttackContext, BallAttack, as_function
 from .engine.rows import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
@@ -113,25 +113,9 @@ class BranchAndBound(BallAttack):
         return active.best
 
 
-def branch_and_bound(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
-    """Branch and bound within an L-inf ball.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``: an ``nn.Module`` of affine layers and few ReLUs, which is
-            frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        **options: of `BranchAndBound`, and of `AttackContext`, such as ``clip_max`` and ``max_forward_batch``.
-
-    Returns:
-        Per image a misclassified point, where one was found, otherwise the image. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        ValueError: a wrong shape, dtype, name, count or range, another norm, or a model that is no such network.
-    """
-    return run_alone(BranchAndBound, model, x, y, eps=eps, **options)
+branch_and_bound = as_function(
+    "branch_and_bound", BranchAndBound, "Per image a misclassified point if one was found, otherwise the image."
+)
 
 
 #: What each layer's numbers are at least and at most in each node, ``[B, pixels]`` and then ``[B, units]``.
@@ -363,7 +347,7 @@ class _Search:
         owner = self.part[nodes.owner[claims]]
         clean = self.active.x[owner]
         points = projected(clean, best[claims].to(clean.dtype).view_as(clean), self.active.ball.take(owner))
-        self.active.settle(owner, points, torch.ones_like(smallest[claims]))
+        self.active.confirm_successes(owner, points, torch.ones_like(smallest[claims]))
 
 
 def _of_all(boxes: _Boxes) -> tuple[Tensor, Tensor]:

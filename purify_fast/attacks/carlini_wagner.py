@@ -10,16 +10,14 @@ point lies in the ball, and at the end the nearest one is cut off at the ball an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count, GradientPrecision
-from ..protocols import Classifier
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
-from .engine.nearest import NearestSearch
+from .._validation import Count
+from .base import AttackContext, EngineAttack, as_function, times
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch
 from .engine.rows import ActiveSet, has_fallen, shrinks_after
 from .objective import Objective
 
@@ -70,31 +68,7 @@ class CarliniWagner(EngineAttack):
             _CarliniWagnerSearch(objective, active, rows, steps, health=context.health).run(self.constants)
 
 
-def carlini_wagner(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """Carlini & Wagner's l2 attack within a ball; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in the l2 norm, in image units, a number or ``[B]``.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `CarliniWagner`, such as ``steps`` and ``constants``, and of `AttackContext`, such as ``seed`` and
-            ``max_forward_batch``; ``norm`` is "l2", or left out.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(CarliniWagner, model, x, y, eps=eps, precision=precision, **{"norm": "l2", **options})
+carlini_wagner = as_function("carlini_wagner", CarliniWagner, NEAREST_OR_IMAGE, precision="float32", norm="l2")
 
 
 class _CarliniWagnerSearch(NearestSearch):

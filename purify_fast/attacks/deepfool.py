@@ -9,16 +9,14 @@ outside of the ball is cut off at the ball and tried as well.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
-from .base import AttackContext, Radius, TargetedAttack, run_alone
+from .base import AttackContext, TargetedAttack, as_function
 from .engine.nearest import NearestSearch, border, length_of
 from .engine.rows import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
 from .objective import Objective
@@ -67,32 +65,12 @@ class DeepFool(TargetedAttack):
             search.run(torch.stack(classes, 1)[rows.owner])
 
 
-def deepfool(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """DeepFool within a ball; an image leaves it at its first point across the border.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``. With one that holds every image, such as 1 in linf, DeepFool's
-            own points are returned.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `DeepFool`, such as ``steps`` and ``n_target_classes``, and of `AttackContext`, such as ``norm``,
-            ``seed`` and ``max_forward_batch``.
-
-    Returns:
-        Per image the point that made it fall; otherwise where the search ended, cut off at the ball. Shape and dtype of
-        x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(DeepFool, model, x, y, eps=eps, precision=precision, **options)
+deepfool = as_function(
+    "deepfool",
+    DeepFool,
+    "Per image the point that made it fall; otherwise the point where the search ended, cut off at the ball.",
+    precision="float32",
+)
 
 
 class _DeepFoolSearch(NearestSearch):

@@ -10,17 +10,15 @@ border is cut off at the ball and tried as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
-from .base import AttackContext, Radius, TargetedAttack, run_alone
-from .engine.nearest import NearestSearch, border, length_of
+from .base import AttackContext, TargetedAttack, as_function
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
 from .engine.rows import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
 from .objective import Gradient, Objective
 
@@ -63,31 +61,7 @@ class FABT(TargetedAttack):
             _FabSearch(objective, active, rows, steps, health=context.health, give_up=self.give_up).run()
 
 
-def fab_t(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """FAB towards one class after the other; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``; a point further away is no success.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `FABT`, such as ``steps``, ``n_target_classes`` and ``restarts``, and of `AttackContext`, such
-            as ``norm``, ``seed``, ``max_forward_batch`` and ``graphs``.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(FABT, model, x, y, eps=eps, precision=precision, **options)
+fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
 
 
 class _FabSearch(NearestSearch):

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count, GradientPrecision
+from .._validation import Count
 from ..ops.philox import Stream, philox
-from ..protocols import Classifier
 from .ball import philox_key
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
-from .engine.nearest import NearestSearch, length_of
+from .base import AttackContext, EngineAttack, as_function, times
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, length_of
 from .engine.rows import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
 
@@ -98,31 +97,7 @@ class HopSkipJump(EngineAttack):
             search.run(context.seed + restart, most)
 
 
-def hop_skip_jump(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """HopSkipJump within a ball, by decisions alone; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, of which only the largest is looked at: one-hot decisions
-            will do. An ``nn.Module`` is in evaluation mode meanwhile.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        precision: what the search asks, "float32", "bfloat16" or "auto"; a success is always judged by the model
-            itself.
-        **options: of `HopSkipJump`, such as ``n_queries`` and ``restarts``, and of `AttackContext`, such as ``norm``,
-            ``seed`` and ``max_forward_batch``.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(HopSkipJump, model, x, y, eps=eps, precision=precision, **options)
+hop_skip_jump = as_function("hop_skip_jump", HopSkipJump, NEAREST_OR_IMAGE, precision="float32")
 
 
 def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
 from .arguments import check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
+from .base import AttackContext, BallAttack, RestartedAttack, as_function
 from .losses import Loss
 from .objective import Objective
 from .search import Search, noted, remembers
@@ -239,33 +239,7 @@ def _put(name: str, whole: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return value if dim is None else whole.index_copy(dim, index, value)
 
 
-def pgd(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, steps: int = 40, keep_best: bool = False, **options: Any
-) -> Tensor:
-    """Projected gradient ascent on the attack loss.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]`` (customary on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
-            "l1").
-        steps: gradient steps.
-        keep_best: whether to return, per image, the best iterate seen and not the last.
-        **options: of `PGD`, such as ``alpha`` (a number or ``[B]``), ``loss`` and ``random_start``, and of
-            `AttackContext`, such as ``norm``, ``seed``, ``max_forward_batch``, ``health`` and ``graphs``.
-
-    Returns:
-        Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
-        [clip_min, clip_max].
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
-            that writes to its input.
-    """
-    return run_alone(PGD, model, x, y, eps=eps, steps=steps, keep_best=keep_best, **options)
+pgd = as_function("pgd", PGD, "Per image the last point, or with ``keep_best`` the best.", steps=40, keep_best=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,26 +274,7 @@ class FGSM(BallAttack):
         return one.search(target, x, y, context)
 
 
-def fgsm(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
-    """One step of length eps from the image itself.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius and step in image units, a number or ``[B]``.
-        **options: of `FGSM`, and of `AttackContext`, such as ``norm``, ``max_forward_batch``, ``health`` and
-            ``graphs``.
-
-    Returns:
-        Adversarial images, as of `pgd`.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: as `pgd`.
-    """
-    return run_alone(FGSM, model, x, y, eps=eps, **options)
+fgsm = as_function("fgsm", FGSM, "Per image the point after the step.")
 
 
 def pgd_and_fgsm(

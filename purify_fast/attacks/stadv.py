@@ -12,7 +12,7 @@ image goes on as it ends, and Adam's small constant is smaller, so that a satura
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
+from .base import AttackContext, RestartedAttack, ThreatModel, as_function
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import Search
@@ -161,28 +161,6 @@ class StAdv(RestartedAttack):
         return self.worst(attack, target, x, y, context)
 
 
-def stadv(
-    model: Classifier, x: Tensor, y: Tensor, *, steps: int = 20, keep_best: bool = False, **options: Any
-) -> Tensor:
-    """Adam on a flow field, from none at all, clamped to its bound after every step.
-
-    Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack.
-        x: images, floating point ``[B, C, H, W]``.
-        y: true labels, int64 ``[B]``.
-        steps: of Adam.
-        keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
-        **options: of `StAdv`, such as ``eps`` (a number or ``[B]``), ``rate`` and ``smoothness``, and of
-            `AttackContext`, such as ``seed``, ``max_forward_batch``, ``health``, which counts the loss's gradients
-            to the flow, and ``graphs``.
-
-    Returns:
-        Adversarial images: shape, dtype and range of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
-            that writes to its input.
-    """
-    return run_alone(StAdv, model, x, y, steps=steps, keep_best=keep_best, **options)
+stadv = as_function(
+    "stadv", StAdv, "Per image the last point, or with ``keep_best`` the best.", steps=20, keep_best=False
+)

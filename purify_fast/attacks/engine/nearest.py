@@ -12,6 +12,11 @@ from ..ball import projected
 from ..objective import Gradient
 from .rows import Rows, RowSearch, has_fallen, some_of
 
+#: The images that an attack by `NearestSearch` returns, in the words of a docstring.
+NEAREST_OR_IMAGE = (
+    "Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or the "
+    "image itself."
+)
 _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
@@ -50,7 +55,7 @@ class NearestSearch(RowSearch):
         """
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
-        judged, fell = self.active.settle(rows.owner, self.nearest, inside, rows.run)
+        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
         # the search goes on for what the model refuses
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
@@ -63,9 +68,9 @@ class NearestSearch(RowSearch):
             if ends_across:
                 self.active.tried.index_fill_(0, rows.owner[index], True)
             self._offer(rows.take(index), self.nearest[index])
-        staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
-        if staying is not None:
-            self.take(staying)
+        kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
+        if kept is not None:
+            self.take(kept)
 
     def finish(self) -> None:
         """Look at the last points, and offer the nearest ones of all rows."""
@@ -81,8 +86,8 @@ class NearestSearch(RowSearch):
         """Try the nearest points cut off at the ball, and keep the best of them."""
         cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)
-        share, _ = self.active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
-        self.active.offer(rows.owner, cut, torch.stack([share, score[1]]))
+        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
 
 
 def length_of(rows: Rows, moved: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Gains:
         return missing.isfinite() & (missing > GAINS * self.largest)
 
 
-class Reach(RowState):
+class PaceMonitor(RowState):
     """Watches how far each row is from its border.
 
     Args:
@@ -324,7 +324,9 @@ class ActiveSet:
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
 
-    def settle(self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None) -> tuple[Tensor, bool]:
+    def confirm_successes(
+        self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
         """Judge the rows that claim a success.
 
         Waits for the device once, and a second time where there are claims.
@@ -346,7 +348,8 @@ class ActiveSet:
         won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
-        # of several rows of an image the first: two of them written at once could mix
+        # If several rows of one image succeed, keep the first: writing two values to one index in one assignment is
+        # undefined.
         first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
         won = won[first[owner[won]] == won]
         self.best[owner[won]] = points[won]
@@ -354,7 +357,7 @@ class ActiveSet:
         self.felled_by[owner[won]] = torch.zeros_like(won) if run is None else run[won]
         return share, True
 
-    def staying(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
+    def rows_to_keep(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
         """Which rows stay; waits for the device once.
 
         Args:
@@ -379,10 +382,13 @@ class ActiveSet:
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
-    def offer(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """Keep the best of the rows of every image that has not fallen, where it is better than what is known.
+    def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
+        """Keep the best row's point of every image that has not fallen, if it is better than the known one.
 
-        Owners and points are those of `settle`; the score is the share of misclassified draws and the loss, ``[2, R]``.
+        Args:
+            owner: the image of each row, int64 ``[R]``.
+            points: the points ``[R, ...]``.
+            score: the share of misclassified draws and the loss of each point, ``[2, R]``.
         """
         rank = torch.empty_like(owner)
         by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
@@ -544,7 +550,7 @@ class RowSearch(RowState):
         self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
-        self.reach = Reach(checks, steps, TIMES, active.gains) if judged else None
+        self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
         #: faulty: how many gradients of each row were not finite, and how many zero; counted: of how many.
         self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
@@ -569,11 +575,19 @@ class RowSearch(RowState):
             self.health.add(gradients=len(index) * left, nonfinite=nonfinite, zero=zero)
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
-        """Those rows that are given up, bool ``[R]``; None if there are none. The arguments are those of `Reach`."""
-        lost = None if self.reach is None else self.reach.lost(step, missing)
+        """Tell which rows are given up.
+
+        Args:
+            step: the number of steps that were taken.
+            missing: the distance of each row from its border, as `PaceMonitor.lost` takes it, ``[R]``.
+
+        Returns:
+            bool ``[R]``; None if no row is given up.
+        """
+        lost = None if self.monitor is None else self.monitor.lost(step, missing)
         lost = None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
-        if lost is not None and self.reach is not None:
-            self.active.tried.index_fill_(0, self.rows.owner[lost & self.reach.came_nearer], True)
+        if lost is not None and self.monitor is not None:
+            self.active.tried.index_fill_(0, self.rows.owner[lost & self.monitor.came_nearer], True)
         return lost
 
     def may_end(self) -> Tensor | bool:

@@ -16,7 +16,7 @@ from .engine.rows import Judge, has_fallen
 FEW = 8
 
 
-class InTurn:
+class AttackSequence:
     """The images of attacks in turn, and what became of them.
 
     Args:
