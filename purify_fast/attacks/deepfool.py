@@ -1,9 +1,9 @@
 """DeepFool (Moosavi-Dezfooli, Fawzi & Frossard, CVPR 2016): step by step across the nearest border.
 
 A step goes to where the model's linear approximation says that the nearest of some other classes takes over. The moves
-add up, and what is tried is the image moved by a little more than their sum. The search ends at the first point across
-the border. Two things are not in the paper: a step is the shortest one within the range of the pixels, and a point
-outside of the ball is cut off at the ball and tried as well.
+add up, and the image moved by a little more than their sum is tried. The search ends at the first point across the
+border. Two things are not in the paper: a step is the shortest within the range of the pixels, and a point outside the
+ball is cut off at the ball and tried as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .engine.nearest import NearestSearch, border, length_of
 from .engine.rows import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
 from .objective import Objective
 
-#: The numbers of the authors' code: steps at most, and by which share a point is moved beyond the sum of the moves.
+#: The numbers of the authors' code: the most steps, and the share by which a point goes beyond the sum of the moves.
 STEPS, OVERSHOOT = 50, 0.02
 
 
@@ -30,8 +30,8 @@ class DeepFool(TargetedAttack):
     """DeepFool: from the image itself in the first run, from a random point in the ball in the others.
 
     Args:
-        steps: of a run at most; None: 50, as in its authors' code, whatever the report's steps.
-        n_target_classes: to how many other classes the border is looked for, those of highest logit on the image; a
+        steps: the most steps of a run; None: 50, as in its authors' code, in an evaluation too.
+        n_target_classes: the number of other classes whose border is searched, those of highest logit on the image; a
             step takes a gradient for each. None, or more than there are: all, as in the paper. Its authors' code has 9.
 
     Raises:
@@ -49,7 +49,7 @@ class DeepFool(TargetedAttack):
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
-        # the clean image tells the likeliest classes
+        # a prediction of the clean image gives the likeliest classes
         return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def revision(self) -> str:
@@ -57,7 +57,7 @@ class DeepFool(TargetedAttack):
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         classes = likeliest_wrong(active.logits(), active.y, self.n_target_classes)
-        # what is captured on a GPU is a step towards one class
+        # a graph captures a step towards a single class
         objective = replace(objective, graphs=None)
         for rows in self.waves(active, (None,), context, at_image=True):
             steps = self.decided(context).steps
@@ -77,9 +77,9 @@ class _DeepFoolSearch(NearestSearch):
     """One run; the objective is the margin."""
 
     def run(self, classes: Tensor) -> None:
-        """Take all steps, or as many as there are rows for; the border is that to some classes, int64 ``[R, K]``."""
+        """Take all steps, or stop when no row is left; the borders are those to some classes, int64 ``[R, K]``."""
         self.classes = classes
-        # where a run begins away from the image, the way there is the first move
+        # if a run begins away from the image, the way there is the first move
         self.moved = self.point - self.rows.x
         for i in range(self.steps):
             across, move = self._step()
@@ -91,12 +91,12 @@ class _DeepFoolSearch(NearestSearch):
                 self.shrink(i + 1, ends_across=True)
                 if len(self.point) == 0:
                     return
-        # where no border was crossed, it is the way towards it that is tried
+        # rows that crossed no border try their last point
         self.nearest = torch.where(per_image(self.distance.isfinite(), self.point), self.nearest, self.point)
         self.finish()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """Which points are across the border, bool ``[R]``, and the shortest move to the border of some class."""
+        """Tell which points are across the border, bool ``[R]``, and return the shortest move to any class's border."""
         towards = replace(self.objective, loss="margin_targeted")
         best, shortest = torch.zeros_like(self.point), torch.full_like(self.distance, torch.inf)
         for target in self.classes.unbind(1):
@@ -104,7 +104,7 @@ class _DeepFoolSearch(NearestSearch):
             self.see_gradient(gradient.image)
             normal, offset = border(self.point, self.averaged(gradient))
             move = hyperplane_projection(self.point, normal, offset, **self.rows.ball.bounds)
-            # the way to the border, of which the range of the pixels may leave a part; without a gradient there is none
+            # The range of the pixels may leave a part of the way to the border. Without a gradient there is no way.
             part = (normal * move).flatten(1).sum(1).abs() / gradient.loss.abs()
             length = length_of(self.rows, move).to(shortest.dtype) / part
             length = torch.where(part > 0, length, torch.inf)

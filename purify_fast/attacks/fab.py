@@ -22,8 +22,8 @@ from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
 from .engine.rows import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
 from .objective import Gradient, Objective
 
-#: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
-#: border is drawn back.
+#: The authors' numbers: the steps, the largest weight of the clean image, the overshoot, and the share of its way to
+#: which a point across the border is drawn back.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 
@@ -32,7 +32,7 @@ class FABT(TargetedAttack):
     """FAB-T: from the image itself in the first run for each target, from a point in the ball in the others.
 
     Args:
-        steps: of a run; None: 100, its authors' own, whatever the report's steps.
+        steps: steps of a run; None: 100, as its authors take, in an evaluation too.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -46,7 +46,7 @@ class FABT(TargetedAttack):
         return self.full_name(f"FAB-T {self.decided(context).steps}")
 
     def cost(self, context: AttackContext) -> int:
-        # at the end the last point is looked at, and the nearest one is tried and judged
+        # at the end a run looks at its last point, and tries and judges the nearest one
         steps, draws, _ = self.decided(context)
         runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
         return runs * ((steps + 2) * draws + judges) + judges + self.cost_of_order(context)
@@ -65,10 +65,10 @@ fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
 
 
 class _FabSearch(NearestSearch):
-    """One run, which offers the nearest points across the border."""
+    """One run, which keeps the nearest points across the border."""
 
     def run(self) -> None:
-        """Take all steps, or as many as there are rows for."""
+        """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             gradient = self.gradients.at(self.point)
             self.see_gradient(gradient.image)

@@ -44,7 +44,8 @@ def entries(docstring: str | None) -> dict[str, str]:
 
 def options_of(kind: type) -> dict[str, Option]:
     """The fields of a dataclass as options, by name; the entry of a subclass replaces that of its base."""
-    types, texts = get_type_hints(kind), {}
+    types = get_type_hints(kind)
+    texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         texts |= entries(vars(base).get("__doc__"))
     found = {}
