@@ -49,7 +49,8 @@ class AttackContext:
     """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, a number or ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``; customary on CIFAR-10 are 8/255 for "linf", 0.5 for
+            "l2" and 12 for "l1".
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
@@ -551,7 +552,7 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
     call.__name__ = call.__qualname__ = name
     call.__module__ = attack.__module__
     summary = inspect.cleandoc(attack.__doc__ or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]
-    describe(call, _BATCH | options, Tensor, {"": [summary], "Returns": [returns + _SHAPE], "Raises": _ERRORS})
+    describe(call, _BATCH | options, Tensor, summary, {"Returns": [returns + _SHAPE], "Raises": _ERRORS})
     return call
 
 

@@ -32,7 +32,9 @@ BETAS, TINY = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner(EngineAttack):
-    """Carlini & Wagner's attack on the l2 norm, without confidence; its first run begins at the image itself.
+    """Carlini & Wagner's attack in the l2 norm, without confidence; its first run begins at the image itself.
+
+    "l2" is the only norm that it supports.
 
     Args:
         steps: steps of Adam for each c; None: 1000, in an evaluation too.

@@ -68,7 +68,8 @@ class DeepFool(TargetedAttack):
 deepfool = as_function(
     "deepfool",
     DeepFool,
-    "Per image the point that made it fall; otherwise the point where the search ended, cut off at the ball.",
+    "Per image the point that made it fall; otherwise the point where the search ended, cut off at the ball. A radius "
+    "that holds every image, such as 1 in linf, returns DeepFool's own points.",
     precision="float32",
 )
 

@@ -29,7 +29,9 @@ STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class FABT(TargetedAttack):
-    """FAB-T: from the image itself in the first run for each target, from a point in the ball in the others.
+    """FAB-T: the first run for each target begins at the image itself, the others at a point in the ball.
+
+    A point outside the ball is not a success.
 
     Args:
         steps: steps of a run; None: 100, as its authors take, in an evaluation too.

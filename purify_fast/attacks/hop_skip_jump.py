@@ -43,7 +43,9 @@ HALVINGS = 22
 
 @dataclass(frozen=True, kw_only=True)
 class HopSkipJump(EngineAttack):
-    """HopSkipJump, which uses decisions alone; the first run begins at images of the batch, the others at noise.
+    """HopSkipJump, by decisions alone; the first run begins at images of the batch, the others at noise.
+
+    It only looks at the largest logit, so a model may return one-hot decisions.
 
     Args:
         n_queries: the most queries about each image in a run, at least 200. A random model answers each query by

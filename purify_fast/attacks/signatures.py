@@ -57,35 +57,33 @@ def options_of(kind: type) -> dict[str, Option]:
 
 
 def describe(
-    function: Callable[..., Any], options: Mapping[str, Option], returned: Any, sections: Mapping[str, Iterable[str]]
+    function: Callable[..., Any],
+    options: Mapping[str, Option],
+    returned: Any,
+    summary: str,
+    sections: Mapping[str, Iterable[str]],
 ) -> None:
     """Give a function the signature and the docstring that its options make.
 
     Args:
         function: it takes ``**options``; it is changed.
-        options: its parameters in order. Those that it names itself stay positional, and the others are keywords.
-        returned: the type of what it returns.
-        sections: the paragraphs of the docstring by the title of their section. The title "" is for those in front of
-            the parameters; all others stand behind them.
+        options: its parameters in order. Those that it names itself are positional, and the others are keywords.
+        returned: the type of its result.
+        summary: the docstring in front of the parameters.
+        sections: the entries of the sections behind the parameters, by title.
     """
-    code = function.__code__
-    own = code.co_varnames[: code.co_argcount]
-    empty = inspect.Parameter.empty
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    kinds = {name: inspect.Parameter.POSITIONAL_OR_KEYWORD for name in positional}
     parameters = [
         inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD if name in own else inspect.Parameter.KEYWORD_ONLY,
-            default=option.default,
-            annotation=option.annotation,
+            name, kinds.get(name, inspect.Parameter.KEYWORD_ONLY), default=each.default, annotation=each.annotation
         )
-        for name, option in options.items()
+        for name, each in options.items()
     ]
     function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    known = {name: option.annotation for name, option in options.items() if option.annotation is not empty}
-    function.__annotations__ = known | {"return": returned}
-    blocks = [*sections.get("", ())]
-    listed = {"Args": [f"{name}: {option.text}" for name, option in options.items()]}
-    for title, texts in (listed | {title: texts for title, texts in sections.items() if title}).items():
+    function.__annotations__ = {name: each.annotation for name, each in options.items()} | {"return": returned}
+    blocks = [summary]
+    for title, texts in ({"Args": [f"{name}: {each.text}" for name, each in options.items()]} | dict(sections)).items():
         blocks.append("\n".join([f"{title}:", *(_entry(text, hanging=title != "Returns") for text in texts)]))
     function.__doc__ = "\n\n".join(blocks)
 

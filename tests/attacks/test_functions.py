@@ -52,7 +52,7 @@ def test_an_editor_sees_every_option(name):
 
 def test_the_docstring_has_the_texts_of_the_fields():
     text = attacks.apgd.__doc__
-    assert text.startswith("Auto-PGD, ") and "\n\nReturns:\n    Per image " in text and "\n\nRaises:\n    Type" in text
+    assert text.startswith("Auto-PGD; ") and "\n\nReturns:\n    Per image " in text and "\n\nRaises:\n    Type" in text
     for doc, name in ((attacks.APGD.__doc__, "rho"), (AttackContext.__doc__, "sample_ids")):
         entry = inspect.cleandoc(doc).partition(f"    {name}: ")[2].partition("\n    ")[0].split()
         assert len(entry) > 5 and " ".join(entry) in " ".join(text.partition(f"    {name}: ")[2].split())
