@@ -40,7 +40,7 @@ from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.rows import Judge, has_fallen
-from purify_fast.attacks.in_turn import InTurn
+from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.demo.methods import BASE, FOLDERS, train
@@ -191,7 +191,7 @@ class Protocol:
             judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
             steps=min(amount.steps, self.steps), copies=GradientCopies(),
         )  # fmt: skip
-        attacked = InTurn(subject.model, subject.x, subject.y, context)
+        attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec, one in self.attacks(subject, amount):
             attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
             with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):

@@ -29,9 +29,9 @@ from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, froze
 from purify_fast.attacks.apgd import AutoPgd
 from purify_fast.attacks.ball import sample_in_ball
 from purify_fast.attacks.engine.rows import ActiveSet
-from purify_fast.attacks.in_turn import InTurn
 from purify_fast.attacks.losses import TARGETED, margin
 from purify_fast.attacks.objective import Objective
+from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation.show.tables import markdown_table
 
@@ -45,7 +45,7 @@ BATCH = 250
 MOST = 12
 
 
-class Turn(InTurn):
+class Turn(AttackSequence):
     """Attacks in turn, with the least margin of each image.
 
     Attributes:

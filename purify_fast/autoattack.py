@@ -26,7 +26,7 @@ from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
 from .attacks.attacked_model import TRIED_CALLS, differ
 from .attacks.engine.gradient_copy import GradientCopies
-from .attacks.in_turn import FEW, InTurn
+from .attacks.sequence import FEW, AttackSequence
 from .evaluation.inputs import collect, returning_logits
 from .evaluation.subject import device_of
 from .protocols import Classifier
@@ -255,7 +255,7 @@ class AutoAttack:
                 eps=float(self.epsilon), norm=self.norm, num_classes=classes, seed=seed, batch_size=size,
                 draws_differ=is_random and draws > 1, judge_draws=draws, copies=GradientCopies(),
             )  # fmt: skip
-            attacked = InTurn(model, x, y, context, device)
+            attacked = AttackSequence(model, x, y, context, device)
             left = self._left(attacked)
             self._tell(f"initial accuracy: {left:.2%}")
             for name, attack in attacks.items():
@@ -300,7 +300,7 @@ class AutoAttack:
         return any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
 
     @staticmethod
-    def _left(attacked: InTurn) -> float:
+    def _left(attacked: AttackSequence) -> float:
         # for a random model, the share that a fresh draw is expected to get right
         return 1 - float(attacked.share.mean())
 

@@ -199,6 +199,15 @@ def supports(model: object, protocol: type) -> bool:
     return issubclass(type(model), protocol)
 
 
+def draws_for_each_image(model: object) -> bool:
+    """Tell whether the class of ``model`` promises by ``draws_for_each_image = True`` that every image gets own draws.
+
+    Attacks do not test the draws of such a model. A subclass has to promise it again, because it may draw in its own
+    way.
+    """
+    return bool(vars(type(model)).get("draws_for_each_image", False))
+
+
 def is_purifier(model: object) -> TypeGuard[Purifier]:
     """Tell whether ``model`` satisfies `Purifier`."""
     # isinstance(model, Purifier) finds no submodules since Python 3.12: they are not attributes of the object proper

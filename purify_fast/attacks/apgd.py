@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum, whose step is halved where it stops paying; no step to choose.
+"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum that halves its steps by itself.
 
 At checkpoints an image's step is halved, and its search goes on from the best point seen, if at most a share rho of the
 steps since the last checkpoint raised the loss, or if the step was kept then and the best loss is still the same. The
@@ -9,6 +9,7 @@ in the paper: the start is uniform in the ball, and a random model's loss is the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision, Share
+from .._validation import Share
 from ..ops.apgd_step import apgd_step
-from ..protocols import Classifier
 from .ball import projected
-from .base import AttackContext, Radius, TargetedAttack, run_alone
+from .base import AttackContext, TargetedAttack, as_function
 from .engine.rows import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
@@ -28,29 +28,28 @@ from .search import GradientHealth, better_of, forgiven
 
 #: The paper's a, the weight of a new step; that of the last move is 1 - a.
 MOMENTUM = 0.75
-#: Of the l1 ball, with ever smaller radii: by how much the radii are larger, and the share of the steps at each.
+#: A run in the l1 ball begins in larger balls: the factors of their radii, and the share of the steps in each.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
-#: Of the l1 ball (Croce & Hein, "Mind the box", ICML 2021): the share of the coordinates that the first steps move, by
-#: how much smaller the next share is than that of the best point's changed ones, and by how much a step shrinks and how
-#: far at most.
+#: Numbers for the l1 ball (Croce & Hein, "Mind the box", ICML 2021): the share of the coordinates that the first steps
+#: move; the share of coordinates changed at the best point over the next share; the factor by which a step shrinks; and
+#: the most that all shrinking divides it by.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
-#: The changed coordinates of the best point count as fewer when there are less than this share of them.
+#: The number of changed coordinates counts as lower if it is below this share of the number before.
 FEWER = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class APGD(TargetedAttack):
-    """Auto-PGD, from a start of its own in every run; images leave the attack as soon as they have fallen.
+    """Auto-PGD; every run begins at another random point, and images leave the attack as soon as they have fallen.
 
     Args:
-        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED`, which raise one class each; "margin"
-            replaces "dlr" below 3 classes and "dlr_targeted" below 4. Only a targeted loss looks at
+        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED`, whose losses raise one class each.
+            "margin" replaces "dlr" below 3 classes and "dlr_targeted" below 4. Only a targeted loss uses
             ``n_target_classes``.
-        steps: gradient steps of a run; None: the report's.
-        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
-        leave_when_fallen: whether an image is attacked no more once the model itself, asked again, misclassifies its
-            point; that point is then returned. If not, every image is attacked to the end, and as long as some draw is
-            right.
+        steps: gradient steps of a run; None: as many as the evaluation takes, and 100 without an evaluation.
+        rho: a step keeps its length if at least this share of the steps between two checkpoints raised the loss.
+        leave_when_fallen: whether an image leaves once a second look of the model itself misclassifies its point; that
+            point is then returned. If not, every image is attacked to the end, as long as some draw is right.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -76,12 +75,16 @@ class APGD(TargetedAttack):
         steps, draws, loss = self.decided(context)
         runs = self.restarts * (self.targets(context) or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # the clean image is judged, and a prediction tells the order of the targets or the number of classes
+        # The clean image is judged. One more prediction gives the order of the targets or the number of classes.
         before = context.judges(draws) + (self.cost_of_order(context) if loss in TARGETED else loss in FEWEST_CLASSES)
         return runs * (steps * draws + at_the_end) + before
 
     def revision(self) -> str:
         return "8"
+
+    @classmethod
+    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
+        return super().may_end_early(settings) and settings["norm"] != "l1"
 
     def leaves(self) -> bool:
         return self.leave_when_fallen
@@ -107,36 +110,16 @@ class APGD(TargetedAttack):
         return nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
 
 
-def apgd(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """Auto-PGD from random starts; with ``dlr_targeted``, towards one class after the other.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        precision: what gradients are computed in; "bfloat16" and "auto" take them from a copy, while every success is
-            judged by the model itself (see `purify_fast.attacks.engine.gradient_copy`).
-        **options: of `APGD`, such as ``loss``, ``n_target_classes`` and ``restarts``, and of `AttackContext`, such
-            as ``norm``, ``steps`` (100), ``seed``, ``max_forward_batch`` and ``graphs``.
-
-    Returns:
-        Per image the best point seen: misclassified (in most draws), then of highest loss. Shape and dtype of x, within
-        eps of x and within [clip_min, clip_max], up to the rounding of x's dtype.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss; or a model
-            that writes to its input.
-    """
-    return run_alone(APGD, model, x, y, eps=eps, precision=precision, **options)
+apgd = as_function(
+    "apgd",
+    APGD,
+    "Per image the best point seen: misclassified in most draws, then of highest loss.",
+    precision="float32",
+)
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """After how many steps an image is judged, and over how many: 22 %, then 3 % fewer each time, at least 6 %."""
+    """The steps after which an image is judged, and the steps between them: 22 %, then 3 % less, at least 6 %."""
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
     while at < steps:
@@ -158,19 +141,21 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 
 
 def border(loss: str) -> float:
-    """The value that a loss has at least where an image is misclassified, of a targeted loss as the target."""
-    # the true class has less than half of the probability there; all other losses are margins, up to a factor
+    """The least value of a loss at a misclassified image; for a targeted loss at one that is taken for the target."""
+    # At a misclassified image the true class has at most half of the probability. All other losses are margins, up to a
+    # factor.
     return math.log(2) if loss == "ce" else 0.0
 
 
 class AutoPgd(RowSearch):
-    """One run of Auto-PGD, told `RowSearch`'s options besides its own.
+    """One run of Auto-PGD, which takes `RowSearch`'s options too.
 
-    Every row's step is halved at the checkpoints, and the search then goes on from the point of highest loss, the top.
+    A checkpoint may halve the step of a row. The search of that row then continues at its point of highest loss, the
+    top.
 
     Args:
-        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
-        claims: whether a misclassified point is a success; it is none in a ball that is too large.
+        rho: a step keeps its length if at least this share of the steps between two checkpoints raised the loss.
+        claims: whether a misclassified point is a success; it is not in a ball that is too large.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
@@ -185,7 +170,7 @@ class AutoPgd(RowSearch):
         self.last_loss, self.checked_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
 
     def run(self) -> None:
-        """Take all steps, or as many as there are rows for."""
+        """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             self._look()
             if self.claims and self.active.leave and shrinks_after(i + 1):
@@ -204,7 +189,7 @@ class AutoPgd(RowSearch):
             self._finish(slice(None))
 
     def _look(self) -> None:
-        """Take the gradient, and note the point."""
+        """Take the gradient, and remember the point if it is better than those before."""
         now = self.gradients.at(self.point)
         self.gradient, loss = now.image.to(self.point.dtype), now.loss
         self.see_gradient(self.gradient, forgiven(self.objective, now))
@@ -218,7 +203,7 @@ class AutoPgd(RowSearch):
         self.last_loss = loss
 
     def _check(self, i: int) -> Tensor:
-        """Fit the steps at a checkpoint; which rows go on from the top, bool ``[R]``."""
+        """Adapt the steps at a checkpoint, and return which rows continue at the top, bool ``[R]``."""
         few = self.rises <= self.rho * self.marks[i]
         stuck = ~self.halved & (self.top_loss <= self.checked_loss)
         self.halved = few | stuck
@@ -235,26 +220,26 @@ class AutoPgd(RowSearch):
 
     def _shrink(self, step: int) -> None:
         """Let the rows leave whose images have fallen, and those that are given up."""
-        share, fell = self.active.settle(self.rows.owner, self.best, self.score[0], self.rows.run)
+        share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0], self.rows.run)
         self.score = torch.stack([share, self.score[1]])
         lost = self.out_of_reach(step, border(self.objective.loss) - self.top_loss)
         if lost is None and not fell:
             return
-        staying, given_up = self.active.staying(self.rows.owner, lost), 0
+        kept, given_up = self.active.rows_to_keep(self.rows.owner, lost), 0
         if lost is not None:
             index = lost.nonzero()[:, 0]
             given_up = len(index)
             self._finish(index)
             self._see_move(index)
             self.see_given_up(index)
-        if staying is not None:
+        if kept is not None:
             if self.health is not None:
-                # what has fallen needed no movement
-                self.health.add(images=max(0, len(self.point) - len(staying) - given_up))
-            self.take(staying)
+                # an image that has fallen need not have moved
+                self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
+            self.take(kept)
 
     def may_end(self) -> Tensor:
-        # a row without a gradient, or one that never moved, is searched to the end: it shows that gradients are masked
+        # A row without a gradient, or a row that never moved, is searched to the end: it shows masked gradients.
         return self.gradient.flatten(1).any(1) & (self.point != self.rows.begin).flatten(1).any(1)
 
     def _see_move(self, index: Tensor | slice) -> None:
@@ -263,33 +248,33 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """Judge the best points of some rows, the last ones included, and keep those that are no success."""
+        """Judge the best and the last points of some rows, and keep the best of those that are no success."""
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
-            # the highest of many noisy scores is high by luck
+            # the highest of many noisy scores is partly luck, so it is measured again
             score = self.objective.score(best, labels)
         best, score = better_of(best, score, last, self.objective.score(last, labels))
         if self.active.leave:
-            # where a copy sees no success the model itself may see one: every point is judged
+            # The model itself may see a success that a copy does not see, so every point is judged.
             by_copy = self.objective.model is not self.active.judge.model
             claimed = torch.ones_like(score[0]) if by_copy else score[0]
-            share, _ = self.active.settle(owner, best, claimed, run)
+            share, _ = self.active.confirm_successes(owner, best, claimed, run)
             score = torch.stack([share, score[1]])
-        self.active.offer(owner, best, score)
+        self.active.keep_best(owner, best, score)
 
 
 class AutoPgdL1(AutoPgd):
-    """The l1 ball's: a step moves a share of the coordinates, fitted to how many the best point has changed.
+    """Auto-PGD in the l1 ball: a step moves a share of the coordinates, which follows how many the best point changed.
 
     Args:
-        share: of the coordinates that the first steps move, ``[R]``; None: a fifth.
+        share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.
     """
 
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
         self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # a share that is given is that of the point where the run begins
+        # a given share was measured at the point where the run begins
         self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
         self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
 
@@ -319,7 +304,7 @@ def run_from_larger(
     The rows begin anywhere; the steps are those of all three parts.
     """
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
-    # of very few steps the last radius gets one at least
+    # the last radius gets at least one step
     parts.append(max(1, steps - sum(parts)))
     begin = rows.begin
     for factor, count in zip(LARGER, parts, strict=True):

@@ -8,16 +8,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._validation import check_number
 
-#: How far a pixel may be out of its range, as a share of that: as far as rounding takes it.
+#: The share of its range by which rounding may take a pixel out of it.
 ROUNDING = 1e-4
 
 
 def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
     """TypeError or ValueError unless x is floating point ``[B, ...]`` within its range, and y int64 ``[B]`` from 0.
 
-    Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them. They are
-    not looked at while a compiler or a dispatch mode watches, nor where there are none: of fake tensors, and inside of
-    ``torch.func.vmap``. Without ``clip_min`` a pixel may have any value.
+    Values are only read on a CPU: elsewhere the check would wait for the device, and `evaluate` reads them anyway. They
+    are not read while a compiler or a dispatch mode is active. Fake tensors and tensors inside ``torch.func.vmap`` have
+    no values. Without ``clip_min`` a pixel may have any value.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -36,14 +36,14 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         label = int(y.min())
         least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
     except RuntimeError:
-        # tensors inside of torch.func.vmap, and fake ones outside of their mode, have no values to look at
+        # tensors inside torch.func.vmap, and fake tensors outside their mode, have no values
         return
     if label < 0:
         raise ValueError(f"y must be class numbers from 0, got {label}")
     if clip_min is None:
         return
     slack = ROUNDING * (clip_max - clip_min)
-    # written with "not", so that NaN is refused too
+    # "not" refuses NaN too
     if not (least >= clip_min - slack and most <= clip_max + slack):
         bytes_given = 1.5 < most <= 255 and clip_max == 1
         hint = ": divide x by 255, or give clip_max=255 and an eps in the same unit" if bytes_given else ""
@@ -59,7 +59,7 @@ def check_at_least_one(**counts: int | None) -> None:
 
 
 def check_not_negative(**sizes: float | Tensor | None) -> None:
-    """ValueError for a negative number or NaN, TypeError for what is no number; None is allowed.
+    """ValueError for a negative number or NaN, TypeError for a value that is not a number; None is allowed.
 
     A tensor's values are not read: that would wait for the device.
     """
@@ -76,12 +76,12 @@ def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, pe
 
     Args:
         eps: the radius in image units.
-        norm: of the ball, as `read_norm` returns it; None where it is not known.
+        norm: norm of the ball, as `read_norm` returns it; None if it is not known.
         largest: the range of the pixels, beyond which no L-inf radius makes sense.
         per_image: whether a tensor ``[B]`` is allowed, with a radius for each image.
 
     Raises:
-        TypeError: no number.
+        TypeError: eps is not a number.
         ValueError: a negative radius, NaN, or an L-inf radius beyond ``largest``.
     """
     if per_image and isinstance(eps, Tensor):

@@ -1,6 +1,6 @@
 """This package's attacks for AttackBench (Cina et al., AAAI 2025), the package attackbenchlib.
 
-It counts the queries of each image at the door of the model, and stops an attack after a budget of them.
+AttackBench counts the queries of each image when they enter the model, and stops an attack after a budget of queries.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from ..protocols import Classifier
 from .arguments import check_eps
 from .base import Attack, AttackContext, EngineAttack
-from .in_turn import InTurn
+from .sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
-    """Attacks as ``attackbench.run_attack`` takes them; several are run in turn, each on what those before it left.
+    """Attacks as ``attackbench.run_attack`` takes them; each of several attacks the images that those before it left.
 
     Gradients are those of the model itself, never of a copy of it, so that every query is counted.
 
     Args:
-        *attacks: attacks of `purify_fast.attacks`, such as ``APGD()``; of the norm that AttackBench asks for.
+        *attacks: attacks of `purify_fast.attacks`, such as ``APGD()``; they support the norm that AttackBench sets.
         eps: radius in image units; ``run_attack(..., epsilon=...)`` overrides it.
 
     Returns:
@@ -53,12 +53,12 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
             raise ValueError("targeted must be False: these attacks look for any wrong class")
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
-        attacked = InTurn(model, inputs, labels, context)
+        attacked = AttackSequence(model, inputs, labels, context)
         for one in plain:
             attacked.run(one)
         return attacked.images
 
-    # by these AttackBench names its results
+    # AttackBench names its results by these attributes
     attack.__name__ = attack._attackbench_name = "-".join(one.kind for one in attacks)  # type: ignore[attr-defined]
     attack._attackbench_lib = "purify_fast"  # type: ignore[attr-defined]
     return attack

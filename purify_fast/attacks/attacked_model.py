@@ -1,4 +1,4 @@
-"""The model under attack: frozen, asked with a guard over the images, and tried for how it draws.
+"""The model under attack: it is frozen, its calls are guarded against writes, and its way to draw is tested.
 
 A model that writes to the images that it is given moves an attack's points.
 """
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from .._tensors import repeat_batch
 from ..contents import hidden_modules
-from ..protocols import Classifier, CountsImages, SharesDraws, supports
+from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 
 Answer = TypeVar("Answer")
 
-#: What is tried to see how a model draws: images, all draws of them in one batch, and calls with the images alone. Of a
-#: model that picks one of two networks so many calls agree once in 128 times.
+#: The test of how a model draws: its images, the rows of all their draws in one batch, and its calls with the images
+#: alone. So many calls of a model that picks one of two networks agree once in 128 times.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
-#: Draws of one call are the same if they differ by less than this share of what calls differ by.
+#: Draws of one call are equal if they differ by less than this share of the difference between calls.
 ALIKE = 0.01
 
-#: By how much two answers may differ through rounding: of how far the logits of an image lie apart,
+#: Two answers may differ by rounding: by this share of the spread of an image's logits,
 SAME_SPREAD = 1e-5
-#: and of the largest logit, about 16 times the rounding of float32.
+#: plus this share of the largest logit, about 16 times the rounding of float32.
 SAME_SIZE = 2e-6
 
 
@@ -34,12 +34,13 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier) -> Iterator[None]:
     """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
 
-    A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
-    an attack's work. Modules that the model holds in a plain list, in an object or in a hook are treated as its
-    registered ones (`purify_fast.contents.hidden_modules`).
+    A compiled backward computes weight gradients for every parameter that asks for a gradient, needed or not: about a
+    third of an attack's work. Modules that the model holds in a plain list, in an object or in a hook are frozen as its
+    registered modules are (`purify_fast.contents.hidden_modules`).
 
     Args:
-        model: an ``nn.Module``; any other callable is left as it is. Who attacks a module's method freezes the module.
+        model: an ``nn.Module``; any other callable is left as it is. A caller that attacks a module's method must
+            freeze the module itself.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -71,10 +72,10 @@ class WritesToItsInput(ValueError):
 
 
 def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
-    """What a model returns for images; to look whether it wrote to them costs nothing.
+    """Call a model on images, and refuse a model that writes to them; the check takes no time.
 
-    PyTorch counts the writes to a tensor, but for those through ``x.data`` or a NumPy array of the same memory. If the
-    model writes to the images they are changed: give a copy of what must not be.
+    PyTorch counts the writes to a tensor, except those through ``x.data`` or a NumPy array of the same memory. A model
+    that writes to the images has changed them: give a copy if that must not happen.
 
     Raises:
         WritesToItsInput: the model wrote to the images, or tried to while gradients to them were recorded.
@@ -96,9 +97,10 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
-    """The gradient of a number to images; None where there is none.
+    """The gradient of a number to images, or None.
 
-    The number does not depend on them, or PyTorch has no derivative of a function on the way, such as of ``x // 1``.
+    It is None if the number does not depend on the images, or if PyTorch has no derivative for a function on the way,
+    such as ``x // 1``.
     """
     if not value.requires_grad:
         return None
@@ -114,10 +116,10 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
 
 
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in whatever way; it is called on copies, with gradients and without.
+    """Refuse a model that writes to its input in any way; it is called on copies, with gradients and without.
 
     Raises:
-        WritesToItsInput: it does.
+        WritesToItsInput: the model wrote to its input.
     """
     for recorded in (False, True):
         images = x.detach().clone().requires_grad_(recorded)
@@ -135,10 +137,10 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers, logits ``[B, classes]``, are more than rounding apart.
+    """Tell whether two answers, logits ``[B, classes]``, differ by more than rounding.
 
-    What rounding may do grows with the numbers themselves, what matters with how far the logits of an image lie apart:
-    neither is an absolute number, since logits times 1e-8 decide the same.
+    Rounding grows with the logits, and a difference matters in relation to the spread of an image's logits. So neither
+    limit is an absolute number: logits times 1e-8 decide the same.
     """
     if first.shape != second.shape:
         return True
@@ -153,9 +155,9 @@ def differ(first: Tensor, second: Tensor) -> bool:
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
-    """Logits ``[draws * B, classes]`` of several draws of each image, those of the first draw first.
+    """Logits ``[draws * B, classes]`` of several draws of each image; the first draw of every image comes first.
 
-    A model that shares work between its draws is asked for them at once.
+    A model that shares work between its draws makes all of them at once.
     """
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
@@ -165,20 +167,21 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 
 @torch.no_grad()
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
-    """Whether a random model draws once for all images of a call, as one that picks a network every time.
+    """Tell whether a random model draws once for all images of a call, as a model that picks a network in every call.
 
-    It does if several draws of an image, taken as an attack takes them, are all the same, and those of another call
-    are not. The random generators are afterwards as they were. To compare answers waits for the device.
+    It does if several draws of an image, taken as an attack takes them, are equal, while another call gives other
+    draws. The random generators are restored afterwards. The comparison waits for the device.
 
     Args:
         model: images to logits; within `frozen`.
-        x: images ``[B, ...]``; the first few are tried.
-        draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
-        most: images in one forward pass at most; None: no limit.
+        x: images ``[B, ...]``; the first few are tested.
+        draws: the number of draws that an attack will take. With one draw the model is not called. Nor is it called if
+            its class promises draws for each image (`purify_fast.protocols.draws_for_each_image`), because a training
+            would test it in every step.
+        most: the most images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
-    # the methods of this package draw for every image, and a training would ask in every step
-    if draws == 1 or rows < 2 or type(model).__module__.startswith("purify_fast.methods."):
+    if draws == 1 or rows < 2 or draws_for_each_image(model):
         return False
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
@@ -189,11 +192,11 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
         other = next((other for other in others if differ(first, other)), first)
     if supports(model, CountsImages):
-        # a counter shows what an attack computes
+        # the counter of images counts the work of attacks alone
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
-    # a row's place in a batch may change its last bits, in bfloat16 its second digit
+    # the place of a row in a batch may change its last bits, and in bfloat16 its second digit
     return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)

@@ -44,7 +44,7 @@ def implementation() -> Any:
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
-    """AutoAttack's attacks that can run with so many classes, and the one that a margin attack must stand in for.
+    """AutoAttack's attacks that can run with so many classes, and the attack that a margin attack must replace.
 
     The DLR loss needs 3 classes, its targeted form 4.
     """
@@ -62,9 +62,9 @@ class AutoAttack(BallAttack):
     Args:
         version: "standard", for a model that predicts the same every time, or "rand", whose gradients are averaged over
             the draws.
-        steps: of its APGD and FAB; None: 100, its authors' own.
-        n_queries: queries of its Square; its authors' own are 5000.
-        eot_iter: draws of a random model averaged per step of the version "rand"; None: 20, its authors' own.
+        steps: steps of its APGD and FAB; None: 100, as its authors take.
+        n_queries: queries of its Square; its authors take 5000.
+        eot_iter: draws of a random model averaged per step of the version "rand"; None: 20, as its authors take.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -93,7 +93,7 @@ class AutoAttack(BallAttack):
         return context.predictions(self.eot_iter or DRAWS) if differ else 1
 
     def revision(self) -> str:
-        """That of this class, and the installed package with its version."""
+        """The version of this class's code, and the installed package with its version."""
         package = implementation().__module__.partition(".")[0]
         # an installation without metadata, such as a folder on the path, has no version
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -105,16 +105,16 @@ class AutoAttack(BallAttack):
         return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Attack what `target` gave, batch by batch; `AttackContext.warnings` gets AutoAttack's own.
+        """Attack the model batch by batch; `AttackContext.warnings` gets AutoAttack's warnings.
 
         Args:
-            target: an ``nn.Module``, as AutoAttack wants one.
+            target: an ``nn.Module``, which AutoAttack requires.
             x: float32 images ``[B, C, H, W]`` in [0, 1], on the model's device.
             y: labels, int64 ``[B]``.
-            context: what the evaluation tells.
+            context: the settings besides the attack's own options.
 
         Returns:
-            Adversarial images; the clean one where AutoAttack has none.
+            Adversarial images; the clean image if AutoAttack found none.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
@@ -135,7 +135,7 @@ class AutoAttack(BallAttack):
         return points
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """What the installed package finds."""
+        """The images that the installed package finds."""
         norm, eps = self.threat_model(context)
         steps, draws, _ = self.decided(context)
         with _listening(context.warnings):
@@ -153,14 +153,14 @@ class AutoAttack(BallAttack):
             adversary.square.n_queries = self.n_queries
             if self.version == "rand":
                 adversary.apgd.eot_iter = draws
-            # the package autoattack prints, calls the size otherwise, and returns the images alone
+            # the package autoattack prints, has another name for the batch size, and returns only the images
             adversary.verbose = False
             size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
             result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """The points that succeed, or where they do not what PGD on the margin finds."""
+        """The points that succeed; PGD on the margin searches the images of all others."""
         steps, draws, _ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
         with torch.no_grad():
@@ -179,11 +179,11 @@ class AutoAttack(BallAttack):
 
 @contextlib.contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
-    """Collect AutoAttack's warnings instead of printing them; its tracing leaves no trace."""
+    """Collect AutoAttack's warnings instead of printing them, and restore the trace function that it replaces."""
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # a compiled model's first call looks like a dynamic defence to it; the losses that cannot run are replaced
+        # AutoAttack takes a compiled model's first call for a dynamic defence. Losses that cannot run are replaced.
         known = "dynamic defense" in text or "it is not possible to use the" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)

@@ -42,7 +42,7 @@ class Ball:
         """The balls of some of the images.
 
         Args:
-            index: whose, an index of ``[B]``.
+            index: the images, an index of ``[B]``.
         """
         return replace(self, eps=self.eps[index])
 
@@ -50,10 +50,10 @@ class Ball:
 def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
 ) -> Ball:
-    """The ball around each image, of a checked radius, a number or ``[B]``, and a norm as `read_norm` takes it.
+    """The ball around each image, after a check of its radius, a number or ``[B]``, and its norm (see `read_norm`).
 
     Returns:
-        The ball; its eps is on x's device, float32, or float64 where x is.
+        The ball; its eps is on x's device, float32, or float64 if x is.
 
     Raises:
         TypeError: a radius that is neither a number nor a tensor.
@@ -65,7 +65,7 @@ def ball_around(
 
 
 def philox_key(seed: int, device: torch.device) -> Tensor:
-    """A seed as Philox takes it, int64 ``[1]``; ValueError for one that is no int64."""
+    """A seed as Philox takes it, int64 ``[1]``; ValueError for a seed outside int64."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
     # made on the device: a copy would wait for it
@@ -73,7 +73,7 @@ def philox_key(seed: int, device: torch.device) -> Tensor:
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
-    """What draws the random numbers of a start: ``[B, count]``, of Philox's first draw or a later one."""
+    """A function that makes the random numbers of a start, ``[B, count]``, by Philox's first draw or a later draw."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
     key = philox_key(seed, x.device)
 
@@ -85,7 +85,7 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
-    """The nearest points of the balls around images x, within the box; in l1 of ball and box at once."""
+    """The nearest points in the balls around images x, clamped to the box; in l1 the nearest within ball and box."""
     # a step of length 0 is the projection alone
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
@@ -104,9 +104,9 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
 
     Args:
         x: images ``[B, ...]``.
-        ball: the ball around each.
-        seed: of the draw, by Philox stream ATTACK_START.
-        sample_ids: int64 ``[B]``; an image's point depends on the seed and its id alone. None: 0 .. B - 1.
+        ball: the ball around each image.
+        seed: seed of the draw, by Philox stream ATTACK_START.
+        sample_ids: int64 ``[B]``; an image's point depends only on the seed and its id. None: 0 .. B - 1.
 
     Returns:
         The points, shape and dtype of x.

@@ -1,17 +1,18 @@
-"""What an attack is, and what it is told.
+"""The interface of an attack, and the settings that it gets from outside.
 
 Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch.
-Whatever the options leave open comes from an `AttackContext`, which an evaluation makes of its report's settings, or
-whoever calls the attack.
+An `AttackContext` has the settings that the options leave open. An evaluation makes it from its own settings, and a
+call without an evaluation makes it from its arguments.
 """
 
 from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -24,60 +25,62 @@ from .arguments import check_at_least_one, check_eps, check_images
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import CANDIDATES, ActiveSet, Goals, Judge, Rows, waves
+from .engine.rows import CANDIDATES, FEWEST_STEPS, ActiveSet, Goals, Judge, Rows, waves
 from .losses import Loss, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
+from .signatures import Option, check_names, describe, options_of
 
 #: A radius in image units: one number, or one for each image, ``[B]``.
 Radius = float | Tensor
 
 
 class ThreatModel(NamedTuple):
-    """How far an attack may go."""
+    """The set in which an attack may move an image."""
 
     #: "linf", "l2" or "l1"; "flow" where pixels are moved rather than changed.
     norm: str
-    #: The radius in image units; of "flow" the largest shift along each axis, half the image being 1.
+    #: The radius in image units. For "flow": the largest shift along each axis, in units of half the image.
     eps: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackContext:
-    """What an attack is told besides its own options.
+    """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, a number or ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``; customary on CIFAR-10 are 8/255 for "linf", 0.5 for
+            "l2" and 12 for "l1".
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
-        num_classes: classes of the model; 0: not known, so that no loss is replaced by one for fewer classes.
-        steps: steps of an attack that does not say how many.
-        eot_iter: draws averaged per step by an attack that does not say how many.
-        votes: draws that each prediction of the attacked model takes by itself, where it is a vote; a step averages
-            over so many votes that their draws are those that were asked for.
+        num_classes: classes of the model. 0: not known; no loss is then replaced by one for fewer classes.
+        steps: steps of an attack whose own options leave them open.
+        eot_iter: draws averaged per step of an attack whose own options leave them open.
+        votes: draws that one prediction of the attacked model takes, if it is a vote of several draws. A step then
+            takes fewer predictions, so that the number of draws stays the same.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
-        judge_draws: fresh draws of a random model, all of which must be misclassified for an image to fall; None: as
-            many as are averaged per step. An attack that stops at the first lucky draw would leave weak images behind.
-        judge_share: the share of these draws that is enough.
-        seed: of everything random.
-        begin: points ``[B, ...]`` at which the first run of Auto-PGD begins, as found in a smaller ball; None: a random
-            point.
-        sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
-            and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images in one forward pass at most, which changes no result; None: no limit.
-        batch_size: images that an attack takes together at most, where it tries several targets or restarts of an image
-            at once; None: 64, or as many as there are images, if those are more.
+        judge_draws: fresh draws that decide whether an image of a random model has fallen; None: as many as a step
+            averages. An attack that stopped at its first lucky draw would leave weak images behind.
+        judge_share: the share of these draws that must be misclassified.
+        seed: seed of all random numbers.
+        begin: points ``[B, ...]`` at which the first run of Auto-PGD begins, such as those found in a smaller ball;
+            None: a random point.
+        sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
+            only on the seed and its index. None: 0 .. B - 1.
+        max_forward_batch: the most images in one forward pass; it changes no result. None: no limit.
+        batch_size: the most images that an attack searches together, if it tries several targets or restarts of an
+            image at once; None: 64, or the number of images if that is larger.
         health: counts gradients and movement, if given.
-        graphs: on a CUDA device captures the steps of attacks, if given; see `purify_fast.speed.StepGraphs`.
-        copies: keeps the copies from which attacks take their gradients for the next attack, if given.
-        gradients_from: another model whose gradients are followed, while the attacked model judges every success. Only
-            attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
-        warnings: an attack appends what the reader of its result must know.
-        fell_to: an attack that tries several targets or restarts adds to the name of each how many images fell to it.
-        stood_still: an attack appends, as a tensor [], how many of its images no search came nearer to a border before
-            it was given up: that they withstood it says nothing.
-        proved: an attack whose search is complete appends, as a tensor [], of how many of its images it has proved that
+        graphs: captures the steps of attacks on a CUDA device, if given; see `purify_fast.speed.StepGraphs`.
+        copies: keeps the copies that give the gradients, so that the next attack uses them too, if given.
+        gradients_from: another model whose gradients the attack follows, while the attacked model judges every success.
+            Only attacks with `Attack.follows_gradients` use it. None: the gradients of the attacked model.
+        warnings: the attack appends texts that a reader of its result must know.
+        fell_to: an attack with several targets or restarts adds the number of images that fell to each, by its name.
+        stood_still: the attack appends a tensor []: the number of images that no search brought nearer to a border
+            before it was given up. Their survival says nothing.
+        proved: an attack with a complete search appends a tensor []: the number of images for which it has proved that
             no point of the ball is misclassified.
 
     Raises:
@@ -115,16 +118,16 @@ class AttackContext:
         )
 
     def predictions(self, draws: int) -> int:
-        """How many predictions take so many draws."""
+        """The number of predictions that take so many draws together."""
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
-        """Fresh predictions by which an image falls, where so many draws are averaged per step."""
+        """The number of fresh predictions that judge an image, if a step averages so many draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1
 
 
 class Decided(NamedTuple):
-    """The options of an attack that may be left open, with the context's in place of those that are."""
+    """The options that an attack may leave open; the context's values replace those that it does."""
 
     steps: int
     eot_iter: int
@@ -136,17 +139,17 @@ class Attack(abc.ABC):
     """An attack with its options; subclasses are frozen dataclasses.
 
     Args:
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call. None: the report's.
+        eot_iter: draws of a random model averaged per step. They stand in one batch; if the model draws once per call,
+            each is a call. None: as many as the evaluation takes, and 1 without an evaluation.
     """
 
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
 
-    #: Whether `search` can follow the gradients of another model, `AttackContext.gradients_from`.
+    #: True if `search` can follow the gradients of another model, `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: The steps of an attack that leaves them open, whatever the context's; None: the context's.
+    #: The steps if the options leave them open; None: those of the context.
     usual_steps: ClassVar[int | None] = None
 
     eot_iter: Count | None = None
@@ -157,43 +160,43 @@ class Attack(abc.ABC):
 
     @abc.abstractmethod
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """The attack's own ball, or the report's."""
+        """The attack's own ball, or the context's."""
 
     def draws(self, context: AttackContext) -> int:
-        """Predictions of the model averaged per step: one where they do not differ."""
+        """The predictions of the model that a step averages; 1 if predictions do not differ."""
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Steps, draws and loss with nothing left open; the margin in place of a loss that needs more classes."""
+        """Steps, draws and loss, none left open; the margin replaces a loss that needs more classes."""
         loss: Any = getattr(self, "loss", "ce")
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         return Decided(steps, self.draws(context), usable_loss(loss, context.num_classes))
 
     def cost(self, context: AttackContext) -> int | None:
-        """Forward passes per image at most; None where that cannot be known before, as of a search that ends early."""
+        """The most forward passes per image; None if they are not known before, as in a search that ends early."""
         return None
 
     @abc.abstractmethod
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Attack what `target` gave.
+        """Attack the model that `target` returned.
 
         Args:
-            target: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
+            target: images to logits. An ``nn.Module`` has the same modes and gradient flags afterwards as before.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
-            context: what the evaluation tells.
+            context: the settings besides the attack's own options.
 
         Returns:
             Adversarial images, shape and dtype of x.
         """
 
-    # a compiler, which cannot trace the choice of the fields, goes on inside of the attack
+    # The compiler cannot trace how the options are sorted. It goes on inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Attack a batch of images without an evaluation, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``.
 
         Args:
-            model: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
+            model: images to logits. An ``nn.Module`` has the same modes and gradient flags afterwards as before.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
@@ -205,29 +208,30 @@ class Attack(abc.ABC):
             TypeError: an option that `AttackContext` does not have.
             ValueError: no radius, or images, labels or options that are not allowed.
         """
+        check_names("AttackContext", options, (each.name for each in fields(AttackContext)))
         context = AttackContext(**options)
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
-        """Names what the attack computes; kept rows of an evaluation are used again only where it is the same.
+        """The version of the attack's code; an evaluation uses a kept row again only if the version is the same.
 
-        None, unless a subclass says otherwise: rows are never kept, since nothing tells when its code changes. A
-        subclass that returns a number raises it whenever the same settings would find other images.
+        Here it is None: rows are never kept, because nobody can tell when the code has changed. A subclass that returns
+        a number raises it whenever the same settings would find other images.
         """
         return None
 
     def identity(self) -> list[str]:
-        """Module and name of the code that `revision` is of: two attacks may have the same revision."""
+        """Module and name of the attack's code: the revisions of two attacks may be equal."""
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
-        """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""
+        """The model that the attack searches in order to fool ``model``; here it is the model itself."""
         return model
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        """The options as plain values, with what the context decided in the place of every None it replaced."""
+        """The options as plain values; the context's values replace those that are None."""
         options = asdict(self)
         decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
         return options | decided | {"eot_iter": self.draws(context)} | self.threat_model(context)._asdict()
@@ -235,11 +239,11 @@ class Attack(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BallAttack(Attack):
-    """An attack within a ball, the report's or one of its own.
+    """An attack within a ball.
 
     Args:
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
     """
 
     #: The norms of the balls that the attack can search.
@@ -254,12 +258,12 @@ class BallAttack(Attack):
             raise ValueError(f"the norm {norm} needs an eps of its own")
         if self.eps is not None:
             check_eps(self.eps, norm)
-        # the dataclass is frozen
+        # a frozen dataclass refuses a plain assignment
         object.__setattr__(self, "norm", norm)
         check_types(self)
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
-        """The attack's own ball or the context's, around images that are checked here.
+        """Check the images, and make the attack's own ball or the context's around them.
 
         Raises:
             TypeError: x or y is no tensor.
@@ -270,13 +274,13 @@ class BallAttack(Attack):
         return ball_around(x, eps, self._known(self.norm or context.norm), context.clip_min, context.clip_max)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
+        """Norm and radius of the attack's own ball or the context's; ValueError for values that are not allowed."""
         norm, eps = self._known(self.norm or context.norm), context.eps if self.eps is None else self.eps
         check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
 
     def _known(self, norm: str) -> Norm:
-        """A norm's name as this package writes it; ValueError for one that the attack cannot search."""
+        """A norm's name as this package writes it; ValueError for a norm that the attack does not support."""
         known = read_norm(norm)
         if known not in self.norms:
             allowed = " or ".join(self.norms)
@@ -289,18 +293,18 @@ class BallAttack(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class RestartedAttack(Attack):
-    """The options of gradient ascent in several runs, of which each image keeps its worst.
+    """The options of gradient ascent in several runs; each image keeps the result of its worst run.
 
     Args:
         loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
-        steps: gradient steps; None: the report's.
-        random_start: whether the first run begins at a random point; every further one does.
-        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
-            highest mean loss (one more forward pass, or two with several draws).
-        restarts: how many runs.
+        steps: gradient steps; None: as many as the evaluation takes, and 100 without an evaluation.
+        random_start: whether the first run begins at a random point; every further run does.
+        keep_best: whether a run returns its best point instead of its last: the point that most draws misclassify, then
+            the point of highest mean loss. It takes one more forward pass, or two with several draws.
+        restarts: number of runs.
     """
 
-    #: What the attack's name begins with.
+    #: The first word of the attack's name.
     label: ClassVar[str]
 
     loss: Loss = "ce"
@@ -315,7 +319,7 @@ class RestartedAttack(Attack):
 
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
-        # the last point, under several draws also the best one, and the clean image, whose prediction health needs
+        # A run judges its last point, and with several draws also its best. Health needs the clean image's prediction.
         at_the_end = draws * (2 if draws > 1 else 1) + 1
         comparison = draws if self.restarts > 1 else 0
         return self.restarts * (steps * draws + at_the_end + comparison)
@@ -331,10 +335,10 @@ class RestartedAttack(Attack):
         y: Tensor,
         context: AttackContext,
     ) -> Tensor:
-        """The run after which an image is misclassified in most draws, and of these the one of largest margin.
+        """Take every run, and keep for each image the point that most draws misclassify, then that of largest margin.
 
-        A prediction that names no class is misclassified, and its margin is larger than any other: a further run never
-        takes a success away. The attack is a function of what is raised and of the number of the run from 0.
+        A prediction with NaN is misclassified, and its margin counts as larger than any other. So a further run never
+        takes a success away. ``attack`` takes the objective and the number of the run, from 0.
         """
         _, draws, loss = self.decided(context)
         with frozen(model):
@@ -343,7 +347,7 @@ class RestartedAttack(Attack):
             best = attack(objective, 0)
             if self.restarts == 1:
                 return best
-            # one draw of every image in a pass at most
+            # a pass has at most one draw of every image
             most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
             judge = Objective(model, "margin", draws, most, apart=apart)
 
@@ -360,25 +364,25 @@ class RestartedAttack(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAttack(BallAttack):
-    """The options of the attacks that judge every success by the model itself, such as `apgd`, `fab_t` and `square`.
+    """The options of the attacks that let the model itself judge every success, such as `apgd`, `fab_t` and `square`.
 
-    They search on a fast copy of the model. A success of a search is a claim, which the model confirms in its own
-    precision, a random one by fresh draws. Images that have fallen leave the batch.
+    They search on a fast copy of the model. The search only claims a success. The model confirms it in its own
+    precision, and a random model by fresh draws. Images that have fallen leave the batch.
 
     Args:
-        restarts: runs (for each target), each for the images that have not fallen yet.
-        precision: what the search computes in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy where
-            it pays). A success is judged by the model itself.
-        give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
-            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 500th query on. Auto-PGD never
-            does so in the l1 ball or where fallen images stay, and Square with several draws. DeepFool, C&W and
-            HopSkipJump refuse it: theirs is no steady pace.
+        restarts: number of runs for each target; a run searches the images that have not fallen yet.
+        precision: precision of the search: "float32", "bfloat16" (in a copy of the model) or "auto" (in such a copy if
+            that saves time). The model itself judges every success.
+        give_up: whether a search ends if it would not succeed even at several times its recent pace. Attacks by
+            gradients decide that after 40, 60 and 80 % of the steps, if there are 50 or more; Square decides it from
+            query 500 on. Auto-PGD never gives up in the l1 ball or if fallen images stay, and Square never with several
+            draws. DeepFool, C&W and HopSkipJump refuse it, because their pace is not steady.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    #: Whether `give_up` is allowed.
+    #: True if `give_up` is allowed.
     has_pace: ClassVar[bool] = True
 
     restarts: Count = 1
@@ -413,12 +417,17 @@ class EngineAttack(BallAttack):
                 context.stood_still.append((~active.fallen & ~active.tried).sum())
         return active.best
 
+    @classmethod
+    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
+        """Tell whether a search with such settings, as `settings` returned them, may have ended early."""
+        return bool(settings.get("give_up")) and settings["steps"] >= FEWEST_STEPS
+
     def leaves(self) -> bool:
-        """Whether images leave the attack as soon as they have fallen."""
+        """Tell whether images leave the attack as soon as they have fallen."""
         return True
 
     def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
-        """The rows of the runs towards some goals."""
+        """The rows of all runs, wave by wave."""
         return waves(
             active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size,
             at_image=at_image, begin=context.begin,
@@ -426,45 +435,44 @@ class EngineAttack(BallAttack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search adversarial images for the clean ones of one batch, or of a group; within `frozen`.
+        """Search adversarial images for the clean ones of one batch or of a group; within `frozen`.
 
-        The objective is the loss that the search raises, on what it follows: another model, a fast copy, or the model
-        itself.
+        The objective is the loss that the search raises, on the attacked model, a fast copy of it or another model.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedAttack(EngineAttack):
-    """The options of those that try one wrong class after the other.
+    """The options of attacks that try one wrong class after the other.
 
     Args:
-        steps: gradient steps of a run; None: as the subclass says.
-        n_target_classes: wrong classes that are tried, those whose borders are nearest by the model's linear
-            approximation at the image, a run for each; None, or more than there are: all.
+        steps: gradient steps of a run; None: the subclass decides.
+        n_target_classes: the number of wrong classes with a run each. They are those with the nearest borders by the
+            model's linear approximation at the image. None, or more than there are: all.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    #: The usual number of wrong classes that are tried, AutoAttack's.
+    #: The number of wrong classes in AutoAttack.
     usual_targets: ClassVar[int] = 9
 
     steps: Count | None = None
     n_target_classes: Count | None = usual_targets
 
     def full_name(self, name: str, targeted: bool = True) -> str:
-        """A name with the number of target classes where that is not the usual one, and of restarts."""
+        """A name with the number of target classes, if it is not the usual number, and of restarts."""
         count = self.n_target_classes
         if targeted and count != self.usual_targets:
             name += f", {'all' if count is None else count} targets"
         return name + times(self.restarts)
 
     def targets(self, context: AttackContext) -> int | None:
-        """How many wrong classes are tried; None for a loss without a target."""
+        """The number of wrong classes with a run each; None for a loss without a target."""
         return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
 
     def cost_of_order(self, context: AttackContext) -> int:
-        """Forward passes per image that it takes to find the borders nearest to it."""
+        """The forward passes per image that find its nearest borders."""
         classes = min(max(self.n_target_classes or context.num_classes, CANDIDATES), context.num_classes - 1)
         return 1 + (classes * self.draws(context) if classes > 1 else 0)
 
@@ -472,17 +480,100 @@ class TargetedAttack(EngineAttack):
         return super().settings(context) | {"n_target_classes": self.targets(context)}
 
 
-# a compiler, which cannot trace the choice of the fields, goes on inside of the attack
+# The compiler cannot trace how the options are sorted. It goes on inside the attack.
 @functools.partial(outside_graphs, recursive=False)
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """Run an attack without an evaluation; each option is a field of the attack or of `AttackContext`."""
-    own = {field.name for field in fields(attack)}
-    if issubclass(attack, BallAttack):
-        # eps and norm go to the context, because only there eps may be a tensor [B]
-        own -= {"eps", "norm"}
+    """Run an attack without an evaluation.
+
+    Args:
+        attack: the class of the attack.
+        model: images to logits.
+        x: images ``[B, ...]``.
+        y: labels, int64 ``[B]``.
+        **options: fields of the attack or of `AttackContext`. If both have a field, it is the attack's.
+
+    Returns:
+        Adversarial images, shape and dtype of x.
+
+    Raises:
+        TypeError: an option that neither of them has, or no radius for an attack in a ball.
+    """
+    own, told = _options_of_call(attack)
+    check_names(attack.__name__, options, own | told)
+    if "eps" in told and "eps" not in options:
+        raise TypeError(f"eps is missing: {attack.__name__} needs a radius in image units, such as eps=8 / 255")
     chosen = attack(**{name: value for name, value in options.items() if name in own})
-    context = AttackContext(**{name: value for name, value in options.items() if name not in own})
+    context = AttackContext(**{name: value for name, value in options.items() if name in told})
     return chosen.search(model, x, y, context)
+
+
+@functools.cache
+def _options_of_call(attack: type[Attack]) -> tuple[dict[str, Option], dict[str, Option]]:
+    """The options of a call without an evaluation, by name: the fields of the attack, and those of its context."""
+    own, told = options_of(attack), options_of(AttackContext)
+    if issubclass(attack, BallAttack):
+        # only the context's eps may be a tensor [B]
+        del own["eps"], own["norm"]
+    return own, {name: option for name, option in told.items() if name not in own}
+
+
+class AttackCall(Protocol):
+    """An attack as a function. ``inspect.signature`` shows all of its options."""
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Attack a batch of images."""
+
+
+def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) -> AttackCall:
+    """The function that runs an attack on one batch.
+
+    Its signature and docstring are made from the fields of the attack and of `AttackContext`.
+
+    Args:
+        name: the name of the function in the attack's module.
+        attack: the class of the attack.
+        returns: the sentence of the docstring about the images that the function returns.
+        **defaults: the defaults that differ from those of the fields.
+
+    Returns:
+        The function.
+    """
+
+    def call(model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        return run_alone(attack, model, x, y, **{**defaults, **options})
+
+    own, told = _options_of_call(attack)
+    options = own | told
+    if "eps" in told:
+        # the radius, which every call gives, stands first
+        options = {"eps": told["eps"]} | options
+        options["eps"] = told["eps"]._replace(default=inspect.Parameter.empty)
+    options |= {option: options[option]._replace(default=value) for option, value in defaults.items()}
+    call.__name__ = call.__qualname__ = name
+    call.__module__ = attack.__module__
+    summary = inspect.cleandoc(attack.__doc__ or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]
+    describe(call, _BATCH | options, Tensor, summary, {"Returns": [returns + _SHAPE], "Raises": _ERRORS})
+    return call
+
+
+#: The parameters of every attack's function.
+_BATCH = {
+    "model": Option(
+        Classifier,
+        "images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.",
+    ),
+    "x": Option(Tensor, "images, floating point ``[B, ...]`` in [clip_min, clip_max]."),
+    "y": Option(Tensor, "true labels, int64 ``[B]``."),
+}
+_SHAPE = (
+    " Shape and dtype are those of x. Up to the rounding of this dtype, the images lie within the radius and within "
+    "[clip_min, clip_max]."
+)
+_ERRORS = (
+    "TypeError: x or y is no tensor, there is no such option, or a radius is missing.",
+    "RuntimeError: the attack takes gradients, and the call stands within ``torch.inference_mode()``.",
+    "ValueError: a shape, dtype, name, count or range that is not allowed; or a model that writes to its input.",
+)
 
 
 def times(restarts: int) -> str:

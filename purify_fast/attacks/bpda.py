@@ -1,9 +1,9 @@
-"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): around a purifier whose gradient is missing or useless.
+"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): for a purifier whose gradient is missing or useless.
 
     forward: classifier(purify(x));   backward: as if purify(x) were x
 
-The classifier's gradient is taken at the purified image and handed to x, which is sensible as far as purify(x) is about
-x. A purifier with a usable gradient is attacked harder through that gradient; against one, BPDA is a check on it.
+The classifier's gradient at the purified image serves as the gradient at x, which makes sense if purify(x) is near x. A
+usable gradient of the purifier gives a stronger attack; BPDA then checks that gradient.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_refer
 
 
 def classifier_of(defence: HasClassifier) -> nn.Module:
-    """What a defence classifies with: its ``frozen_classifier``, an accelerated copy perhaps, or its ``classifier``."""
+    """The classifier of a defence: its ``frozen_classifier``, which may be an accelerated copy, or ``classifier``."""
     return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
 
 
 class BpdaModel(nn.Module):
-    """A purifier and a classifier as something that any gradient attack can run on; the draws are the attack's.
+    """A purifier and a classifier as a model that any gradient attack can run on; the attack decides over the draws.
 
     The forward pass is exactly the defence's. The gradient at x is exactly the classifier's at purify(x), summed over
     the draws.
 
     Args:
-        purify: images ``[B, ...]`` to purified ones of the same shape, or to K draws of each, ``[B, K, ...]``; never
-            differentiated.
+        purify: images ``[B, ...]`` to purified images of the same shape, or to K draws of each, ``[B, K, ...]``; it is
+            never differentiated.
         classifier: purified images to logits ``[B, classes]``.
-        aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function of
-            them, ``[B, K, classes] -> [B, classes]``.
-        modules: those whose methods the callables above are; they are frozen along with this one (`frozen`), as are
-            callables that are modules themselves.
+        aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function
+            ``[B, K, classes] -> [B, classes]``.
+        modules: the modules whose methods the callables above are. They are frozen along with this module (`frozen`),
+            and so are callables that are modules themselves.
 
     Raises:
         ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
@@ -64,11 +64,11 @@ class BpdaModel(nn.Module):
 
     @classmethod
     def of(cls, defence: Purifier, aggregation: str | Callable[[Tensor], Tensor] | None = None) -> BpdaModel:
-        """Of a defence that purifies images before it classifies them, as `purify_fast.Carso` does.
+        """Make the model of a defence that purifies images before it classifies them, as `purify_fast.Carso` does.
 
         Args:
-            defence: with ``purify(x)`` and ``classifier``.
-            aggregation: how the logits of several draws are aggregated; None: as the defence does.
+            defence: it has ``purify(x)`` and ``classifier``.
+            aggregation: how the logits of several draws are aggregated; None: as the defence does it.
         """
         own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
@@ -120,7 +120,7 @@ class BPDA(PGD):
             model: a defence with ``purify(x)`` and ``classifier``.
 
         Raises:
-            TypeError: it has none.
+            TypeError: the model is not such a defence.
         """
         if not is_purifier(model):
             raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(model).__qualname__}")

@@ -1,13 +1,13 @@
 """Branch and bound on a small ReLU network: a complete search of an L-inf ball, for a point or a proof.
 
-By how much a class leads another one is bounded from below over the ball, each ReLU replaced by a line above and a line
-below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). Where the bound is not above 0, a ReLU is split: in one
+The lead of one class over another is bounded from below over the ball: a line above and a line below replace each ReLU
+(CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). Where the bound is not above 0, a ReLU is split: in one
 half its input is at least 0, in the other at most 0, and it is a line in both (Bunel et al., JMLR 2020, arXiv
 1909.06588). A Lagrange multiplier for each split brings its constraint into the bound (beta-CROWN, Wang et al., NeurIPS
 2021, arXiv 2103.06624). Three things are not in these papers. The multipliers and the slopes of the lines below rise by
-Polyak's steps, whose goal is known: a bound above 0. Each subproblem searches a point as well, from its bound's
-minimizers, by the same steps on what a point lacks: the lead, and its signs. And a part of the subproblems is taken
-from the deepest ones, where a misclassified point is found first.
+Polyak's steps, whose goal is known: a bound above 0. Each subproblem searches a point as well: it begins at the bound's
+minimizers, and the same steps lower the lead that is left and the violation of the signs. And some of the subproblems
+are the deepest, where a misclassified point is found first.
 
 Gradients of the network need not lead to the point that is found, so that a network cannot hide it from this search.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,24 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import AttackContext, BallAttack, Radius, run_alone
+from .base import AttackContext, BallAttack, as_function
 from .engine.rows import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
-#: Steps of each subproblem that raise its bound, and that search a point.
+#: The steps of each subproblem that raise its bound, and the steps that search a point.
 RAISES, DESCENTS = 5, 15
-#: A bound proves something if it is above this share of the image's largest logit: the model computes in float32, this
-#: search in float64. And the share of the largest logit by which the model's logits may differ from those in float64.
+#: A bound is a proof if it is above this share of the image's largest logit, because the model computes in float32 and
+#: this search in float64. And the share of the largest logit by which the model's logits may differ from float64's.
 SAFE, ALIKE = 5e-5, 2e-5
-#: Images that are searched at once, and subproblems that are split at once: at most, and with as many numbers.
+#: The images that are searched at once; the most subproblems that are split at once, and the most numbers in them.
 IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
-#: The share of the subproblems that are taken from the deepest ones; the others are those of least bound.
+#: The share of the deepest among the subproblems that are split; the others are those of least bound.
 DEEPEST = 0.5
-#: How much the width of a relaxation counts beside its error at the minimizer, where a ReLU is chosen.
+#: The weight of a relaxation's width beside its error at the minimizer, when the next ReLU is chosen.
 WIDTH = 0.3
-#: Beyond 0 the goal of a step is so much of what the bound is below it.
+#: The goal of a step lies above 0 by this share of the bound's distance from 0.
 GOAL = 0.05
-#: Steps towards a point are longer than Polyak's, whose goal is 0, for the square of what it lacks by this factor.
+#: The steps towards a point are longer than Polyak's steps, whose goal is 0, by this factor.
 LONG = 3.0
 TINY = 1e-12
 
@@ -56,8 +56,8 @@ class BranchAndBound(BallAttack):
     `AttackContext.proved` gets how many images of a batch are proved robust.
 
     Args:
-        nodes: subproblems of an image at most, about; where they do not suffice, nothing is proved.
-        relus: of the network at most.
+        nodes: about the most subproblems of an image; an image that needs more is not proved.
+        relus: the most ReLUs of the network.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -81,10 +81,10 @@ class BranchAndBound(BallAttack):
         Args:
             model: images to logits.
             x: images ``[B, C, H, W]``, on which the network is compared with the model.
-            max_forward_batch: images in one forward pass at most; None: no limit.
+            max_forward_batch: the most images in one forward pass; None: no limit.
 
         Raises:
-            ValueError: the model is no such network.
+            ValueError: the model is not such a network.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a module, whose layers can be read, got {type(model).__name__}")
@@ -113,42 +113,26 @@ class BranchAndBound(BallAttack):
         return active.best
 
 
-def branch_and_bound(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
-    """Branch and bound within an L-inf ball.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``: an ``nn.Module`` of affine layers and few ReLUs, which is
-            frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        **options: of `BranchAndBound`, and of `AttackContext`, such as ``clip_max`` and ``max_forward_batch``.
-
-    Returns:
-        Per image a misclassified point, where one was found, otherwise the image. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        ValueError: a wrong shape, dtype, name, count or range, another norm, or a model that is no such network.
-    """
-    return run_alone(BranchAndBound, model, x, y, eps=eps, **options)
+branch_and_bound = as_function(
+    "branch_and_bound", BranchAndBound, "Per image a misclassified point if one was found, otherwise the image."
+)
 
 
-#: What each layer's numbers are at least and at most in each node, ``[B, pixels]`` and then ``[B, units]``.
+#: The least and the largest value of each layer's numbers in each node, ``[B, pixels]`` and then ``[B, units]``.
 _Boxes = list[tuple[Tensor, Tensor]]
 
 
 class _Nodes(NamedTuple):
-    """Subproblems: every field is by node.
+    """Subproblems; every field has an entry per node.
 
     Args:
         owner: the image, int64 ``[B]``.
-        rival: the class that is to take over, int64 ``[B]``.
-        signs: of the inputs of the ReLUs that were split, 1 or -1, 0 of the others; int8 ``[B, units]``.
-        slopes: of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
+        rival: the class that shall take over, int64 ``[B]``.
+        signs: the signs of the inputs of ReLUs that were split, 1 or -1, and 0 for the others; int8 ``[B, units]``.
+        slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
         prices: the multipliers of the splits, float32 ``[B, units]``.
-        least: what the lead is at least, float64 ``[B]``.
-        unit: the ReLU to split next, int64 ``[B]``; -1: none, the node itself is bounded again.
+        least: the lower bound of the lead, float64 ``[B]``.
+        unit: the ReLU to split next, int64 ``[B]``; -1: none, and the node itself is bounded again.
     """
 
     owner: Tensor
@@ -179,9 +163,9 @@ class _Search:
     """The search of some images.
 
     Args:
-        layers: of the network.
+        layers: the layers of the network.
         active: all images.
-        part: indices of those that are searched, int64 ``[n]``.
+        part: indices of the images that are searched, int64 ``[n]``.
     """
 
     def __init__(self, layers: Sequence[Affine], active: ActiveSet, part: Tensor):
@@ -191,11 +175,11 @@ class _Search:
         self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
         self.safe = SAFE * forward(layers, x).abs().amax(1)
         self.widths = [len(bias) for _, bias in layers[:-1]]
-        # what bounds a layer takes a matrix of its units and the pixels for each node
+        # the bounds of a layer take a matrix of its units and the pixels for each node
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
-        """Search until every image fell, is proved robust, or has had so many nodes; which are proved, bool ``[n]``."""
+        """Search until every image fell, is proved robust, or had ``limit`` nodes; True for proved images, ``[n]``."""
         count, classes, device = len(self.y), len(self.layers[-1].bias), self.y.device
         owner, rival = torch.ones(count, classes, device=device).nonzero().unbind(1)
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
@@ -216,7 +200,7 @@ class _Search:
         return ~ended & ~self.active.fallen[self.part]
 
     def chosen(self, nodes: _Nodes) -> Tensor:
-        """Which nodes are next, bool ``[B]``: those of least bound, and a share of the deepest."""
+        """Choose the next nodes, bool ``[B]``: those of least bound, and a share of the deepest."""
         order = nodes.least.argsort()
         deepest = order[nodes.signs.abs().sum(1)[order].argsort(descending=True, stable=True)]
         chosen, share = torch.zeros_like(order, dtype=torch.bool), int(DEEPEST * self.at_once)
@@ -225,10 +209,10 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes and try points of each: those that are left, with their bounds and what to split next."""
+        """Bound some nodes, try points of each, and return the nodes that are left with their next ReLUs to split."""
         boxes = self.boxes(nodes)
         nodes, corners, weights = self.raised(nodes, boxes)
-        # what cannot have its signs has no point
+        # a node whose signs are impossible has no point
         empty = torch.stack([(low > high).any(1) for low, high in boxes]).any(0)
         stays = (nodes.least <= self.safe[nodes.owner]) & ~empty
         nodes, corners, weights = nodes.take(stays), corners[:, stays], weights[stays]
@@ -238,7 +222,7 @@ class _Search:
         return nodes._replace(unit=self.to_split(nodes, boxes, corners[-1], weights))
 
     def boxes(self, nodes: _Nodes) -> _Boxes:
-        """What the pixels and the ReLUs' inputs are at least and at most in each node."""
+        """The least and the largest values of the pixels and of the ReLUs' inputs in each node."""
         boxes = [(self.low[nodes.owner], self.high[nodes.owner])]
         for i, signs in enumerate(nodes.signs.split(self.widths, 1)):
             weight, bias = self.layers[i]
@@ -246,7 +230,7 @@ class _Search:
             middle, radius = (least + most) / 2 @ weight.T + bias, (most - least) / 2 @ weight.abs().T
             low, high = middle - radius, middle + radius
             if i:
-                # neither is the tighter one everywhere
+                # neither bound is tighter everywhere
                 both = Affine(torch.cat([weight, -weight])[None], torch.cat([bias, -bias]))
                 ends, upper = self.least(boxes, both, _smallest_areas(boxes))[0].split(len(bias), 1)
                 low, high = torch.maximum(low, ends), torch.minimum(high, -upper)
@@ -256,16 +240,16 @@ class _Search:
     def least(
         self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """What linear functions of a layer's ReLUs are at least, by CROWN's backward pass.
+        """Lower bounds of linear functions of a layer's ReLUs, by CROWN's backward pass.
 
         Args:
-            boxes: up to that layer's.
-            functions: their weights ``[B, F, units of the layer]`` and constants ``[B, F]``; or as for one node.
-            slopes: of the lines below open ReLUs, ``[B, units]`` of all these layers.
-            prices: by which the inputs of ReLUs are subtracted, ``[B, units]``.
+            boxes: the boxes up to that layer.
+            functions: weights ``[B, F, units of the layer]`` and constants ``[B, F]``; no B if all nodes share them.
+            slopes: the slopes of the lines below open ReLUs, ``[B, units]`` of all these layers.
+            prices: the factors with which the inputs of ReLUs are subtracted, ``[B, units]``.
 
         Returns:
-            The bounds ``[B, F]``; the functions' weights of the pixels; those of each layer's ReLUs.
+            The bounds ``[B, F]``; the functions' weights of the pixels; and their weights of each layer's ReLUs.
         """
         (weight, constant), weights = functions, []
         ends = slopes.shape[1]
@@ -289,13 +273,13 @@ class _Search:
         """Raise the bounds of nodes by their slopes and prices.
 
         Returns:
-            The nodes; the minimizers of their relaxations on the way, ``[steps, B, pixels]``; what the lead changes by
-            with each ReLU's output, ``[B, units]``.
+            The nodes; the minimizers of their relaxations on the way, ``[steps, B, pixels]``; and the change of the
+            lead per change of each ReLU's output, ``[B, units]``.
         """
         (weight, bias), y, rival, signs = self.layers[-1], self.y[nodes.owner], nodes.rival, nodes.signs
         lead = Affine((weight[y] - weight[rival])[:, None], (bias[y] - bias[rival])[:, None])
         slopes = torch.where(nodes.slopes < 0, _smallest_areas(boxes), nodes.slopes.double())
-        # a price counts by how far its ReLU's input may go
+        # a price counts in proportion to the range of its ReLU's input
         low, high = _of_all(boxes)
         prices, unit = nodes.prices.double(), 1 / (high - low).clamp(min=TINY)
         least, corners = nodes.least, []
@@ -311,7 +295,7 @@ class _Search:
             if step == RAISES or not self.widths:
                 break
             up, dearer = torch.autograd.grad(total, (slopes, prices))
-            # what is at its end already does not count
+            # a value at the end of its range does not count
             up = up * torch.where(up > 0, slopes < 1, slopes > 0)
             dearer = unit * dearer * ((dearer > 0) | (prices > 0))
             missing = (2 * self.safe[nodes.owner] + GOAL * bound.abs() - bound).clamp(min=0)
@@ -335,7 +319,7 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search a misclassified point with the signs of each node, from a point ``[B, pixels]`` of it."""
+        """Search a misclassified point with the signs of each node; it begins at the points ``[B, pixels]``."""
         (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
         signs = nodes.signs.double().split(self.widths, 1)
         best, smallest = x, torch.full_like(safe, torch.inf)
@@ -363,17 +347,17 @@ class _Search:
         owner = self.part[nodes.owner[claims]]
         clean = self.active.x[owner]
         points = projected(clean, best[claims].to(clean.dtype).view_as(clean), self.active.ball.take(owner))
-        self.active.settle(owner, points, torch.ones_like(smallest[claims]))
+        self.active.confirm_successes(owner, points, torch.ones_like(smallest[claims]))
 
 
 def _of_all(boxes: _Boxes) -> tuple[Tensor, Tensor]:
-    """What all ReLUs' inputs are at least and at most, ``[B, units]``."""
+    """The least and the largest inputs of all ReLUs, ``[B, units]``."""
     low, high = (torch.cat([ends[0][:, :0], *ends[1:]], 1) for ends in zip(*boxes, strict=True))
     return low, high
 
 
 def _above(low: Tensor, high: Tensor) -> Tensor:
-    """The slopes of the lines above ReLUs, of all that are on one side those of the ReLUs themselves."""
+    """The slopes of the lines above ReLUs; if an input has one sign only, the slope of the ReLU itself."""
     return high.relu() / (high.relu() - low.clamp(max=0)).clamp(min=TINY)
 
 

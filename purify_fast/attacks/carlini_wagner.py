@@ -2,43 +2,43 @@
 
     |x' - x|^2 + c max(l_y - max_{j != y} l_j, 0),   x' = (tanh(w) + 1) / 2
 
-in images from 0 to 1. Adam moves w, from the image itself for every c; c is looked for by bisection, image by image.
-The nearest misclassified point over all c and all steps counts. What is not in the paper: an image leaves once such a
-point lies in the ball, and at the end the nearest one is cut off at the ball and tried as well.
+in images from 0 to 1. Adam moves w, and begins at the image itself for every c. A bisection searches c for each image.
+The nearest misclassified point over all c and all steps counts. Two things are not in the paper: an image leaves once
+such a point lies in the ball, and at the end the nearest point is cut off at the ball and tried as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count, GradientPrecision
-from ..protocols import Classifier
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
-from .engine.nearest import NearestSearch
+from .._validation import Count
+from .base import AttackContext, EngineAttack, as_function, times
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch
 from .engine.rows import ActiveSet, has_fallen, shrinks_after
 from .objective import Objective
 
 #: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.
 STEPS = 1000
-#: The numbers of the authors' code: how many c are tried, the first of them, by how much c grows until one succeeds,
+#: The numbers of the authors' code: the number of c, the first c, the factor by which c grows until an attack succeeds,
 #: the learning rate, and the share of the range of w in which images begin.
 CONSTANTS, FIRST, FACTOR, RATE, INSIDE = 9, 1e-3, 10.0, 0.01, 0.999999
-#: Adam's own numbers.
+#: The usual numbers of Adam.
 BETAS, TINY = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner(EngineAttack):
-    """Carlini & Wagner's attack on the l2 norm, without confidence; its first run begins at the image itself.
+    """Carlini & Wagner's attack in the l2 norm, without confidence; its first run begins at the image itself.
+
+    "l2" is the only norm that it supports.
 
     Args:
-        steps: of Adam for each c; None: 1000, whatever the report's steps.
-        constants: how many c are tried, one after the other.
+        steps: steps of Adam for each c; None: 1000, in an evaluation too.
+        constants: the number of c that are tried, one after the other.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -70,42 +70,18 @@ class CarliniWagner(EngineAttack):
             _CarliniWagnerSearch(objective, active, rows, steps, health=context.health).run(self.constants)
 
 
-def carlini_wagner(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """Carlini & Wagner's l2 attack within a ball; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in the l2 norm, in image units, a number or ``[B]``.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `CarliniWagner`, such as ``steps`` and ``constants``, and of `AttackContext`, such as ``seed`` and
-            ``max_forward_batch``; ``norm`` is "l2", or left out.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(CarliniWagner, model, x, y, eps=eps, precision=precision, **{"norm": "l2", **options})
+carlini_wagner = as_function("carlini_wagner", CarliniWagner, NEAREST_OR_IMAGE, precision="float32", norm="l2")
 
 
 class _CarliniWagnerSearch(NearestSearch):
     """One run; the objective is the margin."""
 
     def run(self, constants: int) -> None:
-        """Look for c, or as long as there are rows; every c has an equal share of the steps."""
+        """Search c as long as there are rows; every c has an equal share of the steps."""
         ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
         self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
         self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
-        #: The weight of each row, the largest that failed and the smallest that succeeded.
+        # the weight of each row, the largest that failed, and the smallest that succeeded
         self.c = torch.full_like(self.distance, FIRST)
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
         each = self.steps // constants
@@ -130,12 +106,12 @@ class _CarliniWagnerSearch(NearestSearch):
         self.see_gradient(gradient.image, across)
         self.note(self.point, across)
         self.crossed = self.crossed | across
-        # the margin counts as long as it holds the point on the right side
+        # the margin counts as long as the point is classified correctly
         weight = torch.where(gradient.loss <= 0, self.c, 0.0) / self.objective.eot_iter
         moved = (self.point - self.rows.x).to(self.w.dtype) / (2 * self.half)
         slope = 2 * moved - per_image(weight, moved) * gradient.image.to(self.w.dtype) * 2 * self.half
         slope = slope * (1 - torch.tanh(self.w).square()) / 2
-        # the means would keep what is not finite, as is the square of a number that is too large
+        # the means would keep values that are not finite, such as the square of a very large number
         slope = torch.where(slope.square().isfinite(), slope, 0.0)
         self.mean = torch.lerp(slope, self.mean, BETAS[0])
         self.square = torch.lerp(slope.square(), self.square, BETAS[1])

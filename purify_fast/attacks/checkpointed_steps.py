@@ -2,10 +2,10 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-Plain autograd keeps the activations of all n steps. Here the x_i are kept, and each step is computed again when its
-gradient is: once more the time of a forward pass, and the memory of one step plus one x for each. Of some steps the
-activations may be kept, as many as memory allows: these are not computed again. Nothing is approximated, as by an
-adjoint equation or by leaving steps out.
+Plain autograd keeps the activations of all n steps. Here the x_i are kept, and each step is computed again for its
+gradient. That takes the time of another forward pass, and the memory of one step plus one x per step. The activations
+of some steps may be kept, as many as memory allows: these steps are not computed again. Nothing is approximated, in
+contrast to an adjoint equation or to leaving steps out.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.utils._device import DeviceContext
 from ..speed.memory import free_memory
 
 Step = Callable[..., Tensor]
-#: Of how many steps the activations are kept: of a number, or of as many as fit into a share of the free memory.
+#: The number of steps whose activations are kept; "auto": as many as fit into a share of the free memory.
 Keep = int | Literal["auto"]
-#: That share. The rest is for what else computes beside the steps, such as a classifier and other processes.
+#: That share. The rest is for other computations, such as a classifier and other processes.
 SHARE = 0.25
-#: After so many steps what one of them keeps is known: a first one may do less than those that follow.
+#: After so many steps the memory of one step is known: the first step may keep less than the others.
 MEASURED = 3
 
 
@@ -52,12 +52,12 @@ def checkpointed_steps(
         n: how many steps, at least 0.
         inputs: tensors that every step takes besides x, and whose gradients are wanted, such as the image that guides.
         parameters: tensors that ``step`` reads by itself and whose gradients are wanted, such as
-            ``list(denoiser.parameters())``. Whatever is in neither list gets no gradient.
+            ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators; to
             be switched off for steps that draw none. Draws from other sources, such as NumPy's, are not repeated.
-        keep: of how many steps, the last ones, the activations are kept, so that they are not computed again; at least
-            0. "auto": of as many as fit into a quarter of the memory that is free now, which the activations of the
-            third step are measured for; those of the first three are kept in any case.
+        keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
+            "auto": as many as fit into a quarter of the memory that is free now. The activations of the third step are
+            measured for that; those of the first three steps are always kept.
 
     Returns:
         The result of the last step. Its gradient reaches x, ``inputs`` and ``parameters``; first order.
@@ -112,17 +112,17 @@ def _room(device: torch.device) -> int:
 
 
 def check_keep(keep: object) -> None:
-    """ValueError unless it says of how many steps the activations are kept.
+    """ValueError unless ``keep`` is "auto" or a number of steps.
 
     Args:
-        keep: what was given for it.
+        keep: the value to check.
     """
     if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
         raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps of what is computed within the block; each storage once.
+    """Counts the bytes that autograd keeps for the computations within the block; each storage once.
 
     Attributes:
         last: the bytes of the last block that earlier ones did not keep, as they keep weights.
@@ -142,16 +142,16 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self.last += storage.nbytes()
-        # a result that its own node held would never be freed
+        # a node that holds its own result would never be freed
         return tensor.detach()
 
 
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
-    """Whether a call takes numbers from PyTorch's generators, which are afterwards as they were.
+    """Tell whether a call takes numbers from PyTorch's generators; they are restored afterwards.
 
     Args:
-        function: what is called, once.
-        device: where it computes.
+        function: the function, which is called once.
+        device: the device on which it computes.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         before = _generators(device)
@@ -195,10 +195,10 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """Those of x and of each other tensor, from that of the i-th result; None where none is wanted."""
+    """The gradients of x and of each other tensor, from that of the i-th result; None for unwanted gradients."""
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
-    # the parameters themselves, since the step reads them by itself
+    # the step reads its parameters by itself, so they are not replaced by leaves
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
     # A cache of autocast may hold weights that were cast while nothing was recorded.
@@ -224,13 +224,13 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
 
 
 def _function_modes() -> list[Any]:
-    """The modes that act on what a step computes, from the outside in; where new tensors are placed changes nothing."""
+    """The modes that change a step's results, from the outside in; the device of new tensors changes no result."""
     return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
     """A step as its gradient is computed: a mode may compute something else where gradients are recorded."""
-    # the modes may change what detaches and what switches gradients on
+    # the modes may replace the functions that detach and that switch gradients on
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()
         given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (x, *others)]
@@ -251,7 +251,7 @@ def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextlib.contextmanager
 def _drawing_from(states: Sequence[tuple[Tensor, Tensor | None]], device: torch.device) -> Iterator[None]:
-    """Within the block, the generators draw from the state that was kept, if one was; then they are where they were."""
+    """Within the block, the generators draw from the kept state, if there is one; they are restored afterwards."""
     if not states:
         yield
         return

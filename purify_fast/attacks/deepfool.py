@@ -1,29 +1,27 @@
 """DeepFool (Moosavi-Dezfooli, Fawzi & Frossard, CVPR 2016): step by step across the nearest border.
 
 A step goes to where the model's linear approximation says that the nearest of some other classes takes over. The moves
-add up, and what is tried is the image moved by a little more than their sum. The search ends at the first point across
-the border. Two things are not in the paper: a step is the shortest one within the range of the pixels, and a point
-outside of the ball is cut off at the ball and tried as well.
+add up, and the image moved by a little more than their sum is tried. The search ends at the first point across the
+border. Two things are not in the paper: a step is the shortest within the range of the pixels, and a point outside the
+ball is cut off at the ball and tried as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
-from .base import AttackContext, Radius, TargetedAttack, run_alone
+from .base import AttackContext, TargetedAttack, as_function
 from .engine.nearest import NearestSearch, border, length_of
 from .engine.rows import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
 from .objective import Objective
 
-#: The numbers of the authors' code: steps at most, and by which share a point is moved beyond the sum of the moves.
+#: The numbers of the authors' code: the most steps, and the share by which a point goes beyond the sum of the moves.
 STEPS, OVERSHOOT = 50, 0.02
 
 
@@ -32,8 +30,8 @@ class DeepFool(TargetedAttack):
     """DeepFool: from the image itself in the first run, from a random point in the ball in the others.
 
     Args:
-        steps: of a run at most; None: 50, as in its authors' code, whatever the report's steps.
-        n_target_classes: to how many other classes the border is looked for, those of highest logit on the image; a
+        steps: the most steps of a run; None: 50, as in its authors' code, in an evaluation too.
+        n_target_classes: the number of other classes whose border is searched, those of highest logit on the image; a
             step takes a gradient for each. None, or more than there are: all, as in the paper. Its authors' code has 9.
 
     Raises:
@@ -51,7 +49,7 @@ class DeepFool(TargetedAttack):
     def cost(self, context: AttackContext) -> int:
         steps, draws, _ = self.decided(context)
         judges = context.judges(draws)
-        # the clean image tells the likeliest classes
+        # a prediction of the clean image gives the likeliest classes
         return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def revision(self) -> str:
@@ -59,7 +57,7 @@ class DeepFool(TargetedAttack):
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         classes = likeliest_wrong(active.logits(), active.y, self.n_target_classes)
-        # what is captured on a GPU is a step towards one class
+        # a graph captures a step towards a single class
         objective = replace(objective, graphs=None)
         for rows in self.waves(active, (None,), context, at_image=True):
             steps = self.decided(context).steps
@@ -67,41 +65,22 @@ class DeepFool(TargetedAttack):
             search.run(torch.stack(classes, 1)[rows.owner])
 
 
-def deepfool(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """DeepFool within a ball; an image leaves it at its first point across the border.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``. With one that holds every image, such as 1 in linf, DeepFool's
-            own points are returned.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `DeepFool`, such as ``steps`` and ``n_target_classes``, and of `AttackContext`, such as ``norm``,
-            ``seed`` and ``max_forward_batch``.
-
-    Returns:
-        Per image the point that made it fall; otherwise where the search ended, cut off at the ball. Shape and dtype of
-        x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(DeepFool, model, x, y, eps=eps, precision=precision, **options)
+deepfool = as_function(
+    "deepfool",
+    DeepFool,
+    "Per image the point that made it fall; otherwise the point where the search ended, cut off at the ball. A radius "
+    "that holds every image, such as 1 in linf, returns DeepFool's own points.",
+    precision="float32",
+)
 
 
 class _DeepFoolSearch(NearestSearch):
     """One run; the objective is the margin."""
 
     def run(self, classes: Tensor) -> None:
-        """Take all steps, or as many as there are rows for; the border is that to some classes, int64 ``[R, K]``."""
+        """Take all steps, or stop when no row is left; the borders are those to some classes, int64 ``[R, K]``."""
         self.classes = classes
-        # where a run begins away from the image, the way there is the first move
+        # if a run begins away from the image, the way there is the first move
         self.moved = self.point - self.rows.x
         for i in range(self.steps):
             across, move = self._step()
@@ -113,12 +92,12 @@ class _DeepFoolSearch(NearestSearch):
                 self.shrink(i + 1, ends_across=True)
                 if len(self.point) == 0:
                     return
-        # where no border was crossed, it is the way towards it that is tried
+        # rows that crossed no border try their last point
         self.nearest = torch.where(per_image(self.distance.isfinite(), self.point), self.nearest, self.point)
         self.finish()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """Which points are across the border, bool ``[R]``, and the shortest move to the border of some class."""
+        """Tell which points are across the border, bool ``[R]``, and return the shortest move to any class's border."""
         towards = replace(self.objective, loss="margin_targeted")
         best, shortest = torch.zeros_like(self.point), torch.full_like(self.distance, torch.inf)
         for target in self.classes.unbind(1):
@@ -126,7 +105,7 @@ class _DeepFoolSearch(NearestSearch):
             self.see_gradient(gradient.image)
             normal, offset = border(self.point, self.averaged(gradient))
             move = hyperplane_projection(self.point, normal, offset, **self.rows.ball.bounds)
-            # the way to the border, of which the range of the pixels may leave a part; without a gradient there is none
+            # The range of the pixels may leave a part of the way to the border. Without a gradient there is no way.
             part = (normal * move).flatten(1).sum(1).abs() / gradient.loss.abs()
             length = length_of(self.rows, move).to(shortest.dtype) / part
             length = torch.where(part > 0, length, torch.inf)

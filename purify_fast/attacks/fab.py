@@ -10,31 +10,31 @@ border is cut off at the ball and tried as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
-from .base import AttackContext, Radius, TargetedAttack, run_alone
-from .engine.nearest import NearestSearch, border, length_of
+from .base import AttackContext, TargetedAttack, as_function
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
 from .engine.rows import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
 from .objective import Gradient, Objective
 
-#: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
-#: border is drawn back.
+#: The authors' numbers: the steps, the largest weight of the clean image, the overshoot, and the share of its way to
+#: which a point across the border is drawn back.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class FABT(TargetedAttack):
-    """FAB-T: from the image itself in the first run for each target, from a point in the ball in the others.
+    """FAB-T: the first run for each target begins at the image itself, the others at a point in the ball.
+
+    A point outside the ball is not a success.
 
     Args:
-        steps: of a run; None: 100, its authors' own, whatever the report's steps.
+        steps: steps of a run; None: 100, as its authors take, in an evaluation too.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -48,7 +48,7 @@ class FABT(TargetedAttack):
         return self.full_name(f"FAB-T {self.decided(context).steps}")
 
     def cost(self, context: AttackContext) -> int:
-        # at the end the last point is looked at, and the nearest one is tried and judged
+        # at the end a run looks at its last point, and tries and judges the nearest one
         steps, draws, _ = self.decided(context)
         runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
         return runs * ((steps + 2) * draws + judges) + judges + self.cost_of_order(context)
@@ -63,38 +63,14 @@ class FABT(TargetedAttack):
             _FabSearch(objective, active, rows, steps, health=context.health, give_up=self.give_up).run()
 
 
-def fab_t(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """FAB towards one class after the other; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``; a point further away is no success.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `FABT`, such as ``steps``, ``n_target_classes`` and ``restarts``, and of `AttackContext`, such
-            as ``norm``, ``seed``, ``max_forward_batch`` and ``graphs``.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(FABT, model, x, y, eps=eps, precision=precision, **options)
+fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
 
 
 class _FabSearch(NearestSearch):
-    """One run, which offers the nearest points across the border."""
+    """One run, which keeps the nearest points across the border."""
 
     def run(self) -> None:
-        """Take all steps, or as many as there are rows for."""
+        """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             gradient = self.gradients.at(self.point)
             self.see_gradient(gradient.image)

@@ -1,7 +1,7 @@
-"""An attacker's own ways to make one prediction of a defence's samples.
+"""Ways in which an attacker may aggregate a defence's samples to one prediction.
 
-A defence decides by its own aggregation of the samples, whose gradient may be saturated, or led by a single sample. An
-attacker is free to follow another one: what is found is tried on the defence as it is.
+A defence decides by its aggregation of the samples. Its gradient may be saturated, or depend on a single sample. An
+attacker may follow another aggregation: the points that it finds are tried on the unchanged defence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADS: tuple[Head, ...] = get_args(Head)
 
 
 def head_logits(samples: Tensor, head: Head) -> Tensor:
-    """What an attacker sees of the samples' logits, ``[B, K, classes]`` -> ``[B, classes]``, by a name of `HEADS`."""
+    """The attacker's aggregation of the samples' logits, ``[B, K, classes]`` -> ``[B, classes]``, named in `HEADS`."""
     if head == "one_sample":
         return samples[:, 0]
     if head == "margins":
@@ -33,17 +33,17 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
 
 
 def class_margins(logits: Tensor) -> Tensor:
-    """Of every class its logit minus the largest other one, ``[..., classes]``, of at least two classes."""
+    """The logit of every class minus the largest other logit, ``[..., classes]``; there are at least two classes."""
     two = logits.topk(2, -1)
     best = F.one_hot(two.indices[..., 0], logits.shape[-1]).bool()
     return logits - torch.where(best, two.values[..., 1:], two.values[..., :1])
 
 
 class AttackersHead(nn.Module):
-    """A defence as an attacker looks at it; give it to an attack as ``gradients_from``.
+    """A defence with the attacker's aggregation; give it to an attack as ``gradients_from``.
 
     Args:
-        defence: has ``sample_logits(x) -> [B, K, classes]``; its ``draw_sample_logits`` is used if it has one.
+        defence: it has ``sample_logits(x) -> [B, K, classes]``; its ``draw_sample_logits`` is used if it has that too.
         head: how the samples are aggregated, a name of `HEADS`.
 
     Raises:

@@ -1,10 +1,10 @@
 """HopSkipJump (Chen, Jordan & Wainwright, S&P 2020): along the border, by the model's decisions alone.
 
 From a misclassified image the search goes straight towards the clean one until the decision changes. There it finds the
-direction into the misclassified side from the decisions on many small random steps, takes a step in it, as long as it
-can, and goes back towards the clean image. Three things are not in the paper: it begins at the nearest image of the
-batch that is predicted as another class, or where there is none at random noise; every length of a step is tried, so
-that every image is asked equally often; and at the end the nearest point is cut off at the ball and tried as well.
+direction into the misclassified side from the decisions on many small random steps, takes the longest possible step in
+it, and goes back towards the clean image. Three things are not in the paper. The search begins at the nearest image of
+the batch that is predicted as another class, or at random noise if there is none. Every length of a step is tried, so
+that every image takes the same number of queries. And at the end the nearest point is cut off at the ball and tried.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count, GradientPrecision
+from .._validation import Count
 from ..ops.philox import Stream, philox
-from ..protocols import Classifier
 from .ball import philox_key
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
-from .engine.nearest import NearestSearch, length_of
+from .base import AttackContext, EngineAttack, as_function, times
+from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, length_of
 from .engine.rows import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
 
 QUERIES = 5000
-#: The authors' own numbers: random steps of the first iteration, which grow with the root of the iterations, and at
-#: most; and their length in the first iteration, as a share of the range of the pixels.
+#: The authors' numbers: the random steps of the first iteration, which grow with the root of the iterations; the most
+#: random steps; and their length in the first iteration, as a share of the range of the pixels.
 FIRST_DIRECTIONS, MOST_DIRECTIONS, FIRST_LENGTH = 100, 10_000, 0.1
-#: So many lengths of a step are tried, each half of the one before.
+#: The number of lengths of a step that are tried; each is half of the length before.
 LENGTHS = 8
-#: Noisy images that are tried as a beginning.
+#: The number of noisy images that are tried as a beginning.
 TRIES = 100
 #: The first iteration takes nearly as many queries.
 FEWEST_QUERIES = 200
 TINY = 1e-30
-#: A bisection halves its way at most so often: float32 tells no more apart.
+#: The most halvings of a bisection: float32 cannot resolve more.
 HALVINGS = 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopSkipJump(EngineAttack):
-    """HopSkipJump, which asks for decisions alone; the first run begins at images of the batch, the others at noise.
+    """HopSkipJump, by decisions alone; the first run begins at images of the batch, the others at noise.
+
+    It only looks at the largest logit, so a model may return one-hot decisions.
 
     Args:
-        n_queries: how often the model is asked about each image in a run at most, at least 200; of a random model each
-            time by ``eot_iter`` draws. The predictions that judge a success come on top.
+        n_queries: the most queries about each image in a run, at least 200. A random model answers each query by
+            ``eot_iter`` draws. The predictions that judge a success are not counted.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -98,40 +99,16 @@ class HopSkipJump(EngineAttack):
             search.run(context.seed + restart, most)
 
 
-def hop_skip_jump(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """HopSkipJump within a ball, by decisions alone; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, of which only the largest is looked at: one-hot decisions
-            will do. An ``nn.Module`` is in evaluation mode meanwhile.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        precision: what the search asks, "float32", "bfloat16" or "auto"; a success is always judged by the model
-            itself.
-        **options: of `HopSkipJump`, such as ``n_queries`` and ``restarts``, and of `AttackContext`, such as ``norm``,
-            ``seed`` and ``max_forward_batch``.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(HopSkipJump, model, x, y, eps=eps, precision=precision, **options)
+hop_skip_jump = as_function("hop_skip_jump", HopSkipJump, NEAREST_OR_IMAGE, precision="float32")
 
 
 def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
-    """For some images the nearest one that is predicted as another class than their own; where there is none, itself.
+    """The nearest image of another predicted class, for some images; the image itself if there is none.
 
     Args:
         active: the images.
-        left: for which of them, int64 ``[R]``.
-        decided: what each of the images is predicted as, int64 ``[N]``.
+        left: the indices of these images, int64 ``[R]``.
+        decided: the predicted class of each image, int64 ``[N]``.
     """
     flat = active.x.flatten(1).float()
     far = torch.cdist(flat[left], flat).masked_fill(decided == active.y[left, None], torch.inf)
@@ -140,14 +117,14 @@ def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
 
 
 class _HopSkipJumpSearch(NearestSearch):
-    """One run, of so many queries as there are ``steps``; its point is misclassified, and moves along the border."""
+    """One run with ``steps`` queries; its point is misclassified and moves along the border."""
 
     def run(self, seed: int, most: int) -> None:
-        """Ask all queries, or as long as there are rows.
+        """Ask all queries, or stop when no row is left.
 
         Args:
-            seed: of everything random.
-            most: images that are asked at once.
+            seed: seed of all random numbers.
+            most: the most images in one query.
         """
         self.most, self.draw = most, 0
         self.ids = self.active.ids[self.rows.owner]
@@ -172,11 +149,11 @@ class _HopSkipJumpSearch(NearestSearch):
             iteration += 1
 
     def _across(self, points: Tensor) -> Tensor:
-        """Which decisions on points, the first of every row before the second of every row, are wrong, bool ``[R]``."""
+        """Tell which decisions on points are wrong, bool ``[n R]``; the first point of every row comes first."""
         return has_fallen(self._shares(points))
 
     def _shares(self, points: Tensor) -> Tensor:
-        """Which share of the draws is wrong, ``[n R]``."""
+        """The share of wrong draws, ``[n R]``."""
         return self.objective.score(points, self.rows.labels.repeat(len(points) // len(self.rows.labels)))[0]
 
     def _numbers(self, count: int, distribution: str) -> Tensor:
@@ -186,7 +163,7 @@ class _HopSkipJumpSearch(NearestSearch):
         return numbers.transpose(0, 1).to(self.point.dtype)
 
     def _begin(self) -> int:
-        """Find a misclassified image for every row, and let the others leave; how often each was asked."""
+        """Find a misclassified image for every row, let the others leave, and return the number of queries of each."""
         ball, tries = self.rows.ball, 0
         found = self._across(self.point)
         while tries < TRIES and len(lacking := (~found).nonzero()[:, 0]):
@@ -202,7 +179,7 @@ class _HopSkipJumpSearch(NearestSearch):
         """Move every point towards the clean image, to the border."""
         if len(self.point) == 0:
             return
-        #: How far the points were before, by which the next random steps are measured.
+        # the distance of the points before, which sets the length of the next random steps
         self.before = length_of(self.rows, self.point - self.rows.x)
         low, high = torch.zeros_like(self.before), torch.ones_like(self.before)
         for _ in range(self.halvings):
@@ -213,7 +190,7 @@ class _HopSkipJumpSearch(NearestSearch):
         self.note(self.point, torch.ones_like(high, dtype=torch.bool))
 
     def _towards_image(self, share: Tensor) -> Tensor:
-        """The points with a share ``[R]`` of their distance left: on the straight line, in linf cut off."""
+        """The points with a share ``[R]`` of their distance: on the straight line in l2, cut off in linf."""
         x, share = self.rows.x, per_image(share, self.point)
         if self.rows.ball.norm == "l2":
             return torch.where(share == 1, self.point, x + share.to(x.dtype) * (self.point - x))
@@ -233,7 +210,7 @@ class _HopSkipJumpSearch(NearestSearch):
             hopped = hopped | across
 
     def _direction(self, iteration: int, directions: int) -> Tensor:
-        """The direction into the misclassified side, from decisions on random steps; of length 1, in linf its signs."""
+        """The direction into the misclassified side, by decisions on random steps; with length 1, in linf its signs."""
         ball, is_linf = self.rows.ball, self.rows.ball.norm == "linf"
         length = self.before / self.size
         if iteration == 1:
@@ -245,12 +222,12 @@ class _HopSkipJumpSearch(NearestSearch):
             steps = self._numbers(min(together, directions - start), "uniform" if is_linf else "normal")
             steps = 2 * steps - 1 if is_linf else steps
             points = (point + length * steps / steps.norm(dim=2, keepdim=True)).clamp(ball.clip_min, ball.clip_max)
-            # what the range of the pixels has left of the steps
+            # the range of the pixels may have shortened the steps
             steps = (points - point) / length
             signs = 2 * self._shares(points.reshape(-1, *self.point.shape[1:])).view(len(steps), -1, 1) - 1
             decided, plain = decided + signs.sum(0), plain + steps.sum(0)
             weighted = weighted + (signs * steps).sum(0)
-        # how often each decision came says nothing of the direction, unless there was only one
+        # the number of each decision says nothing about the direction, unless all decisions were equal
         mean = decided / directions
         direction = (weighted - torch.where(mean.abs() == 1, 0.0, mean) * plain).view_as(self.point).to(point.dtype)
         if is_linf:

@@ -1,4 +1,4 @@
-"""What an attack maximises, one number per image; first-order gradients flow to the logits."""
+"""The losses that an attack maximizes, one number per image; first-order gradients flow to the logits."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         y: true labels, int64 ``[B]``.
     """
     true = logits.gather(1, y[:, None])[:, 0]
-    # one_hot would read the labels first, which a GPU must finish for
+    # one_hot would read the labels and so wait for a GPU
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
 
 
 def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / std(logits), [B]; its gradient is the margin's, so that it never saturates, at one scale for all draws.
+    """margin / std(logits), [B]; its gradient is the margin's, so it never saturates, at one scale for all draws.
 
-    The standard deviation is over the classes, and a constant: where draws are averaged, one with large logits counts
-    no more than the others.
+    The standard deviation is over the classes, and counts as a constant. If draws are averaged, a draw with large
+    logits counts no more than the others.
 
     Args:
         logits: floating point ``[B, classes]``.
@@ -51,7 +51,7 @@ def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
-        target: the class to be raised, int64 ``[B]``.
+        target: the class that is raised, int64 ``[B]``.
     """
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
@@ -84,7 +84,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-#: The losses of a true label, and those with the targeted one, which also takes a target class per image.
+#: The losses of a true label; and these together with the targeted losses, which also take a target class per image.
 Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
 ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
 AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
@@ -92,12 +92,12 @@ AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
 LOSSES = {"ce": cross_entropy, "margin": margin, "scaled_margin": scaled_margin, "dlr": dlr}
 TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 
-#: The fewest classes for which a loss is defined, where that is more than two.
+#: The fewest classes for which a loss is defined, if more than two.
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 
 def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:
-    """The loss itself, or the margin where it needs more classes than there are.
+    """The loss itself, or the margin if the loss needs more classes than there are.
 
     Args:
         loss: a name of `LOSSES` or `TARGETED`.

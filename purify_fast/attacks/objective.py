@@ -1,8 +1,8 @@
-"""What an attack raises, and its gradient: a loss over several draws of a random model, in bounded forward passes.
+"""The loss that an attack raises, over several draws of a random model, and its gradient, in bounded forward passes.
 
-The draws of an image stand in one batch (expectation over transformation, Athalye et al., ICML 2018). Parting a batch
-changes no result but by the rounding of sums. Of a model that draws once for a whole batch each draw is a pass of its
-own: in one batch they would all be the same draw.
+The draws of an image stand in one batch (expectation over transformation, Athalye et al., ICML 2018). The parts into
+which a batch is split change only the rounding of sums. If a model draws once for a whole batch, each draw takes a
+separate pass: in one batch all draws would be the same.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ..speed.graphs.step_graphs import State, StepGraphs, Steps
 from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
 
-#: After how many gradients without a graph it is asked again whether there is one by now.
+#: After so many gradients without a graph, the search asks again for one.
 ASKED_AGAIN = 10
 
 
 class Gradient(NamedTuple):
-    """A gradient to images, and how good these images were."""
+    """A gradient to images, and the score of these images."""
 
-    #: Of the loss summed over the draws, shape of the images; zero where there is none.
+    #: The gradient of the loss summed over the draws, shape of the images; zero if there is no gradient.
     image: Tensor
-    #: Mean over the draws, ``[B]``.
+    #: The mean loss over the draws, ``[B]``.
     loss: Tensor
     #: The share of the draws that are misclassified, ``[B]``.
     wrong: Tensor
 
     @property
     def score(self) -> Tensor:
-        """What points are compared by: the share of misclassified draws, then the loss; ``[2, B]``."""
+        """The score by which points are compared: the share of misclassified draws, then the loss; ``[2, B]``."""
         return torch.stack([self.wrong, self.loss])
 
 
@@ -48,23 +48,23 @@ class Objective:
         model: images ``[B, ...]`` to logits ``[B, classes]``; within `purify_fast.attacks.frozen`.
         loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`.
         eot_iter: draws of a random model that are averaged.
-        max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
-        apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
-        graphs: captures what attacks do with it on a CUDA device, if given.
+        max_forward_batch: the most images in one forward pass; None: all draws of all images at once.
+        apart: whether each draw takes a separate forward pass, because the model draws once per call.
+        graphs: captures the steps of attacks on a CUDA device, if given.
     """
 
     model: Classifier
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
-    #: No part of what is computed.
+    #: Not compared: it does not change the result.
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images ``[B, ...]``, and their score.
 
-        The labels are int64 ``[B]``; of a targeted loss labels and targets, ``[B, 2]``.
+        The labels are int64 ``[B]``. A targeted loss takes labels and targets, ``[B, 2]``.
 
         Raises:
             RuntimeError: within ``torch.inference_mode()``.
@@ -73,7 +73,7 @@ class Objective:
         return Gradient(image, self._mean(loss), self._mean(wrong))
 
     def direction(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gradient to images alone, `Gradient.image`: a step that compares no points does not pay for a score."""
+        """The gradient to images alone, `Gradient.image`, for a step that compares no points and needs no score."""
         return self._over_passes(partial(self._differentiate, scored=False), x, y)[0]
 
     @torch.no_grad()
@@ -84,18 +84,18 @@ class Objective:
 
     @torch.no_grad()
     def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss alone, ``[B]``: a search that goes by it does not pay for the count of wrong draws."""
+        """The loss alone, ``[B]``, for a search that does not need the number of wrong draws."""
         return self._mean(self._over_passes(partial(self._judge, counted=False), x, y)[0])
 
     def _mean(self, total: Tensor) -> Tensor:
-        """The mean over the draws, of their sum."""
+        """The mean over the draws, from their sum."""
         return total / self.eot_iter if self.eot_iter > 1 else total
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all draws, of what ``one_pass(x, y, draws)`` gives for some of the images and draws."""
+        """Sums over all draws; ``one_pass(x, y, draws)`` gives the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # the most frequent case, in which a small model takes hardly longer than the sums and copies below
+            # In this most frequent case the pass of a small model takes hardly longer than the sums and copies below.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
@@ -104,7 +104,7 @@ class Objective:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _at_once(self, images: int) -> tuple[int, int]:
-        """How many images are given to the model in one pass, and how many draws of each."""
+        """The number of images in one forward pass, and of draws of each."""
         most = self.max_forward_batch
         if self.apart:
             return (images if most is None else _even(images, most)), 1
@@ -118,7 +118,7 @@ class Objective:
         return images, min(self.eot_iter, max(1, most // images))
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
-        """Sums over ``draws`` draws: the gradient, and if it is scored the losses and how many are misclassified."""
+        """Sums over ``draws`` draws: the gradient, and if scored the losses and the number of misclassified draws."""
         # a compiler decides by itself what it records
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -134,7 +134,7 @@ class Objective:
         return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)
 
     def _judge(self, x: Tensor, y: Tensor, draws: int, counted: bool = True) -> tuple[Tensor, ...]:
-        """Sums over ``draws`` draws: the losses, and if it is counted how many are misclassified."""
+        """Sums over ``draws`` draws: the losses, and if counted the number of misclassified draws."""
         losses, logits, labels = self._losses(x, y, draws)
         return self._scored(logits, labels, losses, draws) if counted else (_summed(losses, draws),)
 
@@ -146,11 +146,11 @@ class Objective:
         return self._loss_of(logits, labels), logits, labels[0]
 
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Sums over the draws: the losses, and how many are misclassified; ``[B]`` both.
+        """Sums over the draws: the losses, and the number of misclassified draws; ``[B]`` both.
 
-        A row of logits with a NaN names no class, whatever the index of its largest one, and is misclassified. So is a
-        row whose largest logit is infinite and shared, which the margin alone tells: it is NaN in both cases, and in no
-        other.
+        A row of logits with a NaN names no class, whatever the index of its largest logit is, so it is misclassified. A
+        row whose largest logit is infinite and shared is misclassified too. Only the margin shows that: it is NaN in
+        these two cases and in no other.
         """
         top, decided = logits.max(1)
         nameless = losses if self.loss == "margin" else top
@@ -158,7 +158,7 @@ class Objective:
         return _summed(losses, draws), _summed(wrong, draws)
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        """The loss of every row of logits; a label that the model has no class for is refused by name."""
+        """The loss of every row of logits; the error for a label without a class names the label."""
         formula = (LOSSES | TARGETED)[self.loss]
         # a compiler cannot trace the block below
         if torch.compiler.is_compiling():
@@ -169,7 +169,7 @@ class Objective:
             y, classes = labels[0], logits.shape[1]
             if y.device.type != "cpu":
                 raise
-            # the usual reason, which costs no look at the labels as long as nothing fails
+            # A label without a class is the usual reason. Labels are only looked at after a failure, to save time.
             bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
             if len(bad) == 0:
                 raise
@@ -184,7 +184,7 @@ def _summed(values: Tensor, draws: int) -> Tensor:
 
 
 def _even(images: int, most: int) -> int:
-    """How many images a pass takes, at most so many: passes of equal sizes, because a short last one costs no less."""
+    """The number of images in a pass, at most ``most``. Passes are of equal size: a short last one saves no time."""
     passes = -(-images // most)
     return -(-images // passes) if passes else most
 
@@ -204,7 +204,7 @@ class GradientStep:
 
     @property
     def model(self) -> Classifier:
-        """What is attacked."""
+        """The model under attack."""
         return self.objective.model
 
     def __call__(self, state: State) -> State:
@@ -215,15 +215,15 @@ class GradientStep:
 class Gradients:
     """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
 
-    For an attack whose step is not captured as a whole.
+    It is for an attack whose step is not captured as a whole.
 
     Args:
         objective: the loss that is raised.
-        like: images of the batch's shape and dtype, ``[B, ...]``.
-        y: labels, as of `Objective.gradient`.
-        points: at how many points it will look at most.
-        certain: whether it will look at all of them, in one batch.
-        later: how many such runs the attack has to come on the same images.
+        like: images with the shape and dtype of the batch, ``[B, ...]``.
+        y: labels, as `Objective.gradient` takes them.
+        points: the most points at which gradients will be taken.
+        certain: whether gradients will be taken at all of these points, in one batch.
+        later: the number of such runs that the attack will still make on the same images.
     """
 
     def __init__(
@@ -237,8 +237,8 @@ class Gradients:
         self._begin(like)
 
     def now_of(self, like: Tensor, y: Tensor) -> None:
-        """Go on with another batch, of images like these and their labels."""
-        # while this loop is there, its graph is taken
+        """Continue with another batch of such images, and with their labels."""
+        # the old loop occupies its graph
         self._loop, self._y = None, y
         self._begin(like)
 
@@ -248,7 +248,7 @@ class Gradients:
             return self._objective.gradient(point, self._y)
         self._looked += 1
         if not self._loop.replays and self._looked % ASKED_AGAIN == 0:
-            # so many were launched by now that a graph may be worth it
+            # after so many launches a graph may save time
             self._begin(point)
         self._loop.put(point=point)
         self._loop.take()

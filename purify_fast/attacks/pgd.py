@@ -24,7 +24,7 @@ from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
 from .arguments import check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, Radius, RestartedAttack, run_alone
+from .base import AttackContext, BallAttack, RestartedAttack, as_function
 from .losses import Loss
 from .objective import Objective
 from .search import Search, noted, remembers
@@ -38,13 +38,13 @@ class Ascent:
     """One step of PGD as a function of tensors, which has no branch on what they hold: it can be captured.
 
     Args:
-        objective: what is raised.
-        ball: its norm and its box; the radii are those of the state.
-        density: of "l1", the share of the coordinates that move. None, where it changes from step to step: the
-            gradient is returned in place of the new point, and `move` takes the step.
+        objective: the loss that is raised.
+        ball: its norm and its box are used; the radii are those of the state.
+        density: the share of the coordinates that a step in "l1" moves. None, if it changes from step to step: the
+            gradient then replaces the new point in the result, and `move` takes the step.
 
-    The state: ``x``, the clean images, and ``point``, ``[B, ...]``; ``y``, labels; ``eps`` and ``alpha``, ``[B]``; what
-    a `Search` remembers; without a density also ``gradient``, ``[B, ...]``.
+    The state has ``x``, the clean images, and ``point``, ``[B, ...]``; ``y``, labels; ``eps`` and ``alpha``, ``[B]``;
+    the memory of a `Search`; and without a density also ``gradient``, ``[B, ...]``.
     """
 
     objective: Objective
@@ -53,7 +53,7 @@ class Ascent:
 
     @property
     def model(self) -> Classifier:
-        """What is attacked."""
+        """The model under attack."""
         return self.objective.model
 
     def __call__(self, state: State) -> State:
@@ -61,7 +61,7 @@ class Ascent:
             now = self.objective.gradient(state["point"], state["y"])
             new, image = noted(self.objective, state, state["point"], now), now.image
         else:
-            # as in training: nobody asks how good the points on the way are
+            # in training nobody compares the points on the way
             new, image = {}, self.objective.direction(state["point"], state["y"])
         gradient = image.to(state["x"].dtype)
         if self.density is None:
@@ -69,7 +69,7 @@ class Ascent:
         return {**new, "point": self.move(state, gradient, self.density)}
 
     def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
-        """The next point, by the gradient at this one, of its shape and dtype."""
+        """The next point, by the gradient at this point, with its shape and dtype."""
         x, alpha, eps = state["x"], state["alpha"], state["eps"]
         return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **self.ball.bounds)
 
@@ -87,14 +87,14 @@ def ascend(
     """Take the steps of PGD.
 
     Args:
-        objective: what is raised; its graphs capture the step.
+        objective: the loss that is raised; its graphs capture the step.
         ball: the ball around each image.
-        state: what `Ascent` begins with, but for eps. Without ``alpha`` the length of a step falls geometrically from
-            eps to a hundredth of it.
-        steps: how many steps the whole attack has.
+        state: the state with which `Ascent` begins, without eps. Without ``alpha`` the length of a step falls
+            geometrically from eps to a hundredth of it.
+        steps: the steps of the whole attack.
         first: the step to begin with, from 0.
         end: the step before which to stop; None: after the last.
-        density: of "l1", the share of the coordinates that move; None: it falls.
+        density: the share of the coordinates that a step in "l1" moves; None: it falls.
 
     Returns:
         The state after the last step that was taken.
@@ -119,13 +119,13 @@ def ascend(
 
 
 def fall(i: int, steps: int) -> float:
-    """What the length of step i, from 0, is multiplied with: from 1 at the first step to a hundredth at the last."""
+    """The factor for the length of step i, from 0: 1 at the first step, a hundredth at the last."""
     return 100.0 ** (-i / max(1, steps - 1))
 
 
 def density_at(norm: str, i: int, steps: int) -> float:
-    """The share of the coordinates that step i, from 0, moves in l1; for other norms a constant, which is not used."""
-    # a compiled step would be compiled again for every new number
+    """The share of the coordinates that step i, from 0, moves in l1; for other norms an unused constant."""
+    # a new number would make a compiler compile the step again
     return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
 
@@ -134,10 +134,10 @@ class PGD(RestartedAttack, BallAttack):
     """Projected gradient ascent on the attack loss.
 
     Args:
-        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100, which is stronger
-            than a constant one (`make demo` has both on its base).
-        start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
-            that is uniform in the ball.
+        alpha: length of a step in image units, a number or ``[B]``; None: it falls geometrically from eps to eps / 100,
+            which is stronger than a constant length (`make demo` has both on its base).
+        start_std: standard deviation of a normal random start in image units, projected onto the ball; None: the start
+            is uniform in the ball.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -183,13 +183,13 @@ class PGD(RestartedAttack, BallAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class LeavingPGD(PGD):
-    """PGD that an image leaves once all draws of a step were misclassified; its best point is then one of such a step.
+    """PGD that an image leaves once all draws of a step were misclassified; the point of such a step is its best.
 
-    The draws of a step are fresh: none has decided where the point lies. So twenty of them that are all wrong are
+    The draws of a step are fresh: no draw has decided where the point lies. So twenty draws that are all wrong are
     twenty independent predictions.
 
     Args:
-        look_every: after so many steps is looked which images leave.
+        look_every: the number of steps between two looks at which images leave.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -211,12 +211,12 @@ class LeavingPGD(PGD):
         for first in range(0, steps, self.look_every):
             end = min(steps, first + self.look_every)
             state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-            # what a loop chooses by itself, such as the length of a step, the next one chooses again
+            # the next loop chooses values again that a loop chooses by itself, such as the length of a step
             state = {name: state[name] for name in begin}
             whole = {name: _put(name, whole[name], index, value) for name, value in state.items()}
             stay = (state["best_score"][0] < 1).nonzero()[:, 0]
             if context.health is not None:
-                # what has left takes no further gradients
+                # images that have left take no further gradients
                 context.health.add(gradients=(len(stay) - len(index)) * (steps - end))
             if not len(stay):
                 break
@@ -225,7 +225,7 @@ class LeavingPGD(PGD):
 
 
 def _dim(name: str, value: Tensor) -> int | None:
-    """Along which dimension a tensor of a run's state has the images; None: it is of all of them together."""
+    """The dimension of a state's tensor that has an entry per image; None: the tensor is for all images together."""
     return None if value.dim() == 0 else 1 if name == "best_score" else 0
 
 
@@ -239,33 +239,7 @@ def _put(name: str, whole: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return value if dim is None else whole.index_copy(dim, index, value)
 
 
-def pgd(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, steps: int = 40, keep_best: bool = False, **options: Any
-) -> Tensor:
-    """Projected gradient ascent on the attack loss.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]`` (customary on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
-            "l1").
-        steps: gradient steps.
-        keep_best: whether to return, per image, the best iterate seen and not the last.
-        **options: of `PGD`, such as ``alpha`` (a number or ``[B]``), ``loss`` and ``random_start``, and of
-            `AttackContext`, such as ``norm``, ``seed``, ``max_forward_batch``, ``health`` and ``graphs``.
-
-    Returns:
-        Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
-        [clip_min, clip_max].
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
-            that writes to its input.
-    """
-    return run_alone(PGD, model, x, y, eps=eps, steps=steps, keep_best=keep_best, **options)
+pgd = as_function("pgd", PGD, "Per image the last point, or with ``keep_best`` the best.", steps=40, keep_best=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,26 +274,7 @@ class FGSM(BallAttack):
         return one.search(target, x, y, context)
 
 
-def fgsm(model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, **options: Any) -> Tensor:
-    """One step of length eps from the image itself.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius and step in image units, a number or ``[B]``.
-        **options: of `FGSM`, and of `AttackContext`, such as ``norm``, ``max_forward_batch``, ``health`` and
-            ``graphs``.
-
-    Returns:
-        Adversarial images, as of `pgd`.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: as `pgd`.
-    """
-    return run_alone(FGSM, model, x, y, eps=eps, **options)
+fgsm = as_function("fgsm", FGSM, "Per image the point after the step.")
 
 
 def pgd_and_fgsm(
@@ -350,9 +305,9 @@ def pgd_and_fgsm(
         alpha: PGD's constant step in image units, a number or ``[B]``.
         steps: PGD's steps.
         norm: "linf", "l2" or "l1".
-        seed: of PGD's random starts.
-        sample_ids: int64 ``[2 B]``, as of `pgd`; the first half is used. None: 0 .. B - 1.
-        graphs: captures the steps, as of `pgd`.
+        seed: seed of PGD's random starts.
+        sample_ids: int64 ``[2 B]``, as in `pgd`; the first half is used. None: 0 .. B - 1.
+        graphs: captures the steps, as in `pgd`.
 
     Returns:
         The adversarial images, shape and dtype of x.

@@ -1,8 +1,8 @@
 """Networks of affine layers with ReLUs between them, read from a model as matrices.
 
-The model is asked for the vectors of a basis, and again for those of each ReLU's outputs. What it computes must consist
-of operations that are affine or polynomial, and of ReLUs; a polynomial that the matrices give on random images is
-affine. So what is read is the model for every image, and not only for those that were tried.
+The model is called on the vectors of a basis, and again on those of each ReLU's outputs. It may consist only of affine
+or polynomial operations and of ReLUs. A polynomial that agrees with the matrices on random images is affine. So the
+matrices are the model on every image, and not only on those that were tried.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: A model with more weights has more ReLUs than can be searched: it is not looked at.
+#: A model with more weights has too many ReLUs for the search and is not read.
 MOST_WEIGHTS = 4_000_000
-#: Vectors of a basis that the model is asked for at once, and images on which the matrices are compared with it.
+#: The vectors of a basis in one call of the model, and the images on which the matrices are compared with it.
 AT_ONCE, COMPARED = 256, 16
 #: Operations of PyTorch that compare and round nothing.
 POLYNOMIAL = frozenset({
@@ -43,25 +43,25 @@ def affine_layers(model: nn.Module, shape: Sequence[int], most: int | None = Non
 
     Args:
         model: affine steps and ReLUs, in turn; it stays as it is.
-        shape: of an image, ``[C, H, W]``.
-        most: ReLUs and weights at most, the latter `MOST_WEIGHTS`; None: any number.
+        shape: the shape of an image, ``[C, H, W]``.
+        most: the most ReLUs; it also limits the weights to `MOST_WEIGHTS`. None: any number of both.
 
     Returns:
         The layers, with the model's weights in float64, on the CPU.
 
     Raises:
-        ValueError: the model is no such network, or a larger one.
+        ValueError: the model is not such a network, or is larger.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module of affine layers and ReLUs, got {type(model).__name__}")
     if most is not None and sum(weight.numel() for weight in model.parameters()) > MOST_WEIGHTS:
         raise ValueError(f"model must have at most {MOST_WEIGHTS} weights, got {type(model).__name__} with more")
     pixels = math.prod(shape)
-    # whatever code a user's model has may refuse what it was not written for
+    # the code of a user's model may raise any error on tensors that it was not written for
     try:
         exact = copy.deepcopy(model).cpu().double().eval()
         with torch.no_grad():
-            # no operation on numbers can hide where there are none
+            # on tensors without numbers no operation on numbers can hide
             empty, x = copy.deepcopy(exact).to("meta"), torch.empty(1, *shape, dtype=torch.float64, device="meta")
             with _Reading(None) as reading:
                 empty(x)
@@ -93,12 +93,12 @@ def _refused(model: nn.Module, why: str) -> ValueError:
 
 
 def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list[Affine]:
-    """The layers, from what the model makes of each vector of a basis, and of 0.
+    """The layers, from the model's answers to each vector of a basis, and to 0.
 
     Args:
-        model: in float64.
-        shape: of an image.
-        widths: how many pixels there are, and units before each ReLU.
+        model: the model in float64.
+        shape: the shape of an image.
+        widths: the number of pixels, and of units before each ReLU.
     """
     parts = []
     for first in range(0, max(widths) + 1, AT_ONCE):
@@ -116,13 +116,13 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
 
 
 class _Reading(TorchDispatchMode):
-    """Notes what arrives at every ReLU, and sends vectors of a basis on in its place.
+    """Notes the input of every ReLU, and replaces its output by vectors of a basis.
 
     Args:
-        basis: numbers of the vectors; None: the ReLU's own outputs are sent on.
+        basis: the numbers of the vectors; None: the output of the ReLU stays.
 
     Attributes:
-        seen: what arrived at each ReLU, flat.
+        seen: the flat input of each ReLU.
     """
 
     def __init__(self, basis: Tensor | None):
@@ -138,7 +138,7 @@ class _Reading(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in RELU:
             (z,) = args
-            # a copy: what is changed in place later was seen before
+            # a copy, because the model may change the input in place later
             self.seen.append(z.flatten(1).clone())
             if self.basis is None:
                 return z
@@ -148,7 +148,7 @@ class _Reading(TorchDispatchMode):
         if name not in POLYNOMIAL or kwargs.get("rounding_mode"):
             raise TypeError(f"{name} is no affine operation")
         answer = func(*args, **kwargs)
-        # whole numbers are rounded ones; what is empty says nothing
+        # whole numbers come from rounding; an empty tensor has no values yet
         if isinstance(answer, Tensor) and answer.dtype != torch.float64 and name != "empty":
             raise TypeError(f"{name} gives {answer.dtype}")
         return answer

@@ -1,4 +1,4 @@
-"""What attacks do besides their steps: watch the gradients, keep the best point, start again."""
+"""The work of attacks besides their steps: they watch the gradients and keep the best point."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .._tensors import per_image
 from ..speed.graphs.step_graphs import State
 from .objective import Gradient, Objective
 
-#: Above these an attack's number measures the gradients, not the defence.
+#: Above these shares an attack measures the gradients and not the defence.
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
 def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which of a batch's gradients have a non-finite element, and which are zero, bool ``[B]``; waits for nothing.
+    """Tell which gradients have a non-finite element, and which are zero, bool ``[B]``, without waiting for the device.
 
-    Where an image is fooled, bool ``[B]``, the attack needs no gradient, so that zero is no fault.
+    An image that is fooled, bool ``[B]``, needs no gradient, so zero is not a fault there.
     """
-    # the largest of a row is NaN if any of it is
+    # the largest element of a row is NaN if any element is
     peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
     zero = peak == 0
     return ~(peak < torch.inf), zero if fooled is None else zero & ~fooled
@@ -30,21 +30,21 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class GradientHealth:
     """Gradient health: whether an attack had gradients to work with, or was stopped by their absence.
 
-    It counts over all gradients an attack took; pass one to an attack and read it afterwards. A gradient is non-finite
-    when any element is, zero when all are and the image is not yet fooled. ``unmoved`` counts the images, of those
-    classified correctly at the start, that the attack left where it started. Accumulated on the device, read without
-    syncing until a property is asked for.
+    It counts over all gradients of an attack: give an object to the attack and read it afterwards. A gradient is
+    non-finite if any element is. It is zero if all elements are and the image is not fooled yet. ``unmoved`` counts the
+    images that were classified correctly at the start and that the attack left there. The counts stay on the device
+    until a property is read.
     """
 
     _counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Count what was looked at elsewhere: ``gradients``, one for each image and step, and so on, as in `count`."""
+        """Add to the counts, by the names that `count` takes; ``gradients`` has an entry for each image and step."""
         for name, amount in amounts.items():
             self._counts[name] = self._counts.get(name, 0) + amount
 
     def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
-        """Count one gradient [B, ...]; ``fooled`` [B], bool: where the attack needs none, so that zero is no fault."""
+        """Count one gradient [B, ...]; zero is not a fault where ``fooled`` [B], bool, is True."""
         nonfinite, zero = faults(grad, fooled)
         self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
@@ -74,14 +74,14 @@ class GradientHealth:
 
     @property
     def reliable(self) -> bool:
-        """Whether the attack's number may be believed."""
+        """True if the attack's number may be believed."""
         return self.nonfinite <= MAX_NONFINITE and self.zero <= MAX_ZERO and self.unmoved <= MAX_UNMOVED
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Of two points per image, the one misclassified in more of the draws, then the one of higher loss.
+    """The better of two points per image: the point that more draws misclassify, then the point of higher loss.
 
-    The points are ``[B, ...]``, their scores `Gradient.score`, ``[2, B]``; ``best`` stays where the others are only as
+    The points are ``[B, ...]``, and their scores are `Gradient.score`, ``[2, B]``. ``best`` stays if both are equally
     good.
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
@@ -89,20 +89,20 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
 
 
 def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
-    """Which images may have a zero gradient, bool ``[B]``; None for none of them."""
-    # once an image is fooled, dlr is flat: 1, where the true class is third
+    """Tell which images may have a zero gradient, bool ``[B]``; None: no image may."""
+    # at a fooled image dlr can be flat: it is 1 if the true class is third
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
 def remembers(memory: State) -> bool:
-    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores."""
+    """Tell whether a search remembers anything about its points, so that `noted` needs their scores."""
     return "nonfinite" in memory or "best" in memory
 
 
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
-    """The new values of what a search remembers, `Search.memory`, after one more point; waits for nothing.
+    """The values of `Search.memory` after one more point, computed without waiting for the device.
 
-    Other tensors among the memory are not looked at.
+    Other tensors in the memory are ignored.
     """
     new: State = {}
     if "nonfinite" in memory:
@@ -114,19 +114,19 @@ def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient
 
 
 class Search:
-    """The points that one run of an attack meets: the best of them, and the health of their gradients.
+    """The best point of one run of an attack, and the health of its gradients.
 
     Nothing here waits for the device.
 
     Args:
-        objective: what the attack raises.
-        begin: where it begins, ``[B, ...]``.
-        y: labels, as of `Objective.gradient`.
-        keep_best: whether the best point is returned, and not the last.
+        objective: the loss that the attack raises.
+        begin: the points at which the run begins, ``[B, ...]``.
+        y: labels, as `Objective.gradient` takes them.
+        keep_best: whether the run returns its best point instead of its last.
         health: counts gradients and movement, if given.
 
     Attributes:
-        memory: what is remembered, as tensors for a step that goes on with `noted`; empty if that is nothing.
+        memory: the tensors that a step updates by `noted`; empty if nothing is remembered.
     """
 
     def __init__(
@@ -138,23 +138,23 @@ class Search:
         if health is not None:
             self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
         if keep_best:
-            # the score of a model in float64 is float64, that of one in half precision float32
+            # a model in float64 gives scores in float64, a model in half precision in float32
             wide = torch.promote_types(begin.dtype, torch.float32)
             score = torch.full((2, len(begin)), -torch.inf, dtype=wide, device=begin.device)
             self.memory |= {"best": begin, "best_score": score}
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
-        """Take note of a point, images ``[B, ...]``, and of the gradient whose health counts."""
+        """Remember a point, images ``[B, ...]``, if it is the best, and count the health of its gradient."""
         self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
-        """Go on with what a loop of steps has noted of so many points."""
+        """Continue with the memory that a loop of steps has made of so many points."""
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:
-        """What the attack on clean images x returns: the last point, which was not seen yet, or the best one.
+        """The images that the attack on clean images x returns: the last point, which was not seen yet, or the best.
 
-        The best one is the last if that is better, by fresh draws of both.
+        The last point counts as the best if it is better by fresh draws of both.
         """
         if self.health is not None:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]
@@ -168,6 +168,6 @@ class Search:
         best, best_score = self.memory["best"], self.memory["best_score"]
         last_score = self.objective.score(last, self.y)
         if self.objective.eot_iter > 1:
-            # the highest of many noisy scores is high by luck
+            # the highest of many noisy scores is partly luck, so it is measured again
             best_score = self.objective.score(best, self.y)
         return better_of(best, best_score, last, last_score)[0]

@@ -1,15 +1,16 @@
 """Square (Andriushchenko et al., ECCV 2020): a random search with squares that asks for no gradient.
 
 Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
-own, made from the seed and its id, so that batches do not matter. Four things are not in the paper: of late proposals,
-of which few are kept, several are judged in one batch and the best is kept; a random model's margin is the mean over
-several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; an
-image has fallen by the share of fresh draws that it fails; and images whose border is out of reach can be given up.
+own, made from the seed and its id, so that batches do not matter. Four things are not in the paper. Few late proposals
+succeed, so several are judged in one batch and the best is kept. A random model's margin is the mean over several
+draws, and the margin of the point to beat is drawn again now and then, so that no lucky draw stands forever. Fresh
+draws decide whether an image has fallen. And images whose border is out of reach can be given up.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -18,32 +19,31 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count, GradientPrecision
+from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
-from ..protocols import Classifier
 from .ball import Ball, philox_key, projected
-from .base import AttackContext, EngineAttack, Radius, run_alone, times
-from .engine.rows import ActiveSet, Reach, RowState, some_of
+from .base import AttackContext, EngineAttack, as_function, times
+from .engine.rows import ActiveSet, PaceMonitor, RowState, some_of
 from .objective import Objective
 
 #: The authors' own number of queries.
 QUERIES = 5000
-#: Proposals judged in one batch, from this query on. Early every second one is kept, late hardly any.
+#: Proposals judged in one batch, from this query on. Early every second proposal is kept, late hardly any.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: Random numbers are made for so many queries at once.
 BLOCK = 64
-#: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
+#: The rounds after which the batch may shrink, and fresh draws judge the point to beat.
 ROUNDS = 10
-#: After how many queries images are given up that are out of reach, and by how much their pace may still rise.
+#: The queries after which images out of reach are given up, and the factor by which their pace may still rise.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
-#: The share of an image that the first squares cover, and after how many queries it is halved.
+#: The share of an image that the first squares cover, and the queries after which it is halved.
 FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: Windows along an edge with which the l2 and l1 attacks begin.
 TILES = 5
-#: Of the patterns in l2 and in l1: the power of the norm, and the decay of the pyramids.
+#: The power of the norm and the decay of the pyramids, for the patterns in l2 and in l1.
 SHAPES = {"l2": (2, 2), "l1": (1, 4)}
 
 
@@ -71,6 +71,11 @@ class Square(EngineAttack):
     def revision(self) -> str:
         return "6"
 
+    @classmethod
+    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
+        few_draws = settings.get("give_up") and settings["eot_iter"] == 1
+        return bool(few_draws) and settings["n_queries"] > GIVEN_UP_AFTER[0]
+
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
         if x.dim() != 4:
@@ -87,35 +92,18 @@ class Square(EngineAttack):
             search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
 
 
-def square(
-    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
-) -> Tensor:
-    """Square, without gradients; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is in evaluation mode meanwhile.
-        x: images, floating point ``[B, C, H, W]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``.
-        precision: what proposals are judged in, "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        **options: of `Square`, such as ``n_queries``, ``restarts`` and ``eot_iter``, and of `AttackContext`, such as
-            ``norm``, ``seed`` and ``max_forward_batch``.
-
-    Returns:
-        Per image the point that made it fall, or the one of the highest margin; shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    return run_alone(Square, model, x, y, eps=eps, precision=precision, **options)
+square = as_function(
+    "square",
+    Square,
+    "Per image the point that made it fall, or the point of the highest margin.",
+    precision="float32",
+)
 
 
 class _SquareSearch(RowState):
     """One run over the images that are left, whose indices are int64 ``[R]``.
 
-    The objective is the margin, on what proposals are judged by; the seed is that of the random numbers.
+    The objective is the margin of the model that judges proposals. The seed is that of the random numbers.
     """
 
     def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
@@ -126,10 +114,10 @@ class _SquareSearch(RowState):
         count = channels * width if self.ball.norm == "linf" else TILES**2 * (1 + channels)
         self.numbers = self.random(self.ids, count)[:, 0]
         self.point = self._begin(self.numbers)
-        self.reach: Reach | None = None
+        self.monitor: PaceMonitor | None = None
         self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
-        # the margins of the points that were judged: one on the border, of margin 0, is worth a judgement too
+        # The margins of the points that were judged. A point on the border, with margin 0, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
 
     def _once_for_all_queries(self) -> None:
@@ -163,12 +151,12 @@ class _SquareSearch(RowState):
         self._once_for_all_queries()
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
-        """Ask so many queries of every image that is left; images whose border is out of reach may leave earlier."""
-        self.reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
+        """Ask ``n_queries`` for every image that is left; images whose border is out of reach may leave earlier."""
+        self.monitor = PaceMonitor(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
-                # the first draw is that of the beginning
+                # draw 0 made the beginning
                 self.numbers = self.random(self.ids, PLACES + self.x.shape[1], draws=BLOCK, first_draw=query + 1)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
             # no round reaches into the next block
@@ -177,8 +165,8 @@ class _SquareSearch(RowState):
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
                 self._shrink()
-            if self.reach is not None and self.reach.due(query):
-                self._give_up(self.reach, some_of(self.reach.lost(query, -self.margin)))
+            if self.monitor is not None and self.monitor.due(query):
+                self._give_up(self.monitor, some_of(self.monitor.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
         self.active.tried.index_fill_(0, self.owner, True)
@@ -187,11 +175,11 @@ class _SquareSearch(RowState):
     def _offer(self, rows: slice | Tensor) -> None:
         """Judge the points of some rows by the model itself, and keep the best."""
         owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
-        share, _ = self.active.settle(owner, points, torch.ones_like(margin))
-        self.active.offer(owner, points, torch.stack([share, margin]))
+        share, _ = self.active.confirm_successes(owner, points, torch.ones_like(margin))
+        self.active.keep_best(owner, points, torch.stack([share, margin]))
 
     def _round(self, query: int, numbers: Tensor) -> None:
-        """Judge some proposals for each image, and keep the best where it is better than what is known."""
+        """Judge some proposals for each image, and keep the best if it is better than the present point."""
         norm, (height, width) = self.ball.norm, self.x.shape[2:]
         edge = side(query, height, width, 1 if norm == "linf" else 3)
         shapes = None if norm == "linf" else pattern(edge, norm, self.x.device)
@@ -209,9 +197,9 @@ class _SquareSearch(RowState):
             self.share = torch.where(better, share, self.share)
 
     def _scored(self, points: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The margin of points, of each row's first proposal first, and of several draws the share that is wrong.
+        """The share of wrong draws, or None for a single draw, and the margin; every row's first proposal comes first.
 
-        A margin that is NaN is the largest where every draw is wrong, and that of a single draw is NaN nowhere else.
+        A margin of NaN counts as the largest if every draw is wrong. With a single draw that is the only case of NaN.
         """
         y = self.labels[: len(points)]
         if self.objective.eot_iter == 1:
@@ -221,29 +209,29 @@ class _SquareSearch(RowState):
         return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
 
     def _shrink(self) -> None:
-        """Judge what seems to have fallen and let it leave."""
+        """Judge the images that seem to have fallen, and let those leave that have."""
         share = self.share
         if share is None:
             share = (self.margin > self.judged).to(self.margin.dtype)
             self.judged = torch.maximum(self.margin, self.judged)
-        share, fell = self.active.settle(self.owner, self.point, share)
+        share, fell = self.active.confirm_successes(self.owner, self.point, share)
         self.share = None if self.share is None else share
-        staying = self.active.staying(self.owner) if fell else None
-        if staying is not None:
-            self.take(staying)
+        kept = self.active.rows_to_keep(self.owner) if fell else None
+        if kept is not None:
+            self.take(kept)
         if self.objective.eot_iter > 1 and len(self.owner):
-            # the highest of many noisy margins is high by luck
+            # the highest of many noisy margins is partly luck, so it is measured again
             self.share, self.margin = self._scored(self.point)
 
-    def _give_up(self, reach: Reach, lost: Tensor | None) -> None:
+    def _give_up(self, monitor: PaceMonitor, lost: Tensor | None) -> None:
         """Let the rows leave that are out of reach, bool ``[R]``."""
         if lost is None:
             return
-        self.active.tried.index_fill_(0, self.owner[lost & reach.came_nearer], True)
+        self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
         self._offer(lost.nonzero()[:, 0])
-        staying = self.active.staying(self.owner, lost)
-        if staying is not None:
-            self.take(staying)
+        kept = self.active.rows_to_keep(self.owner, lost)
+        if kept is not None:
+            self.take(kept)
 
 
 def side(query: int, height: int, width: int, least: int = 1) -> int:
@@ -251,7 +239,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
     if least > 1 and edge % 2 == 0:
-        # the patterns of l2 and l1 have a middle
+        # the patterns of l2 and l1 need a middle
         edge += 1
     return min(edge, height, width)
 
@@ -259,7 +247,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
     """Two opposite pyramids side by side, of length 1 in a norm, float32 ``[2, edge, edge]``: upright and lying."""
-    # made once for each device: a copy in every query would wait for a GPU
+    # It is made once for each device, because a copy in every query would wait for a GPU.
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)
     for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):

@@ -4,15 +4,15 @@
     flow_loss(f) = sum over pixels p and their up to four neighbours q of |f(p) - f(q)|_2
 
 The flow is in units in which the image spans [-1, 1]: 0.05 moves a pixel by 0.8 of 32. The bound, Adam in place of the
-paper's L-BFGS, its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021;
-tau = 0.05 is both papers', the first's with the flow in pixels. Two things are not in the papers: beyond its border the
-image goes on as it ends, and Adam's small constant is smaller, so that a saturated loss still moves the flow.
+paper's L-BFGS, its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021.
+Both papers have tau = 0.05, the first with the flow in pixels. Two things are not in the papers: the pixels at the
+border continue beyond it, and Adam's small constant is smaller, so that a saturated loss still moves the flow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,15 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import AttackContext, RestartedAttack, ThreatModel, run_alone
+from .base import AttackContext, RestartedAttack, ThreatModel, as_function
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import Search
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
-#: Of Adam: the decays of its means, and the constant that keeps its quotient finite.
+#: The decays of Adam's means, and the constant that keeps its quotient finite.
 BETAS, TINY = (0.9, 0.999), 1e-16
-#: Far below any step: neighbours that differ by a rounding error are not pulled together with full force.
+#: A length far below any step, below which neighbours are pulled together with less force: they differ by rounding.
 CORNER = 1e-5
 
 
@@ -50,7 +50,7 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The pixel before the place, and how far beyond it the place is, in [0, 1]."""
         place = start + offset * (size / 2)
-        # clamp() alone may pass no gradient at the border itself
+        # clamp() alone may pass no gradient at the border
         inside = (place >= 0) & (place <= size - 1)
         place = torch.where(inside, place, place.detach().clamp(0, size - 1))
         before = place.detach().floor().clamp(max=max(size - 2, 0))
@@ -69,9 +69,9 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
 
 
 def flow_loss(flow: Tensor) -> Tensor:
-    """How far neighbours part, ``[B, 2, H, W]`` -> ``[B]``; every pair counts for both of its pixels, as in the paper.
+    """The distances between the flows of neighbours, ``[B, 2, H, W]`` -> ``[B]``; a pair counts twice, as in the paper.
 
-    |d| is taken as sqrt(|d|^2 + c^2) - c, c = 1e-5: a constant flow has the gradient 0.
+    |d| is computed as sqrt(|d|^2 + c^2) - c, c = 1e-5, so that a constant flow has the gradient 0.
     """
     across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
     return 2 * (across + down)
@@ -99,13 +99,13 @@ class StAdv(RestartedAttack):
     """Adam on a flow field, clamped to its bound after every step; the threat model is that bound.
 
     Args:
-        loss: "margin", the paper's, "ce", "scaled_margin" or "dlr"; "ce" fades where the model is sure, and tau
-            outweighs it. "dlr" becomes "margin" below 3 classes.
-        eps: the largest flow along each axis, half the image being 1.
+        loss: "margin", as in the paper, "ce", "scaled_margin" or "dlr". The gradient of "ce" fades if the model is
+            sure, and tau outweighs it. "dlr" becomes "margin" below 3 classes.
+        eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
-        smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
-        random_start: whether the first run begins with a random flow within the bound instead of none; every further
-            one does.
+        smoothness: the paper's tau; 0 is the strongest attack, and leaves ragged edges.
+        random_start: whether the first run begins with a random flow within the bound instead of no flow; every further
+            run does.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -161,28 +161,6 @@ class StAdv(RestartedAttack):
         return self.worst(attack, target, x, y, context)
 
 
-def stadv(
-    model: Classifier, x: Tensor, y: Tensor, *, steps: int = 20, keep_best: bool = False, **options: Any
-) -> Tensor:
-    """Adam on a flow field, from none at all, clamped to its bound after every step.
-
-    Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack.
-        x: images, floating point ``[B, C, H, W]``.
-        y: true labels, int64 ``[B]``.
-        steps: of Adam.
-        keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
-        **options: of `StAdv`, such as ``eps`` (a number or ``[B]``), ``rate`` and ``smoothness``, and of
-            `AttackContext`, such as ``seed``, ``max_forward_batch``, ``health``, which counts the loss's gradients
-            to the flow, and ``graphs``.
-
-    Returns:
-        Adversarial images: shape, dtype and range of x.
-
-    Raises:
-        TypeError: x or y is no tensor, or there is no such option.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
-            that writes to its input.
-    """
-    return run_alone(StAdv, model, x, y, steps=steps, keep_best=keep_best, **options)
+stadv = as_function(
+    "stadv", StAdv, "Per image the last point, or with ``keep_best`` the best.", steps=20, keep_best=False
+)

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class StochasticDefence(nn.Module):
     `deterministic` draws nothing.
     """
 
+    #: Whether the class promises that every image gets draws of its own, however many stand in a batch; see
+    #: `purify_fast.protocols.draws_for_each_image`. A subclass does not inherit the promise.
+    draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
     #: Attributes that predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used

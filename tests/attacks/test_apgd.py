@@ -168,8 +168,8 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
 def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
     """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
     monkeypatch.setattr(importlib.import_module("purify_fast.attacks.apgd"), "shrinks_after", lambda step: False)
-    monkeypatch.setattr(ActiveSet, "settle", lambda self, owner, points, share, run: (share, False))
-    monkeypatch.setattr(ActiveSet, "offer", lambda self, owner, points, score: None)
+    monkeypatch.setattr(ActiveSet, "confirm_successes", lambda self, owner, points, share, run: (share, False))
+    monkeypatch.setattr(ActiveSet, "keep_best", lambda self, owner, points, score: None)
     with FakeTensorMode():
         weight, x, y = torch.rand(48, 6), torch.rand(5, 48), torch.zeros(5, dtype=torch.int64)
         with pytest.raises(DataDependentOutputException):

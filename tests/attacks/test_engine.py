@@ -152,7 +152,7 @@ def test_every_success_is_the_models_own(attack):
     judge = Judge(Sees(), 1)
     active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, torch.arange(24))
     active.judge_clean_images()
-    share, fell = active.settle(torch.arange(24), found, torch.ones(24))
+    share, fell = active.confirm_successes(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()
 
 

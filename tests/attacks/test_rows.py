@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from purify_fast.attacks import (
     APGD,
     BPDA,
+    FABT,
     FGSM,
     PGD,
     AttackContext,
@@ -18,6 +19,7 @@ from purify_fast.attacks import (
     CarliniWagner,
     DeepFool,
     GradientHealth,
+    Square,
     StAdv,
     apgd,
     fab_t,
@@ -210,6 +212,27 @@ def test_the_radius_of_an_attack_is_a_number(eps, message):
             attack(eps=eps)
     # one radius for each image stays allowed where it is documented
     assert PGD(eps=np.float32(0.5)).eps == 0.5 and StAdv(eps=torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize(
+    ("attack", "context", "early"),
+    [
+        (APGD(give_up=True), {"steps": 50}, True),
+        (APGD(), {"steps": 50}, False),
+        (APGD(give_up=True), {"steps": 49}, False),
+        (APGD(give_up=True), {"steps": 50, "norm": "l1"}, False),
+        (FABT(give_up=True), {"steps": 5, "norm": "l1"}, True),
+        (FABT(give_up=True, steps=20), {"steps": 100}, False),
+        (Square(give_up=True), {}, True),
+        (Square(give_up=True, n_queries=500), {}, False),
+        (Square(give_up=True), {"eot_iter": 4}, False),
+        (Square(), {}, False),
+        (DeepFool(steps=100), {}, False),
+    ],
+)
+def test_an_attack_tells_whether_it_may_end_early(attack, context, early):
+    settings = attack.settings(AttackContext(eps=0.1, num_classes=10, **context))
+    assert type(attack).may_end_early(settings) is early
 
 
 @pytest.mark.parametrize("attack", [pgd, fgsm, apgd, fab_t, square])

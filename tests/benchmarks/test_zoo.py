@@ -138,7 +138,7 @@ def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, m
     name = "digits-carso-pipeline"
     monkeypatch.setattr(zoo, "card_of", lambda name, _: replace(packed.card(name), classifier="digits-standard"))
     shutil.copytree(packed.folder("digits-standard"), small_zoo / "digits-standard")
-    with pytest.raises(ValueError, match=r"its weights .* are not those"):
+    with pytest.raises(ValueError, match=r"its weights .* differ from those"):
         zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
     assert not (small_zoo / name).exists()
 

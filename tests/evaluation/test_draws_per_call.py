@@ -13,6 +13,9 @@ from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, squa
 from purify_fast.attacks.attacked_model import drawn_once_per_call
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
+from purify_fast.methods.atop import Atop
+from purify_fast.methods.carso import Carso
+from purify_fast.methods.diffusion import DiffusionPurifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +138,31 @@ def test_which_models_draw_once_per_call(batch):
     assert not drawn_once_per_call(once[0], x[:0], 5) and not drawn_once_per_call(once[0], x[:0], 5, 7)
     assert not drawn_once_per_call(once[0], x, 1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Promises(Switch):
+    """A model whose class says that it draws for each image; it counts how often it is asked."""
+
+    draws_for_each_image = True
+    asked = 0
+
+    def forward(self, x):
+        self.asked += 1
+        return super().forward(x)
+
+
+class PromisesNothing(Promises):
+    """A subclass, which may draw in another way."""
+
+
+def test_a_class_that_promises_draws_for_each_image_is_not_asked(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    promising, other = Promises(*nets()), PromisesNothing(*nets())
+    assert not drawn_once_per_call(promising, x, 5) and promising.asked == 0
+    assert drawn_once_per_call(other, x, 5) and other.asked > 0
+    assert all(kind.draws_for_each_image for kind in (Carso, Atop, DiffusionPurifier))
+    assert not NoisyEnsemble.draws_for_each_image
 
 
 def test_each_draw_is_a_call_of_its_own(batch):

@@ -1,8 +1,8 @@
-"""The copy of a model that gradients are taken from: BatchNorm folded, bfloat16 where the machine is fast at it.
+"""The copy of a model that gives the gradients: BatchNorm is folded, and bfloat16 is used if the machine is fast at it.
 
-Nothing is decided by a measurement of time: the same model on the same kind of machine is always attacked alike.
-Nothing that is done here moves the random generators on either: an evaluation that goes on after an interruption finds
-what it would have found, although it makes its copies at other moments.
+No measured time decides anything: the same model on the same kind of machine is always attacked alike. And the random
+generators stay as they were: an evaluation that continues after an interruption finds the same images, although it
+makes its copies at other moments.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from ..attacked_model import gradient_to
 FEWEST_WEIGHTS = 250_000
 #: Images of a batch on which the copy is compared with the model.
 COMPARED = 8
-#: How far the copy's differences between logits may be from the model's before the copy is given up, relative to the
-#: difference itself, or where that is small to the usual one of the top classes.
+#: The largest error of the copy's differences between logits, relative to the difference itself, or if that is small
+#: relative to the usual difference of the top classes.
 TOLERANCE = 0.1
-#: The same of the purified images, on average over the pixels, in image units.
+#: The largest mean error of the purified images over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
 #: The least cosine between the input gradients of a copy and of its model.
 LEAST_COSINE = 0.8
-#: How many copies are remembered, since an evaluation attacks one model, in one variant after the other.
+#: The number of copies that are kept; an evaluation attacks one model, in one variant after the other.
 REMEMBERED = 2
-#: How many wrappers with copies in them are kept.
+#: The number of wrappers around copies that are kept.
 WRAPPERS = 8
 
 
@@ -69,9 +69,9 @@ class GradientCopies:
         self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """What stands for a wrapper with a copy in it: ``around`` at first, and the same object as long as both are.
+        """The object for a wrapper around a copy: ``around`` at first, and the same object while wrapper and copy stay.
 
-        A captured step belongs to one object.
+        It has to be the same, because a captured step belongs to one object.
         """
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
@@ -81,7 +81,7 @@ class GradientCopies:
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
-        """The copy of a model for images of a shape, made where it is not known yet; None where there is none."""
+        """The copy of a model for images of a shape, made if it is not known yet; None if there is no copy."""
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
@@ -102,7 +102,7 @@ class GradientCopies:
 def gradient_copy(
     model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
-    """What an attack on a model takes its gradients from.
+    """The model from which an attack takes its gradients.
 
     Args:
         model: images to logits.
@@ -135,20 +135,20 @@ def gradient_copy(
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device, a CPU or a GPU, multiplies bfloat16 faster than float32."""
+    """Tell whether a device, a CPU or a GPU, multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def matrix_weights(model: nn.Module) -> int:
-    """How many weights the convolutions and linear layers of a model have."""
+    """The number of weights in the convolutions and linear layers of a model."""
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
 def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
-    """The same for what a wrapper holds; the wrapper itself where there is no copy of that."""
+    """The wrapper around a copy of the model inside it; the wrapper itself if there is no copy."""
     copied: Classifier | None = None
 
     def replace(inner: Classifier) -> Classifier:
@@ -165,7 +165,7 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
         # a counter changes nothing, and would count what is compared
         return around
-    # the model inside was compared as it predicts by itself; what is attacked is this view of it
+    # the model inside was compared by itself, but the attack sees it through the wrapper
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 
@@ -217,7 +217,7 @@ def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
 
 
 def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy does what its model does; both draw the same noise while they are compared."""
+    """Tell whether a copy computes what its model computes; both draw the same noise for the comparison."""
     try:
         return _same_logits(duplicate, model, x) and _same_direction(duplicate, model, x)
     except Exception:
@@ -227,25 +227,26 @@ def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
 
 @torch.no_grad()
 def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy's logits are the model's.
+    """Tell whether a copy's logits are the model's.
 
     A number that is added to all logits of an image changes neither the decision nor the softmax. The logits are
     therefore compared by how far each class is behind the class that the model decides for.
     """
     want, got = (_run(each, x, each) for each in (model, duplicate))
-    # down to the fourth class, as the targeted dlr loss looks; not so far of few classes: one may be hopeless
+    # Compare down to the 4th class, which targeted DLR reads; with few classes not as far, because the last logit may
+    # be far off.
     leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     top = want.argmax(1, keepdim=True)
     behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # each class by its own measure: a hopeless class is far behind, and would allow the others any error
+    # Each class has a limit of its own: a class far behind would allow the others any error.
     allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
     return bool(((its_own - behind).abs() <= allowed).all())
 
 
 def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy's purified images and gradients to the input are the model's."""
+    """Tell whether a copy's purified images and gradients to the input are the model's."""
     if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
         with torch.no_grad():
             before, after = (_run(each, x, each.purify) for each in (model, duplicate))
@@ -256,8 +257,8 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
         try:
             want = _input_gradient(model, x.detach().clone())
         except Exception:
-            # Weights that were made in inference mode have no gradient. The copy may have one; what it is worth is for
-            # the model to judge.
+            # Weights that were made in inference mode have no gradient. The copy may have a gradient; the model judges
+            # the points that it leads to.
             return True
         size = want.norm()
         if not (bool(size.isfinite()) and bool(size > 0)):
@@ -272,7 +273,7 @@ def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:
-    """Of the largest logit's lead over the second, summed over the images; flat, and 0 where there is none."""
+    """The gradient of the largest logit's lead over the second, summed over the images; flat, 0 if there is none."""
     leaf.requires_grad_()
     first, second = _run(model, leaf, model).topk(2, 1).values.unbind(1)
     gradient = gradient_to(leaf, (first - second).sum())

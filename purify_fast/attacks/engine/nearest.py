@@ -1,4 +1,4 @@
-"""Searches for the nearest point across the border, which have no radius: a point counts once it lies in the ball."""
+"""Searches for the nearest point across the border. They have no radius: a point counts once it lies in the ball."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from ..ball import projected
 from ..objective import Gradient
 from .rows import Rows, RowSearch, has_fallen, some_of
 
+#: The images that an attack by `NearestSearch` returns, in the words of a docstring.
+NEAREST_OR_IMAGE = (
+    "Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or the "
+    "image itself."
+)
 _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
 class NearestSearch(RowSearch):
-    """One run, which remembers the nearest points across the border and offers them; the arguments are `RowSearch`'s.
+    """One run, which keeps the nearest points across the border; it takes the arguments of `RowSearch`.
 
     Attributes:
-        nearest: the nearest points across the border, ``[R, ...]``; where the rows begin, as long as there are none.
-        distance: how far these are from the images in the norm of the ball, ``[R]``; infinite, as long as there are
+        nearest: the nearest points across the border, ``[R, ...]``; the beginnings of the rows as long as there are
             none.
+        distance: the distances of these points from the images in the norm of the ball, ``[R]``; infinite as long as
+            there are none.
     """
 
     def __init__(self, *given: Any, **options: Any):
@@ -30,28 +36,28 @@ class NearestSearch(RowSearch):
         self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
 
     def averaged(self, gradient: Gradient) -> Gradient:
-        """A gradient as the mean over the draws, of one that is their sum."""
+        """Turn a gradient that is the sum over the draws into their mean."""
         draws = self.objective.eot_iter
         return gradient if draws == 1 else gradient._replace(image=gradient.image / draws)
 
     def note(self, point: Tensor, across: Tensor) -> None:
-        """Keep those of the points that are across the border, bool ``[R]``, and nearer than what is known."""
+        """Keep the points that are across the border, bool ``[R]``, and nearer than those before."""
         far = length_of(self.rows, point - self.rows.x).to(self.distance.dtype)
         nearer = across & (far < self.distance)
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
         self.distance = torch.where(nearer, far, self.distance)
 
     def shrink(self, step: int, ends_across: bool = False) -> None:
-        """Let the rows leave whose images have fallen, and those that are given up.
+        """Let the rows leave whose images have fallen, and the rows that are given up.
 
         Args:
-            step: how many were taken.
-            ends_across: whether a row is searched no more once it has crossed the border, in the ball or not.
+            step: the number of steps that were taken.
+            ends_across: whether the search of a row ends once it has crossed the border, in the ball or not.
         """
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
-        judged, fell = self.active.settle(rows.owner, self.nearest, inside, rows.run)
-        # the search goes on for what the model refuses
+        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
+        # the search continues where the model refuses the point
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:
@@ -63,17 +69,17 @@ class NearestSearch(RowSearch):
             if ends_across:
                 self.active.tried.index_fill_(0, rows.owner[index], True)
             self._offer(rows.take(index), self.nearest[index])
-        staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
-        if staying is not None:
-            self.take(staying)
+        kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
+        if kept is not None:
+            self.take(kept)
 
     def finish(self) -> None:
-        """Look at the last points, and offer the nearest ones of all rows."""
+        """Look at the last points, and try the nearest points of all rows."""
         self.note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
         self._end()
 
     def _end(self) -> None:
-        """Try the nearest points of all rows, which were searched to the end."""
+        """Try the nearest points of all rows; all were searched to the end."""
         self.active.tried.index_fill_(0, self.rows.owner, True)
         self._offer(self.rows, self.nearest)
 
@@ -81,12 +87,12 @@ class NearestSearch(RowSearch):
         """Try the nearest points cut off at the ball, and keep the best of them."""
         cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)
-        share, _ = self.active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
-        self.active.offer(rows.owner, cut, torch.stack([share, score[1]]))
+        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
 
 
 def length_of(rows: Rows, moved: Tensor) -> Tensor:
-    """In the norm of the ball, ``[R]``."""
+    """The length of each row's move in the norm of the ball, ``[R]``."""
     return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
 
 
@@ -95,7 +101,7 @@ def border(point: Tensor, at_point: Gradient) -> tuple[Tensor, Tensor]:
 
     Args:
         point: images ``[R, ...]``.
-        at_point: the loss and its gradient there, of one draw or averaged over the draws.
+        at_point: the loss and its gradient there, for one draw or averaged over the draws.
     """
     gradient = at_point.image.to(point.dtype)
     return gradient, (gradient * point).flatten(1).sum(1) - at_point.loss

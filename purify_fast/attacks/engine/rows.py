@@ -1,19 +1,19 @@
-"""Which rows are searched at once, and which images are still attacked.
+"""The rows that are searched at once, and the images that are still attacked.
 
 A search works on rows. Each row belongs to an image; several rows belong to the same image where several targets or
 restarts are tried at once. When a row's point makes its image fall, every row of the image leaves. One misclassified
 draw says little about a random model: of a hundred steps one is lucky. So a success of a search is only a claim until
 fresh draws of the model itself have confirmed it.
 
-Every batch size has a cost of its own: a convolution library prepares its kernels for it, a compiler may compile again,
-a CUDA graph is captured. So a shrinking batch only takes sizes of a fixed list, and images that have fallen fill it up.
-On a CPU one more image of a large model, or under many draws, takes longer than a new batch size: there the batch
-shrinks by every image that falls.
+A new batch size costs time: a convolution library prepares its kernels for it, a compiler may compile again, a CUDA
+graph is captured. So a shrinking batch only takes sizes of a fixed list, and images that have fallen fill it up. On a
+CPU one more image of a large model, or with many draws, takes longer than a new batch size: there the batch shrinks by
+every image that falls.
 
 Most of the time of a strong attack goes into images that it never moves near a border: towards the ninth target class,
-or by the last of 5,000 squares. What a search gains per step hardly ever rises again, so that several times its recent
-pace says how far it can still come. Rows that would not come to their border even so can be given up. That is
-experience and no law: a search that stands still is given up too, although it might go on.
+or by the last of 5,000 squares. The gain of a search per step hardly ever rises again, so several times its recent pace
+tells how far it can still come. Rows that would not reach their border even then can be given up. That is experience
+and not a law: a search that stands still is given up too, although it might continue.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 
-#: Of how many classes of highest logit the distance is asked, if an attack has no more targets than that.
+#: The number of classes of highest logit whose distance is computed; more if an attack has more targets.
 CANDIDATES = 20
-#: The order of the dual of each ball's norm: by it a linear function changes within the ball.
+#: The order of the dual of each ball's norm, which measures how much a linear function changes within the ball.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
+#: The rows that are searched at once even if there are fewer images: a small batch is slow.
 FEWEST_ROWS = 64
-#: Draws per image from which an image is costly, whatever the model.
+#: With so many draws or more, an image is costly for any model.
 MANY_DRAWS = 4
-#: Sizes per doubling on a CPU, which prepares a size in milliseconds.
+#: Batch sizes per doubling on a CPU, which prepares for a size in milliseconds.
 PER_DOUBLING = 4
-#: Elsewhere: the smallest size, because fewer images take a GPU no less time; and the size from which there are two
-#: sizes per doubling, because the arithmetic then takes longer than its launches.
+#: The smallest batch size on a GPU, which needs as much time for fewer images. And the size from which there are two
+#: sizes per doubling, because the arithmetic then takes longer than the launches.
 SMALLEST, FINER_FROM = 16, 128
-#: Of the attacks by gradients: after which shares of the steps rows are given up, and by how much the pace may still
-#: rise. On the models of docs/evaluation.md none of the images is lost so, and only few at a quarter of the steps.
+#: Attacks by gradients give rows up after these shares of the steps. The pace may still rise by the factor. On the
+#: models of docs/evaluation.md no image is lost by this rule, and few would be lost after a quarter of the steps.
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
-#: Shorter runs are not judged by their pace.
+#: Shorter runs never give rows up.
 FEWEST_STEPS = 50
-#: After this share of the steps a row is given up that is further from its border than so many times the most that any
-#: row of the same attack has gained from there on, once so many rows have shown their gain.
+#: After this share of the steps a row is given up if its distance to the border is more than ``GAINS`` times the most
+#: that any row of the same attack gained later on. The rule needs the gains of ``FEWEST_GAINS`` rows.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
-#: After which of the first steps the batch may shrink; later every `SHRINK_EVERY` steps. Each of these waits for the
-#: device once.
+#: The batch may shrink after these steps, and later every `SHRINK_EVERY` steps. Each time waits for the device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 
 
 def takes_every_size(device: torch.device) -> bool:
-    """Whether a new batch size costs a device next to nothing, as it costs a CPU."""
+    """Tell whether a device prepares for a new batch size in almost no time, as a CPU does."""
     return device.type == "cpu"
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest size of the list that holds so many items, at least 1.
+    """The smallest batch size of the list that holds so many items, at least 1.
 
-    On a CPU it is a power of two times 1, 5/4, 6/4 or 7/4; every number below 8, and of costly items, of which one more
-    takes a CPU longer than a new size. On a GPU it is 16, 32, 64, and from 128 on a power of two times 1 or 3/2.
+    On a CPU the sizes are every number below 8, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are
+    costly, every number is a size, because one more item takes longer than a new size. On a GPU the sizes are 16, 32,
+    64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
         return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
@@ -83,24 +83,24 @@ def _rounded_up(items: int, parts: int) -> int:
 
 
 def _repeated_to(index: Tensor, size: int) -> Tensor:
-    """An index of one element or more, whose first elements are repeated until it has a size."""
+    """An index with its first elements repeated until it has ``size`` elements; it has at least one."""
     return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
 
 
 def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
-    """Which images have fallen, bool ``[B]``: by the share of the draws that are misclassified, and what is enough."""
+    """Tell which images have fallen, bool ``[B]``: those whose share of misclassified draws is at least ``enough``."""
     return share >= enough - 1e-6
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Confirms or refuses what a search takes for a success.
+    """Confirms or refuses the successes that a search claims.
 
     Args:
         model: the model under attack itself, not a copy of it.
         draws: fresh draws of a random model; 1 for one that predicts the same every time.
-        max_forward_batch: images in one forward pass at most; None: no limit.
-        apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
+        max_forward_batch: the most images in one forward pass; None: no limit.
+        apart: whether each draw takes a separate forward pass, because the model draws once per call.
         enough: the share of the draws that must be misclassified for an image to fall.
     """
 
@@ -123,14 +123,14 @@ class Judge:
         return torch.cat([ask(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
 
     def is_costly(self) -> bool:
-        """Whether a step of one image takes a CPU longer than to prepare for another batch size."""
+        """Tell whether a CPU needs longer for a step of one image than to prepare for another batch size."""
         large = isinstance(self.model, nn.Module) and matrix_weights(self.model) >= FEWEST_WEIGHTS
         return large or self.draws >= MANY_DRAWS
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is searched at once; every field is by row.
+    """The rows that are searched at once; every field has an entry per row.
 
     Args:
         owner: the image of each row, int64 ``[R]``.
@@ -154,19 +154,19 @@ class Rows:
 
 
 class RowState:
-    """What a search remembers of its rows: every tensor is by row, and every part that has rows is taken along."""
+    """The state of a search. Every tensor has an entry per row, and so have the `Ball`, `Rows` and `RowState` parts."""
 
-    #: The attributes that are ``[n, R]`` and not ``[R, ...]``.
+    #: The attributes of shape ``[n, R]``; all other tensors are ``[R, ...]``.
     by_column: ClassVar[tuple[str, ...]] = ()
 
     def take(self, index: Tensor) -> None:
-        """Go on with some of the rows, by an index int64."""
+        """Continue with some of the rows, by an index int64."""
         for name, value in vars(self).items():
             setattr(self, name, value[:, index] if name in self.by_column else _taken(value, index))
 
 
 def _taken(value: Any, index: Tensor) -> Any:
-    """The part of a value that belongs to some rows; the value itself if it does not go by rows."""
+    """The part of a value that belongs to some rows; the value itself if it has no rows."""
     if isinstance(value, Tensor):
         return value[index]
     if isinstance(value, (Ball, Rows)):
@@ -177,61 +177,61 @@ def _taken(value: Any, index: Tensor) -> Any:
 
 
 class Gains:
-    """How much nearer to their borders the rows of an attack came after its first steps.
+    """The distance by which the rows of an attack came nearer to their borders after its first steps.
 
     Attributes:
         largest: the most that any row gained, in the unit of the loss or distance.
-        rows: how many rows were searched beyond the first check of their pace.
+        rows: the number of rows that were searched beyond the first check of their pace.
     """
 
     def __init__(self) -> None:
         self.largest, self.rows = 0.0, 0
 
     def see(self, gained: Tensor) -> None:
-        """Take note of what each row has gained, ``[R]``; waits for the device."""
+        """Remember the largest gain of the rows, ``[R]``; waits for the device."""
         if len(gained):
             self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
 
     def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Which rows are further from their borders than rows have been seen to come, bool ``[R]``; None: not known."""
+        """Tell which rows are further from their borders than any row came, bool ``[R]``; None: not known yet."""
         if self.rows < FEWEST_GAINS:
             return None
         return missing.isfinite() & (missing > GAINS * self.largest)
 
 
-class Reach(RowState):
-    """Watches how far each row is from its border.
+class PaceMonitor(RowState):
+    """Watches the distance of each row from its border.
 
     Args:
-        checks: after how many steps rows are given up; the pace is that of the last half of the steps before.
-        steps: of the whole search.
-        times: the pace may rise so many times.
-        gains: of the rows that the attack has searched before; None: rows are given up by their pace alone.
+        checks: the steps after which rows are given up; the pace is measured over the last half of the steps before.
+        steps: the steps of the whole search.
+        times: the factor by which the pace may still rise.
+        gains: the gains of the rows that the attack has searched before; None: the pace alone decides.
     """
 
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
         self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
-        #: After how many steps the gains begin, and how far each row was from its border then, ``[R]``.
+        #: The step at which the gains begin, and the distance of each row from its border at that step, ``[R]``.
         self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
-        #: When the distances were noted for a check, and what they were.
+        #: For each check: the step at which the distances were noted, and the distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
-        #: Which rows were nearer at the last check than when the distances were noted for it, bool ``[R]``.
+        #: True for the rows that came nearer between the note and the last check, bool ``[R]``.
         self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Whether `lost` would note or decide anything; a search that takes short steps need not call it where not."""
+        """Tell whether `lost` would note or decide anything at a step; a search with cheap steps calls it only then."""
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
-        """Which rows are out of reach, bool ``[R]``; None where nothing is decided.
+        """Tell which rows are out of reach, bool ``[R]``; None if nothing is decided at this step.
 
-        A distance that is not a number, or infinite, is never out of reach.
+        A row with a distance that is NaN or infinite is never out of reach.
 
         Args:
-            step: how many steps were taken; every call's is larger than the last one's.
-            missing: how far each row is from its border, in the unit of the loss or distance, ``[R]``; at most 0 across
-                it, and smaller with every call, or as it was.
+            step: the number of steps that were taken; it grows with every call.
+            missing: the distance of each row from its border, in the unit of the loss or distance, ``[R]``. It is at
+                most 0 across the border, and never grows.
         """
         lost = self._beyond_gains(step, missing)
         for check in self.checks:
@@ -248,7 +248,7 @@ class Reach(RowState):
         return lost
 
     def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Which rows are given up by what other rows have gained; what these rows gain is noted."""
+        """Tell which rows are given up by the gains of other rows; the gains of these rows are noted."""
         if self.gains is None:
             return None
         if self.last_step < self.early_step <= step:
@@ -266,12 +266,12 @@ class Reach(RowState):
 
 
 def some_of(lost: Tensor | None) -> Tensor | None:
-    """Which rows are out of reach, bool ``[R]``, where any is; waits for the device."""
+    """The rows out of reach, bool ``[R]``, or None if there are none; waits for the device."""
     return lost if lost is not None and bool(lost.any()) else None
 
 
 class ActiveSet:
-    """The images of one attack: which have fallen, and the best point known of each.
+    """The images of one attack: those that have fallen, and the best known point of each.
 
     Args:
         x: clean images ``[N, ...]``.
@@ -281,18 +281,18 @@ class ActiveSet:
         ids: int64 ``[N]``; an image's random numbers depend on a seed and its id alone.
 
     Attributes:
-        leave: whether fallen images leave. If not, every image is attacked to the end, and keeps the point that is
-            misclassified in most draws, then the one of highest loss.
-        best: the best point known of each image, ``[N, ...]``; x at first.
-        score: its share of misclassified draws and its loss, ``[2, N]``; minus infinity at first.
-        fallen: bool ``[N]``, which have fallen; none where they do not leave.
-        felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 where it fell to none.
-        correct: bool ``[N]``, which clean images have not fallen by themselves.
-        costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
-        waves_to_come: how many waves like the present one the attack has to come, if no other image falls.
-        tried: bool ``[N]``, which images have had a search that reached its end, or still came nearer when it was given
+        leave: whether fallen images leave. If not, every image is attacked to the end. It keeps the point that most
+            draws misclassify, and of equal ones the point of highest loss.
+        best: the best known point of each image, ``[N, ...]``; x at first.
+        score: the share of misclassified draws and the loss of this point, ``[2, N]``; minus infinity at first.
+        fallen: bool ``[N]``, True for fallen images; always False if they do not leave.
+        felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 if it has not fallen.
+        correct: bool ``[N]``, True for clean images that have not fallen by themselves.
+        costly: whether a batch on a CPU may shrink to every size.
+        waves_to_come: the number of further waves like the present one, if no other image falls.
+        tried: bool ``[N]``, True for images with a search that reached its end, or that came nearer until it was given
             up.
-        gains: what rows have gained after their first steps.
+        gains: the gains of the rows after their first steps.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -305,7 +305,7 @@ class ActiveSet:
         self._logits: Tensor | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
-        """Begin: what is misclassified as it is needs no attack."""
+        """Judge the clean images first: a misclassified one needs no attack."""
         fallen = has_fallen(self.judge.shares(self.x, self.y), self.judge.enough)
         self.leave, self.correct = leave, ~fallen
         self.fallen = fallen if leave else torch.zeros_like(fallen)
@@ -317,26 +317,28 @@ class ActiveSet:
         return self._logits
 
     def left(self) -> Tensor:
-        """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
+        """Indices of the images that need another run, int64 ``[n]``; waits for the device.
 
-        Those that have not fallen, or where none leave, those of which not every draw is misclassified.
+        They are the images that have not fallen. If images do not leave, they are those with a correct draw.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
 
-    def settle(self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None) -> tuple[Tensor, bool]:
+    def confirm_successes(
+        self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
         """Judge the rows that claim a success.
 
-        Waits for the device once, and a second time where there are claims.
+        It waits for the device once, and a second time if there are claims.
 
         Args:
             owner: the image of each row, int64 ``[R]``.
             points: the points ``[R, ...]``.
-            share: of the search's own draws, how many each point fails, ``[R]``.
-            run: the number of each row's run, int64 ``[R]``; None: all are of run 0.
+            share: the share of the search's own draws that misclassify each point, ``[R]``.
+            run: the number of each row's run, int64 ``[R]``; None: all rows belong to run 0.
 
         Returns:
-            The shares, with those of the claims as the judge counted them, ``[R]``; and whether an image has fallen.
+            The shares ``[R]``, replaced by those of the judge for the claims; and whether an image has fallen.
         """
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
@@ -346,7 +348,8 @@ class ActiveSet:
         won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
-        # of several rows of an image the first: two of them written at once could mix
+        # If several rows of one image succeed, keep the first: writing two values to one index in one assignment is
+        # undefined.
         first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
         won = won[first[owner[won]] == won]
         self.best[owner[won]] = points[won]
@@ -354,18 +357,18 @@ class ActiveSet:
         self.felled_by[owner[won]] = torch.zeros_like(won) if run is None else run[won]
         return share, True
 
-    def staying(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
-        """Which rows stay; waits for the device once.
+    def rows_to_keep(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
+        """Choose the rows that stay; waits for the device once.
 
         Args:
             owner: the image of each row, int64 ``[R]``.
-            lost: rows that are given up, bool ``[R]``; None: none.
+            lost: True for rows that are given up, bool ``[R]``; None: no row is.
 
         Returns:
-            Indices int64 of the rows that stay; None where the batch keeps its size. Where no row is given up, they are
-            as many as `bucket` says: all rows of unfallen images first, then some of fallen ones. Where rows are given
-            up, nothing else than the rows that stay is searched on: on a CPU each stands once, and on a GPU the first
-            ones are repeated up to the size that `bucket` says.
+            Indices int64 of the rows that stay; None if the batch keeps its size. If no row is given up, `bucket` gives
+            their number: all rows of images that have not fallen come first, then some of fallen images. If rows are
+            given up, only the rows that stay are searched: on a CPU each row once, on a GPU with the first rows
+            repeated up to the size that `bucket` gives.
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
@@ -379,10 +382,13 @@ class ActiveSet:
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
-    def offer(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """Keep the best of the rows of every image that has not fallen, where it is better than what is known.
+    def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
+        """Keep the best row's point of every image that has not fallen, if it is better than the known one.
 
-        Owners and points are those of `settle`; the score is the share of misclassified draws and the loss, ``[2, R]``.
+        Args:
+            owner: the image of each row, int64 ``[R]``.
+            points: the points ``[R, ...]``.
+            score: the share of misclassified draws and the loss of each point, ``[2, R]``.
         """
         rank = torch.empty_like(owner)
         by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
@@ -409,21 +415,22 @@ def waves(
     at_image: bool = False,
     begin: Tensor | None = None,
 ) -> Iterator[Rows]:
-    """The rows of an attack, one wave after the other, of the images that are left by then.
+    """The rows of an attack, one wave after the other; a wave has the images that are left by then.
 
-    The first wave has one run, because most images fall to any. Later ones have as many rows as fit: on a CPU whole
-    runs; elsewhere also a part of a run, and copies of the first rows up to the size that `bucket` says, so that most
-    waves are of one size. Waits for the device a few times for each wave.
+    The first wave has one run, because most images fall to any run. A later wave has as many rows as fit. On a CPU it
+    has whole runs. On a GPU it may have a part of a run, and copies of the first rows fill it up to the size that
+    `bucket` gives, so that most waves have the same size. Each wave waits for the device a few times.
 
     Args:
         active: the images.
         goals: the target of each run, int64 ``[N]``; None for a run without one.
-        restarts: how often all of these runs are taken.
-        fell_to: it is added to the name of each target and restart how many images fell to it.
-        seed: of the random starts; each run has its own.
-        most: rows at once; None: `FEWEST_ROWS`, or as many as there are images, if those are more.
+        restarts: the number of times that all of these runs are taken.
+        fell_to: gets the number of images that fell to each target and restart, by its name.
+        seed: the seed of the random starts; each run adds its number.
+        most: the most rows at once; None: `FEWEST_ROWS`, or the number of images if that is larger.
         at_image: whether the first run for each target begins at the images themselves.
-        begin: where the first run of all begins if not there, ``[N, ...]``; None: at a random point, as the others.
+        begin: the points at which the very first run begins unless ``at_image``, ``[N, ...]``; None: random points, as
+            in the other runs.
     """
     x, y, count = active.x, active.y, len(active.x)
     padded = not takes_every_size(x.device)
@@ -440,7 +447,7 @@ def waves(
         wave = rows_left[: len(left) if is_first else fits]
         numbers = wave.tolist()
         following, to_come = numbers[-1] + 1, len(rows_left) - len(wave)
-        # many images fall in the first wave, so that the next ones have other sizes
+        # many images fall in the first wave, so the next waves have other sizes
         active.waves_to_come = 0.0 if is_first else to_come / len(wave)
         owner, runs = wave % count, Counter(number // count for number in numbers)
         begins, labels = [], []
@@ -477,14 +484,14 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
-    The distance is the difference of the logits over the norm of its gradient, by which MALT orders target classes
-    (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240); here it is the dual of the ball's norm. It is computed
-    for the classes of highest logit and for images that have not fallen, at a gradient for each.
+    The distance is the difference of the logits over the norm of its gradient. MALT orders target classes by it
+    (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). The norm here is the dual of the ball's norm. The
+    distance is computed for the classes of highest logit and for images that have not fallen; each takes a gradient.
 
     Args:
         active: the images.
-        objective: what the search follows, with any loss.
-        count: how many classes; None: all.
+        objective: the model that the search follows, with any loss.
+        count: the number of classes; None: all.
 
     Returns:
         The nearest class of each image first, then the next, each int64 ``[N]``.
@@ -508,7 +515,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
 
 def shrinks_after(step: int) -> bool:
-    """Whether the batch may shrink after so many steps."""
+    """Tell whether the batch may shrink after so many steps."""
     return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
 
 
@@ -516,14 +523,14 @@ class RowSearch(RowState):
     """One run of a search by gradients over a batch of rows, which leave it as their images fall.
 
     Args:
-        objective: the loss, on what gradients are taken from.
-        active: the images; what falls is noted there, and the best points of the others are offered to it.
-        rows: what is searched.
-        steps: of the run.
+        objective: the loss, on the model that gives the gradients.
+        active: the images. It keeps the fallen ones and the best points of the others.
+        rows: the rows that are searched.
+        steps: the steps of the run.
         health: counts gradients and movement, if given. A row that is given up counts as if it had taken every step,
-            with as large a share of faulty gradients as before: otherwise the rows that are searched to the end, as
-            those without gradients are, would count more than others.
-        give_up: whether rows leave that are out of reach.
+            with the same share of faulty gradients as before. Otherwise the rows that are searched to the end, such as
+            those without gradients, would count more than others.
+        give_up: whether rows out of reach leave.
     """
 
     by_column = ("faulty", "score")
@@ -544,8 +551,8 @@ class RowSearch(RowState):
         self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
-        self.reach = Reach(checks, steps, TIMES, active.gains) if judged else None
-        #: faulty: how many gradients of each row were not finite, and how many zero; counted: of how many.
+        self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
+        # faulty: how many gradients of each row were not finite, and how many were zero. counted: how many there were.
         self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     def take(self, index: Tensor) -> None:
@@ -554,7 +561,7 @@ class RowSearch(RowState):
             self.gradients.now_of(self.point, self.rows.labels)
 
     def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients of one step, as `GradientHealth.see_gradient` does; waits for nothing."""
+        """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""
         if self.health is not None:
             faulty = torch.stack(faults(gradient, fooled))
             self.faulty, self.counted = self.faulty + faulty, self.counted + 1
@@ -562,20 +569,28 @@ class RowSearch(RowState):
             self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
-        """Count the gradients that some rows, int64, will not take; waits for nothing."""
+        """Count the gradients that some rows, int64, will not take, without waiting for the device."""
         if self.health is not None:
             left = self.steps - self.counted
             nonfinite, zero = (self.faulty[:, index].sum(1) * left / self.counted).round().long()
             self.health.add(gradients=len(index) * left, nonfinite=nonfinite, zero=zero)
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
-        """Those rows that are given up, bool ``[R]``; None if there are none. The arguments are those of `Reach`."""
-        lost = None if self.reach is None else self.reach.lost(step, missing)
+        """Tell which rows are given up.
+
+        Args:
+            step: the number of steps that were taken.
+            missing: the distance of each row from its border, as `PaceMonitor.lost` takes it, ``[R]``.
+
+        Returns:
+            bool ``[R]``; None if no row is given up.
+        """
+        lost = None if self.monitor is None else self.monitor.lost(step, missing)
         lost = None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
-        if lost is not None and self.reach is not None:
-            self.active.tried.index_fill_(0, self.rows.owner[lost & self.reach.came_nearer], True)
+        if lost is not None and self.monitor is not None:
+            self.active.tried.index_fill_(0, self.rows.owner[lost & self.monitor.came_nearer], True)
         return lost
 
     def may_end(self) -> Tensor | bool:
-        """Which rows may be given up, bool ``[R]``."""
+        """Tell which rows may be given up, bool ``[R]``."""
         return True

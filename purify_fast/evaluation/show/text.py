@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...attacks.engine.rows import FEWEST_STEPS
-from ...attacks.square import GIVEN_UP_AFTER
+from ...attacks import APGD, Square
+from ...attacks.base import EngineAttack
 from ..alarms import STATES, Finding
 from ..claims import answer
 from ..rows import Row
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 #: `purify_fast.evaluation.Report`, which uses this module.
 Report = Any
 
+#: The attacks with a rule of their own for the early end of a search, by their kind.
+_BY_KIND: dict[str, type[EngineAttack]] = {attack.kind: attack for attack in (APGD, Square)}
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
@@ -156,12 +158,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 def _may_end_early(row: Row) -> bool:
     """Tell by a row's settings whether a search may have ended early."""
-    settings = row.settings
-    if not settings.get("give_up"):
-        return False
-    if row.kind == "square":
-        return settings["n_queries"] > GIVEN_UP_AFTER[0] and settings["eot_iter"] == 1
-    return settings["steps"] >= FEWEST_STEPS and (row.kind, settings["norm"]) != ("apgd", "l1")
+    return _BY_KIND.get(row.kind, EngineAttack).may_end_early(row.settings)
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:

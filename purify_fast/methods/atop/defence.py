@@ -66,6 +66,8 @@ class Atop(Defence):
     hides the same blocks in every image, those of seed 0.
     """
 
+    draws_for_each_image = True
+
     def __init__(
         self,
         classifier: nn.Module,

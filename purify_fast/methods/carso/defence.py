@@ -78,6 +78,7 @@ class Carso(Defence):
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
     """
 
+    draws_for_each_image = True
     decoder: Decoder | DecoderV1
     mean: Tensor
     std: Tensor

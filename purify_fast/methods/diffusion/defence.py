@@ -78,6 +78,7 @@ class DiffusionPurifier(Defence):
     anywhere, and makes one prediction per image.
     """
 
+    draws_for_each_image = True
     _rows: Tensor
 
     def __init__(

@@ -43,6 +43,8 @@ class AdjointGradient(nn.Module):
         defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
     """
 
+    draws_for_each_image = True
+
     def __init__(self, defence: nn.Module):
         super().__init__()
         self.defence = defence
@@ -69,6 +71,8 @@ class TenPaths(nn.Module):
     Args:
         defence: a `DiffusionPurifier` with any number of samples.
     """
+
+    draws_for_each_image = True
 
     def __init__(self, defence: Any):
         super().__init__()

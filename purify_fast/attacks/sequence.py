@@ -1,4 +1,4 @@
-"""Attacks one after the other, each on the images that those before it left, without an evaluation."""
+"""Attacks one after the other, without an evaluation; each attacks the images that those before it left."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .attacked_model import drawn_once_per_call, frozen
 from .base import Attack, AttackContext
 from .engine.rows import Judge, has_fallen
 
-#: Images on which it is tried how a model draws.
+#: The number of images that test how a model draws.
 FEW = 8
 
 
-class InTurn:
-    """The images of attacks in turn, and what became of them.
+class AttackSequence:
+    """Runs attacks one after the other, and keeps the best point of each image.
 
     Args:
         model: images to logits; an ``nn.Module`` is frozen while it is attacked, then restored.
         x: images, float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``, on any device.
-        context: what the attacks are told; its ``sample_ids`` are not looked at.
-        device: where the model computes; None: where the images are.
+        context: the settings of the attacks; its ``sample_ids`` are not used.
+        device: the device of the model; None: that of the images.
 
     Attributes:
-        images: the best point known of each image, ``[N, C, H, W]``; the image itself where none is better.
-        share: the share of fresh draws of the model that misclassify it, ``[N]``.
+        images: the best known point of each image, ``[N, C, H, W]``; the image itself if no point is better.
+        share: the share of the model's fresh draws that misclassify it, ``[N]``.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class InTurn:
 
     @property
     def fallen(self) -> Tensor:
-        """Which images have fallen, bool ``[N]``: every draw misclassifies them."""
+        """True for the images that every draw misclassifies, bool ``[N]``."""
         return has_fallen(self.share)
 
     def run(self, attack: Attack) -> None:
-        """Let an attack look for what the ones before it did not find."""
+        """Run an attack on the images that have not fallen yet."""
         with frozen(self.model):
             for part in self._batches((~self.fallen).nonzero()[:, 0]):
                 x, y = self.x[part].to(self.device), self.y[part].to(self.device)

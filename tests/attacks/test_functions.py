@@ -1,0 +1,95 @@
+"""The attacks as functions: what an editor shows of them, and what a wrong option says."""
+
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from purify_fast import attacks
+from purify_fast.attacks import AttackContext
+from purify_fast.attacks.base import run_alone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: The class of each function, and the defaults that differ from those of its fields.
+FUNCTIONS = {
+    "pgd": (attacks.PGD, {"steps": 40, "keep_best": False}),
+    "fgsm": (attacks.FGSM, {}),
+    "apgd": (attacks.APGD, {"precision": "float32"}),
+    "fab_t": (attacks.FABT, {"precision": "float32"}),
+    "square": (attacks.Square, {"precision": "float32"}),
+    "carlini_wagner": (attacks.CarliniWagner, {"precision": "float32", "norm": "l2"}),
+    "deepfool": (attacks.DeepFool, {"precision": "float32"}),
+    "hop_skip_jump": (attacks.HopSkipJump, {"precision": "float32"}),
+    "stadv": (attacks.StAdv, {"steps": 20, "keep_best": False}),
+    "branch_and_bound": (attacks.BranchAndBound, {}),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_editor_sees_every_option(name):
+    function, (kind, defaults) = getattr(attacks, name), FUNCTIONS[name]
+    seen = inspect.signature(function).parameters
+    context = {field.name: field.default for field in dataclasses.fields(AttackContext)}
+    own = {field.name: field.default for field in dataclasses.fields(kind)}
+    if name != "stadv":
+        # the radius and the norm are the context's, and the radius has no default
+        own |= {"eps": inspect.Parameter.empty, "norm": context["norm"]}
+    wanted = {**context, **own, **defaults}
+    assert list(seen)[:3] == ["model", "x", "y"] and set(seen) == {"model", "x", "y", *wanted}
+    for option, default in wanted.items():
+        if default is not dataclasses.MISSING:
+            assert seen[option].default == default, option
+        assert seen[option].kind is inspect.Parameter.KEYWORD_ONLY
+    assert function.__annotations__["x"] is Tensor and function.__annotations__["return"] is Tensor
+    assert function.__annotations__["seed"] is int
+    assert (function.__name__, function.__module__) == (name, kind.__module__)
+    assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_the_docstring_has_the_texts_of_the_fields():
+    text = attacks.apgd.__doc__
+    assert text.startswith("Auto-PGD; ") and "\n\nReturns:\n    Per image " in text and "\n\nRaises:\n    Type" in text
+    for doc, name in ((attacks.APGD.__doc__, "rho"), (AttackContext.__doc__, "sample_ids")):
+        entry = inspect.cleandoc(doc).partition(f"    {name}: ")[2].partition("\n    ")[0].split()
+        assert len(entry) > 5 and " ".join(entry) in " ".join(text.partition(f"    {name}: ")[2].split())
+    # a subclass describes a field of its base anew
+    assert (
+        "in its authors' code" in attacks.deepfool.__doc__ and "gradient steps of a run" not in attacks.deepfool.__doc__
+    )
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("epsilon", r"PGD has no option 'epsilon': the nearest names are .*\beps\b"),
+        ("step", r"PGD has no option 'step': the nearest names are steps"),
+        ("zzzzz", r"PGD has no option 'zzzzz': allowed are alpha, .*, eps, .*, steps, "),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_nearest(model, option, message):
+    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=message):
+        attacks.pgd(model, x, y, eps=0.1, **{option: 1})
+    with pytest.raises(TypeError, match=f"AttackContext has no option '{option}': "):
+        attacks.PGD()(model, x, y, eps=0.1, **{option: 1})
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "stadv"])
+def test_a_radius_is_needed(model, name):
+    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=f"eps is missing: {FUNCTIONS[name][0].__name__} needs a radius"):
+        getattr(attacks, name)(model, x, y)
+
+
+def test_a_function_runs_its_class_with_its_defaults(model):
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    found = attacks.pgd(model, x, y, eps=0.1, seed=3, alpha=0.02, sample_ids=torch.tensor([4, 1, 9]))
+    options = {"eps": 0.1, "seed": 3, "alpha": 0.02, "sample_ids": torch.tensor([4, 1, 9])}
+    assert torch.equal(found, run_alone(attacks.PGD, model, x, y, steps=40, keep_best=False, **options))
+    assert not torch.equal(found, attacks.pgd(model, x, y, **options, steps=1))
