@@ -1,7 +1,7 @@
 """The look of every picture of the benchmarks: a white card, for print and dark pages alike; colors with a meaning.
 
-What is this package's own is green, what is to be beaten is blue, everything else gray, and an alarm red. Figures are
-not pyplot's, so that the user's backend and open figures are left alone.
+This package's own results are green, rivals blue, everything else gray, and alarms red. Figures do not use pyplot, so
+that the user's backend and open figures are left alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from purify_fast._files import atomic
 INK = "#1b1f24"
 #: This package's own contestants and models.
 OURS = "#1f6f4a"
-#: ``torch.compile``, the one to beat.
+#: The rival ``torch.compile``.
 RIVAL = "#2457a6"
-#: What one writes first.
+#: The plain implementation.
 PLAIN = "#9aa4ae"
 ALARM = "#c62828"
 GRID = "#dde2e7"
@@ -26,7 +26,7 @@ def new_figure(**options: Any) -> Any:
     """A figure for a file; None without matplotlib.
 
     Args:
-        options: of matplotlib's Figure.
+        options: options of matplotlib's Figure.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
-"""CIFAR-10 at L-inf 8/255: the three methods, by the papers' objectives and through the pipeline, beside networks.
+"""CIFAR-10 at L-inf 8/255: three methods, by the papers' objectives and through the pipeline, and single networks.
 
-`models` trains, `plan` lists the jobs and judges by this package's own engine, `results` and `table` put all of it into
-one table.
+`models` trains, `plan` lists the jobs and judges by this package's own engine, `results` and `table` make one table of
+everything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cifar10(Study):
         parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of what is done")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        # results of another budget would stand in the way of the table, hours later
+        # Results of another budget would prevent the table, hours later.
         check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)
@@ -68,7 +68,7 @@ class Cifar10(Study):
         return jobs(chosen.data, self.budget(chosen), usable_device(chosen.device), chosen.base)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """The table of the study, or of its rows on a base that is given."""
+        """Write the table of the study, or of its rows on a given base."""
         if chosen.base is None:
             return write(root, folder, self.budget(chosen))
         return write_given(root, folder, chosen.base, self.budget(chosen))

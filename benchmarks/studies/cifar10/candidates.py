@@ -1,7 +1,7 @@
-"""TRADES, and ways to get ahead of the base on CIFAR-10 that the literature gives hope for: each is a row.
+"""TRADES, and promising ways in the literature to surpass the base on CIFAR-10: each is a row.
 
 The defences start from the purifier with the paper's objective and are trained through the pipeline; the mixture is not
-trained. No number is chosen on test images: whatever was tried is a row, whether it helps or not.
+trained. No number is chosen on test images: every trial is a row, whether it helps or not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from purify_fast.methods.carso.task import as_trained
 from purify_fast.training import Batch
 from purify_fast.training.task import Metrics
 
-#: The weight of the divergence, as the paper has it for CIFAR-10.
+#: The paper's weight of the divergence for CIFAR-10.
 BETA = 6.0
 
 
@@ -38,7 +38,7 @@ class TradesTask(ArrestTask):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         attacked, _ = self.inputs(batch, [])
-        # one pass: BatchNorm sees clean and attacked images together
+        # In one pass BatchNorm sees clean and attacked images together.
         logits = self.forward(torch.cat([batch.x, attacked]))[0].float()
         clean, moved = logits.chunk(2)
         cross_entropy = F.cross_entropy(clean, batch.y)
@@ -59,13 +59,13 @@ Loss = Literal["cross_entropy", "trades", "distilled"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train a defence through the pipeline.
+    """A way to train a defence through the pipeline.
 
     Attributes:
-        source: who proposed it, and where.
-        loss: what is minimized.
+        source: its authors and publication.
+        loss: the loss that is minimized.
         joint: whether the classifier is trained too.
-        late: whether the condition reads the last stage of the classifier alone.
+        late: whether the condition reads only the last stage of the classifier.
     """
 
     source: str
@@ -74,7 +74,7 @@ class Candidate:
     late: bool = False
 
 
-#: By row.
+#: The candidates by row.
 CANDIDATES = {
     "CARSO pipeline, joint": Candidate("purifier and classifier trained together (own)", joint=True),
     "CARSO pipeline, late layers": Candidate("the condition of the last stage alone (own)", late=True),
@@ -94,9 +94,9 @@ class CandidateTask(CarsoTask):
     """CARSO's training through the pipeline with another loss.
 
     Args:
-        defence: what is trained.
-        config: how, through the pipeline.
-        origin: what the purifier starts from.
+        defence: the trained defence.
+        config: settings of the training, through the pipeline.
+        origin: start of the purifier.
         loss: "trades": cross-entropy of clean images and the divergence from there to the attacked ones. Otherwise the
             loss is that of the config, whose targets are the classifier's probabilities for "distilled".
     """
@@ -129,12 +129,13 @@ class CandidateTask(CarsoTask):
 class Mixed(nn.Module):
     """The logarithm of a weighted mean of two models' probabilities.
 
-    A robust model is surer where it is right than where it is wrong. A power of its normalized logits widens that gap,
-    so that the accurate model decides mostly where the robust one is unsure. The numbers are this study's own.
+    A robust model is more confident when it is right than when it is wrong. A power of its normalized logits widens
+    that gap, so that the accurate model decides mostly where the robust model is unsure. The numbers are this study's
+    own.
 
     Args:
         accurate: the model of higher clean accuracy.
-        robust: the other one, whose probabilities count most.
+        robust: the robust model, whose probabilities count most.
     """
 
     SHARE, SCALE, SHIFT, POWER = 0.9, 5.0, 0.5, 3.0

@@ -1,12 +1,13 @@
-"""The models of the study on CIFAR-10, and how each is trained.
+"""The models of the study on CIFAR-10, and their training.
 
 Every model is trained with crops and flips. Adversarially trained classifiers, AFT and ARREST among them, keep a moving
-average of their weights; of the base and of ARREST the weights without it are judged too. The rows of the paper's
-objective have the target and the loss of the paper, and this study's networks, optimizers and budgets: none follows a
-recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate whose
-classifier is trained too are trained in float32, all others in bfloat16. The defences are compared with single networks
-that were trained adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES.
-ARREST's lambda and phi are chosen on training images that the search leaves out; nothing is chosen on test images.
+average of their weights; for the base and ARREST the weights without the average are judged too. The rows of the
+paper's objective have the target and the loss of the paper, and this study's networks, optimizers and budgets: none
+follows a recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate
+whose classifier is trained too are trained in float32, all others in bfloat16. The defences are compared with single
+networks that were trained adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and
+TRADES. ARREST's lambda and phi are chosen on training images that the search leaves out; nothing is chosen on test
+images.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ def images_of(job: Job) -> data.DataSet:
 
 
 def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images that no model was trained on, and their labels, on the job's device.
+    """Training images on which no model was trained, and their labels, on the job's device.
 
     Args:
         job: its settings hold the budget of training.
-        count: how many.
+        count: number of images.
     """
     whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
     chosen, device = slice(first, first + count), job.settings["device"]
@@ -75,12 +76,12 @@ def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
 
 
 def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
-    """A classifier that another row of the job's seed left, on the job's device."""
+    """The trained classifier of another row with the job's seed, on the job's device."""
     return load_classifier(job.folder(root, name)).to(job.settings["device"])
 
 
 def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
-    """PGD as all trainings run it, with steps of 2.5 times eps over their number."""
+    """PGD as used by all trainings, with steps of 2.5 times eps over their number."""
     eps = share * study.EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
@@ -103,21 +104,21 @@ def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestCo
 
 
 def loop(job: Job, epochs: int, **more: object) -> FitConfig:
-    """Crops and flips for all."""
+    """The settings of the loop, with crops and flips for all."""
     batch_size = job.settings["budget"].batch_size
     return FitConfig(epochs, batch_size, job.seed, padding=4, flip=True, checkpoint_seconds=120, **more)
 
 
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
-    """FLOP of one training step per image, counted on a few images.
+    """FLOP per image of a training step, counted on a few images.
 
     Args:
-        task: what was trained; its weights' gradients are overwritten.
-        images: where the few images are from.
-        count: how many.
+        task: the task of the training; its weights' gradients are overwritten.
+        images: source of the few images.
+        count: number of images.
     """
     x = data.to_float(images.x_train[:count])
-    # late in a run, when every term of the loss acts
+    # Late in a run every term of the loss acts.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
     batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, **late)
     with Flops() as counter:
@@ -128,7 +129,7 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
 
 @torch.no_grad()
 def inference_flops(model: nn.Module, images: data.DataSet) -> float:
-    """FLOP of a prediction per image."""
+    """FLOP per image of a prediction."""
     with Flops() as counter:
         model(data.to_float(images.x_test[:2]))
     return counter.total / 2
@@ -149,13 +150,13 @@ def _costs(task: Task, model: nn.Module, images: data.DataSet) -> dict[str, floa
 
 
 def _fitted(job: Job, folder: Path, task: Task, model: nn.Module, epochs: int, images: data.DataSet) -> dict:
-    """Train; what the last epoch measured, and what it cost."""
+    """Train; return the last epoch's measurements and the cost."""
     last = fit(task, images.x_train, images.y_train, loop(job, epochs), folder, title=job.name)
     return last | _costs(task, model, images)
 
 
 def train_standard(job: Job, folder: Path, root: Path) -> dict:
-    """On clean images."""
+    """Train on clean images."""
     images, budget = images_of(job), job.settings["budget"]
     model = fresh(job, images, budget.width)
     convert_to_channels_last(model, images.image_shape)
@@ -166,10 +167,10 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Adversarially from fresh weights, from a model of the zoo, or the base once more, as the job's settings say."""
+    """Train adversarially from fresh weights, from a model of the zoo, or from the base, by the job's settings."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
-        # a second cycle of learning rates, after the one that left the base
+        # This is a second cycle of learning rates, after that of the base.
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
@@ -183,13 +184,13 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
-        # what the same training is without the average costs nothing more
+        # The weights without the average come from the same training at no cost.
         save_classifier(task.classifier, folder / study.LIVE)
     return facts
 
 
 def take_base(job: Job, folder: Path, root: Path) -> dict:
-    """A base that is given, by its name in the zoo, in place of one that the study trains."""
+    """Use a given base, by its name in the zoo, in place of the study's own base."""
     model = zoo.load(job.settings["base"]).to(job.settings["device"])
     images, budget = images_of(job), job.settings["budget"]
     costs = _costs(ArrestTask(copy.deepcopy(model), adversarial(budget), images.image_shape), model, images)
@@ -198,14 +199,14 @@ def take_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def take_standard(job: Job, folder: Path, root: Path) -> dict:
-    """The standard classifier of the first seed, which purifiers of all seeds stand on."""
+    """Use the standard classifier of the first seed, which purifiers of all seeds share."""
     first = replace(job, seed=0)
     save_classifier(trained_classifier(first, root, study.STANDARD), folder)
     return first.result(root, study.STANDARD)
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """One pair of lambda and phi, trained shortly and measured on training images that it leaves out."""
+    """Train a pair of lambda and phi shortly, and measure it on training images that are left out."""
     images, budget = images_of(job), job.settings["budget"]
     model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
@@ -216,7 +217,7 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 
 
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """Lambda and phi of the highest accuracy under attack on the images that the search left out; of the first seed."""
+    """Lambda and phi of the highest accuracy under attack on the search's held-out images, with the first seed."""
     budget = job.settings["budget"]
     if "base" in job.settings:
         return study.CHOSEN
@@ -230,7 +231,7 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
-    """AFT, or ARREST with what the search chose, from the standard classifier."""
+    """Train AFT, or ARREST with the search's choice, from the standard classifier."""
     images, budget = images_of(job), job.settings["budget"]
     weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, study.STANDARD)
@@ -244,12 +245,12 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def best(job: Job, root: Path) -> str:
     """The candidate of the highest accuracy under attack, then of the highest clean accuracy, on held-out images.
 
-    A candidate whose accuracy under attack cannot be believed comes after all others. What the candidates of the first
-    seed reached decides for all seeds.
+    A candidate whose accuracy under attack is doubtful comes last. The candidates' results with the first seed decide
+    for all seeds.
 
     Args:
-        job: of any seed; the candidates of the first seed must have been judged.
-        root: of the study.
+        job: a job of any seed; the candidates of the first seed must have been judged.
+        root: folder of the study.
     """
     first = replace(job, seed=0)
 
@@ -271,7 +272,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Start from the purifier with the paper's objective, as far as shapes are the same; its weights' fingerprint."""
+    """Start from the purifier with the paper's objective, where shapes agree; return its weights' fingerprint."""
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     there = defence.state_dict()
     own = {
@@ -284,7 +285,7 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """CARSO with the paper's objective; from there through the pipeline, as it is, as one of `CANDIDATES`, or as the
+    """Train CARSO with the paper's objective, or continue in the pipeline, as it is, as one of `CANDIDATES`, or as the
     best of these. A mixture is not trained."""
     name = best(job, root) if job.name == study.BEST else job.name
     if name == study.MIXED:
@@ -299,7 +300,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-4 if how.joint else 1e-3,
             joint=how.joint,
-            # a classifier that is trained has no frozen copy, which bfloat16 needs
+            # A trained classifier has no frozen copy, which bfloat16 needs.
             precision="float32" if how.joint else "bfloat16",
         )  # fmt: skip
         if how.loss == "distilled":
@@ -312,7 +313,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """The costs of the mixture, which is not trained: of both of its parts."""
+    """The costs of the mixture, which is not trained: those of both parts."""
     model = model_of(job, root, study.MIXED)
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     return {
@@ -323,7 +324,7 @@ def mix(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
-    """A generator that corrects images: pre-trained, then with the paper's objective, or through the pipeline."""
+    """Train a generator that corrects images: pre-training, then the paper's objective, or through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)

@@ -1,4 +1,4 @@
-"""The jobs of the study on CIFAR-10: what is trained, and how each model is judged by this package's own engine."""
+"""The jobs of the study on CIFAR-10: trainings, and judgings of each model by this package's own engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MakeJob = Callable[..., Job]
 
 
 def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
-    """The trainings of a seed, each behind what it starts from; the first seed has all, the others what is compared."""
+    """The trainings of a seed, each after its start; the first seed has all, the others only the compared models."""
     amount = budget.training
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
     searches = {study.search_name(*pair): pair for pair in pairs}
@@ -53,7 +53,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, finetune, study.STANDARD),
     ]
     if seed > 0:
-        # lambda and phi are chosen once, and so is the best candidate
+        # Lambda and phi are chosen once, like the best candidate.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
@@ -109,7 +109,7 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     if given:
         every.append(judged(study.ALONE, study.AUTHORS))
         return every + [judged(name, "strong") for name in study.ON_GIVEN if strong]
-    # `strong` has the attacks of `standard` and more; `standard` is there to be compared with the official AutoAttack
+    # `strong` has the attacks of `standard` and more; `standard` is for comparison with the official AutoAttack.
     compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
     further = [(name, protocol) for name in study.OFFICIAL for protocol in compared]
     further += [(name, "strong") for name in (*rows, study.BEST) if strong]
@@ -123,13 +123,13 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
 
 
 def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
-    """All jobs, each as early as it can be: a model is judged when it is trained, so that the table grows row by row.
+    """All jobs, each as early as possible: a model is judged once it is trained, so that the table grows row by row.
 
     Args:
         path: the folder of CIFAR-10.
-        budget: how much of everything.
-        device: where models are trained and judged, as torch names it.
-        base: the name in the zoo of a base to stand on, for `ON_GIVEN` alone; None trains and judges everything.
+        budget: amounts of everything.
+        device: torch's name of the device that trains and judges.
+        base: name in the zoo of a given base, for only `ON_GIVEN`; None trains and judges everything.
     """
     shared = {"data": path, "device": device, "budget": budget.training} | ({} if base is None else {"base": base})
     ordered: list[Job] = []
@@ -165,23 +165,23 @@ def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def attacked(job: Job, root: Path, name: str) -> nn.Module:
-    """A model as it is judged: a random defence predicts without noise, so that attacks need no average over draws.
+    """The judged model: a random defence predicts without noise, so that attacks need no average over draws.
 
     study.CARSO decodes the most likely latent, and AToP adds no noise.
     """
     model = model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
-        # all samples are equal then: any aggregation gives their prediction
+        # All samples are then equal: any aggregation gives their prediction.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """One protocol; beside the one that compares models, clean accuracy on many images."""
+    """Run a protocol; with the protocol that compares models, also measure clean accuracy on many images."""
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], images_of(job)
     if name == study.BEST:
-        # with further seeds it is what its training took
+        # With further seeds it is the row that its training took.
         name = best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model, samples = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
@@ -192,13 +192,13 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if protocol == study.AUTHORS:
         seen: dict = {"aggregation": "peel_reference"} if name == study.PEEL else {"target": "classifier"}
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
-        # each image stands for several samples and draws: fewer at once need less memory
+        # Each image has several samples and draws: smaller batches need less memory.
         how = {"attacks": attacks, "steps": job.settings["budget"].carso_steps, "max_forward_batch": 250}
     return result | {protocol: _lowest(job, folder, model, name, samples, getattr(counts, protocol), how)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """A way to get ahead of the base, on training images that were held out."""
+    """Judge a candidate on held-out training images."""
     counts, name = job.settings["judging"], job.settings["model"]
     model, samples = attacked(job, root, name), held_out(job, counts.held_out)
     torch.manual_seed(job.seed)

@@ -1,7 +1,7 @@
 """The numbers of the study on CIFAR-10: read from the folders of its jobs, and stored with the results.
 
-The folders hold models and are large; they may be gone, or lie on another machine. So what they say is stored beside
-the table, and a table is written from both: what a folder has replaces what was stored.
+The folders hold models and are large; they may be gone, or lie on another machine. So their numbers are stored beside
+the table, and a table is written from both: a folder's numbers replace stored numbers.
 """
 
 from __future__ import annotations
@@ -24,64 +24,64 @@ from . import study
 from .plan import trainings
 from .study import Budget, Judging
 
-#: What the results are called: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
-#: on a base that was given stand beside those of the whole study.
+#: The names of the results: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
+#: on a given base stand beside those of the whole study.
 STEM, GIVEN = "cifar10", "cifar10_given"
-#: Beside the reports: how much of everything was trained and judged.
+#: The file beside the reports with the amounts of training and judging.
 BUDGET = "budget.json"
 
 
 class OtherBudget(Unfit):
-    """Runs or results of another budget than the one asked for; they do not go into one table."""
+    """Runs or results have another budget than requested, and do not fit into one table."""
 
 
 @dataclass(frozen=True)
 class SeedFolders:
-    """What the jobs of one seed left, as far as they are done.
+    """The results of the finished jobs of a seed.
 
     Attributes:
-        root: of the study. seed: of the trainings.
+        root: folder of the study. seed: seed of the trainings.
     """
 
     root: Path
     seed: int = 0
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What a job found; None if it is not done."""
+        """The result of a job; None if it is not done."""
         return self.needed(name) if (folder_of(self.root, name, self.seed) / RESULT).is_file() else None
 
     def needed(self, name: str) -> dict[str, Any]:
-        """What a job found that must be done; FileNotFoundError if it is not."""
+        """The result of a job; FileNotFoundError if it is not done."""
         return result_of(self.root, name, self.seed)
 
     def report(self, name: str, protocol: str) -> Report:
-        """What a protocol left of a model that it has judged."""
+        """The report of a protocol on a model."""
         path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
         return Report.from_json(path.read_text())
 
     def judged(self, names: Sequence[str], protocol: str) -> list[str]:
-        """Those of the rows whose models a protocol has judged."""
+        """The rows, among these, whose models a protocol has judged."""
         return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
 
     def hours(self, model: str, batch_size: int) -> float:
-        """How long a model was trained, from its log: a training that was interrupted ran in several processes.
+        """The hours of a model's training, from its log: an interrupted training ran in several processes.
 
         Args:
             model: its row; the mixture was not trained, but its parts were.
-            batch_size: images of a step.
+            batch_size: number of images of a step.
         """
         seconds = 0.0
         for name in (study.STANDARD, study.BASE) if model == study.MIXED else (study.trained_as(model, self.seed),):
             log = folder_of(self.root, name, self.seed) / "log.jsonl"
             before = 0
-            # a classifier that was taken from elsewhere has no log
+            # A classifier taken from elsewhere has no log.
             for epoch in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
                 seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
                 before = epoch["step"]
         return seconds / 3600
 
     def acts_from_step(self, model: str) -> dict[str, int]:
-        """From which step on each term of a model's loss acted, by its training's log; empty where no log says it.
+        """The first step in which each term of a model's loss acted, by its training's log; empty without a log.
 
         Args:
             model: its row.
@@ -96,43 +96,42 @@ class Results:
     """The numbers of the study so far.
 
     Attributes:
-        lines: one for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Lines are
-            what pages quote single numbers from.
-        reports: by what models are compared, by row and seed.
+        lines: a line for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Pages
+            quote single numbers from lines.
+        reports: reports by which models are compared, by row and seed.
     """
 
     lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     reports: dict[tuple[str, int], Report] = field(default_factory=dict)
 
     def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
-        """A line; None if nothing of it is judged."""
+        """A line; None if nothing in it is judged."""
         return self.lines.get((name, seed))
 
     def known(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The lines of those rows that have one, with the first seed."""
+        """The existing lines of these rows, with the first seed."""
         return [self.lines[name, 0] for name in names if (name, 0) in self.lines]
 
     def judged(self, names: Sequence[str], seed: int = 0) -> list[str]:
-        """Those of the rows that have a line."""
+        """The rows, among these, that have a line."""
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """These results, and the earlier ones of what these lack. A line that both have is never mixed of the two.
+        """These results, completed by earlier results. A line that both have is never mixed.
 
-        Earlier lines of models that began with another model are left out where that one was trained anew. So is the
-        best candidate with a further seed where it is another one than with the first seed. Standard error says what is
-        left out.
+        Earlier lines of models that began with a model trained anew are left out. So is the best candidate with a
+        further seed if it differs from that of the first seed. Standard error names the omissions.
 
         Args:
-            earlier: of the same budget.
+            earlier: results of the same budget.
         """
         both = self.lines.keys() & earlier.lines.keys()
-        # hours are from a training's log: those of another training are others
+        # Hours come from a training's log: another training has other hours.
         anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
         gone = {
             (name, seed)
             for name, seed in earlier.lines.keys() - self.lines.keys()
-            # the row of the best candidate is named otherwise than its model
+            # The row of the best candidate has another name than its model.
             if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
         }
         for name, seed in sorted(gone):
@@ -155,12 +154,12 @@ class Results:
         """Write the numbers and the report on all models.
 
         Args:
-            folder: of the results.
-            budget: how much of everything there was.
-            stem: what the results are called.
+            folder: folder of the results.
+            budget: amounts of everything.
+            stem: name of the results.
         """
         order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
-        # rows that this version does not know, or bases at other shares of eps, come last
+        # Rows unknown to this version, or bases at other shares of eps, come last.
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
@@ -168,22 +167,22 @@ class Results:
             if seed == 0:
                 merged.save(folder / stem)
             else:
-                # pages show the first seed; of another one only differences are wanted
+                # Pages show the first seed; for other seeds only differences are needed.
                 write_text(folder / stem / _report_file(seed), merged.to_json())
         write_text(folder / f"{stem}.json", json.dumps(lines, indent=1) + "\n")
         write_text(folder / stem / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path, budget: Budget, stem: str = STEM) -> Results:
-        """What `save` wrote; nothing where there is nothing.
+        """Read the files of `save`; empty without files.
 
         Args:
-            folder: of the results.
-            budget: how much of everything there is now.
-            stem: what the results are called.
+            folder: folder of the results.
+            budget: amounts of everything now.
+            stem: name of the results.
 
         Raises:
-            OtherBudget: it is of another one.
+            OtherBudget: the files have another budget.
         """
         check_budget(folder, budget, stem)
         numbers = folder / f"{stem}.json"
@@ -202,15 +201,15 @@ class Results:
 
 
 def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
-    """That results of a budget can go into a folder.
+    """Check that results of a budget can go into a folder.
 
     Args:
-        folder: of the results.
-        budget: how much of everything there is.
-        stem: what the results are called.
+        folder: folder of the results.
+        budget: amounts of everything.
+        stem: name of the results.
 
     Raises:
-        OtherBudget: it holds results of another one.
+        OtherBudget: it holds results of another budget.
     """
     amounts = folder / stem / BUDGET
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
@@ -220,7 +219,7 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
 
 @functools.cache
 def _needs() -> dict[str, tuple[str, ...]]:
-    """By row, what its training needs."""
+    """For each row, the rows that its training needs."""
     every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
     return {job.name: tuple(name for name, _ in job.needed()) for job in every}
 
@@ -239,13 +238,13 @@ def _report_file(seed: int) -> str:
 
 
 def _amounts(budget: Budget) -> dict[str, Any]:
-    """What results must share to stand in one table: not the number of seeds, nor that of the bases."""
+    """The amounts that results in one table must share: all except the numbers of seeds and bases."""
     plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
     return json.loads(json.dumps(plain))
 
 
 def _only(merged: Report, model: str) -> Report:
-    """The part of a report on several models that is about one of them."""
+    """The part of a report on several models that concerns one of them."""
     return Report(
         [row for row in merged.rows if row.model == model],
         about=merged.about,
@@ -256,15 +255,15 @@ def _only(merged: Report, model: str) -> Report:
 
 
 def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> Results:
-    """What the folders of the jobs say.
+    """Collect the results in the jobs' folders.
 
     Args:
-        root: of the study.
-        budget: how much of everything there is.
-        names: of the rows; None for all of the study.
+        root: folder of the study.
+        budget: amounts of everything.
+        names: names of the rows; None for all rows.
 
     Raises:
-        OtherBudget: a job was asked to do more or less.
+        OtherBudget: a job had other amounts.
     """
     amounts = _amounts(budget)
     wanted = {"budget": amounts["training"], "judging": amounts["judging"]}
@@ -284,7 +283,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
 
 
 def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]:
-    """The accuracies and costs of a model that is judged."""
+    """The accuracies and costs of a judged model."""
     counts = budget.judging
     judged = folders.needed(study.judged_name(name, counts.main))
     facts = folders.needed(study.trained_as(judged["model"], folders.seed))
@@ -314,7 +313,7 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
 
 
 def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
-    """The candidates that are judged on held-out training images."""
+    """The lines of candidates judged on held-out training images."""
     tried = {name: folders.result(study.tried_name(name)) for name in study.TRIED}
     return [
         {"name": study.tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
@@ -325,15 +324,15 @@ def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
 
 
 def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]]:
-    """Models under the attacks of their authors, beside what compares models, on the same images.
+    """Models under the attacks of their authors, beside the protocol that compares models, on the same images.
 
     Args:
-        folders: what the jobs left.
-        counts: how many images each protocol has.
+        folders: results of the jobs.
+        counts: number of images of each protocol.
 
     Returns:
-        One line for each row of `AS_AUTHORS` that is judged: shares, and in how many more images the second is right
-        than the first, with the standard error.
+        A line for each judged row of `AS_AUTHORS`: shares, and their difference in images (second minus first) with its
+        standard error.
     """
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
@@ -354,11 +353,11 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
 
 
 def first(report: Report, count: int) -> np.ndarray:
-    """Which of the first images withstood all attacks, bool.
+    """Mask of the first images that withstood all attacks, bool.
 
     Args:
-        report: of one model.
-        count: how many images.
+        report: report on one model.
+        count: number of images.
     """
     worst = next(row for row in report.rows if row.kind == study.WORST)
     return worst.robust[:count]

@@ -1,8 +1,8 @@
 """The robust networks that are trained for the contest of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each is trained as the study's base is, for fewer passes over the images; some go on from a network of the zoo. A
-training that was stopped goes on where it was. What it leaves lies in the folder ``zoo``, in bfloat16 and with a card,
-and is judged and packed by ``python -m benchmarks zoo NAME=FOLDER``.
+Each is trained like the study's base, for fewer passes over the images; some go on from a network of the zoo. A stopped
+training is resumed. The result lies in the folder ``zoo``, in bfloat16 and with a card; ``python -m benchmarks zoo
+NAME=FOLDER`` judges and packs it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .. import Job, run
 from .models import train_base
 from .study import EPS, Training
 
-#: The zoo's network from which some of them begin, so that one pass over the images is enough.
+#: The zoo's network from which some networks begin, so that one pass over the images is enough.
 BASE = "cifar10-pgd-at-w16"
 
 
 class Network(NamedTuple):
-    """One of the networks: its width, how its training differs from that of the study's base, and what it is."""
+    """A network: its width, the differences of its training from the study's base, and its description."""
 
     width: int
     how: dict[str, object]
@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """Train one network, and return the folder that the zoo packs."""
+    """Train a network, and return the folder that the zoo packs."""
     network = NETWORKS[chosen.name]
     budget = Training(width=network.width, base_epochs=network.epochs)
     settings = {"data": chosen.data, "device": chosen.device, "budget": budget, "how": network.how}

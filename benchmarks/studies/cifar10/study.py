@@ -1,4 +1,4 @@
-"""The study on CIFAR-10: how much is trained and judged, its rows by name, and how these are related."""
+"""The study on CIFAR-10: amounts of training and judging, its rows by name, and their relations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .candidates import CANDIDATES, ELIGIBLE, MIXED
 
 @dataclass(frozen=True)
 class Training:
-    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as with --full."""
+    """The amounts of each training. The defaults are for a CPU: attacks take half as many steps as with --full."""
 
     width: int = 16
     #: of the base that has at least as many parameters as base and purifier together
@@ -43,7 +43,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Judging:
-    """How many images each protocol attacks; 0 leaves it out. The defaults are for a CPU.
+    """The number of images that each protocol attacks; 0 leaves it out. The defaults are for a CPU.
 
     Attributes:
         clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
@@ -63,7 +63,7 @@ class Judging:
     tried: Literal["fast", "strong"] = "strong"
 
     def protocols(self) -> dict[str, int]:
-        """The protocols that every model is attacked by, each with its number of images."""
+        """The protocols that attack every model, each with its number of images."""
         counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
         return {name: count for name, count in counts.items() if count > 0}
 
@@ -78,20 +78,20 @@ class Judging:
 
     @property
     def main(self) -> str:
-        """The protocol of the most images, and the strongest one of these: models are compared by it."""
+        """The protocol that compares models: the strongest among those with most images."""
         counts = self.protocols()
         return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything.
+    """The amounts of everything.
 
     Attributes:
-        training: of each model. judging: of each model.
-        shares: bases trained at shares of eps; with the standard classifier and the base they are the curve that
-            others are compared with.
-        seeds: trainings of what is compared, each with a seed of its own.
+        training: amounts for each model. judging: amounts for each model.
+        shares: bases trained at shares of eps; with the standard classifier and the base they form the curve of
+            comparison.
+        seeds: number of trainings of compared models, each with its own seed.
     """
 
     training: Training = Training()
@@ -100,10 +100,10 @@ class Budget:
     seeds: int = 2
 
     def of_width(self, width: int) -> Budget:
-        """The same with networks of another width; the larger base is wider in the same proportion.
+        """The same budget with networks of another width; the larger base is wider in the same proportion.
 
-        At another width the larger and the longer base have no longer as many parameters, or as much training compute,
-        as base and purifier together: a purifier does not grow with its classifier's width.
+        At another width the larger and the longer base no longer match the parameters, or the training compute, of base
+        and purifier together: a purifier does not grow with its classifier's width.
 
         Args:
             width: channels of the first stage.
@@ -121,7 +121,7 @@ def budget_of(amount: str) -> Budget:
 
 
 EPS = 8 / 255
-#: What CARSO reads of the classifier: the blocks that end its last three stages.
+#: The layers that CARSO reads in the classifier: the blocks that end its last three stages.
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
@@ -131,19 +131,19 @@ CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 CARSO_ARREST = "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
-#: The setting of the paper, whose classifiers are not robust by themselves.
+#: The row in the setting of the paper, whose classifiers are not robust by themselves.
 ATOP_STANDARD = "AToP, paper's objective, on standard"
 #: CARSO attacked through the output that its authors attack.
 PEEL = "CARSO, paper's objective, through PeeL"
-#: AToP attacked as its notebooks do while they train: the attack sees the classifier alone.
+#: AToP attacked as in the training of its notebooks: the attack sees only the classifier.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: Rows that are attacked as the method's authors do, and no otherwise; their place among the protocols.
+#: Rows that are attacked only as by the method's authors; their place among the protocols.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: Rows whose weights another row's training leaves.
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
-#: Where a training keeps the weights that its moving average is of.
+#: The place of a training's weights without the moving average.
 LIVE = "without_average"
 #: The classifier behind each defence.
 BEHIND = {
@@ -157,11 +157,11 @@ BEHIND = {
     ATOP_STANDARD: STANDARD,
     **dict.fromkeys(CANDIDATES, BASE),
 }
-#: The row that counts.
+#: The main row.
 WORST = "worst"
 #: The row of the best candidate, judged on test images.
 BEST = "best candidate"
-#: Models whose differences to another one are shown.
+#: Models whose differences from another model are shown.
 PAIRS = (
     (BEST, BASE),
     (BEST, CARSO_PIPELINE),
@@ -178,11 +178,11 @@ PAIRS = (
     (ARREST, ARREST_EMA),
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
-#: What is trained with a second seed.
+#: Rows trained with a second seed.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
-#: What the official AutoAttack attacks as well.
+#: Rows that the official AutoAttack attacks too.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
-#: What is tried on held-out images, and its source: two references, then the candidates.
+#: Rows tried on held-out images, with their sources: two references, then the candidates.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
@@ -191,7 +191,7 @@ TRIED = {
 }
 
 
-#: What is trained on a base that is given, with each seed: the rows whose training was wrong, and what they need.
+#: Rows trained on a given base, with each seed: those whose training was wrong, and those that they need.
 ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
 #: Models of these whose differences are shown.
 GIVEN_PAIRS = (
@@ -202,7 +202,7 @@ GIVEN_PAIRS = (
     (ARREST, ARREST_EMA),
     (ARREST, BASE),
 )
-#: Lambda and phi of ARREST there: those that the study chose on held-out training images with the first seed.
+#: Lambda and phi of ARREST there, chosen by the study on held-out training images with the first seed.
 CHOSEN = (50.0, 30.0)
 
 
@@ -211,8 +211,8 @@ def trained_as(name: str, seed: int) -> str:
 
     Args:
         name: the row.
-        seed: of the training. Of the candidates, only the best one is trained with further seeds; its weights lie in
-            the folder of `BEST`.
+        seed: seed of the training. Only the best candidate is trained with further seeds; its weights lie in the
+            folder of `BEST`.
     """
     if seed > 0 and name in ELIGIBLE:
         return BEST
@@ -230,7 +230,7 @@ def share_name(share: float) -> str:
 
 
 def rows(budget: Budget) -> list[str]:
-    """The models of the table, in its order."""
+    """The models of the table, in order."""
     defences = [name for name in BEHIND if name not in CANDIDATES]
     return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *defences]
 

@@ -1,4 +1,4 @@
-"""The tables and pictures of the study on CIFAR-10, of all that is judged so far."""
+"""The tables and pictures of the study on CIFAR-10, with all models judged so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .study import Budget, Judging
 
 
 class NothingJudged(Unfit):
-    """A table was asked for, and there is no row for it yet."""
+    """A table was requested, and it has no row yet."""
 
 
 def _error(share: float, images: int) -> float:
@@ -30,7 +30,7 @@ def percent(share: float, images: int) -> str:
 
 
 def protocols_of(results: Results, names: Sequence[str], seed: int, counts: Judging) -> dict[str, int]:
-    """The protocols that have judged any of the rows, each with its number of images."""
+    """The protocols that have judged any of the rows, with their numbers of images."""
     lines = [results.lines[name, seed] for name in names]
     return {name: count for name, count in counts.protocols().items() if any(name in line for line in lines)}
 
@@ -42,14 +42,14 @@ def differences(
     pairs: Sequence[tuple[str, str]] = study.PAIRS,
     shared: Sequence[str] = (),
 ) -> list[str]:
-    """A line for each pair of which both models are judged: the difference, image by image.
+    """A line for each pair of judged models: their difference, image by image.
 
     Args:
         results: of the study.
         counts: how many images each protocol has.
         seed: of the trainings.
         pairs: names of rows.
-        shared: rows of the first seed that models of all seeds stand on.
+        shared: rows of the first seed that models of all seeds share.
     """
     reports = {
         name: report for (name, of), report in results.reports.items() if of == seed or (of == 0 and name in shared)
@@ -62,11 +62,11 @@ def differences(
 
 
 def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) -> str:
-    """In which rows ``strong`` leaves another number of the images that what compares models attacked too; "" if none.
+    """The rows in which ``strong`` leaves another number than the main protocol of its images; "" if none.
 
     Args:
         results: of the study.
-        names: of rows whose models are judged.
+        names: names of rows whose models are judged.
         counts: how many images each protocol has.
     """
     lines = {name: results.lines[name, 0] for name in names}
@@ -80,12 +80,12 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
 
 
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
-    """A sentence for each part of the study that has not ended; none when all is done.
+    """A sentence for each unfinished part of the study.
 
     Args:
         results: of the study.
         budget: how much of everything there is.
-        elsewhere: rows that stand in the table of a base that was given, and are not missed here.
+        elsewhere: rows in the table of a given base, which do not count as missing here.
     """
     counts = budget.judging
     wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
@@ -109,10 +109,10 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
 
 
 def reached_by(line: dict[str, Any], counts: Judging) -> Point:
-    """Where a model stands in the pictures.
+    """The place of a model in the pictures.
 
     Args:
-        line: of the model.
+        line: line of the model.
         counts: how many images each protocol has.
     """
     clean, robust = line["clean"], line[counts.main]
@@ -120,17 +120,17 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
 
 
 def write_given(root: Path, folder: Path, base: str, budget: Budget) -> Path:
-    """``cifar10_given.md`` and its numbers and reports in ``folder``, of every row of `ON_GIVEN` that is judged.
+    """Write ``cifar10_given.md``, its numbers and reports in ``folder``, for all judged rows of `ON_GIVEN`.
 
     Args:
-        root: of the study on the base that was given.
+        root: folder of the study on the given base.
         folder: of the results.
-        base: its name in the zoo.
+        base: name of the base in the zoo.
         budget: how much of everything there is.
 
     Raises:
-        NothingJudged: ``root`` holds nothing that is judged.
-        OtherBudget: ``root`` or ``folder`` is of another budget.
+        NothingJudged: ``root`` holds no judged model.
+        OtherBudget: ``root`` or ``folder`` has another budget.
     """
     results = collect(root, budget, study.ON_GIVEN).over(Results.read(folder, budget, GIVEN))
     if not results.lines:
@@ -140,10 +140,10 @@ def write_given(root: Path, folder: Path, base: str, budget: Budget) -> Path:
 
 
 def write(root: Path, folder: Path, budget: Budget) -> Path:
-    """``cifar10.md`` and its numbers, reports and pictures in ``folder``, of every model that is judged.
+    """Write ``cifar10.md``, its numbers, reports and pictures in ``folder``, for all judged models.
 
-    What ``folder`` holds already, of the same budget, stays where ``root`` has nothing in its place: a study can be
-    done in parts, on several machines.
+    Earlier results of the same budget in ``folder`` stay unless ``root`` replaces them: a study can be done in parts,
+    on several machines.
 
     Args:
         root: of the study.
@@ -151,8 +151,8 @@ def write(root: Path, folder: Path, budget: Budget) -> Path:
         budget: how much of everything there is.
 
     Raises:
-        NothingJudged: ``root`` holds nothing that is judged, or there is no row of the first seed.
-        OtherBudget: ``root`` or ``folder`` is of another budget.
+        NothingJudged: ``root`` holds no judged model, or there is no row of the first seed.
+        OtherBudget: ``root`` or ``folder`` has another budget.
     """
     new = collect(root, budget)
     results = new.over(Results.read(folder, budget))
@@ -168,14 +168,14 @@ def write(root: Path, folder: Path, budget: Budget) -> Path:
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
-    """The page of the study, or of its rows on a base that is given, from its numbers.
+    """Write the page of the study, or of its rows on a given base, from its numbers.
 
     Args:
-        folder: where to.
-        name: of the page.
-        results: of the study.
+        folder: folder of the page.
+        name: name of the page.
+        results: results of the study.
         budget: how much of everything there is.
-        more: ``given``, the names of the rows that have a table of their own, or ``base``, the name of what was given.
+        more: ``given``, the names of the rows with a separate table, or ``base``, the name of the given base.
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
     return write_page(
@@ -189,7 +189,7 @@ Point = tuple[float, float, float, float]
 
 
 def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
-    """Clean against robust accuracy, with the curve of bases that were trained at shares of eps.
+    """Draw clean against robust accuracy, with the curve of bases trained at shares of eps.
 
     Args:
         points: of the models, by row.
@@ -199,15 +199,15 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
-        # a curve has one value at each place: the higher one counts
+        # A curve has one value at each place: the higher value counts.
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
-    # the first is a stage of others, the second stands where the base does
+    # The first is a stage of other models, the second has the base's place.
     shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
 
 
-#: Bars of the picture for those who do not read tables: what each is, and its row.
+#: Bars of the picture for readers who skip tables: the label of each, and its row.
 BARS = (
     ("A: a network trained on clean photos", study.STANDARD),
     ("B: the same, trained on attacked photos", study.BASE),
@@ -219,7 +219,7 @@ BARS = (
 
 
 def picture(points: dict[str, Point], path: Path) -> bool:
-    """How many of a hundred photos each model still recognizes; False without matplotlib.
+    """Draw how many of a hundred photos each model still recognizes; False without matplotlib.
 
     Args:
         points: of the models, by row.
@@ -237,7 +237,7 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
         axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
     if study.BASE in points:
-        # what every defence has to beat
+        # Every defence has to beat this.
         axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))

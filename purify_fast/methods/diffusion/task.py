@@ -113,8 +113,8 @@ class DiffusionTask(Task):
         denoiser: `purify_fast.models.UNet`, or any module (x_t ``[B, C, H, W]``, t ``[B]``) to a prediction of the
             shape of x_t. It is trained in place. The time is the training step's index, 0 to 999; for the schedule "vp"
             999 t.
-            config: settings of the training.
-            origin: start of the denoiser, if not from scratch; a run is resumed only with the same origin.
+        config: settings of the training.
+        origin: start of the denoiser, if not from scratch; a run is resumed only with the same origin.
 
     Raises:
         ValueError: config has an attack.
