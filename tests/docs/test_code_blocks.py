@@ -40,6 +40,7 @@ SHORTER = {
     r"evaluate\(noisy, images, labels": "evaluate(noisy, images[:4], labels[:4]",
     r", batch_size=\d+|batch_size=\d+, ": "",
     r"FitConfig\(": "FitConfig(batch_size=8, ",
+    r"digits\.x_train, digits\.y_train$": "digits.x_train[:160], digits.y_train[:160]",
     # the protocol "standard" takes minutes on such images; another test runs it
     r"^report = evaluate\(defence, x, y, eps=8 / 255\)": (
         "report = evaluate(defence, x, y, eps=8 / 255, attacks=[], progress=False)"
