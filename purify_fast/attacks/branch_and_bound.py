@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .._validation import Count
@@ -86,8 +86,6 @@ class BranchAndBound(BallAttack):
         Raises:
             ValueError: the model is not such a network.
         """
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a module, whose layers can be read, got {type(model).__name__}")
         layers = affine_layers(model, x.shape[1:], self.relus)
         with frozen(model):
             logits = Judge(model, max_forward_batch=max_forward_batch).logits(x).double().cpu()

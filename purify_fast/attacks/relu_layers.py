@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..protocols import Classifier
+
 #: A model with more weights has too many ReLUs for the search and is not read.
 MOST_WEIGHTS = 4_000_000
 #: The vectors of a basis in one call of the model, and the images on which the matrices are compared with it.
@@ -38,7 +40,7 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
-def affine_layers(model: nn.Module, shape: Sequence[int], most: int | None = None) -> list[Affine]:
+def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = None) -> list[Affine]:
     """A network as matrices, with a ReLU between two of them.
 
     Args:

@@ -158,7 +158,7 @@ REFUSED = {
     "whole numbers": (Behind(lambda x: (8 * x).long() / 8), "no affine operation"),
     "a detour": (Behind(detour), "affine between its ReLUs"),
     "noise": (Behind(lambda x: x + 1e-9 * torch.rand_like(x)), "rand"),
-    "a function": (lambda x: x.flatten(1)[:, :3], "model must be a module.*got function"),
+    "a function": (lambda x: x.flatten(1)[:, :3], "a module of affine layers and ReLUs, got function"),
     "too many weights": (nn.Linear(9, MOST_WEIGHTS // 9), f"at most {MOST_WEIGHTS} weights"),
 }
 
