@@ -24,6 +24,41 @@ def interpreter():
         )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def language_replaced_once(interpreter):
+    """A launch replaces the functions of Triton's language once.
+
+    Triton does it again at each call from one jitted function to another. That took most of the time of these tests.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+
+    def once(fn):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return replace(fn)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_LangPatchScope"):
+            patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_search_for_overflow(interpreter):
+    """Triton computes for every sum of integers whether it overflows, and asserts it only if ``debug`` is set."""
+    from dataclasses import replace
+
+    from triton.runtime.interpreter import interpreter_builder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=False))
+        yield
+
+
 @pytest.fixture
 def bfloat16_of_a_gpu(monkeypatch):
     """Rounds to bfloat16 as a GPU does, and multiplies its numbers.

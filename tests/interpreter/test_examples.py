@@ -12,7 +12,14 @@ from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.verify import compare
 
 #: Take longest in the interpreter: one dtype is run, and of those of attention only the smallest example.
-SLOW = ("contextual_attention", "decode_samples", "pgd_step", "random_transform")
+SLOW = (
+    "contextual_attention",
+    "decode_samples",
+    "hyperplane_projection",
+    "pgd_step",
+    "random_transform",
+    "square_proposal",
+)
 #: By op with a Triton kernel.
 EXAMPLES = {name: op.examples for name, op in REGISTRY.items() if op.launch is not None}
 
