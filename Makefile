@@ -10,7 +10,7 @@ CMAKE  := build/cmake
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD  := PURIFY_FAST_BUILD=cpu
 # a test process per core: threads that wait for work must not spin, or each would take the others' core
-PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+PARALLEL = OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 # the oldest versions that are supported, and the newest numpy that the interpreter of that Triton works with
