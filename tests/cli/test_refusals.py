@@ -79,7 +79,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number of percent from 0 to 100, such as 70, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: a claim of 70 % is written 70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
-    "train atop --mixture 0.5 abc": "must be a number or a fraction such as 8/255, got 'abc'",
+    "ablate arrest --angles 30 abc": "--angles must be a number or a fraction such as 8/255, got 'abc'",
     "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --out {bars}/report": "--out must be a folder, got {bars}/report: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",

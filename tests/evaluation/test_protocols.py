@@ -281,13 +281,13 @@ def test_models_that_return_other_things_than_logits():
             lambda z: (net(z), z),
             TypeError,
             r"a torch.Tensor of logits \[B, classes\], or an object or mapping with them as logits, got a tuple of "
-            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member 0, "
-            r"give lambda x: model\(x\)\[0\]",
+            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
+            r"0, give lambda x: model\(x\)\[0\]",
         ),
         (
             lambda z: net(z).detach().numpy(),
             TypeError,
-            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then have no",
+            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "as logits, got NoneType$"),
         (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),

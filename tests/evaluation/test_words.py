@@ -190,14 +190,14 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
             True,
             "under PGD.\n1 of 11 signs of a failed attack were asked, and none of these gives a reason to doubt the",
         ),
-        (("passed", "noted"), True, "gives a reason to doubt the\nnumber. Noted: a1. Not asked: a further attack"),
+        (("passed", "noted"), True, "to doubt the number. Noted: a1. Not asked: a further attack"),
         (("unreliable",), False, "unreliable: a better attack may leave less:\n- a0: found (row)"),
     ],
 )
 def test_verdicts(verdicts, reliable, said):
     findings = [Finding(f"a{i}", verdict, "found", "row", "m") for i, verdict in enumerate(verdicts)]
     text = Report([row(reliable=reliable)], findings=findings).to_text(color=False)
-    assert said in text
+    assert joined(said) in joined(text)
 
 
 def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
