@@ -47,6 +47,15 @@ def test_the_table_has_23_defences_14_honest_models_and_one_that_is_flagged_righ
     assert all(one.images <= 40 for one in every if one.random)
 
 
+def test_a_published_figure_says_where_it_stands():
+    """A figure without a place in a paper is not shown."""
+    for name in tables.SOURCES:
+        figure = entry.ENTRIES[name].published
+        assert figure.endswith(")") and tables.published(name) == f"{figure[:-1]}; {tables.SOURCES[name]})"
+    assert tables.published("k-winners-take-all") == tables.published("diffusion under no_grad") == "-"
+    assert tables.published("ME-Net") == "-"
+
+
 def gradients(part):
     """Gradients of an image that stands to the end of a part."""
     attack = part.attack
