@@ -54,8 +54,8 @@ class Evaluate(DataCommand, Purification):
             engine; rand, its version for random defences; strong, what a careful attacker would do; official,
             AutoAttack itself; authors, what those who published the defence ran, to compare with their numbers. The
             last two need the package pyautoattack. A list of attacks of your own is given in Python.
-        images: Held-out images to attack: so many, chosen by the seed, as many of each class as of the next, give or
-            take one. Where there are fewer, all of them are attacked, and the report says so.
+        images: Held-out images to attack: so many, chosen by the seed; the numbers of images per class differ by at
+            most 1. Where there are fewer, all of them are attacked, and the report says so.
         steps: Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100.
         eot_iter: Draws of the defence that each step averages over.
         n_eval: Independent predictions of a random defence on each attacked image; it is robust if all of them are
@@ -256,7 +256,7 @@ class Evaluate(DataCommand, Purification):
             subset = balanced_subset(
                 images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
             )
-        choice = f"chosen by the seed {self.seed}, as many of each class as of the next, give or take one"
+        choice = f"chosen by the seed {self.seed}; the numbers of images per class differ by at most 1"
         notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 

@@ -203,7 +203,7 @@ def test_only_attacks_along_own_gradients_can_lack_them():
     rows += [row(name, [1, 1, 1, 1], health=MASKED) for name in ("A", "B")]
     said = {finding.alarm: finding for finding in findings(Evidence(rows))}
     assert said["gradient health"].measured.startswith(
-        "all 2 attacks along the model's own gradients lacked usable gradients; "
+        "all 2 attacks along the model's own gradients lacked usable ones; "
     )
     page = html.unescape(" ".join(html_page(Report(rows[:3])).split()))
     assert "every attack" not in page and "The attack along" not in page
@@ -220,7 +220,7 @@ def test_the_page_and_its_signs_agree():
     said = findings(Evidence(rows))
     sign = next(finding for finding in said if finding.alarm == "gradient health")
     assert sign.verdict == "noted" and sign.measured.startswith(
-        "1 of 3 attacks along the model's own gradients lacked usable gradients; "
+        "1 of 3 attacks along the model's own gradients lacked usable ones; "
     )
     over = {"over": ["A", "B", "C"], "attacked": 4}
     rows.append(row("worst", [1, 0, 0, 1], kind="worst", health=None, settings=over))

@@ -213,7 +213,7 @@ def logits(evidence: Evidence) -> Outcome | None:
     if evidence.probabilities is None:
         return None
     if not evidence.probabilities:
-        return "passed", "what the model returns is not a list of probabilities", ""
+        return "passed", "the model does not return probabilities", ""
     if evidence.one_hot:
         return "unreliable", f"the model {ONE_HOT}", ""
     text = (
@@ -237,30 +237,31 @@ def gradient_health(evidence: Evidence) -> Outcome:
         return "passed", f"{all_of} had finite gradients that moved the images", ""
     shares = f"not finite / zero / images not moved: {broken[0].describe_health()}"
     if len(broken) < len(counted):
-        text = f"{len(broken)} of {len(counted)} attacks {along} lacked usable gradients; {shares}"
+        text = f"{len(broken)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
         return "noted", text, broken[0].attack
     all_of = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
-    return "unreliable", f"{all_of} lacked usable gradients; {shares}", broken[0].attack
+    return "unreliable", f"{all_of} lacked usable ones; {shares}", broken[0].attack
 
 
 @alarm("gradient-free against gradients")
 def gradient_free_beats_gradients(evidence: Evidence) -> Outcome:
     """Alarm if an attack without gradients breaks images that attacks with gradients left."""
-    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE)
+    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE, "without gradients")
 
 
 @alarm("transfer against gradients")
 def transfer_beats_gradients(evidence: Evidence) -> Outcome:
     """Alarm if images of another model, or its gradients, break images that the model's own gradients left."""
-    return _beaten(evidence, lambda row: row.transferred)
+    return _beaten(evidence, lambda row: row.transferred, "on another model, or along its gradients,")
 
 
-def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
+def _beaten(evidence: Evidence, other: Callable[[Row], bool], kind: str) -> Outcome:
     fallen = evidence.fallen()
     own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
     others = [(row, mask) for row, mask in fallen if other(row)]
     if not own or not others:
-        return "not asked", "no attack by the model's own gradients" if others else "no such attack", ""
+        missing = "along the model's own gradients" if others else kind
+        return "not asked", f"no attack {missing} ran", ""
     full = max(row.n for row, _ in fallen)
     by_gradients, by_others = np.zeros(full, dtype=bool), np.zeros(full, dtype=bool)
     for row, mask in own:
@@ -299,7 +300,9 @@ def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     if not probes.missed:
-        none = "no image was left" if probes.further is None else "the model has none"
+        none = (
+            "no image was left" if probes.further is None else "the model has no parts or copies with other gradients"
+        )
         return ("noted", absent, "") if absent else ("not asked", none, "")
     verdict, text, row = _missed(probes.missed, probes.n)
     if absent:
@@ -313,7 +316,7 @@ def _missed(missed: dict[str, int], n: int) -> Outcome:
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     text = f"{count} of {n} images withstood every attack of the report, but fell to {gradients}"
     if not count:
-        text = f"of {n} images, {gradients} broke none that the report's attacks had left"
+        text = f"{gradients} broke none of the first {n} images that the report's attacks had left"
     verdict = _verdict(_surely_more(count, MOST_MISSED, n), noted=count > 1)
     return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
 
