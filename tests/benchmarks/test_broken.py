@@ -127,7 +127,7 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     program.main([*arguments, "--redo", tables.STRONG])
     assert len(judging) == 21 and len(json.loads((tmp_path / tables.FILE).read_text())) == 18
     rows = lines_of(capsys.readouterr().out)
-    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, "1.5 (CIFAR-10, 0.031; section 12)", "4", "100", "25",
+    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, tables.published("EMPIR"), "4", "100", "25",
             "100", "100 **unreliable**", "100", "flagged", "missed"] in rows  # fmt: skip
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
     assert ["EMPIR", "batch size", "none", "found 2 of 32"] in rows

@@ -216,6 +216,8 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
             return self.classifier(self.purify(x))
 
     report = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)]})
+    for text in forms(report)[1:]:
+        assert "attack along the gradients of BPDA had" in joined(text)
     for text in forms(report):
         text = joined(text)
         assert "Not asked: gradient-free against gradients, transfer" in text

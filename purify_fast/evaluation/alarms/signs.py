@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..rows import GRADIENT_FREE, Row
+from ..rows import GRADIENT_FREE, Row, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
@@ -231,7 +231,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
         return "not asked", "no attack counted the gradients of the model itself", ""
     broken = [row for row in counted if row.lacked_gradients]
     # Attacks without gradients, or along those of other models, are not among them.
-    along = "along the model's own gradients"
+    along = followed(counted)
     if not broken:
         all_of = f"the attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
         return "passed", f"{all_of} had finite gradients that moved the images", ""
