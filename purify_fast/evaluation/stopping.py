@@ -126,6 +126,6 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     return [
         f"the searches that ended early missed at most {sum(points):.2f} points, at 95 % confidence for each attack. "
         "An attack begins with the images to which earlier attacks came nearest. It stops when so many in a row have "
-        f"withstood it that hardly any of the rest can fall. Images that were not searched: {each}. The protocol strong "
-        "searches every image"
+        f"withstood it that hardly any of the rest can fall. Images that were not searched: {each}. The protocol "
+        "strong searches every image"
     ]
