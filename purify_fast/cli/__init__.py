@@ -19,7 +19,7 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._version import __version__
 from .check import Check
-from .command import Command, usable_device
+from .command import Command, in_options, usable_device
 from .evaluate import Evaluate
 from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
@@ -91,6 +91,8 @@ def _run(arguments: list[str]) -> int:
         retain_freed_memory()
         if isinstance(command, (Training, Evaluate)):
             command = replace(command, device=own_device(usable_device(command.device)))
+        # an attribute and no option, so that no file of options has it
+        object.__setattr__(command, "typed", tuple(arguments))
         # the first of several processes writes
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
         return command.run() or 0
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         rank = _rank()
         # stderr may be a file on a full disk, or closed
         with contextlib.suppress(OSError, ValueError):
-            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {in_options(str(error))}", file=sys.stderr)
         return 2
     except Exception as error:
         if not ran_out_of_memory(error):

@@ -24,7 +24,7 @@ class Check(Command):
     """Try every fallen image of a report again, which `evaluate --keep all` wrote. Exit status 1 if not all fall.
 
     Args:
-        report: The folder of the report.
+        report: The folder of the report, or of the run that was evaluated.
         model: What to try: a folder, zoo:NAME or a function of yours, as for `evaluate`; default: what the report's
             run.yaml names.
         batch_size: Images in one forward pass.
@@ -44,22 +44,34 @@ class Check(Command):
         from ..evaluation.witnesses import check_witnesses, load_witnesses
         from ..speed.precision import float32_products
 
-        device, whose = usable_device(self.device), self.evaluated()
-        witnesses, _ = load_witnesses(self.report)
+        folder = self.folder()
+        device, whose = usable_device(self.device), self.evaluated(folder)
+        witnesses, _ = load_witnesses(folder)
         model, _ = whose.prepared(images_of(witnesses, device))
         with float32_products(tf32=whose.precision == "tf32"):
-            checked = check_witnesses(self.report, model, batch_size=self.batch_size, seed=self.seed)
+            checked = check_witnesses(folder, model, batch_size=self.batch_size, seed=self.seed)
         print(checked.to_text())
         return 0 if checked.confirmed else 1
 
-    def evaluated(self) -> Evaluate:
-        """The command that made the report, or one that attacks the given model."""
+    def folder(self) -> Path:
+        """The folder of the report; FileNotFoundError if there is none."""
+        places = [self.report, self.report / "evaluation"]
+        place = next((place for place in places if (place / "report.json").is_file()), None)
+        if place is None:
+            raise FileNotFoundError(
+                f"there is no report.json in {places[0]} or {places[1]}: give the folder that `purify-fast evaluate` "
+                "wrote to, which its last line names"
+            )
+        return place
+
+    def evaluated(self, folder: Path) -> Evaluate:
+        """The command that made the report in a folder, or one that attacks the given model."""
         if self.model is not None:
             words = [self.model]
-        elif (path := self.report / RUN_FILE).is_file():
+        elif (path := folder / RUN_FILE).is_file():
             words = ["--config", str(path)]
         else:
-            raise FileNotFoundError(f"{self.report} holds no {RUN_FILE}, which names the model: name it as MODEL")
+            raise FileNotFoundError(f"{folder} holds no {RUN_FILE}, which names the model: name it as MODEL")
         command = parse(Evaluate, words)
         assert isinstance(command, Evaluate)
         return command

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
+    from ..protocols import Classifier
+
+Model = TypeVar("Model", bound="Classifier")
 
 #: This prefix marks a model of `purify_fast.zoo` where a folder may stand as well.
 ZOO = "zoo:"
@@ -46,15 +49,17 @@ def is_of_library(spec: str) -> bool:
     return spec.partition(":")[0] in LIBRARIES
 
 
-def own_model(spec: str, images: DataSet) -> nn.Module:
-    """Call the user's function, ``package.module:function`` or ``path/to/file.py:function``, and return its module.
+def own_model(spec: str, images: DataSet) -> Classifier:
+    """Call the user's function, ``package.module:function`` or ``path/to/file.py:function``, and return its model.
+
+    The model is a module, or a function from images to logits.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ModuleNotFoundError: the module is not installed.
-        ValueError: the function does not return a module, or the module does not run on the images.
+        ValueError: the function does not return a model, or the model does not run on the images.
     """
-    from ..models.foreign import check_library_name, made_by
+    from ..models.foreign import called_by, check_library_name
 
     if is_of_library(spec):
         check_library_name(spec)
@@ -62,7 +67,13 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
             f"{spec} has fresh weights, which are not worth an attack: train it by `train classifier --model {spec}` "
             "and evaluate that folder, or name a function of yours that loads its weights, as module:function"
         )
-    return on_images(made_by(spec), spec, images)
+    model = called_by(spec)
+    if not callable(model) or isinstance(model, type):
+        raise ValueError(
+            f"{spec} must return a torch.nn.Module, or a function from images to logits, it returned a "
+            f"{type(model).__name__}"
+        )
+    return on_images(model, spec, images)
 
 
 def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Module:
@@ -109,13 +120,19 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     return named_classifier(text, weights, images).eval()
 
 
-def on_images(model: nn.Module, spec: str, images: DataSet) -> nn.Module:
-    """The model on the images' device; ValueError unless it maps them to logits of as many classes."""
+def on_images(model: Model, spec: str, images: DataSet) -> Model:
+    """The model, if it is a module on the images' device; ValueError unless it maps them to logits of as many classes.
+
+    A function's own modules stay where they are.
+    """
+    from torch import nn
+
     from ..attacks import frozen
     from ..data import to_float
     from ..evaluation.inputs import returning_logits
 
-    model = model.to(images.y_test.device)
+    if isinstance(model, nn.Module):
+        model.to(images.y_test.device)
     some = to_float(images.x_test[:2])
     try:
         with frozen(model):

@@ -17,7 +17,7 @@ from .._files import folder_lock
 from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
 from .classifiers import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .command import DataCommand
-from .run_file import ball_of_run, typed, write_run_file
+from .run_file import ball_of_run, repeating, write_run_file
 from .train_diffusion import Purification
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..methods.carso import Carso
+    from ..protocols import Classifier
 
 
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
@@ -36,8 +37,9 @@ class Evaluate(DataCommand, Purification):
 
     Args:
         folder: What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the
-            package. Or a function of yours without arguments that returns a module from images in [0, 1] to logits. It
-            is named as path/to/file.py:function or package.module:function, which is imported and run.
+            package. Or a function of yours without arguments that returns a module, or a function, from images in
+            [0, 1] to logits. It is named as path/to/file.py:function or package.module:function, which is imported and
+            run.
         official: A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors
             files of the purifier, and the file of its classifier. It needs --recipe.
         recipe: Which published system --official holds. It brings the data set, K and the radius.
@@ -52,8 +54,8 @@ class Evaluate(DataCommand, Purification):
             engine; rand, its version for random defences; strong, what a careful attacker would do; official,
             AutoAttack itself; authors, what those who published the defence ran, to compare with their numbers. The
             last two need the package pyautoattack. A list of attacks of your own is given in Python.
-        images: Held-out images to attack: so many, chosen by the seed, equally many of every class up to one. Where
-            there are fewer, all of them are attacked, and the report says so.
+        images: Held-out images to attack: so many, chosen by the seed; the numbers of images per class differ by at
+            most 1. Where there are fewer, all of them are attacked, and the report says so.
         steps: Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100.
         eot_iter: Draws of the defence that each step averages over.
         n_eval: Independent predictions of a random defence on each attacked image; it is robust if all of them are
@@ -189,7 +191,7 @@ class Evaluate(DataCommand, Purification):
             return card.eps, card.norm
         return ball_of_run(self.folder)
 
-    def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
+    def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """The attacked model, and the classifier without its defence if the model is a defence."""
         from ..methods.loading import load_defence
         from ..methods.recipes import recipe
@@ -217,7 +219,7 @@ class Evaluate(DataCommand, Purification):
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, None
 
-    def prepared(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
+    def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """The models of `loaded` in the requested precision, except TF32, which is a setting of PyTorch."""
         import torch
 
@@ -254,14 +256,16 @@ class Evaluate(DataCommand, Purification):
             subset = balanced_subset(
                 images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
             )
-        choice = f"chosen by the seed {self.seed}, equally many of every class up to one"
+        choice = f"chosen by the seed {self.seed}; the numbers of images per class differ by at most 1"
         notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
+        from .._validation import check_folder
         from ..attacks.arguments import check_eps
         from ..training.distributed import from_first
 
+        check_folder("--out" if self.out is not None else "the report's folder", self.report_folder())
         if self.eps is not None:
             check_eps(self.eps, self.norm or "linf")
         with contextlib.ExitStack() as stack:
@@ -296,7 +300,7 @@ class Evaluate(DataCommand, Purification):
             return
         report.notes += notes
         report.about.pop("call")
-        report.about["command"] = typed(self)
+        report.about["command"] = repeating(self)
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)

@@ -2,7 +2,7 @@
 
 Values are read as tyro reads them, but for three things:
 
-- Numbers may be fractions: ``--eps 8/255``.
+- Numbers may be fractions: ``--eps 8/255``. A word that is no number is refused by the name of its option.
 - The choice among words is left to the configuration that holds it, whose message names the option and what is
   allowed. Norms are also taken as other packages write them, ``--norm Linf``.
 - A configuration that refuses its values is reported in its own words, without the parser's names for its parts.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -37,6 +38,14 @@ from .training import FollowsRecipe
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
+class _Unread(str):
+    """A word that is no number; the configuration that would hold it refuses it, with the option's name."""
+
+
+#: What an option's number may be, where it is not a fraction such as 8/255.
+ALLOWED = {"claim": "a number of percent from 0 to 100, such as 70"}
+
+
 class Refused(Exception):
     """A configuration does not accept its values. It is not a ValueError, which the parser would rephrase."""
 
@@ -47,10 +56,27 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="FLOAT",
-        instance_from_str=lambda words: number(words[0]),
+        instance_from_str=lambda words: _number_or_word(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         str_from_instance=lambda value: [f"{value:.6g}" if value == float(f"{value:.6g}") else str(value)],
     )
+
+
+def _number_or_word(word: str) -> float | _Unread:
+    """The number that a word is; another word is kept for the configuration that refuses it."""
+    try:
+        return number(word)
+    except ValueError:
+        return _Unread(word)
+
+
+def _refuse_words(values: Mapping[str, Any]) -> None:
+    """Refuse words in place of numbers, among the values of a configuration by their names."""
+    for name, value in values.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, _Unread):
+                allowed = ALLOWED.get(name, "a number or a fraction such as 8/255")
+                raise Refused(f"--{name.replace('_', '-')} must be {allowed}, got {str(one)!r}")
 
 
 def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -89,6 +115,7 @@ def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | N
 
     @wraps(build)
     def refusing(*args: Any, **kwargs: Any) -> Any:
+        _refuse_words(kwargs)
         try:
             return build(*args, **kwargs)
         except ValueError as error:

@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from .._version import __version__
-from .command import Command
+from .command import Command, DataCommand
 
 RUN_FILE = "run.yaml"
 
@@ -52,8 +52,18 @@ def run_file(command: Command) -> str:
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
 
 
-def typed(command: Command) -> str:
-    """The command line that repeats a command: its folder, and every option that is not the default."""
+def repeating(command: DataCommand) -> str:
+    """The command line that repeats a command: the words that were typed, and what they leave to the environment.
+
+    Of a command whose options are in a file, or that was not typed: its folder, and every option that is not the
+    default.
+    """
+    if command.typed and not any(word.split("=")[0] == "--config" for word in command.typed):
+        line, data, root = ["purify-fast", *command.typed], *(getattr(command, of) for of in ("data", "data_root"))
+        given = any(word.split("=")[0].replace("_", "-") == "--data-root" for word in command.typed)
+        # PURIFY_FAST_DATA may be another one, or none, where the line is pasted.
+        looked_for = data != "digits" and not Path(data).exists() and root is not None
+        return shlex.join([*line, "--data-root", str(root)] if looked_for and not given else line)
     usual, words = values(type(command)()), ["purify-fast", command.called]
     for name, value in values(command).items():
         if name == "folder":

@@ -17,7 +17,7 @@ from .._tensors import digest
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
 #: Advice about images that differ in size.
-GIVE_SIZE = "give --size H W, or image_size=(H, W) in Python"
+GIVE_SIZE = "give image_size=(H, W)"
 
 
 class StreamedImages:

@@ -21,7 +21,7 @@ def check_claim(claim: Any) -> None:
 
     Raises:
         TypeError: claim is not a number.
-        ValueError: claim is outside 0 to 100.
+        ValueError: claim is outside 0 to 100, or above 0 and at most 1, as a share of 1 would be.
     """
     if claim is None:
         return
@@ -29,6 +29,11 @@ def check_claim(claim: Any) -> None:
         raise TypeError(f"claim must be a number of percent from 0 to 100, got {claim!r}: such as claim=70")
     if not 0 <= claim <= 100:
         raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give percent of robust accuracy, such as 70")
+    if 0 < claim <= 1:
+        raise ValueError(
+            f"claim must be in percent, got {claim!r}: a claim of {100 * claim:g} % is written {100 * claim:g}. Claims "
+            "above 0 and up to 1 % are not tested"
+        )
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
@@ -80,7 +85,7 @@ def images_to_decide(left: float, claim: float) -> int | None:
 
 
 def answer(claim: float, row: Row) -> str:
-    """A sentence that says whether the images left refute a claim.
+    """Sentences that say whether the images left refute a claim.
 
     Args:
         claim: robust accuracy in percent.
@@ -88,17 +93,22 @@ def answer(claim: float, row: Row) -> str:
     """
     claimed, left = claim / 100, int(row.robust.sum())
     chance = chance_of_at_most(left, row.n, claimed)
-    words = f"{chance:.2g}" if chance >= 1e-6 else "less than 1 in a million"
-    text = (
-        f"if the claim were true, at most {left} of {row.n} images would be left with a chance of {words} (exact "
-        "binomial tail)"
+    words = f"{100 * chance:.3g} %" if chance >= 1e-6 else "less than 0.0001 %"
+    luck = (
+        f"If it were true, {left} or fewer of {row.n} images would be left with a probability of {words} (exact "
+        "binomial test)."
     )
-    name = f"claim of {100 * claimed:g} % robust accuracy"
+    name, share = f"claim of {claim:g} % robust accuracy", f"{100 * row.accuracy:.1f} %"
     if chance < REFUTED:
-        return f"{name}: refuted; {text}."
+        return f"{name}: refuted. {luck}"
+    if row.accuracy >= claimed:
+        return (
+            f"{name}: not refuted, and not proved. {share} of {row.n} images are left, which is not below the claim. "
+            f"{luck} Only a stronger attack could refute the claim."
+        )
     more = images_to_decide(row.accuracy, claimed)
-    share = f"if {100 * row.accuracy:.1f} % were left of more images"
-    none = "no number" if row.accuracy >= claimed else "only more than a million"
-    need = f"{share}, {none} of them would refute it"
-    need = need if more is None else f"{share}, about {more:,} of them would refute it"
-    return f"{name}: not refuted, which does not prove it; {text}; {need}."
+    many = f"more than {MOST:,}" if more is None else f"about {more:,}"
+    return (
+        f"{name}: not refuted, and not proved. {share} of {row.n} images are left, which is below the claim, but luck "
+        f"may explain it. {luck} With {share} left of {many} images the claim would be refuted."
+    )

@@ -16,9 +16,17 @@ from ..protocols import Classifier
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: Words of PyTorch's errors about images of a shape that a model does not take.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
+#: The most members of a tuple that an error describes.
+MEMBERS = 4
 #: Advice on a model that returns probabilities.
 INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
+)
+
+#: What is said of a model that returns one-hot rows.
+ONE_HOT = (
+    "returns one-hot rows, a single 1 among zeros. They name a class and have no gradient: return the logits [B, "
+    "classes] from which the class is chosen"
 )
 
 
@@ -111,7 +119,8 @@ def _as_tensor(name: str, value: Any) -> str:
 def _as_labels(x: Tensor, y: Tensor) -> str:
     """The line of code that makes labels of the input; empty if there is none."""
     if y.shape == (len(x),):
-        return "" if y.is_floating_point() else "; y.long() makes them int64"
+        whole = not y.is_floating_point() or bool((y == y.round()).all())
+        return "; y.long() makes them int64" if whole else ""
     if y.dim() == 2 and len(y) == len(x):
         many = "y.argmax(1) makes labels of one-hot rows" if y.shape[1] > 1 else "y[:, 0].long() takes its only column"
         return f"; {many}"
@@ -228,7 +237,13 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
     if not logits.is_floating_point():
-        raise ValueError(f"the model must return logits in floating point, got {logits.dtype} {list(logits.shape)}")
+        what = f"{logits.dtype} {list(logits.shape)}"
+        if are_one_hot(logits):
+            raise ValueError(f"the model {ONE_HOT}. It returned {what}, and floating point is needed")
+        raise ValueError(
+            f"the model must return logits in floating point, got {what}: output.float() converts them, if they are "
+            "scores that rise with the class's chance"
+        )
     return model, logits.shape[1]
 
 
@@ -237,6 +252,15 @@ def _seem_classes(output: Tensor) -> bool:
     if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
         return False
     return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
+
+
+def are_one_hot(logits: Tensor) -> bool:
+    """Tell whether every row is a single 1 among zeros.
+
+    Args:
+        logits: output of a model, ``[B, classes]``.
+    """
+    return bool((((logits == 0) | (logits == 1)).all(1) & (logits.sum(1) == 1)).all())
 
 
 def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
@@ -304,7 +328,31 @@ def _logits_in(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model must return a tensor of logits, or an object or mapping with them as logits, got "
-            f"{type(output).__name__}"
+            "the model must return a torch.Tensor of logits [B, classes], or an object or mapping with them as "
+            f"logits, got {_described(output)}{_instead_of(output)}"
         )
     return logits
+
+
+def _described(output: Any) -> str:
+    """The type of a model's output, with dtype and shape as far as it has them; of a tuple or list, of each member."""
+    if isinstance(output, (tuple, list)):
+        members = [_described(member) for member in output[:MEMBERS]]
+        more = [f"{len(output) - MEMBERS} more"] if len(output) > MEMBERS else []
+        return f"a {type(output).__name__} of {', '.join([*members, *more]) or 'nothing'}"
+    kind = f"{type(output).__module__}.{type(output).__name__}".removeprefix("builtins.")
+    shape = getattr(output, "shape", None)
+    return kind if shape is None else f"{kind} {getattr(output, 'dtype', '')} {list(shape)}"
+
+
+def _instead_of(output: Any) -> str:
+    """What to give in place of a model with such an output; empty if that is unknown."""
+    if isinstance(output, (tuple, list)):
+        places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
+        return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""
+    if isinstance(output, np.ndarray):
+        return (
+            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute in PyTorch from "
+            "the images to the logits if you can"
+        )
+    return ""

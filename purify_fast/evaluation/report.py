@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,11 @@ from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
 from .witnesses import FILE, Witnesses
 
+logger = logging.getLogger("purify_fast")
+
 FORMAT = 1
+#: Name of the file in which the command line keeps the options of an evaluation.
+OPTIONS = "run.yaml"
 
 
 @dataclass(repr=False)
@@ -292,9 +297,12 @@ class Report:
         number = next(number for number in itertools.count(1) if not (folder / _numbered(name, number)).exists())
         place = folder / _numbered(name, number)
         place.mkdir()
-        for path in folder.glob("report.*"):
+        for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
             path.replace(place / path.name)
-        self.notes.append(f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}")
+        note = f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}"
+        self.notes.append(note)
+        # A warning is seen on a terminal, where the report may be printed already.
+        logger.warning(note)
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``report.json`` and ``report.md``, each of which appears whole or not at all.
@@ -302,8 +310,8 @@ class Report:
         If every fallen image was kept, these are written too, to ``report.witnesses.safetensors``; see
         `purify_fast.evaluation.check_witnesses`.
 
-        If the folder already holds a report with other contents or settings, that is moved into a subfolder
-        "earlier, ...".
+        If the folder already holds a report with other contents or settings, that and the options of its command are
+        moved into a subfolder "earlier, ...", and a warning says so.
 
         Args:
             folder: folder of the report; made if it is missing.
@@ -366,6 +374,16 @@ def merge(reports: Iterable[Report]) -> Report:
     if double:
         raise ValueError(f"rows must differ in model or attack, these do not: {', '.join(double)}")
     return merged
+
+
+def _options_of_report(folder: Path) -> list[Path]:
+    """The file with the options of the command that made a report, if it lies beside it; a training's is another."""
+    path = folder / OPTIONS
+    try:
+        written = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [path] if "command: evaluate" in written.splitlines() else []
 
 
 def _numbered(name: str, number: int) -> str:

@@ -217,6 +217,14 @@ class Paired:
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
 
 
+def followed(rows: Sequence[Row]) -> str:
+    """The words for the gradients that attacks on a model itself followed, as in "the attack along ..."."""
+    by_bpda = {row.kind == "bpda" for row in rows}
+    if True not in by_bpda:
+        return "along the model's own gradients"
+    return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
+
+
 def model_names(rows: Sequence[Row]) -> list[str]:
     """The names of the models, in order."""
     return list(dict.fromkeys(row.model for row in rows))

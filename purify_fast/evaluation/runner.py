@@ -45,7 +45,7 @@ from .claims import check_claim
 from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
 from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
-from .inputs import INSTEAD_OF_PROBABILITIES, as_classifier, in_chunks
+from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
 from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress, counted_model
@@ -334,9 +334,9 @@ class _Acting:
         joined = len(further) - len(self.plan)
         self.plan = further
         _know(cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject)
-        rows = f", and {joined} rows that follow the gradients of other models joined" if joined else ""
+        rows = f", and {joined} row{'s' * (joined > 1)} along the gradients of other models joined" if joined else ""
         return [
-            f"before the attacks, signs of masked gradients were found: {'; '.join(signs)}. So every search ran on "
+            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every search ran on "
             f"every image and to its end{rows}"
         ]
 
@@ -514,8 +514,8 @@ def _first_notes(model: Classifier, subject: Subject, name: str, protocol: Proto
     for note in notes:
         logger.warning(note)
     if subject.has_probabilities:
-        logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
-                       INSTEAD_OF_PROBABILITIES)  # fmt: skip
+        kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
+        logger.warning("%s %s. Its number will be marked", name, kind)
     if subject.draws_once_per_call:
         notes.append(
             f"{name} draws its randomness once per call, for all images of a batch, so each draw is a call of its own: "
@@ -641,7 +641,10 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
     """
     rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
     subject = measure.subject
-    evidence = Evidence(rows, classes=subject.num_classes, probabilities=subject.has_probabilities)
+    evidence = Evidence(
+        rows, classes=subject.num_classes, probabilities=subject.has_probabilities, one_hot=subject.has_one_hot,
+        protocol=report.about.get("protocol"),
+    )  # fmt: skip
     if before is not None and asked is not None:
         probes = _probes(measure, before, asked, evidence)
         evidence = replace(evidence, probes=probes)

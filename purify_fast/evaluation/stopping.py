@@ -124,7 +124,8 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
         for row, held in zip(stopped, points, strict=True)
     )
     return [
-        f"what was not searched can hold at most {sum(points):.2f} points, each attack at 95 % confidence: an attack "
-        "searches those images first to which others came nearest, and stops when the images since the last one that "
-        f"fell show that the rest hardly falls ({each}); the protocol strong searches every image"
+        f"the searches that ended early missed at most {sum(points):.2f} points, at 95 % confidence for each attack. "
+        "An attack begins with the images to which earlier attacks came nearest. It stops when so many in a row have "
+        f"withstood it that hardly any of the rest can fall. Images that were not searched: {each}. The protocol "
+        "strong searches every image"
     ]

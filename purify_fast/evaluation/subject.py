@@ -34,7 +34,7 @@ from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
-from .inputs import are_probabilities, returning_logits
+from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
 
 logger = logging.getLogger("purify_fast")
@@ -147,6 +147,7 @@ class Subject:
         is_random: whether two predictions of the model on the same images differ.
         draws_once_per_call: whether it draws once for all images of a call, not for each image.
         has_probabilities: whether the model returns probabilities in place of logits.
+        has_one_hot: whether these are all 0 or 1.
 
     Raises:
         ValueError: a label has no class in the model, the model writes to its input, or ``predict`` is given for a
@@ -176,6 +177,7 @@ class Subject:
         self.is_random = differ(one, other) or self.draws(self.model)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.some(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
+        self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
         self._faults: dict[Variant, Fault | None] = {}
         self._check_labels()
         if predict is not None and not self.is_random:

@@ -320,7 +320,7 @@ class CheckedWitnesses:
     def to_text(self) -> str:
         """The result, in lines for a terminal."""
         count, fell = len(self.falls), int(self.falls.sum())
-        lines = [self.model, f"{fell} of {count} witnesses still fall"]
+        lines = [self.model, f"{fell} of {count} witnesses still fall{'s' * (fell == 1)}"]
         if self.draws > 1:
             lines[-1] += (
                 f", each judged in {self.draws} fresh draws; {int(self.wrong.sum())} of the {self.draws * count} "

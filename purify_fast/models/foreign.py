@@ -251,6 +251,24 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
 
 
 def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
+    """Call a function or class without arguments and return the module that it makes.
+
+    Args:
+        spec: see `called_by`.
+        fresh: see `called_by`.
+
+    Raises:
+        FileNotFoundError: see `called_by`.
+        ModuleNotFoundError: see `called_by`.
+        ValueError: the result is not a module, or as for `called_by`.
+    """
+    model = called_by(spec, fresh=fresh)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+    return model
+
+
+def called_by(spec: str, *, fresh: bool = False) -> Any:
     """Call a function or class without arguments and return its result; only the module that it names is imported.
 
     Args:
@@ -262,8 +280,8 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     Raises:
         FileNotFoundError: the file does not exist.
         ModuleNotFoundError: the module, or one that it imports, is not installed.
-        ValueError: the name does not exist, is not callable, fails, or does not return a module; or `fresh` asks for a
-            new module where one exists already.
+        ValueError: the name does not exist, is not callable, or fails; or `fresh` asks for a new module where one
+            exists already.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
@@ -287,12 +305,9 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
             )
         return factory
     try:
-        model = factory()
+        return factory()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
-    return model
 
 
 def forget_imported() -> None:

@@ -47,6 +47,15 @@ def test_the_table_has_23_defences_14_honest_models_and_one_that_is_flagged_righ
     assert all(one.images <= 40 for one in every if one.random)
 
 
+def test_a_published_figure_says_where_it_stands():
+    """A figure without a place in a paper is not shown."""
+    for name in tables.SOURCES:
+        figure = entry.ENTRIES[name].published
+        assert figure.endswith(")") and tables.published(name) == f"{figure[:-1]}; {tables.SOURCES[name]})"
+    assert tables.published("k-winners-take-all") == tables.published("diffusion under no_grad") == "-"
+    assert tables.published("ME-Net") == "-"
+
+
 def gradients(part):
     """Gradients of an image that stands to the end of a part."""
     attack = part.attack
@@ -118,7 +127,7 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     program.main([*arguments, "--redo", tables.STRONG])
     assert len(judging) == 21 and len(json.loads((tmp_path / tables.FILE).read_text())) == 18
     rows = lines_of(capsys.readouterr().out)
-    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, "1.5 (CIFAR-10, 0.031)", "4", "100", "25",
+    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, tables.published("EMPIR"), "4", "100", "25",
             "100", "100 **unreliable**", "100", "flagged", "missed"] in rows  # fmt: skip
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
     assert ["EMPIR", "batch size", "none", "found 2 of 32"] in rows

@@ -90,7 +90,7 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     capsys.readouterr()
     assert cli.main(["train", "classifier", "--data", "cifar10", "--data-root", str(tmp_path / "elsewhere")]) == 2
     said = capsys.readouterr().err
-    assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "--download" in said
+    assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "add --download to the command" in said
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     images = SimpleNamespace(x_test=torch.arange(60).view(60, 1, 1, 1), y_test=y, num_classes=7)
     x, labels, notes = cli.Evaluate(images=12).chosen(images)
     assert labels.bincount().tolist() == [2] * 6 and torch.equal(y[x.flatten()], labels)
-    assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0, equally many of every class")
+    assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0; the numbers of images per class")
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen ones (6)")
     x, labels, notes = cli.Evaluate(images=60).chosen(images)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]

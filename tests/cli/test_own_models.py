@@ -44,6 +44,11 @@ def nothing():
     return 3
 
 
+def function():
+    net = Net()
+    return lambda x: net(x)
+
+
 ready = Net()
 number = 3
 """
@@ -84,7 +89,10 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     assert code == 0 and "kept by an earlier run" in printed
 
 
-@pytest.mark.parametrize("spec", ["my_defence:make", "my_defence:Net", "my_defence:ready", "../code/my_defence.py:Net"])
+@pytest.mark.parametrize(
+    "spec",
+    ["my_defence:make", "my_defence:Net", "my_defence:ready", "my_defence:function", "../code/my_defence.py:Net"],
+)
 def test_every_form_is_found(bars, mine, monkeypatch, spec):
     monkeypatch.chdir(mine)
     command = Evaluate(data=bars, device="cpu", folder=Path(spec))
@@ -102,7 +110,7 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/odd.py:make", "code/odd.py cannot be imported: SyntaxError: invalid syntax"),
         ("code/my_defence.py:mak", "has no function or class 'mak'; near: make"),
         ("code/my_defence.py:number", "failed: TypeError: 'int' object is not callable"),
-        ("code/my_defence.py:nothing", "code/my_defence.py:nothing must return a torch.nn.Module, it returned a int"),
+        ("code/my_defence.py:nothing", "or a function from images to logits, it returned a int"),
         ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
         ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
         ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),

@@ -35,6 +35,7 @@ REFUSED = {
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
     "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N ("
     "PyTorch has no such device)",
+    "train classifier --data imagenette": "imagenette's images differ in size: give --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
     "train classifier --data {bars} --model fully_connected --width 3": "has no width to choose",
@@ -76,6 +77,12 @@ REFUSED = {
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, the model in {saved} was trained on",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
+    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number of percent from 0 to 100, such as 70, got",
+    "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: a claim of 70 % is written 70",
+    "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
+    "ablate arrest --angles 30 abc": "--angles must be a number or a fraction such as 8/255, got 'abc'",
+    "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",
+    "evaluate zoo:digits-pgd-at --out {bars}/report": "--out must be a folder, got {bars}/report: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
 }
 
@@ -84,7 +91,7 @@ REFUSED = {
 def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, fits, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     code, printed = run(*line.format(bars=bars, saved=saved, fits=fits).split())
-    assert code == 2 and REFUSED[line].format(saved=saved) in printed and "Traceback" not in printed, printed
+    assert code == 2 and REFUSED[line].format(saved=saved, bars=bars) in printed and "Traceback" not in printed, printed
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,6 +1,7 @@
 """run.yaml: written by every run, read by --config; options on the command line win."""
 
 import dataclasses
+import shlex
 
 import pytest
 import yaml
@@ -72,6 +73,21 @@ def test_what_a_file_may_not_hold(run, tmp_path):
     assert code == 2 and "none.yaml" in printed
 
 
+def test_the_command_in_a_report_is_the_one_that_was_typed(tmp_path, monkeypatch):
+    """Defaults that were typed stay, the device that was chosen for it is not added, the environment's folder is."""
+    monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
+
+    def line(*words):
+        command = parse(cli.Evaluate, list(words))
+        command = dataclasses.replace(command, device="cpu")
+        object.__setattr__(command, "typed", ("evaluate", *words))
+        return run_file.repeating(command)
+
+    assert line("a file.py:make", "--data", "digits") == "purify-fast evaluate 'a file.py:make' --data digits"
+    assert line("x:make", "--data", "cifar10").endswith(f" --data cifar10 --data-root {tmp_path}")
+    assert line("x:make", "--data", "cifar10", "--data_root=here").endswith(" --data_root=here")
+
+
 def test_every_run_writes_its_file(run, bars, tmp_path):
     out = tmp_path / "classifier"
     words = ["--data", bars, "--device", "cpu", "--epochs", "1", "--batch-size", "16"]
@@ -89,8 +105,12 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
     assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)
     written = (out / "evaluation" / "report.md").read_text()
+    assert f"- command: {shlex.join(['purify-fast', 'evaluate', str(out), *few])}\n" in written
+    assert "- call in Python" not in written
+    # of options in a file, every one that is not the default
+    assert run("evaluate", "--config", out / "evaluation" / "run.yaml", "--out", tmp_path / "again")[0] == 0
     typed = f"purify-fast evaluate {out} --data {bars} --device cpu --protocol fast --images 4 --steps 1 --n-eval 3"
-    assert f"- command: {typed}\n" in written and "- call in Python" not in written
+    assert f"- command: {typed} --out {tmp_path / 'again'}\n" in (tmp_path / "again" / "report.md").read_text()
     code, printed = run("evaluate", out, *few, "--norm", "linf")
     assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed
     assert run_file.ball_of_run(out) == (0.5, "l2")

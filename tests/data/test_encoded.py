@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     assert images[:8].shape == (8, 3, 8, 8)
     with pytest.raises(ValueError, match=r"cannot be decoded: .*dog/003\.jpg: "):
         images[8:]
-    with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 pixels, others 12 x 20: give --size H W"):
+    with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 pixels, others 12 x 20: give image_size=\(H, W\)"):
         data.load_dataset(folder(tmp_path / "others", ending="jpg"), decode="each_time")
     with pytest.raises(ValueError, match="on_bad_image='skip' needs decode='once'"):
         data.load_dataset(root, image_size=(8, 8), decode="each_time", on_bad_image="skip")

@@ -50,7 +50,7 @@ def test_layout(tmp_path, held_out, ending):
 def test_imagenette_takes_the_smallest_archive_that_suffices(tmp_path):
     folder(tmp_path / "imagenette2-160", train=2)
     folder(tmp_path / "imagenette2-320", train=3)
-    with pytest.raises(ValueError, match="give --size H W"):
+    with pytest.raises(ValueError, match=r"give image_size=\(H, W\)"):
         data.load_dataset("imagenette", tmp_path)
     assert len(data.load_dataset("imagenette", tmp_path, image_size=(16, 16)).x_train) == 4
     d = data.load_dataset("imagenette", tmp_path, image_size=(16, 161))
@@ -117,7 +117,7 @@ def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
 
 def test_images_of_several_sizes_need_image_size(tmp_path):
     folder(tmp_path, sizes=((10, 8), (9, 8)))
-    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 pixels, others 10 x 8: give --size H W"):
+    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 pixels, others 10 x 8: give image_size=\(H, W\)"):
         data.load_dataset(tmp_path)
     assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 

@@ -136,7 +136,7 @@ def verdicts(kind):
 @pytest.mark.parametrize(
     ("kind", "sign", "words"),
     [
-        (WithoutGradients, "gradient health", "every attack lacked gradients"),
+        (WithoutGradients, "gradient health", "attack along the model's own gradients lacked usable ones"),
         (Adjoint, "gradients against differences", "cosine"),
         (Reseeded, "noise and seeds", "the model sets the seed of torch's generator itself"),
         (SeededByTheImages, "gradients against differences", "cosine"),

@@ -61,7 +61,9 @@ def trio():
          r" to come last; x.permute\(0, 3, 1, 2\) puts them first"),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
-        (lambda x, y: (x, y.float()), ValueError, r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]$"),
+        (lambda x, y: (x, y.float()), ValueError,
+         r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$"),
+        (lambda x, y: (x, y + 0.5), ValueError, r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]$"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
         (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
         (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
@@ -167,7 +169,11 @@ def test_images_of_another_shape_are_named_with_what_the_model_takes():
         ),
         (lambda z: z.argmax(1, keepdim=True), r"one whole number .*, torch.int64 \[1, 1\]"),
         (lambda z: z.argmax(1).float(), r"one whole number .*, torch.float32 \[1\].*without argmax"),
-        (lambda z: (z > 0).long(), r"must return logits in floating point, got torch.int64 \[1, 4\]"),
+        (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[1, 4\]: output.float"),
+        (
+            lambda z: nn.functional.one_hot(z.argmax(1), 4),
+            r"returns one-hot rows, .*: return the logits \[B, classes\] .* It returned torch.int64 \[1, 4\], and f",
+        ),
         (lambda z: z.amax(1) + 0.123, "a single number for each image"),
     ],
 )
@@ -222,6 +228,18 @@ def test_a_model_that_returns_probabilities_is_told_what_to_do(digits, caplog):
     mended = evaluate(lambda x: classifier(x).softmax(1).clamp_min(1e-30).log(), x, y, **settings)
     assert next(f for f in mended.findings if f.alarm == "logits").verdict == "passed"
     assert mended.headline.accuracy < masked.headline.accuracy
+
+
+def test_one_hot_rows_are_named_as_such(digits, caplog):
+    model, x, y = digits
+
+    def decided(x):
+        return nn.functional.one_hot(model(x).argmax(1), 10).float()
+
+    report = evaluate(decided, x[:4], y[:4], eps=0.1, attacks=[PGD(steps=1)], progress=False)
+    sign = next(finding for finding in report.findings if finding.alarm == "logits")
+    assert sign.verdict == "unreliable" and "one-hot rows, a single 1 among zeros" in sign.measured
+    assert "return the logits" in sign.advice and "one-hot rows" in caplog.text and "softmax" not in sign.measured
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report, evaluate, runner
 from purify_fast.evaluation.alarms import Evidence, Probes, findings, outlook
 from purify_fast.evaluation.alarms.signs import ADVICE, ALARMS
 from purify_fast.evaluation.claims import chance_of_at_most, check_claim, images_to_decide
@@ -194,6 +194,43 @@ def test_every_sign_that_can_fail_says_what_to_do():
     assert not any(finding.advice for finding in findings(healthy))
 
 
+@pytest.mark.parametrize(
+    ("more", "protocol", "told", "silent"),
+    [
+        ({}, None, "attack by BPDA, which needs a defence with purify and classifier, or run the", "written for"),
+        ({}, "fast", "run the protocol strong", "written for"),
+        ({}, "strong", "attack by BPDA", "run the protocol"),
+        ({"kind": "bpda"}, None, "the gradients mislead; run the protocol strong", "BPDA"),
+        ({"settings": {"gradients_from": "BpdaModel"}}, "standard", "mislead; run the protocol strong", "BPDA"),
+        ({"kind": "bpda"}, "strong", "only an attack that is written for this defence", "run the protocol"),
+    ],
+)
+def test_advice_names_only_what_was_not_tried(more, protocol, told, silent):
+    rows = [row("clean", [1] * 40, kind="clean"), row("A", [1] * 40, **more)]
+    rows.append(row("Square", [0] * 20 + [1] * 20, kind="square", health=None))
+    said = findings(Evidence(rows, protocol=protocol))
+    found = next(each for each in said if each.alarm == "gradient-free against gradients")
+    assert found.verdict == "unreliable" and told in found.advice and silent not in found.advice
+
+
+def test_restarts_and_draws_that_were_made_are_not_advised():
+    made = {"settings": {"restarts": 5, "eot_iter": 20}}
+    for more, advised in (({}, True), (made, False)):
+        rows = [row("clean", [1] * 64, kind="clean"), row("A", [1] * 64, **more)]
+        probes = probed(n=64, one_start=0.9, all_starts=0.1, varying=0.5, eot=[(1.0, 0.5), (16.0, 0.5)])
+        found = {each.alarm: each.advice for each in findings(Evidence(rows, probes))}
+        assert ("restarts" in found["random start"]) is ("draws" in found["noise and seeds"]) is advised
+
+
+def test_an_evaluation_tells_its_signs_which_protocol_ran(digits, monkeypatch):
+    model, x, y = digits
+    seen = []
+    monkeypatch.setattr(runner, "findings", lambda evidence: seen.append(evidence.protocol) or [])
+    evaluate(model, x[:4], y[:4], eps=0.1, protocol="rand", steps=1, probes=False, progress=False)
+    evaluate(model, x[:4], y[:4], eps=0.1, attacks=[PGD(steps=1)], progress=False)
+    assert seen == ["rand", None]
+
+
 def test_an_attack_without_counted_gradients_is_a_reason_of_its_own(digits):
     model, x, y = digits
     options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()], "progress": False}
@@ -239,15 +276,17 @@ def test_so_many_images_decide_and_one_less_do_not():
 @pytest.mark.parametrize(
     ("left", "n", "claim", "said"),
     [
-        (100, 200, "70", "claim of 70 % robust accuracy: refuted; if the claim were true, at most 100 of 200 images"),
+        (100, 200, "70", "claim of 70 % robust accuracy: refuted. If it were true, 100 or fewer of 200 images would"),
         (
             13,
             20,
             "70",
-            "not refuted, which does not prove it; if the claim were true, at most 13 of 20 images would be",
+            "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
+            "it. If it were true, 13 or fewer of 20 images would be left with a probability of 39.2 % (exact binomial "
+            "test). With 65.0 % left of about 481 images the claim would be refuted.",
         ),
-        (15, 20, "70", "if 75.0 % were left of more images, no number of them would refute it."),
-        (0, 4, "0", "at most 0 of 4 images would be left with a chance of 1 (exact binomial tail)"),
+        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, 15 or fewer"),
+        (0, 4, "0", "0 or fewer of 4 images would be left with a probability of 100 % (exact binomial test). Only a"),
     ],
 )
 def test_a_report_answers_a_claim(left, n, claim, said):
@@ -264,6 +303,12 @@ def test_a_claim_is_a_percentage(claim):
     with pytest.raises((TypeError, ValueError), match="claim must be"):
         # before the model is looked at
         evaluate(None, None, None, eps=0.1, claim=claim)
+
+
+@pytest.mark.parametrize(("claim", "written"), [(0.7, "70"), (1, "100"), (0.005, "0.5")])
+def test_a_share_of_1_is_no_claim(claim, written):
+    with pytest.raises(ValueError, match=f"claim must be in percent, got {claim}: a claim of {written} % is written"):
+        check_claim(claim)
 
 
 def test_evaluate_takes_a_claim():

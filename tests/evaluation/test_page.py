@@ -84,7 +84,7 @@ def test_a_standard_error_of_0_is_explained(robust, told):
     rows = [row("clean", [1, 0, 1], kind="clean")] + ([row("PGD", robust)] if robust else [])
     report = Report(rows, [], {"threat": "L-inf 8/255"})
     for text in (report.to_markdown(), html_page(report)):
-        assert ("± 0.0 is no certainty: the standard error is estimated from the images" in text) is told
+        assert ("± 0.0 does not mean that the number is certain. All images of the row" in text) is told
 
 
 def test_survivors_are_told_by_who_found_them_first(report):

@@ -219,7 +219,7 @@ def test_fast_and_standard_agree_on_an_honest_model():
         assert len(stopped) == (1 if report is fast else 4) and all(bound <= share * len(x) for bound in held)
         if any(held):
             text = " ".join(report.to_text().split())
-            assert f"can hold at most {100 * sum(held) / len(x):.2f} points" in text
+            assert f"missed at most {100 * sum(held) / len(x):.2f} points" in text
 
 
 @pytest.mark.slow
@@ -277,7 +277,19 @@ def test_models_that_return_other_things_than_logits():
     ]
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
     for model, error, message in (
-        (lambda z: (net(z),), TypeError, "a tensor of logits, or an object or mapping with them as logits, got tuple"),
+        (
+            lambda z: (net(z), z),
+            TypeError,
+            r"a torch.Tensor of logits \[B, classes\], or an object or mapping with them as logits, got a tuple of "
+            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
+            r"0, give lambda x: model\(x\)\[0\]",
+        ),
+        (
+            lambda z: net(z).detach().numpy(),
+            TypeError,
+            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
+        ),
+        (lambda z: None, TypeError, "as logits, got NoneType$"),
         (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),

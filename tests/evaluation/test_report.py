@@ -73,7 +73,7 @@ def test_numbers_in_the_tables():
     assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
     assert (
         "**b: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
-        and "the true number may be lower" in text
+        and "a better attack may leave less" in text
     )
     plain, colored = report.to_text(color=False), report.to_text(color=True)
     assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
@@ -269,6 +269,22 @@ def test_no_report_replaces_one_with_other_settings(tmp_path):
         assert len(list(tmp_path.glob("earlier, L-inf 8_255*/report.html"))) == number
         assert Report.from_json((tmp_path / "report.json").read_text()).to_json() == other.to_json()
     assert (tmp_path / "earlier, L-inf 8_255, 4" / "report.md").is_file()
+
+
+def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, caplog):
+    """What remains would be taken for the new report's: `check` reads run.yaml."""
+    Report([row()], about=about()).save(tmp_path)
+    (tmp_path / "run.yaml").write_text("# repeats this run\ncommand: evaluate\neps: 0.1\n")
+    (tmp_path / "report.witnesses.safetensors").write_bytes(b"kept")
+    Report([row(seed=4)], about=about()).save(tmp_path)
+    place = tmp_path / "earlier, L-inf 8_255"
+    assert {path.name for path in place.iterdir()} >= {"run.yaml", "report.json", "report.witnesses.safetensors"}
+    assert not (tmp_path / "run.yaml").exists()
+    assert caplog.messages == [f"the report that was here before, on L-inf 8/255, is in {place}"]
+    # the options of a training are no report's
+    (tmp_path / "run.yaml").write_text("command: train carso\n")
+    Report([row(seed=5)], about=about()).save(tmp_path)
+    assert (tmp_path / "run.yaml").read_text() == "command: train carso\n"
 
 
 def test_a_report_says_what_repeats_it(tmp_path):

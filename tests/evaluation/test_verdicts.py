@@ -1,6 +1,7 @@
 """A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
 
 import contextlib
+import html
 import logging
 from pathlib import Path
 
@@ -195,6 +196,21 @@ def test_the_zoo_does_not_doubt_a_number_of_0():
     assert {figure.reliable for figure in figures if figure.share == 0} == {True}
 
 
+def test_only_attacks_along_own_gradients_can_lack_them():
+    """Square needs no gradients, and an attack along those of another model has them."""
+    others = [row("Square", [1, 1, 0, 1], kind="square", health=None), row("T", [1, 1, 1, 1], transferred=True)]
+    rows = [row("clean", [1, 1, 1, 1], kind="clean", health=None), *others]
+    rows += [row(name, [1, 1, 1, 1], health=MASKED) for name in ("A", "B")]
+    said = {finding.alarm: finding for finding in findings(Evidence(rows))}
+    assert said["gradient health"].measured.startswith(
+        "all 2 attacks along the model's own gradients lacked usable ones; "
+    )
+    page = html.unescape(" ".join(html_page(Report(rows[:3])).split()))
+    assert "every attack" not in page and "The attack along" not in page
+    one = {finding.alarm: finding for finding in findings(Evidence(rows[:4]))}
+    assert one["gradient health"].measured.startswith("the only attack along the model's own gradients lacked usable")
+
+
 # -- the page says one thing --------------------------------------------------------------------------------------
 
 
@@ -203,14 +219,18 @@ def test_the_page_and_its_signs_agree():
     rows.append(row("C", [1, 1, 1, 1], health=MASKED))
     said = findings(Evidence(rows))
     sign = next(finding for finding in said if finding.alarm == "gradient health")
-    assert sign.verdict == "noted" and sign.measured.startswith("1 of 3 attacks lacked usable gradients; ")
+    assert sign.verdict == "noted" and sign.measured.startswith(
+        "1 of 3 attacks along the model's own gradients lacked usable ones; "
+    )
     over = {"over": ["A", "B", "C"], "attacked": 4}
     rows.append(row("worst", [1, 0, 0, 1], kind="worst", health=None, settings=over))
     report = Report(rows, findings=[Finding(f.alarm, f.verdict, f.measured, f.row, "m") for f in said])
     page = " ".join(html_page(report).split())
     card = page.split("</section>")[0]
-    assert "1 of 3 attacks lacked usable gradients; the others had them." in card
-    assert "The attacks had usable gradients" not in page and 'class="card"' in card
-    assert "none gives a reason to doubt the number; noted: gradient health." in page
+    assert "1 of 3 attacks along the model's own gradients lacked usable ones; the others had them." in html.unescape(
+        card
+    )
+    assert "had usable ones" not in page and 'class="card"' in card
+    assert "none of these gives a reason to doubt the number. Noted: gradient health." in page
     assert page.count('class="bar masked"') == 1
     assert "noted: worth knowing, and no reason to doubt the number" in " ".join(report.to_markdown().split())

@@ -180,6 +180,12 @@ def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):
     few = ["--images", "20", "--protocol", "fast", "--device", "cpu"]
     assert cli.main(["evaluate", "zoo:digits-standard", *few, "--keep", "all", "--out", out]) == 0
     capsys.readouterr()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation").symlink_to(out)
+    assert cli.main(["check", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert cli.main(["check", str(tmp_path), "--device", "cpu"]) == 2
+    assert f"no report.json in {tmp_path} or {tmp_path / 'evaluation'}" in capsys.readouterr().err
     assert cli.main(["check", out, "--device", "cpu"]) == 0
     assert "still fall" in capsys.readouterr().out
     assert cli.main(["check", out, "zoo:digits-pgd-at", "--device", "cpu"]) == 1

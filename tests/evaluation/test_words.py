@@ -12,7 +12,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast import __version__
-from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023, merge
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.rows import worst_rows
@@ -29,6 +29,10 @@ def digits():
     return purify_fast.zoo.load("digits-pgd-at"), images.x_test[:24].float() / 255, images.y_test[:24]
 
 
+def joined(text):
+    return " ".join(text.split())
+
+
 # -- words --------------------------------------------------------------------------------------------------------
 
 
@@ -41,7 +45,10 @@ def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
         assert [row.describe_variant() for row in found.rows] == ["deterministic"] * 3
     for text in forms(report)[1:]:
         assert "deterministic" in text and "| random |" not in text and "<td>random</td>" not in text
-    assert "random" not in report.to_text()
+    assert "random" not in joined(report.to_text()).replace("random start", "")
+    # the settings of every row are written out on the page
+    assert "variant <code>deterministic</code>" in forms(report)[2]
+    assert "<code>random</code>" not in forms(report)[2]
 
 
 def test_a_random_model_is_called_so_and_its_modes_are_named():
@@ -157,9 +164,11 @@ def test_the_attack_of_lee_and_kim_says_how_often_it_is_judged():
 def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     model, x, y = digits
     honest = evaluate(model, x, y, **QUIET, name="good").to_text(color=False)
-    unsuspicious = "4 of 6 signs could be looked at; none gives a reason to doubt the number."
+    unsuspicious = (
+        "4 of 15 signs of a failed attack were asked, and none of these gives a reason to doubt the number. Not"
+    )
     assert "of 24 images are still classified correctly after the attack within L-inf 0.2; without" in honest
-    assert f"%.\n{unsuspicious}" in honest
+    assert f"%. {unsuspicious}" in joined(honest)
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     guessing = evaluate(untrained, x, y, **QUIET | {"eps": 1e-4}, name="raw").to_text(color=False)
@@ -179,16 +188,44 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
         (
             ("passed", "not asked"),
             True,
-            "under PGD.\n1 of 2 signs could be looked at; none gives a reason to doubt the number.",
+            "under PGD.\n1 of 11 signs of a failed attack were asked, and none of these gives a reason to doubt the",
         ),
-        (("passed", "noted"), True, "none gives a reason to doubt the number; noted: a1."),
-        (("unreliable",), False, "unreliable: the true number may be lower:\n- a0: found (row)"),
+        (("passed", "noted"), True, "to doubt the number. Noted: a1. Not asked: a further attack"),
+        (("unreliable",), False, "unreliable: a better attack may leave less:\n- a0: found (row)"),
     ],
 )
 def test_verdicts(verdicts, reliable, said):
     findings = [Finding(f"a{i}", verdict, "found", "row", "m") for i, verdict in enumerate(verdicts)]
     text = Report([row(reliable=reliable)], findings=findings).to_text(color=False)
-    assert said in text
+    assert joined(said) in joined(text)
+
+
+def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
+    """BPDA alone finds much, and nobody has asked whether something stopped it."""
+    model, x, y = digits
+
+    class Rounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = model
+
+        def purify(self, x):
+            return (x * 7).round() / 7
+
+        def forward(self, x):
+            return self.classifier(self.purify(x))
+
+    report = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)]})
+    for text in forms(report)[1:]:
+        assert "attack along the gradients of BPDA had" in joined(text)
+    for text in forms(report):
+        text = joined(text)
+        assert "Not asked: gradient-free against gradients, transfer" in text
+        assert "a further attack, parts and softened copies, huge radius" in text
+        assert "Most signs need short attacks, which probes=True adds to a list of attacks." in text
+    assert "Most signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
+    asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
+    assert not any("which probes=True adds" in text for text in forms(asked))
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------

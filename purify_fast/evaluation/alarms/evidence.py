@@ -21,6 +21,11 @@ MISSING: dict[Missing, str] = {
     "zero gradient": "the gradient is zero everywhere",
 }
 
+#: The surrogates that take a purifier for the identity backward, as BPDA does, by the name of their class.
+IDENTITIES = ("BpdaModel", "IdentityBackward")
+#: Restarts, and draws per gradient, from which on more of them are not advised.
+MANY_RESTARTS, MANY_DRAWS = 5, 20
+
 #: The verdicts on the number, in words for the reader of a report.
 STATES = {
     "passed": "nothing speaks against the number",
@@ -76,12 +81,16 @@ class Evidence:
         probes: answers of the model to the probes; None if it was not probed.
         classes: number of the model's classes; None if unknown.
         probabilities: whether the model returns probabilities in place of logits; None if unknown.
+        one_hot: whether these probabilities are all 0 or 1.
+        protocol: name of the protocol that ran; None for a list of attacks.
     """
 
     rows: Sequence[Row]
     probes: Probes | None = None
     classes: int | None = None
     probabilities: bool | None = None
+    one_hot: bool = False
+    protocol: str | None = None
 
     def attacks(self) -> list[Row]:
         """The attacks within the report's own threat model, judged by the model as it is deployed."""
@@ -90,6 +99,16 @@ class Evidence:
     def with_counted_gradients(self) -> list[Row]:
         """The attacks that followed the model's own gradients and counted them."""
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
+
+    def tried(self) -> set[str]:
+        """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`."""
+        tried = {"strong"} if self.protocol == "strong" else set[str]()
+        for row in self.attacks():
+            of = row.settings.get
+            tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
+            tried |= {"restarts"} if (of("restarts") or 1) >= MANY_RESTARTS else set()
+            tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
+        return tried
 
     def left(self, n: int | None = None) -> float | None:
         """The share of the first n images, or of all, that withstood every attack; None without such an attack."""
@@ -142,7 +161,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outlook:
-    """An estimate of what one more effort of the same kind would find.
+    """An estimate of what one more attack of the same kinds would find.
 
     Args:
         points: expected loss of accuracy, between 0 and 1: the largest over the signs below.
@@ -174,8 +193,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
     left = robust.copy()
     left[evidence.fallen_to_probes(full)] = False
     text = (
-        f"by this estimate one more effort of this kind would take about {100 * points:.1f} of the "
-        f"{100 * robust.mean():.1f} percentage points that are left"
+        f"by this estimate, one more attack of these kinds would take about {100 * points:.1f} points from the "
+        f"{100 * robust.mean():.1f} % that are left"
     )
     taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
     if taken:
@@ -183,8 +202,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
         among = int(robust[:asked].sum())
         points = taken / among * float(left.mean())
         text = (
-            f"the probes took {taken} of the {among} images that the attacks had left of the first {asked}: no "
-            "estimate from the attacks alone holds"
+            f"the probes took {taken} of the {among} images that the attacks had left of the first {asked}, so the "
+            "attacks alone cannot say how much more would fall"
         )
     return Outlook(points, (text, *(sentence for _, sentence in known)))
 
@@ -219,8 +238,8 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
     once, twice = int((times == 1).sum()), int((times == 2).sum())
     unseen = once * (once - 1) / (2 * (twice + 1))
     return unseen / n, (
-        f"{once} images fell to one attack only and {twice} to two, from which about {unseen:.0f} more are expected "
-        "to fall to further attacks of these kinds"
+        f"{once} images fell to one attack only and {twice} to two; by these counts, about {unseen:.0f} more would "
+        "fall to further attacks of these kinds"
     )
 
 

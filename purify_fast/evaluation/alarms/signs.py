@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..inputs import INSTEAD_OF_PROBABILITIES
-from ..rows import GRADIENT_FREE, Row
+from ..inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ..rows import GRADIENT_FREE, Row, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
@@ -83,41 +83,74 @@ def findings(evidence: Evidence) -> list[Finding]:
     ]
 
 
+class Advice(NamedTuple):
+    """Advice for a sign that gives a reason to doubt the number.
+
+    Args:
+        look: what to look for in the model.
+        efforts: what to run, by the names in `EFFORTS`; only what was not tried is named.
+    """
+
+    look: str
+    efforts: tuple[str, ...] = ()
+
+
+#: Stronger attacks, in the words of an advice. `Evidence.tried` tells which of them ran.
+EFFORTS = {
+    "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
+    "restarts": "give the attacks restarts, as PGD(restarts=5)",
+    "draws": "average each gradient over more draws (eot_iter=20)",
+    "strong": "run the protocol strong",
+}
+#: The advice if all of these ran.
+WRITTEN_FOR_IT = (
+    "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
+    "(model, x, y), may find more"
+)
+_OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
+_SATURATED = "look for saturated outputs, rounding or clipping"
 #: Advice for each sign that gives a reason to doubt the number.
 ADVICE = {
-    "finite predictions": "look for a division by 0, log(0) or an overflow of exp() in forward",
-    "logits": "return the logits before the softmax",
-    "gradient-free against gradients": "the gradients mislead: attack by BPDA, or run the protocol strong",
-    "transfer against gradients": "the gradients mislead: attack by BPDA, or run the protocol strong",
-    "a further attack": "run stronger attacks: more steps, or the protocol strong",
-    "parts and softened copies": "run the protocol strong, which follows the gradients of these copies",
-    "huge radius": "the attacks fail even where they must succeed: look for saturated outputs, rounding or clipping",
-    "radius sweep": "the attack fails at the larger radius: look for saturated outputs, rounding or clipping",
-    "random start": "give the attacks restarts, as PGD(restarts=5), or run the protocol strong",
-    "gradients against differences": (
-        "look for rounding, .detach() or a backward of its own in forward; BPDA replaces the gradient of a defence "
-        "that has purify and classifier"
+    "finite predictions": Advice(_OVERFLOW),
+    "logits": Advice("return the logits, as they are before a softmax or argmax"),
+    "gradient-free against gradients": Advice("the gradients mislead", ("BPDA", "strong")),
+    "transfer against gradients": Advice("the gradients mislead", ("BPDA", "strong")),
+    "a further attack": Advice("a short attack finds what the attacks of the report left", ("strong",)),
+    "parts and softened copies": Advice("the gradients of these copies find what the model's own do not", ("strong",)),
+    "huge radius": Advice(f"the attacks fail even where they must succeed: {_SATURATED}"),
+    "radius sweep": Advice(f"the attack fails at the larger radius: {_SATURATED}"),
+    "random start": Advice("the result depends on where an attack begins", ("restarts", "strong")),
+    "gradients against differences": Advice(
+        "look for rounding, .detach() or a backward of its own in forward", ("BPDA",)
     ),
-    "batch size": "let the logits of an image depend on that image alone: is a module in training mode?",
-    "noise and seeds": "average each gradient over more draws (eot_iter=20), and set no seed in forward",
-    "same answer again": "let forward keep no state, and compute the same whether gradients are recorded or not",
+    "batch size": Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
+    "noise and seeds": Advice("set no seed in forward", ("draws",)),
+    "same answer again": Advice(
+        "let forward keep no state, and compute the same whether gradients are recorded or not"
+    ),
 }
 #: Advice if gradients are missing, by the reason.
 WITHOUT_GRADIENTS = {
-    "not finite": "look for a division by 0, log(0) or an overflow of exp() in forward",
-    "no gradient": (
+    "not finite": Advice(_OVERFLOW),
+    "no gradient": Advice(
         "the output has no grad_fn: is there a torch.no_grad() or .detach() in forward, or a detour through NumPy? A "
-        "diffusion defence that must save memory can use checkpointed_steps. BPDA needs purify and classifier"
+        "diffusion defence that must save memory can use checkpointed_steps",
+        ("BPDA",),
     ),
-    "zero gradient": (
-        "look for rounding, sign, argmax or a saturated output in forward. BPDA replaces the gradient of a defence "
-        "that has purify and classifier; the protocol strong follows softened copies"
-    ),
+    "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
 
 
 def _advice(finding: Finding, evidence: Evidence) -> str:
-    """The advice for a sign that gives a reason to doubt the number."""
+    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried."""
+    advice, tried = _kind_of_advice(finding, evidence), evidence.tried()
+    if not advice.efforts:
+        return advice.look
+    left = [EFFORTS[effort] for effort in advice.efforts if effort not in tried]
+    return f"{advice.look}; {', or '.join(left) or WRITTEN_FOR_IT}"
+
+
+def _kind_of_advice(finding: Finding, evidence: Evidence) -> Advice:
     if finding.alarm not in ("gradient health", "gradients against differences"):
         return ADVICE[finding.alarm]
     missing = "" if evidence.probes is None else evidence.probes.cosine
@@ -180,9 +213,11 @@ def logits(evidence: Evidence) -> Outcome | None:
     if evidence.probabilities is None:
         return None
     if not evidence.probabilities:
-        return "passed", "what the model returns is not a list of probabilities", ""
+        return "passed", "the model does not return probabilities", ""
+    if evidence.one_hot:
+        return "unreliable", f"the model {ONE_HOT}", ""
     text = (
-        "the model returns probabilities (from 0 to 1, with the sum 1), of which gradients vanish where it is sure: "
+        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish where it is sure: "
         f"{INSTEAD_OF_PROBABILITIES}"
     )
     return "unreliable", text, ""
@@ -195,34 +230,38 @@ def gradient_health(evidence: Evidence) -> Outcome:
     if not counted:
         return "not asked", "no attack counted the gradients of the model itself", ""
     broken = [row for row in counted if row.lacked_gradients]
+    # Attacks without gradients, or along those of other models, are not among them.
+    along = followed(counted)
     if not broken:
-        all_of = "the attack" if len(counted) == 1 else f"all {len(counted)} attacks"
+        all_of = f"the attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
         return "passed", f"{all_of} had finite gradients that moved the images", ""
-    shares = f"non-finite / zero / images not moved: {broken[0].describe_health()}"
+    shares = f"not finite / zero / images not moved: {broken[0].describe_health()}"
     if len(broken) < len(counted):
-        text = f"{len(broken)} of {len(counted)} attacks lacked usable gradients; {shares}"
+        text = f"{len(broken)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
         return "noted", text, broken[0].attack
-    return "unreliable", f"every attack lacked gradients; {shares}", broken[0].attack
+    all_of = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
+    return "unreliable", f"{all_of} lacked usable ones; {shares}", broken[0].attack
 
 
 @alarm("gradient-free against gradients")
 def gradient_free_beats_gradients(evidence: Evidence) -> Outcome:
     """Alarm if an attack without gradients breaks images that attacks with gradients left."""
-    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE)
+    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE, "without gradients")
 
 
 @alarm("transfer against gradients")
 def transfer_beats_gradients(evidence: Evidence) -> Outcome:
     """Alarm if images of another model, or its gradients, break images that the model's own gradients left."""
-    return _beaten(evidence, lambda row: row.transferred)
+    return _beaten(evidence, lambda row: row.transferred, "on another model, or along its gradients,")
 
 
-def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
+def _beaten(evidence: Evidence, other: Callable[[Row], bool], kind: str) -> Outcome:
     fallen = evidence.fallen()
     own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
     others = [(row, mask) for row, mask in fallen if other(row)]
     if not own or not others:
-        return "not asked", "no attack by the model's own gradients" if others else "no such attack", ""
+        missing = "along the model's own gradients" if others else kind
+        return "not asked", f"no attack {missing} ran", ""
     full = max(row.n for row, _ in fallen)
     by_gradients, by_others = np.zeros(full, dtype=bool), np.zeros(full, dtype=bool)
     for row, mask in own:
@@ -261,7 +300,9 @@ def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     if not probes.missed:
-        none = "no image was left" if probes.further is None else "the model has none"
+        none = (
+            "no image was left" if probes.further is None else "the model has no parts or copies with other gradients"
+        )
         return ("noted", absent, "") if absent else ("not asked", none, "")
     verdict, text, row = _missed(probes.missed, probes.n)
     if absent:
@@ -275,7 +316,7 @@ def _missed(missed: dict[str, int], n: int) -> Outcome:
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     text = f"{count} of {n} images withstood every attack of the report, but fell to {gradients}"
     if not count:
-        text = f"of {n} images, {gradients} broke none that the report's attacks had left"
+        text = f"{gradients} broke none of the first {n} images that the report's attacks had left"
     verdict = _verdict(_surely_more(count, MOST_MISSED, n), noted=count > 1)
     return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
 

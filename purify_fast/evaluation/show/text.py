@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ...attacks import APGD, Square
 from ...attacks.base import EngineAttack
 from ..alarms import STATES, Finding
+from ..alarms.signs import ALARMS
 from ..claims import answer
-from ..rows import Row
+from ..rows import Row, followed
 from .tables import (
     COLUMNS,
     RED_UNRELIABLE,
@@ -60,8 +61,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
     )
     functions = (
-        about_variants, claim, column_legend, comparison, facts, fill, markdown_table, outcome, paint, percent, reason,
-        short_legend, short_table, table_of_findings, table_of_rows, terminal_table, told_beside, warning,
+        about_variants, claim, column_legend, comparison, facts, fill, followed, markdown_table, not_asked, outcome,
+        paint, percent, reason, settings_told, short_legend, short_table, table_of_findings, table_of_rows,
+        terminal_table, told_beside, warning, without_probes,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES, "terminal": TERMINAL}
@@ -144,6 +146,18 @@ def told_beside(findings: Sequence[Finding]) -> list[Finding]:
     return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
 
 
+def without_probes(findings: Sequence[Finding]) -> bool:
+    """Tell whether no sign was asked that needs probes."""
+    asked = {finding.alarm for finding in findings}
+    return not any(name in asked for name, _, of_probes, _ in ALARMS if of_probes)
+
+
+def not_asked(findings: Sequence[Finding]) -> list[str]:
+    """The names of the signs that were not asked; without probes, all that need them are among these."""
+    absent = [name for name, _, of_probes, _ in ALARMS if of_probes] if without_probes(findings) else []
+    return [finding.alarm for finding in findings if finding.verdict == "not asked"] + absent
+
+
 # -- the tables -------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +168,12 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     told = {"early": list(early), "published": list(published)}
     text = render("columns.jinja", rows=rows, **told)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def settings_told(row: Row) -> dict[str, Any]:
+    """A row's settings for the reader, with the word for the judged model in place of the internal ones."""
+    shown = {name: value for name, value in row.settings.items() if name != "deterministic"}
+    return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})
 
 
 def _may_end_early(row: Row) -> bool:
