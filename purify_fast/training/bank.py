@@ -411,8 +411,9 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
 
 def _remove_unused(path: Path, size: int, limit: int) -> None:
     """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
-    others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
-    sizes = {other: _size(other) for other in others}
+    facts = {other: _size_and_use(other) for other in path.parent.glob("*.bank") if other != path}
+    others = sorted(facts, key=lambda other: facts[other][1])
+    sizes = {other: facts[other][0] for other in others}
     in_use = sum(sizes[other] for other in others if not _is_unused(other))
     if size + in_use > limit:
         raise ValueError(
@@ -461,16 +462,10 @@ def _allocated(path: Path, size: int) -> int:
     return handle
 
 
-def _size(path: Path) -> int:
+def _size_and_use(path: Path) -> tuple[int, float]:
+    """The bytes of a file, and the time of its last use; zeros if another process removed it."""
     try:
-        return path.stat().st_size
+        facts = path.stat()
     except OSError:
-        # another process removed it
-        return 0
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+        return 0, 0.0
+    return facts.st_size, facts.st_mtime
