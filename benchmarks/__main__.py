@@ -11,7 +11,6 @@ from functools import partial
 from purify_fast._files import FolderInUse
 
 from . import (
-    captures,
     convolutions,
     evaluation,
     gpu_check,
@@ -85,7 +84,6 @@ COMMANDS = {
         "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments
     ),
     "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
-    "captures": Command("what an evaluation captures on a GPU, counted without one", captures.main, captures.arguments),
     "memory": Command("memory of the gradient through a diffusion process", memory.main, memory.arguments),
     "diffusion_picture": Command("an image, noised, denoised step by step and purified", diffusion_picture.main),
     "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),

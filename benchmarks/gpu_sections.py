@@ -191,7 +191,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
         step(state)
     eager = [capture.timed(lambda: step(state), context.device) for _ in range(runs)]
     began = capture.now(context.device)
-    loop = graphs.begin(step, state, 10_000)
+    loop = graphs.begin(step, state)
     captured = capture.now(context.device) - began
     replayed = [capture.timed(loop.take, context.device) for _ in range(runs)]
     on_device = measure.seconds([loop.take] * runs, context.device) / runs

@@ -120,6 +120,10 @@ class Replays:
         """Do nothing: nothing here disturbs the step."""
         return contextlib.nullcontext()
 
+    def clock(self) -> float:
+        """Return a constant: no time passes."""
+        return 0.0
+
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
         """Report that all of a step's time is launching."""
         run()

@@ -22,7 +22,6 @@ from purify_fast.evaluation.show.tables import markdown_table
 
 from . import (
     RESULTS,
-    captures,
     evaluation,
     front_page,
     ideas,
@@ -118,7 +117,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "instructions": instructions.table,
     "launches": launches.table,
     "roofline": roofline.table,
-    "captures": captures.chapter,
     "broken": broken.table,
     "truth": truth.table,
     "memory": memory.table,

@@ -8,28 +8,34 @@ and extrapolated linearly to others. The model is made to be tested by measureme
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from purify_fast.attacks import apgd, fab_t, square
+from purify_fast.attacks.attacked_model import frozen
+from purify_fast.attacks.objective import Objective
 from purify_fast.methods.atop import Atop, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.tune import Launches
 from purify_fast.speed.counting import EAGER, GPUS, REPLAYED, SHARE, counted
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
 from . import RESULTS, report
-from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, of_model, per_step
 from .launches import Replays, arrest, atop, served
 
 FILE = "roofline.csv"
@@ -38,9 +44,20 @@ H100 = GPUS["h100"]
 STEPS = ("APGD-100 ce", "APGD-T 100", "FAB-T 100", "Square")
 #: The batch sizes at which a step is counted, and those for which it is modelled.
 COUNTED, BATCHES = (4, 8), (16, 64, 250)
+#: The numbers of steps with which the operators of a step are counted.
+COUNTED_STEPS = (20, 40)
 SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
 #: ARREST's threshold beyond any drift, so that every image is attacked.
 NEVER_REPLAYED = 10.0
+#: A run of each attack, by the beginning of its name in a report.
+ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "APGD-10 margin": partial(apgd, loss="margin"),
+    "APGD-100 ce": apgd,
+    "APGD-T 100 margin": partial(apgd, loss="margin_targeted", n_target_classes=1),
+    "APGD-T 100": partial(apgd, loss="dlr_targeted", n_target_classes=1),
+    "FAB-T 100": partial(fab_t, n_target_classes=1),
+    "Square": lambda *args, steps, **options: square(*args, n_queries=steps, **options),
+}
 
 
 class Half(nn.Module):
@@ -75,13 +92,59 @@ class Count(NamedTuple):
     flop: float
 
 
+def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], captures: bool) -> tuple[float, float]:
+    """Count the operators that a step launches, and those that wait for the device.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, C, H, W]``, with the model's own classes as labels, so that no image falls.
+        attack: one of `ATTACKS`.
+        captures: whether to capture everything that can be captured.
+    """
+    y, replays = model(x).argmax(1).detach(), Replays()
+    options: dict[str, Any] = {"eps": 1e-6}
+    if captures and attack is not ATTACKS["Square"]:
+        options["graphs"] = StepGraphs("always", capture=replays)
+    launched, waited = [], []
+    for steps in COUNTED_STEPS:
+        # The first of these runs captures everything that can be captured.
+        attack(model, x, y, steps=steps, **options)
+        replays.replayed = 0
+        with HostSyncs() as waits, Launches() as launches:
+            attack(model, x, y, steps=steps, **options)
+        launched.append(launches.count + replays.replayed)
+        waited.append(sum(waits.counts.values()))
+    steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
+    return (launched[1] - launched[0]) / steps, (waited[1] - waited[0]) / steps
+
+
+def of_model(name: str, model: nn.Module, x: Tensor) -> tuple[int, int, int]:
+    """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
+
+    Args:
+        name: of the attack.
+        model: images to logits.
+        x: images ``[B, C, H, W]``.
+    """
+    with frozen(model), torch.no_grad():
+        labels = model(x).topk(2, 1).indices
+        if name == "Square":
+            return counted(lambda: model(x))
+        return counted(lambda: Objective(model, "margin_targeted").gradient(x, labels))
+
+
+def kernels_serve() -> contextlib.AbstractContextManager[Any]:
+    """Within the block, every op counts as one operator, like a kernel, even if a CPU has no kernel."""
+    return mock.patch.object(registry.Op, "uses_reference", lambda *given: False)
+
+
 def of_attack(name: str, size: int) -> Count:
     """Count a step of an attack on a ResNet-18 that no image falls to.
 
     The attack's own work is counted on a tiny network, whose share is subtracted.
 
     Args:
-        name: name of the attack, in `benchmarks.captures.ATTACKS`.
+        name: name of the attack, in `ATTACKS`.
         size: number of images.
     """
     torch.manual_seed(0)

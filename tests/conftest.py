@@ -221,8 +221,9 @@ class Rerun:
         replayed: how often one was replayed.
         replaying: whether one is being replayed.
         times: seconds of launching a step and of all of it, as `CudaCapture.timed` measures them.
-        replay_time: seconds of a replay; None: as long as a step, so that captures tell nothing of what they are worth.
+        replay_time: seconds of a replay.
         cost: seconds that a capture takes.
+        readings: how often the clock was read; each reading is a launched step later than the one before.
         released: how often memory was given back.
         error: raised in place of a capture, if given.
     """
@@ -231,8 +232,8 @@ class Rerun:
 
     def __init__(self) -> None:
         self.recorded, self.replayed, self.replaying = 0, 0, False
-        self.times, self.cost, self.released = (1.0, 1.0), 10.0, 0
-        self.replay_time: float | None = None
+        self.times, self.replay_time, self.cost = (1.0, 1.0), 0.1, 10.0
+        self.readings = self.released = 0
         self.error: Exception | None = None
 
     def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -242,7 +243,11 @@ class Rerun:
         before = self.replayed
         run()
         replays, self.replayed = self.replayed - before, before
-        return (self.replay_time,) * 2 if replays and self.replay_time is not None else self.times
+        return (self.replay_time,) * 2 if replays else self.times
+
+    def clock(self) -> float:
+        self.readings += 1
+        return self.readings * self.times[0]
 
     def now(self, device: torch.device) -> float:
         return self.recorded * self.cost

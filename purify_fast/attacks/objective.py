@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_graphs import State, StepGraphs, Steps
 from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
-
-#: After so many gradients without a graph, the search asks again for one.
-ASKED_AGAIN = 10
 
 
 class Gradient(NamedTuple):
@@ -221,19 +218,11 @@ class Gradients:
         objective: the loss that is raised.
         like: images with the shape and dtype of the batch, ``[B, ...]``.
         y: labels, as `Objective.gradient` takes them.
-        points: the most points at which gradients will be taken.
-        certain: whether gradients will be taken at all of these points, in one batch.
-        later: the number of such runs that the attack will still make on the same images.
     """
 
-    def __init__(
-        self, objective: Objective, like: Tensor, y: Tensor, points: int, *, certain: bool = False, later: float = 0.0
-    ):
-        self._objective, self._y, self._points = objective, y, points
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor):
+        self._objective, self._y = objective, y
         self._loop: Steps | None = None
-        self._looked = 0
-        if objective.graphs is not None:
-            self._ahead: dict[str, Any] = {"certain": certain, "later": later, "run": objective.graphs.new_run()}
         self._begin(like)
 
     def now_of(self, like: Tensor, y: Tensor) -> None:
@@ -246,10 +235,6 @@ class Gradients:
         """`Objective.gradient` at a point, images ``[B, ...]``."""
         if self._loop is None:
             return self._objective.gradient(point, self._y)
-        self._looked += 1
-        if not self._loop.replays and self._looked % ASKED_AGAIN == 0:
-            # after so many launches a graph may save time
-            self._begin(point)
         self._loop.put(point=point)
         self._loop.take()
         return Gradient(**self._loop.values("image", "loss", "wrong"))
@@ -260,5 +245,4 @@ class Gradients:
         wide = torch.promote_types(like.dtype, torch.float32)
         zeros = torch.zeros(len(like), device=like.device)
         state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-        left = self._points - self._looked
-        self._loop = self._objective.graphs.begin(GradientStep(self._objective), state, left, **self._ahead)
+        self._loop = self._objective.graphs.begin(GradientStep(self._objective), state)

@@ -107,7 +107,7 @@ def ascend(
     state = {"alpha": ball.eps, **state, "eps": ball.eps}
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
-    loop = begin_steps(objective.graphs, ascent, state, end - first)
+    loop = begin_steps(objective.graphs, ascent, state)
     for i in range(first, end):
         if falls:
             loop.put(alpha=ball.eps * fall(i, steps))

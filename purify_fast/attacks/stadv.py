@@ -143,7 +143,7 @@ class StAdv(RestartedAttack):
                 flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
             adam, point = _Adam(flow, self.rate), warp(x, flow)
             search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
-            gradients = Gradients(objective, point, y, steps, certain=True)
+            gradients = Gradients(objective, point, y)
             for _ in range(steps):
                 with torch.enable_grad():
                     leaf = flow.detach().requires_grad_()

@@ -536,8 +536,6 @@ class Batches:
             ValueError: the attack returned images that are not allowed (`check_adversarial`).
         """
         part = self.parts[number]
-        if self.context.graphs is not None:
-            self.context.graphs.to_come = sum(map(len, self.parts[number + 1 :])) / len(part)
         self.subject.reseed_batch(number)
         batch = _attack(self.attack, self.target, part, self.subject, self.context)
         if self.rule is not None:

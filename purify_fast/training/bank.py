@@ -20,12 +20,10 @@ seed, the step and the bank, and a run that was killed reads what it wrote befor
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from .._files import lock_file
-from .._tensors import per_image
+from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch import cache
@@ -48,8 +46,6 @@ logger = logging.getLogger("purify_fast")
 
 #: Fewer images than these are gathered from several steps, since an attack on a few takes nearly as long as on many.
 TOGETHER = 64
-#: The number of images from which the fullness of a bank is estimated.
-LOOK = 512
 #: A part of the key: the version of the file's layout and of the rule that gives an image its draws.
 FORMAT = 1
 
@@ -175,7 +171,6 @@ class AdversarialBank:
         made: images that this process attacked.
         read: images that it read in place of attacking.
         damaged: damaged records that were made again.
-        seconds: that this process spent on reading and writing.
 
     Args:
         config: M, rho, and where the file is.
@@ -192,7 +187,6 @@ class AdversarialBank:
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
         self.made = self.read = self.damaged = 0
-        self.seconds = 0.0
         size = math.prod(images.shape)
         head = [("check", "<u4"), ("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
         kind = np.dtype([*head, ("steps", "i1", (size,))])
@@ -200,7 +194,7 @@ class AdversarialBank:
         text = json.dumps([FORMAT, attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places,
                            images.count, list(images.shape), images.data, images.views], sort_keys=True)  # fmt: skip
         folder = cache.folder() / "banks" if config.folder is None else Path(config.folder)
-        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.bank"
+        self.path = folder / f"{text_hash(text).hexdigest()}.bank"
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
@@ -214,6 +208,11 @@ class AdversarialBank:
         if 0 < config.refresh < 1:
             wanted = math.ceil(TOGETHER / max(config.refresh * adversarial, 1e-9))
             self.period = max(1, min(wanted, int(1 / config.refresh + 1e-9)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """A row of the run's log: M and rho, and the images that this process made, read and found damaged so far."""
+        return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
         """The bank as one step uses it.
@@ -240,7 +239,6 @@ class AdversarialBank:
             The variants. An image is not found while places of the image and its attack are empty: they are to be
             filled.
         """
-        began = time.monotonic()
         found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
                       np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))  # fmt: skip
         for image, (entry, kind) in enumerate(zip(entries.tolist(), kinds.tolist(), strict=True)):
@@ -251,7 +249,6 @@ class AdversarialBank:
                 chosen = own.index(True) if any(own) else min(int(draws[image] * count), count - 1)
                 found.steps[image], found.scale[image] = records["steps"][chosen], records["scale"][chosen]
                 found.found[image], found.made_by_this_step[image] = True, any(own)
-        self.seconds += time.monotonic() - began
         return found
 
     def keep(self, entries: np.ndarray, kinds: np.ndarray, seed: int, steps: np.ndarray, scale: np.ndarray) -> None:
@@ -264,7 +261,6 @@ class AdversarialBank:
             steps: q, int8 ``[A, D]``.
             scale: s, float32 ``[A]``. A variant whose scale is not finite is not kept.
         """
-        began = time.monotonic()
         for i in np.flatnonzero(np.isfinite(scale)):
             entry, places = int(entries[i]), self.slots[kinds[i]]
             records, whole = self._variants(entry, places)
@@ -279,7 +275,6 @@ class AdversarialBank:
             record["scale"], record["steps"] = scale[i], steps[i]
             record["check"] = _record_checksum(record, at)
             self.records[at] = record
-        self.seconds += time.monotonic() - began
 
     def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, list[bool]]:
         """The records of an image in some places, and which of them hold a variant."""
@@ -301,61 +296,6 @@ class AdversarialBank:
         # a person may have removed it
         with contextlib.suppress(OSError):
             os.utime(self.path)
-
-    def fullness(self) -> list[float]:
-        """The share of the places of each attack that hold a variant, by a look at some of the images."""
-        entries = np.unique(np.linspace(0, len(self.records) - 1, LOOK).astype(np.int64)).tolist()
-        return [float(np.mean([self._variants(entry, places)[1] for entry in entries])) for places in self.slots]
-
-    def left_to_make(self, epochs: float) -> tuple[float, float]:
-        """Count the images that a run will attack, for each image of its data.
-
-        Args:
-            epochs: epochs that are left of the run.
-
-        Returns:
-            The number with the bank as full as it is, and the number without the bank.
-        """
-        attacked = asked = 0.0
-        for attack, places, full in zip(self.attacks.attacks, self.slots, self.fullness(), strict=True):
-            uses, count = epochs * attack.share, places.stop - places.start
-            filled = (1 - full) * _expected_at_most(count, epochs, attack.share)
-            attacked += filled + (self.config.refresh * (uses - filled) if attack.random else 0.0)
-            asked += uses
-        return attacked, asked
-
-    def forecast(self, epochs: float, images: int, rows: int, seconds: float) -> str:
-        """A sentence about what the bank will save.
-
-        Args:
-            epochs: epochs that are left of the run.
-            images: images of an epoch.
-            rows: adversarial images of the step that was measured.
-            seconds: seconds that its attacks took.
-        """
-        # its module takes a third of a second to import
-        from ..speed.forecast import in_words
-
-        attacked, asked = self.left_to_make(epochs)
-        each = seconds / max(rows, 1) * images
-        full = 100 * sum(self.fullness()) / len(self.slots)
-        return (
-            f"adversarial bank: {self.config.variants} variants of an image, a share {self.config.refresh:g} made "
-            f"anew, {full:.0f} % full, {self.bytes / 1e9:.3g} GB in {self.path}. A step's attacks on {rows} images "
-            f"take {seconds:.3g} s. In the {epochs:g} epochs that are left about {attacked * images:,.0f} images will "
-            f"be attacked in place of {asked * images:,.0f}: {in_words(attacked * each)} of attacks in place of "
-            f"{in_words(asked * each)}"
-        )
-
-    def summary(self, rows: int, seconds: float) -> str:
-        """A sentence about what the bank saved this process; the arguments are those of `forecast`."""
-        from ..speed.forecast import in_words
-
-        saved = self.read * seconds / max(rows, 1) - self.seconds
-        more = f"took {in_words(-saved)} more than attacks in their place would have"
-        effect = f"saved {in_words(saved)} of attacks" if saved >= 0 else more
-        damaged = f"; {self.damaged:,} were damaged and made again" if self.damaged else ""
-        return f"adversarial bank: {self.made:,} images were attacked and {self.read:,} read{damaged}, which {effect}"
 
 
 @dataclass
@@ -471,8 +411,9 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
 
 def _remove_unused(path: Path, size: int, limit: int) -> None:
     """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
-    others = sorted((other for other in path.parent.glob("*.bank") if other != path), key=_last_used)
-    sizes = {other: _size(other) for other in others}
+    facts = {other: _size_and_use(other) for other in path.parent.glob("*.bank") if other != path}
+    others = sorted(facts, key=lambda other: facts[other][1])
+    sizes = {other: facts[other][0] for other in others}
     in_use = sum(sizes[other] for other in others if not _is_unused(other))
     if size + in_use > limit:
         raise ValueError(
@@ -521,26 +462,10 @@ def _allocated(path: Path, size: int) -> int:
     return handle
 
 
-def _size(path: Path) -> int:
+def _size_and_use(path: Path) -> tuple[int, float]:
+    """The bytes of a file, and the time of its last use; zeros if another process removed it."""
     try:
-        return path.stat().st_size
+        facts = path.stat()
     except OSError:
-        # another process removed it
-        return 0
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _expected_at_most(count: int, trials: float, share: float) -> float:
-    """The mean of min(count, K) for a binomial K with ``trials`` trials, rounded, and the probability ``share``."""
-    n, below, mean = round(trials), 0.0, 0.0
-    for k in range(count):
-        probability = math.comb(n, k) * share**k * (1 - share) ** (n - k) if k <= n else 0.0
-        below += probability
-        mean += k * probability
-    return mean + count * (1 - below)
+        return 0, 0.0
+    return facts.st_size, facts.st_mtime

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import ops
 from .._files import folder_lock
@@ -31,13 +29,13 @@ from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
-from .bank import AdversarialBank, BankConfig, BankedImages
+from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
 from .optimizers import fuse, set_learning_rate, weights_of
-from .run import Diverged, LossWatch, Run
-from .sources import HeldOut, Images, InMemory, Source, held_out_source, step_seed, training_source
+from .run import Diverged, LossWatch, Run, open_bank
+from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
 
 logger = logging.getLogger("purify_fast")
@@ -135,10 +133,7 @@ def fit(
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
         with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
-            measured = _measure_attacks(run, progress and first)
             _train(run, listeners, stop)
-            if run.bank is not None and measured:
-                _tell(run.bank.summary(*measured), progress and first)
         task.finish()
         if run.best:
             task.model.load_state_dict(run.best["model"])
@@ -146,68 +141,6 @@ def fit(
         for listener in listeners:
             listener.on_end(_state(run, 0, run.last, config.epochs - 1))
         return run.last
-
-
-def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
-    """Open the bank of a training, with the variants of earlier runs.
-
-    Args:
-        task: the training.
-        source: source of the training's images.
-        bank: its settings.
-
-    Raises:
-        ValueError: the images of the training cannot be kept; the message says why.
-    """
-    attacks = task.frozen_attacks()
-    if attacks is None:
-        raise ValueError(
-            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
-            "this training attacks a model that it changes, or attacks nothing"
-        )
-    if not isinstance(source, InMemory):
-        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
-    if source.config.padding:
-        raise ValueError(
-            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
-            f"{source.config.padding}): train without padding or without a bank"
-        )
-    # the digest includes the labels, because the attacks raise the loss of the labels
-    views = 2 if source.config.flip else 1
-    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
-    return AdversarialBank(bank, attacks, images, source.batch_size)
-
-
-def _measure_attacks(run: Run, told: bool) -> tuple[int, float] | None:
-    """Measure the attacks of the run's next step, and tell what the bank will save; None if the run is complete.
-
-    Returns:
-        The images that were attacked, and the seconds that it took.
-    """
-    if run.bank is None or run.step >= run.total:
-        return None
-    with contextlib.closing(run.source.epoch(run.epoch, run.step % run.steps)) as batches:
-        raw = next(batches)
-    batch = replace(run.batch(raw, run.step, step_seed(run.config.seed, run.step)), bank=None)
-    rows = round(len(batch.x) * sum(one.share for one in run.bank.attacks.attacks))
-    # kernels are verified and memory is taken when an attack runs for the first time
-    for _ in range(2):
-        began = time.monotonic()
-        attacked = run.task.attack_frozen(batch)
-        # waits for the device
-        attacked.flatten()[:1].tolist()
-    seconds = time.monotonic() - began
-    epochs = (run.total - run.step) / run.steps
-    _tell(run.bank.forecast(epochs, run.source.images, rows, seconds), told)
-    return rows, seconds
-
-
-def _tell(text: str, shown: bool) -> None:
-    """Write a line beside the progress bar, or to the log ``purify_fast`` if there is no bar."""
-    if shown:
-        tqdm.write(text, file=sys.stderr)
-    elif processes()[0] == 0:
-        logger.info(text)
 
 
 @contextlib.contextmanager
@@ -241,20 +174,20 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         try:
             state = _train_epoch(run, listeners, watch, stop)
         except Diverged as error:
-            _back_off(run, watch, error)
+            _back_off(run, _diverged(run, watch, error))
             continue
         ended = state.epoch + 1
         validated = ended % run.config.validation_every == 0 or ended == run.config.epochs
         if run.held_out is not None and validated:
             run.validate()
             if run.collapsed():
-                _back_off_from_collapse(run, state.epoch)
+                _back_off(run, _collapsed(run, state.epoch), to_good=True)
                 continue
             state = replace(state, metrics=run.last)
         row: dict[str, Any] = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
         row["images_per_second"] = round(state.images_per_second, 1)
         if run.bank is not None:
-            row["bank"] = {**run.bank.config.facts, "made": run.bank.made, "read": run.bank.read}
+            row["bank"] = run.bank.facts
         run.rows.append({**row, **({"acts_from_step": run.terms} if run.terms else {})})
         run.write_log()
         for listener in listeners:
@@ -305,42 +238,48 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
 
-def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
-    """Return to the last checkpoint with a smaller learning rate; Diverged with an explanation if the run is to end."""
+def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
+    """Return to the last checkpoint, or to the last good one, with a smaller learning rate.
+
+    Raises:
+        Diverged: the run is to end instead, or it has backed off often enough.
+    """
+    rate = run.rate * BACK_OFF
+    if (run.config.on_nan == "stop" and not to_good) or rate < BACK_OFF**BACK_OFFS:
+        raise error
+    if to_good:
+        run.return_to_good()
+    else:
+        run.resume()
+    run.rate = rate
+    if processes()[0] == 0:
+        logger.warning("%s; back to step %d with %g of the learning rate", error, run.step, rate)
+
+
+def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
+    """The error with an explanation, after the images of the step were kept."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where, record = "a weight is not finite", None
     if step is not None:
         where = f"the loss of step {step} is not finite"
         record = watch.record(step, run.folder) if run.folder is not None and processes()[0] == 0 else None
-    explanation = (
+    return Diverged(
         f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
         f"{f', and {record} has the images, labels and seed' if record else ''}. Lower the learning rate "
         f"(on_nan='back_off' does so by itself; the rate was {run.rate:g} times the method's own), let eps rise over "
-        "more epochs (eps_warmup), or train in float32 if this is bfloat16"
+        "more epochs (eps_warmup), or train in float32 if this is bfloat16",
+        step,
     )
-    rate = run.rate * BACK_OFF
-    if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
-        raise Diverged(explanation, step) from error
-    run.resume()
-    run.rate = rate
-    if processes()[0] == 0:
-        logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
 
 
-def _back_off_from_collapse(run: Run, epoch: int) -> None:
-    """Return to the last good checkpoint with a smaller learning rate; Diverged if that was done often enough."""
-    accuracy, rate = run.last["validation_accuracy"], run.rate * BACK_OFF
-    explanation = (
-        f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to {accuracy:.3f}, less than half of "
-        "what it was"
+def _collapsed(run: Run, epoch: int) -> Diverged:
+    """The error of a training whose accuracy on held-out images fell."""
+    return Diverged(
+        f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to "
+        f"{run.last['validation_accuracy']:.3f}, less than half of what it was, even at {run.rate:g} of the learning "
+        "rate; attack with more steps or less eps"
     )
-    if rate < BACK_OFF**BACK_OFFS:
-        raise Diverged(f"{explanation}, even at {run.rate:g} of the learning rate; attack with more steps or less eps")
-    run.return_to_good()
-    run.rate = rate
-    if processes()[0] == 0:
-        logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
 
 
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:

@@ -21,13 +21,13 @@ from torch import Tensor
 from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
-from .bank import AdversarialBank
+from .bank import AdversarialBank, BankConfig, BankedImages
 from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
 from .schedules import RunLength
-from .sources import RawBatch, Source, step_seed
+from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 #: Settings that do not change the result, so that they may differ when a run is resumed.
@@ -315,6 +315,36 @@ class Run:
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
+
+
+def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
+    """Open the bank of a training, with the variants of earlier runs.
+
+    Args:
+        task: the training.
+        source: source of the training's images.
+        bank: its settings.
+
+    Raises:
+        ValueError: the images of the training cannot be kept; the message says why.
+    """
+    attacks = task.frozen_attacks()
+    if attacks is None:
+        raise ValueError(
+            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
+            "this training attacks a model that it changes, or attacks nothing"
+        )
+    if not isinstance(source, InMemory):
+        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
+    if source.config.padding:
+        raise ValueError(
+            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
+            f"{source.config.padding}): train without padding or without a bank"
+        )
+    # the digest includes the labels, because the attacks raise the loss of the labels
+    views = 2 if source.config.flip else 1
+    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
+    return AdversarialBank(bank, attacks, images, source.batch_size)
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

@@ -138,20 +138,12 @@ class Task:
     def frozen_attacks(self) -> FrozenAttacks | None:
         """The training's attacks, if all of them attack a model that it never changes; None otherwise.
 
-        They can be kept in a bank then, and `attack_frozen` says what they make of a batch.
+        They can be kept in a bank then.
 
         Raises:
             ValueError: such attacks, which differ from epoch to epoch.
         """
         return None
-
-    def attack_frozen(self, batch: Batch) -> Tensor:
-        """The batch after the attacks of `frozen_attacks`, in the shape and dtype of its images.
-
-        Args:
-            batch: the images. With a bank the step that follows reads what was made here.
-        """
-        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         """The settings that must be equal for a checkpoint to be resumed, as JSON values; ``task`` is the kind."""

@@ -556,7 +556,7 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     model, x = SmallCNN(width=4).eval(), torch.rand(12, 1, 16, 16)
     y = model(x).argmax(1)
     rows = []
-    for mode in ("off", "always"):
+    for mode in ("off", "auto", "always"):
         found = evaluate(
             model, x, y, eps=0.05, attacks=[PGD(steps=25), APGD(steps=25)], batch_size=8, cuda_graphs=mode,
             progress=False,
@@ -564,4 +564,5 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
         rows.append([row.robust.tolist() for row in found.rows])
         # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
         assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3
-    assert rows[0] == rows[1] and [one.mode for one in made] == ["off", "always"]
+        rerun.recorded = 0
+    assert rows[0] == rows[1] == rows[2] and [one.mode for one in made] == ["off", "auto", "always"]

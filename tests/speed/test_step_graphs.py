@@ -17,17 +17,11 @@ from torch import Tensor, nn
 
 from purify_fast.contents import identity_key
 from purify_fast.speed.graphs import step_graphs
-from purify_fast.speed.graphs.step_graphs import (
-    LEAST_WORTH,
-    MOST_WORTH,
-    RETRIED_AFTER,
-    WORTH,
-    State,
-    StepGraphs,
-    begin_steps,
-)
+from purify_fast.speed.graphs.step_graphs import RETRIED_AFTER, State, StepGraphs, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+#: Steps of a loop.
+STEPS = 40
 
 
 class Scale(nn.Module):
@@ -55,7 +49,7 @@ def start(n: int = 3) -> State:
 
 
 def run(graphs: StepGraphs | None, model: nn.Module, steps: int = 3, state: State | None = None, kind=Grow) -> State:
-    loop = begin_steps(graphs, kind(model), start() if state is None else state, steps)
+    loop = begin_steps(graphs, kind(model), start() if state is None else state)
     for _ in range(steps):
         loop.take()
     return loop.values()
@@ -67,113 +61,37 @@ def same(a: State, b: State) -> bool:
 
 @pytest.fixture
 def graphs(rerun) -> StepGraphs:
-    return StepGraphs(capture=rerun)
+    """Captures at once; tests/speed/test_capture_rule.py is about the rule of the mode "auto"."""
+    return StepGraphs("always", capture=rerun)
 
 
 def test_a_replay_gives_what_the_eager_loop_gives(graphs, rerun):
     model, begin = Scale(), start()
-    wanted = run(None, model, WORTH, begin)
-    found = run(graphs, model, WORTH, begin)
-    assert rerun.recorded == 1 and rerun.replayed == WORTH and graphs.refusal is None
+    wanted = run(None, model, STEPS, begin)
+    found = run(graphs, model, STEPS, begin)
+    assert rerun.recorded == 1 and rerun.replayed == STEPS and graphs.refusal is None
     # what is another buffer before the step (here the old x) is read before any buffer is written
     assert (
-        same(found, wanted) and float(found["x"][0]) == 2.0**WORTH and float(found["before"][0]) == 2.0 ** (WORTH - 1)
+        same(found, wanted) and float(found["x"][0]) == 2.0**STEPS and float(found["before"][0]) == 2.0 ** (STEPS - 1)
     )
     assert same(begin, start())
-    again = run(graphs, model, WORTH, begin)
+    again = run(graphs, model, STEPS, begin)
     assert rerun.recorded == 1 and same(again, wanted) and same(found, wanted)
 
 
-def test_short_loops_are_captured_once_a_capture_pays(graphs, rerun):
-    model, loops = Scale(), -(-WORTH // 3)
-    for loop in range(1, loops + 3):
-        assert same(run(graphs, model), run(None, model)) and rerun.recorded == (loop >= loops)
-    assert rerun.replayed == 3 * 3
+class Turned(Scale):
+    """Its images lie in memory in another order than those that it gets at first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).t().contiguous().t()
 
 
-def test_a_loop_of_which_no_step_is_certain_is_captured_only_once_enough_were_launched(graphs, rerun):
-    model = Scale()
-    for steps, captured in ((WORTH, 0), (1, 1)):
-        loop = begin_steps_of_a_run(graphs, model, WORTH, 0)
-        for _ in range(steps):
-            loop.take()
-        assert rerun.recorded == captured
-
-
-def begin_steps_of_a_run(graphs: StepGraphs, model: nn.Module, left: int, run: int):
-    return graphs.begin(Grow(model), start(), left, certain=False, run=run)
-
-
-@pytest.mark.parametrize(
-    ("taken", "to_come", "captured"),
-    [
-        # the steps that each run so far took; the batches to come; whether the next one, of 100 steps at most, captures
-        ([], 8.0, False),
-        ([WORTH], 0.5, False),
-        ([WORTH], 1.0, True),
-        ([2 * WORTH], 0.0, True),
-        ([WORTH + 20, WORTH - 20], 0.0, False),
-        ([WORTH + 20, WORTH - 20], 1.0, True),
-        ([1, 1, 1, 1], 8.0, False),
-    ],
-)
-def test_a_run_is_captured_if_those_before_it_say_that_it_pays(graphs, rerun, taken, to_come, captured):
-    """What earlier runs took, expected of this one and of those to come, must pay for a capture twice."""
-    model = Scale()
-    graphs.to_come = 0.0
-    for run_, steps in enumerate(taken):
-        loop = begin_steps_of_a_run(graphs, model, 100, run_)
-        for _ in range(steps):
-            loop.take()
-    assert rerun.recorded == 0
-    graphs.to_come = to_come
-    assert begin_steps_of_a_run(graphs, model, 100, len(taken)).replays == captured
-
-
-@pytest.mark.parametrize(("others", "captured"), [(0, True), (1, False)])
-def test_of_later_runs_less_is_expected_where_earlier_ones_did_not_meet_the_size(graphs, others, captured):
-    """A run met the size, then others did not, and now one does; two more are to come."""
-    model, graphs.to_come = Scale(), 0.0
-    for _ in range(WORTH // 2 + 10):
-        begin_steps_of_a_run(graphs, model, 100, 0).take()
-    loop = graphs.begin(Grow(model), start(), 100, certain=False, run=1 + others, later=2)
-    assert loop.replays == captured
-
-
-@pytest.mark.parametrize(("to_come", "enough"), [(0.0, 2 * WORTH - 1), (1.0, WORTH - 1)])
-def test_later_runs_count_in_this_batch_and_in_those_to_come(graphs, to_come, enough):
-    """Each run takes one step; twice the cost is expected of this one, of the later ones, and of another batch."""
-    model, graphs.to_come = Scale(), to_come
-    begin_steps_of_a_run(graphs, model, 1, 0).take()
-    for later in (enough - 1, enough):
-        loop = graphs.begin(Grow(model), start(), 1, certain=False, run=1, later=later)
-        assert loop.replays == (later == enough)
-
-
-def test_of_a_first_run_as_much_is_expected_as_it_took(graphs, rerun):
-    """Never more than it has left; what is certain counts in full."""
-    model, graphs.to_come = Scale(), 0.0
-    for left, taken in ((1000, 2 * WORTH), (2 * WORTH - 1, 0), (2 * WORTH, 0)):
-        captured = begin_steps_of_a_run(graphs, model, left, 0)
-        assert captured.replays == (left == 2 * WORTH)
-        for _ in range(taken):
-            captured.take()
-    assert graphs.begin(Grow(Scale()), start(), WORTH).replays
-    assert not graphs.begin(Grow(Scale()), start(), WORTH - 1).replays
-
-
-def test_each_capture_measures_for_how_many_steps_the_next_one_pays(graphs, rerun):
-    for cost, replay, worth in (
-        (30.0, 0.5, 60),
-        (1.0, 0.5, LEAST_WORTH),
-        (1e9, 0.5, MOST_WORTH),
-        (1.0, 1.0, MOST_WORTH),
-    ):
-        rerun.cost, rerun.replay_time = cost, replay
-        run(graphs, Scale(), MOST_WORTH)
-        assert graphs.worth == worth
-    run(graphs, Scale(), MOST_WORTH - 1)
-    assert rerun.recorded == 4
+def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun):
+    graphs, model = StepGraphs(capture=rerun), Turned()
+    state = {"x": torch.arange(6.0).view(2, 3), "before": torch.zeros(2, 3)}
+    for replayed in (3, 8):
+        assert same(run(graphs, model, 5, state), run(None, model, 5, state))
+        assert rerun.recorded == 1 and rerun.replayed == replayed and float(state["x"].sum()) == 15.0
 
 
 def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
@@ -183,7 +101,7 @@ def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
                 raise ValueError("no images")
             return super().forward(x)
 
-    loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0), WORTH)
+    loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0))
     assert rerun.recorded == 0 and not loop.replays
 
 
@@ -193,11 +111,14 @@ def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, mo
     monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.first_replay_agrees", lambda *args: True)
     models = [Scale() for _ in range(4)]
     gone = [weakref.ref(model) for model in models]
+    graphs.mode = "auto"
+    monkeypatch.setattr(step_graphs, "LEAST_SAVING", 0.0)
     for model in models:
-        run(graphs, model, WORTH)
+        run(graphs, model, STEPS)
+        # this is launched, and remembered
         run(graphs, model, 1, start(5))
     refused = Waiting()
-    run(graphs, refused, WORTH)
+    run(graphs, refused, STEPS)
     gone.append(weakref.ref(refused))
     assert len(graphs) == 4 and graphs.refusal is not None
     del model, refused
@@ -234,7 +155,7 @@ def test_memory_that_ends_is_tried_once_more_without_graphs(rerun, caplog):
 @pytest.mark.parametrize("change", ["values", "weight", "setting", "mode", "hook", "part", "autocast"])
 def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun, change):
     model = Scale()
-    run(graphs, model, WORTH)
+    run(graphs, model, STEPS)
     if change == "values":
         model.weight.data.fill_(0.5)
     elif change == "weight":
@@ -248,7 +169,7 @@ def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun
     elif change == "part":
         model.part = nn.Linear(1, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-        assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+        assert same(run(graphs, model, STEPS), run(None, model, STEPS))
     assert rerun.recorded == (1 if change == "values" else 2)
 
 
@@ -256,7 +177,7 @@ def test_every_shape_has_its_graph_and_the_least_recently_used_one_goes(rerun, m
     monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
     graphs, model = StepGraphs(capture=rerun), Scale()
     for size, recorded in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
-        assert same(run(graphs, model, WORTH, start(size)), run(None, model, WORTH, start(size)))
+        assert same(run(graphs, model, STEPS, start(size)), run(None, model, STEPS, start(size)))
         assert rerun.recorded == recorded and len(graphs) <= 2
 
 
@@ -273,7 +194,7 @@ class FailsInTheTrial(Scale):
 
     def forward(self, x: Tensor) -> Tensor:
         FailsInTheTrial.calls += 1
-        if FailsInTheTrial.calls == WORTH + 2:
+        if FailsInTheTrial.calls == STEPS + 2:
             raise KeyError("the second call")
         return super().forward(x)
 
@@ -317,9 +238,9 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, c
     with caplog.at_level(logging.INFO, "purify_fast"):
         for _ in range(3):
             random.seed(1), np.random.seed(1)
-            wanted = run(None, model, WORTH)
+            wanted = run(None, model, STEPS)
             random.seed(1), np.random.seed(1)
-            assert same(run(graphs, model, WORTH), wanted)
+            assert same(run(graphs, model, STEPS), wanted)
     random.setstate(states[0])
     assert rerun.recorded == 0 and len(caplog.records) == 1
     assert re.search(reason, graphs.refusal) and re.search(reason, caplog.text)
@@ -341,51 +262,40 @@ class Verified(Scale):
 
 def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
     model = Verified()
-    found = run(graphs, model, WORTH)
-    assert rerun.recorded == 1 and same(found, run(None, Verified(), WORTH))
+    found = run(graphs, model, STEPS)
+    assert rerun.recorded == 1 and same(found, run(None, Verified(), STEPS))
 
 
 def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
     model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
     with caplog.at_level(logging.INFO, "purify_fast"):
         for _ in range(2):
-            assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+            assert same(run(graphs, model, STEPS), run(None, model, STEPS))
     assert [record.getMessage() for record in caplog.records] == [
         "an attack runs without a CUDA graph: the step cannot be captured (RuntimeError: operation not permitted)"
     ]
     rerun.error = None
-    run(graphs, model, WORTH)
+    run(graphs, model, STEPS)
     assert rerun.recorded == 0, "what failed is not tried again at once"
     run(graphs, model, RETRIED_AFTER)
-    run(graphs, model, WORTH)
+    run(graphs, model, STEPS)
     assert rerun.recorded == 1 and graphs.refusal is None
 
 
-def test_a_step_that_the_device_is_busy_with_is_captured_only_if_asked_for(rerun):
-    rerun.times = (0.1, 1.0)
-    graphs, model = StepGraphs(capture=rerun), Scale()
-    run(graphs, model, WORTH)
-    assert rerun.recorded == 0 and "launching takes 100 ms" in graphs.refusal
-    run(StepGraphs("always", capture=rerun), model, WORTH)
-    assert rerun.recorded == 1
-
-
-def test_one_slow_timing_decides_nothing(graphs, rerun):
-    times = iter([(0.1, 1.0), (1.0, 1.0), (0.1, 1.0)])
-    rerun.timed = lambda run, device: next(times, (1.0, 1.0))
-    run(graphs, Scale(), WORTH)
-    assert rerun.recorded == 0
-    times = iter([(1.0, 5.0), (1.0, 1.0), (1.0, 3.0)])
-    run(graphs, Scale(), WORTH)
-    assert rerun.recorded == 1
+def test_one_slow_timing_decides_nothing(rerun):
+    for eager, replays, captured in (([1.0, 9.0, 9.0], [9.0, 0.95, 9.0], 0), ([9.0, 1.0, 9.0], [9.0, 9.0, 0.8], 1)):
+        graphs, times = StepGraphs(capture=rerun), iter([*eager, *replays])
+        rerun.timed = lambda run, device, times=times: (next(times),) * 2
+        run(graphs, Scale(), 3)
+        assert len(graphs) == captured and next(times, None) is None
 
 
 def test_a_function_and_another_device_run_eagerly(graphs, rerun):
-    assert same(run(graphs, lambda x: 2 * x, WORTH), run(None, lambda x: 2 * x, WORTH))
+    assert same(run(graphs, lambda x: 2 * x, STEPS), run(None, lambda x: 2 * x, STEPS))
     assert "no torch.nn.Module" in graphs.refusal
     off, elsewhere = StepGraphs("off", capture=rerun), StepGraphs()
     for other in (off, elsewhere):
-        run(other, Scale(), WORTH)
+        run(other, Scale(), STEPS)
         assert other.refusal is None
     assert rerun.recorded == 0
 
@@ -397,9 +307,9 @@ def test_warm_up_moves_no_generator(graphs, rerun):
 
     model = Noisy()
     torch.manual_seed(3)
-    wanted, after = run(None, model, WORTH), torch.rand(1)
+    wanted, after = run(None, model, STEPS), torch.rand(1)
     torch.manual_seed(3)
-    assert same(run(graphs, model, WORTH), wanted) and torch.equal(torch.rand(1), after)
+    assert same(run(graphs, model, STEPS), wanted) and torch.equal(torch.rand(1), after)
     assert rerun.recorded == 1
 
 
@@ -419,36 +329,40 @@ def test_counters_count_replays_and_no_warm_up(graphs, rerun):
             return super().forward(x)
 
     eager, captured = Counting(), Counting()
-    run(None, eager, WORTH), run(graphs, captured, WORTH), run(graphs, captured, WORTH)
-    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * WORTH
+    run(None, eager, STEPS), run(graphs, captured, STEPS), run(graphs, captured, STEPS)
+    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * STEPS
 
 
 def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypatch):
     record = rerun.record
     monkeypatch.setattr(rerun, "record", lambda run, device: record(lambda: None, device))
     model = Scale()
-    assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+    assert same(run(graphs, model, STEPS), run(None, model, STEPS))
     assert graphs.refusal == "a replay does not give what the step gives" and len(graphs) == 0
 
 
 def test_two_loops_over_one_step_do_not_mix(graphs, rerun):
     model, twice = Scale(), start() | {"x": torch.full((3,), 5.0)}
-    run(graphs, model, WORTH)
-    first, second = (begin_steps(graphs, Grow(model), state, WORTH) for state in (start(), twice))
-    for _ in range(3):
+    run(graphs, model, STEPS)
+    first = begin_steps(graphs, Grow(model), start())
+    first.take()
+    second = begin_steps(graphs, Grow(model), twice)
+    assert second.replays and not first.replays
+    second.take()
+    for _ in range(2):
         first.take(), second.take()
     assert same(first.values(), run(None, model, 3)) and same(second.values(), run(None, model, 3, twice))
     del first, second
     before = rerun.replayed
-    run(graphs, model, WORTH)
-    assert rerun.replayed == before + WORTH and rerun.recorded == 1
+    run(graphs, model, STEPS)
+    assert rerun.replayed == before + STEPS and rerun.recorded == 1
 
 
 def test_a_copy_captures_for_itself(graphs, rerun):
     model = Scale()
-    run(graphs, model, WORTH)
+    run(graphs, model, STEPS)
     other = copy.deepcopy(graphs)
-    assert len(other) == 0 and len(graphs) == 1 and other.mode == "auto"
+    assert len(other) == 0 and len(graphs) == 1 and other.mode == "always"
 
 
 @dataclass

@@ -101,12 +101,11 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun):
     attacked = []
-    for times, all_rows in (((1.0, 1.0), True), ((0.1, 1.0), False)):
-        rerun.times = times
+    for replay_time, all_rows in ((0.1, True), (1.0, False)):
+        rerun.replay_time = replay_time
         # no image drifts so far, and all rows are those that are attacked
         task = arrest(tau=10.0)
         task.graphs = StepGraphs(capture=rerun)
-        task.graphs.worth = 1
         monitored = task.attack
         task.attack = lambda batch, attack, rows=None, run=monitored: (attacked.append(rows), run(batch, attack, rows))[
             1

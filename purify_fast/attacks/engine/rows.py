@@ -289,7 +289,6 @@ class ActiveSet:
         felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 if it has not fallen.
         correct: bool ``[N]``, True for clean images that have not fallen by themselves.
         costly: whether a batch on a CPU may shrink to every size.
-        waves_to_come: the number of further waves like the present one, if no other image falls.
         tried: bool ``[N]``, True for images with a search that reached its end, or that came nearer until it was given
             up.
         gains: the gains of the rows after their first steps.
@@ -299,7 +298,7 @@ class ActiveSet:
         self.x, self.y, self.ball, self.judge, self.ids = x, y, ball, judge, ids
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
-        self.felled_by, self.waves_to_come = torch.full_like(y, -1), 0.0
+        self.felled_by = torch.full_like(y, -1)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains = Gains()
         self._logits: Tensor | None = None
@@ -446,9 +445,7 @@ def waves(
         fits = max(most, len(left)) if padded else max(1, most // len(left)) * len(left)
         wave = rows_left[: len(left) if is_first else fits]
         numbers = wave.tolist()
-        following, to_come = numbers[-1] + 1, len(rows_left) - len(wave)
-        # many images fall in the first wave, so the next waves have other sizes
-        active.waves_to_come = 0.0 if is_first else to_come / len(wave)
+        following = numbers[-1] + 1
         owner, runs = wave % count, Counter(number // count for number in numbers)
         begins, labels = [], []
         for run, images in zip(runs, owner.split(list(runs.values())), strict=True):
@@ -548,7 +545,7 @@ class RowSearch(RowState):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
         # the batch may shrink after any of the first steps
-        self.gradients = Gradients(objective, self.point, rows.labels, steps, later=active.waves_to_come)
+        self.gradients = Gradients(objective, self.point, rows.labels)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None

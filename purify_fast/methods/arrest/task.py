@@ -166,7 +166,7 @@ class ArrestTask(Task):
         """Tell whether the images that are replayed are attacked too, although the result is not used.
 
         A captured step takes one number of images, and costs less than the launches for a part of them would. If the
-        last attack could not be captured, or the device was busy with it, only the others are attacked.
+        last attack could not be captured, or its replays saved too little, only the others are attacked.
 
         Args:
             device: device of the images.

@@ -276,9 +276,6 @@ class AtopTask(PurifierTask[Atop]):
         facts = {**self.attack_facts(attack), "attack_method": config.attack_method}
         return FrozenAttacks((FrozenAttack(attack.eps, random, share=1.0),), attack.norm, facts)
 
-    def attack_frozen(self, batch: Batch) -> Tensor:
-        return attacked(self.defence, batch, self.config, self.graphs)
-
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
         acts = {"reconstruction": 0} if config.reconstruction_weight > 0 else {}

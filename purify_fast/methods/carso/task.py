@@ -272,10 +272,6 @@ class CarsoTask(PurifierTask[Carso]):
         )
         return FrozenAttacks(attacks, config.attack.norm, self.attack_facts(config.attack))
 
-    def attack_frozen(self, batch: Batch) -> Tensor:
-        config = self.config.for_statistics(self.defence.arguments["std"])
-        return balanced_batch(self.defence.frozen_classifier, batch, config, self.graphs)
-
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
         self._check_last_batch(length)

@@ -9,17 +9,15 @@ replayed only while everything that its model computes with is the same (`purify
 that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
 they would without a graph.
 
-A capture costs as much as dozens of steps; each capture measures the number for the next. A training takes the same
-step all the time, so its step is captured once replays of the launched steps would have paid for a capture. An
-evaluation says how many batches are to come, and an attack how many steps it has left. Its batches shrink while images
-fall, so that many sizes are used a few times only. Its step is therefore captured once the expected steps, estimated
-from the runs before, would pay for twice the capture.
+A capture costs as much as a dozen steps, and nobody knows how many steps will follow: batches shrink while images fall.
+So a step is captured once its launches have cost as much as a capture. This is the rule of ski rental. It costs at most
+twice as much as the best choice, which knows the future. Each step is counted by itself at each batch size. Where a
+replay was measured to save less than a tenth, the step is not captured again; this changes nothing for other sizes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import random
@@ -27,7 +25,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,14 +43,10 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The assumed cost of a capture in steps, until a first capture was measured: an estimate for a ResNet-18.
-WORTH = 40
-#: The least and the most steps that a measured cost may ask for. One measurement on a busy machine proves little.
-LEAST_WORTH, MOST_WORTH = 10, 400
-#: How many times over the expected replays must pay for a capture; an attack may end earlier than attacks before it.
-MARGIN = 2.0
-#: The share of a step's time that the host must spend on launching it, for a graph to gain anything.
-LEAST_SHARE = 0.7
+#: The assumed cost of a capture in seconds until one was measured: a dozen steps of 1.5 ms on a ResNet-18, an estimate.
+CAPTURE_SECONDS = 0.02
+#: The share of a step's time that a replay must save; otherwise the step is not captured again.
+LEAST_SAVING = 0.1
 #: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
 #: The number of launched steps after which a step that could not be captured is tried again.
@@ -84,72 +78,80 @@ class StepFunction(Protocol):
 
 
 @dataclass
-class Tally:
-    """Counts the steps that were launched operator by operator, in all and in each run of an attack.
+class LaunchCost:
+    """The cost of one step, at one batch size, that is launched operator by operator.
 
     Args:
-        steps: so far.
-        runs: how many runs took such steps.
-        run: the number of the latest of these runs; -1 before the first.
-        first: the number of the first of these runs.
-        before: how many steps the runs before the latest one took.
-        refusal: the reason why the step is never captured; "" if there is none.
+        steps: the number of launches so far.
+        fastest: the host's seconds for the fastest of them. Others may have compiled, or shared the machine.
+        refusal: the reason why the step is not captured; "" if there is none.
+        retried_after: the number of launches after which a refused step is tried again.
     """
 
     steps: int = 0
-    runs: int = 0
-    run: int = -1
-    first: int = -1
-    before: int = 0
+    fastest: float = math.inf
     refusal: str = ""
+    retried_after: float = RETRIED_AFTER
 
-    def begin(self, run: int) -> None:
-        """Count the next steps for a run; runs have different numbers."""
-        if run != self.run:
-            self.first = run if self.runs == 0 else self.first
-            self.run, self.runs, self.before = run, self.runs + 1, self.steps
-
-    def expected(self, left: int, to_come: float) -> float:
-        """Estimate the steps to come: for this run the steps of earlier runs, and some for each later run.
-
-        The first run is expected to take as many steps again as it took so far, and later runs none: while batches
-        shrink, most sizes occur in one run only. For the same reason the mean for later runs is over all runs since the
-        first, including runs without this size.
+    def count(self, seconds: float) -> None:
+        """Count a launched step.
 
         Args:
-            left: the most steps that this run has left.
-            to_come: number of runs that follow this run.
+            seconds: how long the host took to launch it.
         """
-        done = self.steps - self.before
-        if self.runs <= 1:
-            return min(done, left)
-        usual, mean = self.before / (self.runs - 1), self.before / (self.run - self.first)
-        return max(0.0, min(left, usual - done)) + to_come * mean
+        self.steps += 1
+        self.fastest = min(self.fastest, seconds)
+
+    def pays(self, cost: float) -> bool:
+        """Tell whether the launches have cost as much as a capture would.
+
+        Args:
+            cost: seconds of a capture.
+        """
+        # the first launch alone may have compiled
+        return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
 
 
 class Steps:
-    """A loop over a step function, run eagerly.
+    """A loop over a step function: eager, and replayed from the moment when its step is captured.
 
     Args:
         function: the step.
         state: tensors by name; they are not written to.
-        tally: counts the steps, if given.
+        graphs: captures the step once that pays; None: the loop stays eager.
 
     Attributes:
         state: the tensors as they are now; not for keeping, `values` gives those.
     """
 
-    #: True if steps are replayed.
-    replays = False
+    def __init__(self, function: StepFunction, state: State, graphs: StepGraphs | None = None):
+        self.function, self.state, self.graphs = function, dict(state), graphs
+        # a graph is looked up by the first tensors, because the step's results may lie in memory in another way
+        self._first = dict(state)
+        self.captured: Captured | None = None
+        self.launched: LaunchCost | None = None
+        if graphs is not None:
+            self._ask(graphs)
 
-    def __init__(self, function: StepFunction, state: State, tally: Tally | None = None):
-        self.function, self.state, self.tally = function, dict(state), tally
+    @property
+    def replays(self) -> bool:
+        """True if steps are replayed."""
+        return self.captured is not None
 
     def take(self) -> None:
         """Take a step."""
-        self.state |= self.function(self.state)
-        if self.tally is not None:
-            self.tally.steps += 1
+        if self.graphs is not None and self.launched is not None and self.launched.pays(self.graphs.cost):
+            self._ask(self.graphs)
+        if self.captured is not None:
+            self.captured.replay()
+            for counter, images in self.counters:
+                counter.count(images)
+        elif self.graphs is not None and self.launched is not None:
+            begun = self.graphs.capture.clock()
+            self.state |= self.function(self.state)
+            self.launched.count(self.graphs.capture.clock() - begun)
+        else:
+            self.state |= self.function(self.state)
 
     def put(self, **values: Tensor) -> None:
         """Give the state other values.
@@ -157,7 +159,12 @@ class Steps:
         Args:
             values: by name, each of the old one's shape and dtype.
         """
-        self.state |= values
+        if self.captured is None:
+            self.state |= values
+            return
+        for name, value in values.items():
+            if value is not self.state[name]:
+                self.state[name].copy_(value)
 
     def values(self, *names: str) -> State:
         """The state as it is now, in tensors that nothing writes to.
@@ -165,39 +172,24 @@ class Steps:
         Args:
             names: which tensors; none for all.
         """
-        return {name: self.state[name] for name in names or self.state}
+        values = {name: self.state[name] for name in names or self.state}
+        return values if self.captured is None else {name: value.clone() for name, value in values.items()}
 
-
-class Replays(Steps):
-    """The same loop over a captured step.
-
-    Args:
-        function: the step.
-        captured: the same, captured.
-        state: tensors by name; they are not written to.
-    """
-
-    replays = True
-
-    def __init__(self, function: StepFunction, captured: Captured, state: State):
-        super().__init__(function, captured.buffers)
-        self.captured = captured
-        self.counters = list(zip(parts_of(function.model, CountsImages), captured.counts, strict=True))
-        captured.loop = weakref.ref(self)
-        self.put(**state)
-
-    def take(self) -> None:
-        self.captured.replay()
-        for counter, images in self.counters:
-            counter.count(images)
-
-    def put(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            if value is not self.state[name]:
-                self.state[name].copy_(value)
-
-    def values(self, *names: str) -> State:
-        return {name: value.clone() for name, value in super().values(*names).items()}
+    def _ask(self, graphs: StepGraphs) -> None:
+        """Replay from now on if the step is captured, or is captured now; else count its launches."""
+        found = graphs.find(self.function, self._first)
+        if not isinstance(found, Captured):
+            self.launched = found
+            return
+        holder = None if found.loop is None else found.loop()
+        if holder is not None:
+            # an earlier loop may be over and still be referred to; if it is not, it goes on eagerly
+            holder.state, holder.captured = holder.values(), None
+        before, self.state = self.state, found.buffers
+        self.captured, self.launched = found, None
+        self.counters = list(zip(parts_of(self.function.model, CountsImages), found.counts, strict=True))
+        found.loop = weakref.ref(self)
+        self.put(**before)
 
 
 @dataclass
@@ -210,7 +202,7 @@ class Captured:
         replay: launches it.
         counts: how many images the parts of its model that count them count in a step.
         objects: the objects that it depends on by identity.
-        loop: the last loop over it, which has its state in the buffers until it is gone.
+        loop: the last loop over it, which has its state in the buffers until it is gone or another loop begins.
     """
 
     model: weakref.ref[nn.Module]
@@ -218,11 +210,7 @@ class Captured:
     replay: Callable[[], None]
     counts: list[int]
     objects: list[Any]
-    loop: weakref.ref[Replays] | None = None
-
-    def is_in_use(self) -> bool:
-        """Tell whether a loop over it still exists."""
-        return self.loop is not None and self.loop() is not None
+    loop: weakref.ref[Steps] | None = None
 
 
 def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
@@ -269,28 +257,17 @@ def weak_key(value: Any) -> Hashable:
     return value
 
 
-class _Ahead(NamedTuple):
-    """The known facts about the loop that begins; see `StepGraphs.begin`."""
-
-    steps: int
-    certain: bool
-    run: int
-    later: float
-
-
 class StepGraphs:
     """The captured steps of one training or evaluation.
 
     Args:
-        mode: "auto" captures steps whose launches take longer than their computations, once that pays; "always"
-            captures every step that it can, immediately; "off" captures nothing.
+        mode: "auto" captures a step once its launches have cost as much as a capture; "always" captures every step
+            that it can, immediately; "off" captures nothing.
         capture: the maker of graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
         refusal: the reason why the last loop was not captured, and will not be for the next `RETRIED_AFTER` steps;
             None if it was captured, or may yet be.
-        worth: the number of steps for which a capture pays, by the last measured capture.
-        to_come: number of the attack's batches after the present one, 0.5 for half a batch; None if it is unknown.
 
     Raises:
         ValueError: an unknown mode.
@@ -304,58 +281,37 @@ class StepGraphs:
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
-        self.worth = WORTH
-        self.to_come: float | None = None
-        self._runs = itertools.count()
+        self._costs: list[float] = []
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._launched: OrderedDict[Hashable, Tally] = OrderedDict()
-        self._refused: OrderedDict[Hashable, Tally] = OrderedDict()
+        self._launched: OrderedDict[Hashable, LaunchCost] = OrderedDict()
+        self._refused: OrderedDict[Hashable, LaunchCost] = OrderedDict()
         self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._captured)
 
+    @property
+    def cost(self) -> float:
+        """Seconds of a capture: the least measured time, since other work only adds to it; at first an estimate."""
+        return min(self._costs, default=CAPTURE_SECONDS)
+
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # a copy of the trained or attacked model needs its own captures
         return StepGraphs(self.mode, self.capture)
 
-    def new_run(self) -> int:
-        """A number for a run of an attack, which may begin several loops."""
-        return next(self._runs)
-
-    def begin(
-        self,
-        function: StepFunction,
-        state: State,
-        steps: int,
-        *,
-        certain: bool = True,
-        run: int | None = None,
-        later: float = 0.0,
-    ) -> Steps:
+    def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop.
 
         Args:
             function: the step.
             state: the first state, tensors by name on one device.
-            steps: the most steps that will be taken.
-            certain: whether all of them will be taken.
-            run: the run that the loop belongs to, from `new_run`; None: the loop is a run by itself.
-            later: number of such runs that the attack will begin later on the same batch.
 
         Returns:
-            The loop; replayed if the step is captured, or can be and is worth it.
+            The loop; replayed if the step is captured, else from the step on with which that pays.
         """
-        device = next(iter(state.values())).device
+        off = self.mode == "off" or next(iter(state.values())).device.type != self.capture.kind
         nothing = any(value.numel() == 0 for value in state.values())
-        off = self.mode == "off" or device.type != self.capture.kind
-        if off or nothing or torch.compiler.is_compiling():
-            return Steps(function, state)
-        ahead = _Ahead(steps, certain, self.new_run() if run is None else run, later)
-        known = self._find(function, state, device, ahead)
-        if isinstance(known, Captured) and not known.is_in_use():
-            return Replays(function, known, state)
-        return Steps(function, state, known if isinstance(known, Tally) else None)
+        return Steps(function, state, None if off or nothing or torch.compiler.is_compiling() else self)
 
     def may_replay(self, device: torch.device) -> bool:
         """Tell whether loops on a device are captured, as far as is known.
@@ -389,10 +345,17 @@ class StepGraphs:
         again()
         return work()
 
-    def _find(
-        self, function: StepFunction, state: State, device: torch.device, ahead: _Ahead
-    ) -> Captured | Tally | None:
-        """Find the captured step, or capture it now; else return the count of launched steps, if they count."""
+    def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
+        """Find the captured step, or capture it now if that pays.
+
+        Args:
+            function: the step.
+            state: its state, tensors by name on one device.
+
+        Returns:
+            The captured step; else the cost of its launches; None if that need not be counted.
+        """
+        device = next(iter(state.values())).device
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
         model = function.model
@@ -404,7 +367,7 @@ class StepGraphs:
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
         refused = self._refused.get(base)
-        if refused is not None and refused.steps < RETRIED_AFTER:
+        if refused is not None and refused.steps < refused.retried_after:
             self.refusal = refused.refusal
             return refused
         self.refusal = None
@@ -420,10 +383,11 @@ class StepGraphs:
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]
-        launched = _remember(self._launched, key, self._launched.get(key) or Tally())
-        launched.begin(ahead.run)
-        if self.mode != "always" and not self._pays(launched, ahead):
+        launched = _remember(self._launched, key, self._launched.get(key) or LaunchCost())
+        if self.mode != "always" and not launched.pays(self.cost):
             return launched
+        # a graph that is dropped later is captured again only when further launches have paid for it
+        del self._launched[key]
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
             self._captured[key] = captured
@@ -431,25 +395,18 @@ class StepGraphs:
                 self._captured.popitem(last=False)
         return captured
 
-    def _pays(self, launched: Tally, ahead: _Ahead) -> bool:
-        """Tell whether a capture pays now; see the module."""
-        sure = ahead.steps if ahead.certain else 0
-        if self.to_come is None:
-            return launched.steps + sure >= self.worth
-        to_come = ahead.later + self.to_come * (1 + ahead.later)
-        return sure >= self.worth or launched.expected(ahead.steps, to_come) >= MARGIN * self.worth
-
-    def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
-        """Note that a step cannot be captured, and say why in the log, once for each reason."""
+    def _refuse(self, base: Hashable | None, reason: str, retried_after: float = RETRIED_AFTER) -> LaunchCost | None:
+        """Note that a step is not captured, and say why in the log, once for each reason."""
         self.refusal = reason
         if reason not in self._told:
             self._told.add(reason)
             logger.info("an attack runs without a CUDA graph: %s", reason)
-        return None if base is None else _remember(self._refused, base, Tally(refusal=reason))
+        launched = LaunchCost(refusal=reason, retried_after=retried_after)
+        return None if base is None else _remember(self._refused, base, launched)
 
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
-    ) -> Captured | Tally | None:
+    ) -> Captured | LaunchCost | None:
         """Capture a step; if that fails, return the count of steps until it is tried again."""
         buffers = {name: value.detach().clone() for name, value in state.items()}
 
@@ -460,28 +417,25 @@ class StepGraphs:
         before = [counter.counted() for counter in counters]
         try:
             with no_trace(device):
+                begun = self.capture.now(device)
                 with self.capture.aside(device):
                     # the first call compiles, verifies kernels and chooses algorithms, which waits
                     function(buffers)
-                begun = self.capture.now(device)
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
-                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
-                launching, whole = self._timed(lambda: function(buffers), device)
-                if reason is None and self.mode != "always" and launching < LEAST_SHARE * whole:
-                    reason = (
-                        f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes "
-                        f"{launching * 1e3:.3g} ms, so that a graph would gain nothing"
-                    )
                 if reason is not None:
                     return self._refuse(base, reason)
+                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
+                eager = self._timed(lambda: function(buffers), device)
                 # only launches write the state, not the warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
-                cost, saved = self.capture.now(device) - begun, whole - self._timed(replay, device)[1]
-                if saved > 0:
-                    self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
+                replayed = self._timed(replay, device)
+                self._costs.append(self.capture.now(device) - begun)
+                if self.mode != "always" and eager - replayed < LEAST_SAVING * eager:
+                    reason = f"a replay takes {replayed * 1e3:.3g} ms, and launching the step {eager * 1e3:.3g} ms"
+                    return self._refuse(base, reason, retried_after=math.inf)
         except Exception as error:
             # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
             first = (str(error).strip().splitlines() or [""])[0]
@@ -492,10 +446,9 @@ class StepGraphs:
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
 
-    def _timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-        """Seconds until the host had launched everything, and until the device was done; the least of some tries."""
-        launching, whole = zip(*(self.capture.timed(run, device) for _ in range(TIMINGS)), strict=True)
-        return min(launching), min(whole)
+    def _timed(self, run: Callable[[], object], device: torch.device) -> float:
+        """Seconds until the device was done with a step; the least of some tries."""
+        return min(self.capture.timed(run, device)[1] for _ in range(TIMINGS))
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and return the reason why it cannot be captured, if there is one."""
@@ -518,16 +471,15 @@ class StepGraphs:
         return None
 
 
-def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State, steps: int) -> Steps:
-    """Begin a loop over a step: replayed if ``graphs`` accept the step, else eager.
+def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State) -> Steps:
+    """Begin a loop over a step, which ``graphs`` may capture.
 
     Args:
-        graphs: the captured steps of the caller, or None.
+        graphs: the captured steps of the caller; None: the loop is eager.
         function: the step.
         state: the first state, tensors by name on one device.
-        steps: the number of steps.
     """
-    return Steps(function, state) if graphs is None else graphs.begin(function, state, steps)
+    return Steps(function, state) if graphs is None else graphs.begin(function, state)
 
 
 def _remember(table: OrderedDict[Hashable, Result], key: Hashable, value: Result) -> Result:
