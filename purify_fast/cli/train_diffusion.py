@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.diffusion.config import DiffusionConfig
 from ..training import FitConfig
-from .classifiers import trained_classifier
+from .classifiers import saved_folder, trained_classifier
 from .command import Command
 from .train_purifier import saved_start, say_other_ball
 from .training import OnClassifier
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data import DataSet
     from ..training import Task
 
@@ -46,13 +48,14 @@ class Purification(Command):
 
 @dataclass(frozen=True)
 class TrainDiffusion(OnClassifier, Purification):
-    """Train a denoiser on clean images, or fine-tune one through its whole purification. Resumes an unfinished run.
+    """Train a denoiser on clean images, distill one, or fine-tune one through its purification. Resumes.
 
-    Without --eps it needs no classifier: `evaluate OUT --classifier FOLDER` puts the denoiser before one. With --eps
-    the denoiser of --init is trained by the cross-entropy of --classifier on attacked and purified images.
+    Without --eps it needs no classifier: `evaluate OUT --classifier FOLDER` puts the denoiser before one. With
+    --intervals the denoiser of --init becomes one of a single evaluation. With --eps it is trained by the cross-entropy
+    of --classifier on attacked and purified images.
 
     Args:
-        init: A folder that this command wrote before, whose denoiser is fine-tuned.
+        init: A folder that this command wrote before, or zoo:NAME, whose denoiser is fine-tuned or distilled.
         width: Channels of the U-Net at full size, at most 16 or a multiple of 16.
         patch: Side of the squares of pixels that the U-Net takes as one: 2 does a quarter of the work of 1.
         attention: Let the U-Net's lowest level attend to all of its positions.
@@ -72,12 +75,20 @@ class TrainDiffusion(OnClassifier, Purification):
         super().__post_init__()
         if self.method.attack.eps > 0 and None in (self.init, self.classifier):
             raise ValueError("--eps above 0 trains through the purification: give --init and --classifier")
+        if self.method.intervals and self.init is None:
+            raise ValueError("--intervals above 0 distills a denoiser: give --init")
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        if self.method.attack.eps == 0:
+        eps, distilled = self.method.attack.eps > 0, self.method.intervals > 0
+        ignored: dict[tuple[str, ...], str] = {}
+        if not eps:
             message = "{given} needs an --eps above 0, which trains through the purification"
-            return {("init", "classifier", "classifier_weights", "denoising_weight", *_PROCESS): message}
-        return {(*_NETWORK, "noise_schedule", "prediction"): f"--init {self.init} sets {{given}}: leave it out"}
+            ignored[("classifier", "classifier_weights", "denoising_weight", *_PROCESS)] = message
+        if eps or distilled:
+            ignored[(*_NETWORK, "noise_schedule", "prediction")] = f"--init {self.init} sets {{given}}: leave it out"
+        else:
+            ignored[("init",)] = "{given} needs an --eps above 0, or --intervals above 0"
+        return ignored
 
     def task(self, images: DataSet) -> Task:
         import torch
@@ -88,6 +99,8 @@ class TrainDiffusion(OnClassifier, Purification):
         torch.manual_seed(self.loop.seed)
         if self.method.attack.eps > 0:
             return self.fine_tuning(images)
+        if self.method.intervals:
+            return self.distillation(images)
         network = UNet(images.image_shape[0], self.width, patch=self.patch, attention=self.attention)
         return DiffusionTask(network.to(images.y_train.device), self.method)
 
@@ -101,8 +114,30 @@ class TrainDiffusion(OnClassifier, Purification):
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)
         options = {"check": False, "process": self.process()}
-        defence = saved_start(self.init, DiffusionPurifier, classifier, **options)
+        defence = saved_start(saved_folder(self.init), DiffusionPurifier, classifier, **options)
         return PurificationTask(defence, self.method, weights_fingerprint(defence.denoiser))
+
+    def distillation(self, images: DataSet) -> Task:
+        """The training of a denoiser of one evaluation."""
+        from .._tensors import weights_fingerprint
+        from ..methods.diffusion import ConsistencyTask
+
+        denoiser, saved = self.saved_denoiser()
+        if self.method.last_time > saved["last_time"]:
+            raise ValueError(
+                f"last_time must be at most {saved['last_time']}, the last time that the denoiser of {self.init} was "
+                f"trained for, got {self.method.last_time}"
+            )
+        origin = weights_fingerprint(denoiser)
+        return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])
+
+    def saved_denoiser(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The denoiser of --init, and what was saved beside it."""
+        from ..methods.diffusion.denoiser import read_denoiser
+
+        # `__post_init__` has checked that it is given
+        assert self.init is not None
+        return read_denoiser(saved_folder(self.init))
 
     def save(self, trained: Any, images: DataSet) -> None:
         from ..methods.diffusion import DiffusionPurifier, save_denoiser
@@ -112,5 +147,9 @@ class TrainDiffusion(OnClassifier, Purification):
             trained.save(self.out)
             save_classifier(trained.classifier, self.out / "classifier")
             return
-        process = {"schedule": self.method.noise_schedule, "prediction": self.method.prediction}
+        process: dict[str, Any] = {"schedule": self.method.noise_schedule, "prediction": self.method.prediction}
+        if self.method.intervals:
+            saved = self.saved_denoiser()[1]["process"]
+            process = {name: saved[name] for name in ("schedule", "prediction", "times") if name in saved}
+            process["solver"] = "one_shot"
         save_denoiser(trained, self.out, images.image_shape, process, last_time=self.method.last_time)

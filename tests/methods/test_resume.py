@@ -7,7 +7,7 @@ from purify_fast import data
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
+from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig, DiffusionTask
 from purify_fast.models import PreActResNet18, SmallCNN, UNet
 from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.checkpoint import read_tree
@@ -51,6 +51,7 @@ TASKS = {
     "carso": lambda: carso(optimizer="radam_lookahead", lookahead_steps=2),
     "diffusion": diffusion,
     "diffusion, bfloat16 and no average": lambda: diffusion(precision="bfloat16", ema_decay=0.0, noise_schedule="vp"),
+    "diffusion, distilled": lambda: ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5)),
     "carso, joint": lambda: carso(attack_target="pipeline", joint=True),
 }
 

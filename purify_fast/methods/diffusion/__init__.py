@@ -8,6 +8,7 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import DiffusionConfig as DiffusionConfig
+    from .consistency import ConsistencyTask as ConsistencyTask
     from .defence import DiffusionPurifier as DiffusionPurifier
     from .denoiser import load_denoiser as load_denoiser
     from .denoiser import save_denoiser as save_denoiser

@@ -13,12 +13,15 @@ from ...training.config import TrainingAttack
 class DiffusionConfig:
     """The training of a denoiser. "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice.
 
-    Two trainings share these settings. Without an attack the denoiser learns to predict the noise that the diffusion
+    Three trainings share these settings. Without an attack the denoiser learns to predict the noise that the diffusion
     added to clean images (paper). With an attack a trained denoiser is fine-tuned inside a purifier, on images that are
-    attacked through the whole purification (own; `purify_fast.methods.diffusion.task`).
+    attacked through the whole purification (own; `purify_fast.methods.diffusion.task`). With intervals a trained
+    denoiser is distilled into a denoiser of one evaluation (`purify_fast.methods.diffusion.consistency`).
 
     Args:
-        attack: attack of the second training, with eps above 0; eps 0 selects the first training.
+        attack: attack of the second training, with eps above 0; eps 0 selects another training.
+        intervals: number of intervals of the third training, into which it divides the process up to ``last_time``; 0
+            selects another training.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
         last_time: the time, as a share of the process, up to which the denoiser is trained (paper: 1). A purifier uses
@@ -33,10 +36,11 @@ class DiffusionConfig:
             while `purify_fast.training.fit` trains; or "bfloat16" within matrix products (own).
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting out of range, or an attack beside intervals; the message names them.
     """
 
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=5)
+    intervals: Annotated[int, Range(0)] = 0
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"
     prediction: Literal["noise", "x0", "v"] = "noise"
     last_time: Annotated[float, Range(0, 1, above=True)] = 1.0
@@ -48,3 +52,5 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.intervals and self.attack.eps > 0:
+            raise ValueError(f"intervals must be 0 beside an attack of eps {self.attack.eps}, got {self.intervals}")

@@ -19,6 +19,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
+#: It sees a state on the way back, the state at the same time on the way there, and whether a process begins.
+Visit = Callable[[Tensor, Tensor, bool], None]
 #: The factor by which surrogates have fewer steps, or fewer gradients of the denoiser.
 FEWER = 4
 
@@ -156,6 +159,40 @@ class DiffusionPurifier(Defence):
         Raises:
             ValueError: images have another shape, or there are more draws.
         """
+        return self._purified(x, draws)
+
+    def purify_with_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Purified images, and the mean square difference of the ways there and back; both differentiable to x.
+
+        The state before each step is compared with the image noised up to the same time by the noise that began the
+        round, and the end of a round with its beginning. States are in [-1, 1], as the denoiser takes them. The
+        gradient takes the memory of one step, whatever ``keep`` is.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+
+        Returns:
+            Images ``[B, K, C, H, W]``, and the differences ``[B]``, means over pixels, states and draws.
+
+        Raises:
+            ValueError: images have another shape.
+
+        Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, equation 8,
+        with the weight 1 for every time.
+        """
+        parts: list[list[Tensor]] = []
+
+        def visit(state: Tensor, noised: Tensor, first: bool) -> None:
+            if first:
+                parts.append([])
+            parts[-1].append((state - noised).square().flatten(1).mean(1))
+
+        purified = self._purified(x, 1, visit)
+        apart = torch.cat([torch.stack(part).mean(0) for part in parts])
+        return purified, apart.unflatten(0, purified.shape[:2]).mean(1)
+
+    def _purified(self, x: Tensor, draws: int, visit: Visit | None = None) -> Tensor:
+        """`purify`; ``visit`` sees the states on the way, of one part of the rows after the other."""
         self.check_images(x)
         if draws * self.samples > STEPS:
             raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
@@ -170,7 +207,7 @@ class DiffusionPurifier(Defence):
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
         parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
-        purified = torch.cat([self._denoised(part, noisy, seed, *name) for part, *name in parts])
+        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
         return self._as_images(purified).unflatten(0, (len(x), count))
 
     def _as_images(self, state: Tensor) -> Tensor:
@@ -180,7 +217,9 @@ class DiffusionPurifier(Defence):
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
         return (state + 1) / 2
 
-    def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
+    def _denoised(
+        self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor, visit: Visit | None = None
+    ) -> Tensor:
         """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
         table = Table(*(getattr(self, f"_{name}").view(torch.float64) for name in Table._fields))
         numbers = (table.coefficients, table.targets, table.weights)
@@ -210,17 +249,27 @@ class DiffusionPurifier(Defence):
                 weight = weight * learned_variance(share, *coefficients[j, -2:])
             return following - weight * GRADIENTS[guidance](x, target)
 
-        return checkpointed_steps(
-            step,
-            images,
-            len(self.begins),
+        run = partial(
+            checkpointed_steps,
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
             # The process draws its noise from a seed, so only dropout in training, or the denoiser itself, draws from
             # generators.
             preserve_rng_state=self.training or self._denoiser_draws,
-            keep=self.keep,
         )
+        if visit is None:
+            return run(step, images, len(self.begins), keep=self.keep)
+        state = start = images
+        begin = 0
+        for j, begins in enumerate(self.begins):
+            if begins:
+                start, begin = state, j
+            else:
+                visit(state, moved(start, start, targets[j], begin, True), j == 1)
+            state = run(lambda x, _, *image, j=j: step(x, j, *image), state, 1)
+            if j + 1 == len(self.begins) or self.begins[j + 1]:
+                visit(state, start, False)
+        return state
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
         """A network's prediction for states at the times ``t`` ``[B]``, in the form of `diffusion_step`."""

@@ -16,7 +16,7 @@ from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
-from ...training.checkpoint import save_model
+from ...training.checkpoint import read_model, save_model
 
 #: The package's own denoisers, by the name of their class; each keeps its arguments in ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
@@ -75,6 +75,28 @@ def save_denoiser(
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
     save_model(folder, ALONE, arguments | {"denoiser": description(denoiser)}, denoiser.state_dict())
+
+
+def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a saved denoiser of this package or of diffusers without its classifier.
+
+    Args:
+        folder: where `save_denoiser` wrote, or a defence by diffusion was saved.
+
+    Returns:
+        The denoiser, and the arguments that were saved beside it, such as its ``process`` and ``last_time``.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is broken, or holds something else.
+    """
+    facts, state = read_model(folder)
+    if facts["kind"] not in (ALONE, "DiffusionPurifier"):
+        raise ValueError(f"{folder} holds a {facts['kind']}, not a denoiser or a purifier by diffusion")
+    arguments = dict(facts["arguments"])
+    denoiser = rebuilt_denoiser(arguments.pop("denoiser"), None, str(folder))
+    denoiser.load_state_dict({name.removeprefix("denoiser.module."): tensor for name, tensor in state.items()})
+    return denoiser, arguments
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:

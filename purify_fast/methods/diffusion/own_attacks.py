@@ -7,6 +7,13 @@ the gradient:
     g_low = F^-1 (m F g),   m 1 for frequencies of at most a quarter of the highest one in each direction, else 0
 
 The purifier itself judges the images that a filtered gradient finds, like every success.
+
+DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss of the states on the way, so that
+the gradient does not come through all steps alone:
+
+    L = L_cls + w mean over t of mean (x_t - x'_t)^2,   x_t the noised image, x'_t the state on the way back
+
+"strong" does not take it: docs/diffusion.md has what it gave.
 """
 
 from __future__ import annotations
@@ -71,6 +78,50 @@ class LowFrequencyGradient(nn.Module):
             x: images ``[B, C, H, W]``.
         """
         return self.model(_LowFrequencies.apply(x))
+
+
+class _Added(torch.autograd.Function):
+    """Logits whose gradient brings that of another loss, one number for each row, with a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight, ctx.loss = weight, (loss.shape, loss.dtype, loss.device)
+        return logits.view_as(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        shape, dtype, device = ctx.loss
+        return grad, torch.full(shape, ctx.weight, dtype=dtype, device=device), None
+
+
+class DeviatedReconstruction(nn.Module):
+    """A purifier whose gradient is that of DiffAttack's loss; give it to an attack as ``gradients_from``.
+
+    The values are the purifier's own logits. An attack that sums its loss over the images follows the gradient of
+    L_cls + w L_dev, and compares its points by L_cls.
+
+    Args:
+        defence: a `DiffusionPurifier`.
+        weight: w, the weight of the deviation beside the attack's loss.
+    """
+
+    draws_for_each_image = True
+
+    def __init__(self, defence: Any, weight: float = 1.0):
+        super().__init__()
+        self.defence, self.weight = defence, weight
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``, float32.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        purified, deviation = self.defence.purify_with_deviation(x)
+        logits = self.defence.aggregate(self.defence.classify(purified))
+        return _Added.apply(logits, deviation, self.weight)
 
 
 def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:

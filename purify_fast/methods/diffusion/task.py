@@ -17,6 +17,7 @@ idea (arXiv 2401.16352); ADBM (arXiv 2408.00315) fine-tunes a denoiser on advers
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from ..._tensors import first_tensor, structure_fingerprint
+from ..._validation import Precision
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
@@ -53,10 +55,32 @@ def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Te
     return ((uniform.double() * round(last * schedule.steps)).floor() + 1) / schedule.steps
 
 
+def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Normal numbers in the shape of the images, and a number in [0, 1) for each image, ``[B]``.
+
+    They are functions of the batch's seed and of each image's sample id.
+
+    Args:
+        batch: the images.
+    """
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    use: dict[str, Any] = {"stream": Stream.DIFFUSION_TRAINING}
+    noise = philox(seed, batch.sample_ids, batch.x[0].numel(), distribution="normal", **use).view_as(batch.x)
+    return noise, philox(seed, batch.sample_ids, 1, first_draw=1, **use).flatten()
+
+
+def products_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A block in which a network multiplies matrices in the precision of its training.
+
+    Args:
+        precision: precision of the training.
+        device: the network's device.
+    """
+    return autocast_to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+
+
 def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: DiffusionConfig) -> Tensor:
     """The loss of one batch of clean images, float32.
-
-    Times and noise are functions of the batch's seed and of each image's sample id.
 
     Args:
         denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction of the shape of x_t.
@@ -65,14 +89,11 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
         config: gives the last time and the precision.
     """
     clean, schedule = 2 * batch.x - 1, process.schedule
-    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=clean.device)
-    use: dict[str, Any] = {"stream": Stream.DIFFUSION_TRAINING}
-    noise = philox(seed, batch.sample_ids, clean[0].numel(), distribution="normal", **use).view_as(clean)
-    uniform = philox(seed, batch.sample_ids, 1, first_draw=1, **use).flatten()
+    noise, uniform = drawn_for(batch)
     times = training_times(schedule, uniform, config.last_time)
     kept = schedule.alpha_bar(times).view(-1, 1, 1, 1)
     alpha, sigma = kept.sqrt().to(clean.dtype), (1 - kept).sqrt().to(clean.dtype)
-    with autocast_to(clean.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32):
+    with products_in(config.precision, clean.device):
         predicted = denoiser(alpha * clean + sigma * noise, schedule.told(times, process.told).to(clean.dtype))
     if process.prediction == "noise":
         target = noise
@@ -117,12 +138,13 @@ class DiffusionTask(Task):
         origin: start of the denoiser, if not from scratch; a run is resumed only with the same origin.
 
     Raises:
-        ValueError: config has an attack.
+        ValueError: config has an attack or intervals.
     """
 
+    name = "diffusion"
+
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
-        if config.attack.eps > 0:
-            raise ValueError(f"eps must be 0 to train on clean images, got {config.attack.eps}")
+        self.refuse(config)
         self.denoiser, self.config, self.origin = denoiser, config, origin
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.tf32 = config.precision == "tf32"
@@ -136,13 +158,33 @@ class DiffusionTask(Task):
             # Networks that are trained together share a checkpoint.
             self.model = nn.ModuleDict({"denoiser": denoiser, "average": self.average})
 
+    def refuse(self, config: DiffusionConfig) -> None:
+        """ValueError if settings select another training.
+
+        Args:
+            config: the settings.
+        """
+        if config.attack.eps > 0:
+            raise ValueError(f"eps must be 0 to train on clean images, got {config.attack.eps}")
+        if config.intervals:
+            raise ValueError(f"intervals must be 0 to train a denoiser from noise, got {config.intervals}")
+
+    def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
+        """The loss of one batch, float32.
+
+        Args:
+            denoiser: the denoiser, or the moving average of its weights.
+            batch: the images.
+        """
+        return denoising_loss(denoiser, batch, self.process, self.config)
+
     @property
     def result(self) -> nn.Module:
         """The trained denoiser: the moving average if there is one, else the given denoiser."""
         return self.denoiser if self.average is None else self.average.module
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return denoising_loss(self.denoiser, batch, self.process, self.config), {}
+        return self.loss(self.denoiser, batch), {}
 
     def after_step(self) -> None:
         """Update the moving average of the weights."""
@@ -156,7 +198,7 @@ class DiffusionTask(Task):
             batch: held-out images.
         """
         with torch.no_grad():
-            return {"loss": denoising_loss(self.result, batch, self.process, self.config)}
+            return {"loss": self.loss(self.result, batch)}
 
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"loss": 0}
@@ -166,7 +208,7 @@ class DiffusionTask(Task):
 
     def describe(self) -> dict[str, Any]:
         facts = {"structure": structure_fingerprint(self.denoiser), "origin": self.origin}
-        return {"task": "diffusion", **settings(self.config), **facts}
+        return {"task": self.name, **settings(self.config), **facts}
 
     @torch.no_grad()
     def check(self, shape: tuple[int, ...], classes: int) -> None:

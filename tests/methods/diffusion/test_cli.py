@@ -10,6 +10,7 @@ import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.methods.diffusion import DiffusionTask
+from purify_fast.methods.diffusion.denoiser import read_denoiser
 from purify_fast.models import SmallCNN
 from purify_fast.training import save_classifier
 
@@ -67,6 +68,25 @@ def test_trained_evaluated_fine_tuned(made, denoiser, tmp_path, capsys, short_si
     assert not torch.equal(*weights)
 
 
+@pytest.mark.slow
+def test_a_denoiser_is_distilled(made, denoiser, tmp_path, short_signs):
+    out, classifier = tmp_path / "distilled", made / "classifier"
+    assert train(made, out, "--init", denoiser, "--intervals", 3, "--last-time", 0.5) == 0
+    loaded = purify_fast.load_defence(out, purify_fast.training.load_classifier(classifier))
+    process = loaded.process
+    assert (process.schedule.kind, process.prediction, process.solver, process.steps) == (
+        "cosine",
+        "v",
+        "one_shot",
+        None,
+    )
+    assert loaded.last_time == 0.5
+    given, weights = read_denoiser(denoiser)[0].state_dict(), loaded.denoiser.module.state_dict()
+    assert given.keys() == weights.keys() and not all(torch.equal(given[name], weights[name]) for name in given)
+    ball = ["--classifier", classifier, "--eps", 0.05, "--t-star", 0.3]
+    assert run(made, f"evaluate {out}", *ball, *FEW, "--out", tmp_path / "report") == 0
+
+
 def test_an_interrupted_run_goes_on(made, tmp_path, capsys, monkeypatch):
     step, calls = DiffusionTask.training_step, []
 
@@ -95,6 +115,13 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     assert "classifier needs an --eps above 0" in refused(train_to, *classifier)
     assert "t_star needs an --eps above 0" in refused(train_to, "--t-star", 0.2)
     assert "--eps above 0 trains through the purification: give --init" in refused(train_to, "--eps", 0.1, *classifier)
+    assert "init needs an --eps above 0, or --intervals above 0" in refused(train_to, "--init", denoiser)
+    distilling = [train_to, "--intervals", 3]
+    assert "--intervals above 0 distills a denoiser: give --init" in refused(*distilling)
+    distilling += ["--init", denoiser]
+    assert f"--init {denoiser} sets prediction: leave it out" in refused(*distilling, "--prediction", "noise")
+    assert "classifier needs an --eps above 0" in refused(*distilling, *classifier)
+    assert "last_time must be at most 0.6, the last time that the denoiser of" in refused(*distilling)
     tuning = [train_to, "--eps", 0.1, "--init", denoiser, *classifier]
     assert f"--init {denoiser} sets width: leave it out" in refused(*tuning, "--width", 8)
     assert "t_star must be at most 0.6" in refused(*tuning, "--t-star", 0.7)

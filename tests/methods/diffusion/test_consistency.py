@@ -1,0 +1,162 @@
+"""The distillation of a denoiser into a denoiser of one evaluation: its loss by hand, its purpose, its refusals."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import data, zoo
+from purify_fast.methods.diffusion import (
+    ConsistencyTask,
+    DiffusionConfig,
+    DiffusionPurifier,
+    DiffusionTask,
+    Process,
+    Schedule,
+)
+from purify_fast.methods.diffusion.consistency import consistency_loss
+from purify_fast.methods.diffusion.denoiser import read_denoiser
+from purify_fast.models import UNet
+from purify_fast.ops import Stream, philox
+from purify_fast.training import Batch, FitConfig, TrainingAttack, fit, load_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+INTERVALS = 4
+
+
+class Scaled(nn.Module):
+    """A denoiser of one weight that depends on the time."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.weight * (1 + t / 1000).view(-1, 1, 1, 1) * x
+
+
+def batch(n=24, **options):
+    x = torch.rand((n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Batch(x, torch.arange(n) % 2, torch.arange(n) + 100, **{"seed": 7, **options})
+
+
+def alpha_and_sigma(schedule, t):
+    kept = schedule.alpha_bar(torch.tensor(t, dtype=torch.float64))
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def predicted_image(network, kind, state, schedule, t, told):
+    """The image by the definition of what is predicted."""
+    alpha, sigma = alpha_and_sigma(schedule, t)
+    m = network(state[None], torch.tensor([told], dtype=torch.float64))[0]
+    return {"noise": (state - sigma * m) / alpha, "x0": m, "v": alpha * state - sigma * m}[kind]
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
+@pytest.mark.parametrize("kind", ["linear", "vp"])
+def test_the_loss_by_hand(kind, prediction):
+    process, given = Process(Schedule(kind), prediction), batch()
+    student, average, teacher = Scaled(0.5), Scaled(0.4), Scaled(0.6)
+    config = DiffusionConfig(intervals=INTERVALS, last_time=0.6)
+    loss = consistency_loss(student, average, given, teacher=teacher, process=process, config=config)
+    use = {"stream": Stream.DIFFUSION_TRAINING}
+    seed, schedule = torch.tensor([7]), process.schedule
+    z = philox(seed, given.sample_ids, 64, distribution="normal", **use).view(given.x.shape).double()
+    chosen = (philox(seed, given.sample_ids, 1, first_draw=1, **use).flatten() * INTERVALS).long().tolist()
+    assert set(chosen) == set(range(INTERVALS))
+    times = [0.6, 0.45, 0.3, 0.15, 1e-5 if kind == "vp" else 0.0]
+    errors = []
+    for x, noise, i in zip(2 * given.x - 1, z, chosen, strict=True):
+        told = [999 * t if kind == "vp" else 1000 * t - 1 for t in times]
+        (alpha, sigma), (alpha_s, sigma_s) = (alpha_and_sigma(schedule, t) for t in times[i : i + 2])
+        state = alpha * x + sigma * noise
+        guess = predicted_image(teacher, prediction, state, schedule, times[i], told[i]).clamp(-1, 1)
+        target = alpha_s * guess + sigma_s * (state - alpha * guess) / sigma
+        if i < INTERVALS - 1:
+            target = predicted_image(average, prediction, target, schedule, times[i + 1], told[i + 1]).clamp(-1, 1)
+        errors.append(
+            (predicted_image(student, prediction, state, schedule, times[i], told[i]) - target).square().mean()
+        )
+    torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-10, atol=0)
+    loss.backward()
+    assert student.weight.grad.abs() > 0 and average.weight.grad is None and teacher.weight.grad is None
+
+
+def test_a_split_batch_has_the_losses_of_the_whole():
+    whole, networks = batch(), [Scaled(0.5), Scaled(0.4)]
+    given = {"teacher": Scaled(0.6), "process": Process(), "config": DiffusionConfig(intervals=INTERVALS)}
+    halves = [
+        dataclasses.replace(whole, x=whole.x[rows], y=whole.y[rows], sample_ids=whole.sample_ids[rows])
+        for rows in (slice(0, 12), slice(12, 24))
+    ]
+    parts = [consistency_loss(*networks, half, **given) for half in halves]
+    torch.testing.assert_close(torch.stack(parts).mean(), consistency_loss(*networks, whole, **given))
+    assert not torch.equal(*parts)
+
+
+def test_the_teacher_stays_and_the_average_leads():
+    torch.manual_seed(0)
+    denoiser = UNet(1, 4)
+    for weight in denoiser.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.1)
+    start = copy.deepcopy(denoiser.state_dict())
+    config = DiffusionConfig(intervals=INTERVALS, learning_rate=1e-2, ema_decay=0.5)
+    task = ConsistencyTask(denoiser, config)
+    given = dataclasses.replace(batch(), x=batch().x.float())
+    before = task.validate(given)["loss"]
+    for seed in range(4):
+        loss, _ = task.training_step(dataclasses.replace(given, seed=seed))
+        task.optimizer.zero_grad()
+        loss.backward()
+        task.optimizer.step()
+        task.after_step()
+    assert all(torch.equal(value, start[name]) for name, value in task.teacher.state_dict().items())
+    assert not any(torch.equal(value, start[name]) for name, value in task.result.named_parameters())
+    assert task.result is task.average.module and task.validate(given)["loss"] != before
+    # what the average predicts is the target
+    moved = copy.deepcopy(task)
+    with torch.no_grad():
+        for weight in moved.average.module.parameters():
+            weight.mul_(1.5)
+    assert moved.training_step(given)[0] != task.training_step(given)[0]
+
+
+@pytest.mark.slow
+def test_one_evaluation_comes_closer_to_the_end_of_the_teachers_way():
+    digits = data.load_dataset("digits")
+    teacher, saved = read_denoiser(zoo.folder("digits-diffpure"))
+    config = DiffusionConfig(intervals=5, last_time=0.4, learning_rate=5e-4, ema_decay=0.9)
+    task = ConsistencyTask(copy.deepcopy(teacher), config, process=saved["process"])
+    fit(task, digits.x_train[:640], digits.y_train[:640], FitConfig(6, 64), progress=False)
+    classifier = load_classifier(zoo.folder("digits-standard"))
+    x, ends = digits.x_test[:64] / 255, {}
+    for name, denoiser, solver, steps in (
+        ("teacher", teacher, "ddim", 5),
+        ("teacher at once", teacher, "one_shot", None),
+        ("distilled", task.result, "one_shot", None),
+    ):
+        process = saved["process"] | {"solver": solver, "steps": steps, "t_star": 0.4, "denoise_last": False}
+        defence = DiffusionPurifier(denoiser, classifier, (1, 16, 16), process)
+        with defence.fixed_noise(0), torch.no_grad():
+            ends[name] = defence.purify(x)
+    apart = {name: (ends["teacher"] - end).square().mean().item() for name, end in ends.items()}
+    assert apart["distilled"] < 0.9 * apart["teacher at once"]
+
+
+def test_what_cannot_be_distilled():
+    with pytest.raises(ValueError, match="intervals must be at least 1 to distill a denoiser, got 0"):
+        ConsistencyTask(Scaled(0.5), DiffusionConfig())
+    with pytest.raises(ValueError, match=r"steps must be at most 100, the training steps up to t_star = 0\.1, got 101"):
+        ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
+    with pytest.raises(ValueError, match="intervals must be 0 to train a denoiser from noise, got 3"):
+        DiffusionTask(Scaled(0.5), DiffusionConfig(intervals=3))
+    with pytest.raises(ValueError, match=r"intervals must be 0 beside an attack of eps 0\.1, got 3"):
+        DiffusionConfig(intervals=3, attack=TrainingAttack(eps=0.1, steps=2))
+    with pytest.raises(ValueError, match=r"digits-pgd-at holds a SmallCNN, not a denoiser or a purifier by diffusion"):
+        read_denoiser(zoo.folder("digits-pgd-at"))
+    distilled = ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=3)).describe()
+    assert (distilled["task"], distilled["intervals"]) == ("consistency", 3)
