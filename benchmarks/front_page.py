@@ -98,9 +98,10 @@ def contests_sentence(results: Path) -> list[str]:
             leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
     every = [lead for of_contest in leads.values() for lead in of_contest]
     above = sum(lead < 0 for lead in every)
+    by = f", by at most {-min(every):.1f} points" if above else ""
     return [
         f"On {len(leads)} models this package's default leaves up to {max(every):.1f} points less than the official "
-        f"AutoAttack. In {above} of {len(every)} runs it leaves more, by at most {max(0.0, -min(every)):.1f} points: "
+        f"AutoAttack. In {above} of {len(every)} runs it leaves more{by}: "
         "[all contests](docs/evaluation.md)."
     ]
 
