@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# the tests that `make test` runs; `make test MARKS=` runs the slow ones too, as .ci/run does
+MARKS  ?= not slow
 
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -30,7 +32,7 @@ help:  ## this list
 demo: $(STAMPS)/package  ## train and attack on digits, minutes on 2 cores; ARGS=--quick for a minute or two
 	$(BIN)/purify-fast demo $(ARGS)
 
-test: test-cpp test-python test-interpreter  ## everything: C++, Python, Triton in its interpreter
+test: test-cpp test-python test-interpreter  ## C++, Python, Triton in its interpreter; MARKS= for the slow tests too
 
 test-cpp: $(STAMPS)/cmake
 	@echo "== C++ tests of csrc/core"
@@ -41,7 +43,7 @@ test-cpp: $(STAMPS)/cmake
 
 test-python: $(STAMPS)/package test-cpp
 	@echo "== Python tests"
-	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal $(ARGS)
+	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(ARGS)
 
 # Triton's interpreter is chosen when Triton is imported: a process of its own
 test-interpreter: $(STAMPS)/package

@@ -310,7 +310,7 @@ TWO_BYTES = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(case, dtype):
     """No division of 64 bits, which is a call; no access of two bytes; two programs on a multiprocessor."""
