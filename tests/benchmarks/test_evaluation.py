@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import __main__ as program
 from benchmarks import evaluation
 from benchmarks.counting import CountedModel
-from purify_fast.attacks import APGD, FABT
+from purify_fast.attacks import APGD, Square
 from purify_fast.attacks.engine.gradient_copy import gradient_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,7 +157,7 @@ def test_rows_of_other_attacks_or_weights_are_found_and_made_again(contests, tmp
     arguments = ["evaluation", "--quick", "--out", str(tmp_path / "studies")]
     program.main(arguments)
     assert evaluation.outdated(tmp_path) == []
-    monkeypatch.setattr(FABT, "revision", lambda self: "another")
+    monkeypatch.setattr(Square, "revision", lambda self: "another")
     lines = evaluation.outdated(tmp_path)
     for line, protocol in zip(lines, ("standard", "fast"), strict=True):
         assert line.startswith(
