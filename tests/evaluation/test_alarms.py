@@ -280,9 +280,7 @@ TRANSFER = ("transfer against gradients", "APGD-T by the gradients of standard a
     "model, alarm, row",
     [
         (lambda: Gated(slope=100.0), *TRANSFER),
-        (lambda: Gated(slope=1e5), *TRANSFER),
         (lambda: rounds_to(2), *DIFFERENCES),
-        (lambda: rounds_to(8), *DIFFERENCES),
         (lambda: Around(lambda self, x: self.net((x * 255).round() / 255)), "gradient health", "APGD-10 margin"),
         (lambda: Around(lambda self, x: (10 * self.net(x)).round() / 10), "gradient health", "APGD-10 margin"),
         (lambda: as_jpeg(0.2), "gradient health", "APGD-10 margin"),
@@ -299,8 +297,8 @@ TRANSFER = ("transfer against gradients", "APGD-T by the gradients of standard a
         (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
     ],
     ids=[
-        "gate 100", "gate 1e5", "2 levels", "8 levels", "255 levels", "rounded logits", "JPEG", "tanh", "batch", "seed",
-        "content", "gradient mode", "off the grid", "noisy gradients",
+        "gate 100", "2 levels", "255 levels", "rounded logits", "JPEG", "tanh", "batch", "seed", "content",
+        "gradient mode", "off the grid", "noisy gradients",
     ],
 )  # fmt: skip
 def test_the_fast_protocol_notices_it_too(model, alarm, row):
