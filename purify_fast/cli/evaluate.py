@@ -69,8 +69,8 @@ class Evaluate(DataCommand, Purification):
             which draws.
         memory: With --batch-size auto: the most that the process may take in all, such as 20GB; default: as much as
             there is.
-        cuda_graphs: On a GPU, capture a step of an attack once and replay it: where launching takes longer than
-            computing (auto), wherever that is possible, or never.
+        cuda_graphs: On a GPU, capture a step of an attack and replay it: once its launches have cost as much as a
+            capture (auto), at once wherever that is possible, or never.
         cudnn_benchmark: On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last
             bits from run to run; auto: unless the process asks for deterministic algorithms.
         seed: Seed of everything random.
@@ -80,9 +80,9 @@ class Evaluate(DataCommand, Purification):
             `purify-fast check`.
         claim: The robust accuracy that somebody claims, in percent, such as 70. The report says whether what is left
             refutes it, and how many images would decide.
-        out: Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation. Of a
-            model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has
-            the folder's name in front.
+        out: Where the report goes; default: FOLDER/evaluation, for a model of the zoo runs/zoo/NAME/evaluation. A
+            model of your own has runs/own/MODULE.FUNCTION/evaluation; a file in another folder has the folder's name in
+            front.
     """
 
     called: ClassVar[str] = "evaluate"

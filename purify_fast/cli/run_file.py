@@ -55,8 +55,8 @@ def run_file(command: Command) -> str:
 def repeating(command: DataCommand) -> str:
     """The command line that repeats a command: the words that were typed, and what they leave to the environment.
 
-    Of a command whose options are in a file, or that was not typed: its folder, and every option that is not the
-    default.
+    If the options are in a file, or the command was not typed, the line has its folder and every option that is not
+    the default.
     """
     if command.typed and not any(word.split("=")[0] == "--config" for word in command.typed):
         line, data, root = ["purify-fast", *command.typed], *(getattr(command, of) for of in ("data", "data_root"))

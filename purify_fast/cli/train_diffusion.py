@@ -125,8 +125,8 @@ class TrainDiffusion(OnClassifier, Purification):
         denoiser, saved = self.saved_denoiser()
         if self.method.last_time > saved["last_time"]:
             raise ValueError(
-                f"last_time must be at most {saved['last_time']}, the last time that the denoiser of {self.init} was "
-                f"trained for, got {self.method.last_time}"
+                f"--last-time must be at most {saved['last_time']}, the last time that the denoiser of {self.init} was "
+                f"trained for, got {self.method.last_time}: give --last-time {saved['last_time']}"
             )
         origin = weights_fingerprint(denoiser)
         return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])

@@ -178,10 +178,11 @@ def evaluate(
         memory: with batch_size="auto", the most memory of the model's device that this process may take in total, in
             bytes or as "20GB". None: all that is free; on a CPU within the limits of the process and of its control
             group.
-        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it if launching takes longer
-            than computing; "always" does so wherever possible, "off" never. Choose "off" for a model that changes its
-            settings while it is attacked, if it keeps them in an object of its own class that is not a module,
-            dataclass or namespace: a captured step does not see such changes.
+        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once its launches have cost as much as a
+            capture, and keeps the graph if a replay saves at least a tenth; "always" does so wherever possible, "off"
+            never. Choose "off" for a model that changes its settings while it is attacked, if it keeps them in an
+            object of its own class that is not a module, dataclass or namespace: a captured step does not see such
+            changes.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch;
             "auto" does not if the process asks for deterministic algorithms. The winner, and with it the last bits of a
             gradient, may differ from run to run.

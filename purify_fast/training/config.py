@@ -176,10 +176,11 @@ class FitConfig:
             the best one so far, and goes on with half of the learning rate, at most 5 times; it needs held-out images.
             So it ends for single-step adversarial training that overfits to its own attack within an epoch, the
             catastrophic overfitting of Wong et al. (ICLR 2020). "off" goes on.
-        cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
-            launching takes longer than computing; "always" does so wherever it is possible, "off" never. A graph needs
-            the memory of one attack step for itself. Choose "off" for a model that keeps settings in an object which is
-            not a module, dataclass or namespace, and changes them there: a captured step does not see the change.
+        cuda_graphs: on a CUDA device, "auto" captures a step of the training's attack once its launches have cost as
+            much as a capture, and keeps the graph if a replay saves at least a tenth; "always" does so wherever it is
+            possible, "off" never. A graph needs the memory of one attack step for itself. Choose "off" for a model that
+            keeps settings in an object which is not a module, dataclass or namespace, and changes them there: a
+            captured step does not see the change.
         cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
             deterministic algorithms; "on" does so always, "off" leaves cuDNN as it is. It acts on CUDA devices only.
         fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they

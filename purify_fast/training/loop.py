@@ -277,8 +277,8 @@ def _collapsed(run: Run, epoch: int) -> Diverged:
     """The error of a training whose accuracy on held-out images fell."""
     return Diverged(
         f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to "
-        f"{run.last['validation_accuracy']:.3f}, less than half of what it was, even at {run.rate:g} of the learning "
-        "rate; attack with more steps or less eps"
+        f"{run.last['validation_accuracy']:.3f}, less than half of what it was, at {run.rate:g} of the learning rate; "
+        "attack with more steps or less eps if a smaller rate does not help"
     )
 
 

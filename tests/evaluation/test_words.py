@@ -222,7 +222,7 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
         text = joined(text)
         assert "Not asked: gradient-free against gradients, transfer" in text
         assert "a further attack, parts and softened copies, huge radius" in text
-        assert "Most signs need short attacks, which probes=True adds to a list of attacks." in text
+        assert "Most signs need short attacks; in Python, evaluate(..., probes=True) makes them." in text
     assert "Most signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
     asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
     assert not any("which probes=True adds" in text for text in forms(asked))

@@ -101,10 +101,15 @@ class Evidence:
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
     def tried(self) -> set[str]:
-        """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`."""
+        """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
+
+        An attack on the few images nearest to falling has not been tried on the model.
+        """
         tried = {"strong"} if self.protocol == "strong" else set[str]()
         for row in self.attacks():
             of = row.settings.get
+            if of("nearest"):
+                continue
             tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
             tried |= {"restarts"} if (of("restarts") or 1) >= MANY_RESTARTS else set()
             tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()

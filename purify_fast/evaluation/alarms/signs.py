@@ -142,11 +142,14 @@ WITHOUT_GRADIENTS = {
 
 
 def _advice(finding: Finding, evidence: Evidence) -> str:
-    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried."""
+    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried.
+
+    The protocol strong is always among what can be tried: only after it is an attack for this defence left.
+    """
     advice, tried = _kind_of_advice(finding, evidence), evidence.tried()
     if not advice.efforts:
         return advice.look
-    left = [EFFORTS[effort] for effort in advice.efforts if effort not in tried]
+    left = [EFFORTS[effort] for effort in dict.fromkeys((*advice.efforts, "strong")) if effort not in tried]
     return f"{advice.look}; {', or '.join(left) or WRITTEN_FOR_IT}"
 
 

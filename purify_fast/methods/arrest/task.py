@@ -87,6 +87,7 @@ class ArrestTask(Task):
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
+        self._attacks_parts = False
         self._uses_channels_last = True
         if self.dtype != torch.float32:
             self._uses_channels_last = convert_to_channels_last(model, image_shape)
@@ -171,7 +172,11 @@ class ArrestTask(Task):
         Args:
             device: device of the images.
         """
-        return self.graphs is not None and self.graphs.may_replay(device)
+        if self.graphs is None:
+            return False
+        # An attack on a part of the batch clears the refusal; asking again each time would alternate for ever.
+        self._attacks_parts = self._attacks_parts or self.graphs.refusal is not None
+        return self.graphs.may_replay(device) and not self._attacks_parts
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""

@@ -47,6 +47,7 @@ Result = TypeVar("Result")
 CAPTURE_SECONDS = 0.02
 #: The share of a step's time that a replay must save; otherwise the step is not captured again.
 LEAST_SAVING = 0.1
+SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
 #: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
 #: The number of launched steps after which a step that could not be captured is tried again.
@@ -266,8 +267,8 @@ class StepGraphs:
         capture: the maker of graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: the reason why the last loop was not captured, and will not be for the next `RETRIED_AFTER` steps;
-            None if it was captured, or may yet be.
+        refusal: the reason why the last loop was not captured; None if it was captured, or may yet be. It is tried
+            again after `RETRIED_AFTER` steps, unless its replays saved too little.
 
     Raises:
         ValueError: an unknown mode.
@@ -434,8 +435,10 @@ class StepGraphs:
                 replayed = self._timed(replay, device)
                 self._costs.append(self.capture.now(device) - begun)
                 if self.mode != "always" and eager - replayed < LEAST_SAVING * eager:
-                    reason = f"a replay takes {replayed * 1e3:.3g} ms, and launching the step {eager * 1e3:.3g} ms"
-                    return self._refuse(base, reason, retried_after=math.inf)
+                    logger.debug(
+                        "a replay takes %.3g ms, the step without a graph %.3g ms", replayed * 1e3, eager * 1e3
+                    )
+                    return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
             # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
             first = (str(error).strip().splitlines() or [""])[0]
