@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
+from purify_fast.models import UNet
 from purify_fast.models.classifiers import SmallCNN
 
 
@@ -29,6 +30,16 @@ def defence(shape=(3, 8, 12), denoiser=None, process=None, **options):
     denoiser = Tiny(channels, 2 * channels if learned else None) if denoiser is None else denoiser
     classifier = SmallCNN(channels, image_size=shape[1:], width=4)
     return DiffusionPurifier(denoiser, classifier, shape, Process() if process is None else process, **options)
+
+
+def trained_unet(*sizes, **options):
+    """A U-Net whose last layers are no longer zero, as after some training."""
+    torch.manual_seed(0)
+    model = UNet(*sizes, **options)
+    for weight in model.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.1)
+    return model
 
 
 def images(n=4, shape=(3, 8, 12), dtype=torch.float32):

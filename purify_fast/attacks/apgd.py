@@ -148,7 +148,7 @@ def border(loss: str) -> float:
 
 
 class AutoPgd(RowSearch):
-    """One run of Auto-PGD, which takes `RowSearch`'s options too.
+    """One run of Auto-PGD. The options of `RowSearch` are options here too.
 
     A checkpoint may halve the step of a row. The search of that row then continues at its point of highest loss, the
     top.

@@ -117,7 +117,7 @@ def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
 
 
 class _HopSkipJumpSearch(NearestSearch):
-    """One run with ``steps`` queries; its point is misclassified and moves along the border."""
+    """One run of HopSkipJump: a misclassified point moves along the border for ``steps`` queries."""
 
     def run(self, seed: int, most: int) -> None:
         """Ask all queries, or stop when no row is left.

@@ -346,7 +346,7 @@ def _described(output: Any) -> str:
 
 
 def _instead_of(output: Any) -> str:
-    """What to give in place of a model with such an output; empty if that is unknown."""
+    """The end of an error: the function to give in place of the model, or nothing if it is unknown."""
     if isinstance(output, (tuple, list)):
         places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
         return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""

@@ -41,8 +41,8 @@ FIRST_STEPS = 10
 FAST_STEPS = 60
 #: The share of all images that may still fall among those that an attack of "fast" or "standard" does not search.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: Numbers of images, those nearest to falling, that further attacks and costly attacks search again: they decide the
-#: accuracy.
+#: How many images nearest to falling are searched again: by FAB-T of "standard", by the further attacks of "fast", and
+#: by the costly attacks of both. These images decide the accuracy.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
 #: Queries of Square when it searches many images.
 SHORT_QUERIES = 1000

@@ -107,7 +107,7 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     written = (out / "evaluation" / "report.md").read_text()
     assert f"- command: {shlex.join(['purify-fast', 'evaluate', str(out), *few])}\n" in written
     assert "- call in Python" not in written
-    # of options in a file, every one that is not the default
+    # options that come from a file are written out, unless they are the default
     assert run("evaluate", "--config", out / "evaluation" / "run.yaml", "--out", tmp_path / "again")[0] == 0
     typed = f"purify-fast evaluate {out} --data {bars} --device cpu --protocol fast --images 4 --steps 1 --n-eval 3"
     assert f"- command: {typed} --out {tmp_path / 'again'}\n" in (tmp_path / "again" / "report.md").read_text()

@@ -272,7 +272,7 @@ def test_no_report_replaces_one_with_other_settings(tmp_path):
 
 
 def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, caplog):
-    """What remains would be taken for the new report's: `check` reads run.yaml."""
+    """A run.yaml that stayed behind would be read as the new report's by `check`."""
     Report([row()], about=about()).save(tmp_path)
     (tmp_path / "run.yaml").write_text("# repeats this run\ncommand: evaluate\neps: 0.1\n")
     (tmp_path / "report.witnesses.safetensors").write_bytes(b"kept")

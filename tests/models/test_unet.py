@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from denoisers import trained_unet
 from torch.nn import functional as F
 
 from purify_fast.models.unet import UNet
@@ -10,13 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(**options):
-    """A U-Net whose last layers are no longer zero, as after some training."""
-    torch.manual_seed(0)
-    model = UNet(**{"width": 8, **options}).eval()
-    for weight in model.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.1)
-    return model
+    return trained_unet(**{"width": 8, **options}).eval()
 
 
 @pytest.mark.parametrize(

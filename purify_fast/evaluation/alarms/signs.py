@@ -88,7 +88,8 @@ class Advice(NamedTuple):
 
     Args:
         look: what to look for in the model.
-        efforts: what to run, by the names in `EFFORTS`; only what was not tried is named.
+        efforts: what to run, by the names in `EFFORTS`; only what was not tried is named. The last is "strong": until
+            it ran, no advice says that the stronger attacks of this package did.
     """
 
     look: str
@@ -121,10 +122,10 @@ ADVICE = {
     "radius sweep": Advice(f"the attack fails at the larger radius: {_SATURATED}"),
     "random start": Advice("the result depends on where an attack begins", ("restarts", "strong")),
     "gradients against differences": Advice(
-        "look for rounding, .detach() or a backward of its own in forward", ("BPDA",)
+        "look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong")
     ),
     "batch size": Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
-    "noise and seeds": Advice("set no seed in forward", ("draws",)),
+    "noise and seeds": Advice("set no seed in forward", ("draws", "strong")),
     "same answer again": Advice(
         "let forward keep no state, and compute the same whether gradients are recorded or not"
     ),
@@ -135,21 +136,18 @@ WITHOUT_GRADIENTS = {
     "no gradient": Advice(
         "the output has no grad_fn: is there a torch.no_grad() or .detach() in forward, or a detour through NumPy? A "
         "diffusion defence that must save memory can use checkpointed_steps",
-        ("BPDA",),
+        ("BPDA", "strong"),
     ),
     "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
 
 
 def _advice(finding: Finding, evidence: Evidence) -> str:
-    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried.
-
-    The protocol strong is always among what can be tried: only after it is an attack for this defence left.
-    """
+    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried."""
     advice, tried = _kind_of_advice(finding, evidence), evidence.tried()
     if not advice.efforts:
         return advice.look
-    left = [EFFORTS[effort] for effort in dict.fromkeys((*advice.efforts, "strong")) if effort not in tried]
+    left = [EFFORTS[effort] for effort in advice.efforts if effort not in tried]
     return f"{advice.look}; {', or '.join(left) or WRITTEN_FOR_IT}"
 
 

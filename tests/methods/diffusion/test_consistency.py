@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from denoisers import trained_unet
 from torch import nn
 
 from purify_fast import data, zoo
@@ -18,7 +19,6 @@ from purify_fast.methods.diffusion import (
 )
 from purify_fast.methods.diffusion.consistency import consistency_loss
 from purify_fast.methods.diffusion.denoiser import read_denoiser
-from purify_fast.models import UNet
 from purify_fast.ops import Stream, philox
 from purify_fast.training import Batch, FitConfig, TrainingAttack, fit, load_classifier
 
@@ -98,11 +98,7 @@ def test_a_split_batch_has_the_losses_of_the_whole():
 
 
 def test_the_teacher_stays_and_the_average_leads():
-    torch.manual_seed(0)
-    denoiser = UNet(1, 4)
-    for weight in denoiser.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.1)
+    denoiser = trained_unet(1, 4)
     start = copy.deepcopy(denoiser.state_dict())
     config = DiffusionConfig(intervals=INTERVALS, learning_rate=1e-2, ema_decay=0.5)
     task = ConsistencyTask(denoiser, config)
@@ -117,7 +113,7 @@ def test_the_teacher_stays_and_the_average_leads():
     assert all(torch.equal(value, start[name]) for name, value in task.teacher.state_dict().items())
     assert not any(torch.equal(value, start[name]) for name, value in task.result.named_parameters())
     assert task.result is task.average.module and task.validate(given)["loss"] != before
-    # what the average predicts is the target
+    # the target is the prediction of the average
     moved = copy.deepcopy(task)
     with torch.no_grad():
         for weight in moved.average.module.parameters():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from denoisers import trained_unet
 
 import purify_fast
 from purify_fast import data, zoo
@@ -33,18 +33,8 @@ def classifier():
     return SmallCNN(image_size=(8, 8), num_classes=2, width=4)
 
 
-def unet():
-    """Its last layers are no longer zero, as after some training."""
-    torch.manual_seed(0)
-    model = UNet(1, 4)
-    for weight in model.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.1)
-    return model
-
-
 def purifier(**options):
-    return DiffusionPurifier(unet(), classifier(), (1, 8, 8), Process(t_star=0.2, steps=3), **options)
+    return DiffusionPurifier(trained_unet(1, 4), classifier(), (1, 8, 8), Process(t_star=0.2, steps=3), **options)
 
 
 def batch(n=6):
@@ -143,7 +133,7 @@ def test_killed_and_resumed_fine_tuning_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("kind", ["linear", "vp"])
 def test_a_saved_denoiser_is_put_before_a_classifier(kind, tmp_path):
-    network = unet()
+    network = trained_unet(1, 4)
     process = {"schedule": kind, "prediction": "v"}
     save_denoiser(network, tmp_path, (1, 8, 8), process, last_time=0.5)
     defence = purify_fast.load_defence(tmp_path, classifier(), process={"t_star": 0.3, "steps": 4})
@@ -165,7 +155,14 @@ def test_what_cannot_be_fine_tuned(tmp_path):
     with pytest.raises(ValueError, match=r"eps must be above 0 to train through the purification, got 0\.0"):
         PurificationTask(purifier(), DiffusionConfig())
     x, y = images(16)
-    fit(DiffusionTask(unet(), DiffusionConfig()), x, y, FitConfig(1, 16), tmp_path, progress=False)
+    fit(
+        DiffusionTask(trained_unet(1, 4), DiffusionConfig()),
+        x,
+        y,
+        FitConfig(1, 16),
+        tmp_path,
+        progress=False,
+    )
     with pytest.raises(ValueError, match="'diffusion', and this is one of 'diffusion through the purification'"):
         task = PurificationTask(purifier(), DiffusionConfig(attack=ATTACK))
         fit(task, x, y, FitConfig(1, 16), tmp_path, progress=False)
