@@ -262,7 +262,7 @@ def missed_images(evidence: Evidence) -> Outcome:
     if not outcomes:
         return "not asked", "only attacks along the model's own gradients ran, or no image was left", ""
     worst = next((each for verdict in ("unreliable", "noted") for each in outcomes if each[0] == verdict), outcomes[0])
-    return worst[0], "; ".join(text for _, text, _ in outcomes), worst[2]
+    return worst[0], "; ".join(text for verdict, text, _ in outcomes if verdict == worst[0]), worst[2]
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
