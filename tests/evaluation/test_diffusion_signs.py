@@ -125,7 +125,7 @@ def short_probes():
 
 @functools.cache
 def verdicts(kind):
-    """What every sign says of a purifier, and whether its headline may be believed."""
+    """The findings about a purifier by sign, and whether its headline may be believed."""
     _, _, x, y = digits()
     options = {"attacks": [PGD(steps=5)], "probes": True, "eot_iter": 1, "n_eval": 2, "progress": False}
     report = evaluate(kind(), x[:24], y[:24], eps=EPS, **options)

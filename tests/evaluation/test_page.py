@@ -107,7 +107,7 @@ def test_a_curve_has_every_point(report):
 
 @pytest.mark.parametrize("survivors", [False, True])
 def test_pictures_are_of_the_attack_that_felled_most(survivors):
-    """Of an attack on survivors they would show images that fell to nothing."""
+    """Pictures of an attack on survivors would show images that fell to nothing."""
 
     def picture(value):
         images = np.full((2, 1, 4, 4), value, dtype=np.float32)

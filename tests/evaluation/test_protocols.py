@@ -155,7 +155,7 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
 
 
 def test_copies_are_compared_image_by_image():
-    """Of one image the gradient is large and the same, of the others small and hidden."""
+    """One image has a large, constant gradient; the gradients of the others are small and hidden."""
     _, _, x, _ = digits()
 
     def model(images):

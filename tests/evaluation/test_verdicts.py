@@ -127,7 +127,7 @@ def test_the_headline_is_the_deployed_defences():
 
 
 def test_a_variant_vouches_for_no_gradients_of_the_deployed_defence():
-    """Of two rows the one on fixed noise had gradients; the other, on the deployed defence, had none."""
+    """The row on fixed noise had gradients; the other, on the deployed defence, had none."""
 
     class Masked(Noisy):
         def forward(self, x):

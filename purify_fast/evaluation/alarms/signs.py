@@ -329,7 +329,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("noise and seeds", of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
-    """Alarm if the model sets seeds, or an image withstands only because each gradient is of a few draws."""
+    """Alarm if the model sets seeds, or an image withstands only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
         return "unreliable", text, "probe: the generator's state after two seeds"
