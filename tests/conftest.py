@@ -145,7 +145,7 @@ def short_signs(monkeypatch) -> None:
     """The signs of an evaluation are looked for with few steps, which shows that they are looked for and no more."""
     from purify_fast.evaluation.alarms import probes
 
-    for name, few in {"STEPS": 2, "SWEEP": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "STARTS": 2, "JUDGES": 3}.items():
+    for name, few in {"STEPS": 2, "SWEEP": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}.items():
         monkeypatch.setattr(probes, name, few)
 
 

@@ -41,7 +41,7 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One rebuilt defence, or an honest model.
+    """A rebuilt defence, an honest model, or a model with a mistake.
 
     Args:
         build: makes it.

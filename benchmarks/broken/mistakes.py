@@ -1,4 +1,4 @@
-"""The robust network of the digits with mistakes that users make: a sign must notice each of them."""
+"""The robust network of the digits with six mistakes that users make and a mask: a sign must notice each of them."""
 
 from __future__ import annotations
 

@@ -197,25 +197,29 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
             {name for name in asked if ENTRIES[name].paper},
             {name for name in asked if ENTRIES[name].paper and (more[name] or 0) > CLOSE + 1e-9},
             {name for name in asked if ENTRIES[name].honest},
+            {name for name in asked if ENTRIES[name].why},
         )
         counts = [f"{len(flagged[judge] & group)} of {len(group)}" for group in groups]
         others = set[str]().union(*(names for other, names in flagged.items() if other != judge))
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - others) or "-"])
-    head = ["who notices", "defences", "those that AutoAttack overestimates", "honest models", "the only one to notice"]
-    return markdown_table(head, body)
+    groups_told = ["defences", "those that AutoAttack overestimates", "honest models", "models flagged rightly"]
+    return markdown_table(["who notices", *groups_told, "alone"], body)
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
     """How many models each sign flags, and which ones no other sign of the same report does."""
-    flags = [(name, one["unreliable"]) for name, each in every.items() for one in each.values() if one["judge"] in
-             (STANDARD, STRONG)]  # fmt: skip
+    results = [(name, one) for name, each in every.items() for one in each.values()]
+    flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []
     for sign, *_ in ALARMS:
         flagged = {name for name, alarms in flags if sign in alarms}
         alone = dict.fromkeys(name for name, alarms in flags if alarms == [sign])
-        honest = {name for name in flagged if ENTRIES[name].honest}
-        body.append([sign, str(len(flagged - honest)), str(len(honest)), "; ".join(alone) or "-"])
-    return markdown_table(["sign", "flags defences", "flags honest models", "the only one to flag"], body)
+        counts = [
+            sum(bool(test(ENTRIES[name])) for name in flagged)
+            for test in (lambda entry: entry.paper, lambda entry: entry.honest, lambda entry: entry.why)
+        ]
+        body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
+    return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "the only sign of"], body)
 
 
 def read(out: Path) -> list[Result]:

@@ -194,8 +194,8 @@ def evaluate(
             code changes that the model's classes import from other files, or the code of a function.
         name: name of the model in the report.
         dataset_name: name of the data set, for the report's title.
-        probes: whether to test if the number can be believed: by short attacks on a few images over the radius, the
-            steps and the draws, small steps in random directions, and the same images again. None: with every protocol
+        probes: whether to test if the number can be believed: by short attacks on a few images over the steps and
+            the draws, small steps in random directions, and the same images again. None: with every protocol
             but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
         curve: further radii, in image units. At each radius the images that still stand are attacked by the report's

@@ -36,7 +36,7 @@ def test_the_default_is_standard_with_its_signs(without_autoattack, digits):
     model, base = purify_fast.zoo.load("digits-pgd-at"), purify_fast.zoo.load("digits-standard")
     report = evaluate(model, *digits, eps=0.1, steps=30, base=base, progress=False)
     assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
-    assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 12
+    assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
     # before any work
     for missing in ({"protocol": "official"}, {"protocol": "authors"}, {"attacks": [AutoAttack()]}):
         with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):

@@ -210,7 +210,7 @@ def test_attacks_see_it_by_themselves(batch, attack):
 
 
 def test_a_lucky_draw_is_no_success_of_all_draws(batch):
-    """Images that one draw for all images had left were called robust before."""
+    """Images were called robust because one draw for all images had left them."""
     x, y = batch
     rows, notes = {}, {}
     for kind in (Switch, SwitchLooped, SwitchEach):

@@ -240,7 +240,7 @@ def test_merged_reports_of_different_precisions_say_which():
 
 
 def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
-    """A report without a precision is one in float32, as in earlier versions."""
+    """A report without a precision means float32, as in earlier versions."""
     Report([row()], about=about()).save(tmp_path)
     rounded = Report([row(robust=[1, 1, 1, 1])], about=about(precision="bfloat16"))
     rounded.save(tmp_path)

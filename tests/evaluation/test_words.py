@@ -221,7 +221,7 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
     for text in forms(report):
         text = joined(text)
         assert "Not asked: missed images, batch size, noise and seeds" in text
-        assert "Several signs need short attacks; in Python, evaluate(..., probes=True) makes them." in text
+        assert "Some signs need more questions; in Python, evaluate(..., probes=True) asks them." in text
     assert "Several signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
     asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
     assert not any("which probes=True adds" in text for text in forms(asked))

@@ -228,7 +228,7 @@ def _sweeps(
     standing = standing & ~short.fallen(standing, None)
     own, copies, absent = right & ~standing, dict[str, list[int]](), dict[str, str]()
     if bool(standing.any()):
-        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, short.context.eps), absent):
+        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, float(short.context.eps)), absent):
             fell = short.fallen(standing, surrogate)
             standing, copies[name] = standing & ~fell, fell.int().tolist()
     return {"steps": steps}, own.int().tolist(), copies, absent

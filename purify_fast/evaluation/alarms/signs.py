@@ -31,6 +31,11 @@ ROUNDED = 0.02
 #: The least number of images that counts as a difference: one or two of a few images are a large share by luck.
 MORE_THAN_LUCK = 3
 
+#: The name of the model beside its surrogates, and of the probe that shows what gradients of a model found.
+ITSELF, PROBE_OF = "the model itself", "probe: APGD by the gradients of {}"
+#: Words for gradients that no attack counted.
+NOT_COUNTED = "no attack counted the gradients of the model itself"
+
 #: A verdict, the measurement in words, and the row or probe that shows it.
 Outcome = tuple[Verdict, str, str]
 
@@ -46,7 +51,7 @@ def alarm(
 
     Args:
         name: name of the alarm.
-        of_probes: whether it judges measurements of probes; without probes it is not asked.
+        of_probes: whether it judges measurements of probes alone; without probes it is not asked.
         options: ``of_answers`` and ``prominent`` of its `Finding`.
     """
 
@@ -142,13 +147,16 @@ def _advice(finding: Finding, evidence: Evidence) -> str:
 
 
 def _kind_of_advice(finding: Finding, evidence: Evidence) -> Advice:
+    if finding.alarm == "missed images" and finding.row == PROBE_OF.format(ITSELF):
+        return Advice("a short attack finds what the attacks of the report left", ("strong",))
     if finding.alarm != "gradient health":
         return ADVICE[finding.alarm]
     cosine = None if evidence.probes is None else evidence.probes.cosine
     if isinstance(cosine, str):
         return WITHOUT_GRADIENTS[cosine]
-    lacking = [row.health for row in evidence.with_counted_gradients() if row.lacked_gradients and row.health]
-    if not lacking:
+    counted = evidence.with_counted_gradients()
+    lacking = [row.health for row in counted if row.lacked_gradients and row.health]
+    if not lacking or len(lacking) < len(counted):
         return ADVICE[finding.alarm]
     return WITHOUT_GRADIENTS["not finite" if any(health["nonfinite"] for health in lacking) else "zero gradient"]
 
@@ -167,7 +175,7 @@ def _surely_above(limit: float, share: float, n: int) -> bool:
     return share > limit and share * n >= MORE_THAN_LUCK
 
 
-# -- of rows ----------------------------------------------------------------------------------------------------------
+# -- of rows and short attacks ----------------------------------------------------------------------------------------
 
 
 @alarm("better than guessing", prominent=True)
@@ -220,8 +228,11 @@ def gradient_health(evidence: Evidence) -> Outcome:
     counted = evidence.with_counted_gradients()
     lacking = [row for row in counted if row.lacked_gradients]
     verdict, text, row = _of_counted(counted, lacking) if counted else ("not asked", "", "")
-    if verdict == "unreliable" or evidence.probes is None:
-        return verdict, text or "no attack counted the gradients of the model itself", row
+    if verdict == "unreliable":
+        return verdict, text, row
+    if evidence.probes is None:
+        text = f"{text}, and were not compared with finite differences" if counted else NOT_COUNTED
+        return verdict, text, row
     cosine, probe = evidence.probes.cosine, "probe: small steps in random directions"
     if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
         # predictions that are not finite are a sign of their own
@@ -229,9 +240,9 @@ def gradient_health(evidence: Evidence) -> Outcome:
     if isinstance(cosine, str):
         return "unreliable", MISSING[cosine], probe
     told = f"cosine {cosine:.2f} between the changes that gradients promise and those that are measured"
-    if cosine < WRONG_GRADIENTS:
-        return "unreliable", told, probe
     text = f"{text}; {told}" if text else told
+    if cosine < WRONG_GRADIENTS:
+        return "unreliable", text, probe
     noted = verdict == "noted" or not cosine >= ODD_GRADIENTS
     return _verdict(False, noted), text, row or (probe if noted else "")
 
@@ -260,13 +271,13 @@ def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if attacks along the model's own gradients leave images that other or shorter attacks break."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
-        return "not asked", "only attacks along the model's own gradients ran, or no image was left", ""
+        return "not asked", evidence.blind() or "nothing but attacks along the model's own gradients was tried", ""
     worst = next((each for verdict in ("unreliable", "noted") for each in outcomes if each[0] == verdict), outcomes[0])
     return worst[0], "; ".join(text for verdict, text, _ in outcomes if verdict == worst[0]), worst[2]
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
-    """Images that fell to attacks without the model's own gradients alone; None if no such attack ran, or no other."""
+    """Images that fell to attacks without the model's own gradients alone; None unless both kinds of attacks ran."""
     fallen = evidence.fallen()
     own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
     others = [(row, mask) for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred]
@@ -290,7 +301,7 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 
 
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
-    """Images that all attacks left and a short attack before them broke; None if none could have told."""
+    """Images that all attacks left and a short attack before them broke; None if no other gradients were tried."""
     probes = evidence.probes
     if probes is None:
         return None
@@ -299,9 +310,9 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = dict(probes.missed)
-    # without gradients, a short attack along them finds nothing either
-    if probes.further is not None and (probes.further or not evidence.blind()):
-        missed = {"the model itself": probes.further} | missed
+    # a short attack along the model's own gradients proves nothing where it finds nothing
+    if probes.further:
+        missed = {ITSELF: probes.further} | missed
     if not missed:
         return ("noted", absent, "") if absent else None
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
@@ -311,7 +322,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         text = f"{gradients} broke none of the first {probes.n} images that the report's attacks had left"
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
-    return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
+    return verdict, text, PROBE_OF.format(best) if count else ""
 
 
 # -- of probes --------------------------------------------------------------------------------------------------------

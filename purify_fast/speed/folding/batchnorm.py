@@ -34,7 +34,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
     Args:
         model: any module from one tensor to one tensor, in evaluation mode. Forward hooks on its modules see the
-            same; a layer that carries hooks itself is never folded.
+            same values; a layer that carries hooks itself is never folded.
         example: a few inputs of the kind it gets, on its device; better random than constant.
 
     Returns:
