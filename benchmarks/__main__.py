@@ -10,26 +10,16 @@ from functools import partial
 
 from purify_fast._files import FolderInUse
 
-from . import (
-    convolutions,
-    evaluation,
-    gpu_check,
-    ideas,
-    instructions,
-    memory,
-    minutes,
-    pages,
-    pipelines,
-    roofline,
-    running,
-    zoo,
-)
-from .broken import command as broken
-from .ops import registry
-from .studies import Unfit, diffusion_picture
-from .studies import command as studies
-from .studies.cifar10 import robust_networks
-from .truth import command as truth
+from .gpu import gpu_check, instructions, roofline
+from .pages import fill
+from .robustness import contests, ideas, minutes, pack_zoo
+from .robustness.broken import run_broken as broken
+from .robustness.studies import Unfit, diffusion_picture
+from .robustness.studies import run_study as studies
+from .robustness.studies.cifar10 import robust_networks
+from .robustness.truth import run_truth as truth
+from .speed import convolutions, gradient_memory, pipelines, running
+from .speed.ops import registry
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ COMMANDS = {
         "the layers of AToP's generator, ours against PyTorch's", convolutions.main, convolutions.arguments
     ),
     "evaluation": Command(
-        "our attacks against the official AutoAttack: strength and time", evaluation.main, evaluation.arguments
+        "our attacks against the official AutoAttack: strength and time", contests.main, contests.arguments
     ),
     "ideas": Command("what each idea of the protocols gives by itself", ideas.main, ideas.arguments),
     "broken": Command(
@@ -84,14 +74,18 @@ COMMANDS = {
         "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments
     ),
     "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
-    "memory": Command("memory of the gradient through a diffusion process", memory.main, memory.arguments),
+    "memory": Command(
+        "memory of the gradient through a diffusion process", gradient_memory.main, gradient_memory.arguments
+    ),
     "diffusion_picture": Command("an image, noised, denoised step by step and purified", diffusion_picture.main),
     "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),
     "ship": Command(
-        "let what purify-fast tune found on this machine ship with the package", pages.ship, pages.ship_arguments
+        "let what purify-fast tune found on this machine ship with the package", fill.ship, fill.ship_arguments
     ),
-    "zoo": Command("pack trained models into the zoo, and write their cards", zoo.main, zoo.arguments, zoo.check),
-    "report": Command("the tables and pictures again, from the CSV files", pages.main, pages.arguments),
+    "zoo": Command(
+        "pack trained models into the zoo, and write their cards", pack_zoo.main, pack_zoo.arguments, pack_zoo.check
+    ),
+    "report": Command("the tables and pictures again, from the CSV files", fill.main, fill.arguments),
 }
 
 

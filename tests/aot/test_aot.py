@@ -1,4 +1,6 @@
-"""What the machine code of each Triton kernel must and must not hold; benchmarks/ahead.py compiles it without a GPU.
+"""What the machine code of each Triton kernel must and must not hold.
+
+benchmarks/gpu/ahead.py compiles it without a GPU.
 
 Without PURIFY_FAST_TEST_ARCHITECTURES=all, kernels are compiled for sm_90 in every dtype and for sm_120 in bfloat16,
 and their machine code is read in bfloat16.
@@ -20,7 +22,7 @@ import torch  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import RESULTS  # noqa: E402
-from benchmarks.ahead import (  # noqa: E402
+from benchmarks.gpu.ahead import (  # noqa: E402
     ARCHITECTURES,
     CASES,
     DTYPES,
@@ -34,8 +36,8 @@ from benchmarks.ahead import (  # noqa: E402
     sass,
     usage,
 )
-from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
-from benchmarks.report import read_csv  # noqa: E402
+from benchmarks.gpu.instructions import EXECUTED, RESULT, instructions  # noqa: E402
+from benchmarks.speed.sheets import read_csv  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
 
 ALL = os.environ.get("PURIFY_FAST_TEST_ARCHITECTURES") == "all"
@@ -251,8 +253,8 @@ def test_exact_kernels_have_no_fused_multiply_add(case, dtype):
         assert fused == (of_normals * elements if normal else 0), name_of(kernel.src.fn)
 
 
-#: Most instructions that a thread of sm_90 executes, by case and dtype; see `benchmarks.instructions.EXECUTED` for what
-#: they are counted over. A few percent above what the compilers of triton 3.6 and 3.8 make of the kernels.
+#: Most instructions that a thread of sm_90 executes, by case and dtype; see `benchmarks.gpu.instructions.EXECUTED` for
+#: what they are counted over. A few percent above what the compilers of triton 3.6 and 3.8 make of the kernels.
 BUDGETS = {
     ("stitch-forward", "bf16"): 135,
     ("stitch-forward-channels_last", "bf16"): 120,

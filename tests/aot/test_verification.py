@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from benchmarks.ahead import Device, name_of, recorded  # noqa: E402
+from benchmarks.gpu.ahead import Device, name_of, recorded  # noqa: E402
 from purify_fast import evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import pages
-from benchmarks.broken import active, adaptive, code, command, entry, pintor, tables
+from benchmarks.pages import fill
+from benchmarks.robustness.broken import active, adaptive, code, entry, pintor, run_broken
+from benchmarks.robustness.broken import broken_tables as tables
 from purify_fast import zoo
 from purify_fast.data import load_dataset, to_float
 
@@ -91,7 +92,11 @@ def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
         tables.ADAPTIVE: result("EMPIR", tables.ADAPTIVE, "1100"),
         tables.STRONG: result("EMPIR", tables.STRONG, robust, unreliable=alarms),
     }
-    assert tables.verdicts(each) == {tables.OFFICIAL: "-", tables.STANDARD: "-", tables.STRONG: says}
+    assert tables.verdicts(each) == {
+        tables.OFFICIAL: "-",
+        tables.STANDARD: "-",
+        tables.STRONG: says,
+    }
     assert set(tables.verdicts({tables.STRONG: each[tables.STRONG]}).values()) == {"-"}
 
 
@@ -108,7 +113,7 @@ def judging(monkeypatch):
         made |= {"found": 2, "planted": 32, "settings": settings, "code": code.code(name, judge)}
         return made
 
-    monkeypatch.setattr(command, "judged", judged)
+    monkeypatch.setattr(run_broken, "judged", judged)
     return done
 
 
@@ -139,13 +144,13 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
 
 
 def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):
-    whole = command.judged
-    monkeypatch.setattr(command, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
+    whole = run_broken.judged
+    monkeypatch.setattr(run_broken, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
     program.main(["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "a linear classifier"])
     assert [name for name, judge in judging if judge == tables.STRONG] == ["a linear classifier"]
     options = argparse.ArgumentParser()
-    command.arguments(options)
-    assert command.settings_of(tables.STRONG, options.parse_args([])) == {"images": 50, "steps": 100}
+    run_broken.arguments(options)
+    assert run_broken.settings_of(tables.STRONG, options.parse_args([])) == {"images": 50, "steps": 100}
 
 
 def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tmp_path):
@@ -181,7 +186,7 @@ def test_the_code_of_a_model_is_that_of_all_that_builds_it(monkeypatch):
 def test_a_page_takes_what_there_is(tmp_path):
     """Without results the table says so; a model that a judge lacks has a dash."""
     (line,) = tables.table(tmp_path)
-    assert "No model has been judged" in line and pages.table("broken", tmp_path) == line
+    assert "No model has been judged" in line and fill.table("broken", tmp_path) == line
     (tmp_path / tables.FILE).write_text(json.dumps([result("EMPIR", tables.ADAPTIVE, "1100")]))
     rows = lines_of("\n".join(tables.table(tmp_path)))
     assert [row[3:] for row in rows if row[0].startswith("EMPIR (")] == [["4", "100", "50", "-", "-", "-", "-", "-"]]
@@ -199,10 +204,10 @@ def test_the_judges_of_a_model(monkeypatch):
     rounding, through = rounds()
     one = entry.Entry(lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1))
     monkeypatch.setitem(entry.ENTRIES, "rounds", one)
-    command.built.cache_clear()
+    run_broken.built.cache_clear()
     kept = {}
     for judge in tables.JUDGES[:5]:
-        kept[judge] = command.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
+        kept[judge] = run_broken.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
         assert "cpu_seconds" in kept[judge] and kept[judge]["code"].keys() == {"model", "judge"}
     assert tables.left(kept[tables.ADAPTIVE]) < kept[tables.ADAPTIVE]["clean"]
     assert kept[tables.STANDARD]["unreliable"] or tables.left(kept[tables.STANDARD]) == 0

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from benchmarks import ideas, pages
+from benchmarks.pages import fill
+from benchmarks.robustness import ideas
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SUBJECT = "digits-pgd-at, training images 1 to 500"
@@ -31,7 +32,7 @@ def test_every_idea_is_measured_once_and_none_finds_less_than_what_is_before_it(
         assert one["left"] <= one["before"] <= one["of"] == 4 and one["forwards"] > 0 and one["commit"]
     assert len({one["before"] for (part, _), one in results.items() if part == "after nine targets"}) == 1
     monkeypatch.setattr(ideas, "Bench", None)
-    assert ideas.main(chosen) == table == pages.table("ideas", tmp_path)
+    assert ideas.main(chosen) == table == fill.table("ideas", tmp_path)
     first = results["after 10 steps on the margin", "four targets, 50 steps"]
     assert f"| four targets, 50 steps | {first['left']} (" in table and "code:" not in table
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import minutes
-from benchmarks.studies import Job
-from benchmarks.studies.cifar10.study import EPS, Training
+from benchmarks.robustness import minutes
+from benchmarks.robustness.studies import Job
+from benchmarks.robustness.studies.cifar10.study import EPS, Training
 from purify_fast.data import DataSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, roofline
+from benchmarks.gpu import roofline
+from benchmarks.speed import sheets
 from purify_fast.models.classifiers import SmallCNN
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_the_model_of_a_step_takes_the_longest_of_three():
 
 
 def test_the_committed_model_has_every_step_and_batch():
-    rows = report.read_csv(RESULTS / roofline.FILE)
+    rows = sheets.read_csv(RESULTS / roofline.FILE)
     steps = [*roofline.STEPS, *roofline.TRAININGS]
     assert [(row["step"], int(row["images"])) for row in rows] == [
         (step, size) for step in steps for size in roofline.BATCHES

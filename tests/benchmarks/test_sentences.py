@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks.pages import fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_a_claim_without_its_recipe_is_found(text, count):
-    assert len(pages.claims(text)) == count
+    assert len(fill.claims(text)) == count
 
 
 def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
@@ -38,11 +38,11 @@ def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
     (tmp_path / "CHANGELOG.md").write_text("- As published.")
     (tmp_path / "purify_fast" / "made.py").write_text('"""AToP as published."""')
     what = "says as published, and names no recipe such as carso/cifar10"
-    assert pages.check_claims(tmp_path) == [
+    assert fill.check_claims(tmp_path) == [
         f"CHANGELOG.md:1: {what}: - As published.",
         f"docs/deep/page.md:3: {what}: AToP as published loses.",
         f'purify_fast/made.py:1: {what}: """AToP as published."""',
         f"purify_fast/zoo/models/one/card.json:3: {what}: CARSO, trained as published.",
     ]
-    monkeypatch.setattr(pages, "check_claims", lambda: ["README.md:1: found"])
-    assert "README.md:1: found" in pages.check(ROOT / "benchmarks" / "results")
+    monkeypatch.setattr(fill, "check_claims", lambda: ["README.md:1: found"])
+    assert "README.md:1: found" in fill.check(ROOT / "benchmarks" / "results")

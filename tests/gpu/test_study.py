@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from on_device import DEVICE
 
-from benchmarks.studies import RESULT, cifar10
-from benchmarks.studies.cifar10 import models
-from benchmarks.studies.cifar10 import study as names
+from benchmarks.robustness.studies import RESULT, cifar10
+from benchmarks.robustness.studies.cifar10 import models
+from benchmarks.robustness.studies.cifar10 import study as names
 
 pytestmark = pytest.mark.gpu
 WANTED = (
