@@ -12,7 +12,7 @@ from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, instructions, roofline
 from .pages import fill
-from .robustness import contests, ideas, minutes, pack_zoo
+from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken as broken
 from .robustness.studies import Unfit, diffusion_picture
 from .robustness.studies import run_study as studies
@@ -54,7 +54,6 @@ COMMANDS = {
     "evaluation": Command(
         "our attacks against the official AutoAttack: strength and time", contests.main, contests.arguments
     ),
-    "ideas": Command("what each idea of the protocols gives by itself", ideas.main, ideas.arguments),
     "broken": Command(
         "defences that were broken, and honest models: what reports say of them", broken.main, broken.arguments
     ),
@@ -66,9 +65,6 @@ COMMANDS = {
     ),
     "robust_networks": Command(
         "train a robust network for the contest of attacks", robust_networks.main, robust_networks.arguments
-    ),
-    "minutes": Command(
-        "robust accuracy against minutes of adversarial training", minutes.main, minutes.arguments, minutes.check
     ),
     "gpu_check": Command(
         "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments

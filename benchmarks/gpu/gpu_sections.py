@@ -62,8 +62,17 @@ EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder that pytest runs.
 TESTS = ("tests/gpu",)
 #: The files on which results depend.
-SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
-           "tests/conftest.py", "tests/cuda_launches.py", "tests/training/torch_functions.py", "setup.py")  # fmt: skip
+SOURCES = (
+    "purify_fast/**/*.py",
+    "kernels/*.py",
+    "csrc/**/*",
+    "benchmarks/**/*.py",
+    "tests/gpu/*.py",
+    "tests/conftest.py",
+    "tests/cuda_launches.py",
+    "tests/training/torch_functions.py",
+    "setup.py",
+)
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
 STEPS, REPLAYS = "training_steps.csv", "replays.csv"
 #: Number of timed runs, whose median counts.
@@ -200,12 +209,20 @@ def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
     launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
     graph = statistics.median(seconds for _, seconds in replayed)
     saved = whole - graph
-    return [{
-        "images": images, "precision": precision if source is not model or precision == "float32" else "no copy",
-        "captured": loop.replays, "capture_ms": _ms(captured), "eager_host_ms": _ms(launching),
-        "eager_ms": _ms(whole), "graph_ms": _ms(graph), "device_ms": _ms(on_device),
-        "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never", "refusal": graphs.refusal or "",
-    }]  # fmt: skip
+    return [
+        {
+            "images": images,
+            "precision": precision if source is not model or precision == "float32" else "no copy",
+            "captured": loop.replays,
+            "capture_ms": _ms(captured),
+            "eager_host_ms": _ms(launching),
+            "eager_ms": _ms(whole),
+            "graph_ms": _ms(graph),
+            "device_ms": _ms(on_device),
+            "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
+            "refusal": graphs.refusal or "",
+        }
+    ]
 
 
 def capture_cost(context: Context) -> Outcome:
@@ -260,9 +277,17 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
     """Evaluate, and tell whether the robust images equal those of the evaluation without graphs."""
     folder = context.out / "gpu_check" / "standard"
     report = evaluate(
-        subject.model, subject.x, subject.y, eps=subject.eps, protocol="fast" if context.dry else "standard",
-        batch_size=contests.BATCH, cuda_graphs=mode, out=folder / mode, progress=False, probes=False,
-    )  # fmt: skip
+        subject.model,
+        subject.x,
+        subject.y,
+        eps=subject.eps,
+        protocol="fast" if context.dry else "standard",
+        batch_size=contests.BATCH,
+        cuda_graphs=mode,
+        out=folder / mode,
+        progress=False,
+        probes=False,
+    )
     robust = {row.attack: np.asarray(row.robust) for row in report.rows}
     np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)
     off = np.load(folder / "off.npz")
@@ -307,8 +332,16 @@ def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> li
     times = [capture.timed(job.run, context.device) for _ in range(runs)]
     launching, whole = (statistics.median(column) for column in zip(*times, strict=True))
     computing = 0.0 if context.dry else _device_seconds(job.run)
-    return [{"pipeline": pipeline, "case": case, "contestant": contestant, "host_ms": _ms(launching),
-             "all_ms": _ms(whole), "device_ms": _ms(computing) if computing else ""}]  # fmt: skip
+    return [
+        {
+            "pipeline": pipeline,
+            "case": case,
+            "contestant": contestant,
+            "host_ms": _ms(launching),
+            "all_ms": _ms(whole),
+            "device_ms": _ms(computing) if computing else "",
+        }
+    ]
 
 
 def training_steps(context: Context) -> Outcome:
@@ -334,8 +367,11 @@ def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
     row = tune.run_race(race, context.device)[0]
     torch._dynamo.reset()
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
-    calls = {"reference": lambda: op.reference(*arguments), "compile": lambda: compiled(*arguments),
-             "kernel": lambda: op.handle(*arguments)}  # fmt: skip
+    calls = {
+        "reference": lambda: op.reference(*arguments),
+        "compile": lambda: compiled(*arguments),
+        "kernel": lambda: op.handle(*arguments),
+    }
     if context.dry:
         del calls["compile"]  # which takes a minute for all of them
     capture = _capture(context.device)
@@ -343,10 +379,18 @@ def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
         replays = [tune.replayed(call, context.device, capture) for call in calls.values()]
         times = dict(zip(calls, tune.fastest(replays, context.device), strict=True))
     share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
-    return [{"op": race.op, "example": race.example.name, "variant": race.example.variant, "dtype": row.dtype,
-             "elements": row.elements, "megabytes": row.megabytes,
-             **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
-             "share_of_copy": f"{share:.3f}" if share else ""}]  # fmt: skip
+    return [
+        {
+            "op": race.op,
+            "example": race.example.name,
+            "variant": race.example.variant,
+            "dtype": row.dtype,
+            "elements": row.elements,
+            "megabytes": row.megabytes,
+            **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
+            "share_of_copy": f"{share:.3f}" if share else "",
+        }
+    ]
 
 
 def replays(context: Context) -> Outcome:

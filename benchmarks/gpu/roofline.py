@@ -285,11 +285,21 @@ def main(chosen: argparse.Namespace) -> Path:
 
 #: The columns of the table: the name of each, and its column in the file.
 COLUMNS = {
-    "step": "step", "images": "images", "operators": "launches", "beside a graph": "launches_captured", "MB": "MB",
-    "GFLOP": "GFLOP", "launches, ms": "launches_ms", "captured": "launches_captured_ms", "bytes, ms": "bytes_ms",
-    "products, ms": "products_ms", "eager, ms": "eager_ms", "bound by": "eager_bound", "captured, ms": "captured_ms",
+    "step": "step",
+    "images": "images",
+    "operators": "launches",
+    "beside a graph": "launches_captured",
+    "MB": "MB",
+    "GFLOP": "GFLOP",
+    "launches, ms": "launches_ms",
+    "captured": "launches_captured_ms",
+    "bytes, ms": "bytes_ms",
+    "products, ms": "products_ms",
+    "eager, ms": "eager_ms",
+    "bound by": "eager_bound",
+    "captured, ms": "captured_ms",
     "bound by ": "captured_bound",
-}  # fmt: skip
+}
 
 
 def table(results: Path) -> list[str]:

@@ -22,7 +22,7 @@ from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import RESULTS, options
 from ..gpu import instructions, launches, roofline
-from ..robustness import contests, ideas, minutes, pack_zoo
+from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.studies import Unfit, diffusion_table
@@ -90,7 +90,6 @@ def contests_table(results: Path) -> list[str]:
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": contests_table,
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
-    "ideas": ideas.table,
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
     "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
@@ -110,7 +109,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "memory": gradient_memory.table,
     "diffusion": diffusion_table.table,
     "diffusion_said": diffusion_table.said,
-    "minutes": minutes.table,
 }
 #: Pages of tables and notes on them, whose numbers no study holds.
 MEASURED_PAGE = "performance.md"

@@ -184,15 +184,29 @@ class Protocol:
         if not subject.random:
             specs = [replace(spec, attack=one) for spec, one in self.attacks(subject, amount)]
             report = evaluate(
-                subject.model, subject.x, subject.y, eps=subject.eps, attacks=specs, seed=self.seed, batch_size=BATCH,
-                steps=min(amount.steps, self.steps), probes=False, progress=False,
-            )  # fmt: skip
+                subject.model,
+                subject.x,
+                subject.y,
+                eps=subject.eps,
+                attacks=specs,
+                seed=self.seed,
+                batch_size=BATCH,
+                steps=min(amount.steps, self.steps),
+                probes=False,
+                progress=False,
+            )
             return 1 - torch.from_numpy(report.headline.robust).float()
         context = AttackContext(
-            num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
-            judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
-            steps=min(amount.steps, self.steps), copies=GradientCopies(),
-        )  # fmt: skip
+            num_classes=10,
+            eps=subject.eps,
+            draws_differ=subject.random,
+            eot_iter=amount.draws,
+            batch_size=BATCH,
+            judge_draws=JUDGES,
+            max_forward_batch=2 * BATCH if subject.random else None,
+            steps=min(amount.steps, self.steps),
+            copies=GradientCopies(),
+        )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec, one in self.attacks(subject, amount):
             attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
@@ -219,11 +233,15 @@ def _of_seed(name: str, seed: int) -> str:
 
 
 STANDARD_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL: official("standard"), OURS: Protocol("standard"), FAST: Protocol("fast")
-}  # fmt: skip
+    OFFICIAL: official("standard"),
+    OURS: Protocol("standard"),
+    FAST: Protocol("fast"),
+}
 RAND_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL_RAND: official("rand"), OURS_RAND: Protocol("rand"), SHORT_RAND: Protocol("rand", SHORT_STEPS)
-}  # fmt: skip
+    OFFICIAL_RAND: official("rand"),
+    OURS_RAND: Protocol("rand"),
+    SHORT_RAND: Protocol("rand", SHORT_STEPS),
+}
 SEEDS = (0, 1, 2)
 ROBUST_CONTESTANTS: dict[str, Contestant] = {OFFICIAL: official("standard")}
 ROBUST_CONTESTANTS |= {_of_seed(name, seed): Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS} | {
@@ -301,9 +319,15 @@ def _published(folder: Path | None) -> Subject:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: alpha-beta-CROWN distributes it")
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
     model.load_state_dict(torch.load(path, weights_only=True))
     images = load_dataset("mnist", folder)
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
@@ -328,10 +352,13 @@ ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUS
 ROBUST |= {
     f"{name}, {first + 1} to {first + count}": _network(name, count, first)
     for name, first, count in (
-        ("cifar10-pgd-at-w16", 0, 700), ("cifar10-pgd-at-w16", 1000, 250), ("cifar10-trades-w16", 0, 350),
-        ("cifar10-arrest-w16", 0, 250), ("mnist-pgd-at", 0, 250),
+        ("cifar10-pgd-at-w16", 0, 700),
+        ("cifar10-pgd-at-w16", 1000, 250),
+        ("cifar10-trades-w16", 0, 350),
+        ("cifar10-arrest-w16", 0, 250),
+        ("mnist-pgd-at", 0, 250),
     )
-}  # fmt: skip
+}
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
@@ -564,9 +591,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
     parser.add_argument(
-        "--contestants", nargs="+", type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS, A3]), metavar="NAME",
+        "--contestants",
+        nargs="+",
+        type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS, A3]),
+        metavar="NAME",
         help=f"who attacks; all by default: {'; '.join([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS])}",
-    )  # fmt: skip
+    )
     parser.add_argument("--a3", type=a3.folder, metavar="FOLDER", help=f"with {a3.FILE} of A3, for a row of its own")
     parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
     parser.add_argument(

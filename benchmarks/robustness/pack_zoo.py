@@ -208,18 +208,30 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         if protocol == "votes":
             asked = {"protocol": "rand", "predict": "votes", "n_eval": VOTES}
         report = evaluate(
-            model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm),
-            name=name, dataset_name=card.data, out=out / name / protocol, **asked,
-        )  # fmt: skip
+            model,
+            to_float(chosen.x),
+            chosen.y,
+            eps=card.eps,
+            norm=read_norm(card.norm),
+            name=name,
+            dataset_name=card.data,
+            out=out / name / protocol,
+            **asked,
+        )
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, report.one_draw(lowest))
     command = f"python -m benchmarks zoo {name} --images {images}"
     return replace(
-        card, image_shape=data.image_shape, judged=command, version=__version__, clean=clean_accuracy(model, data),
-        attacked=attacked, attacks={protocol: attacks_of(card, protocol) for protocol in attacked},
-    )  # fmt: skip
+        card,
+        image_shape=data.image_shape,
+        judged=command,
+        version=__version__,
+        clean=clean_accuracy(model, data),
+        attacked=attacked,
+        attacks={protocol: attacks_of(card, protocol) for protocol in attacked},
+    )
 
 
 def table(models: Sequence[Card]) -> list[str]:

@@ -44,11 +44,17 @@ def network(name: str) -> nn.Module:
         return denoiser(32)
     torch.manual_seed(0)
     return import_module("diffusers").UNet2DModel(
-        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None,
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        attention_head_dim=None,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-    )  # fmt: skip
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
 
 
 def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
@@ -97,10 +103,15 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     torch.autograd.grad(loss(run(x).float()), x)
     peak = peak_resident_memory() / GIGABYTE
     return {
-        "network": name, "parameters": sum(p.numel() for p in made.denoiser.parameters()), "images": images,
-        "form": form, "steps": steps, "gigabytes": round(peak - before, 3), "of_process": round(peak, 3),
+        "network": name,
+        "parameters": sum(p.numel() for p in made.denoiser.parameters()),
+        "images": images,
+        "form": form,
+        "steps": steps,
+        "gigabytes": round(peak - before, 3),
+        "of_process": round(peak, 3),
         **timing.environment(torch.device("cpu")),
-    }  # fmt: skip
+    }
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -231,10 +231,15 @@ def pipelines_markdown(rows: list[dict]) -> str:
         work, rate = group[0]["GFLOP"], group[0]["matrix_GFLOP_per_s"]
         lines += [f"{group[0]['shape']}; {work} GFLOP; bfloat16 matrix rate {rate} GFLOP/s.", ""]
         body = [
-            [row["contestant"], row["ms"] or row["verdict"], f"{row['p20']} - {row['p80']}", row["speed_up"],
-             row["share_of_matrix_rate"]]
+            [
+                row["contestant"],
+                row["ms"] or row["verdict"],
+                f"{row['p20']} - {row['p80']}",
+                row["speed_up"],
+                row["share_of_matrix_rate"],
+            ]
             for row in group
-        ]  # fmt: skip
+        ]
         head = ["", "ms", "p20 - p80", "times the first", "share of the matrix rate"]
         if any(row.get("peak_MB") for row in group):
             head, body = [*head, "most MB"], [[*cells, row["peak_MB"]] for cells, row in zip(body, group, strict=True)]

@@ -108,9 +108,16 @@ def started_by_examples() -> set[str]:
 
 #: What adds, and so must be launched the same on every device, or is too small to be launched otherwise.
 FIXED = (
-    "*_step-l[12]*", "aggregate-*", "contextual_attention-*", "decode_samples-*", "hyperplane_projection-*",
-    "reconstruction_loss-forward", "representation_distance-[acl]*", "sample_latent-forward", "square_proposal-l[12]",
-)  # fmt: skip
+    "*_step-l[12]*",
+    "aggregate-*",
+    "contextual_attention-*",
+    "decode_samples-*",
+    "hyperplane_projection-*",
+    "reconstruction_loss-forward",
+    "representation_distance-[acl]*",
+    "sample_latent-forward",
+    "square_proposal-l[12]",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -175,11 +182,13 @@ def check_moves(kernel, case: str) -> None:
     for instruction, operation in (("ld", "load"), ("st", "store")):
         moves = re.findall(rf"\b{instruction}\.global\b[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", ptx)
         assert len(moves) == len(re.findall(rf"\b{instruction}\.global\b", ptx)), "an instruction was not read"
-        allowed = set().union(*(
-            sizes
-            for pattern, of, sizes, _why in NARROW
-            if of == instruction and (fnmatch(name, pattern) or fnmatch(case, pattern))
-        ))  # fmt: skip
+        allowed = set().union(
+            *(
+                sizes
+                for pattern, of, sizes, _why in NARROW
+                if of == instruction and (fnmatch(name, pattern) or fnmatch(case, pattern))
+            )
+        )
         narrow = [size for n, bits in moves if (size := int(n or 1) * int(bits) // 8) < 16 and size not in allowed]
         single = re.findall(rf"tt\.{operation} .* : !tt\.ptr<", ir)
         assert len(narrow) <= len(single), (name, instruction, narrow)
@@ -233,8 +242,13 @@ def test_a_sample_that_fits_is_read_once(case, dtype):
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.
 EXACT = (
-    "pgd_step-linf", "apgd_step-linf", "square_proposal-linf", "random_transform-*", "noisy_replay", "diffusion_step-*",
-)  # fmt: skip
+    "pgd_step-linf",
+    "apgd_step-linf",
+    "square_proposal-linf",
+    "random_transform-*",
+    "noisy_replay",
+    "diffusion_step-*",
+)
 #: Of these, those that draw normals; `random_transform` beside the blocks of its masks.
 NORMALS = ("random_transform-*", "diffusion_step-forward-[fl]*", "diffusion_step-backward-learned*")
 FUSED = r"\bfma\.rn\.f32"

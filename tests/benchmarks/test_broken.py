@@ -79,13 +79,16 @@ def result(model, judge, robust="", **findings):
 @pytest.mark.parametrize(
     ("robust", "alarms", "says"),
     [
-        ("1100", [], "found"), ("1110", [], "missed"), ("1110", ["huge radius"], "flagged"), ("1000", [], "found"),
+        ("1100", [], "found"),
+        ("1110", [], "missed"),
+        ("1110", ["huge radius"], "flagged"),
+        ("1000", [], "found"),
         # as many as the truth, of other images
         ("0011", [], "found"),
         # attacked on the first two only, both of which the adaptive attack left
         ("11", [], "found"),
     ],
-)  # fmt: skip
+)
 def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
     """What other judges left does not change it; found is within two points of it, or below."""
     each = {
@@ -132,8 +135,19 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     program.main([*arguments, "--redo", tables.STRONG])
     assert len(judging) == 21 and len(json.loads((tmp_path / tables.FILE).read_text())) == 18
     rows = lines_of(capsys.readouterr().out)
-    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, tables.published("EMPIR"), "4", "100", "25",
-            "100", "100 **unreliable**", "100", "flagged", "missed"] in rows  # fmt: skip
+    assert [
+        "EMPIR (Sen et al., ICLR 2020)",
+        entry.ENTRIES["EMPIR"].attack,
+        tables.published("EMPIR"),
+        "4",
+        "100",
+        "25",
+        "100",
+        "100 **unreliable**",
+        "100",
+        "flagged",
+        "missed",
+    ] in rows
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
     assert ["EMPIR", "batch size", "none", "found 2 of 32"] in rows
     # of the two defences EMPIR is flagged, which AutoAttack overestimates

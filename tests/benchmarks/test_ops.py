@@ -36,8 +36,12 @@ def row(op: str, ratio: float | None, **more: str) -> dict:
 
 def test_verdicts():
     assert [timing.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
-        "best", "level", "level", "behind", "wrong",
-    ]  # fmt: skip
+        "best",
+        "level",
+        "level",
+        "behind",
+        "wrong",
+    ]
     rows = [
         row("a", 1.5),
         row("a", 0.96),

@@ -16,8 +16,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 #: Operators that one step launches besides the model's gradient, or its forward pass, at most.
 MOST = {
-    "APGD-10 margin": 40, "APGD-100 ce": 40, "APGD-T 100": 45, "APGD-T 100 margin": 40, "FAB-T 100": 40, "Square": 12,
-}  # fmt: skip
+    "APGD-10 margin": 40,
+    "APGD-100 ce": 40,
+    "APGD-T 100": 45,
+    "APGD-T 100 margin": 40,
+    "FAB-T 100": 40,
+    "Square": 12,
+}
 
 
 @pytest.mark.parametrize("name", roofline.ATTACKS)

@@ -108,23 +108,6 @@ def test_differences_are_to_the_base_of_the_same_seed(tmp_path):
     assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
 
 
-def test_rows_with_a_bank_are_set_beside_fresh_attacks_of_the_same_seed(tmp_path):
-    study = run_study.STUDIES["bank"]
-    jobs = {job.name: job for job in study.jobs(chosen("bank"))}
-    assert [job.settings.get("bank") for job in jobs.values()] == [
-        None, None, *({"variants": 4, "refresh": refresh} for refresh in (0.0, 0.05, 0.2))
-    ]  # fmt: skip
-    judged = {"clean": 0.9, "fast": 0.3, "strong": 0.2, "loss": 60.0, "reconstruction": 50.0, "kl": 8.0, "minutes": 3.0}
-    fresh = [judged | {"name": "fresh attacks", "seed": seed, "reconstruction": 50.0 + seed} for seed in (0, 1, 2)]
-    banked = [judged | {"name": "M = 4, rho = 0", "seed": seed, "fast": 0.3 - 0.1 * seed} for seed in (0, 1)]
-    results = [{"name": "base", "seed": 0, "clean": 0.9}, *fresh, *banked]
-    rows = lines_of(study.write_table(results, tmp_path, False).read_text())
-    assert rows["fresh attacks"][:2] == ["51.000 ± 0.577", "-"] and rows["fresh attacks"][-1] == "3"
-    row = rows["M = 4, rho = 0"]
-    assert row[:4] == ["50.000 ± 0.000", "-0.500 ± 0.500", "8.000 ± 0.000", "0.000 ± 0.000"]
-    assert row[6:8] == ["25.0 ± 5.0", "-5.0 ± 5.0"] and row[-2:] == ["3.0", "2"]
-
-
 @pytest.mark.parametrize("name", ["carso_digits", "atop_digits"])
 def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path):
     results = json.loads((run_study.RESULTS / f"{name}.json").read_text())

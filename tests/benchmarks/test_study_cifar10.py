@@ -176,8 +176,20 @@ def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     share = float(robust.mean())
     settings = {"attacked": len(robust), "eot_iter": 1, "survivors_only": False, "target": "defence"}
-    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, mean=share, worst=share,
-               n_eval=1, seed=0, seconds=1.0, data="x", settings=settings)  # fmt: skip
+    return Row(
+        model=model,
+        attack=attack,
+        kind=kind,
+        variant="random",
+        robust=robust,
+        mean=share,
+        worst=share,
+        n_eval=1,
+        seed=0,
+        seconds=1.0,
+        data="x",
+        settings=settings,
+    )
 
 
 def judged(root, name, number, seed=0, row_name=None):

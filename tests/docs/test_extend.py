@@ -61,9 +61,13 @@ def followed(copy: Path) -> None:
 
 def run(copy: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=600,
+        [sys.executable, *arguments],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

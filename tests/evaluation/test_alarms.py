@@ -180,9 +180,16 @@ def probed(n, **measured):
 
 @pytest.mark.parametrize(
     "n, images, verdict",
-    [(8, 1.2, "noted"), (8, 2.4, "noted"), (8, 3.2, "unreliable"), (24, 4.0, "unreliable"), (64, 9.0, "noted"),
-     (64, 9.8, "unreliable"), (64, 4.0, "passed")],
-)  # fmt: skip
+    [
+        (8, 1.2, "noted"),
+        (8, 2.4, "noted"),
+        (8, 3.2, "unreliable"),
+        (24, 4.0, "unreliable"),
+        (64, 9.0, "noted"),
+        (64, 9.8, "unreliable"),
+        (64, 4.0, "passed"),
+    ],
+)
 def test_how_many_images_a_random_start_must_win(n, images, verdict):
     assert probed(n, one_start=0.25 + images / n, all_starts=0.25)["random start"] == verdict
     draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
@@ -297,10 +304,20 @@ TRANSFER = ("transfer against gradients", "APGD-T by the gradients of standard a
         (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
     ],
     ids=[
-        "gate 100", "2 levels", "255 levels", "rounded logits", "JPEG", "tanh", "batch", "seed", "content",
-        "gradient mode", "off the grid", "noisy gradients",
+        "gate 100",
+        "2 levels",
+        "255 levels",
+        "rounded logits",
+        "JPEG",
+        "tanh",
+        "batch",
+        "seed",
+        "content",
+        "gradient mode",
+        "off the grid",
+        "noisy gradients",
     ],
-)  # fmt: skip
+)
 def test_the_fast_protocol_notices_it_too(model, alarm, row):
     _, _, x, y = digits()
     n = 100 if alarm == TRANSFER[0] else 48

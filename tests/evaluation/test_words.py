@@ -106,8 +106,14 @@ def test_a_terminal_shows_what_differs_in_100_columns():
     assert max(map(len, Report(many).to_text(color=False).splitlines())) <= 100
     drawn = [row("clean", kind="clean", n_eval=5), row(n_eval=5), row("PGD, fixed", variant="fixed")]
     assert Report(drawn).to_text().splitlines()[0].split() == [
-        "attack", "variant", "images", "accuracy", "one", "draw", "gradients"
-    ]  # fmt: skip
+        "attack",
+        "variant",
+        "images",
+        "accuracy",
+        "one",
+        "draw",
+        "gradients",
+    ]
 
 
 def test_the_columns_are_what_is_said_of_them():

@@ -13,9 +13,14 @@ from benchmarks.robustness.studies.cifar10 import study as names
 
 pytestmark = pytest.mark.gpu
 WANTED = (
-    names.BASE, names.STANDARD, names.CARSO, names.GENERATOR, names.search_name(5.0, 30.0), names.ARREST_EMA,
+    names.BASE,
+    names.STANDARD,
+    names.CARSO,
+    names.GENERATOR,
+    names.search_name(5.0, 30.0),
+    names.ARREST_EMA,
     names.judged_name(names.BASE, "fast"),
-)  # fmt: skip
+)
 
 
 def test_jobs_run_on_the_device(tmp_path):

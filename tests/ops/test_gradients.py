@@ -20,10 +20,12 @@ from purify_fast.ops.dispatch.registry import Op, define_op
 
 #: An op that is not registered under the name of its function, and that is raced by a benchmark of its own.
 CONVOLUTION = Case(
-    (2, 8, 6, 6), torch.float32,
+    (2, 8, 6, 6),
+    torch.float32,
     lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
-    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1), {},
-)  # fmt: skip
+    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
+    {},
+)
 PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
 
 

@@ -245,9 +245,11 @@ class Study:
 def write_page(folder: Path, name: str, **values: Any) -> Path:
     """Write ``name.md`` in ``folder``, from its template and these values."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["paragraph"] = lambda text: " ".join(text.split())
     text = environment.get_template(f"{name}.md.jinja").render(values)
     write_text(folder / f"{name}.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")

@@ -31,10 +31,15 @@ def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
     return ArrestConfig(
-        attack=attack, optimizer="adamw", schedule="one_cycle", learning_rate=b.learning_rate,
-        weight_decay=b.weight_decay, angle=b.angle, distillation_weight=b.weight if name == ARREST else 0.0,
+        attack=attack,
+        optimizer="adamw",
+        schedule="one_cycle",
+        learning_rate=b.learning_rate,
+        weight_decay=b.weight_decay,
+        angle=b.angle,
+        distillation_weight=b.weight if name == ARREST else 0.0,
         replay=name == ARREST,
-    )  # fmt: skip
+    )
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:

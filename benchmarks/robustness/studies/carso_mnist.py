@@ -37,11 +37,14 @@ def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", 
     variant = "random" if name == classifier else "deterministic"
     return [
         AttackSpec(
-            APGD(loss=loss, steps=steps), variant=variant, survivors_only=loss != "ce",
-            label=f"{label}, z = 0{where}", **options,
+            APGD(loss=loss, steps=steps),
+            variant=variant,
+            survivors_only=loss != "ce",
+            label=f"{label}, z = 0{where}",
+            **options,
         )
         for loss, label in (("ce", "APGD ce"), ("dlr_targeted", "APGD ce + APGD-T"))
-    ]  # fmt: skip
+    ]
 
 
 def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpec]:

@@ -61,17 +61,26 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     if job.name == RECONSTRUCTION:
         # The statistics are those of CIFAR-10.
         defence = Carso(
-            classifier(), LAYERS, images.image_shape, cond_dim=256, latent_dim=64, samples=8,
-            mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
-        )  # fmt: skip
+            classifier(),
+            LAYERS,
+            images.image_shape,
+            cond_dim=256,
+            latent_dim=64,
+            samples=8,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2471, 0.2435, 0.2616),
+        )
         task = CarsoTask(defence, CarsoConfig(attack=attack, beta=0.0, precision="bfloat16"))
         n, batch = budget.train_images, 64
     else:
         defence = load_defence(job.folder(root, RECONSTRUCTION), classifier())
         config = CarsoConfig(
-            attack_target="pipeline", attack=attack, reconstruction_weight=1e-3, precision="bfloat16",
+            attack_target="pipeline",
+            attack=attack,
+            reconstruction_weight=1e-3,
+            precision="bfloat16",
             learning_rate=1e-3,
-        )  # fmt: skip
+        )
         task, n, batch = CarsoTask(defence, config, weights_fingerprint(defence)), budget.pipeline_images, 32
     last = fit(task, images.x_train[:n], images.y_train[:n], FitConfig(1, min(batch, n), job.seed), folder)
     defence.save(folder)

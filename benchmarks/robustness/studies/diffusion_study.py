@@ -80,11 +80,20 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
     with quiet(seen, fixed):
         parts = [
             run_alone(
-                LeavingPGD, seen, part, labels, eps=s["eps"], steps=budget.steps, eot_iter=draws,
-                alpha=published.alpha, random_start=False, seed=number, max_forward_batch=ROWS,
+                LeavingPGD,
+                seen,
+                part,
+                labels,
+                eps=s["eps"],
+                steps=budget.steps,
+                eot_iter=draws,
+                alpha=published.alpha,
+                random_start=False,
+                seed=number,
+                max_forward_batch=ROWS,
             )
             for number, (part, labels) in enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
-        ]  # fmt: skip
+        ]
     return torch.cat(parts)
 
 
@@ -242,8 +251,11 @@ class Diffusion(Study):
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
         parts = {name: settings["data_sets"][name] for name in settings["data_sets"]}
-        tables = {name: tables_of(part, [row for row in rows if row["dataset"] == name])
-                  for name, part in parts.items() if any(row["dataset"] == name for row in rows)}  # fmt: skip
+        tables = {
+            name: tables_of(part, [row for row in rows if row["dataset"] == name])
+            for name, part in parts.items()
+            if any(row["dataset"] == name for row in rows)
+        }
         quick, draws = chosen.amount == "quick", self.budget(chosen).draws
         return write_page(folder, self.name, tables=tables, parts=parts, draws=draws, quick=quick)
 

@@ -188,7 +188,20 @@ class DigitsStudy(Study):
         n, steps, auto_steps, queries, draw_steps = effort(quick)
         first_steps, eot = first_steps_and_draws(quick)
         return write_page(
-            folder, self.name, rows=rows, mean=mean, to_base=to_base, number=number, layers=layers,
-            over_seeds=over_seeds, quick=quick, n=n, steps=steps, auto_steps=auto_steps, queries=queries,
-            draw_steps=draw_steps, first_steps=first_steps, eot=eot,
-        )  # fmt: skip
+            folder,
+            self.name,
+            rows=rows,
+            mean=mean,
+            to_base=to_base,
+            number=number,
+            layers=layers,
+            over_seeds=over_seeds,
+            quick=quick,
+            n=n,
+            steps=steps,
+            auto_steps=auto_steps,
+            queries=queries,
+            draw_steps=draw_steps,
+            first_steps=first_steps,
+            eot=eot,
+        )

@@ -110,10 +110,20 @@ class ReportStudy(Study):
         name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
         model = self.model(job, root, name)
         report = evaluate(
-            model, images.x_test, images.y_test, eps=self.eps,
-            attacks=self.attacks(name, budget)[job.settings["group"]], steps=budget.steps, eot_iter=budget.eot,
-            seed=job.seed, out=folder, name=name, dataset_name=images.name, progress=False, **self.sizes,
-        )  # fmt: skip
+            model,
+            images.x_test,
+            images.y_test,
+            eps=self.eps,
+            attacks=self.attacks(name, budget)[job.settings["group"]],
+            steps=budget.steps,
+            eot_iter=budget.eot,
+            seed=job.seed,
+            out=folder,
+            name=name,
+            dataset_name=images.name,
+            progress=False,
+            **self.sizes,
+        )
         report.save(folder, model)
         return {row.attack: row.accuracy for row in report.rows}
 
@@ -141,6 +151,15 @@ class ReportStudy(Study):
         whole.save(folder / self.name)
         shown = self.page(reports, budget, folder / self.name)
         return write_page(
-            folder, self.name, study=self, whole=whole, reports=reports, facts=facts, b=budget, draws=draws,
-            percent=percent, single_predictions=single_predictions, **shown,
-        )  # fmt: skip
+            folder,
+            self.name,
+            study=self,
+            whole=whole,
+            reports=reports,
+            facts=facts,
+            b=budget,
+            draws=draws,
+            percent=percent,
+            single_predictions=single_predictions,
+            **shown,
+        )

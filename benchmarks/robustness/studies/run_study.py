@@ -14,7 +14,6 @@ from . import Study, positive, run
 from .arrest_mnist import ArrestMnist
 from .atop_digits import AtopDigits
 from .atop_mnist import AtopMnist
-from .bank_study import Bank
 from .carso_digits import CarsoDigits
 from .carso_mnist import CarsoMnist
 from .carso_resnet18 import CarsoResnet18
@@ -32,7 +31,6 @@ STUDIES: dict[str, Study] = {
         AtopMnist(),
         ArrestMnist(),
         Diffusion(),
-        Bank(),
     )
 }
 RESULTS = ALL / "studies"

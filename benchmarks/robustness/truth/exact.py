@@ -185,8 +185,9 @@ class Program:
         wide = sparse.csr_matrix((before.A.data, before.A.indices, before.A.indptr), (before.A.shape[0], rows.shape[1]))
         self.rows = LinearConstraint(
             sparse.vstack([wide, sparse.csr_matrix(rows)], format="csr"),
-            np.append(before.lb, low), np.append(before.ub, high),
-        )  # fmt: skip
+            np.append(before.lb, low),
+            np.append(before.ub, high),
+        )
 
     def minimize(self, weight: Tensor, seconds: float, most: float | None = None, relaxed: bool = False) -> Any:
         """Minimize a linear function of the last layer, or find where it is small enough.
@@ -204,9 +205,12 @@ class Program:
         cost[self.columns] = weight.numpy()[self.kept]
         rows = [self.rows] if most is None else [self.rows, LinearConstraint(cost[None], -np.inf, most)]
         return milp(
-            cost if most is None else 0 * cost, integrality=0 * self.whole if relaxed else self.whole, constraints=rows,
-            bounds=Bounds(self.lower, self.upper), options={"time_limit": max(seconds, 1e-3)},
-        )  # fmt: skip
+            cost if most is None else 0 * cost,
+            integrality=0 * self.whole if relaxed else self.whole,
+            constraints=rows,
+            bounds=Bounds(self.lower, self.upper),
+            options={"time_limit": max(seconds, 1e-3)},
+        )
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:

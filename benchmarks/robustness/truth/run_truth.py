@@ -60,9 +60,11 @@ def decided(part: Part, seconds: float) -> Row:
         verdicts, how = verdicts + letter, how + decision.how[0]
         spent.append(decision.seconds)
     return {
-        "verdicts": [verdicts], "how": [how], "median_seconds": statistics.median(spent or [0.0]),
+        "verdicts": [verdicts],
+        "how": [how],
+        "median_seconds": statistics.median(spent or [0.0]),
         "longest_seconds": max(spent, default=0.0),
-    }  # fmt: skip
+    }
 
 
 def truth(setting: Setting, name: str) -> Row:
@@ -148,9 +150,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     which = f"which networks; all by default: {'; '.join(SUBJECTS)}"
     parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(SUBJECTS), help=which)
     parser.add_argument(
-        "--contestants", nargs="*", metavar="NAME", type=options.one_of(CONTESTANTS), default=list(CONTESTANTS),
+        "--contestants",
+        nargs="*",
+        metavar="NAME",
+        type=options.one_of(CONTESTANTS),
+        default=list(CONTESTANTS),
         help=f"who attacks; all by default: {'; '.join(CONTESTANTS)}; none: only the truth is found",
-    )  # fmt: skip
+    )
     parser.add_argument("--data", type=Path, help="folder with mnist.npz, or the official files")
     parser.add_argument("--minutes", type=options.seconds, help="begin nothing that would probably end later")
     parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")

@@ -18,11 +18,24 @@ from torch import Tensor
 
 #: The measured ops, in the order of the tables; some have a kernel only on a GPU.
 OPS = (
-    "philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step", "apgd_step", "random_transform",
-    "stitch", "gated_elu", "contextual_attention", "representation_distance", "noisy_replay", "decode_samples",
-    "hyperplane_projection", "square_proposal", "diffusion_step",
+    "philox",
+    "aggregate",
+    "sample_latent",
+    "reconstruction_loss",
+    "pgd_step",
+    "apgd_step",
+    "random_transform",
+    "stitch",
+    "gated_elu",
+    "contextual_attention",
+    "representation_distance",
+    "noisy_replay",
+    "decode_samples",
+    "hyperplane_projection",
+    "square_proposal",
+    "diffusion_step",
     "group_norm_silu",
-)  # fmt: skip
+)
 CUDA_ONLY = ("decode_samples", "square_proposal")
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -219,9 +219,17 @@ def _lowest(
 ) -> dict:
     """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
     report = evaluate(
-        model, samples[0][:count], samples[1][:count], eps=study.EPS, seed=job.seed, out=folder, name=name,
-        dataset_name="cifar10", progress=False, **how,
-    )  # fmt: skip
+        model,
+        samples[0][:count],
+        samples[1][:count],
+        eps=study.EPS,
+        seed=job.seed,
+        out=folder,
+        name=name,
+        dataset_name="cifar10",
+        progress=False,
+        **how,
+    )
     report.save(folder, model)
     lowest = report.headlines[name]
     return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}

@@ -89,18 +89,27 @@ def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
 def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """PGD adversarial training of a fresh classifier."""
     return ArrestConfig(
-        attack=attack_of(budget, share), distillation_weight=0.0, replay=False, learning_rate=0.1,
-        schedule="one_cycle", ema_decay=budget.ema_decay, awp_gamma=budget.awp_gamma if awp else 0.0,
+        attack=attack_of(budget, share),
+        distillation_weight=0.0,
+        replay=False,
+        learning_rate=0.1,
+        schedule="one_cycle",
+        ema_decay=budget.ema_decay,
+        awp_gamma=budget.awp_gamma if awp else 0.0,
         precision="bfloat16",
-    )  # fmt: skip
+    )
 
 
 def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
     """AFT (weight 0, no angle), or ARREST."""
     return ArrestConfig(
-        attack=attack_of(budget), distillation_weight=weight, replay=angle is not None, angle=angle or 0.0,
-        ema_decay=budget.ema_decay, precision="bfloat16",
-    )  # fmt: skip
+        attack=attack_of(budget),
+        distillation_weight=weight,
+        replay=angle is not None,
+        angle=angle or 0.0,
+        ema_decay=budget.ema_decay,
+        precision="bfloat16",
+    )
 
 
 def loop(job: Job, epochs: int, **more: object) -> FitConfig:
@@ -298,11 +307,13 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
         task, epochs = CarsoTask(defence, config), budget.objective_epochs
     else:
         config = CarsoConfig(
-            attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-4 if how.joint else 1e-3,
+            attack_target="pipeline",
+            attack=attack_of(budget),
+            learning_rate=1e-4 if how.joint else 1e-3,
             joint=how.joint,
             # A trained classifier has no frozen copy, which bfloat16 needs.
             precision="float32" if how.joint else "bfloat16",
-        )  # fmt: skip
+        )
         if how.loss == "distilled":
             config = replace(config, targets="classifier", reconstruction_weight=0.0)
         origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
@@ -342,10 +353,17 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
         config = AtopConfig(cls_delay=budget.atop_delay_images)
         if job.name not in (study.ATOP, study.ATOP_STANDARD):
             config = replace(
-                config, attack_method="pgd", attack_target="pipeline", attack=attack_of(budget), cls_weight=1.0,
-                reconstruction_weight=0.1, cls_delay=0, learning_rate=1e-3, schedule="one_cycle",
+                config,
+                attack_method="pgd",
+                attack_target="pipeline",
+                attack=attack_of(budget),
+                cls_weight=1.0,
+                reconstruction_weight=0.1,
+                cls_delay=0,
+                learning_rate=1e-3,
+                schedule="one_cycle",
                 precision="bfloat16",
-            )  # fmt: skip
+            )
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
     facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)

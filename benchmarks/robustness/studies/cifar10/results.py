@@ -344,11 +344,17 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
         gained = whole - first(folders.report(name, study.AUTHORS), counts.authors)
         lines.append(
             {
-                "name": name, "seed": folders.seed, "clean": judged["clean"], "authors": judged[study.AUTHORS]["share"],
-                "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[study.AUTHORS]["reliable"],
-                "gained": gained.mean(), "gained_error": gained.std() / len(gained) ** 0.5,
+                "name": name,
+                "seed": folders.seed,
+                "clean": judged["clean"],
+                "authors": judged[study.AUTHORS]["share"],
+                "whole": whole.mean(),
+                "classifier": classifier.mean(),
+                "reliable": judged[study.AUTHORS]["reliable"],
+                "gained": gained.mean(),
+                "gained_error": gained.std() / len(gained) ** 0.5,
             }
-        )  # fmt: skip
+        )
     return lines
 
 

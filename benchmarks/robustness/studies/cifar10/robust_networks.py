@@ -39,11 +39,13 @@ NETWORKS = {
         16, {"trades": True, "begin": BASE}, f"trained as {BASE}, then for one pass by TRADES with PGD-5", epochs=1
     ),
     "cifar10-half-eps-at-w16": Network(
-        16, {"share": 0.5, "begin": BASE},
-        f"trained as {BASE}, then for one pass with PGD-5 at half the radius that it is judged at", epochs=1,
+        16,
+        {"share": 0.5, "begin": BASE},
+        f"trained as {BASE}, then for one pass with PGD-5 at half the radius that it is judged at",
+        epochs=1,
     ),
     "cifar10-pgd-at-w20": Network(20, {}, "trained adversarially with PGD-5", epochs=3),
-}  # fmt: skip
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +70,18 @@ def main(chosen: argparse.Namespace) -> Path:
     card = Card(
         name=chosen.name,
         title=f"A PreActResNet-18 of width {network.width} on CIFAR-10 (JPEG 75), {network.training}.",
-        method="classifier", study_only=False, data="cifar10", image_shape=(3, 32, 32), norm="linf", eps=EPS,
-        training=f"python -m benchmarks robust_networks {chosen.name}", judged="", version=__version__,
+        method="classifier",
+        study_only=False,
+        data="cifar10",
+        image_shape=(3, 32, 32),
+        norm="linf",
+        eps=EPS,
+        training=f"python -m benchmarks robust_networks {chosen.name}",
+        judged="",
+        version=__version__,
         licence="MIT, as the package; the images that it was trained on have licences of their own",
-        clean=Accuracy(0.0, 1), attacked={},
-    )  # fmt: skip
+        clean=Accuracy(0.0, 1),
+        attacked={},
+    )
     write_card(card, folder)
     return folder

@@ -179,9 +179,16 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
     return write_page(
-        folder, name, results=results, study=study, budget=budget, training=budget.training, counts=budget.judging,
-        **{function.__name__: function for function in functions}, **more,
-    )  # fmt: skip
+        folder,
+        name,
+        results=results,
+        study=study,
+        budget=budget,
+        training=budget.training,
+        counts=budget.judging,
+        **{function.__name__: function for function in functions},
+        **more,
+    )
 
 
 #: Clean and robust accuracy in percent, and the standard error of each.
