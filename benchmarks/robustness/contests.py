@@ -54,14 +54,14 @@ from purify_fast.training import load_classifier
 
 from .. import RESULTS, options, style
 from ..speed import timing
-from . import a3, revisions
+from . import revisions
 from .counted_model import CountedModel
 from .studies import Unfit, carso_resnet18
 
 #: The results, as data and as the table that a page shows.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
-OFFICIAL, OURS, FAST, STRONG, A3 = "AutoAttack", "standard", "fast", "strong", "A3"
+OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
 #: Number of steps of a shorter run against a random model, and of draws in each step.
 SHORT_STEPS = 60
@@ -71,7 +71,7 @@ JUDGES, DRAWS = 20, 20
 #: Number of images attacked together, the official implementation's default.
 BATCH = 250
 #: Number of images in a part for slow contestants of a robust contest, so that stopped runs can resume. The others
-#: attack all images in one run: A3 and this package's stopping rule decide by all of them where they go on.
+#: attack all images in one run: the stopping rule decides by all of them where it goes on.
 PARTS = {OFFICIAL: 50, STRONG: 50}
 #: Number of images of a robust contest that the protocol strong attacks.
 STRONG_IMAGES = 100
@@ -334,7 +334,7 @@ def _published(folder: Path | None) -> Subject:
 
 
 #: The order of the rows of a contest.
-RANKS = [OFFICIAL, A3, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
+RANKS = [OFFICIAL, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
 
 #: The contests, by name.
 CONTESTS = {
@@ -515,7 +515,7 @@ def robust_markdown(rows: list[dict]) -> list[str]:
             compared = [f"{left[:common].count('1') - theirs[:common].count('1'):+d}", f"{sign_test(left, theirs):.2g}"]
             compared[0] += f" of {common}" if common < len(left) else ""
         costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
-        who = row["contestant"] if row["contestant"] in (OFFICIAL, A3) else f"**{row['contestant']}**"
+        who = row["contestant"] if row["contestant"] == OFFICIAL else f"**{row['contestant']}**"
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
@@ -593,11 +593,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contestants",
         nargs="+",
-        type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS, A3]),
+        type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]),
         metavar="NAME",
         help=f"who attacks; all by default: {'; '.join([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS])}",
     )
-    parser.add_argument("--a3", type=a3.folder, metavar="FOLDER", help=f"with {a3.FILE} of A3, for a row of its own")
     parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
     parser.add_argument(
         "--rounds", type=options.at_least_one, default=1, help="how often every contestant runs; 1 by default"
@@ -619,15 +618,12 @@ def main(chosen: argparse.Namespace) -> str:
     if chosen.robust:
         contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
 
-    def by_a3(subject: Subject, _: Amount) -> Tensor:
-        return misclassified(subject, a3.attack(chosen.a3, subject.model, subject.x, subject.y, subject.eps))
-
     for name in chosen.names or contests:
         if name not in contests:
             raise Unfit(f"{name!r} is a contest {'without' if chosen.robust else 'with'} --robust")
         contestants = {
             who: attack
-            for who, attack in (contests[name].contestants | ({A3: by_a3} if chosen.a3 else {})).items()
+            for who, attack in contests[name].contestants.items()
             if not chosen.contestants or who in chosen.contestants
         }
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]

@@ -215,7 +215,6 @@ def test_mistakes(made_models, capsys):
         (["--images", "0"], "argument --images: must be at least 1, got 0"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
         (["robust"], "'robust' is a contest with --robust"),
-        (["--a3", "nowhere"], "nowhere holds no Adaptive_Auto_Attack_main.py"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])

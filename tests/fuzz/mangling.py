@@ -49,20 +49,8 @@ COUNTS = ("steps", "n_queries", "n_target_classes", "restarts")
 SPECIAL = (math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0)
 #: What makes a tensor another one, by name.
 TENSORS = (
-    "dtype",
-    "special",
-    "strided",
-    "transposed",
-    "expanded",
-    "empty",
-    "meta",
-    "longer",
-    "flat",
-    "scalar",
-    "channels_last",
-    "reversed",
-    "offset",
-    "large batch",
+    *("dtype", "special", "strided", "transposed", "expanded", "empty", "meta", "longer", "flat", "scalar"),
+    *("channels_last", "reversed", "offset", "large batch"),
 )
 
 

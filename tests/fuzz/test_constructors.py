@@ -71,33 +71,9 @@ def other_value(draw, value, kind):
     return value
 
 
-VALUES = (
-    "",
-    "0",
-    "-1",
-    "1",
-    "0.5",
-    "8/255",
-    "8",
-    "1/0",
-    "nan",
-    "inf",
-    "-inf",
-    "1e30",
-    "None",
-    "auto",
-    "linf",
-    "L2",
-    "yes",
-    "a b",
-    "/",
-    "../x",
-    "x" * 300,
-    "\u00e4",
-    "--",
-    "1,2",
-    "99999999999999999999",
-)
+NUMERALS = ("0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", "1e30", "1,2", "99999999999999999999")
+WORDS = ("", "None", "auto", "linf", "L2", "yes", "a b", "/", "../x", "x" * 300, "\u00e4", "--")
+VALUES = (*NUMERALS, *WORDS)
 
 
 def options_of(kind) -> list[str]:
