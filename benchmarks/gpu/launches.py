@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -44,12 +44,13 @@ def _batch() -> Batch:
     return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
-def arrest(
-    steps: int, network: Callable[[], nn.Module], shape: tuple[int, ...] = SHAPE, eps: float = EPS, **options: Any
-) -> ArrestTask:
-    """A training by ARREST with attacks of this number of steps, and further settings."""
-    attack = TrainingAttack(eps=eps, steps=steps, alpha=eps / min(4, steps))
-    return ArrestTask(network(), ArrestConfig(attack=attack, **options), shape)
+def _small() -> SmallCNN:
+    return SmallCNN(width=4)
+
+
+def _arrest(steps: int) -> ArrestTask:
+    attack = TrainingAttack(eps=EPS, steps=steps, alpha=EPS / min(4, steps))
+    return ArrestTask(_small(), ArrestConfig(attack=attack), SHAPE)
 
 
 def _carso(target: str, steps: int) -> CarsoTask:
@@ -57,32 +58,23 @@ def _carso(target: str, steps: int) -> CarsoTask:
     return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=steps)))
 
 
-def atop(target: str, steps: int, defence: Atop, eps: float = EPS) -> AtopTask:
-    """A fine-tuning by AToP, against FGSM on the classifier or PGD of this number of steps through the pipeline."""
-    attack = TrainingAttack(eps=eps, steps=steps)
-    method = "fgsm" if target == "classifier" else "pgd"
-    return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
-
-
-def _small() -> SmallCNN:
-    return SmallCNN(width=4)
-
-
 def _atop(target: str, steps: int) -> AtopTask:
-    return atop(target, steps, Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1))
+    defence = Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    attack, method = TrainingAttack(eps=EPS, steps=steps), "fgsm" if target == "classifier" else "pgd"
+    return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
 
 #: For each training, the function that makes its task, with the number of its attack's steps; FGSM has none.
 TRAININGS: dict[str, Callable[[], Any]] = {
-    "ARREST, PGD-2": lambda: arrest(2, _small),
-    "ARREST, PGD-10": lambda: arrest(10, _small),
-    "CARSO, paper's objective, PGD-2": lambda: _carso("classifier", 2),
-    "CARSO, paper's objective, PGD-10": lambda: _carso("classifier", 10),
-    "CARSO, pipeline, PGD-2": lambda: _carso("pipeline", 2),
-    "CARSO, pipeline, PGD-10": lambda: _carso("pipeline", 10),
-    "AToP, paper's objective, FGSM": lambda: _atop("classifier", 10),
-    "AToP, pipeline, PGD-2": lambda: _atop("pipeline", 2),
-    "AToP, pipeline, PGD-10": lambda: _atop("pipeline", 10),
+    "ARREST, PGD-2": partial(_arrest, 2),
+    "ARREST, PGD-10": partial(_arrest, 10),
+    "CARSO, paper's objective, PGD-2": partial(_carso, "classifier", 2),
+    "CARSO, paper's objective, PGD-10": partial(_carso, "classifier", 10),
+    "CARSO, pipeline, PGD-2": partial(_carso, "pipeline", 2),
+    "CARSO, pipeline, PGD-10": partial(_carso, "pipeline", 10),
+    "AToP, paper's objective, FGSM": partial(_atop, "classifier", 10),
+    "AToP, pipeline, PGD-2": partial(_atop, "pipeline", 2),
+    "AToP, pipeline, PGD-10": partial(_atop, "pipeline", 10),
 }
 
 
