@@ -50,8 +50,7 @@ def _counted(case: Case, what: str, direction: str) -> tuple[str, str]:
 
 
 def _shape(case: Case) -> str:
-    dtype = str(case.dtype).removeprefix("torch.")
-    return " ".join(filter(None, (case.variant, "x".join(map(str, case.shape)), dtype)))
+    return " ".join(filter(None, case.named.values()))
 
 
 def counted() -> list[str]:
@@ -92,8 +91,7 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
     body = []
     for op, cases in registry(kind).items():
         case = standard(cases())
-        wanted = {"op": op, "variant": case.variant, "shape": "x".join(map(str, case.shape)), "style": "eager"}
-        wanted["dtype"] = str(case.dtype).removeprefix("torch.")
+        wanted = {"op": op, **case.named, "style": "eager"}
         for direction in case.directions:
             for row in (r for r in rows if {**wanted, "direction": direction}.items() <= r.items()):
                 bound = limit(case, direction, *rates[row["device"]])

@@ -86,8 +86,7 @@ def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: boo
 
 
 def key(op: str, case: Case, direction: str, style: str, backend: str = "") -> tuple[str, ...]:
-    dtype = str(case.dtype).removeprefix("torch.")
-    return op, case.variant, "x".join(map(str, case.shape)), dtype, direction, style, backend
+    return op, *case.named.values(), direction, style, backend
 
 
 def run_ops(

@@ -241,23 +241,12 @@ def measure(
             once = _clock(entry, len(entry.calls), device)
         repeats[kind] = max(len(entry.calls), math.ceil(effort.seconds / once))
     times = _alternate(entries, repeats, device, effort)
-    row = {
-        "op": op,
-        "variant": case.variant,
-        "shape": "x".join(map(str, case.shape)),
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "direction": direction,
-        "style": style,
-        "backend": entries["ours"].backend,
-    }
+    row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
     median = {}
     for kind in contestants:
         median[kind] = statistics.median(times[kind]) if right[kind] else math.nan
-        for name, value in (
-            ("us", median[kind]),
-            ("p20", quantile(times[kind], 1)),
-            ("p80", quantile(times[kind], 4)),
-        ):
+        figures = {"us": median[kind], "p20": quantile(times[kind], 1), "p80": quantile(times[kind], 4)}
+        for name, value in figures.items():
             row[f"{kind}_{name}"] = f"{1e6 * value:.2f}" if right[kind] else ""
     best = min(median[k] for k in contestants if k != "ours" and right[k])
     row["ratio"] = f"{best / median['ours']:.3f}" if right["ours"] else ""

@@ -184,13 +184,6 @@ def settings_of(study: str) -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
 
 
-def positive(text: str) -> int:
-    """Read a number of the command line that must be at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
 class Study:
     """A study for the command line.
 

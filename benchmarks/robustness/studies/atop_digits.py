@@ -21,17 +21,7 @@ from purify_fast.training import load_classifier
 
 from . import Job, Work
 from .atop_mnist import train_stage
-from .digits import (
-    EPS,
-    DigitsStudy,
-    attacked,
-    count,
-    effort,
-    first_steps_and_draws,
-    train_base,
-    with_samples,
-    zero_attacks,
-)
+from .digits import EPS, DigitsStudy, attacked, count, effort, train_base, with_samples, zero_attacks
 
 
 def _attacked(model: nn.Module, job: Job) -> dict:
@@ -39,8 +29,8 @@ def _attacked(model: nn.Module, job: Job) -> dict:
     in the second attack the images that the first took.
     """
     quick, auto = job.settings["quick"], job.settings["autoattack"]
-    _, steps, *_ = effort(quick)
-    first, eot = first_steps_and_draws(quick)
+    amount = effort(quick)
+    first, steps, eot = amount.first_steps, amount.steps, amount.eot
     labels = [f"PGD-{first} ce, one draw", f"PGD-{steps} ce, EOT {eot}", f"PGD-{steps} dlr, EOT {eot}"]
     attacks = [
         AttackSpec(PGD(loss="ce", steps=first, eot_iter=1), label=labels[0]),

@@ -35,7 +35,9 @@ def _attacked(model: nn.Module, job: Job) -> dict:
         zero = WithAggregation(model, deterministic=True)
         attacks += [
             AttackSpec(PGD(loss="ce"), target=zero, label="made at z = 0"),
-            AttackSpec(PGD(loss="ce", steps=effort(s["quick"])[-1], eot_iter=4), survivors_only=True, label=DRAWS),
+            AttackSpec(
+                PGD(loss="ce", steps=effort(s["quick"]).draw_steps, eot_iter=4), survivors_only=True, label=DRAWS
+            ),
         ]
         rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
     return attacked(model, job.seed, attacks, rows, s["quick"], eps=s.get("eps", EPS), norm=s.get("norm", "linf"))

@@ -32,7 +32,8 @@ from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
 from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
 from purify_fast.training import load_classifier
 
-from . import ASKED, RESULT, Job, Study, positive, settings_of, write_page
+from ...options import at_least_one
+from . import ASKED, RESULT, Job, Study, settings_of, write_page
 from .diffusion_table import tables_of
 
 #: The groups of attacks on a purifier, on a classifier alone, and on another random defence. Cheap groups come first.
@@ -197,9 +198,9 @@ class Diffusion(Study):
         every, usual = list(settings["data_sets"]), settings["default"]
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="all of them by default")
         images = f"of each data set, for PGD-200 and what the authors run; {usual['images']} by default"
-        parser.add_argument("--images", type=positive, help=images)
+        parser.add_argument("--images", type=at_least_one, help=images)
         few = f"the first of them, for strong; {usual['strong_images']} by default"
-        parser.add_argument("--strong-images", type=positive, help=few)
+        parser.add_argument("--strong-images", type=at_least_one, help=few)
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         super().check(chosen, results)

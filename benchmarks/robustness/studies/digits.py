@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
-from . import Job, Study, Work, over_seeds, positive, result_of, settings_of, write_page
+from ...options import at_least_one
+from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
 
 EPS = setting.EPS
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
@@ -31,27 +32,47 @@ AUTO = "AutoAttack"
 SEEDS, ABLATION_SEEDS = 3, 1
 
 
-def effort(quick: bool) -> tuple[int, int, int, int, int]:
-    """The numbers of images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
-    return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
+class Effort(NamedTuple):
+    """The amounts of the attacks.
+
+    Args:
+        images: number of attacked images.
+        steps: steps of PGD.
+        auto_steps: steps of AutoAttack.
+        queries: queries of AutoAttack's Square.
+        draw_steps: steps of PGD on K draws.
+        first_steps: steps of PGD with one draw, on a random model.
+        eot: draws per step of the later PGDs there.
+    """
+
+    images: int = 500
+    steps: int = 100
+    auto_steps: int = 100
+    queries: int = 1000
+    draw_steps: int = 40
+    first_steps: int = 20
+    eot: int = 4
 
 
-def first_steps_and_draws(quick: bool) -> tuple[int, int]:
-    """Steps of PGD with one draw, and draws per step of the later PGDs, on a random model."""
-    return (2, 2) if quick else (20, 4)
+QUICK = Effort(40, 4, 4, 20, 2, 2, 2)
+
+
+def effort(quick: bool) -> Effort:
+    """The amounts of a study, or of its quick run."""
+    return QUICK if quick else Effort()
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
     """PGD, and if requested AutoAttack, on a model without its randomness; returns the rows by result key."""
-    _, steps, auto_steps, queries, _ = effort(quick)
+    amount = effort(quick)
     variant: Variant = "deterministic" if randomised else "random"
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
+        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
     }
     if auto:
-        auto_attack = AutoAttack(steps=auto_steps, n_queries=queries)
+        auto_attack = AutoAttack(steps=amount.auto_steps, n_queries=amount.queries)
         attacks.append(AttackSpec(auto_attack, variant=variant, survivors_only=True, label=AUTO))
         rows["autoattack"] = AUTO
     return attacks, rows
@@ -67,9 +88,9 @@ def attacked(
     norm: str = "linf",
 ) -> dict:
     """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
-    n, steps, *_ = effort(quick)
+    amount = effort(quick)
     report = setting.attacked(
-        model, n, list(attacks), eps=eps, norm=norm, steps=steps, n_eval=3, seed=seed, progress=False
+        model, amount.images, list(attacks), eps=eps, norm=norm, steps=amount.steps, n_eval=3, seed=seed, progress=False
     )
     healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
@@ -137,7 +158,9 @@ class DigitsStudy(Study):
     works: ClassVar[dict[str, Work]]
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"trainings of each row; {SEEDS} by default")
+        parser.add_argument(
+            "--seeds", type=at_least_one, default=SEEDS, help=f"trainings of each row; {SEEDS} by default"
+        )
         parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and their needs")
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
@@ -185,8 +208,6 @@ class DigitsStudy(Study):
         for result in results:
             for score in result.get("layers", ()):
                 layers.setdefault(score["layer"], []).append(score)
-        n, steps, auto_steps, queries, draw_steps = effort(quick)
-        first_steps, eot = first_steps_and_draws(quick)
         return write_page(
             folder,
             self.name,
@@ -197,11 +218,5 @@ class DigitsStudy(Study):
             layers=layers,
             over_seeds=over_seeds,
             quick=quick,
-            n=n,
-            steps=steps,
-            auto_steps=auto_steps,
-            queries=queries,
-            draw_steps=draw_steps,
-            first_steps=first_steps,
-            eot=eot,
+            amount=effort(quick),
         )

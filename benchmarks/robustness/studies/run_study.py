@@ -10,7 +10,8 @@ from purify_fast._files import folder_lock
 from purify_fast.attacks.autoattack import implementation
 
 from ... import RESULTS as ALL
-from . import Study, positive, run
+from ...options import at_least_one
+from . import Study, run
 from .arrest_mnist import ArrestMnist
 from .atop_digits import AtopDigits
 from .atop_mnist import AtopMnist
@@ -47,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         for amount, text in study.amounts.items():
             amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=text)
         options.add_argument(
-            "--workers", type=positive, default=study.workers, help=f"jobs side by side; {study.workers} by default"
+            "--workers", type=at_least_one, default=study.workers, help=f"jobs side by side; {study.workers} by default"
         )
         options.add_argument("--out", type=Path, help="where the runs are kept; runs/studies/NAME by default")
 

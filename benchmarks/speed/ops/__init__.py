@@ -61,6 +61,12 @@ class Case:
     slack: float = 1.0
 
     @property
+    def named(self) -> dict[str, str]:
+        """The columns of a table that tell it from the op's other cases."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"variant": self.variant, "shape": "x".join(map(str, self.shape)), "dtype": dtype}
+
+    @property
     def directions(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.differentiable else ("forward",)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from purify_fast import zoo
 from purify_fast.cli.command import usable_device
 
-from .. import Job, Study, positive
+from ....options import at_least_one
+from .. import Job, Study
 from .job_list import clean_accuracy, jobs
 from .results import GIVEN, STEM, check_budget
 from .study import Budget, budget_of
@@ -32,7 +33,7 @@ class Cifar10(Study):
         super().arguments(parser)
         parser.add_argument(
             "--width",
-            type=positive,
+            type=at_least_one,
             help="channels of the networks' first stage; 16, --full 64, where the larger base has the size of base and "
             "purifier",
         )

@@ -14,22 +14,7 @@ from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 
 from .. import Job, Work
-from . import study
-from .models import (
-    best,
-    finetune,
-    held_out,
-    images_of,
-    mix,
-    model_of,
-    search_arrest,
-    take_base,
-    take_standard,
-    train_atop,
-    train_base,
-    train_carso,
-    train_standard,
-)
+from . import models, study
 from .study import Budget, Judging
 
 #: ``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common.
@@ -42,50 +27,53 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
     searches = {study.search_name(*pair): pair for pair in pairs}
     every = [
-        job(study.BASE, train_base, how={}),
-        job(study.CARSO, train_carso, study.BASE),
-        job(study.STANDARD, train_standard),
-        job(study.CARSO_PIPELINE, train_carso, study.BASE, study.CARSO),
-        job(study.GENERATOR, train_atop, study.BASE),
-        job(study.ATOP, train_atop, study.BASE, study.GENERATOR),
-        job(study.ATOP_PIPELINE, train_atop, study.BASE, study.GENERATOR),
-        job(study.ATOP_STANDARD, train_atop, study.STANDARD, study.BASE, study.GENERATOR),
-        job(study.AFT, finetune, study.STANDARD),
+        job(study.BASE, models.train_base, how={}),
+        job(study.CARSO, models.train_carso, study.BASE),
+        job(study.STANDARD, models.train_standard),
+        job(study.CARSO_PIPELINE, models.train_carso, study.BASE, study.CARSO),
+        job(study.GENERATOR, models.train_atop, study.BASE),
+        job(study.ATOP, models.train_atop, study.BASE, study.GENERATOR),
+        job(study.ATOP_PIPELINE, models.train_atop, study.BASE, study.GENERATOR),
+        job(study.ATOP_STANDARD, models.train_atop, study.STANDARD, study.BASE, study.GENERATOR),
+        job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
         # Lambda and phi are chosen once, like the best candidate.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
-            job(study.ARREST_EMA, finetune, study.STANDARD, *((search, 0) for search in searches)),
-            job(study.BEST, train_carso, study.STANDARD, study.BASE, study.CARSO, *tried),
+            job(study.ARREST_EMA, models.finetune, study.STANDARD, *((search, 0) for search in searches)),
+            job(study.BEST, models.train_carso, study.STANDARD, study.BASE, study.CARSO, *tried),
         ]
     return [
         *every,
-        *(job(name, search_arrest, study.STANDARD, weight=w, angle=angle) for name, (w, angle) in searches.items()),
-        job(study.ARREST_EMA, finetune, study.STANDARD, *searches),
-        job(study.TRADES, train_base, how={"trades": True}),
-        job(study.CARSO_ARREST, train_carso, study.BASE, study.ARREST_EMA, study.CARSO),
-        job(study.ATOP_ZERO, train_atop, study.BASE, study.GENERATOR),
-        job(study.MIXED, mix, study.STANDARD, study.BASE),
-        *(job(name, train_carso, study.BASE, study.CARSO) for name in study.CANDIDATES),
-        *(job(study.share_name(share), train_base, how={"share": share}) for share in budget.shares),
-        job(study.LARGE, train_base, how={"large": True}),
-        job(study.AWP, train_base, how={"awp": True}),
-        job(study.LONG, train_base, study.BASE, how={"long": True}),
+        *(
+            job(name, models.search_arrest, study.STANDARD, weight=w, angle=angle)
+            for name, (w, angle) in searches.items()
+        ),
+        job(study.ARREST_EMA, models.finetune, study.STANDARD, *searches),
+        job(study.TRADES, models.train_base, how={"trades": True}),
+        job(study.CARSO_ARREST, models.train_carso, study.BASE, study.ARREST_EMA, study.CARSO),
+        job(study.ATOP_ZERO, models.train_atop, study.BASE, study.GENERATOR),
+        job(study.MIXED, models.mix, study.STANDARD, study.BASE),
+        *(job(name, models.train_carso, study.BASE, study.CARSO) for name in study.CANDIDATES),
+        *(job(study.share_name(share), models.train_base, how={"share": share}) for share in budget.shares),
+        job(study.LARGE, models.train_base, how={"large": True}),
+        job(study.AWP, models.train_base, how={"awp": True}),
+        job(study.LONG, models.train_base, study.BASE, how={"long": True}),
     ]
 
 
 def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
     """The trainings of `ON_GIVEN`, on a base of the zoo and one standard classifier for all seeds."""
-    first = (train_standard,) if seed == 0 else (take_standard, (study.STANDARD, 0))
+    first = (models.train_standard,) if seed == 0 else (models.take_standard, (study.STANDARD, 0))
     return [
-        job(study.BASE, take_base),
+        job(study.BASE, models.take_base),
         job(study.STANDARD, *first),
-        job(study.GENERATOR, train_atop, study.BASE),
-        job(study.ATOP, train_atop, study.BASE, study.GENERATOR),
-        job(study.ATOP_STANDARD, train_atop, study.STANDARD, study.BASE, study.GENERATOR),
-        job(study.ARREST_EMA, finetune, study.STANDARD),
+        job(study.GENERATOR, models.train_atop, study.BASE),
+        job(study.ATOP, models.train_atop, study.BASE, study.GENERATOR),
+        job(study.ATOP_STANDARD, models.train_atop, study.STANDARD, study.BASE, study.GENERATOR),
+        job(study.ARREST_EMA, models.finetune, study.STANDARD),
     ]
 
 
@@ -169,7 +157,7 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
 
     study.CARSO decodes the most likely latent, and AToP adds no noise.
     """
-    model = model_of(job, root, name)
+    model = models.model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
         # All samples are then equal: any aggregation gives their prediction.
         return WithAggregation(model, deterministic=True).eval()
@@ -179,10 +167,10 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
 def judge(job: Job, folder: Path, root: Path) -> dict:
     """Run a protocol; with the protocol that compares models, also measure clean accuracy on many images."""
     counts: Judging = job.settings["judging"]
-    name, protocol, images = job.settings["model"], job.settings["protocol"], images_of(job)
+    name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
         # With further seeds it is the row that its training took.
-        name = best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
+        name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model, samples = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
     result: dict = {"model": name}
@@ -200,7 +188,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     """Judge a candidate on held-out training images."""
     counts, name = job.settings["judging"], job.settings["model"]
-    model, samples = attacked(job, root, name), held_out(job, counts.held_out)
+    model, samples = attacked(job, root, name), models.held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
     return {
         "clean": clean_accuracy(model, *samples),
