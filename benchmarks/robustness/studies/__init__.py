@@ -235,8 +235,8 @@ class Study:
         raise NotImplementedError
 
 
-def write_page(folder: Path, name: str, **values: Any) -> Path:
-    """Write ``name.md`` in ``folder``, from its template and these values."""
+def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:
+    """Write ``name.md`` in ``folder``, from its template, which sees these functions by their names, and the values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
         undefined=jinja2.StrictUndefined,
@@ -244,6 +244,7 @@ def write_page(folder: Path, name: str, **values: Any) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["paragraph"] = lambda text: " ".join(text.split())
+    environment.globals |= {function.__name__: function for function in functions}
     text = environment.get_template(f"{name}.md.jinja").render(values)
     write_text(folder / f"{name}.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
     return folder / f"{name}.md"

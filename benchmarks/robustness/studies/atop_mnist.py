@@ -27,14 +27,9 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train_classifier
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
 PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
 ROBUST_PIPELINE = "AToP pipeline on PGD-AT"
-BASES = {
-    STANDARD: STANDARD,
-    PRETRAINED: STANDARD,
-    OBJECTIVE: STANDARD,
-    PIPELINE: STANDARD,
-    ROBUST: ROBUST,
-    ROBUST_PIPELINE: ROBUST,
-}  # every model and the classifier in it
+#: The classifier of every model.
+BASES = dict.fromkeys((STANDARD, PRETRAINED, OBJECTIVE, PIPELINE), STANDARD)
+BASES |= dict.fromkeys((ROBUST, ROBUST_PIPELINE), ROBUST)
 
 
 def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, stage: dict, eps: float) -> dict:

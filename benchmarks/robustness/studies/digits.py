@@ -208,15 +208,5 @@ class DigitsStudy(Study):
         for result in results:
             for score in result.get("layers", ()):
                 layers.setdefault(score["layer"], []).append(score)
-        return write_page(
-            folder,
-            self.name,
-            rows=rows,
-            mean=mean,
-            to_base=to_base,
-            number=number,
-            layers=layers,
-            over_seeds=over_seeds,
-            quick=quick,
-            amount=effort(quick),
-        )
+        functions = (mean, to_base, number, over_seeds)
+        return write_page(folder, self.name, functions, rows=rows, layers=layers, quick=quick, amount=effort(quick))

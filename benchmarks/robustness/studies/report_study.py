@@ -150,16 +150,6 @@ class ReportStudy(Study):
         whole = merge(reports.values())
         whole.save(folder / self.name)
         shown = self.page(reports, budget, folder / self.name)
-        return write_page(
-            folder,
-            self.name,
-            study=self,
-            whole=whole,
-            reports=reports,
-            facts=facts,
-            b=budget,
-            draws=draws,
-            percent=percent,
-            single_predictions=single_predictions,
-            **shown,
-        )
+        functions = (draws, percent, single_predictions)
+        given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
+        return write_page(folder, self.name, functions, **given, **shown)

@@ -21,19 +21,8 @@ from .carso_resnet18 import CarsoResnet18
 from .cifar10 import Cifar10
 from .diffusion_study import Diffusion
 
-STUDIES: dict[str, Study] = {
-    study.name: study
-    for study in (
-        CarsoDigits(),
-        CarsoMnist(),
-        CarsoResnet18(),
-        Cifar10(),
-        AtopDigits(),
-        AtopMnist(),
-        ArrestMnist(),
-        Diffusion(),
-    )
-}
+EVERY = (CarsoDigits, CarsoMnist, CarsoResnet18, Cifar10, AtopDigits, AtopMnist, ArrestMnist, Diffusion)
+STUDIES: dict[str, Study] = {study.name: study() for study in EVERY}
 RESULTS = ALL / "studies"
 
 

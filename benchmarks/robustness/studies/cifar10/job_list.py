@@ -182,7 +182,8 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
         # Each image has several samples and draws: smaller batches need less memory.
         how = {"attacks": attacks, "steps": job.settings["budget"].carso_steps, "max_forward_batch": 250}
-    return result | {protocol: _lowest(job, folder, model, name, samples, getattr(counts, protocol), how)}
+    first = tuple(part[: getattr(counts, protocol)] for part in samples)
+    return result | {protocol: _lowest(job, folder, model, name, first, how)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
@@ -190,34 +191,15 @@ def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     counts, name = job.settings["judging"], job.settings["model"]
     model, samples = attacked(job, root, name), models.held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
-    return {
-        "clean": clean_accuracy(model, *samples),
-        "tried": _lowest(job, folder, model, name, samples, counts.candidates, {"protocol": counts.tried}),
-    }
+    clean, first = clean_accuracy(model, *samples), tuple(part[: counts.candidates] for part in samples)
+    return {"clean": clean, "tried": _lowest(job, folder, model, name, first, {"protocol": counts.tried})}
 
 
-def _lowest(
-    job: Job,
-    folder: Path,
-    model: nn.Module,
-    name: str,
-    samples: tuple[torch.Tensor, torch.Tensor],
-    count: int,
-    how: dict,
-) -> dict:
-    """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
-    report = evaluate(
-        model,
-        samples[0][:count],
-        samples[1][:count],
-        eps=study.EPS,
-        seed=job.seed,
-        out=folder,
-        name=name,
-        dataset_name="cifar10",
-        progress=False,
-        **how,
-    )
+def _lowest(job: Job, folder: Path, model: nn.Module, name: str, images: tuple[torch.Tensor, ...], how: dict) -> dict:
+    """Evaluate a model, keep the report, and return its lowest accuracy."""
+    x, y = images
+    about = {"name": name, "dataset_name": "cifar10", "out": folder}
+    report = evaluate(model, x, y, eps=study.EPS, seed=job.seed, progress=False, **about, **how)
     report.save(folder, model)
     lowest = report.headlines[name]
     return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}

@@ -178,17 +178,8 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
         more: ``given``, the names of the rows with a separate table, or ``base``, the name of the given base.
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
-    return write_page(
-        folder,
-        name,
-        results=results,
-        study=study,
-        budget=budget,
-        training=budget.training,
-        counts=budget.judging,
-        **{function.__name__: function for function in functions},
-        **more,
-    )
+    given = {"results": results, "study": study, "training": budget.training, "counts": budget.judging}
+    return write_page(folder, name, functions, budget=budget, **given, **more)
 
 
 #: Clean and robust accuracy in percent, and the standard error of each.
