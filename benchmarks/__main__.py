@@ -12,10 +12,11 @@ from types import ModuleType
 from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, instructions, roofline
+from .options import Unfit
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
-from .robustness.studies import Unfit, diffusion_picture, run_study
+from .robustness.studies import diffusion_picture, run_study
 from .robustness.studies.cifar10 import robust_networks
 from .robustness.truth import run_truth
 from .speed import convolutions, gradient_memory, pipelines, running

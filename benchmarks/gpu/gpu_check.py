@@ -40,8 +40,8 @@ from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import cache, tune
 
 from .. import RESULTS, options
+from ..options import Unfit
 from ..pages import fill, performance
-from ..robustness.studies import Unfit
 from ..speed import sheets, shipping
 from ..speed.running import folder
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint

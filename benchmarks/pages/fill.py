@@ -22,10 +22,11 @@ from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import RESULTS, options
 from ..gpu import instructions, launches, roofline
+from ..options import Unfit
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
-from ..robustness.studies import Unfit, diffusion_table
+from ..robustness.studies import diffusion_table
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, running, sheets, shipping
 from . import front_page, performance

@@ -53,10 +53,11 @@ from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 
 from .. import RESULTS, options, style
+from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
-from .studies import Unfit, carso_resnet18
+from .studies import carso_resnet18
 
 #: The results, as data and as the table that a page shows.
 FILE, TABLE = "evaluation.json", "evaluation.md"

@@ -29,8 +29,8 @@ from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
 from .. import options
+from ..options import Unfit
 from . import revisions
-from .studies import Unfit
 from .studies.cifar10 import clean_accuracy as share_correct
 
 #: The largest model, and all of them together, in bytes.

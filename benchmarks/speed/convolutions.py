@@ -21,7 +21,7 @@ from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.ops import REGISTRY
 
 from .. import options
-from ..robustness.studies import Unfit
+from ..options import Unfit
 from . import sheets
 
 IMAGES, SIDE = 4, 128

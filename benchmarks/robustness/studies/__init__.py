@@ -32,10 +32,6 @@ from purify_fast.speed import retain_freed_memory
 RESULT, ASKED = "result.json", "job.json"
 
 
-class Unfit(ValueError):
-    """Existing files or settings do not fit the request."""
-
-
 def folder_of(root: Path, name: str, seed: int) -> Path:
     """The folder of a study's row, with its models and results."""
     return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"

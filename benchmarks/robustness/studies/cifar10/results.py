@@ -19,7 +19,8 @@ import numpy as np
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
-from .. import ASKED, RESULT, Job, Unfit, folder_of, result_of
+from ....options import Unfit
+from .. import ASKED, RESULT, Job, folder_of, result_of
 from . import study
 from .job_list import trainings
 from .study import Budget, Judging

@@ -9,7 +9,8 @@ from typing import Any
 from purify_fast.evaluation import Tradeoff, plot_tradeoff
 
 from .... import style
-from .. import Unfit, write_page
+from ....options import Unfit
+from .. import write_page
 from . import study
 from .results import GIVEN, STEM, Results, collect
 from .study import Budget, Judging
