@@ -1,7 +1,7 @@
 """AutoAttack's class by this package's engine: ``from purify_fast.autoattack import AutoAttack`` is all that changes.
 
 Names, order of the arguments and defaults are those of the original implementation (Croce & Hein, ICML 2020; the class
-``AutoAttack`` of the package autoattack, which RobustBench calls). What is asked for and cannot be done is an error.
+``AutoAttack`` of the package autoattack, which RobustBench calls). A request that cannot be met is an error.
 The original itself is `purify_fast.attacks.AutoAttack`, the protocol "official".
 
 Four things differ. Searches that are out of reach end early. An image is attacked until every fresh draw of the model

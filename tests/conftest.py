@@ -29,7 +29,7 @@ COMPLETE = os.environ.get("PURIFY_FAST_TEST_COMPLETE") == "1"
 #: Processor seconds, with those of its child processes, that a test may take without the mark ``slow``: ten on the
 #: machine of CONTRIBUTING's table; a busy or older processor takes up to three times as long.
 MOST_SECONDS = 30.0
-#: Reasons to skip a test, in part, that are of the machine. Nothing that can be installed is among them.
+#: Reasons to skip a test, in part, that the machine causes. Nothing that can be installed is among them.
 OF_THE_MACHINE = (
     "Windows",
     "Linux",

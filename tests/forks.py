@@ -28,7 +28,7 @@ Store = Literal["file", "first", "torchrun"] | None
 
 
 class Ended(NamedTuple):
-    """What became of processes, in their order.
+    """The ends of processes, in their order.
 
     Args:
         codes: exit statuses; a signal that ended a process as a negative number.
@@ -76,7 +76,7 @@ class Processes:
                 self.wait(rank)
 
     def ended(self) -> Ended:
-        """What became of them."""
+        """The ends of the processes."""
         errors, results = [], []
         for rank in range(len(self.pids)):
             errors.append((self.folder / f"errors-{rank}").read_text())
@@ -129,7 +129,7 @@ def together(
     store: Store = "file",
     meanwhile: Callable[[Processes], object] = lambda _: None,
 ) -> Ended:
-    """What becomes of processes that all end by themselves.
+    """The ends of processes that all end by themselves.
 
     Args:
         folder: as in `processes`.

@@ -56,7 +56,7 @@ RACED = ("sample_latent", "reconstruction_loss", "noisy_replay")
 
 @dataclass(frozen=True)
 class Command:
-    """What is disturbed."""
+    """The disturbed commands."""
 
     name: str
     words: tuple[str, ...]
@@ -69,7 +69,7 @@ class Command:
         return [*words, self.out, str(out)] if self.out else words
 
     def folder(self, out: Path) -> Path:
-        """Where it writes if it is told to write to ``out``."""
+        """The folder that it writes to, given ``out``."""
         return out.with_name(out.name + "-quick") if self.name == "demo" else out
 
 
@@ -179,7 +179,7 @@ def plain(value: object) -> object:
 
 
 def results(command: Command, out: Path) -> dict[str, object]:
-    """What a run came to, by file: models to the bit, logs, tables and reports without times; of `tune` the races."""
+    """The outcome of a run, by file: models to the bit, logs, tables and reports without times; of `tune` the races."""
     folder = command.folder(out)
     found: dict[str, object] = {}
     if not command.out:
@@ -330,7 +330,7 @@ class Soak:
                 self.lost(f"tune after {after}: {path.name} is not whole: {error}")
 
     def applies(self, kind: str, command: Command) -> bool:
-        """Whether a fault can happen to a command: not all write checkpoints or take the training's options."""
+        """Tell whether a fault can happen to a command: not all write checkpoints or take the training's options."""
         if command.program == tuple(TORCHRUN):
             return kind in ("SIGKILL", "one of the processes killed")
         if kind == "one of the processes killed":
@@ -506,7 +506,7 @@ def fill_disk(process: subprocess.Popen, most: int = 100) -> None:
 
 
 def namespaces() -> bool:
-    """Whether a small disk can be mounted here without being root."""
+    """Tell whether a small disk can be mounted here without being root."""
     return (
         shutil.which("unshare") is not None
         and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
@@ -644,7 +644,7 @@ def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | N
     return not soak.losses
 
 
-#: What the processes that a soak starts do in place of a soak, by their first word.
+#: Functions of the processes that a soak starts, by their first word.
 PARTS: dict[str, Callable[[list[str]], int]] = {
     "clock": with_jumping_clock,
     "small": small_demo,

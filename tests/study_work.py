@@ -7,7 +7,7 @@ from benchmarks.robustness.studies import Job
 
 
 def work(job: Job, folder: Path, root: Path) -> dict:
-    """What ran is written to a file. It fails, or waits, if its settings say so."""
+    """Each run is written to a file. It fails, or waits, if its settings say so."""
     with (root / "log").open("a") as log:
         log.write(f"{job.name} {job.seed}\n")
     if job.settings.get("fail") and not (root / "mended").exists():

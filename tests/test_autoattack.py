@@ -21,7 +21,7 @@ def plain():
 
 
 class Short(AutoAttack):
-    """Of a few steps."""
+    """AutoAttack with a few steps."""
 
     def __init__(self, model, norm="Linf", eps=0.1, verbose=False, **options):
         super().__init__(model, norm, eps, verbose=verbose, **options)

@@ -67,7 +67,7 @@ def test_arrests_sentences_follow_the_numbers():
     assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), no significant difference from base (PGD-AT)" in finetuned
     assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
     assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
-    # a sum is of one set of images: clean accuracy on all of them is another number
+    # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
     lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
     text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
@@ -106,7 +106,7 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
 
 
 def believed(right=3, n=200, reliable=True, **finding):
-    """What the summary says about a model of whose n images so many withstood, with this finding about it."""
+    """The summary's words about a model of whose n images so many withstood, with this finding about it."""
     made = Report()
     for attack, share in {"clean": n, "worst": right}.items():
         robust = np.arange(n) < share

@@ -56,7 +56,7 @@ def written(path: Path) -> Iterator[str]:
 
 
 def exported(path: Path) -> Iterator[tuple[str, object]]:
-    """What the module's ``__all__`` names and the package defines."""
+    """The objects that the module's ``__all__`` names and the package defines."""
     relative = path.relative_to(PACKAGE.parent).with_suffix("")
     if relative.name == "__main__":
         return

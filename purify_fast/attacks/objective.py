@@ -181,7 +181,7 @@ def _summed(values: Tensor, draws: int) -> Tensor:
 
 
 def _even(images: int, most: int) -> int:
-    """The number of images in a pass, at most ``most``. Passes are of equal size: a short last one saves no time."""
+    """The number of images in a pass, at most ``most``. Passes have equal sizes: a short last one saves no time."""
     passes = -(-images // most)
     return -(-images // passes) if passes else most
 

@@ -47,7 +47,7 @@ class Evaluate(DataCommand, Purification):
             bring theirs.
         classifier_weights: The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of
             which only tensors are read.
-        eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be
+        eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. For your own model it must be
             given.
         norm: Norm of the ball; default: what FOLDER was trained at, or linf if eps is given.
         protocol: Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's

@@ -42,7 +42,7 @@ class _Unread(str):
     """A word that is no number; the configuration that would hold it refuses it, with the option's name."""
 
 
-#: What an option's number may be, where it is not a fraction such as 8/255.
+#: Allowed numbers of an option, where it is not a fraction such as 8/255.
 ALLOWED = {"claim": "a number of percent from 0 to 100, such as 70"}
 
 

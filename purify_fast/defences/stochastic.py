@@ -30,7 +30,7 @@ class StochasticDefence(nn.Module):
     `deterministic` draws nothing.
     """
 
-    #: Whether the class promises that every image gets draws of its own, however many stand in a batch; see
+    #: True if the class promises that every image gets draws of its own, however many stand in a batch; see
     #: `purify_fast.protocols.draws_for_each_image`. A subclass does not inherit the promise.
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor

@@ -48,7 +48,7 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
     if isinstance(batch_size, str):
         raise ValueError(f'batch_size must be a number or "auto", got {batch_size!r}')
     if memory is not None:
-        raise ValueError(f'memory goes with batch_size="auto", and batch_size is {batch_size}')
+        raise ValueError(f'memory needs batch_size="auto", and batch_size is {batch_size}')
     check_at_least_one(batch_size=batch_size)
     return batch_size
 

@@ -687,7 +687,7 @@ def _settings_of_probes(measure: Measure) -> dict[str, Any]:
     """The settings on which answers to the probes depend, besides the model."""
     context, subject = measure.context, measure.subject
     return {
-        "probes": 6, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
+        "probes": 7, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
         "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
         "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
     }  # fmt: skip

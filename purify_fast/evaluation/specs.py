@@ -286,7 +286,7 @@ class AttackSpec:
                 raise TypeError(f"judge must be a model, got {self.judge!r}")
             if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
                 raise ValueError(
-                    f"a judge is attacked itself, or judges attacks on the target {CLASSIFIER!r}: it goes with no "
+                    f"a judge is attacked itself, or judges attacks on the target {CLASSIFIER!r}: it allows no "
                     "other target, no aggregation, no gradients_from and no survivors_only"
                 )
             if not (self.label or "").startswith("as "):

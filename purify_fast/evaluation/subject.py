@@ -409,7 +409,7 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
 
 def _note_of_modes(what: str, modules: list[str], advice: str) -> str:
     return (
-        f"{what} is in training mode: {_listed(modules)}. The numbers are of the model as it is in training. If that "
+        f"{what} is in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If that "
         f"is not meant, call .eval() on these modules before, or {advice}"
     )
 

@@ -11,11 +11,11 @@ docs/performance.md has a table. GPUs use cuDNN: this package has no kernel for 
 Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
 
 Convolutions of 3 x 3 taps and stride 1 with enough channels and pixels take half the products, by Winograd's algorithm
-F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). What it multiplies are
-sums of four pixels, and of nine weights, rounded to bfloat16 once more. Of normal numbers the result then errs by 0.4 %
-of its size, where rounding it to bfloat16 errs by 0.17 %. An infinity or a NaN reaches the pixels beside those that it
-touches, and infinities come out as NaN; sums of numbers near the largest one can overflow. Without Winograd's algorithm
-too, a weight or gradient that is not finite may reach pixels at the border that PyTorch's leave out.
+F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). It multiplies sums of
+four pixels, and of nine weights, rounded to bfloat16 once more. With normal numbers the result then errs by 0.4 % of
+its size, where rounding it to bfloat16 errs by 0.17 %. An infinity or a NaN reaches the pixels beside those that it
+touches, and infinities come out as NaN; sums of numbers near the largest one can overflow. Without Winograd's
+algorithm too, a weight or gradient that is not finite may reach pixels at the border that PyTorch's leave out.
 """
 
 from __future__ import annotations

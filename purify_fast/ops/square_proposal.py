@@ -229,7 +229,7 @@ def square_proposal(
         ValueError: shapes, dtypes or devices disagree, an unknown norm, lo > hi, an edge that fits into no image, or a
             pattern that is missing or not wanted.
 
-    Deterministic; ``linf`` is bit-exact across backends. What numbers outside [0, 1) give is not defined.
+    Deterministic; ``linf`` is bit-exact across backends. Numbers outside [0, 1) give undefined results.
     """
     norm = check({"x": x, "x_nat": x_nat}, norm, lo, hi)
     _check(x, numbers, edge, norm, pattern)

@@ -5,7 +5,7 @@ starts and torch's global generator are all seeded per step. So a run that was k
 weights, to the bit on the same CPU, as one that was not.
 
 Several processes (`purify_fast.training.distributed`) share each batch, and end with the weights of one up to floating
-point. What a step exchanges: gradients and metrics, in one mean after the backward pass, and BatchNorm's statistics.
+point. A step exchanges gradients and metrics, in one mean after the backward pass, and BatchNorm's statistics.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Lookahead(torch.optim.Optimizer):
         k: fast steps per slow step.
         alpha: length of the slow step, in (0, 1].
 
-    The model holds the fast weights. What is evaluated and saved are the slow ones: `load_slow`, once at the end.
+    The model holds the fast weights. The slow ones are evaluated and saved: `load_slow`, once at the end.
 
     Raises:
         ValueError: k below 1 or alpha outside (0, 1].

@@ -1,6 +1,6 @@
-"""What the machine code of each Triton kernel must and must not hold.
+"""Instructions that each Triton kernel's machine code must and must not hold.
 
-benchmarks/gpu/ahead.py compiles it without a GPU.
+benchmarks/gpu/ahead.py needs no GPU for it.
 
 Without PURIFY_FAST_TEST_ARCHITECTURES=all, kernels are compiled for sm_90 in every dtype and for sm_120 in bfloat16,
 and their machine code is read in bfloat16.
@@ -83,7 +83,7 @@ def test_every_kernel_has_a_case():
 
 
 def test_every_kernel_is_verified():
-    """What a machine verifies before a kernel serves, an op's examples, launches every kernel that calls launch."""
+    """Before a kernel serves, a machine verifies an op's examples, which launches every kernel that calls launch."""
     assert started_by_examples() == started_by_cases()
 
 

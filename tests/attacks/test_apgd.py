@@ -123,7 +123,7 @@ def test_fallen_images_leave_the_batch():
 
 
 def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
-    """Each step looks at the images that stand, 20 times each, and at no other; passes are of even sizes."""
+    """Each step looks at the images that stand, 20 times each, and at no other; passes have even sizes."""
     torch.manual_seed(0)
     weight, x = torch.randn(48, 6), torch.rand(64, 48)
     y, images = (x @ weight).argmax(1), []

@@ -124,7 +124,7 @@ def test_which_models_are_copied(monkeypatch):
         around = copies.gradient_copy(counted, x, "bfloat16")
         assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)
         assert copies.gradient_copy(counted, x, "float32") is counted
-        # a captured step is of one module: the counter around a copy is the same for every attack
+        # a captured step belongs to one module: the counter around a copy is the same for every attack
         kept = copies.GradientCopies()
         first, again = (copies.gradient_copy(counted, x, "bfloat16", kept) for _ in range(2))
         assert first is again is not counted

@@ -124,7 +124,7 @@ def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
 
 
 def test_a_contest_on_robust_networks_goes_on_by_its_parts(made_models, tmp_path, monkeypatch, capsys):
-    """What is left is kept by image; a protocol with other attacks runs again, and a model that is missing is told."""
+    """Images left are kept one by one; a protocol with other attacks runs again, and a missing model is reported."""
     arguments = ["evaluation", "--robust", "--quick", "--images", "7", "--out", str(tmp_path)]
     run, made = contests._run, []
 

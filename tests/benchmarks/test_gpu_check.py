@@ -201,7 +201,7 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
 
 
 def device_tests(*words: str, **environ: str) -> str:
-    """What pytest says of some of the tests of a device, rehearsed on a CPU."""
+    """Pytest's summary of some of a device's tests, rehearsed on a CPU."""
     # a rehearsal skips much that a device would run
     environ = {"PURIFY_FAST_TEST_COMPLETE": "", "PURIFY_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environ}
     environ = os.environ | environ

@@ -147,7 +147,7 @@ def test_what_ships_is_the_committed_verdict():
 
 
 def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
-    """Without what is of one machine alone: rows, hashes, verifications."""
+    """Without the facts of one machine: rows, hashes, verifications."""
     rows = [
         row("pgd_step", 3.0, variant=v, style=s, device="D x86_64 A", direction="forward")
         for v in ("l1", "linf")

@@ -95,7 +95,7 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     for name in (names.BASE, names.CARSO_PIPELINE):
         fact(tmp_path, names.tried_name(name), clean=0.9, tried={"share": 0.9})
     for number, name in enumerate(eligible):
-        # The first one seems the most robust, but its number cannot be believed. Of two that are equally robust the
+        # The first one seems the most robust, but its number cannot be believed. If two are equally robust, the
         # more accurate one is taken.
         share = {0: 0.6, 1: 0.5, 3: 0.5}.get(number, 0.4)
         fact(tmp_path, names.tried_name(name), clean=number / 10, tried={"share": share, "reliable": number > 0})
@@ -193,7 +193,7 @@ def row(model, attack, robust, kind):
 
 
 def judged(root, name, number, seed=0, row_name=None):
-    """What judging a model leaves, whose row may have another name."""
+    """The files that judging a model leaves; its row may have another name."""
     robust = [1, 1, number % 2, 0]
     lowest = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
     protocols = ["fast"] if seed > 0 else list(BUDGET.judging.protocols())

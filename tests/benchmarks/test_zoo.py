@@ -167,7 +167,7 @@ def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
 
 
 def test_strong_is_another_protocol_where_a_model_adds_attacks():
-    """A purifier by diffusion brings its own: what made the number of a CARSO does not make one of it."""
+    """A purifier by diffusion has protocols of its own: those of CARSO do not serve it."""
     diffusion, carso = (read_card(packed.folder(name)) for name in ("digits-diffpure", "digits-carso-pipeline"))
     assert pack_zoo.attacks_of(diffusion, "strong") != pack_zoo.attacks_of(carso, "strong")
     assert (

@@ -68,7 +68,7 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
 
 
 def info(**environment):
-    """What the command prints in a process of its own."""
+    """The output of the command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "purify_fast", "info", "--all"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -83,7 +83,7 @@ def test_an_extension_that_is_absent_is_told():
 
 
 def test_an_extension_built_elsewhere_is_loaded(tmp_path):
-    """PURIFY_FAST_EXTENSION is taken in place of the installed one; a broken one is told."""
+    """PURIFY_FAST_EXTENSION replaces the installed one; a broken extension is reported."""
     broken, copy = tmp_path / "broken.so", tmp_path / "_C.abi3.so"
     broken.write_text("no library")
     text = info(PURIFY_FAST_EXTENSION=str(broken))

@@ -1,4 +1,4 @@
-"""What cannot be used is refused in one line that says what is meant."""
+"""Unusable input is refused in one line that says what is meant."""
 
 import numpy as np
 import pytest

@@ -47,7 +47,7 @@ def test_an_image_that_cannot_be_decoded_is_refused_or_left_out_by_choice(pets, 
     keep = [i for i in range(12) if i not in (2, 6)]
     assert torch.equal(made.x_train, whole.x_train[keep]) and torch.equal(made.y_train, whole.y_train[keep])
     assert torch.equal(made.x_test, whole.x_test)
-    # from its cache, alike; and who refuses them is told even then
+    # from its cache, alike; and a refusal is reported even then
     assert torch.equal(load(pets, on_bad_image="skip").x_train, made.x_train)
     with pytest.raises(ValueError, match=r"2 of 12 images of .* cannot be decoded"):
         load(pets)
@@ -122,7 +122,7 @@ def task():
 
 
 def test_images_are_deleted_under_a_run(pets, tmp_path):
-    """What is decoded stays open: the run ends as one whose files stayed."""
+    """Decoded files stay open: the run ends as one whose files stayed."""
     whole, cut = task(), task()
     images = load(pets)
     fit(whole, images.x_train, images.y_train, FitConfig(2, 4), progress=False)

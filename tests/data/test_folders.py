@@ -232,7 +232,8 @@ def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(folders, "_write", write)
-    with ThreadPoolExecutor(2) as pool:  # the lock is of the opened file: it holds between threads as between processes
+    # the lock belongs to the opened file, so it holds between threads as between processes
+    with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(data.load_dataset, [tmp_path] * 2))
     assert len(writers) == 1
     assert all(np.array_equal(d.x_train.numpy(), np.stack(made["train"])) for d in both)

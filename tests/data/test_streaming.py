@@ -27,7 +27,7 @@ def streamed(tmp_path):
 
 
 def digest_of(x):
-    """What the cache keeps: the hash a tensor brings to `digest`."""
+    """The cache keeps the hash that a tensor brings to `digest`."""
     from purify_fast._tensors import content_hash
 
     content = content_hash(x.dtype, x.shape)

@@ -126,15 +126,14 @@ def assert_marked(report, alarm, row):
     [
         (lambda: with_gradient(lambda g: g * torch.nan), "gradient health", "APGD-10 ce"),
         (lambda: with_gradient(torch.zeros_like), "gradient health", "APGD-10 ce"),
-        (lambda: with_gradient(torch.zeros_like), "huge radius", "probe: PGD at eps 1"),
         (lambda: Around(detached), "gradient health", "APGD-10 ce"),
-        (lambda: Around(detached), "gradient-free against gradients", "Square, 150 queries"),
-        (lambda: with_gradient(quantised), "gradients against differences", "probe: small steps in random directions"),
-        (lambda: Around(rounded), "gradients against differences", "probe: small steps in random directions"),
+        (lambda: Around(detached), "missed images", "Square, 150 queries"),
+        (lambda: with_gradient(quantised), "gradient health", "APGD-10 ce"),
+        (lambda: Around(rounded), "gradient health", "probe: small steps in random directions"),
         (lambda: Around(saturated), "gradient health", "APGD-10 ce"),
         (Counting, "same answer again", "probe: the clean images again, after all attacks"),
     ],
-    ids=["NaN", "zero", "zero, huge", "detached", "Square", "quantised", "rounded", "PeeL", "counts"],
+    ids=["NaN", "zero", "detached", "Square", "quantised", "rounded", "PeeL", "counts"],
 )
 def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     report = judged(model())
@@ -154,7 +153,7 @@ def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
             for name, surrogate in surrogates(model, x[:4], 10, ThreatModel("linf", EPS))
         ]
     report = judged(model, [*DIRECT, *elsewhere], 100, probes=False)
-    verdict, row = verdicts(report)["transfer against gradients"]
+    verdict, row = verdicts(report)["missed images"]
     assert verdict == "unreliable" and row in [spec.label for spec in elsewhere]
     assert verdicts(report)["gradient health"][0] in ("passed", "noted")
     assert not report.headline.reliable or not report.row("worst").reliable
@@ -167,14 +166,13 @@ def test_an_honest_model_passes(make):
     found = {alarm: verdict for alarm, (verdict, _) in verdicts(report).items()}
     assert "unreliable" not in found.values(), report.findings
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
-    assert len(found) == (15 if report.curves["defence"].get("EOT draws") else 14)
-    assert set(report.curves["defence"]) >= {"eps", "steps"}
+    assert len(found) == (8 if report.curves["defence"].get("EOT draws") else 7)
+    assert "steps" in report.curves["defence"]
 
 
 def probed(n, **measured):
     """The verdicts on what probes of n images have measured."""
-    nothing = {"eps": [(0.1, 0.5), (1.0, 0.0)], "steps": [], "one_start": 0.5, "all_starts": 0.5}
-    found = Probes(n=n, chance=0.1, cosine=1.0, batch_changes=0.0, **nothing | measured)
+    found = Probes(n=n, cosine=1.0, batch_changes=0.0, steps=[], **measured)
     return {finding.alarm: finding.verdict for finding in findings(Evidence([], found))}
 
 
@@ -187,31 +185,25 @@ def probed(n, **measured):
         (24, 4.0, "unreliable"),
         (64, 9.0, "noted"),
         (64, 9.8, "unreliable"),
-        (64, 4.0, "passed"),
+        (64, 4.0, "noted"),
+        (64, 3.0, "passed"),
     ],
 )
-def test_how_many_images_a_random_start_must_win(n, images, verdict):
-    assert probed(n, one_start=0.25 + images / n, all_starts=0.25)["random start"] == verdict
+def test_how_many_images_more_draws_must_win(n, images, verdict):
     draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
-    # here a smaller difference is noted than of random starts
-    assert probed(n, eot=draws)["noise and seeds"] == ("noted" if verdict == "passed" else verdict)
+    assert probed(n, eot=draws)["noise and seeds"] == verdict
 
 
-@pytest.mark.parametrize("n, images, verdict", [(8, 1, "noted"), (8, 3, "unreliable"), (64, 7, "unreliable")])
-def test_of_how_many_images_the_class_must_vary(n, images, verdict):
+@pytest.mark.parametrize("images, verdict", [(1, "passed"), (3, "noted"), (30, "noted")])
+def test_a_class_that_varies_is_noted(images, verdict):
+    """The number counts every draw: a model that changes its mind does not hide an image from the attacks."""
     draws = [(1.0, 0.5), (16.0, 0.5)]
-    assert probed(n, eot=draws, varying=images / n)["noise and seeds"] == verdict
+    assert probed(64, eot=draws, varying=images / 64)["noise and seeds"] == verdict
 
 
 def test_parts_and_softened_copies_give_a_gate_away_beside_a_list_of_attacks():
     report = judged(Gated(slope=100.0), n=100)
-    assert_marked(report, "parts and softened copies", "probe: APGD by the gradients of standard alone")
-
-
-@pytest.mark.slow
-def test_a_sharp_gate_is_given_away_by_random_starts():
-    report = judged(Gated(slope=100.0), [PGD(steps=5)], images=slice(48, 96))
-    assert_marked(report, "random start", "probe: five random starts")
+    assert_marked(report, "missed images", "probe: APGD by the gradients of standard alone")
 
 
 def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed():
@@ -277,9 +269,9 @@ def wrong_off_the_grid(self, x):
     return self.net(Backward.apply(x, lambda g: torch.where(clean, g, g.roll(1, 0).flip(-1))))
 
 
-DIFFERENCES = ("gradients against differences", "probe: small steps in random directions")
+DIFFERENCES = ("gradient health", "probe: small steps in random directions")
 #: Where signs are found before the attacks, the gradients of parts are followed by rows of the report.
-TRANSFER = ("transfer against gradients", "APGD-T by the gradients of standard alone")
+TRANSFER = ("missed images", "APGD-T by the gradients of standard alone")
 
 
 @pytest.mark.slow
@@ -291,7 +283,7 @@ TRANSFER = ("transfer against gradients", "APGD-T by the gradients of standard a
         (lambda: Around(lambda self, x: self.net((x * 255).round() / 255)), "gradient health", "APGD-10 margin"),
         (lambda: Around(lambda self, x: (10 * self.net(x)).round() / 10), "gradient health", "APGD-10 margin"),
         (lambda: as_jpeg(0.2), "gradient health", "APGD-10 margin"),
-        (lambda: Around(lambda self, x: torch.tanh(10 * self.net(x))), "huge radius", "probe: PGD at eps 1"),
+        (lambda: Around(lambda self, x: torch.tanh(10 * self.net(x))), "gradient health", "APGD-10 margin"),
         (
             lambda: Around(lambda self, x: self.net(x) if len(x) > 9 else self.net((x * 4).round() / 4).roll(1, 1)),
             "batch size",

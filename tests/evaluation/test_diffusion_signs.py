@@ -116,7 +116,7 @@ class SeededByTheImages(Purifier):
 @pytest.fixture(scope="module", autouse=True)
 def short_probes():
     """The same questions, with fewer steps and settings."""
-    fewer = {"STEPS": 6, "RADII": (1.0,), "ITERATIONS": (1, 3), "DRAWS": (1, 4), "STARTS": 2, "TARGETS": 1, "JUDGES": 3}
+    fewer = {"STEPS": 6, "ITERATIONS": (1, 3), "DRAWS": (1, 4), "TARGETS": 1, "JUDGES": 3}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in fewer.items():
             patch.setattr(probes, name, value)
@@ -125,7 +125,7 @@ def short_probes():
 
 @functools.cache
 def verdicts(kind):
-    """What every sign says of a purifier, and whether its headline may be believed."""
+    """The findings about a purifier by sign, and whether its headline may be believed."""
     _, _, x, y = digits()
     options = {"attacks": [PGD(steps=5)], "probes": True, "eot_iter": 1, "n_eval": 2, "progress": False}
     report = evaluate(kind(), x[:24], y[:24], eps=EPS, **options)
@@ -137,24 +137,22 @@ def verdicts(kind):
     ("kind", "sign", "words"),
     [
         (WithoutGradients, "gradient health", "attack along the model's own gradients lacked usable ones"),
-        (Adjoint, "gradients against differences", "cosine"),
+        (Adjoint, "gradient health", "cosine"),
         (Reseeded, "noise and seeds", "the model sets the seed of torch's generator itself"),
-        (SeededByTheImages, "gradients against differences", "cosine"),
+        (SeededByTheImages, "gradient health", "cosine"),
     ],
 )
 def test_a_purifier_that_misleads_attacks_is_flagged(kind, sign, words):
     found, reliable = verdicts(kind)
     assert found[sign].verdict == "unreliable" and words in found[sign].measured and not reliable
     # the same purifier without the fault is not
-    honest = verdicts(Purifier)[0][sign]
-    assert honest.verdict == "passed" or words not in honest.measured
+    assert verdicts(Purifier)[0][sign].verdict != "unreliable"
 
 
 def test_what_was_not_asked_for_want_of_a_gradient_says_so():
     """Gradient health has raised the alarm; what attacks along no gradient did not find speaks for nothing."""
     found, _ = verdicts(WithoutGradients)
-    for sign in ("a further attack", "random start", "radius sweep", "gradients against differences"):
-        assert found[sign].verdict == "not asked" and "there is no gradient" in found[sign].measured
+    assert "of the model itself" not in found["missed images"].measured
     assert "no grad_fn: is there a torch.no_grad()" in found["gradient health"].advice
 
 

@@ -210,7 +210,7 @@ def test_attacks_see_it_by_themselves(batch, attack):
 
 
 def test_a_lucky_draw_is_no_success_of_all_draws(batch):
-    """What one draw for all images left behind was called robust before."""
+    """Images that one draw for all images had left were called robust before."""
     x, y = batch
     rows, notes = {}, {}
     for kind in (Switch, SwitchLooped, SwitchEach):

@@ -1,4 +1,4 @@
-"""What a new user stumbles over: inputs of the wrong form, a radius of 0, probabilities, training mode, Ctrl-C."""
+"""A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode, Ctrl-C."""
 
 import functools
 import os
@@ -160,7 +160,7 @@ def test_a_device_is_refused(trio):
 
 
 def test_images_of_another_shape_are_named_with_what_the_model_takes():
-    """Of this package's models that is known."""
+    """That is known for this package's models."""
     small = purify_fast.zoo.load("digits-pgd-at")
     for shape in ((1, 28, 28), (3, 16, 16)):
         with pytest.raises(ValueError, match=rf"\[C, H, W\] = \[{shape[0]}, .* it was trained on \[1, 16, 16\]"):

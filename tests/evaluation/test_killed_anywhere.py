@@ -28,7 +28,7 @@ from purify_fast.ops.dispatch.op import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: What is called when the process is killed, and the number of the call.
+#: The function during which the process is killed, and the number of the call.
 MOMENTS = (
     # a batch of the second attack is kept
     ("purify_fast.evaluation.cache.PartialRow.keep", 4),

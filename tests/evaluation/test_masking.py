@@ -80,7 +80,7 @@ def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
 
 
 def asked(n=64, **measured):
-    nothing = {"sweeps": {}, "one_start": 0.5, "all_starts": 0.5, "cosine": 1.0, "without_gradient": 0.0}
+    nothing = {"sweeps": {}, "cosine": 1.0, "without_gradient": 0.0}
     return AskedBefore(**nothing | {"fell": [0] * n, "copies": {}, "absent": {}} | measured)
 
 

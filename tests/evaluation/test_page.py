@@ -27,9 +27,9 @@ def report():
     rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("PGD <b>", [1, 0, 0, 1]), row("APGD", [1, 1, 0, 0])]
     rows += [row("masked", [1, 1, 1, 1], reliable=False), row("worst", [1, 0, 0, 0], kind="worst")]
     report = Report(rows, ["a note with <script>"], {"threat": "L-inf 8/255", "version": "purify_fast 0"})
-    report.findings = [Finding("huge radius", "unreliable", "90 % at eps 1", "probe: PGD at eps 1", "m")]
+    report.findings = [Finding("missed images", "unreliable", "9 of 10 images", "Square", "m")]
     report.outlooks = [Outlook(0.1, ("about 10.0 of the 25.0 points left",), "m")]
-    report.curves = {"m": {"eps": [[0.1, 0.9], [0.2, 0.5], [1.0, 0.9]]}}
+    report.curves = {"m": {"steps": [[1, 0.9], [10, 0.5], [30, 0.4]]}}
     return report
 
 
@@ -69,12 +69,12 @@ def test_who_fell_to_what(report):
 
 
 def test_the_page_says_whether_the_number_can_be_believed(report):
-    report.row("worst").settings["doubts"] = ["huge radius"]
+    report.row("worst").settings["doubts"] = ["missed images"]
     report.row("worst").reliable = False
     page = html_page(report)
     card = page.split("</section>")[0]
-    assert "What gives it away:" in card and "huge radius: 90 % at eps 1 (probe: PGD at eps 1)" in card
-    assert "about 10.0 of the 25.0 points left." in page and "Accuracy against eps" in page
+    assert "What gives it away:" in card and "missed images: 9 of 10 images (Square)" in card
+    assert "about 10.0 of the 25.0 points left." in page and "Accuracy against steps" in page
     assert Report.from_json(report.to_json()).curves == report.curves
 
 
@@ -107,7 +107,7 @@ def test_a_curve_has_every_point(report):
 
 @pytest.mark.parametrize("survivors", [False, True])
 def test_pictures_are_of_the_attack_that_felled_most(survivors):
-    """Of an attack on survivors they would show images that fell to nothing."""
+    """Pictures of an attack on survivors would show images that fell to nothing."""
 
     def picture(value):
         images = np.full((2, 1, 4, 4), value, dtype=np.float32)

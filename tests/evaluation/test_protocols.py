@@ -137,7 +137,7 @@ def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
 def test_a_copy_that_there_is_not_is_told_with_its_reason():
     _, _, x, y = digits()
     report = evaluate(lambda z: Behind(Detour())(z.detach()), x, y, attacks=[PGD(steps=2)], probes=True, **QUIET)
-    found = next(finding for finding in report.findings if finding.alarm == "parts and softened copies")
+    found = next(finding for finding in report.findings if finding.alarm == "missed images")
     assert found.verdict == "noted" and "a straight-through copy" in found.measured
     assert "could not be made: its logits have no gradient to the images" in found.measured
 
@@ -155,7 +155,7 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
 
 
 def test_copies_are_compared_image_by_image():
-    """Of one image the gradient is large and the same, of the others small and hidden."""
+    """One image has a large, constant gradient; the gradients of the others are small and hidden."""
     _, _, x, _ = digits()
 
     def model(images):

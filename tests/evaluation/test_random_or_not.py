@@ -1,4 +1,4 @@
-"""Whether a model draws random numbers is seen from two predictions of it, whatever the size of its logits."""
+"""Two predictions show whether a model draws random numbers, whatever the size of its logits."""
 
 import pytest
 import torch

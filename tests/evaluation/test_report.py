@@ -240,7 +240,7 @@ def test_merged_reports_of_different_precisions_say_which():
 
 
 def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
-    """One that says no precision is of float32, as those of earlier versions are."""
+    """A report without a precision is one in float32, as in earlier versions."""
     Report([row()], about=about()).save(tmp_path)
     rounded = Report([row(robust=[1, 1, 1, 1])], about=about(precision="bfloat16"))
     rounded.save(tmp_path)
@@ -290,7 +290,7 @@ def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, 
 
 
 def test_a_report_says_what_repeats_it(tmp_path):
-    """Date, call, model, processor, images and seed, in the page and in Markdown; the date is of the first save."""
+    """Date, call, model, processor, images and seed are on the page and in Markdown; the date is the first save's."""
     torch.manual_seed(0)
     model, x = Purifier(), torch.rand(6, 3, 6, 6)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def test_a_report_says_what_repeats_it(tmp_path):
 
 
 def test_the_precision_of_a_model_is_told():
-    """Of an accelerated defence wherever it is evaluated; of rounded float32 only where a device rounds it."""
+    """It is told of an accelerated defence on every device, of rounded float32 only where a device rounds it."""
     cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-objective")
     with float32_products():
         assert precision_name(model, gpu) is precision_name(model.accelerate(torch.float32), gpu) is None

@@ -97,7 +97,7 @@ def toy():
 
 @pytest.mark.parametrize("scale, saturated", [(0.5, 0.02), (1, 0.38), (2, 0.75), (4, 0.98), (32, 1)])
 def test_fact_14_through_the_published_head(scale, saturated):
-    """What looks like robustness is the share of images whose gradient is NaN; the report must say so."""
+    """The apparent robustness is the share of images whose gradient is NaN; the report must say so."""
     model = Linear(scale, method="peel_reference")
     x, y = toy_data(model, 256)
     report = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=[PGD()], **QUIET)

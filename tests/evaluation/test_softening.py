@@ -1,4 +1,4 @@
-"""What hardens a model keeps its values and lets gradients pass; what is no threshold stays as it is."""
+"""A softened threshold keeps its values and lets gradients pass; other functions stay as they are."""
 
 import contextlib
 

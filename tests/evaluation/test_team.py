@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def one():
-    """What one process finds."""
+    """The results of one process."""
     return reports()
 
 

@@ -164,7 +164,7 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     model, x, y = digits
     honest = evaluate(model, x, y, **QUIET, name="good").to_text(color=False)
     unsuspicious = (
-        "4 of 15 signs of a failed attack were asked, and none of these gives a reason to doubt the number. Not"
+        "4 of 8 signs of a failed attack were asked, and none of these gives a reason to doubt the number. Not"
     )
     assert "of 24 images are still classified correctly after the attack within L-inf 0.2; without" in honest
     assert f"%. {unsuspicious}" in joined(honest)
@@ -187,9 +187,9 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
         (
             ("passed", "not asked"),
             True,
-            "under PGD.\n1 of 11 signs of a failed attack were asked, and none of these gives a reason to doubt the",
+            "under PGD.\n1 of 5 signs of a failed attack were asked, and none of these gives a reason to doubt the",
         ),
-        (("passed", "noted"), True, "to doubt the number. Noted: a1. Not asked: a further attack"),
+        (("passed", "noted"), True, "to doubt the number. Noted: a1. Not asked: batch size"),
         (("unreliable",), False, "unreliable: a better attack may leave less:\n- a0: found (row)"),
     ],
 )
@@ -219,10 +219,9 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
         assert "attack along the gradients of BPDA had" in joined(text)
     for text in forms(report):
         text = joined(text)
-        assert "Not asked: gradient-free against gradients, transfer" in text
-        assert "a further attack, parts and softened copies, huge radius" in text
-        assert "Most signs need short attacks; in Python, evaluate(..., probes=True) makes them." in text
-    assert "Most signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
+        assert "Not asked: missed images, batch size, noise and seeds" in text
+        assert "Several signs need short attacks; in Python, evaluate(..., probes=True) makes them." in text
+    assert "Several signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
     asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
     assert not any("which probes=True adds" in text for text in forms(asked))
 

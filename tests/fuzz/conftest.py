@@ -1,4 +1,4 @@
-"""The files of this folder are imported by each other; and how many examples they tried is told at the end."""
+"""The files of this folder are imported by each other; at the end the number of tried examples is printed."""
 
 import sys
 from pathlib import Path

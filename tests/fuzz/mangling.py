@@ -47,7 +47,7 @@ NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-45, 1e30, 2**63, -(2**63) - 1, math.nan, m
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
 COUNTS = ("steps", "n_queries", "n_target_classes", "restarts")
 SPECIAL = (math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0)
-#: What makes a tensor another one, by name.
+#: Functions that change a tensor, by name.
 TENSORS = (
     *("dtype", "special", "strided", "transposed", "expanded", "empty", "meta", "longer", "flat", "scalar"),
     *("channels_last", "reversed", "offset", "large batch"),
@@ -160,7 +160,7 @@ def names_of(function) -> list[str]:
 
 
 def named(error: Exception, names: list[str]) -> bool:
-    """Whether a refusal names one of the arguments."""
+    """Tell whether a refusal names one of the arguments."""
     return any(
         re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", str(error).replace("_", " ")) for name in names
     )
@@ -171,6 +171,6 @@ def tensors(value) -> list[Tensor]:
 
 
 def ordinary(arguments: dict) -> bool:
-    """Whether all numbers in all tensors are finite and of a size that no sum overflows with."""
+    """Tell whether all numbers in all tensors are finite and of a size that no sum overflows with."""
     parts = [t for value in arguments.values() if isinstance(value, (Tensor, list)) for t in tensors(value)]
     return all(not t.is_floating_point() or t.is_meta or bool((t.abs() < 1e4).all()) for t in parts)

@@ -1,4 +1,4 @@
-"""What fuzzing found, pinned."""
+"""Faults that fuzzing found, pinned."""
 
 import contextlib
 import math

@@ -281,7 +281,7 @@ def test_no_op_is_left_out():
 
 
 def called(op, arguments: dict):
-    """What an op gives, or the refusal."""
+    """The results of an op, or its refusal."""
     try:
         return op(**arguments), None
     except (ValueError, TypeError) as error:
@@ -335,7 +335,7 @@ def test_an_op(name, data):
 @pytest.mark.parametrize("name", OPS)
 @functools.partial(fuzzed, share=0.1)
 def test_an_op_in_a_compiled_graph(name, data):
-    """Traced as a whole, an op gives what an eager call gives; its arguments are of every shape and dtype."""
+    """Traced as a whole, an op gives what an eager call gives; its arguments have every shape and dtype."""
     op, make = OPS[name]
     arguments = make(data.draw)
     torch.compiler.reset()

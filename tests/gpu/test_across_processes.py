@@ -54,7 +54,7 @@ def launches(call: Callable[[], object]) -> int:
     ],
 )
 def test_batchnorm_is_that_of_all_images(monkeypatch, shape, dtype, layout):
-    """Of two processes with the same images; with other numbers of them: tests/training/test_distributed.py."""
+    """Two processes have the same images; tests/training/test_distributed.py has other numbers of them."""
     generator = torch.Generator().manual_seed(0)
     x, outer = (torch.randn(shape, generator=generator).to(dtype).double().to(DEVICE) for _ in range(2))
     wanted = nn.BatchNorm2d(5).double().to(DEVICE) if len(shape) == 4 else nn.BatchNorm1d(5).double().to(DEVICE)

@@ -18,7 +18,7 @@ from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.gpu
 SHAPE, CLASSES = (1, 16, 16), 10
-#: What serves each op that has a kernel for such a device.
+#: The kernel that serves each op on such a device.
 SERVED = [set(op.available[DEVICE.type]) for op in REGISTRY.values() if DEVICE.type != "cuda" or op.launch is not None]
 #: The measured default, and what every one of them has.
 BACKENDS = [None, *sorted(set.intersection(*SERVED) - {"reference"})]

@@ -24,7 +24,7 @@ SIZES = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
 
 @pytest.fixture
 def graphs(rerun) -> StepGraphs:
-    # captured whatever the launches cost: these tests are of the results
+    # captured whatever the launches cost: these tests check the results
     return StepGraphs("always", capture=None if DEVICE.type == "cuda" else rerun)
 
 

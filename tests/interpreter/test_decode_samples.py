@@ -94,7 +94,7 @@ def error(got: torch.Tensor, golden: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_every_form_with_exact_products(poisoned, monkeypatch, name):
-    """Float32: the sums are of thousands of numbers, and nothing else rounds."""
+    """Float32: each sum has thousands of numbers, and nothing else rounds."""
     given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
     assert not together(name, given)
     golden = op.reference(*doubled(given), True, False, torch.float64)

@@ -30,7 +30,7 @@ def atop_defence(**options):
     return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), **{"block": 4, **options})
 
 
-#: What takes the settings, and settings of which each is refused, with what the error says.
+#: Classes, settings that each of them refuses, and the words of the error.
 REFUSED = {
     arrest: [
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),

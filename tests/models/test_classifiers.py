@@ -16,7 +16,7 @@ from purify_fast.training.checkpoint import save_model
 
 
 def digest(state):
-    """Of the sorted names and shapes."""
+    """The hash of the sorted names and shapes."""
     return hashlib.sha256(repr(sorted((name, tuple(t.shape)) for name, t in state.items())).encode()).hexdigest()
 
 

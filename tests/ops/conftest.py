@@ -1,4 +1,4 @@
-"""What every op's contract is checked with: two functions, as fixtures."""
+"""Two functions that check every op's contract, as fixtures."""
 
 from collections.abc import Callable, Sequence
 

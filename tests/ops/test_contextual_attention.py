@@ -78,7 +78,7 @@ def test_another_scale(backend):
 
 
 def test_backward_is_the_derivative():
-    """Of the written-out gradient, by autograd through the reference."""
+    """The derivative of the written-out gradient, by autograd through the reference."""
     for shape in ((2, 3, 6, 10), (1, 3, 8, 4)):
         correlation, inverse, keep, *rest = between(*shape, dtype=torch.float64)
         correlation.requires_grad_(), inverse.requires_grad_()

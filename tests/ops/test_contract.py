@@ -1,4 +1,4 @@
-"""What holds for every op: one table of the public functions, one test for each promise, one table of refusals."""
+"""The rules for every op: one table of the public functions, one test for each promise, one table of refusals."""
 
 import math
 from collections.abc import Callable
@@ -211,7 +211,7 @@ DIFFERENTIABLE = [name for name, function in FUNCTIONS.items() if function.gradi
 
 
 def batches(function: Function) -> list[int | None]:
-    """Of each tensor the dimension of the samples."""
+    """The dimension of the samples of each tensor."""
     fewer, more = function.make(6), function.make(7)
     pairs = zip(fewer, more, strict=True)
     return [next((d for d in range(a.dim()) if a.shape[d] != b.shape[d]), None) for a, b in pairs]

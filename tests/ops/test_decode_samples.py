@@ -49,7 +49,7 @@ def test_gradients_of_the_op(squash):
 
 
 def test_white_pixels_keep_their_gradient(monkeypatch):
-    """Of an image in bfloat16, where the sigmoid of 6.5 is 1."""
+    """The image is in bfloat16, where the sigmoid of 6.5 is 1."""
     condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
     biases[-COLUMN_TILE:] = 6.5
     monkeypatch.setattr(type(op.OP), "uses_reference", lambda *_: False)  # as where a kernel serves

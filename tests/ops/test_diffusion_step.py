@@ -28,7 +28,7 @@ def named(batch: int, step: Tensor = STEP) -> dict[str, Tensor]:
 
 
 def coefficients(dtype: torch.dtype = torch.float32, **changes: float) -> Tensor:
-    """Of a step that clips at 1, with the changes."""
+    """The arguments of a step that clips at 1, with the changes."""
     given = dict(zip(op.COEFFICIENTS, (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0), strict=True))
     return torch.tensor(list((given | changes).values()), dtype=dtype)
 

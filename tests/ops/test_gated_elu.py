@@ -67,7 +67,7 @@ def test_far_out_nothing_is_lost(backend):
 
 
 def test_no_copy_of_the_features_in_either_layout(monkeypatch):
-    """What backward saves is the features' own storage, and nothing else."""
+    """Backward saves the features' own storage, and nothing else."""
     bits = (2 * 6 * 5 * 7).bit_length()
     monkeypatch.setitem(op.OP.served, Call(torch.device("cpu"), "", torch.float32, bits), "opaque")
     for memory_format in (torch.contiguous_format, torch.channels_last):

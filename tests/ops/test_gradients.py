@@ -41,7 +41,7 @@ def smallest(name: str) -> Case:
 
 
 def gradients(case: Case, plain: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """Of the sum of the outputs, by every floating-point input: through the definition, or through the op."""
+    """The gradients of the outputs' sum by every floating-point input: through the definition, or the op."""
     monkeypatch.setattr(Op, "uses_reference", lambda *_: plain)
     given = [x.detach().requires_grad_(x.is_floating_point()) for x in case.inputs()]
     out = case.call(*given)

@@ -44,7 +44,7 @@ def test_linf_is_bit_exact(backend, poisoned, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("norm", [2, 1])
 def test_l2_and_l1(backend, within_budget, poisoned, norm, shape, dtype):
-    """Of the radii of l1 some cut and some do not: |x - x_nat| is 0.05 in the mean."""
+    """Some radii of l1 cut and some do not: |x - x_nat| is 0.05 in the mean."""
     x, grad, nat = inputs(*shape, dtype=dtype)
     scales = (20, 10) if norm == 2 else [math.prod(shape[1:])] * 2
     alpha, eps = (scale * radius for scale, radius in zip(scales, radii(shape[0]), strict=True))

@@ -255,7 +255,7 @@ def test_from_the_smallest_to_the_largest_norms(backend, kind):
 
 
 def test_channels_last_maps_are_not_copied(backend):
-    """What the op is given are views of the maps."""
+    """The op receives views of the maps."""
     u, v = (x.to(memory_format=NHWC) for x in inputs(2, 16, 5, 3))
     leaf = u.requires_grad_()
     out = representation_distance([leaf], [v])

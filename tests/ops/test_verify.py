@@ -196,7 +196,7 @@ def test_what_takes_seconds_shows_its_progress(make, monkeypatch, capsys):
 
 
 def test_on_a_gpu_calls_of_a_variant_and_dtype_are_verified_by_themselves(make, monkeypatch, folder):
-    """A part that is wrong does not serve; the others do, and what holds in a run is told part by part."""
+    """A part that is wrong does not serve; the others do, and a run reports them part by part."""
     kernel = counted(lambda x: 3 * x if x.dtype == torch.bfloat16 else x + x)
     op = make(kernel)
     monkeypatch.setattr(verify, "_part", lambda call: Call(call.device, call.variant, call.dtype))

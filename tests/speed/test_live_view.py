@@ -107,7 +107,7 @@ def test_after_training_and_refresh_the_view_is_the_classifier(name):
         assert exact.folded == fast.folded == MODELS[name][1]
     first = function(exact, x)
     train(model)
-    assert all(torch.equal(a, b) for a, b in zip(function(exact, x), first, strict=True))  # not before it is told
+    assert all(torch.equal(a, b) for a, b in zip(function(exact, x), first, strict=True))  # not before it is asked to
     # a second time too it starts from the classifier, not from the folded weights
     for view in (exact, exact, fast):
         view.refresh(model)

@@ -1,4 +1,4 @@
-"""What the files of this folder share: they import from each other."""
+"""The files of this folder import from each other."""
 
 import sys
 from pathlib import Path

@@ -23,7 +23,7 @@ def task(width=2, **options):
 
 
 def same(one, other):
-    """Whether two tasks or state dicts have equal weights."""
+    """Tell whether two tasks or state dicts have equal weights."""
     one, other = (each if isinstance(each, dict) else each.model.state_dict() for each in (one, other))
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 

@@ -1,4 +1,4 @@
-"""What listens to a training: foreign loggers, JSONL, TensorBoard, the bar."""
+"""Listeners to a training: foreign loggers, JSONL, TensorBoard, the bar."""
 
 import json
 import math

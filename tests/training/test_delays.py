@@ -141,7 +141,7 @@ def test_a_delay_in_images_needs_to_know_the_batch():
 
 
 def test_the_doubled_range_of_the_released_code_reaches_the_classifier():
-    """What the classifier is given in the cross-entropy is 2x - 1 of what it is given everywhere else."""
+    """In the cross-entropy the classifier gets 2x - 1, where it gets x everywhere else."""
     x, y = images()
     for kind, negative in (("unit", False), ("doubled", True)):
         task, least = atop(cls_delay=0, classifier_range=kind), []

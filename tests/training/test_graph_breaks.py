@@ -20,7 +20,7 @@ def arrest(**options):
     return arrest_task(attack=attack(alpha=EPS / 2), **options)
 
 
-#: Of each method: how many breaks there are with PGD-2 (AToP's published attack: FGSM).
+#: The number of breaks of each method with PGD-2 (AToP's published attack: FGSM).
 STEPS = [
     pytest.param(arrest, 14, id="ARREST"),
     pytest.param(lambda: arrest(replay=False), 8, id="ARREST, no replay"),

@@ -1,4 +1,4 @@
-"""What a training step and its attack wait for: on a GPU, each of these operators stops the host until it is done.
+"""The waits of a training step and its attack: on a GPU, each of these operators stops the host until it is done.
 
 The operators are counted on the CPU as PyTorch dispatches them. A tensor made of Python numbers counts too, because it
 is copied to the device, which waits.
@@ -76,7 +76,7 @@ def defence() -> Carso:
 
 
 def probe(steps: int, run=pgd, model=None, **options) -> Counter:
-    """What an attack of so many steps waits for."""
+    """The operators that an attack of so many steps waits for."""
     torch.manual_seed(0)
     model, step = SmallCNN(width=4).eval() if model is None else model(), batch()
     y = model(step.x).argmax(1).detach()

@@ -244,7 +244,7 @@ def test_a_patience_that_is_none(monkeypatch, text):
 
 
 def test_two_nodes_on_one_machine(few_images, tmp_path):
-    """Of each node's processes this is the first."""
+    """This is the first of each node's processes."""
     words = ["classifier", "--width", "2", "--epochs", "2", "--batch-size", "20", "--out", str(tmp_path / "run")]
 
     def work():

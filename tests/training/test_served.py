@@ -55,7 +55,7 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
 
 
 def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itself(monkeypatch, kernel_cache):
-    """What is wrong in the first process serves in none; what was right there says nothing about another GPU."""
+    """A kernel that is wrong in the first process serves in none; a right one there says nothing about another GPU."""
     verified, real = [], verify._verify
     monkeypatch.setattr(verify, "_verify", lambda part, device: verified.append(part.name) or real(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))

@@ -11,7 +11,8 @@ from typing import Any
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
-from . import honest as _honest  # noqa: F401 (with the defences it fills the table of entries)
+from . import honest as _honest  # noqa: F401 (each fills the table of entries, the first with the defences)
+from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
 
 FILE = "broken.json"

@@ -26,6 +26,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "mnist-pgd-at": ON_MNIST,
     "mnist-arrest": {
         **ON_MNIST,
+        "images": 200,
         "why": "ARREST's finetuning left gradients that mislead: Square finds 12 of 200 images that every attack by "
         "gradients missed, so the true number is lower than theirs",
     },

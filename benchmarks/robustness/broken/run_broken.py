@@ -84,11 +84,11 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     report = evaluate(
         models[0], x[:n], y[:n], eps=entry.eps, steps=steps, max_forward_batch=1000, progress=False, **how
     )
-    flags = [one.alarm for one in report.findings if one.verdict == "unreliable"]
+    flags = [one.alarm for one in report.findings if one.beside_headline]
     return {
         "clean": report.row("clean").accuracy,
         "robust": "".join("01"[bool(image)] for image in report.headline.robust),
-        "unreliable": flags if "protocol" in how and not report.headline.reliable else [],
+        "unreliable": flags if "protocol" in how else [],
     }
 
 
@@ -100,14 +100,16 @@ def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
     return dataclasses.replace(spec, attack=dataclasses.replace(attack, steps=min(steps, attack.steps), restarts=1))
 
 
-def settings_of(judge: str, chosen: argparse.Namespace) -> dict[str, int]:
-    """The settings of a judge's results.
+def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, int]:
+    """The settings of a judge's result.
 
     Args:
+        name: of the model.
         judge: one of `JUDGES`.
         chosen: the options of the command.
     """
-    most = min(chosen.images, STRONG_IMAGES) if judge == STRONG else chosen.images
+    most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
+    most = min(most, STRONG_IMAGES) if judge == STRONG else most
     return {"images": min(4, most), "steps": 2} if chosen.quick else {"images": most, "steps": broken_tables.STEPS}
 
 
@@ -143,7 +145,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--judges", nargs="+", choices=JUDGES, default=JUDGES, help="these judges alone; all by default"
     )
     parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="these judges once more")
-    parser.add_argument("--images", type=options.at_least_one, default=100, help="at most so many; 100 by default")
+    parser.add_argument("--images", type=options.at_least_one, help="at most so many; all of a model's by default")
     parser.add_argument("--minutes", type=options.seconds, default=math.inf, help="begin nothing that would end later")
     parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
     parser.add_argument("--quick", action="store_true", help="4 images, 2 steps: that it works, no numbers")
@@ -157,7 +159,7 @@ def main(chosen: argparse.Namespace) -> str:
 
     def is_done(name: str, judge: str) -> bool:
         known = kept.get((name, judge), {})
-        as_asked = known.get("settings") == settings_of(judge, chosen)
+        as_asked = known.get("settings") == settings_of(name, judge, chosen)
         return as_asked and known.get("code") == code(name, judge) and judge not in chosen.redo
 
     asked = [(name, judge) for judge in chosen.judges for name in chosen.only or ENTRIES]
@@ -166,7 +168,7 @@ def main(chosen: argparse.Namespace) -> str:
     def run(name: str, judge: str) -> None:
         if not is_asked(name, judge, read(out)):
             return
-        result = judged(name, judge, settings_of(judge, chosen), chosen.data)
+        result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
         # read again: another process may judge other models meanwhile
         others = [one for one in read(out) if (one["model"], one["judge"]) != (name, judge)]
         write_text(out / FILE, json.dumps([*others, result], indent=1) + "\n")

@@ -23,8 +23,8 @@ MISSING: dict[Missing, str] = {
 
 #: The surrogates that take a purifier for the identity backward, as BPDA does, by the name of their class.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
-#: Restarts, and draws per gradient, from which on more of them are not advised.
-MANY_RESTARTS, MANY_DRAWS = 5, 20
+#: Draws per gradient, from which on more of them are not advised.
+MANY_DRAWS = 20
 
 #: The verdicts on the number, in words for the reader of a report.
 STATES = {
@@ -111,7 +111,6 @@ class Evidence:
             if of("nearest"):
                 continue
             tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
-            tried |= {"restarts"} if (of("restarts") or 1) >= MANY_RESTARTS else set()
             tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
         return tried
 

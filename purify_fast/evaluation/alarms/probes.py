@@ -25,12 +25,9 @@ from .answers import Before, in_parts
 
 #: Steps of the short attacks on remaining images, and of those of the sweeps.
 STEPS, SWEEP = 20, 10
-#: Shares of the report's radius that the sweep tries, before the radius at which every image is within reach.
-RADII = (0.5, 1.0, 2.0, 4.0)
-#: The numbers of steps in the sweep over steps; the sweep over the radius adds one more.
+#: The numbers of steps in the sweep over steps.
 ITERATIONS = (1, 3, 10, 30)
 DRAWS = (1, 4, 16)
-STARTS = 5
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9
 #: Number of surrogates of a model with gates or thresholds, by which a probe's time is estimated.
@@ -50,13 +47,9 @@ class Probes:
 
     Args:
         n: number of images.
-        chance: one over the number of classes.
-        eps: curve over the radius in image units; the last radius is huge.
         steps: curve over the steps of the attack; images that fell to fewer steps count as fallen.
         eot: curve over the draws averaged per step; empty for a model that predicts the same every time.
         samples: curve over the number of samples K of a defence that has samples.
-        one_start: accuracy left by one random start, on average.
-        all_starts: accuracy left by all of them.
         cosine: cosine between promised and measured changes, or the reason why there is none, in words.
         batch_changes: share of the predictions that depend on the batch; None: cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
@@ -73,11 +66,7 @@ class Probes:
     """
 
     n: int
-    chance: float
-    eps: Curve
     steps: Curve
-    one_start: float
-    all_starts: float
     cosine: float | answers.Missing
     batch_changes: float | None
     eot: Curve = field(default_factory=list)
@@ -94,7 +83,7 @@ class Probes:
 
     def curves(self) -> dict[str, list[list[float]]]:
         """The curves, by the name of their setting, without empty curves."""
-        named = {"eps": self.eps, "steps": self.steps, "samples K": self.samples, "EOT draws": self.eot}
+        named = {"steps": self.steps, "samples K": self.samples, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
@@ -103,10 +92,7 @@ class AskedBefore:
     """Measurements made before the attacks of the report, in plain values.
 
     Args:
-        sweeps: the curves over the radius and the steps, and over draws and samples if there are any, by their names
-            in `Probes`.
-        one_start: see `Probes`.
-        all_starts: see `Probes`.
+        sweeps: the curve over the steps, and those over draws and samples if there are any, by their names in `Probes`.
         cosine: see `Probes`.
         without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
             missing.
@@ -117,8 +103,6 @@ class AskedBefore:
     """
 
     sweeps: dict[str, Curve]
-    one_start: float
-    all_starts: float
     cosine: float | answers.Missing
     without_gradient: float
     fell: list[int]
@@ -129,8 +113,7 @@ class AskedBefore:
 def cost(subject: Subject, context: AttackContext) -> int:
     """An upper estimate of the images that the probes give to the model, each pass of an image counted."""
     draws, judges = _draws(subject, context)
-    attacks = [*[SWEEP] * STARTS, *[SWEEP] * len(_radii(context, subject.x)), *ITERATIONS]
-    passes = sum(attacks) * draws + len(attacks) * judges
+    passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
     passes += (1 + USUAL_SURROGATES) * (_targets(subject) * STEPS * draws + judges)
     if subject.is_random:
         passes += SWEEP * sum(DRAWS) + len(DRAWS) * judges
@@ -163,11 +146,7 @@ def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str
     samples = getattr(subject.single, "samples", None)
     if isinstance(samples, int) and samples > 1:
         made["samples"] = lambda: _over_samples(subject.single, samples, short)
-
-    def start(seed: int) -> Tensor:
-        return short.robust(seed=1 + seed).cpu()
-
-    return made | {f"start {seed}": partial(start, seed) for seed in range(STARTS)}
+    return made
 
 
 def asked_before(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> AskedBefore:
@@ -179,7 +158,6 @@ def asked_before(before: Before, context: AttackContext, measured: Mapping[str, 
         measured: results of `parts`.
     """
     subject, x, y = before.subject, before.x, before.y
-    together = torch.stack([measured[f"start {seed}"] for seed in range(STARTS)])
     some = slice(subject.batch_size)
     sweeps, fell, copies, absent = measured["sweeps"]
     if subject.is_random:
@@ -187,8 +165,6 @@ def asked_before(before: Before, context: AttackContext, measured: Mapping[str, 
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
     return AskedBefore(
         sweeps=sweeps | {"samples": measured.get("samples", [])},
-        one_start=float(together.float().mean()),
-        all_starts=float(together.all(0).float().mean()),
         cosine=cosine,
         without_gradient=without,
         fell=fell,
@@ -216,12 +192,8 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
 
     probes = Probes(
         n=len(x),
-        chance=1 / subject.num_classes,
-        one_start=asked.one_start,
-        all_starts=asked.all_starts,
         cosine=asked.cosine,
         batch_changes=answers.batch_changes(subject, x),
-        eps=asked.sweeps["eps"],
         steps=asked.sweeps["steps"],
         eot=asked.sweeps.get("eot", []),
         samples=asked.sweeps["samples"],
@@ -244,32 +216,22 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
 def _sweeps(
     short: _Short, subject: Subject
 ) -> tuple[dict[str, Curve], list[int], dict[str, list[int]], dict[str, str]]:
-    """The curves over the steps and the radius, and the images that fall to own gradients and to surrogates'.
+    """The curve over the steps, the images that fall to own gradients, and those that fall to surrogates', by name.
 
-    Images that fell to fewer steps are not attacked again. Images that withstood in the report's ball count as right
-    in a smaller ball. In larger balls every image is attacked, since masked gradients may make a larger radius leave
-    more.
+    Images that fell to fewer steps are not attacked again.
     """
-    eps, standing, plain = float(short.context.eps), short.right(), None
-    right, steps = standing, []
+    right = standing = short.right()
+    steps = []
     for count in ITERATIONS:
         standing = short.robust(standing, steps=count)
         steps.append((float(count), _share(standing)))
-        plain = standing if count <= SWEEP else plain
-    plain = standing if plain is None else plain
-    radii: Curve = []
-    for radius in _radii(short.context, short.x):
-        if radius < eps:
-            radii.append((radius, _share(plain | short.robust(right & ~plain, eps=radius))))
-        else:
-            radii.append((radius, _share(plain if radius == eps else short.robust(right, eps=radius))))
     standing = standing & ~short.fallen(standing, None)
     own, copies, absent = right & ~standing, dict[str, list[int]](), dict[str, str]()
     if bool(standing.any()):
-        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, eps), absent):
+        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, short.context.eps), absent):
             fell = short.fallen(standing, surrogate)
             standing, copies[name] = standing & ~fell, fell.int().tolist()
-    return {"steps": steps, "eps": radii}, own.int().tolist(), copies, absent
+    return {"steps": steps}, own.int().tolist(), copies, absent
 
 
 def _share(which: Tensor) -> float:
@@ -289,13 +251,11 @@ class _Short:
         """Mask of the images that are right without an attack, bool ``[n]``."""
         return self._mostly_right(self.x, self.y)
 
-    def robust(self, among: Tensor | None = None, *, eps: float | None = None, seed: int = 0, **options: Any) -> Tensor:
+    def robust(self, among: Tensor | None = None, **options: Any) -> Tensor:
         """Mask of the images that are right after Auto-PGD on the margin, bool ``[n]``; others count as wrong.
 
         Args:
             among: mask of the images that are attacked, bool ``[n]``; None for all.
-            eps: the radius; None: that of the report.
-            seed: seed of the random start.
             **options: further options of `apgd`.
         """
         torch.manual_seed(self.context.seed)
@@ -304,14 +264,14 @@ class _Short:
             return right
         at = right.nonzero()[:, 0]
         settings: dict[str, Any] = {"steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
-        right[at] = self._mostly_right(self._attacked(at, eps=eps, seed=seed, **settings), self.y[at])
+        right[at] = self._mostly_right(self._attacked(at, **settings), self.y[at])
         return right
 
-    def _attacked(self, at: Tensor, *, eps: float | None = None, **options: Any) -> Tensor:
+    def _attacked(self, at: Tensor, **options: Any) -> Tensor:
         """The images at these places, int64, after Auto-PGD."""
         context = self.context
         return apgd(
-            self.model, self.x[at], self.y[at], eps=context.eps if eps is None else eps, norm=context.norm,
+            self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm,
             judge_draws=self.judges, sample_ids=at, precision="auto", copies=context.copies,
             max_forward_batch=context.max_forward_batch or context.batch_size, **options,
         )  # fmt: skip
@@ -338,14 +298,6 @@ class _Short:
     def accuracy(self, **options: Any) -> float:
         """The share of right images."""
         return _share(self.robust(**options))
-
-
-def _radii(context: AttackContext, x: Tensor) -> list[float]:
-    """The radii of the sweep, and a radius within which every image lies."""
-    size = x[0].numel()
-    whole = {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[context.norm]
-    eps = float(context.eps)
-    return [*(share * eps for share in RADII if share * eps < whole), whole]
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ apply to a model. To add an alarm, write it here below `alarm`. Alarms are asked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ from .probes import STEPS, Probes
 MOST_MISSED = 0.03
 #: Gradients are wrong if the cosine between the changes that they promise and the measured changes is below this.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
-#: The number of points by which five random starts may be stronger than a single start, on average.
-START_UNRELIABLE, START_NOTED = 0.15, 0.08
+#: The number of points by which gradients over many draws may be stronger than those over a few.
+DRAWS_UNRELIABLE, DRAWS_NOTED = 0.15, 0.05
 #: The share of the correctly classified images whose class may change from draw to draw.
-NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
-#: The share of the predictions that rounding may change, and how many images a short attack may miss.
-ROUNDED, FEW = 0.02, 4
+VARYING = 0.03
+#: The share of the predictions that rounding may change.
+ROUNDED = 0.02
 #: The least number of images that counts as a difference: one or two of a few images are a large share by luck.
 MORE_THAN_LUCK = 3
 
@@ -99,7 +99,6 @@ class Advice(NamedTuple):
 #: Stronger attacks, in the words of an advice. `Evidence.tried` tells which of them ran.
 EFFORTS = {
     "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
-    "restarts": "give the attacks restarts, as PGD(restarts=5)",
     "draws": "average each gradient over more draws (eot_iter=20)",
     "strong": "run the protocol strong",
 }
@@ -109,21 +108,12 @@ WRITTEN_FOR_IT = (
     "(model, x, y), may find more"
 )
 _OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
-_SATURATED = "look for saturated outputs, rounding or clipping"
 #: Advice for each sign that gives a reason to doubt the number.
 ADVICE = {
     "finite predictions": Advice(_OVERFLOW),
     "logits": Advice("return the logits, as they are before a softmax or argmax"),
-    "gradient-free against gradients": Advice("the gradients mislead", ("BPDA", "strong")),
-    "transfer against gradients": Advice("the gradients mislead", ("BPDA", "strong")),
-    "a further attack": Advice("a short attack finds what the attacks of the report left", ("strong",)),
-    "parts and softened copies": Advice("the gradients of these copies find what the model's own do not", ("strong",)),
-    "huge radius": Advice(f"the attacks fail even where they must succeed: {_SATURATED}"),
-    "radius sweep": Advice(f"the attack fails at the larger radius: {_SATURATED}"),
-    "random start": Advice("the result depends on where an attack begins", ("restarts", "strong")),
-    "gradients against differences": Advice(
-        "look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong")
-    ),
+    "gradient health": Advice("look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong")),
+    "missed images": Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")),
     "batch size": Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
     "noise and seeds": Advice("set no seed in forward", ("draws", "strong")),
     "same answer again": Advice(
@@ -152,15 +142,15 @@ def _advice(finding: Finding, evidence: Evidence) -> str:
 
 
 def _kind_of_advice(finding: Finding, evidence: Evidence) -> Advice:
-    if finding.alarm not in ("gradient health", "gradients against differences"):
+    if finding.alarm != "gradient health":
         return ADVICE[finding.alarm]
-    missing = "" if evidence.probes is None else evidence.probes.cosine
-    if isinstance(missing, str) and missing:
-        return WITHOUT_GRADIENTS[missing]
-    if finding.alarm in ADVICE:
+    cosine = None if evidence.probes is None else evidence.probes.cosine
+    if isinstance(cosine, str):
+        return WITHOUT_GRADIENTS[cosine]
+    lacking = [row.health for row in evidence.with_counted_gradients() if row.lacked_gradients and row.health]
+    if not lacking:
         return ADVICE[finding.alarm]
-    broken = [row.health for row in evidence.with_counted_gradients() if row.lacked_gradients and row.health]
-    return WITHOUT_GRADIENTS["not finite" if any(health["nonfinite"] for health in broken) else "zero gradient"]
+    return WITHOUT_GRADIENTS["not finite" if any(health["nonfinite"] for health in lacking) else "zero gradient"]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -226,163 +216,105 @@ def logits(evidence: Evidence) -> Outcome | None:
 
 @alarm("gradient health")
 def gradient_health(evidence: Evidence) -> Outcome:
-    """Alarm if no attack through the whole model had gradients to work with."""
+    """Alarm if no attack through the whole model had usable gradients, or the model does not change as they say."""
     counted = evidence.with_counted_gradients()
-    if not counted:
-        return "not asked", "no attack counted the gradients of the model itself", ""
-    broken = [row for row in counted if row.lacked_gradients]
+    lacking = [row for row in counted if row.lacked_gradients]
+    verdict, text, row = _of_counted(counted, lacking) if counted else ("not asked", "", "")
+    if verdict == "unreliable" or evidence.probes is None:
+        return verdict, text or "no attack counted the gradients of the model itself", row
+    cosine, probe = evidence.probes.cosine, "probe: small steps in random directions"
+    if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
+        # predictions that are not finite are a sign of their own
+        return verdict, text or MISSING[cosine], row
+    if isinstance(cosine, str):
+        return "unreliable", MISSING[cosine], probe
+    told = f"cosine {cosine:.2f} between the changes that gradients promise and those that are measured"
+    if cosine < WRONG_GRADIENTS:
+        return "unreliable", told, probe
+    text = f"{text}; {told}" if text else told
+    noted = verdict == "noted" or not cosine >= ODD_GRADIENTS
+    return _verdict(False, noted), text, row or (probe if noted else "")
+
+
+def _of_counted(counted: Sequence[Row], lacking: Sequence[Row]) -> Outcome:
+    """The outcome of the gradients that attacks counted.
+
+    Args:
+        counted: attacks along the model's own gradients.
+        lacking: those of them that lacked usable gradients.
+    """
     # Attacks without gradients, or along those of other models, are not among them.
     along = followed(counted)
-    if not broken:
-        all_of = f"the attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
-        return "passed", f"{all_of} had finite gradients that moved the images", ""
-    shares = f"not finite / zero / images not moved: {broken[0].describe_health()}"
-    if len(broken) < len(counted):
-        text = f"{len(broken)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
-        return "noted", text, broken[0].attack
-    all_of = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
-    return "unreliable", f"{all_of} lacked usable ones; {shares}", broken[0].attack
+    every = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
+    if not lacking:
+        return "passed", f"{every} had finite gradients that moved the images", ""
+    shares = f"not finite / zero / images not moved: {lacking[0].describe_health()}"
+    if len(lacking) < len(counted):
+        some = f"{len(lacking)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
+        return "noted", some, lacking[0].attack
+    return "unreliable", f"{every} lacked usable ones; {shares}", lacking[0].attack
 
 
-@alarm("gradient-free against gradients")
-def gradient_free_beats_gradients(evidence: Evidence) -> Outcome:
-    """Alarm if an attack without gradients breaks images that attacks with gradients left."""
-    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE, "without gradients")
+@alarm("missed images")
+def missed_images(evidence: Evidence) -> Outcome:
+    """Alarm if attacks along the model's own gradients leave images that other or shorter attacks break."""
+    outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
+    if not outcomes:
+        return "not asked", "only attacks along the model's own gradients ran, or no image was left", ""
+    worst = next((each for verdict in ("unreliable", "noted") for each in outcomes if each[0] == verdict), outcomes[0])
+    return worst[0], "; ".join(text for verdict, text, _ in outcomes if verdict == worst[0]), worst[2]
 
 
-@alarm("transfer against gradients")
-def transfer_beats_gradients(evidence: Evidence) -> Outcome:
-    """Alarm if images of another model, or its gradients, break images that the model's own gradients left."""
-    return _beaten(evidence, lambda row: row.transferred, "on another model, or along its gradients,")
-
-
-def _beaten(evidence: Evidence, other: Callable[[Row], bool], kind: str) -> Outcome:
+def _missed_by_rows(evidence: Evidence) -> Outcome | None:
+    """Images that fell to attacks without the model's own gradients alone; None if no such attack ran, or no other."""
     fallen = evidence.fallen()
     own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
-    others = [(row, mask) for row, mask in fallen if other(row)]
+    others = [(row, mask) for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred]
     if not own or not others:
-        missing = "along the model's own gradients" if others else kind
-        return "not asked", f"no attack {missing} ran", ""
+        return None
     full = max(row.n for row, _ in fallen)
-    by_gradients, by_others = np.zeros(full, dtype=bool), np.zeros(full, dtype=bool)
+    by_own = np.zeros(full, dtype=bool)
     for row, mask in own:
-        by_gradients[: row.n] |= mask
-    for row, mask in others:
-        by_others[: row.n] |= mask
-    count = int((by_others & ~by_gradients).sum())
-    best = max(others, key=lambda pair: int((pair[1] & ~by_gradients[: pair[0].n]).sum()))[0]
-    text = f"{count} of {full} images fell to such an attack and withstood every one by the model's own gradients"
-    verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
-    return verdict, text, best.attack if count else ""
+        by_own[: row.n] |= mask
+    more = {row.attack: mask & ~by_own[: row.n] for row, mask in others}
+    by_others = np.zeros(full, dtype=bool)
+    for mask in more.values():
+        by_others[: len(mask)] |= mask
+    count = int(by_others.sum())
+    best = max(more, key=lambda name: int(more[name].sum()))
+    text = (
+        f"{count} of {full} images withstood every attack along the model's own gradients and fell to an attack "
+        "without them"
+    )
+    return _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full), text, best if count else ""
 
 
-# -- of probes --------------------------------------------------------------------------------------------------------
-
-
-@alarm("a further attack", of_probes=True)
-def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if a short attack breaks images that the attacks of the report left."""
-    if probes.further is None:
-        return "not asked", "no image was left", ""
-    return _unless_blind(evidence, *_missed({"the model itself": probes.further}, probes.n))
-
-
-def _unless_blind(evidence: Evidence, verdict: Verdict, text: str, row: str) -> Outcome:
-    """The outcome of attacks along the model's gradients; without gradients they could not have found anything."""
-    blind = evidence.blind()
-    return ("not asked", f"{blind}; {text}", row) if blind and verdict != "unreliable" else (verdict, text, row)
-
-
-@alarm("parts and softened copies", of_probes=True)
-def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if gradients of the model's parts or of softened copies break images that its own gradients left."""
+def _missed_by_report(evidence: Evidence) -> Outcome | None:
+    """Images that all attacks left and a short attack before them broke; None if none could have told."""
+    probes = evidence.probes
+    if probes is None:
+        return None
     reasons: dict[str, list[str]] = {}
     for name, reason in probes.absent.items():
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
-    if not probes.missed:
-        none = (
-            "no image was left" if probes.further is None else "the model has no parts or copies with other gradients"
-        )
-        return ("noted", absent, "") if absent else ("not asked", none, "")
-    verdict, text, row = _missed(probes.missed, probes.n)
-    if absent:
-        return _verdict(verdict == "unreliable", noted=True), f"{text}; {absent}", row
-    return verdict, text, row
-
-
-def _missed(missed: dict[str, int], n: int) -> Outcome:
-    """Images that short attacks broke and the report's attacks left, by the model whose gradients were followed."""
+    missed = dict(probes.missed)
+    # without gradients, a short attack along them finds nothing either
+    if probes.further is not None and (probes.further or not evidence.blind()):
+        missed = {"the model itself": probes.further} | missed
+    if not missed:
+        return ("noted", absent, "") if absent else None
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
-    text = f"{count} of {n} images withstood every attack of the report, but fell to {gradients}"
+    text = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
     if not count:
-        text = f"{gradients} broke none of the first {n} images that the report's attacks had left"
-    verdict = _verdict(_surely_more(count, MOST_MISSED, n), noted=count > 1)
+        text = f"{gradients} broke none of the first {probes.n} images that the report's attacks had left"
+    text = f"{text}; {absent}" if absent else text
+    verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
 
 
-@alarm("huge radius", of_probes=True)
-def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if images are left at a radius at which every image may become any other."""
-    (radius, accuracy), chance = probes.eps[-1], probes.chance
-    allowed = chance + 2 * math.sqrt(chance * (1 - chance) / probes.n)
-    text = f"{100 * accuracy:.0f} % of {probes.n} images at eps {radius:.3g}"
-    # With many classes, chance is less than one image: a few images that a short attack missed prove nothing.
-    bad = accuracy > allowed and (accuracy - chance) * probes.n >= FEW
-    if bad:
-        text = f"{text}, where at most chance, {100 * chance:.0f} %, can be left"
-    else:
-        text = f"{text}, {'within luck of' if accuracy > chance else 'no more than'} chance ({100 * chance:.0f} %)"
-    return _unless_blind(evidence, _verdict(bad), text, f"probe: PGD at eps {radius:.3g}")
-
-
-@alarm("radius sweep", of_probes=True)
-def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if a larger radius leaves more images."""
-    rises = [(b[1] - a[1], a, b) for a, b in zip(probes.eps, probes.eps[1:], strict=False)]
-    rise, a, b = max(rises, key=lambda entry: entry[0])
-    if rise > 2 * math.sqrt(max(rise, 0) / probes.n) and rise * probes.n >= MORE_THAN_LUCK:
-        text = f"from eps {a[0]:.3g} to {b[0]:.3g} accuracy rises from {100 * a[1]:.0f} % to {100 * b[1]:.0f} %"
-        return "unreliable", text, f"probe: PGD at eps {b[0]:.3g}"
-    curve = ", ".join(f"{100 * accuracy:.0f} % at {eps:.3g}" for eps, accuracy in probes.eps)
-    return _unless_blind(evidence, "passed", f"accuracy does not rise with the radius: {curve}", "")
-
-
-@alarm("random start", of_probes=True)
-def random_start(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if the random start of an attack matters."""
-    gain = probes.one_start - probes.all_starts
-    one, five = 100 * probes.one_start, 100 * probes.all_starts
-    text = f"five random starts leave {five:.0f} %, one leaves {one:.0f} % on average"
-    strong = _surely_above(START_UNRELIABLE, gain, probes.n)
-    weaker = _weaker(evidence, probes.all_starts, probes.n) if strong else ""
-    verdict = _verdict(strong and not weaker, noted=gain > START_NOTED)
-    return _unless_blind(evidence, verdict, text + weaker, "probe: five random starts")
-
-
-def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
-    """A remark that the attacks of the report left less than a short attack; empty if they did not.
-
-    Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
-    """
-    left = evidence.left(n)
-    if left is None or left >= accuracy:
-        return ""
-    return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
-
-
-@alarm("gradients against differences", of_probes=True)
-def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if the model does not change as its gradients say."""
-    row = "probe: small steps in random directions"
-    if isinstance(probes.cosine, str):
-        # The alarm on gradient health covers the gradients that attacks counted.
-        counted = evidence.with_counted_gradients()
-        told = bool(counted) and all(each.lacked_gradients for each in counted)
-        return "not asked" if told else "unreliable", MISSING[probes.cosine], row
-    text = f"cosine {probes.cosine:.2f} between the changes that gradients promise and those that are measured"
-    return _verdict(probes.cosine < WRONG_GRADIENTS, noted=not probes.cosine >= ODD_GRADIENTS), text, row
+# -- of probes --------------------------------------------------------------------------------------------------------
 
 
 @alarm("batch size", of_probes=True, of_answers=True)
@@ -397,7 +329,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @alarm("noise and seeds", of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
-    """Alarm if an image withstands only because predictions and gradients are drawn anew."""
+    """Alarm if the model sets seeds, or an image withstands only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
         return "unreliable", text, "probe: the generator's state after two seeds"
@@ -409,11 +341,21 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
         f"the class of {100 * probes.varying:.0f} % of the correctly classified images changes from draw to draw; "
         f"gradients over {many:.0f} draws leave {100 * by_many:.0f} %, over {few:.0f} {100 * by_few:.0f} %"
     )
-    varies = _surely_above(NOISE_UNRELIABLE, probes.varying, probes.n)
-    gains = _surely_above(START_UNRELIABLE, gain, probes.n)
-    weaker = _weaker(evidence, by_many, probes.n) if gains and not varies else ""
-    verdict = _verdict(varies or (gains and not weaker), noted=probes.varying > NOISE_NOTED or gain > 0.05)
+    strong = _surely_above(DRAWS_UNRELIABLE, gain, probes.n)
+    weaker = _weaker(evidence, by_many, probes.n) if strong else ""
+    verdict = _verdict(strong and not weaker, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
     return verdict, text + weaker, f"probe: gradients over {many:.0f} draws"
+
+
+def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
+    """A remark that the attacks of the report left less than a short attack; empty if they did not.
+
+    Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
+    """
+    left = evidence.left(n)
+    if left is None or left >= accuracy:
+        return ""
+    return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
 
 
 @alarm("same answer again", of_probes=True, of_answers=True)

@@ -1,7 +1,7 @@
 """The published trainings of ARREST, number by number, each with its source, in ``recipes.json``.
 
 ARREST has no official code. "FAT" is a re-implementation by readers of the paper (sgmath12/FAT): ``methods.py``,
-``main.py`` and ``arrest_20ep.yaml``. What they say of the paper is second-hand.
+``main.py`` and ``arrest_20ep.yaml``. Their statements about the paper are second-hand.
 """
 
 from __future__ import annotations

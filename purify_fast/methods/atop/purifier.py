@@ -54,7 +54,7 @@ def description(purifier: nn.Module) -> dict[str, Any]:
 
 
 def rebuilt_purifier(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
-    """The purifier of a saved `description`, or the given module if it is of that kind; else ValueError."""
+    """The purifier of a saved `description`, or the given module if it has that kind; else ValueError."""
     if given is None:
         if facts["kind"] not in PURIFIERS:
             raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")

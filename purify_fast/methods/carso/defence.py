@@ -307,7 +307,7 @@ class Carso(Defence):
 
     @torch.inference_mode(False)
     def _pack(self, fast: Accelerated) -> None:
-        # Made outside inference mode, because attacks differentiate through it. What was packed before is overwritten
+        # Made outside inference mode, because attacks differentiate through it. Earlier contents are overwritten
         # where it lies, so that a captured attack step sees the new weights.
         if fast.packed is None:
             fast.packed = PackedDecoder(self.decoder)

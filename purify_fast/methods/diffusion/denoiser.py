@@ -30,7 +30,7 @@ def _diffusers_model() -> Any:
     try:
         from diffusers import UNet2DModel
     except ImportError as error:
-        raise ImportError(f"{DIFFUSERS} is of diffusers: pip install 'purify-fast[diffusion]' ({error})") from error
+        raise ImportError(f"{DIFFUSERS} needs diffusers: pip install 'purify-fast[diffusion]' ({error})") from error
     return UNet2DModel
 
 
@@ -184,7 +184,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
             (i for i, (one, other) in enumerate(zip(*shapes, strict=False)) if one != other), min(map(len, shapes))
         )
         raise ValueError(
-            f"{path}: the moving average is of {len(averaged)} tensors, the network trains {len(trained)}; "
+            f"{path}: the moving average has {len(averaged)} tensors, the network trains {len(trained)}; "
             f"number {at} is the first that differs"
         )
     with torch.no_grad():

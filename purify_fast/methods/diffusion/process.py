@@ -84,11 +84,11 @@ class Process:
         if self.solver == "one_shot" and set(counts) - {1}:
             raise ValueError(f"steps must be 1 or None for one_shot, which takes one step, got {self.steps}")
         if self.eta and self.solver != "ddim":
-            raise ValueError(f"eta is of ddim: it must be 0 for {self.solver}, got {self.eta}")
+            raise ValueError(f"eta needs ddim: it must be 0 for {self.solver}, got {self.eta}")
         noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
         if self.guidance is not None and noiseless:
             raise ValueError(
-                "guidance moves a step by the variance of its noise: it goes with ddpm, ddim with eta above 0, and "
+                "guidance moves a step by the variance of its noise: it needs ddpm, ddim with eta above 0, or "
                 f"vp_sde, got solver {self.solver!r} with eta {self.eta}"
             )
         # Making the table refuses settings that the schedule lacks. Guidance draws noise besides that of the steps.

@@ -5,7 +5,7 @@ GPU also replays of a CUDA graph, which have none of the time that the host take
 asked for, both are put into a compiled graph with neighbors to fuse with.
 
 A kernel serves eager calls of a variant, dtype and size where it is ahead in every layout and, on a GPU, in the replay
-too. What serves already keeps its place unless it is more than five percent behind: two races of the same machine then
+too. It keeps its place unless it is more than five percent behind another: two races of the same machine then
 end alike. Inside a compiled graph, where a kernel keeps its neighbors from being fused, it must be twice as fast, and
 the reference must be one that compilers do not fuse as well.
 """

@@ -33,8 +33,8 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Fold every BatchNorm that can be, in place; it is replaced by ``nn.Identity``.
 
     Args:
-        model: any module from one tensor to one tensor, in evaluation mode. What forward hooks see of its modules stays
-            the same; a layer that carries hooks itself is never folded.
+        model: any module from one tensor to one tensor, in evaluation mode. Forward hooks on its modules see the
+            same; a layer that carries hooks itself is never folded.
         example: a few inputs of the kind it gets, on its device; better random than constant.
 
     Returns:

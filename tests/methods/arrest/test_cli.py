@@ -26,7 +26,7 @@ def run(out, *options, what="arrest", data="digits"):
 
 
 def said(capsys):
-    """What was printed, without a frame's lines and the line ends."""
+    """The printed text, without a frame's lines and the line ends."""
     captured = capsys.readouterr()
     return " ".join((captured.err + captured.out).replace("│", " ").split())
 

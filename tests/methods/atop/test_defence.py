@@ -127,7 +127,7 @@ def test_shared_masks_are_one_for_the_batch():
 
 @pytest.mark.slow
 def test_the_whole_defence_is_one_graph_for_every_batch_size():
-    """Of fewer than 16 images in all, the draws counted: of more, torch chooses other convolutions on a CPU."""
+    """Fewer than 16 images in all, draws included: with more, torch chooses other convolutions on a CPU."""
     torch._dynamo.reset()
     made = defence(samples=2, sigma=0.1)
     compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")

@@ -140,7 +140,7 @@ def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
 
 
 def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
-    """What the official code computes, a discriminator whose score is cut off from g, trains g as none does."""
+    """The official code cuts the discriminator's score off from g, so it trains g as without a discriminator."""
     digits = data.load_dataset("digits")
     x, y = digits.x_train[:16], digits.y_train[:16]
 
@@ -185,7 +185,7 @@ def test_each_player_trains_alone():
 
 
 class Same(nn.Module):
-    """What it is given: the hole stays mid-grey."""
+    """The discriminator's input: the hole stays mid-grey."""
 
     def __init__(self):
         super().__init__()

@@ -148,7 +148,7 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     published = lee_kim_2023(0.1).resolved
     assert all(getattr(lee_kim.resolved, name) == value for name, value in asdict(published).items())
     assert specs[LOW].survivors_only and isinstance(specs[LOW].gradients_from, LowFrequencyGradient)
-    # steps of 0.007 are of L-inf
+    # steps of 0.007 are those of L-inf
     assert [spec.label for spec in made.strong_attacks("l2", 0.5)] == [LOW]
     # other models are attacked as before
     with torch.no_grad():

@@ -99,12 +99,12 @@ def textbook(made, x):
     return ((state + 1) / 2).unflatten(0, (len(x), -1))
 
 
-#: Of how many steps the activations are kept: of none, of some, of all, and of those that fit.
+#: Number of steps whose activations are kept: none, some, all, and those that fit.
 KEEPS = (0, 2, 99, "auto")
 
 
 def both(made, x):
-    """Of the textbook's process and of the defence: the images, and the gradient of a sum with fixed weights.
+    """The images of the textbook's process and of the defence, and the gradient of a sum with fixed weights.
 
     However many steps the defence keeps, it gives the same; the gradients agree to the last bit.
     """
@@ -126,7 +126,7 @@ def close(got, want, tolerance):
     assert (got - want).norm() <= tolerance * want.norm(), (got - want).norm() / want.norm()
 
 
-#: Solver and its options; those that guidance goes with.
+#: Solver and its options; those that allow guidance.
 SOLVERS = {
     "ddpm": {"solver": "ddpm", "steps": 4},
     "ddpm, large": {"solver": "ddpm", "steps": 4, "variance": "large", "clip": False},
@@ -170,7 +170,7 @@ def test_it_is_that_of_plain_autograd(name, prediction, guidance, shape, samples
 
 
 def test_the_published_settings_are_those_of_their_papers():
-    """Of each recipe a few steps, in float64: what its process makes of an image is what the formulas make of it."""
+    """In float64, a few steps of each recipe's process give the images that the formulas give."""
     for made in RECIPES.values():
         process = made.process()
         starts, steps = tuple(t for t, _ in process.rounds[::3]), None if process.solver == "one_shot" else 6

@@ -121,7 +121,7 @@ def test_the_sde_and_its_probability_flow(numbers):
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "vp_sde", "ode", "one_shot"])
 def test_every_solver_finds_the_image_that_the_prediction_is_of(solver):
-    """Of a denoiser that knows the image, in each of its three languages: the end is the image."""
+    """A denoiser that knows the image, in each of its three languages, ends at the image."""
     schedule = Schedule("vp") if solver in ("vp_sde", "ode") else Schedule()
     start, image, noise = 0.2, T([0.3], dtype=torch.float64), T([-1.1], dtype=torch.float64)
     times = schedule.times(start, 1 if solver == "one_shot" else 200)
@@ -170,7 +170,7 @@ REFUSED = {
     "steps must be a whole number": {"steps": 2.5},
     "one for each t_star": {"t_star": (0.1, 0.2), "steps": (3,)},
     "one_shot, which takes one step": {"solver": "one_shot", "steps": 2},
-    "eta is of ddim": {"eta": 0.5},
+    "eta needs ddim": {"eta": 0.5},
     "guidance moves a step": {"solver": "ode", "guidance": "mse"},
     "guidance moves a step by": {"solver": "ddim", "guidance": "mse"},
     "solver must be one of": {"solver": "euler"},
