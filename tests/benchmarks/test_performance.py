@@ -32,7 +32,7 @@ def test_every_op_and_pipeline_has_its_lines():
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_bytes_and_flops_are_formulas_of_symbols_that_are_explained(kind):
-    explained = set(re.findall(r"`(\w)` ", PAGE.read_text()))
+    explained = set(re.findall(r"`(\w)`\s", PAGE.read_text()))
     for op, cases in registry(kind).items():
         for case in cases():
             assert set(case.symbols) <= explained, op
