@@ -7,29 +7,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 from purify_fast._files import FolderInUse
 
-from . import (
-    convolutions,
-    evaluation,
-    gpu_check,
-    ideas,
-    instructions,
-    memory,
-    minutes,
-    pages,
-    pipelines,
-    roofline,
-    running,
-    zoo,
-)
-from .broken import command as broken
-from .ops import registry
-from .studies import Unfit, diffusion_picture
-from .studies import command as studies
-from .studies.cifar10 import robust_networks
-from .truth import command as truth
+from .gpu import gpu_check, instructions, roofline
+from .options import Unfit
+from .pages import fill
+from .robustness import contests, pack_zoo
+from .robustness.broken import run_broken
+from .robustness.studies import diffusion_picture, run_study
+from .robustness.studies.cifar10 import robust_networks
+from .robustness.truth import run_truth
+from .speed import convolutions, gradient_memory, pipelines, running
+from .speed.ops import registry
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,12 @@ class Command:
     check: Callable[[argparse.Namespace], None] = lambda chosen: None
 
 
+def _of(module: ModuleType, help: str, checked: bool = False) -> Command:
+    """The command of a module: its ``main``, its ``arguments`` if it has options, and if ``checked`` its ``check``."""
+    own = {"arguments": module.arguments} if "arguments" in vars(module) else {}
+    return Command(help, module.main, **own, **({"check": module.check} if checked else {}))
+
+
 COMMANDS = {
     "ops": Command(
         "the ops against their references", running.ops_command, partial(running.arguments, known=registry("cuda"))
@@ -58,40 +55,22 @@ COMMANDS = {
         running.pipelines_command,
         partial(running.arguments, known=pipelines.registry()),
     ),
-    "convolutions": Command(
-        "the layers of AToP's generator, ours against PyTorch's", convolutions.main, convolutions.arguments
-    ),
-    "evaluation": Command(
-        "our attacks against the official AutoAttack: strength and time", evaluation.main, evaluation.arguments
-    ),
-    "ideas": Command("what each idea of the protocols gives by itself", ideas.main, ideas.arguments),
-    "broken": Command(
-        "defences that were broken, and honest models: what reports say of them", broken.main, broken.arguments
-    ),
-    "truth": Command(
-        "how many images that fall each protocol misses, against exact answers", truth.main, truth.arguments
-    ),
-    "study": Command(
-        "what makes a defence robust: trains and attacks models", studies.main, studies.arguments, studies.check
-    ),
-    "robust_networks": Command(
-        "train a robust network for the contest of attacks", robust_networks.main, robust_networks.arguments
-    ),
-    "minutes": Command(
-        "robust accuracy against minutes of adversarial training", minutes.main, minutes.arguments, minutes.check
-    ),
-    "gpu_check": Command(
-        "what only a GPU can tell: three commands of nine minutes, resumably", gpu_check.main, gpu_check.arguments
-    ),
-    "instructions": Command("the GPU kernels' machine code, counted without a GPU", instructions.main),
-    "memory": Command("memory of the gradient through a diffusion process", memory.main, memory.arguments),
-    "diffusion_picture": Command("an image, noised, denoised step by step and purified", diffusion_picture.main),
-    "roofline": Command("how long steps should take on an H100: a model, counted", roofline.main, roofline.arguments),
+    "convolutions": _of(convolutions, "the layers of AToP's generator, ours against PyTorch's"),
+    "evaluation": _of(contests, "our attacks against the official AutoAttack: strength and time"),
+    "broken": _of(run_broken, "defences that were broken, and honest models: what reports say of them"),
+    "truth": _of(run_truth, "how many images that fall each protocol misses, against exact answers"),
+    "study": _of(run_study, "what makes a defence robust: trains and attacks models", checked=True),
+    "robust_networks": _of(robust_networks, "train a robust network for the contest of attacks"),
+    "gpu_check": _of(gpu_check, "what only a GPU can tell: three commands of nine minutes, resumably"),
+    "instructions": _of(instructions, "the GPU kernels' machine code, counted without a GPU"),
+    "memory": _of(gradient_memory, "memory of the gradient through a diffusion process"),
+    "diffusion_picture": _of(diffusion_picture, "an image, noised, denoised step by step and purified"),
+    "roofline": _of(roofline, "how long steps should take on an H100: a model, counted"),
     "ship": Command(
-        "let what purify-fast tune found on this machine ship with the package", pages.ship, pages.ship_arguments
+        "let what purify-fast tune found on this machine ship with the package", fill.ship, fill.ship_arguments
     ),
-    "zoo": Command("pack trained models into the zoo, and write their cards", zoo.main, zoo.arguments, zoo.check),
-    "report": Command("the tables and pictures again, from the CSV files", pages.main, pages.arguments),
+    "zoo": _of(pack_zoo, "pack trained models into the zoo, and write their cards", checked=True),
+    "report": _of(fill, "the tables and pictures again, from the CSV files"),
 }
 
 

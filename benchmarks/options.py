@@ -1,4 +1,4 @@
-"""Readers of the commands' options; argparse reports what is wrong with them."""
+"""Readers of the commands' options, and the error of those that do not fit; argparse reports what is wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 from purify_fast.cli.command import usable_device
+
+
+class Unfit(ValueError):
+    """Existing files or settings do not fit the request."""
 
 
 def at_least_one(text: str) -> int:

@@ -132,16 +132,27 @@ def make_data(path: Path) -> None:
 
 def environment(cache: Path) -> dict[str, str]:
     """One thread, and verdicts on kernels that are this soak's own: another race beside it changes nothing."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT),
-            "PURIFY_FAST_CACHE": str(cache)}  # fmt: skip
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(ROOT),
+        "PURIFY_FAST_CACHE": str(cache),
+    }
 
 
 def start(command: Command, out: Path, cache: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
     words = [*command.program, *command.every_word(out), *more]
     # no file, which a full disk would cut off too
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(cache if command.out else out),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment(cache if command.out else out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     process.said = []  # type: ignore[attr-defined]
     # a pipe that nobody empties would stop the process
     process.reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)  # type: ignore
@@ -331,9 +342,14 @@ class Soak:
         return kind != "clock set" or command.program == tuple(PURIFY)
 
     def disturb(
-        self, kind: str, command: Command, out: Path, act: Callable[[subprocess.Popen], object],
-        codes: tuple[int, ...] | None, more: tuple[str, ...] = (),
-    ) -> tuple[int, str]:  # fmt: skip
+        self,
+        kind: str,
+        command: Command,
+        out: Path,
+        act: Callable[[subprocess.Popen], object],
+        codes: tuple[int, ...] | None,
+        more: tuple[str, ...] = (),
+    ) -> tuple[int, str]:
         """Start a command, act at a random moment if it has not ended by itself, and wait for its end.
 
         It must end with one of these exit statuses if any are given, and without a traceback where it ends by itself.
@@ -402,8 +418,14 @@ class Soak:
             f"{words} /tmp/soak-$$/run; code=$?; cp -r /tmp/soak-$$/run/. '{out}'; umount /tmp/soak-$$; "
             f"rmdir /tmp/soak-$$; exit $code"
         )
-        errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(self.cache),
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        errors = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script],
+            cwd=ROOT,
+            env=environment(self.cache),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for path in out.rglob(".purify_fast.*"):
             path.unlink()
         self.counts[command.name, "small tmpfs"] += 1
@@ -485,9 +507,10 @@ def fill_disk(process: subprocess.Popen, most: int = 100) -> None:
 
 def namespaces() -> bool:
     """Tell whether a small disk can be mounted here without being root."""
-    return shutil.which("unshare") is not None and subprocess.run(
-        ["unshare", "-rm", "true"], capture_output=True
-    ).returncode == 0  # fmt: skip
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+    )
 
 
 # -- a process that trains and attacks all the time --------------------------------------------------------------------
@@ -531,8 +554,9 @@ def work(folder: Path) -> int:
 def steady(folder: Path) -> Iterator[Callable[[], int]]:
     """Within the block, a process that does a `cycle` whenever it is asked, and tells its resident bytes."""
     words = [sys.executable, __file__, "steady", str(folder)]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(folder / "cache"), stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(folder / "cache"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdin is not None and process.stdout is not None
 
     def ask() -> int:

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from benchmarks.studies import Job
+from benchmarks.robustness.studies import Job
 
 
 def work(job: Job, folder: Path, root: Path) -> dict:

@@ -86,3 +86,11 @@ def sniffing(path: Path) -> Iterator[str]:
 def test_structure(check):
     found = [line for path in PYTHON for line in check(path)]
     assert not found, "\n".join(["", *found])
+
+
+def test_no_module_of_the_benchmarks_has_the_name_of_a_module_of_the_package():
+    """The benchmarks of an op are excepted: they have the name of the op, as its kernels and tests have."""
+    own = {path.stem for path in PYTHON} - {"__init__", "__main__"}
+    theirs = [path for path in (ROOT / "benchmarks").rglob("*.py") if path.parent != ROOT / "benchmarks/speed/ops"]
+    assert len(theirs) > 20
+    assert sorted(named(path) for path in theirs if path.stem in own) == []

@@ -1,4 +1,6 @@
-"""Instructions that each Triton kernel's machine code must and must not hold; benchmarks/ahead.py needs no GPU for it.
+"""Instructions that each Triton kernel's machine code must and must not hold.
+
+benchmarks/gpu/ahead.py needs no GPU for it.
 
 Without PURIFY_FAST_TEST_ARCHITECTURES=all, kernels are compiled for sm_90 in every dtype and for sm_120 in bfloat16,
 and their machine code is read in bfloat16.
@@ -20,7 +22,7 @@ import torch  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import RESULTS  # noqa: E402
-from benchmarks.ahead import (  # noqa: E402
+from benchmarks.gpu.ahead import (  # noqa: E402
     ARCHITECTURES,
     CASES,
     DTYPES,
@@ -34,8 +36,8 @@ from benchmarks.ahead import (  # noqa: E402
     sass,
     usage,
 )
-from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
-from benchmarks.report import read_csv  # noqa: E402
+from benchmarks.gpu.instructions import EXECUTED, RESULT, instructions  # noqa: E402
+from benchmarks.speed.sheets import read_csv  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
 
 ALL = os.environ.get("PURIFY_FAST_TEST_ARCHITECTURES") == "all"
@@ -106,9 +108,16 @@ def started_by_examples() -> set[str]:
 
 #: What adds, and so must be launched the same on every device, or is too small to be launched otherwise.
 FIXED = (
-    "*_step-l[12]*", "aggregate-*", "contextual_attention-*", "decode_samples-*", "hyperplane_projection-*",
-    "reconstruction_loss-forward", "representation_distance-[acl]*", "sample_latent-forward", "square_proposal-l[12]",
-)  # fmt: skip
+    "*_step-l[12]*",
+    "aggregate-*",
+    "contextual_attention-*",
+    "decode_samples-*",
+    "hyperplane_projection-*",
+    "reconstruction_loss-forward",
+    "representation_distance-[acl]*",
+    "sample_latent-forward",
+    "square_proposal-l[12]",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,11 +182,13 @@ def check_moves(kernel, case: str) -> None:
     for instruction, operation in (("ld", "load"), ("st", "store")):
         moves = re.findall(rf"\b{instruction}\.global\b[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", ptx)
         assert len(moves) == len(re.findall(rf"\b{instruction}\.global\b", ptx)), "an instruction was not read"
-        allowed = set().union(*(
-            sizes
-            for pattern, of, sizes, _why in NARROW
-            if of == instruction and (fnmatch(name, pattern) or fnmatch(case, pattern))
-        ))  # fmt: skip
+        allowed = set().union(
+            *(
+                sizes
+                for pattern, of, sizes, _why in NARROW
+                if of == instruction and (fnmatch(name, pattern) or fnmatch(case, pattern))
+            )
+        )
         narrow = [size for n, bits in moves if (size := int(n or 1) * int(bits) // 8) < 16 and size not in allowed]
         single = re.findall(rf"tt\.{operation} .* : !tt\.ptr<", ir)
         assert len(narrow) <= len(single), (name, instruction, narrow)
@@ -231,8 +242,13 @@ def test_a_sample_that_fits_is_read_once(case, dtype):
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.
 EXACT = (
-    "pgd_step-linf", "apgd_step-linf", "square_proposal-linf", "random_transform-*", "noisy_replay", "diffusion_step-*",
-)  # fmt: skip
+    "pgd_step-linf",
+    "apgd_step-linf",
+    "square_proposal-linf",
+    "random_transform-*",
+    "noisy_replay",
+    "diffusion_step-*",
+)
 #: Of these, those that draw normals; `random_transform` beside the blocks of its masks.
 NORMALS = ("random_transform-*", "diffusion_step-forward-[fl]*", "diffusion_step-backward-learned*")
 FUSED = r"\bfma\.rn\.f32"
@@ -251,8 +267,8 @@ def test_exact_kernels_have_no_fused_multiply_add(case, dtype):
         assert fused == (of_normals * elements if normal else 0), name_of(kernel.src.fn)
 
 
-#: Most instructions that a thread of sm_90 executes, by case and dtype; see `benchmarks.instructions.EXECUTED` for what
-#: they are counted over. A few percent above what the compilers of triton 3.6 and 3.8 make of the kernels.
+#: Most instructions that a thread of sm_90 executes, by case and dtype; see `benchmarks.gpu.instructions.EXECUTED` for
+#: what they are counted over. A few percent above what the compilers of triton 3.6 and 3.8 make of the kernels.
 BUDGETS = {
     ("stitch-forward", "bf16"): 135,
     ("stitch-forward-channels_last", "bf16"): 120,

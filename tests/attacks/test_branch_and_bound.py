@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.truth import exact
+from benchmarks.robustness.truth import exact
 from purify_fast.attacks import AttackContext, BranchAndBound, branch_and_bound, pgd
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward

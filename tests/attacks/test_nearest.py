@@ -132,9 +132,14 @@ def test_rows_of_a_random_model_and_what_is_refused():
     net, data = purify_fast.zoo.load("digits-standard"), purify_fast.data.load_dataset("digits")
     attacks = [DeepFool(), CarliniWagner(steps=40, norm="l2", eps=2.5), HopSkipJump(n_queries=300)]
     report = evaluate(
-        NoisyEnsemble(net, 0.05, 2), data.x_test[:16], data.y_test[:16], eps=0.25, attacks=attacks, eot_iter=2,
+        NoisyEnsemble(net, 0.05, 2),
+        data.x_test[:16],
+        data.y_test[:16],
+        eps=0.25,
+        attacks=attacks,
+        eot_iter=2,
         progress=False,
-    )  # fmt: skip
+    )
     assert all(row.accuracy < 0.7 for row in report.rows[1:4])
     assert report.rows[1].own_gradients and not report.rows[3].own_gradients
     for kind in (DeepFool, CarliniWagner, HopSkipJump):

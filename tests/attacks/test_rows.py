@@ -113,9 +113,12 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
         return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
 
     for attack in (
-        APGD(), APGD(restarts=2), APGD(loss="dlr"), APGD(loss="dlr_targeted"),
+        APGD(),
+        APGD(restarts=2),
+        APGD(loss="dlr"),
+        APGD(loss="dlr_targeted"),
         APGD(loss="dlr_targeted", n_target_classes=2),
-    ):  # fmt: skip
+    ):
         passes.clear()
         attack.search(never_fooled, x, y, context(health=GradientHealth()))
         assert sum(passes) == len(x) * attack.cost(context())
@@ -129,13 +132,15 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
     x, y = batch
     for attack, runs in (
-        (PGD(random_start=False, restarts=3), [
-            pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
-        ]),
-        (StAdv(restarts=3), [
-            stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
-        ]),
-    ):  # fmt: skip
+        (
+            PGD(random_start=False, restarts=3),
+            [pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
+        ),
+        (
+            StAdv(restarts=3),
+            [stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
+        ),
+    ):
         found = attack.search(model, x, y, context())
         with torch.no_grad():
             got, *each = (margin(model(images), y) for images in (found, *runs))
@@ -145,9 +150,17 @@ def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
 def test_settings_are_plain_and_say_what_was_decided():
     told = context(num_classes=3, draws_differ=True)
     assert PGD(loss="dlr").settings(told) == {
-        "loss": "dlr", "steps": 5, "alpha": None, "random_start": True, "start_std": None, "keep_best": True,
-        "restarts": 1, "eot_iter": 3, "eps": EPS, "norm": "linf",
-    }  # fmt: skip
+        "loss": "dlr",
+        "steps": 5,
+        "alpha": None,
+        "random_start": True,
+        "start_std": None,
+        "keep_best": True,
+        "restarts": 1,
+        "eot_iter": 3,
+        "eps": EPS,
+        "norm": "linf",
+    }
     targeted = APGD(loss="dlr_targeted", eps=0.5, norm="L2").settings(told)
     assert (targeted["loss"], targeted["n_target_classes"], targeted["norm"]) == ("margin", None, "l2")
     assert APGD(loss="dlr_targeted").settings(context())["n_target_classes"] == 5

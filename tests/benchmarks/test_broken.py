@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import pages
-from benchmarks.broken import active, adaptive, code, command, entry, pintor, tables
+from benchmarks.pages import fill
+from benchmarks.robustness.broken import active, adaptive, code, entry, pintor, run_broken
+from benchmarks.robustness.broken import broken_tables as tables
 from purify_fast import zoo
 from purify_fast.data import load_dataset, to_float
 
@@ -77,20 +78,27 @@ def result(model, judge, robust="", **findings):
 @pytest.mark.parametrize(
     ("robust", "alarms", "says"),
     [
-        ("1100", [], "found"), ("1110", [], "missed"), ("1110", ["missed images"], "flagged"), ("1000", [], "found"),
+        ("1100", [], "found"),
+        ("1110", [], "missed"),
+        ("1110", ["missed images"], "flagged"),
+        ("1000", [], "found"),
         # as many as the truth, of other images
         ("0011", [], "found"),
         # attacked on the first two only, both of which the adaptive attack left
         ("11", [], "found"),
     ],
-)  # fmt: skip
+)
 def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
     """What other judges left does not change it; found is within two points of it, or below."""
     each = {
         tables.ADAPTIVE: result("EMPIR", tables.ADAPTIVE, "1100"),
         tables.STRONG: result("EMPIR", tables.STRONG, robust, unreliable=alarms),
     }
-    assert tables.verdicts(each) == {tables.OFFICIAL: "-", tables.STANDARD: "-", tables.STRONG: says}
+    assert tables.verdicts(each) == {
+        tables.OFFICIAL: "-",
+        tables.STANDARD: "-",
+        tables.STRONG: says,
+    }
     assert set(tables.verdicts({tables.STRONG: each[tables.STRONG]}).values()) == {"-"}
 
 
@@ -107,7 +115,7 @@ def judging(monkeypatch):
         made |= {"found": 2, "planted": 32, "settings": settings, "code": code.code(name, judge)}
         return made
 
-    monkeypatch.setattr(command, "judged", judged)
+    monkeypatch.setattr(run_broken, "judged", judged)
     return done
 
 
@@ -126,8 +134,19 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     program.main([*arguments, "--redo", tables.STRONG])
     assert len(judging) == 21 and len(json.loads((tmp_path / tables.FILE).read_text())) == 18
     rows = lines_of(capsys.readouterr().out)
-    assert ["EMPIR (Sen et al., ICLR 2020)", entry.ENTRIES["EMPIR"].attack, tables.published("EMPIR"), "4", "100", "25",
-            "100", "100 **unreliable**", "100", "flagged", "missed"] in rows  # fmt: skip
+    assert [
+        "EMPIR (Sen et al., ICLR 2020)",
+        entry.ENTRIES["EMPIR"].attack,
+        tables.published("EMPIR"),
+        "4",
+        "100",
+        "25",
+        "100",
+        "100 **unreliable**",
+        "100",
+        "flagged",
+        "missed",
+    ] in rows
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
     assert ["EMPIR", "batch size", "none", "found 2 of 32"] in rows
     # of the two defences EMPIR is flagged, which AutoAttack overestimates
@@ -138,17 +157,17 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
 
 
 def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):
-    whole = command.judged
-    monkeypatch.setattr(command, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
+    whole = run_broken.judged
+    monkeypatch.setattr(run_broken, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
     program.main(["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "a linear classifier"])
     assert [name for name, judge in judging if judge == tables.STRONG] == ["a linear classifier"]
     options = argparse.ArgumentParser()
-    command.arguments(options)
+    run_broken.arguments(options)
     most = {("EMPIR", tables.STRONG): 50, ("`mnist-arrest`", tables.STANDARD): 200, ("ME-Net", tables.STANDARD): 40}
     for at, images in most.items():
-        assert command.settings_of(*at, options.parse_args([])) == {"images": images, "steps": 100}
+        assert run_broken.settings_of(*at, options.parse_args([])) == {"images": images, "steps": 100}
     fewer = options.parse_args(["--images", "30"])
-    assert command.settings_of("ME-Net", tables.STANDARD, fewer)["images"] == 30
+    assert run_broken.settings_of("ME-Net", tables.STANDARD, fewer)["images"] == 30
 
 
 #: The sign that alone notices each mistake.
@@ -166,7 +185,7 @@ MISTAKES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_each_mistake_is_noticed_by_its_sign(name):
-    found = command.judged(name, "fast", {"images": 100, "steps": 10}, "data")
+    found = run_broken.judged(name, "fast", {"images": 100, "steps": 10}, "data")
     assert MISTAKES[name] in found["unreliable"]
 
 
@@ -207,7 +226,7 @@ def test_the_code_of_a_model_is_that_of_all_that_builds_it(monkeypatch):
 def test_a_page_takes_what_there_is(tmp_path):
     """Without results the table says so; a model that a judge lacks has a dash."""
     (line,) = tables.table(tmp_path)
-    assert "No model has been judged" in line and pages.table("broken", tmp_path) == line
+    assert "No model has been judged" in line and fill.table("broken", tmp_path) == line
     (tmp_path / tables.FILE).write_text(json.dumps([result("EMPIR", tables.ADAPTIVE, "1100")]))
     rows = lines_of("\n".join(tables.table(tmp_path)))
     assert [row[3:] for row in rows if row[0].startswith("EMPIR (")] == [["4", "100", "50", "-", "-", "-", "-", "-"]]
@@ -225,10 +244,10 @@ def test_the_judges_of_a_model(monkeypatch):
     rounding, through = rounds()
     one = entry.Entry(lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1))
     monkeypatch.setitem(entry.ENTRIES, "rounds", one)
-    command.built.cache_clear()
+    run_broken.built.cache_clear()
     kept = {}
     for judge in tables.JUDGES[:5]:
-        kept[judge] = command.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
+        kept[judge] = run_broken.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
         assert "cpu_seconds" in kept[judge] and kept[judge]["code"].keys() == {"model", "judge"}
     assert tables.left(kept[tables.ADAPTIVE]) < kept[tables.ADAPTIVE]["clean"]
     assert kept[tables.STANDARD]["unreliable"] or tables.left(kept[tables.STANDARD]) == 0

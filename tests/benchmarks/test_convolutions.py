@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import convolutions
+from benchmarks.speed import convolutions
 from purify_fast.ops import REGISTRY
 
 

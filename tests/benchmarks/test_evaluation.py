@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as program
-from benchmarks import evaluation
-from benchmarks.counting import CountedModel
+from benchmarks.robustness import contests
+from benchmarks.robustness.counted_model import CountedModel
 from purify_fast.attacks import APGD, Square
 from purify_fast.attacks.engine.gradient_copy import gradient_copy
 
@@ -25,7 +25,7 @@ class Noisy(nn.Sequential):
 
 
 @pytest.fixture
-def contests(monkeypatch):
+def made_models(monkeypatch):
     """Two models that are not trained, on few images, in the place of the real ones."""
     pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
@@ -39,36 +39,36 @@ def contests(monkeypatch):
     def subject(model, random):
         def make(sources):
             made.append(random)
-            return evaluation.Subject(model, x, y, 0.05, random)
+            return contests.Subject(model, x, y, 0.05, random)
 
         return make
 
     known = {
-        "plain": evaluation.Contest(subject(plain, False), evaluation.STANDARD_CONTESTANTS, lambda: plain),
-        "noisy": evaluation.Contest(subject(noisy, True), evaluation.RAND_CONTESTANTS, lambda: noisy, random=True),
+        "plain": contests.Contest(subject(plain, False), contests.STANDARD_CONTESTANTS, lambda: plain),
+        "noisy": contests.Contest(subject(noisy, True), contests.RAND_CONTESTANTS, lambda: noisy, random=True),
     }
-    monkeypatch.setattr(evaluation, "CONTESTS", known)
+    monkeypatch.setattr(contests, "CONTESTS", known)
 
     def missing(folder):
         raise ValueError("it is not in the zoo")
 
-    contestants = {who: evaluation.ROBUST_CONTESTANTS[who] for who in ("AutoAttack", "fast")}
+    contestants = {who: contests.ROBUST_CONTESTANTS[who] for who in ("AutoAttack", "fast")}
     robust = {"robust": (subject(plain, False), contestants), "to come": (missing, contestants)}
-    robust = {name: evaluation.Contest(*given) for name, given in robust.items()}
-    monkeypatch.setattr(evaluation, "ROBUST", robust)
-    monkeypatch.setattr(evaluation, "PARTS", {"AutoAttack": 3})
+    robust = {name: contests.Contest(*given) for name, given in robust.items()}
+    monkeypatch.setattr(contests, "ROBUST", robust)
+    monkeypatch.setattr(contests, "PARTS", {"AutoAttack": 3})
     return made
 
 
-def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path, capsys):
+def test_contests_are_kept_and_the_table_says_what_was_found(made_models, tmp_path, capsys):
     program.main(["evaluation", "--quick", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / evaluation.FILE).read_text())
+    rows = json.loads((tmp_path / contests.FILE).read_text())
     quiet, random = ["AutoAttack", "standard", "fast"], ["AutoAttack rand", "rand", "rand, 60 steps"]
     assert [row["contestant"] for row in rows] == quiet + random
-    assert contests == [False, True] and {row["images"] for row in rows} == {4}
+    assert made_models == [False, True] and {row["images"] for row in rows} == {4}
     assert all(0 <= row["robust"] <= row["clean"] <= 100 and len(row["seconds"]) == 1 for row in rows)
     assert [row["error"] > 0 for row in rows] == [False, False, False, True, True, True]
-    lines = (tmp_path / evaluation.TABLE).read_text().splitlines()
+    lines = (tmp_path / contests.TABLE).read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
     heads = next(line for line in lines if line.startswith("|")).strip("|").split("|")
     assert {len(line) for line in cells} == {len(heads)} == {9}
@@ -79,20 +79,20 @@ def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path,
     assert float(cells[1][7]) == pytest.approx(rows[0]["seconds"][0] / rows[1]["seconds"][0], abs=0.06)
     # finished contests are not run again, unless they are another amount or it is asked for
     program.main(["evaluation", "--quick", "--out", str(tmp_path)])
-    assert contests == [False, True]
+    assert made_models == [False, True]
     program.main(["evaluation", "noisy", "--quick", "--images", "3", "--out", str(tmp_path)])
-    assert contests == [False, True, True]
-    again = json.loads((tmp_path / evaluation.FILE).read_text())
+    assert made_models == [False, True, True]
+    again = json.loads((tmp_path / contests.FILE).read_text())
     assert [row["images"] for row in again] == [4, 4, 4, 3, 3, 3] and again[:3] == rows[:3]
     program.main(["evaluation", "plain", "--quick", "--redo", "--rounds", "1", "--out", str(tmp_path)])
-    assert contests == [False, True, True, False]
+    assert made_models == [False, True, True, False]
     assert "standard leaves" in capsys.readouterr().out
 
 
-def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeypatch):
+def test_an_interrupted_contest_goes_on_where_it_was(made_models, tmp_path, monkeypatch):
     """Runs that are finished are kept, also of a contest that is not, and are made no second time."""
     arguments = ["evaluation", "plain", "--quick", "--rounds", "2", "--out", str(tmp_path)]
-    made, run = [], evaluation._run
+    made, run = [], contests._run
 
     def interrupted(*given):
         if len(made) == 4:
@@ -100,33 +100,33 @@ def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeyp
         made.append(given[3]["contestant"])
         return run(*given)
 
-    monkeypatch.setattr(evaluation, "_run", interrupted)
+    monkeypatch.setattr(contests, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program.main(arguments)
-    kept = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
+    kept = {row["contestant"]: row["seconds"] for row in contests.read(tmp_path)}
     assert made == ["AutoAttack", "standard", "fast", "AutoAttack"]
     assert {who: len(seconds) for who, seconds in kept.items()} == {"AutoAttack": 2, "standard": 1, "fast": 1}
-    monkeypatch.setattr(evaluation, "_run", run)
+    monkeypatch.setattr(contests, "_run", run)
     program.main(arguments)
-    now = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
+    now = {row["contestant"]: row["seconds"] for row in contests.read(tmp_path)}
     assert {len(seconds) for seconds in now.values()} == {2}
     assert all(now[who][: len(seconds)] == seconds for who, seconds in kept.items())
 
 
-def test_our_attacks_leave_no_more_than_the_official_ones(contests):
+def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
     """With as many steps, on a model where both find something and both leave something."""
-    amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
-    contest = evaluation.CONTESTS["plain"]
-    *_, last = evaluation.run_contest("plain", contest.make(None), contest.contestants, amount)
+    amount = replace(contests.QUICK, images=12, steps=8, queries=60)
+    contest = contests.CONTESTS["plain"]
+    *_, last = contests.run_contest("plain", contest.make(None), contest.contestants, amount)
     rows = {row["contestant"]: row for row in last}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
 
 
-def test_a_contest_on_robust_networks_goes_on_by_its_parts(contests, tmp_path, monkeypatch, capsys):
+def test_a_contest_on_robust_networks_goes_on_by_its_parts(made_models, tmp_path, monkeypatch, capsys):
     """Images left are kept one by one; a protocol with other attacks runs again, and a missing model is reported."""
     arguments = ["evaluation", "--robust", "--quick", "--images", "7", "--out", str(tmp_path)]
-    run, made = evaluation._run, []
+    run, made = contests._run, []
 
     def interrupted(attack, subject, *rest):
         if len(made) == 3:
@@ -134,60 +134,60 @@ def test_a_contest_on_robust_networks_goes_on_by_its_parts(contests, tmp_path, m
         made.append(len(subject.x))
         return run(attack, subject, *rest)
 
-    monkeypatch.setattr(evaluation, "_run", interrupted)
+    monkeypatch.setattr(contests, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program.main(arguments)
-    half = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    half = contests.read(tmp_path, contests.ROBUST_FILE)
     assert made == [3, 7, 3] and [len(row["left"]) for row in half] == [6, 7]
-    assert " of 6 |" in evaluation.robust_markdown(half)[-1]
-    monkeypatch.setattr(evaluation, "_run", lambda *given: made.append(len(given[1].x)) or run(*given))
+    assert " of 6 |" in contests.robust_markdown(half)[-1]
+    monkeypatch.setattr(contests, "_run", lambda *given: made.append(len(given[1].x)) or run(*given))
     program.main(arguments)
-    rows = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    rows = contests.read(tmp_path, contests.ROBUST_FILE)
     assert made == [3, 7, 3, 1] and rows[1] == half[1] and rows[0]["left"].startswith(half[0]["left"])
     assert all(set(row["left"]) <= set("01") and row["forwards"] > row["gradients"] > 0 for row in rows)
-    monkeypatch.setitem(evaluation.ROBUST["robust"].contestants, "fast", evaluation.Protocol("standard"))
+    monkeypatch.setitem(contests.ROBUST["robust"].contestants, "fast", contests.Protocol("standard"))
     program.main([*arguments, "--contestants", "fast"])
-    again = evaluation.read(tmp_path, evaluation.ROBUST_FILE)
+    again = contests.read(tmp_path, contests.ROBUST_FILE)
     assert made[4:] == [7] and again[0] == rows[0] and again[1]["code"] != rows[1]["code"]
     assert "to come is left out: it is not in the zoo" in capsys.readouterr().out
 
 
-def test_rows_of_other_attacks_or_weights_are_found_and_made_again(contests, tmp_path, monkeypatch):
+def test_rows_of_other_attacks_or_weights_are_found_and_made_again(made_models, tmp_path, monkeypatch):
     """The official attack's rows stay, as long as weights and images do."""
     arguments = ["evaluation", "--quick", "--out", str(tmp_path / "studies")]
     program.main(arguments)
-    assert evaluation.outdated(tmp_path) == []
+    assert contests.outdated(tmp_path) == []
     monkeypatch.setattr(Square, "revision", lambda self: "another")
-    lines = evaluation.outdated(tmp_path)
+    lines = contests.outdated(tmp_path)
     for line, protocol in zip(lines, ("standard", "fast"), strict=True):
         assert line.startswith(
             f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or weights"
         )
     program.main(arguments)
-    assert contests == [False, True, False] and evaluation.outdated(tmp_path) == []
-    before = {(row["contest"], row["contestant"]): row for row in evaluation.read(tmp_path / "studies")}
+    assert made_models == [False, True, False] and contests.outdated(tmp_path) == []
+    before = {(row["contest"], row["contestant"]): row for row in contests.read(tmp_path / "studies")}
     monkeypatch.setattr(APGD, "revision", lambda self: "another")
-    assert len(evaluation.outdated(tmp_path)) == 4
+    assert len(contests.outdated(tmp_path)) == 4
     program.main(arguments)
-    kept = [row for row in evaluation.read(tmp_path / "studies") if row in before.values()]
+    kept = [row for row in contests.read(tmp_path / "studies") if row in before.values()]
     assert [row["contestant"] for row in kept] == ["AutoAttack", "AutoAttack rand"]
     # a row from before rows had this, of our attacks and of the official ones
-    text = (tmp_path / "studies" / evaluation.FILE).read_text()
+    text = (tmp_path / "studies" / contests.FILE).read_text()
     bare = [{key: value for key, value in row.items() if key != "code"} for row in json.loads(text)]
-    (tmp_path / "studies" / evaluation.FILE).write_text(json.dumps(bare))
-    assert len(evaluation.outdated(tmp_path)) == 6
-    (tmp_path / "studies" / evaluation.FILE).write_text(text)
+    (tmp_path / "studies" / contests.FILE).write_text(json.dumps(bare))
+    assert len(contests.outdated(tmp_path)) == 6
+    (tmp_path / "studies" / contests.FILE).write_text(text)
     with torch.no_grad():
-        evaluation.CONTESTS["plain"].model()[1].weight[0, 0] += 1
+        contests.CONTESTS["plain"].model()[1].weight[0, 0] += 1
     # both contests attack these weights
-    assert len(evaluation.outdated(tmp_path)) == 6
+    assert len(contests.outdated(tmp_path)) == 6
 
 
 @pytest.mark.parametrize(
     ("one", "other", "p"), [("1100", "1100", 1.0), ("0000", "1111", 2 / 16), ("100000", "011111", 14 / 64)]
 )
 def test_the_sign_test_is_the_exact_binomial_one(one, other, p):
-    assert evaluation.sign_test(one, other) == evaluation.sign_test(other, one) == pytest.approx(p)
+    assert contests.sign_test(one, other) == contests.sign_test(other, one) == pytest.approx(p)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -209,13 +209,12 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
     assert (model.counts.forwards, model.counts.gradients) == (12 + 5 + 2, 3 * 12 + 5)
 
 
-def test_mistakes(contests, capsys):
+def test_mistakes(made_models, capsys):
     for arguments, message in (
         (["digits"], "there is no 'digits'; there are plain; noisy"),
         (["--images", "0"], "argument --images: must be at least 1, got 0"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
         (["robust"], "'robust' is a contest with --robust"),
-        (["--a3", "nowhere"], "nowhere holds no Adaptive_Auto_Attack_main.py"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import every_op
+from benchmarks.gpu import every_op
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import examples
 

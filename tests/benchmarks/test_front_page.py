@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import front_page
+from benchmarks.pages import front_page
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,8 @@ import torch
 from forks import until
 
 from benchmarks import __main__ as program
-from benchmarks import gpu_check, gpu_sections, limits, measure, report, running
+from benchmarks.gpu import gpu_check, gpu_sections
+from benchmarks.speed import limits, running, sheets, timing
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.op import Call
@@ -42,7 +43,7 @@ def test_sections_run_once_and_again_if_asked(tmp_path, capsys, forking):
     arguments = ("--dry", "--out", str(tmp_path), "--only", "extension", "limits")
     assert check(*arguments) == 0
     assert states(tmp_path) == {"extension": "passed", "limits": "passed"}
-    assert {row["limit"] for row in report.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
+    assert {row["limit"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
     assert "| extension | passed |" in capsys.readouterr().out
     table = (tmp_path / "gpu_check.md").read_text()
     assert "# Rehearsal on a CPU" in table and "| tests | not run |" in table
@@ -236,16 +237,16 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     def fake(op, case, direction, style, *rest):
         measured.append((op, case.variant, style))
         columns = dict.fromkeys(("runs", "device", "threads", "torch", "triton", "GB_per_s"), "1")
-        times = dict.fromkeys((f"{kind}_us" for kind in measure.CONTESTANTS), "1")
+        times = dict.fromkeys((f"{kind}_us" for kind in timing.CONTESTANTS), "1")
         row = dict(zip(running.KEY, running.key(op, case, direction, style, "cpp"), strict=True))
         return row | times | columns | {"ratio": "1.000", "verdict": "best"}
 
-    monkeypatch.setattr(measure, "measure", fake)
+    monkeypatch.setattr(timing, "measure", fake)
     running.run_ops(["apgd_step"], CPU, True, tmp_path)
     running.run_ops(["apgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
     assert [op for op, *_ in measured] == 4 * ["apgd_step"] + 4 * ["noisy_replay"]
     running.run_ops(["apgd_step"], CPU, True, tmp_path)
-    rows = report.read_csv(tmp_path / report.ROWS)
+    rows = sheets.read_csv(tmp_path / sheets.ROWS)
     assert len(measured) == 12 and len(rows) == 8
 
 
@@ -256,7 +257,7 @@ def test_limits_are_rates_of_random_data(tmp_path):
     for row in rows:
         assert 0 < float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
     found = limits.read(tmp_path)
-    name = measure.environment(CPU)["device"]
+    name = timing.environment(CPU)["device"]
     assert found == {(name, row["limit"]): 1e9 * float(row["median"]) for row in rows}
 
 

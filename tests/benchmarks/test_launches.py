@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import launches, report
+from benchmarks.gpu import launches
+from benchmarks.speed import sheets
 from purify_fast import _library
 
 ROOT = Path(__file__).parents[2]
 
-COMMITTED = {row["training"]: row for row in report.read_csv(ROOT / "benchmarks" / "results" / launches.FILE)}
+COMMITTED = {row["training"]: row for row in sheets.read_csv(ROOT / "benchmarks" / "results" / launches.FILE)}
 #: Where most of a step is the classifier's ten passes forward and backward, which no kernel replaces.
 MOSTLY_NETWORKS = {"ARREST, PGD-10", "CARSO, paper's objective, PGD-10"}
 COUNTED = ("references", "by rule", "by rule, captured")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import measure, ops, report, shipping
-from benchmarks.ops import registry
+from benchmarks.speed import ops, sheets, shipping, timing
+from benchmarks.speed.ops import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import cache, races
@@ -19,7 +19,7 @@ from purify_fast.ops.dispatch.races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 
-COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / report.ROWS
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / sheets.ROWS
 CPU = torch.device("cpu")
 needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmark compares with the compiled extension")
 
@@ -28,16 +28,20 @@ def row(op: str, ratio: float | None, **more: str) -> dict:
     """One row as the CSV holds it."""
     known = {"op": op, "style": "eager", "backend": "cpp", "GB_per_s": "1", "runs": "15"}
     columns = ("variant", "shape", "dtype", "direction", "device", "threads", "torch", "triton", "date")
-    times = {f"{kind}_us": "1.0" for kind in measure.CONTESTANTS}
+    times = {f"{kind}_us": "1.0" for kind in timing.CONTESTANTS}
     made = dict.fromkeys(columns, "x") | times | known | {"ratio": "" if ratio is None else f"{ratio:.3f}"}
-    made["verdict"] = measure.verdict(made)
+    made["verdict"] = timing.verdict(made)
     return made | more
 
 
 def test_verdicts():
-    assert [measure.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
-        "best", "level", "level", "behind", "wrong",
-    ]  # fmt: skip
+    assert [timing.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
+        "best",
+        "level",
+        "level",
+        "behind",
+        "wrong",
+    ]
     rows = [
         row("a", 1.5),
         row("a", 0.96),
@@ -46,31 +50,31 @@ def test_verdicts():
         row("c", 3.0),
         row("c", None),
     ]
-    decided = {line["op"]: line for line in report.verdicts(rows)}
+    decided = {line["op"]: line for line in sheets.verdicts(rows)}
     assert [decided[op]["eager_calls"] for op in "abc"] == ["cpp", "cpp", "reference"]
     assert all(line["in_graphs"] == "reference" for line in decided.values())
     assert decided["b"]["behind_eager"] == "0/1" and decided["b"]["behind_graph"] == "1/1"
     two = [row("a", 0.9, direction="backward", shape="here"), row("a", 1.5, direction="forward")]
-    two = {line["direction"]: line for line in report.verdicts(two)}
+    two = {line["direction"]: line for line in sheets.verdicts(two)}
     assert two["backward"]["eager_calls"] == "reference" and two["forward"]["eager_calls"] == "cpp"
     assert "here" in two["backward"]["worst_row"] and two["backward"]["worst_ratio"] == "0.900"
-    table = report.markdown(rows)
+    table = sheets.markdown(rows)
     assert "| c | x | reference | reference | 1/2 | 0/0 | 1.00 |" in table and table.count("| behind |") == 1
 
 
 def test_a_wrong_result_has_no_number():
     x = torch.ones(3)
-    assert measure.agree((x,), (x + 1e-7,), torch.float32, "eager")
-    assert not measure.agree((x,), (x + 1e-3,), torch.float32, "eager")
-    assert not measure.agree((x * torch.nan,), (x,), torch.float32, "eager")
-    assert not measure.agree((x, x), (x[:2], x), torch.bfloat16, "graph")
+    assert timing.agree((x,), (x + 1e-7,), torch.float32, "eager")
+    assert not timing.agree((x,), (x + 1e-3,), torch.float32, "eager")
+    assert not timing.agree((x * torch.nan,), (x,), torch.float32, "eager")
+    assert not timing.agree((x, x), (x[:2], x), torch.bfloat16, "graph")
 
 
 @needs_extension
 def test_a_wrong_contestant_is_not_timed(monkeypatch):
     case = registry()["pgd_step"]()[0]
-    monkeypatch.setattr(measure, "agree", lambda actual, expected, *_: actual is expected)
-    made = measure.measure("pgd_step", case, "forward", "eager", CPU, measure.QUICK)
+    monkeypatch.setattr(timing, "agree", lambda actual, expected, *_: actual is expected)
+    made = timing.measure("pgd_step", case, "forward", "eager", CPU, timing.QUICK)
     assert made["eager_us"] and not made["ours_us"] and not made["ratio"] and made["verdict"] == "wrong"
 
 
@@ -78,23 +82,23 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
 @needs_extension
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
     # compiling is what takes time
-    monkeypatch.setattr(importlib.import_module("benchmarks.ops.pgd_step"), "KINDS", ops.kinds("linf", "l2")[::2])
+    monkeypatch.setattr(importlib.import_module("benchmarks.speed.ops.pgd_step"), "KINDS", ops.kinds("linf", "l2")[::2])
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
     assert "| pgd_step | forward | " in capsys.readouterr().out
-    rows = report.read_csv(tmp_path / report.ROWS)
-    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in measure.STYLES}
+    rows = sheets.read_csv(tmp_path / sheets.ROWS)
+    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in timing.STYLES}
     for made in rows:
         assert made["verdict"] != "wrong" and made["backend"] == "cpp" and made["torch"] == torch.__version__
-        assert all(float(made[f"{kind}_{n}"]) > 0 for kind in measure.CONTESTANTS for n in ("us", "p20", "p80"))
+        assert all(float(made[f"{kind}_{n}"]) > 0 for kind in timing.CONTESTANTS for n in ("us", "p20", "p80"))
         best = min(float(made["eager_us"]), float(made["compile_us"]))
         assert math.isclose(float(made["ratio"]), best / float(made["ours_us"]), rel_tol=0.05)
-    before = (tmp_path / report.TABLE).read_text()
-    (tmp_path / report.TABLE).unlink()
+    before = (tmp_path / sheets.TABLE).read_text()
+    (tmp_path / sheets.TABLE).unlink()
     program.main(["report", str(tmp_path)])
-    assert (tmp_path / report.TABLE).read_text() == before
-    monkeypatch.setattr(measure, "STYLES", ("eager",))
+    assert (tmp_path / sheets.TABLE).read_text() == before
+    monkeypatch.setattr(timing, "STYLES", ("eager",))
     program.main(["ops", "reconstruction_loss", "--quick", "--out", str(tmp_path)])  # the other op's rows stay
-    names = [r["op"] for r in report.read_csv(tmp_path / report.ROWS)]
+    names = [r["op"] for r in sheets.read_csv(tmp_path / sheets.ROWS)]
     assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 2
 
 
@@ -106,7 +110,7 @@ def test_wrong_arguments_are_refused(arguments):
 
 def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
-    # three kernels of one function, by layers: benchmarks/convolutions.py
+    # three kernels of one function, by layers: benchmarks/speed/convolutions.py
     everything -= {"convolution", "convolution_input_gradient", "convolution_weight_gradient"}
     assert set(registry("cuda")) == everything
     assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}  # kernels on a GPU alone
@@ -116,21 +120,21 @@ def test_every_op_with_a_kernel_is_measured():
 
 
 def test_committed_results_are_complete():
-    rows = report.read_csv(COMMITTED)
+    rows = sheets.read_csv(COMMITTED)
     expected = {
         (op, case.variant, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), direction, style)
         for op, cases in registry().items()
         for case in cases()
         for direction in case.directions
-        for style in measure.STYLES
+        for style in timing.STYLES
     }
     found = [tuple(r[k] for k in ("op", "variant", "shape", "dtype", "direction", "style")) for r in rows]
     assert len(found) == len(set(found)) and set(found) == expected
-    assert all(int(r["runs"]) >= 15 and r["verdict"] == measure.verdict(r) for r in rows)
+    assert all(int(r["runs"]) >= 15 and r["verdict"] == timing.verdict(r) for r in rows)
     folder = COMMITTED.parent
-    assert (folder / report.TABLE).read_text() == report.markdown(rows)
-    assert report.read_csv(folder / report.VERDICTS) == [
-        {k: str(v) for k, v in line.items()} for line in report.verdicts(rows)
+    assert (folder / sheets.TABLE).read_text() == sheets.markdown(rows)
+    assert sheets.read_csv(folder / sheets.VERDICTS) == [
+        {k: str(v) for k, v in line.items()} for line in sheets.verdicts(rows)
     ]
 
 
@@ -147,9 +151,9 @@ def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
     rows = [
         row("pgd_step", 3.0, variant=v, style=s, device="D x86_64 A", direction="forward")
         for v in ("l1", "linf")
-        for s in measure.STYLES
+        for s in timing.STYLES
     ]
-    report.write_csv(tmp_path / report.ROWS, rows)
+    sheets.write_csv(tmp_path / sheets.ROWS, rows)
     base = shipping.shipped(tmp_path)
     assert base["ops"]["pgd_step"]["cells"]["l1"] == {"eager": "cpp", "graph": "cpp"}
     cells = {"": {"eager": "reference"}, "linf": {"eager": "reference"}, "linf float32": {"eager": "cpp"}}

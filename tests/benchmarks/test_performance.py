@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import limits, pages, performance, pipelines, report
-from benchmarks.ops import Case, registry
+from benchmarks.pages import fill, performance
+from benchmarks.speed import limits, pipelines, sheets
+from benchmarks.speed.ops import Case, registry
 from purify_fast.ops.dispatch.examples import tensors
 
 ROOT = Path(__file__).parents[2]
@@ -22,16 +23,16 @@ def test_every_op_and_pipeline_has_its_lines():
     for op, cases in registry("cuda").items():
         for direction in cases()[0].directions:
             assert f"| {op} | {direction} |" in page
-    measured = {(row["pipeline"], row["case"]) for row in report.read_csv(RESULTS / "cpu" / report.PIPELINES)}
+    measured = {(row["pipeline"], row["case"]) for row in sheets.read_csv(RESULTS / "cpu" / sheets.PIPELINES)}
     assert measured and all(f"| {pipeline}: {case}; " in page for pipeline, case in measured)
-    for line in report.verdicts(report.read_csv(RESULTS / "cpu" / report.ROWS)):
+    for line in sheets.verdicts(sheets.read_csv(RESULTS / "cpu" / sheets.ROWS)):
         lost = f"| {line['op']} | {line['direction']} | {line['behind_eager']} | {line['worst_ratio']} |"
         assert (lost in page) == (line["eager_calls"] == "reference")
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_bytes_and_flops_are_formulas_of_symbols_that_are_explained(kind):
-    explained = set(re.findall(r"`(\w)` ", PAGE.read_text()))
+    explained = set(re.findall(r"`(\w)`\s", PAGE.read_text()))
     for op, cases in registry(kind).items():
         for case in cases():
             assert set(case.symbols) <= explained, op
@@ -72,16 +73,16 @@ def test_a_gpus_folder_becomes_a_chapter(tmp_path):
             row |= {f"{kind}_us": "500.00" for kind in performance.KINDS} | {"ratio": "1.000", "verdict": "best"}
             row |= {"GB_per_s": "900", "share_of_copy": "0.9", "runs": "15", "device": "Some GPU", "threads": "1"}
             rows.append(row | {"torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-01"})
-    report.write_csv(tmp_path / "some-gpu" / report.ROWS, rows)
+    sheets.write_csv(tmp_path / "some-gpu" / sheets.ROWS, rows)
     rates = {"unit": "GB/s", "device": "Some GPU"}
     measured = [{"limit": limits.COPY, "median": "1000.0"}, {"limit": limits.PRODUCT, "median": "200000.0"}]
-    report.write_csv(tmp_path / "some-gpu" / limits.FILE, [one | rates for one in measured])
-    page, _ = pages.filled("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES), tmp_path)
+    sheets.write_csv(tmp_path / "some-gpu" / limits.FILE, [one | rates for one in measured])
+    page, _ = fill.filled("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES), tmp_path)
     assert "Not yet run on a GPU" not in page and "## Measured: some-gpu" in page
     assert "| Some GPU | 1,000 | 200,000 | 2026-01-01, torch 2.11.0, triton 3.6.0 |" in page
     case = performance.standard(registry("cuda")["pgd_step"]())
     most = 1e6 * case.count("bytes", "forward") / 1e12
     cells = f"| {most:,.1f} | 500.0 | 500.0 | 500.0 | 500.0 | {100 * most / 500:.0f} % | 900 | triton | Some GPU |"
     assert cells in page
-    report.report(tmp_path / "some-gpu")
-    assert "| autotuned |" in (tmp_path / "some-gpu" / report.TABLE).read_text()
+    sheets.report(tmp_path / "some-gpu")
+    assert "| autotuned |" in (tmp_path / "some-gpu" / sheets.TABLE).read_text()

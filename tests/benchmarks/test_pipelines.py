@@ -8,14 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import measure, pages, pipelines, race, report
-from benchmarks.pipelines import (
-    Case,
-    Contestant,
-    Job,
-    atop_finetune,
-    registry,
-)
+from benchmarks.pages import fill
+from benchmarks.speed import pipelines, race, sheets, timing
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, registry
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.ops import conv2d, use_backend
@@ -114,18 +109,18 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
     monkeypatch.setattr(race, "registry", lambda: few)
     monkeypatch.setattr(pipelines, "registry", lambda: few)
     program.main(["pipelines", "carso_inference", "--quick", "--out", str(tmp_path)])
-    rows = report.read_csv(tmp_path / report.PIPELINES)
+    rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
     assert [row["contestant"] for row in rows] == list(contestants)
     for row in rows:
         assert row["verdict"] == "right" and row["torch"] == torch.__version__
         assert math.isclose(float(row["speed_up"]), float(rows[0]["ms"]) / float(row["ms"]), rel_tol=0.05)
         assert (row["contestant"] == "ours") == bool(row["parts"])
-    table = (tmp_path / report.PIPELINES_TABLE).read_text()
+    table = (tmp_path / sheets.PIPELINES_TABLE).read_text()
     assert table in capsys.readouterr().out and "| torch.compile of plain |" in table and "classifying" in table
-    (tmp_path / report.PIPELINES_TABLE).unlink()
-    monkeypatch.setattr(pages, "publish", lambda: pytest.fail("the pages show the committed results alone"))
+    (tmp_path / sheets.PIPELINES_TABLE).unlink()
+    monkeypatch.setattr(fill, "publish", lambda: pytest.fail("the pages show the committed results alone"))
     program.main(["report", str(tmp_path)])
-    assert (tmp_path / report.PIPELINES_TABLE).read_text() == table
+    assert (tmp_path / sheets.PIPELINES_TABLE).read_text() == table
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -146,7 +141,7 @@ def test_the_memory_of_a_run_is_what_it_has_at_once():
         second = torch.ones(2 * 10**6)
         return second + 1
 
-    assert 16e6 <= measure.allocated(work, CPU) < 17e6
+    assert 16e6 <= timing.allocated(work, CPU) < 17e6
 
 
 def _other(device, quick):
@@ -184,4 +179,4 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["parts"] == "part:0.500"  # of the step beside it
     assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""
-    assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
+    assert "wrong" in sheets.pipelines_markdown([{**row} for row in wrong])

@@ -16,17 +16,9 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks import pipelines, race, report, running
-from benchmarks.studies import (
-    RESULT,
-    Job,
-    arrest_mnist,
-    atop_mnist,
-    command,
-    over_seeds,
-    run,
-)
-from benchmarks.studies.cifar10.study import Budget, Training
+from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop_mnist, over_seeds, run, run_study
+from benchmarks.robustness.studies.cifar10.study import Budget, Training
+from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
 
@@ -78,7 +70,7 @@ def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, jobs, message):
 @pytest.mark.slow
 def test_an_interrupted_study_ends_at_once(tmp_path):
     (tmp_path / "study.py").write_text(
-        "from pathlib import Path; from benchmarks.studies import Job, run; from study_work import work\n"
+        "from pathlib import Path; from benchmarks.robustness.studies import Job, run; from study_work import work\n"
         f"if __name__ == '__main__': run([Job('long', 0, work, settings={{'wait': 600}})], Path({str(tmp_path)!r}), 1)"
     )
     study = subprocess.Popen(
@@ -110,34 +102,17 @@ def test_differences_are_to_the_base_of_the_same_seed(tmp_path):
     accuracies += [("base, L2", 1, 0.4), ("pipeline, L2", 1, 0.45)]
     results = [{"name": name, "seed": seed, "clean": 0.5, "autoattack": robust} for name, seed, robust in accuracies]
     results[2] |= {"gradients": "BAD"}
-    rows = lines_of(command.STUDIES["carso_digits"].write_table(results, tmp_path, False).read_text())
+    rows = lines_of(run_study.STUDIES["carso_digits"].write_table(results, tmp_path, False).read_text())
     assert rows["base"][2:4] == ["25.0 ± 5.0", "-"] and rows["base"][-1] == "2" and over_seeds([0.1]) == "10.0"
     assert rows["pipeline (gradients unhealthy)"][2:] == ["25.0", "5.0", "-", "-", "-", "-", "1"]
     assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
 
 
-def test_rows_with_a_bank_are_set_beside_fresh_attacks_of_the_same_seed(tmp_path):
-    study = command.STUDIES["bank"]
-    jobs = {job.name: job for job in study.jobs(chosen("bank"))}
-    assert [job.settings.get("bank") for job in jobs.values()] == [
-        None, None, *({"variants": 4, "refresh": refresh} for refresh in (0.0, 0.05, 0.2))
-    ]  # fmt: skip
-    judged = {"clean": 0.9, "fast": 0.3, "strong": 0.2, "loss": 60.0, "reconstruction": 50.0, "kl": 8.0, "minutes": 3.0}
-    fresh = [judged | {"name": "fresh attacks", "seed": seed, "reconstruction": 50.0 + seed} for seed in (0, 1, 2)]
-    banked = [judged | {"name": "M = 4, rho = 0", "seed": seed, "fast": 0.3 - 0.1 * seed} for seed in (0, 1)]
-    results = [{"name": "base", "seed": 0, "clean": 0.9}, *fresh, *banked]
-    rows = lines_of(study.write_table(results, tmp_path, False).read_text())
-    assert rows["fresh attacks"][:2] == ["51.000 ± 0.577", "-"] and rows["fresh attacks"][-1] == "3"
-    row = rows["M = 4, rho = 0"]
-    assert row[:4] == ["50.000 ± 0.000", "-0.500 ± 0.500", "8.000 ± 0.000", "0.000 ± 0.000"]
-    assert row[6:8] == ["25.0 ± 5.0", "-5.0 ± 5.0"] and row[-2:] == ["3.0", "2"]
-
-
 @pytest.mark.parametrize("name", ["carso_digits", "atop_digits"])
 def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path):
-    results = json.loads((command.RESULTS / f"{name}.json").read_text())
-    page = command.STUDIES[name].write_table(results, tmp_path, False).read_text()
-    committed = (command.RESULTS / f"{name}.md").read_text()
+    results = json.loads((run_study.RESULTS / f"{name}.json").read_text())
+    page = run_study.STUDIES[name].write_table(results, tmp_path, False).read_text()
+    committed = (run_study.RESULTS / f"{name}.md").read_text()
     assert lines_of(page) == lines_of(committed) and page.partition("|")[0] == committed.partition("|")[0]
 
 
@@ -148,7 +123,7 @@ def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path)
 )
 def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch, forking, short_signs):
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
     options = ["--seeds", "1", "--workers", "1", "--rows", row, "--out", str(tmp_path / "runs")]
     arguments = ["study", study, "--quick", *options]
     program.main(arguments)
@@ -164,7 +139,7 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch, fork
 
 def chosen(*words: str):
     parser = program.argparse.ArgumentParser()
-    command.arguments(parser)
+    run_study.arguments(parser)
     return parser.parse_args(words)
 
 
@@ -184,7 +159,7 @@ def chosen(*words: str):
 )
 def test_other_budgets_some_rows_or_fewer_seeds_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root
-    assert command.places(chosen(*options.split())) == (runs, command.RESULTS if committed else runs)
+    assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
 
 
 def test_wider_networks_keep_their_proportions():
@@ -194,7 +169,7 @@ def test_wider_networks_keep_their_proportions():
 
 def test_rows_bring_their_needs():
     options = chosen("carso_digits", "--quick", "--seeds", "2", "--rows", "pipeline, hidden alone")
-    jobs = command.STUDIES["carso_digits"].jobs(options)
+    jobs = run_study.STUDIES["carso_digits"].jobs(options)
     names = ["base", "paper's objective, hidden alone", "pipeline, hidden alone"]
     assert sorted((job.seed, job.name) for job in jobs) == sorted((seed, name) for seed in range(2) for name in names)
     assert {job.settings["quick"] for job in jobs} == {True}
@@ -213,7 +188,7 @@ def test_rows_bring_their_needs():
 )
 def test_options_that_do_not_fit_are_refused_before_any_work(options, message, capsys, monkeypatch):
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(command, "main", lambda chosen: pytest.fail("it was run"))
+    monkeypatch.setattr(run_study, "main", lambda chosen: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["study", *options.split()])
     assert message in capsys.readouterr().err
@@ -222,7 +197,7 @@ def test_options_that_do_not_fit_are_refused_before_any_work(options, message, c
 def test_without_autoattack_nothing_is_trained(capsys, monkeypatch):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(command, "main", lambda chosen: pytest.fail("it was run"))
+    monkeypatch.setattr(run_study, "main", lambda chosen: pytest.fail("it was run"))
     # AToP on MNIST does not use it
     for words, message in (("carso_digits", "AutoAttack is not"), ("atop_mnist --data nowhere", "no data set 'mnist'")):
         with pytest.raises(SystemExit, match="2"):
@@ -237,21 +212,21 @@ def quick(tmp_path, capsys, monkeypatch, forking, short_signs):
     arrays = {name: getattr(digits, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
 
-    def run_study(name: str) -> tuple[dict[str, list[str]], str, Report]:
+    def outcome(name: str) -> tuple[dict[str, list[str]], str, Report]:
         runs = tmp_path / "runs"
         program.main(["study", name, "--quick", "--data", str(tmp_path), "--workers", "1", "--out", str(runs)])
         text = capsys.readouterr().out
         report = Report.from_json((runs / name / "report.json").read_text())
-        attacks = [job for job in command.STUDIES[name].jobs(chosen(name, "--quick")) if "group" in job.settings]
+        attacks = [job for job in run_study.STUDIES[name].jobs(chosen(name, "--quick")) if "group" in job.settings]
         for job in attacks:  # the table is what the jobs found
             for label, accuracy in job.result(runs).items():
                 if label in report.attacks and not label.startswith("worst"):
                     assert report.row(label, job.settings["model"]).accuracy == accuracy
         return lines_of(text), text, report
 
-    return run_study
+    return outcome
 
 
 @pytest.mark.slow
@@ -291,7 +266,7 @@ def test_arrest_on_mnist_end_to_end(quick, tmp_path):
         clean, worst = (100 * report.row(row, name).accuracy for row in ("clean", "worst"))
         assert f"| {name} | {clean + worst:.1f} | " in text
     assert (tmp_path / "runs" / "arrest_mnist" / "tradeoff.png").is_file()
-    budget = command.STUDIES["arrest_mnist"].budget(chosen("arrest_mnist"))
+    budget = run_study.STUDIES["arrest_mnist"].budget(chosen("arrest_mnist"))
     for name, whole in ((arrest_mnist.FINETUNED, False), (arrest_mnist.ARREST, True)):
         config = arrest_mnist.config(budget, name)
         assert (config.distillation_weight > 0, config.replay) == (whole, whole)
@@ -300,7 +275,7 @@ def test_arrest_on_mnist_end_to_end(quick, tmp_path):
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
     cases = {"big": None, "small": None}
     monkeypatch.setattr(pipelines, "registry", lambda: dict.fromkeys(("one", "two"), lambda quick: cases))
-    monkeypatch.setattr(report, "report_pipelines", lambda out: None)
+    monkeypatch.setattr(sheets, "report_pipelines", lambda out: None)
     milliseconds = iter("11112")
 
     def raced(pipeline: str, case: str, *_) -> list[dict]:
@@ -313,7 +288,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
     running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
-    rows = {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
+    rows = {(row["pipeline"], row["case"], row["ms"]) for row in sheets.read_csv(tmp_path / sheets.PIPELINES)}
     assert rows == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
 
 

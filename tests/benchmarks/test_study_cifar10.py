@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import RESULTS, pages, studies
+from benchmarks import RESULTS
 from benchmarks import __main__ as program
-from benchmarks.studies import RESULT, Job, cifar10
-from benchmarks.studies.cifar10 import candidates, models, plan
-from benchmarks.studies.cifar10 import results as results_of_study
-from benchmarks.studies.cifar10 import study as names
-from benchmarks.studies.cifar10.table import write_tables
+from benchmarks.pages import fill
+from benchmarks.robustness import studies
+from benchmarks.robustness.studies import RESULT, Job, cifar10
+from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
+from benchmarks.robustness.studies.cifar10 import results as results_of_study
+from benchmarks.robustness.studies.cifar10 import study as names
+from benchmarks.robustness.studies.cifar10.table import write_tables
 from purify_fast.evaluation import Report, tradeoff
 from purify_fast.evaluation.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig
@@ -76,7 +78,7 @@ def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_pa
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
-        job = Job(names.ARREST_EMA, seed, plan.judge, settings={"budget": training})
+        job = Job(names.ARREST_EMA, seed, job_list.judge, settings={"budget": training})
         assert models.chosen(job, tmp_path) == (5.0, 10.0)
 
 
@@ -85,7 +87,7 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     whole = models.data.DataSet(x, torch.arange(100), x[:2], torch.arange(2), name="cifar10", num_classes=10)
     monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
     settings = {"data": "x", "device": "cpu", "budget": BUDGET.training}
-    job = Job(names.judged_name(names.BEST, "fast"), 0, plan.judge, settings=settings)
+    job = Job(names.judged_name(names.BEST, "fast"), 0, job_list.judge, settings=settings)
     assert models.images_of(job).y_train.tolist() == list(range(64))
     assert models.held_out(job, 10)[1].tolist() == list(range(64, 74))
     eligible = (candidates.MIXED, *candidates.CANDIDATES)
@@ -174,8 +176,20 @@ def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     share = float(robust.mean())
     settings = {"attacked": len(robust), "eot_iter": 1, "survivors_only": False, "target": "defence"}
-    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, mean=share, worst=share,
-               n_eval=1, seed=0, seconds=1.0, data="x", settings=settings)  # fmt: skip
+    return Row(
+        model=model,
+        attack=attack,
+        kind=kind,
+        variant="random",
+        robust=robust,
+        mean=share,
+        worst=share,
+        n_eval=1,
+        seed=0,
+        seconds=1.0,
+        data="x",
+        settings=settings,
+    )
 
 
 def judged(root, name, number, seed=0, row_name=None):
@@ -242,7 +256,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     # pages quote single numbers; of two seeds the mean
     quoted = {(names.PEEL, "authors"): shares[0], (names.BASE, "clean"): 89.0, (names.BASE, "official"): 25.0}
     for (name, key), number in quoted.items():
-        assert pages.value("cifar10", name, key, tmp_path / "results") == f"{number:.1f}"
+        assert fill.value("cifar10", name, key, tmp_path / "results") == f"{number:.1f}"
     assert all((results / "cifar10" / name).is_file() for name in ("tradeoff.png", "photos.png"))
 
 

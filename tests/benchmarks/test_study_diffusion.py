@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies import RESULT, run
-from benchmarks.studies.diffusion import (
+from benchmarks.robustness.studies import RESULT, run
+from benchmarks.robustness.studies.diffusion_study import (
     CLASSIFIER,
     GROUPS,
     Diffusion,
@@ -19,7 +19,7 @@ from benchmarks.studies.diffusion import (
     rows_of,
     told,
 )
-from benchmarks.studies.diffusion_table import difference, said, share, table
+from benchmarks.robustness.studies.diffusion_table import difference, said, share, table
 from purify_fast import zoo
 from purify_fast.evaluation import lee_kim_2023
 

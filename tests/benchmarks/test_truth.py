@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as program
-from benchmarks import pages
-from benchmarks.truth import command, exact, networks, planted, subjects, tables
+from benchmarks.pages import fill
+from benchmarks.robustness.truth import exact, planted, run_truth, subjects, truth_tables
+from benchmarks.robustness.truth import exact_networks as networks
 from purify_fast.attacks.relu_layers import affine_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,41 +129,45 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     tmp_path = tmp_path / "cpu"
     arguments = ["truth", "--quick", "--out", str(tmp_path), *NAMES, "--contestants", "fast"]
     program.main(arguments)
-    first = tables.read(tmp_path)
+    first = truth_tables.read(tmp_path)
     assert [row["subject"] for row in first["truth"]] == NAMES
     assert [(row["subject"], row["seed"]) for row in first["contestants"]] == [
-        (NAMES[0], 0), (NAMES[0], 1), (NAMES[0], 2), (NAMES[1], 0), (NAMES[2], 0)
-    ]  # fmt: skip
+        (NAMES[0], 0),
+        (NAMES[0], 1),
+        (NAMES[0], 2),
+        (NAMES[1], 0),
+        (NAMES[2], 0),
+    ]
     assert first["truth"][2]["verdicts"] == ["rr"] and first["contestants"][-1]["left"] == ["11"]
     exactly = first["truth"][0]
     assert set(exactly["verdicts"][0]) <= set("rf?ew") and len(exactly["how"][0]) == 4 == len(exactly["verdicts"][0])
 
     asked = []
-    evaluate = command.evaluate
+    evaluate = run_truth.evaluate
 
     def counted(*args, **options):
         asked.append(options["protocol"])
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(command, "evaluate", counted)
+    monkeypatch.setattr(run_truth, "evaluate", counted)
     monkeypatch.setattr(exact, "decide", None)
     # another process, which trains nothing
     subjects.parts_of.cache_clear()
     subjects.hidden.cache_clear()
     monkeypatch.setattr(planted, "train", None)
     program.main(arguments)
-    assert not asked and tables.read(tmp_path) == first
+    assert not asked and truth_tables.read(tmp_path) == first
     # a row of older code, and one that was interrupted
-    changed = json.loads((tmp_path / tables.FILE).read_text())
+    changed = json.loads((tmp_path / truth_tables.FILE).read_text())
     changed["contestants"][0]["code"]["attacks"][-1] += " of an older revision"
     changed["contestants"][0]["left"] = ["0000"]
     changed["contestants"][-1]["left"] = []
-    (tmp_path / tables.FILE).write_text(json.dumps(changed))
-    (old,) = tables.outdated(tmp_path.parent)
+    (tmp_path / truth_tables.FILE).write_text(json.dumps(changed))
+    (old,) = truth_tables.outdated(tmp_path.parent)
     assert f"fast on {NAMES[0]!r} was made by other attacks" in old
     program.main(arguments)
-    assert not tables.outdated(tmp_path.parent)
-    again = tables.read(tmp_path)
+    assert not truth_tables.outdated(tmp_path.parent)
+    again = truth_tables.read(tmp_path)
     assert asked == ["fast", "fast"]
     assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
     assert again["contestants"][0]["code"] == first["contestants"][0]["code"]
@@ -179,7 +184,7 @@ def rows():
     ]
     left = {names[0][0]: ["111011"], names[0][1]: ["00"], names[1][0]: ["10", "00"], subjects.CONSTRUCTED: ["11"]}
     made = []
-    for who, (_, seeds) in tables.CONTESTANTS.items():
+    for who, (_, seeds) in truth_tables.CONTESTANTS.items():
         for name, stood in left.items():
             for seed in range(seeds if name in networks.NETWORKS else 1):
                 costs = {"forwards": 80, "gradients": 8, "cpu_seconds": 1.0}
@@ -198,8 +203,8 @@ def test_the_tables_count_what_was_missed(tmp_path):
         if (row["contestant"], row["subject"]) == ("strong", other):
             results["contestants"].remove(row)
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / tables.FILE).write_text(json.dumps(results))
-    text = pages.table("truth", tmp_path)
+    (tmp_path / "cpu" / truth_tables.FILE).write_text(json.dumps(results))
+    text = fill.table("truth", tmp_path)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     by_name = {line[0]: line[1:] for line in cells}
     assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-"]
@@ -207,7 +212,7 @@ def test_the_tables_count_what_was_missed(tmp_path):
     assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
     assert "proved robust: 7;" in text and "not in float32: 1." in text
     with pytest.raises(FileNotFoundError):
-        tables.front(tmp_path)
-    (tmp_path / "cpu" / tables.FILE).write_text(json.dumps(rows()))
-    (front,) = tables.front(tmp_path)
+        truth_tables.front(tmp_path)
+    (tmp_path / "cpu" / truth_tables.FILE).write_text(json.dumps(rows()))
+    (front,) = truth_tables.front(tmp_path)
     assert "AutoAttack 2, fast 2, standard 2, strong 2" in front and "AutoAttack 50 %" in front

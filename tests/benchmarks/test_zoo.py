@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import revisions, zoo
+from benchmarks.robustness import pack_zoo, revisions
 from purify_fast import zoo as packed
 from purify_fast.attacks import APGD, PGD
 from purify_fast.data import load_dataset
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def asked(*options):
     """What the command line reads."""
     parser = program.argparse.ArgumentParser()
-    zoo.arguments(parser)
+    pack_zoo.arguments(parser)
     return parser.parse_args(list(options))
 
 
@@ -30,27 +30,27 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     shutil.copytree(packed.folder("digits-standard"), source)
     (source / "card.json").unlink()
     # the longer protocol takes a minute even on few images
-    monkeypatch.setattr(zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
+    monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
     chosen = asked(f"digits-standard={source}", "--images", "10", "--out", str(tmp_path / "out"))
-    zoo.main(chosen, models)
+    pack_zoo.main(chosen, models)
     folder = models / "digits-standard"
     card = read_card(folder)
     assert (folder / "model.safetensors").is_file()
     assert card.attacked["standard"].images == 10 and card.attacked["fast"].images == 5
     assert card.clean.images > 300 and card.clean.share > 0.9
     # a number of other attacks than today's is marked
-    assert "†" not in "".join(zoo.table([card]))
+    assert "†" not in "".join(pack_zoo.table([card]))
     monkeypatch.setattr(APGD, "revision", lambda self: "another")
     revisions.short.cache_clear()
-    cells = zoo.table([card])[2].split("|")
+    cells = pack_zoo.table([card])[2].split("|")
     assert [cell.strip().endswith("†") for cell in cells] == [False] * 5 + [True, True, False]
     monkeypatch.undo()
     revisions.short.cache_clear()
-    monkeypatch.setattr(zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
+    monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
     assert (tmp_path / "out" / "digits-standard" / "standard" / "report.html").is_file()
     # a card that is written again needs no training's folder, and takes the attacks that were done
     again = asked("digits-standard", "--images", "10", "--out", str(tmp_path / "out"))
-    zoo.main(again, models)
+    pack_zoo.main(again, models)
     assert read_card(folder) == card
 
 
@@ -64,7 +64,7 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["zoo", *options])
     assert message in capsys.readouterr().err
@@ -75,10 +75,10 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
 )
 def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(zoo, limit, 1000)
-    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    monkeypatch.setattr(pack_zoo, limit, 1000)
+    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(ValueError, match=message):
-        zoo.main(asked(f"digits-standard={packed.folder('digits-standard')}"), tmp_path / "models")
+        pack_zoo.main(asked(f"digits-standard={packed.folder('digits-standard')}"), tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
@@ -86,7 +86,7 @@ def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, 
 def small_zoo(tmp_path, monkeypatch):
     """A zoo of one classifier, and protocols that take a second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(zoo, "PROTOCOLS", {"fast": 1.0})
+    monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"fast": 1.0})
     shutil.copytree(packed.folder("digits-pgd-at"), tmp_path / "models" / "digits-pgd-at")
     return tmp_path / "models"
 
@@ -94,11 +94,11 @@ def small_zoo(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo, monkeypatch):
     name = "digits-carso-pipeline"
-    monkeypatch.setattr(zoo, "LARGEST", zoo.size_of(packed.folder(name)) - 1)
+    monkeypatch.setattr(pack_zoo, "LARGEST", pack_zoo.size_of(packed.folder(name)) - 1)
     judged = []
-    monkeypatch.setattr(zoo, "clean_accuracy", lambda model, _: judged.append(model) or Accuracy(0.5, 2))
+    monkeypatch.setattr(pack_zoo, "clean_accuracy", lambda model, _: judged.append(model) or Accuracy(0.5, 2))
     source = packed.folder(name)
-    zoo.main(asked(f"{name}={source}", "--images", "2"), small_zoo)
+    pack_zoo.main(asked(f"{name}={source}", "--images", "2"), small_zoo)
     card = read_card(small_zoo / name)
     assert card.classifier == "digits-pgd-at" and not (small_zoo / name / "classifier").exists()
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small_zoo / name, source)]
@@ -119,43 +119,43 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
         asked[out.name] = len(x), {name: options[name] for name in ("protocol", "predict", "n_eval") if name in options}
         return real(model, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=1)], name=options["name"])
 
-    real = zoo.evaluate
-    monkeypatch.setattr(zoo, "evaluate", evaluate)
-    monkeypatch.setattr(zoo, "clean_accuracy", lambda *_: Accuracy(0.5, 2))
+    real = pack_zoo.evaluate
+    monkeypatch.setattr(pack_zoo, "evaluate", evaluate)
+    monkeypatch.setattr(pack_zoo, "clean_accuracy", lambda *_: Accuracy(0.5, 2))
     name = "digits-diffpure"
-    card = zoo.judge(packed.card(name), packed.load(name), 8, load_dataset("digits"), tmp_path)
-    votes = {"protocol": "rand", "predict": "votes", "n_eval": zoo.VOTES}
+    card = pack_zoo.judge(packed.card(name), packed.load(name), 8, load_dataset("digits"), tmp_path)
+    votes = {"protocol": "rand", "predict": "votes", "n_eval": pack_zoo.VOTES}
     assert asked == {"rand": (8, {"protocol": "rand"}), "strong": (2, {"protocol": "strong"}), "votes": (2, votes)}
     assert list(card.attacked) == ["rand", "strong", "votes"]
     # the strictest number and the mean of one draw stand beside each other
     rand = card.attacked["rand"]
     assert rand.share <= rand.one_draw <= 1 and f"{100 * rand.one_draw:.1f} % in one draw" in str(card)
-    assert any(f"one draw {100 * rand.one_draw:.1f}" in line for line in zoo.table([card]))
+    assert any(f"one draw {100 * rand.one_draw:.1f}" in line for line in pack_zoo.table([card]))
 
 
 def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
-    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     name = "digits-carso-pipeline"
-    monkeypatch.setattr(zoo, "card_of", lambda name, _: replace(packed.card(name), classifier="digits-standard"))
+    monkeypatch.setattr(pack_zoo, "card_of", lambda name, _: replace(packed.card(name), classifier="digits-standard"))
     shutil.copytree(packed.folder("digits-standard"), small_zoo / "digits-standard")
     with pytest.raises(ValueError, match=r"its weights .* differ from those"):
-        zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
+        pack_zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
     assert not (small_zoo / name).exists()
 
 
 def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo, monkeypatch):
     name = "digits-carso-pipeline"
     shutil.copytree(packed.folder(name), small_zoo / name)
-    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(ValueError, match=r"digits-carso-pipeline was trained for"):
-        zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)
+        pack_zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)
 
 
 def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):
     target = Path("runs/zoo/digits-carso-pipeline/model")
     shutil.copytree(packed.folder("digits-carso-pipeline"), target)
     with pytest.raises(ValueError, match="give the folder of a training"):
-        zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
+        pack_zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
 
 
 def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
@@ -163,11 +163,15 @@ def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
         _, state = read_model(packed.folder(name))
         kinds = {value.dtype for value in state.values() if value.is_floating_point()}
         whole = sum(4 * value.numel() for value in state.values())
-        assert kinds == {torch.bfloat16} or (kinds == {torch.float32} and whole <= zoo.LARGEST), name
+        assert kinds == {torch.bfloat16} or (kinds == {torch.float32} and whole <= pack_zoo.LARGEST), name
 
 
 def test_strong_is_another_protocol_where_a_model_adds_attacks():
     """A purifier by diffusion has protocols of its own: those of CARSO do not serve it."""
     diffusion, carso = (read_card(packed.folder(name)) for name in ("digits-diffpure", "digits-carso-pipeline"))
-    assert zoo.attacks_of(diffusion, "strong") != zoo.attacks_of(carso, "strong")
-    assert zoo.attacks_of(diffusion, "rand") == zoo.attacks_of(carso, "rand") == zoo.attacks_of(diffusion, "votes")
+    assert pack_zoo.attacks_of(diffusion, "strong") != pack_zoo.attacks_of(carso, "strong")
+    assert (
+        pack_zoo.attacks_of(diffusion, "rand")
+        == pack_zoo.attacks_of(carso, "rand")
+        == pack_zoo.attacks_of(diffusion, "votes")
+    )

@@ -85,8 +85,11 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     # a shard that changed is read anew
     files = sorted((tmp_path / "pets" / "train" / "dog").glob("*"))[:2]
-    samples = [(f"{i}.{end}", content) for i, path in enumerate(files)
-               for end, content in (("jpg", path.read_bytes()), ("cls", b"1"))]  # fmt: skip
+    samples = [
+        (f"{i}.{end}", content)
+        for i, path in enumerate(files)
+        for end, content in (("jpg", path.read_bytes()), ("cls", b"1"))
+    ]
     shard(root / "train" / "train-0001.tar", samples)
     changed = data.load_dataset(root, image_size=(8, 8), decode="each_time")
     assert len(changed.x_train) == 13 and changed.y_train[6:8].tolist() == [1, 1]

@@ -160,10 +160,12 @@ def test_an_npz_that_disappears_or_changes_between_two_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "bounds"),
     [
-        (lambda x: 255 * x, "0, 255"), (lambda x: (x - 0.5) / 0.5, "-1, 1"), (lambda x: x * 1.2, "0, 1.2"),
+        (lambda x: 255 * x, "0, 255"),
+        (lambda x: (x - 0.5) / 0.5, "-1, 1"),
+        (lambda x: x * 1.2, "0, 1.2"),
         (lambda x: x + torch.where(x < 0.5, torch.nan, 0.0), "nan, nan"),
     ],
-)  # fmt: skip
+)
 def test_images_outside_of_0_to_1(change, bounds):
     x, y = torch.linspace(0, 1, 8 * 3 * 64).view(8, 3, 8, 8), torch.arange(8) % 2
     with pytest.raises(ValueError, match=rf"^x: .* in \[0, 1\] .*got values in \[{bounds}\]"):

@@ -41,18 +41,19 @@ def files() -> dict[str, str]:
 def followed(copy: Path) -> None:
     """Do what the page says, in a copy of what an op consists of."""
     unneeded = shutil.ignore_patterns("__pycache__", "models", "results", "studies", "pipelines")
-    for folder in ("purify_fast/ops", "purify_fast/kernels", "benchmarks/ops", "kernels", "tests/ops"):
+    for folder in ("purify_fast/ops", "purify_fast/kernels", "benchmarks/speed/ops", "kernels", "tests/ops"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
     for path in [
         *(ROOT / "purify_fast").glob("*.*"),
         *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "benchmarks" / "speed").glob("*.py"),
         ROOT / "tests" / "conftest.py",
     ]:
         shutil.copy(path, copy / path.relative_to(ROOT))
     for path, text in files().items():
         with (copy / path).open("a") as file:
             file.write(f"\n\n{text}")
-    registry = copy / "benchmarks" / "ops" / "__init__.py"
+    registry = copy / "benchmarks" / "speed" / "ops" / "__init__.py"
     text = registry.read_text()
     assert text.count('"stitch",') == 1
     registry.write_text(text.replace('"stitch",', '"stitch", "swish",'))
@@ -60,9 +61,13 @@ def followed(copy: Path) -> None:
 
 def run(copy: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=600,
+        [sys.executable, *arguments],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

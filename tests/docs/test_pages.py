@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import evaluation, pages
+from benchmarks.pages import fill
+from benchmarks.robustness import contests
 from purify_fast.attacks import APGD
 
 ROOT = Path(__file__).parents[2]
@@ -15,14 +16,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_pages_agree_with_the_results():
-    found = pages.check(RESULTS)
+    found = fill.check(RESULTS)
     assert not found, "\n".join(found)
 
 
 def test_rows_of_another_revision_than_the_package_has_are_found(monkeypatch):
     monkeypatch.setattr(APGD, "revision", lambda self: "another")
-    found = [line for line in pages.check(RESULTS) if "was made by other attacks or weights" in line]
-    ours = {row["contestant"] for row in evaluation.read(RESULTS / "studies")} - {"AutoAttack", "AutoAttack rand"}
+    found = [line for line in fill.check(RESULTS) if "was made by other attacks or weights" in line]
+    ours = {row["contestant"] for row in contests.read(RESULTS / "studies")} - {"AutoAttack", "AutoAttack rand"}
     assert {who for who in ours if any(f": {who} of the contest" in line for line in found)} == ours
     assert not any(": AutoAttack" in line for line in found)
 
@@ -33,18 +34,18 @@ def test_tables_are_filled_from_the_studies_files(tmp_path):
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "one.md").write_text("| a \\1 |\n\n")
     for _ in "12":
-        assert pages.fill(page, tmp_path) == ["two"]
+        assert fill.fill(page, tmp_path) == ["two"]
         assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
 
 
 def test_values_are_read_from_the_studies():
     names = ("carso_mnist/CARSO pipeline/worst", "carso_digits/base/autoattack")
     text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
-    filled, missing = pages.filled(text, RESULTS)
+    filled, missing = fill.filled(text, RESULTS)
     assert "-->77.9<!-- end -->" in filled and "-->30.9<!-- end -->" in filled and not missing
     with pytest.raises(KeyError, match="no such attack of CARSO pipeline"):
-        pages.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
-    speed, _ = pages.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)
+        fill.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
+    speed, _ = fill.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)
     assert "-->4.40<!-- end -->" in speed
 
 

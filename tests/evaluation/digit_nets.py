@@ -30,9 +30,13 @@ def net(eps, epochs):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(512, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
         for epoch in range(epochs):
             for index in torch.randperm(len(x)).split(128):

@@ -178,9 +178,17 @@ def probed(n, **measured):
 
 @pytest.mark.parametrize(
     "n, images, verdict",
-    [(8, 1.2, "noted"), (8, 2.4, "noted"), (8, 3.2, "unreliable"), (24, 4.0, "unreliable"), (64, 9.0, "noted"),
-     (64, 9.8, "unreliable"), (64, 4.0, "noted"), (64, 3.0, "passed")],
-)  # fmt: skip
+    [
+        (8, 1.2, "noted"),
+        (8, 2.4, "noted"),
+        (8, 3.2, "unreliable"),
+        (24, 4.0, "unreliable"),
+        (64, 9.0, "noted"),
+        (64, 9.8, "unreliable"),
+        (64, 4.0, "noted"),
+        (64, 3.0, "passed"),
+    ],
+)
 def test_how_many_images_more_draws_must_win(n, images, verdict):
     draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
     assert probed(n, eot=draws)["noise and seeds"] == verdict
@@ -288,10 +296,20 @@ TRANSFER = ("missed images", "APGD-T by the gradients of standard alone")
         (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
     ],
     ids=[
-        "gate 100", "2 levels", "255 levels", "rounded logits", "JPEG", "tanh", "batch", "seed", "content",
-        "gradient mode", "off the grid", "noisy gradients",
+        "gate 100",
+        "2 levels",
+        "255 levels",
+        "rounded logits",
+        "JPEG",
+        "tanh",
+        "batch",
+        "seed",
+        "content",
+        "gradient mode",
+        "off the grid",
+        "noisy gradients",
     ],
-)  # fmt: skip
+)
 def test_the_fast_protocol_notices_it_too(model, alarm, row):
     _, _, x, y = digits()
     n = 100 if alarm == TRANSFER[0] else 48

@@ -13,10 +13,17 @@ from purify_fast.evaluation import evaluate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STANDARD = [
-    "APGD-10 margin", "APGD-T 30 margin", "APGD-30 ce", "APGD-T 30", "Square, 1000 queries", "FAB-T 100, 24 nearest",
-    "APGD-T 30 margin, all targets x2, 10 nearest", "APGD-30 ce x20, 10 nearest",
-    "FAB-T 100, all targets, 10 nearest", "Square, 10 nearest",
-]  # fmt: skip
+    "APGD-10 margin",
+    "APGD-T 30 margin",
+    "APGD-30 ce",
+    "APGD-T 30",
+    "Square, 1000 queries",
+    "FAB-T 100, 24 nearest",
+    "APGD-T 30 margin, all targets x2, 10 nearest",
+    "APGD-30 ce x20, 10 nearest",
+    "FAB-T 100, all targets, 10 nearest",
+    "Square, 10 nearest",
+]
 
 
 @pytest.fixture

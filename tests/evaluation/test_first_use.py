@@ -45,24 +45,37 @@ def trio():
         (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
         (lambda x, y: (x.numpy().astype(object), y), TypeError, r"x must be a torch.Tensor or a NumPy array, got nu"),
         (lambda x, y: (x, y > 1), ValueError, r"y must be integers \[N\] = \[10\], got torch.bool \[10\]"),
-        (lambda x, y: (x[:, :1], y), ValueError,
-         r"x has images \[C, H, W\] = \[1, 6, 7\], .* does not take: its first convolution takes 3 channels"),
+        (
+            lambda x, y: (x[:, :1], y),
+            ValueError,
+            r"x has images \[C, H, W\] = \[1, 6, 7\], .* does not take: its first convolution takes 3 channels",
+        ),
         (lambda x, y: (x[:, :, :5], y), ValueError, r"x has images \[C, H, W\] = \[3, 5, 7\], which the model does"),
         (lambda x, y: ([(x, y.tolist())], None), TypeError, r"got Tensor and list: torch.as_tensor\(labels\) makes"),
         (lambda x, y: (x, nn.functional.one_hot(y, 4)), ValueError, r"got torch.int64 \[10, 4\]; y.argmax\(1\) makes"),
         (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]; y\[:, 0\].long\(\) takes"),
-        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: giv"
-         r"e \(x \+ 1\) / 2 as the images, and lambda x: model\(2 \* x - 1\) as the model"),
+        (
+            lambda x, y: (2 * x - 1, y),
+            ValueError,
+            r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: giv"
+            r"e \(x \+ 1\) / 2 as the images, and lambda x: model\(2 \* x - 1\) as the model",
+        ),
         (lambda x, y: (5 * x - 2, y), ValueError, r"values from -2 to 3; normalized images .* give x \* std \+ mean"),
         (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are"),
-        (lambda x, y: (x.permute(0, 2, 3, 1), y), ValueError,
-         r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels seem"
-         r" to come last; x.permute\(0, 3, 1, 2\) puts them first"),
+        (
+            lambda x, y: (x.permute(0, 2, 3, 1), y),
+            ValueError,
+            r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels"
+            r" seem to come last; x.permute\(0, 3, 1, 2\) puts them first",
+        ),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
-        (lambda x, y: (x, y.float()), ValueError,
-         r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$"),
+        (
+            lambda x, y: (x, y.float()),
+            ValueError,
+            r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$",
+        ),
         (lambda x, y: (x, y + 0.5), ValueError, r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]$"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
         (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
@@ -75,7 +88,7 @@ def trio():
         (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 must .* got .*\[10, 1, 6, 7\]"),
         (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got torch.float64"),
     ],
-)  # fmt: skip
+)
 def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
     model, x, y = trio
     x, y = change(x, y)

@@ -74,9 +74,19 @@ def evaluated(out):
     short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}
     with mock.patch.multiple(probes, **short):
         return evaluate(
-            model, x, y, eps=0.03, attacks=attacks, probes=True, eot_iter=2, n_eval=2, batch_size=6, seed=3, out=out,
+            model,
+            x,
+            y,
+            eps=0.03,
+            attacks=attacks,
+            probes=True,
+            eot_iter=2,
+            n_eval=2,
+            batch_size=6,
+            seed=3,
+            out=out,
             progress=False,
-        )  # fmt: skip
+        )
 
 
 def plain(report):

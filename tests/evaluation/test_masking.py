@@ -86,11 +86,17 @@ def asked(n=64, **measured):
 
 @pytest.mark.parametrize(
     "measured, fires",
-    [({}, False), ({"cosine": "zero gradient"}, True), ({"cosine": 0.5}, True), ({"cosine": 0.7}, False),
-     ({"without_gradient": 0.03}, False), ({"without_gradient": 0.2}, True),
-     ({"copies": {"one": [1] * 2 + [0] * 62, "two": [0] * 62 + [1] * 2}}, False),
-     ({"copies": {"one": [1] * 4 + [0] * 60, "two": [0] * 60 + [1] * 4}}, True)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"cosine": "zero gradient"}, True),
+        ({"cosine": 0.5}, True),
+        ({"cosine": 0.7}, False),
+        ({"without_gradient": 0.03}, False),
+        ({"without_gradient": 0.2}, True),
+        ({"copies": {"one": [1] * 2 + [0] * 62, "two": [0] * 62 + [1] * 2}}, False),
+        ({"copies": {"one": [1] * 4 + [0] * 60, "two": [0] * 60 + [1] * 4}}, True),
+    ],
+)
 def test_how_much_is_a_sign(measured, fires):
     assert bool(signs_of_masking(asked(**measured), False)) is fires
 

@@ -261,9 +261,11 @@ def test_no_report_replaces_one_with_other_settings(tmp_path):
     Report([row(robust=[1, 1, 1, 1])], about=about(model="abc", date="later", claim="3", processor="p")).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     others = [
-        Report([row(attack="PGD-9")], about=about(model="abc")), Report([row(robust=[1, 0])], about=about(model="abc")),
-        Report([row(seed=4)], about=about(model="abc")), Report([row(seed=4)], about=about(model="another")),
-    ]  # fmt: skip
+        Report([row(attack="PGD-9")], about=about(model="abc")),
+        Report([row(robust=[1, 0])], about=about(model="abc")),
+        Report([row(seed=4)], about=about(model="abc")),
+        Report([row(seed=4)], about=about(model="another")),
+    ]
     for number, other in enumerate(others, 1):
         other.save(tmp_path)
         assert len(list(tmp_path.glob("earlier, L-inf 8_255*/report.html"))) == number

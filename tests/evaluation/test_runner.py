@@ -293,8 +293,18 @@ def test_the_other_package(monkeypatch, toy):
     asked = {}
 
     class Other:
-        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
-                     device="cuda", log_path=None):  # fmt: skip
+        def __init__(
+            self,
+            model,
+            norm="Linf",
+            eps=0.3,
+            seed=None,
+            verbose=True,
+            attacks_to_run=(),
+            version="standard",
+            device="cuda",
+            log_path=None,
+        ):
             assert version == "standard"
             self.model, self.eps, self.verbose = model, eps, verbose
             self.apgd, self.apgd_targeted, self.fab, self.square = (types.SimpleNamespace() for _ in range(4))
@@ -398,9 +408,16 @@ def unseen(shattered):
 
 def test_unseen_rows(unseen):
     assert unseen.attacks == [
-        "clean", "PGD-8 ce", "BPDA-8 ce", "cheap on the classifier alone (not adaptive)", "worst", "BPDA-8 ce, L2 1",
-        "BPDA in L2 1", "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05", "worst, L2 1",
-    ]  # fmt: skip
+        "clean",
+        "PGD-8 ce",
+        "BPDA-8 ce",
+        "cheap on the classifier alone (not adaptive)",
+        "worst",
+        "BPDA-8 ce, L2 1",
+        "BPDA in L2 1",
+        "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
+        "worst, L2 1",
+    ]
     rows = {label: unseen.row(label) for label in unseen.attacks}
     threats = [None] * 5 + ["L2 1", "L2 1", "flow 0.05", "L2 1"]
     assert [row.threat for row in rows.values()] == threats
@@ -475,9 +492,11 @@ def test_bpda_on_carso(toy):
     attacks = [BPDA(), AttackSpec(BPDA(restarts=2), variant="deterministic"), BPDA(aggregation="mean")]
     report = evaluate(carso, x, carso(x).argmax(1), attacks=attacks, steps=2, eot_iter=2, **QUIET)
     assert [row.attack for row in report.rows[2:6]] == [
-        "BPDA-2 ce", "BPDA-2 ce x2, deterministic", "BPDA-2 ce x2, deterministic, tried on the deployed defence",
+        "BPDA-2 ce",
+        "BPDA-2 ce x2, deterministic",
+        "BPDA-2 ce x2, deterministic, tried on the deployed defence",
         "BPDA-2 ce through mean",
-    ]  # fmt: skip
+    ]
     rows = [row for row in report.rows[2:6] if row.health is not None]
     attacked = [row.settings["attacked"] for row in rows]
     assert [row.health["gradients"] for row in rows] == [2 * attacked[0], 4 * attacked[1], 2 * attacked[2]]
@@ -488,8 +507,13 @@ def test_the_attack_of_lee_and_kim():
     spec, other = lee_kim_2023(), lee_kim_2023(4 / 255)
     settings = spec.attack.settings(AttackContext(eps=0.1))
     assert {name: settings[name] for name in ("steps", "eot_iter", "random_start", "norm", "eps", "loss")} == {
-        "steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf", "eps": 8 / 255, "loss": "ce",
-    }  # fmt: skip
+        "steps": 200,
+        "eot_iter": 20,
+        "random_start": False,
+        "norm": "linf",
+        "eps": 8 / 255,
+        "loss": "ce",
+    }
     assert [each.attack.alpha for each in (spec, other)] == [pytest.approx(0.007), pytest.approx(0.0035)]
     assert spec.label == "PGD-200 ce + EOT (Lee & Kim 2023)" and other.attack.eps == 4 / 255
 
@@ -505,9 +529,18 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
 
     # they differ in one thing each: no row of one is taken for another's
     plans = [
-        PGD(), PGD(random_start=False), PGD(eps=0.01), PGD(eps=0.5, norm="l2"), AttackSpec(PGD(), target="classifier"),
-        BPDA(), BPDA(aggregation="mean"), StAdv(), StAdv(smoothness=0.0), StAdv(rate=0.02), StAdv(loss="ce"),
-    ]  # fmt: skip
+        PGD(),
+        PGD(random_start=False),
+        PGD(eps=0.01),
+        PGD(eps=0.5, norm="l2"),
+        AttackSpec(PGD(), target="classifier"),
+        BPDA(),
+        BPDA(aggregation="mean"),
+        StAdv(),
+        StAdv(smoothness=0.0),
+        StAdv(rate=0.02),
+        StAdv(loss="ce"),
+    ]
     for number, plan in enumerate(plans, 1):
         first, count = run(plan)
         assert count == number and run(plan) == (first, number)
@@ -558,9 +591,15 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     rows = []
     for mode in ("off", "auto", "always"):
         found = evaluate(
-            model, x, y, eps=0.05, attacks=[PGD(steps=25), APGD(steps=25)], batch_size=8, cuda_graphs=mode,
+            model,
+            x,
+            y,
+            eps=0.05,
+            attacks=[PGD(steps=25), APGD(steps=25)],
+            batch_size=8,
+            cuda_graphs=mode,
             progress=False,
-        )  # fmt: skip
+        )
         rows.append([row.robust.tolist() for row in found.rows])
         # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
         assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3

@@ -57,8 +57,9 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
     counts = []
     for steps in (1, 11):
         seen.clear()
-        evaluate(noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N,
-                 progress=False)  # fmt: skip
+        evaluate(
+            noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N, progress=False
+        )
         counts.append(sum(seen))
     assert counts[1] - counts[0] == 10 * 20
 
@@ -78,11 +79,13 @@ def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilit
     inf = torch.inf
     draws = torch.tensor(
         [
-            [[1.0, 0, 0], [1, 0, 0], [0, 50, 0]], [[0, 0, 2], [0, 1, 0], [0, 1, 2]],
-            [[inf, -inf, -inf], [0, 5, inf], [-inf, -inf, inf]], [[1, 0, 0], [torch.nan, 0, 0], [1, 0, 0]],
+            [[1.0, 0, 0], [1, 0, 0], [0, 50, 0]],
+            [[0, 0, 2], [0, 1, 0], [0, 1, 2]],
+            [[inf, -inf, -inf], [0, 5, inf], [-inf, -inf, inf]],
+            [[1, 0, 0], [torch.nan, 0, 0], [1, 0, 0]],
             [[1, 0, 0], [inf, inf, 0], [1, 0, 0]],
         ]
-    )  # fmt: skip
+    )
     scripted = iter(draws.unbind(1))
     logits = MajorityVote(lambda z: next(scripted) * (1 + z.flatten(1)), 3)(x)
     assert logits[:3].argmax(1).tolist() == [0, 2, 2] and logits.isnan().any(1).tolist() == [False] * 3 + [True] * 2

@@ -105,9 +105,8 @@ def test_a_terminal_shows_what_differs_in_100_columns():
     many = [row(name, model=f"a model of a long name, number {i}", reliable=False) for i in range(5)]
     assert max(map(len, Report(many).to_text(color=False).splitlines())) <= 100
     drawn = [row("clean", kind="clean", n_eval=5), row(n_eval=5), row("PGD, fixed", variant="fixed")]
-    assert Report(drawn).to_text().splitlines()[0].split() == [
-        "attack", "variant", "images", "accuracy", "one", "draw", "gradients"
-    ]  # fmt: skip
+    heads = Report(drawn).to_text().splitlines()[0].split()
+    assert heads == ["attack", "variant", "images", "accuracy", "one", "draw", "gradients"]
 
 
 def test_the_columns_are_what_is_said_of_them():

@@ -26,9 +26,12 @@ def fuzzed(test, share=1.0):
         share: of those; less where an example takes long.
     """
     chosen = settings(
-        max_examples=max(2, int(share * EXAMPLES)), deadline=None, database=None,
-        derandomize="FUZZ_EXAMPLES" not in os.environ, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=max(2, int(share * EXAMPLES)),
+        deadline=None,
+        database=None,
+        derandomize="FUZZ_EXAMPLES" not in os.environ,
+        suppress_health_check=list(HealthCheck),
+    )
 
     @functools.wraps(test)
     def one(*arguments, **keywords):
@@ -45,8 +48,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8
 COUNTS = ("steps", "n_queries", "n_target_classes", "restarts")
 SPECIAL = (math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0)
 #: Functions that change a tensor, by name.
-TENSORS = ("dtype", "special", "strided", "transposed", "expanded", "empty", "meta", "longer", "flat", "scalar",
-           "channels_last", "reversed", "offset", "large batch")  # fmt: skip
+TENSORS = (
+    *("dtype", "special", "strided", "transposed", "expanded", "empty", "meta", "longer", "flat", "scalar"),
+    *("channels_last", "reversed", "offset", "large batch"),
+)
 
 
 def other_tensor(draw, tensor: Tensor) -> tuple[str, Tensor]:
@@ -156,8 +161,9 @@ def names_of(function) -> list[str]:
 
 def named(error: Exception, names: list[str]) -> bool:
     """Tell whether a refusal names one of the arguments."""
-    return any(re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", str(error).replace("_", " "))
-               for name in names)  # fmt: skip
+    return any(
+        re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", str(error).replace("_", " ")) for name in names
+    )
 
 
 def tensors(value) -> list[Tensor]:

@@ -25,12 +25,32 @@ from purify_fast.training import ClassifierConfig, FitConfig
 from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIGS = {kind.__name__: kind for kind in (
-    AblationConfig, ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack,
-    attacks.PGD, attacks.APGD, attacks.FGSM, attacks.BPDA, attacks.StAdv, attacks.Square, attacks.FABT,
-    attacks.AutoAttack, attacks.BranchAndBound, attacks.DeepFool, attacks.CarliniWagner, attacks.HopSkipJump, Process,
-    Schedule,
-)}  # fmt: skip
+CONFIGS = {
+    kind.__name__: kind
+    for kind in (
+        AblationConfig,
+        ArrestConfig,
+        AtopConfig,
+        CarsoConfig,
+        ClassifierConfig,
+        FitConfig,
+        TrainingAttack,
+        attacks.PGD,
+        attacks.APGD,
+        attacks.FGSM,
+        attacks.BPDA,
+        attacks.StAdv,
+        attacks.Square,
+        attacks.FABT,
+        attacks.AutoAttack,
+        attacks.BranchAndBound,
+        attacks.DeepFool,
+        attacks.CarliniWagner,
+        attacks.HopSkipJump,
+        Process,
+        Schedule,
+    )
+}
 NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
 
 
@@ -51,8 +71,9 @@ def other_value(draw, value, kind):
     return value
 
 
-VALUES = ("", "0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", "1e30", "None", "auto", "linf", "L2",
-          "yes", "a b", "/", "../x", "x" * 300, "\u00e4", "--", "1,2", "99999999999999999999")  # fmt: skip
+NUMERALS = ("0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", "1e30", "1,2", "99999999999999999999")
+WORDS = ("", "None", "auto", "linf", "L2", "yes", "a b", "/", "../x", "x" * 300, "\u00e4", "--")
+VALUES = (*NUMERALS, *WORDS)
 
 
 def options_of(kind) -> list[str]:
@@ -83,15 +104,32 @@ def test_a_configuration(name, data):
 
 @fuzzed
 def test_carso(data):
-    good = {"layers": ["conv2", "hidden"], "image_shape": (1, 8, 8), "cond_dim": 3, "latent_dim": 2, "samples": 2,
-            "decoder_width": 1, "encoder_depth": 1, "version": "v4"}  # fmt: skip
+    good = {
+        "layers": ["conv2", "hidden"],
+        "image_shape": (1, 8, 8),
+        "cond_dim": 3,
+        "latent_dim": 2,
+        "samples": 2,
+        "decoder_width": 1,
+        "encoder_depth": 1,
+        "version": "v4",
+    }
     refused_or_right(data.draw, Carso, good, (SmallCNN(1, 4, (8, 8), 2),))
 
 
 @fuzzed
 def test_atop(data):
-    good = {"image_shape": (1, 8, 8), "transform": "rt2", "sigma": 0.25, "block": 2, "mask_ratio": 0.25,
-            "num_passes": 2, "samples": 1, "aggregation": "mean", "shared_mask": False}  # fmt: skip
+    good = {
+        "image_shape": (1, 8, 8),
+        "transform": "rt2",
+        "sigma": 0.25,
+        "block": 2,
+        "mask_ratio": 0.25,
+        "num_passes": 2,
+        "samples": 1,
+        "aggregation": "mean",
+        "shared_mask": False,
+    }
     parts = (SmallCNN(1, 4, (8, 8), 2), SmallGenerator(1, width=2))
     refused_or_right(data.draw, Atop, good, parts)
 
@@ -131,8 +169,11 @@ def test_classifiers(data):
     draw = data.draw
     kind = draw(st.sampled_from([SmallCNN, FullyConnected]))
     size = tuple(draw(st.lists(st.sampled_from([0, 1, 4, 8, 9, -1]), min_size=2, max_size=2)))
-    options = {"in_channels": draw(st.sampled_from([1, 3, 0, -1])), "num_classes": draw(st.sampled_from([2, 10, 1, 0])),
-               "image_size": size}  # fmt: skip
+    options = {
+        "in_channels": draw(st.sampled_from([1, 3, 0, -1])),
+        "num_classes": draw(st.sampled_from([2, 10, 1, 0])),
+        "image_size": size,
+    }
     try:
         made = kind(**options)
     except (ValueError, TypeError) as error:

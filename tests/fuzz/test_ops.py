@@ -72,18 +72,31 @@ def square_proposal(draw) -> dict:
     dtype, norm = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(["linf", "l2", "l1"]))
     clean = uniform(draw, *shape, dtype=dtype)
     pattern = None if norm == "linf" else normal(draw, 2, edge, edge)
-    return {"x": (clean + 0.05).clamp(0, 1), "x_nat": clean, "eps": draw(st.sampled_from([0.5, 4.0])),
-            "numbers": uniform(draw, batch, draws, 5 + channels), "edge": edge, "norm": norm, "lo": 0.0, "hi": 1.0,
-            "pattern": pattern}  # fmt: skip
+    return {
+        "x": (clean + 0.05).clamp(0, 1),
+        "x_nat": clean,
+        "eps": draw(st.sampled_from([0.5, 4.0])),
+        "numbers": uniform(draw, batch, draws, 5 + channels),
+        "edge": edge,
+        "norm": norm,
+        "lo": 0.0,
+        "hi": 1.0,
+        "pattern": pattern,
+    }
 
 
 def hyperplane_projection(draw) -> dict:
     dtype, batch = draw(st.sampled_from(FLOATS)), draw(st.integers(0, 4))
     shape = (batch, *image_shape(draw))
     wide = torch.promote_types(dtype, torch.float32)
-    return {"x": uniform(draw, *shape, dtype=dtype), "w": normal(draw, *shape, dtype=dtype),
-            "b": draw(st.sampled_from([0.3, -50.0, torch.linspace(-1.0, 1.0, max(batch, 1))[:batch].to(wide)])),
-            "norm": draw(st.sampled_from(["linf", "l2", "l1"])), "lo": 0.0, "hi": 1.0}  # fmt: skip
+    return {
+        "x": uniform(draw, *shape, dtype=dtype),
+        "w": normal(draw, *shape, dtype=dtype),
+        "b": draw(st.sampled_from([0.3, -50.0, torch.linspace(-1.0, 1.0, max(batch, 1))[:batch].to(wide)])),
+        "norm": draw(st.sampled_from(["linf", "l2", "l1"])),
+        "lo": 0.0,
+        "hi": 1.0,
+    }
 
 
 def noisy_replay(draw) -> dict:
@@ -91,13 +104,26 @@ def noisy_replay(draw) -> dict:
     shape = (batch, *image_shape(draw))
     made = {"x": uniform(draw, *shape, dtype=dtype), "x_adv": uniform(draw, *shape, dtype=dtype)}
     wide = torch.promote_types(dtype, torch.float32)
-    return {**made, "drift": uniform(draw, batch, dtype=wide), "tau": 0.5, "eps": 0.1, **stream(draw, batch),
-            "lo": 0.0, "hi": 1.0}  # fmt: skip
+    return {
+        **made,
+        "drift": uniform(draw, batch, dtype=wide),
+        "tau": 0.5,
+        "eps": 0.1,
+        **stream(draw, batch),
+        "lo": 0.0,
+        "hi": 1.0,
+    }
 
 
 def philox(draw) -> dict:
-    return {**stream(draw, draw(st.integers(0, 4))), "numel": draw(st.integers(0, 20)), "stream": ops.Stream.LATENT,
-            "distribution": draw(st.sampled_from(["uniform", "normal"])), "draws": 2, "first_draw": 0}  # fmt: skip
+    return {
+        **stream(draw, draw(st.integers(0, 4))),
+        "numel": draw(st.integers(0, 20)),
+        "stream": ops.Stream.LATENT,
+        "distribution": draw(st.sampled_from(["uniform", "normal"])),
+        "draws": 2,
+        "first_draw": 0,
+    }
 
 
 def random_transform(draw) -> dict:
@@ -106,8 +132,16 @@ def random_transform(draw) -> dict:
     x = uniform(
         draw, batch, draw(st.integers(1, 3)), block * rows, block * columns, dtype=draw(st.sampled_from(FLOATS))
     )
-    return {"x": x, **stream(draw, batch), "sigma": 0.25, "block": block, "mask_ratio": 0.3, "samples": 2,
-            "shared_mask": False, "channels_last": draw(st.booleans())}  # fmt: skip
+    return {
+        "x": x,
+        **stream(draw, batch),
+        "sigma": 0.25,
+        "block": block,
+        "mask_ratio": 0.3,
+        "samples": 2,
+        "shared_mask": False,
+        "channels_last": draw(st.booleans()),
+    }
 
 
 def stitch(draw) -> dict:
@@ -116,8 +150,10 @@ def stitch(draw) -> dict:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     owners = torch.randint(0, passes + 1, (samples, batch, rows, columns), generator=generator, dtype=torch.uint8)
     dtype = draw(st.sampled_from(FLOATS))
-    return {"images": normal(draw, samples * batch * passes, 2, rows * block, columns * block, dtype=dtype),
-            "owners": owners}  # fmt: skip
+    return {
+        "images": normal(draw, samples * batch * passes, 2, rows * block, columns * block, dtype=dtype),
+        "owners": owners,
+    }
 
 
 def conv2d(draw) -> dict:
@@ -126,10 +162,14 @@ def conv2d(draw) -> dict:
     padding, dtype = draw(st.integers(0, 4)), draw(st.sampled_from(FLOATS))
     least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
     sides = [least + draw(st.integers(0, 12)) for _ in range(2)]
-    return {"input": normal(draw, draw(st.integers(0, 3)), inputs, *sides, dtype=dtype),
-            "weight": normal(draw, outputs, inputs, kernel, kernel, dtype=dtype),
-            "bias": draw(st.none()) or normal(draw, outputs, dtype=dtype), "stride": draw(st.integers(1, 3)),
-            "padding": padding, "dilation": dilation}  # fmt: skip
+    return {
+        "input": normal(draw, draw(st.integers(0, 3)), inputs, *sides, dtype=dtype),
+        "weight": normal(draw, outputs, inputs, kernel, kernel, dtype=dtype),
+        "bias": draw(st.none()) or normal(draw, outputs, dtype=dtype),
+        "stride": draw(st.integers(1, 3)),
+        "padding": padding,
+        "dilation": dilation,
+    }
 
 
 def diffusion_step(draw) -> dict:
@@ -137,11 +177,15 @@ def diffusion_step(draw) -> dict:
     inner, halves = torch.promote_types(dtype, torch.float32), draw(st.integers(1, 2))
     rows = draw(st.sampled_from([(), shape[:1]]))
     values = torch.tensor([1.25, -0.75, 1.0, 0.4, 0.6, draw(st.sampled_from([0.3, 0.0])), -4.0, -2.0], dtype=inner)
-    return {"x": normal(draw, *shape, dtype=inner),
-            "prediction": normal(draw, shape[0], halves * shape[1], *shape[2:], dtype=dtype),
-            "coefficients": values.repeat(*rows, 1) if rows else values, **stream(draw, shape[0]),
-            "draws": torch.arange(shape[0]) // 2, "step": torch.tensor([draw(st.integers(0, 2**16 - 1))]),
-            "noisy": draw(st.booleans())}  # fmt: skip
+    return {
+        "x": normal(draw, *shape, dtype=inner),
+        "prediction": normal(draw, shape[0], halves * shape[1], *shape[2:], dtype=dtype),
+        "coefficients": values.repeat(*rows, 1) if rows else values,
+        **stream(draw, shape[0]),
+        "draws": torch.arange(shape[0]) // 2,
+        "step": torch.tensor([draw(st.integers(0, 2**16 - 1))]),
+        "noisy": draw(st.booleans()),
+    }
 
 
 def gated_elu(draw) -> dict:
@@ -166,8 +210,11 @@ def reconstruction_loss(draw) -> dict:
 def sample_latent(draw) -> dict:
     batch, size = draw(st.integers(0, 4)), draw(st.integers(1, 30))
     dtype = draw(st.sampled_from(FLOATS))
-    return {"mu": normal(draw, batch, size, dtype=dtype), "logvar": normal(draw, batch, size, dtype=dtype),
-            **stream(draw, batch)}  # fmt: skip
+    return {
+        "mu": normal(draw, batch, size, dtype=dtype),
+        "logvar": normal(draw, batch, size, dtype=dtype),
+        **stream(draw, batch),
+    }
 
 
 def representation_distance(draw) -> dict:
@@ -201,11 +248,30 @@ def decode_prior(draw) -> dict:
     return {**given, "biases": biases.float(), **settings}
 
 
-OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
-    aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
-    reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
-    conv2d, hyperplane_projection, diffusion_step, group_norm_silu,
-)}  # fmt: skip
+OPS = {
+    make.__name__: (getattr(ops, make.__name__), make)
+    for make in (
+        aggregate,
+        pgd_step,
+        apgd_step,
+        square_proposal,
+        noisy_replay,
+        philox,
+        random_transform,
+        stitch,
+        gated_elu,
+        reconstruction_loss,
+        sample_latent,
+        representation_distance,
+        contextual_attention,
+        key_validity,
+        decode_prior,
+        conv2d,
+        hyperplane_projection,
+        diffusion_step,
+        group_norm_silu,
+    )
+}
 
 
 def test_no_op_is_left_out():
@@ -300,8 +366,10 @@ def test_a_gradient(name, data):
             outputs = [t for t in tensors(found) if t.requires_grad]
             if not outputs or any(t.is_meta for t in outputs):
                 return
-            total = sum((t.float() * torch.linspace(0.5, 1.5, max(t.numel(), 1))[: t.numel()].view(t.shape)).sum()
-                        for t in outputs)  # fmt: skip
+            total = sum(
+                (t.float() * torch.linspace(0.5, 1.5, max(t.numel(), 1))[: t.numel()].view(t.shape)).sum()
+                for t in outputs
+            )
             wanted = [given_[key] for key in floats if given_[key].requires_grad]
             gradients.append(torch.autograd.grad(total, wanted, allow_unused=True))
     for one, other in zip(gradients[0], gradients[-1], strict=True):

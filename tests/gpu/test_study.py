@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 from on_device import DEVICE
 
-from benchmarks.studies import RESULT, cifar10
-from benchmarks.studies.cifar10 import models
-from benchmarks.studies.cifar10 import study as names
+from benchmarks.robustness.studies import RESULT, cifar10
+from benchmarks.robustness.studies.cifar10 import models
+from benchmarks.robustness.studies.cifar10 import study as names
 
 pytestmark = pytest.mark.gpu
 WANTED = (
-    names.BASE, names.STANDARD, names.CARSO, names.GENERATOR, names.search_name(5.0, 30.0), names.ARREST_EMA,
+    names.BASE,
+    names.STANDARD,
+    names.CARSO,
+    names.GENERATOR,
+    names.search_name(5.0, 30.0),
+    names.ARREST_EMA,
     names.judged_name(names.BASE, "fast"),
-)  # fmt: skip
+)
 
 
 def test_jobs_run_on_the_device(tmp_path):

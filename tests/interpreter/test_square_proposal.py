@@ -9,9 +9,12 @@ op = import_module("purify_fast.ops.square_proposal")
 NORMS = op.NORMS
 #: Images, proposals, edge of the windows; the last ones in several trips of a loop, with many channels or pixels.
 SHAPES = (
-    ((1, 1, 1, 1), 1, 1), ((3, 3, 32, 32), 2, 7), ((2, 5, 9, 13), 3, 9), ((2, 40, 12, 11), 1, 3),
+    ((1, 1, 1, 1), 1, 1),
+    ((3, 3, 32, 32), 2, 7),
+    ((2, 5, 9, 13), 3, 9),
+    ((2, 40, 12, 11), 1, 3),
     ((1, 2, 90, 60), 1, 11),
-)  # fmt: skip
+)
 
 
 def inputs(shape: tuple, draws: int, edge: int, norm: int, dtype=torch.float32, share: float = 0.7) -> list:

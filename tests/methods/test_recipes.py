@@ -45,7 +45,7 @@ SCHEDULES = {
     # 391 steps: ceil(50,000 / 128); the rates of the port's list by epoch
     "arrest/resnet18": (391, {0: (0.025, 50), 391 * 11: (0.02, 50), 391 * 13: (0.01, 50), 7819: (0.00125, 50)}),
     "arrest/wrn_34_10": (391, {391 * 10: (0.025, 50), 391 * 17: (0.0025, 50)}),
-}  # fmt: skip
+}
 #: By recipe: batch, and eps, steps and alpha of the attack; of CARSO eps as the paper and as the code has it.
 ATTACKS = {
     "carso/cifar10": (5120, 8 / 255, 40, 0.01, 0.1251232),
@@ -189,9 +189,12 @@ def trained(name, folder=None, **settings):
 
 #: The setting that weights each delayable or additional term.
 WEIGHTS = {
-    "kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight",
-    "reconstruction": "reconstruction_weight", "deceived": "gan_weight",
-}  # fmt: skip
+    "kl": "beta",
+    "cross_entropy": "cls_weight",
+    "distance": "distillation_weight",
+    "reconstruction": "reconstruction_weight",
+    "deceived": "gan_weight",
+}
 
 
 @pytest.mark.slow

@@ -55,8 +55,10 @@ def of(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
 def with_stream(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
     """The images, then a seed, another for each size, and ids."""
     return lambda size, dtype=torch.float32: (
-        *images(size, *shapes, dtype=dtype), torch.tensor([size]), torch.arange(size) * 3 - 1
-    )  # fmt: skip
+        *images(size, *shapes, dtype=dtype),
+        torch.tensor([size]),
+        torch.arange(size) * 3 - 1,
+    )
 
 
 def features_and_keys(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -73,9 +75,13 @@ def states_and_predictions(halves: int) -> Callable[..., tuple[Tensor, ...]]:
     """The state, the prediction of so many times its channels, coefficients, a seed, ids and draws."""
     numbers = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
     return lambda size, dtype=torch.float32: (
-        *images(size, IMAGE), *images(size, (3 * halves, 8, 8), dtype=dtype), torch.tensor(numbers),
-        torch.tensor([size]), torch.arange(size) * 3 - 1, torch.arange(size) // 2,
-    )  # fmt: skip
+        *images(size, IMAGE),
+        *images(size, (3 * halves, 8, 8), dtype=dtype),
+        torch.tensor(numbers),
+        torch.tensor([size]),
+        torch.arange(size) * 3 - 1,
+        torch.arange(size) // 2,
+    )
 
 
 IMAGE = (3, 8, 8)
@@ -83,15 +89,21 @@ STEP = (0.05, 0.1)
 FUNCTIONS = {
     **{
         f"aggregate {name}": Function(
-            lambda x, name=name: ops.aggregate(6 * x - 3, name), of((8, 10)), gradients=int(name != "vote"),
+            lambda x, name=name: ops.aggregate(6 * x - 3, name),
+            of((8, 10)),
+            gradients=int(name != "vote"),
             compiler="inductor" if name == "lse" else "aot_eager",
-        ) for name in METHODS
+        )
+        for name in METHODS
     },
     **{
         f"apgd_step {norm}": Function(
-            lambda x, g, n, p, norm=norm: ops.apgd_step(x, g - 0.5, n, p, *STEP, 0.75, norm), of(*[IMAGE] * 4),
-            exact=norm == "linf", compiler="inductor" if norm == "linf" else "aot_eager",
-        ) for norm in ("linf", "l2")
+            lambda x, g, n, p, norm=norm: ops.apgd_step(x, g - 0.5, n, p, *STEP, 0.75, norm),
+            of(*[IMAGE] * 4),
+            exact=norm == "linf",
+            compiler="inductor" if norm == "linf" else "aot_eager",
+        )
+        for norm in ("linf", "l2")
     },
     "contextual_attention": Function(
         ops.contextual_attention, features_and_keys, gradients=1, sizes=(2, 3), batch_only=True
@@ -101,38 +113,51 @@ FUNCTIONS = {
             lambda x, m, coefficients, seed, ids, draws, noisy=name != "noiseless": ops.diffusion_step(
                 2 * x - 1, 2 * m - 1, coefficients, seed=seed, sample_ids=ids, draws=draws, step=seed + 1, noisy=noisy
             ),
-            states_and_predictions(2 if name == "learned" else 1), gradients=2,
+            states_and_predictions(2 if name == "learned" else 1),
+            gradients=2,
             compiler="inductor" if name == "learned" else "aot_eager",
-        ) for name in ("fixed", "learned", "noiseless")
+        )
+        for name in ("fixed", "learned", "noiseless")
     },
     "gated_elu": Function(lambda x: ops.gated_elu(6 * x - 3), of((6, 8, 10)), gradients=1, compiler="inductor"),
     **{
         f"hyperplane_projection {norm}": Function(
             lambda x, w, b, norm=norm: ops.hyperplane_projection(x, w - 0.5, 4 * b.flatten() - 2, norm),
             of(IMAGE, IMAGE, ()),
-        ) for norm in ("linf", "l2", "l1")
+        )
+        for norm in ("linf", "l2", "l1")
     },
     "noisy_replay": Function(
         lambda x, adv, drift, seed, ids: ops.noisy_replay(x, adv, drift, 0.5, 0.1, seed, ids),
-        with_stream(IMAGE, IMAGE, ()), exact=True, compiler="inductor",
+        with_stream(IMAGE, IMAGE, ()),
+        exact=True,
+        compiler="inductor",
     ),
     **{
         f"pgd_step {norm}": Function(
-            lambda x, g, n, norm=norm: ops.pgd_step(x, g - 0.5, n, *STEP, norm), of(*[IMAGE] * 3),
-            exact=norm == "linf", compiler="inductor" if norm == "linf" else "aot_eager",
-        ) for norm in ("linf", "l2", "l1")
+            lambda x, g, n, norm=norm: ops.pgd_step(x, g - 0.5, n, *STEP, norm),
+            of(*[IMAGE] * 3),
+            exact=norm == "linf",
+            compiler="inductor" if norm == "linf" else "aot_eager",
+        )
+        for norm in ("linf", "l2", "l1")
     },
     **{
         f"philox {name}": Function(
             lambda seed, ids, name=name: ops.philox(seed, ids, 12, stream=Stream.LATENT, distribution=name, draws=3),
-            with_stream(), exact=name != "normal", compiler="inductor" if name == "uniform" else "aot_eager",
-        ) for name in ("bits", "uniform", "normal")
+            with_stream(),
+            exact=name != "normal",
+            compiler="inductor" if name == "uniform" else "aot_eager",
+        )
+        for name in ("bits", "uniform", "normal")
     },
     **{
         f"random_transform {passes}": Function(
             lambda x, seed, ids, passes=passes: ops.random_transform(x, seed, ids, block=2, num_passes=passes)[0],
-            with_stream(IMAGE), gradients=1,
-        ) for passes in (None, 4)
+            with_stream(IMAGE),
+            gradients=1,
+        )
+        for passes in (None, 4)
     },
     "reconstruction_loss": Function(
         lambda x, t: ops.reconstruction_loss(6 * x - 3, t), of(IMAGE, IMAGE), gradients=1, compiler="inductor"
@@ -140,28 +165,46 @@ FUNCTIONS = {
     **{
         f"representation_distance {kind}": Function(
             lambda a, b, c, d, kind=kind: ops.representation_distance([2 * a - 1, b], [c, d], kind),
-            of(IMAGE, (40,), IMAGE, (40,)), gradients=2,
+            of(IMAGE, (40,), IMAGE, (40,)),
+            gradients=2,
             compiler="inductor" if kind == "abs_cosine" else "aot_eager",
-        ) for kind in ("abs_cosine", "cosine", "angular", "l2")
+        )
+        for kind in ("abs_cosine", "cosine", "angular", "l2")
     },
     "sample_latent": Function(ops.sample_latent, with_stream((16,), (16,)), gradients=2, compiler="inductor"),
     **{
         f"square_proposal {norm}": Function(
-            lambda x, nat, numbers, norm=norm: ops.square_proposal(
-                x, nat, 0.5 if norm == "linf" else 30.0, numbers, 5, norm,
-                pattern=None if norm == "linf" else pattern(5, norm, torch.device("cpu")),
-            ).unflatten(0, (2, -1)).transpose(0, 1),
-            lambda size, dtype=torch.float32: (*images(size, (3, 10, 12), (3, 10, 12), dtype=dtype),
-                                               *images(size, (2, 8))),
+            lambda x, nat, numbers, norm=norm: (
+                ops.square_proposal(
+                    x,
+                    nat,
+                    0.5 if norm == "linf" else 30.0,
+                    numbers,
+                    5,
+                    norm,
+                    pattern=None if norm == "linf" else pattern(5, norm, torch.device("cpu")),
+                )
+                .unflatten(0, (2, -1))
+                .transpose(0, 1)
+            ),
+            lambda size, dtype=torch.float32: (
+                *images(size, (3, 10, 12), (3, 10, 12), dtype=dtype),
+                *images(size, (2, 8)),
+            ),
             # the first size is not the edge's, which would be taken for it
-            exact=norm == "linf", sizes=(6, 8, 13),
-        ) for norm in ("linf", "l2", "l1")
+            exact=norm == "linf",
+            sizes=(6, 8, 13),
+        )
+        for norm in ("linf", "l2", "l1")
     },
     "stitch": Function(
-        lambda passes, owners: ops.stitch(passes.flatten(0, 1), owners), passes_and_owners, gradients=1, exact=True,
+        lambda passes, owners: ops.stitch(passes.flatten(0, 1), owners),
+        passes_and_owners,
+        gradients=1,
+        exact=True,
         compiler="inductor",
     ),
-}  # fmt: skip
+}
 #: One setting of each function, for what does not depend on the setting.
 FIRST = list({name.partition(" ")[0]: name for name in reversed(FUNCTIONS)}.values())[::-1]
 DIFFERENTIABLE = [name for name, function in FUNCTIONS.items() if function.gradients]
@@ -233,9 +276,13 @@ def test_compiles_to_one_graph(function, backend, compiles, name, request):
         return *leaves_of(function, given), *given[function.gradients :]
 
     compiles(
-        lambda first, *given: function.call(first if first.dtype == torch.int64 else 1 * first, *given), make,
-        function.sizes, exact=function.exact, compiler=function.compiler, batch_only=function.batch_only,
-    )  # fmt: skip
+        lambda first, *given: function.call(first if first.dtype == torch.int64 else 1 * first, *given),
+        make,
+        function.sizes,
+        exact=function.exact,
+        compiler=function.compiler,
+        batch_only=function.batch_only,
+    )
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -385,57 +432,87 @@ NAMED = [
 ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for a batch of 3")]
 #: By function: arguments that it takes, and changes of them that it refuses, each with what the error says.
 REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
-    "aggregate": ({"logits": torch.zeros(3, 4, 5)}, [
-        ({"logits": torch.zeros(3, 4)}, r"logits must be floating point \[B, K, C\], got torch.float32 \[3, 4\]"),
-        ({"logits": torch.zeros(3, 4, 5).long()}, "logits must be floating point"),
-        ({"logits": torch.zeros(3, 0, 5)}, "K >= 1 samples and C >= 2 classes"),
-        ({"logits": torch.zeros(3, 4, 1)}, r"got \[B, K, C\] = \[3, 4, 1\]"),
-        ({"method": "median"}, "method must be one of lse, peel, .*vote_reference, got 'median'"),
-    ]),
-    "pgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1}, [
-        *BALL,
-        (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "need one shape"),
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": math.nan}, r"density must be in \(0, 1\], got nan"),
-    ]),
-    "apgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1}, [
-        *BALL,
-        ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous need one shape \[B, ...\]"),
-        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
-        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
-        ({"momentum": math.nan}, r"momentum must be in \[0, 1\], got nan"),
-    ]),
-    "contextual_attention": ({"features": torch.zeros(2, 3, 4, 6), "valid": VALID}, [
-        ({"features": torch.zeros(2, 3, 4)}, r"floating point \[B, C, H, W\], got torch.float32 \[2, 3, 4\]"),
-        ({"features": torch.zeros(2, 3, 4, 4).int()}, "got torch.int32"),
-        ({"features": torch.zeros(2, 3, 5, 4)}, r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
-        ({"features": torch.zeros(2, 3, 0, 4)}, "even H and W"),
-        ({"valid": VALID[:, :5]}, r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]"),
-        ({"valid": VALID.float()}, "got torch.float32"),
-        ({"valid": VALID.to(META)}, DEVICES),
-    ]),
-    "key_validity": ({"mask": torch.zeros(2, 1, 8, 8), "size": (4, 4)}, [
-        ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
-        ({"mask": torch.zeros(8, 8)}, r"got \[8, 8\]"),
-        ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
-        ({"size": (0, 4)}, r"size must be \(h, w\), at least 1, got \(0, 4\)"),
-    ]),
-    "conv2d": ({"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)}, [
-        ({"input": torch.zeros(2, 4, 9, 8)}, r"input must be \[B, C, H, W\] and weight \[O, C, K, L\], .*2, 4, 9, 8"),
-        ({"input": torch.zeros(9, 8)}, r"got \[9, 8\] and \[10, 6, 3, 3\]"),
-        ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
-        ({"weight": None}, "weight must be a tensor, got NoneType"),
-        ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-        ({"bias": torch.zeros(10).double()}, "bias torch.float64: without autocast they must agree"),
-        ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
-        ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
-        ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
-        ({"dilation": 9}, "input with its padding is smaller than the kernel"),
-    ]),
+    "aggregate": (
+        {"logits": torch.zeros(3, 4, 5)},
+        [
+            ({"logits": torch.zeros(3, 4)}, r"logits must be floating point \[B, K, C\], got torch.float32 \[3, 4\]"),
+            ({"logits": torch.zeros(3, 4, 5).long()}, "logits must be floating point"),
+            ({"logits": torch.zeros(3, 0, 5)}, "K >= 1 samples and C >= 2 classes"),
+            ({"logits": torch.zeros(3, 4, 1)}, r"got \[B, K, C\] = \[3, 4, 1\]"),
+            ({"method": "median"}, "method must be one of lse, peel, .*vote_reference, got 'median'"),
+        ],
+    ),
+    "pgd_step": (
+        {"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1},
+        [
+            *BALL,
+            (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "need one shape"),
+            ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+            ({"density": math.nan}, r"density must be in \(0, 1\], got nan"),
+        ],
+    ),
+    "apgd_step": (
+        {"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1},
+        [
+            *BALL,
+            ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous need one shape \[B, ...\]"),
+            ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+            ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+            ({"momentum": math.nan}, r"momentum must be in \[0, 1\], got nan"),
+        ],
+    ),
+    "contextual_attention": (
+        {"features": torch.zeros(2, 3, 4, 6), "valid": VALID},
+        [
+            ({"features": torch.zeros(2, 3, 4)}, r"floating point \[B, C, H, W\], got torch.float32 \[2, 3, 4\]"),
+            ({"features": torch.zeros(2, 3, 4, 4).int()}, "got torch.int32"),
+            ({"features": torch.zeros(2, 3, 5, 4)}, r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
+            ({"features": torch.zeros(2, 3, 0, 4)}, "even H and W"),
+            ({"valid": VALID[:, :5]}, r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]"),
+            ({"valid": VALID.float()}, "got torch.float32"),
+            ({"valid": VALID.to(META)}, DEVICES),
+        ],
+    ),
+    "key_validity": (
+        {"mask": torch.zeros(2, 1, 8, 8), "size": (4, 4)},
+        [
+            ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
+            ({"mask": torch.zeros(8, 8)}, r"got \[8, 8\]"),
+            ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
+            ({"size": (0, 4)}, r"size must be \(h, w\), at least 1, got \(0, 4\)"),
+        ],
+    ),
+    "conv2d": (
+        {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
+        [
+            (
+                {"input": torch.zeros(2, 4, 9, 8)},
+                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\], .*2, 4, 9, 8",
+            ),
+            ({"input": torch.zeros(9, 8)}, r"got \[9, 8\] and \[10, 6, 3, 3\]"),
+            ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
+            ({"weight": None}, "weight must be a tensor, got NoneType"),
+            ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
+            ({"bias": torch.zeros(10).double()}, "bias torch.float64: without autocast they must agree"),
+            ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
+            ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
+            ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
+            ({"dilation": 9}, "input with its padding is smaller than the kernel"),
+        ],
+    ),
     "diffusion_step": (
-        {"x": ROW, "prediction": ROW, "coefficients": torch.zeros(8), "seed": SEED, "sample_ids": IDS, "draws": IDS,
-         "step": SEED}, [
-            *NAMED, *ONE_PER_SAMPLE,
+        {
+            "x": ROW,
+            "prediction": ROW,
+            "coefficients": torch.zeros(8),
+            "seed": SEED,
+            "sample_ids": IDS,
+            "draws": IDS,
+            "step": SEED,
+        },
+        [
+            *NAMED,
+            *ONE_PER_SAMPLE,
             ({"x": ROW.half()}, r"x must be float32 or float64 \[B, C, ...\], got torch.float16 \[3, 4\]"),
             ({"x": ROW[0]}, r"got torch.float32 \[4\]"),
             ({"prediction": torch.zeros(3, 5)}, r"= \[3, 4\] or \[B, 2C, ...\], got \[3, 5\]"),
@@ -449,32 +526,44 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"draws": IDS.int()}, r"draws must be an int64 tensor \[3\], got torch.int32 \[3\]"),
             ({"step": IDS}, r"step must be an int64 tensor \[1\], got torch.int64 \[3\]"),
             ({"step": 3}, r"step must be an int64 tensor \[1\], got 3"),
-        ]),
-    "gated_elu": ({"features": ROW}, [
-        ({"features": torch.zeros(4)}, r"features must be floating point \[B, 2C, ...\], got torch.float32 \[4\]"),
-        ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),
-        ({"features": torch.zeros(3, 5, 4, 4)}, "features need an even number of channels, 2C, got 5"),
-    ]),
-    "group_norm_silu": ({"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)}, [
-        ({"x": torch.zeros(6)}, r"x must be \[B, C, ...\], got \[6\]"),
-        ({"x": torch.zeros(2, 6, 9, 8).long()}, "x must be floating point on cpu, got torch.int64 on cpu"),
-        ({"groups": 4}, "groups must be a whole number, at least 1, that divides the 6 channels, got 4"),
-        ({"groups": 0}, "got 0"),
-        ({"weight": torch.ones(5)}, r"weight and bias must be \[C\] = \[6\], got \[5\] and \[6\]"),
-        ({"bias": torch.ones(6, 1)}, r"got \[6\] and \[6, 1\]"),
-        ({"shift": torch.ones(3, 6)}, r"shift must be \[B, C\] = \[2, 6\] or \[1, C\], got \[3, 6\]"),
-    ]),
-    "hyperplane_projection": ({"x": ROW, "w": ROW, "b": 0.0}, [
-        ({"w": torch.zeros(3, 5)}, r"x and w need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-        ({"w": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
-        ({"w": ROW.to(META)}, DEVICES),
-        ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
-        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
-    ]),
+        ],
+    ),
+    "gated_elu": (
+        {"features": ROW},
+        [
+            ({"features": torch.zeros(4)}, r"features must be floating point \[B, 2C, ...\], got torch.float32 \[4\]"),
+            ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),
+            ({"features": torch.zeros(3, 5, 4, 4)}, "features need an even number of channels, 2C, got 5"),
+        ],
+    ),
+    "group_norm_silu": (
+        {"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)},
+        [
+            ({"x": torch.zeros(6)}, r"x must be \[B, C, ...\], got \[6\]"),
+            ({"x": torch.zeros(2, 6, 9, 8).long()}, "x must be floating point on cpu, got torch.int64 on cpu"),
+            ({"groups": 4}, "groups must be a whole number, at least 1, that divides the 6 channels, got 4"),
+            ({"groups": 0}, "got 0"),
+            ({"weight": torch.ones(5)}, r"weight and bias must be \[C\] = \[6\], got \[5\] and \[6\]"),
+            ({"bias": torch.ones(6, 1)}, r"got \[6\] and \[6, 1\]"),
+            ({"shift": torch.ones(3, 6)}, r"shift must be \[B, C\] = \[2, 6\] or \[1, C\], got \[3, 6\]"),
+        ],
+    ),
+    "hyperplane_projection": (
+        {"x": ROW, "w": ROW, "b": 0.0},
+        [
+            ({"w": torch.zeros(3, 5)}, r"x and w need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+            ({"w": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
+            ({"w": ROW.to(META)}, DEVICES),
+            ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
+            ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+            ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+        ],
+    ),
     "noisy_replay": (
-        {"x": ROW, "x_adv": ROW, "drift": ROW[:, 0], "tau": 0.1, "eps": 0.1, "seed": SEED, "sample_ids": IDS}, [
-            *NAMED, *ONE_PER_SAMPLE,
+        {"x": ROW, "x_adv": ROW, "drift": ROW[:, 0], "tau": 0.1, "eps": 0.1, "seed": SEED, "sample_ids": IDS},
+        [
+            *NAMED,
+            *ONE_PER_SAMPLE,
             ({"x": torch.zeros(3, 5)}, r"x and x_adv need one shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
             ({"x_adv": ROW.half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
             ({"drift": torch.zeros(2)}, r"drift must be a floating-point .* = \[3\], got torch.float32 \[2\]"),
@@ -483,58 +572,80 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
             ({"drift": ROW[:, 0].to(META)}, DEVICES),
             ({"hi": math.nan}, "lo = 0.0 is above hi = nan"),
-        ]),
-    "philox": ({"seed": SEED, "sample_ids": IDS, "numel": 3, "stream": Stream.MASK}, [
-        *NAMED,
-        ({"distribution": "cauchy"}, "distribution must be one of bits, uniform, normal, got 'cauchy'"),
-        ({"numel": -1}, "numel must be at least 0, got -1"),
-        ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"first_draw": -2}, "first_draw must be at least 0, got -2"),
-        *(({name: 2**63}, rf"{name} must be below 2\^63") for name in ("numel", "draws", "first_draw")),
-    ]),
-    "random_transform": ({"x": BLOCKED, "seed": SEED, "sample_ids": IDS}, [
-        *NAMED, *ONE_PER_SAMPLE,
-        ({"x": BLOCKED[0]}, r"x must be floating point \[B, C, H, W\], got torch.float32 \[3, 64, 96\]"),
-        ({"x": BLOCKED.byte()}, r"x must be .*, got torch.uint8"),
-        ({"x": BLOCKED.to(META)}, DEVICES),
-        ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
-        ({"block": 64}, "got block = 64 for 64 x 96"),
-        ({"x": BLOCKED[:, :, :60]}, "got block = 32 for 60 x 96"),
-        ({"x": BLOCKED[:, :, :0]}, "got block = 32 for 0 x 96"),
-        *(({"sigma": s}, f"sigma must be finite and not negative, got {s}") for s in (-0.1, math.inf, math.nan)),
-        *(({"mask_ratio": r}, rf"mask_ratio must be in \[0, 1\), got {r}") for r in (1.0, -0.1, math.nan)),
-        *(({"num_passes": n}, f"must be 1 to 6 and divide the 6 blocks of an image, got {n}") for n in (0, 4, 7)),
-        ({"block": 2, "num_passes": 256}, "must be 1 to 255 and divide the 1536 blocks of an image, got 256"),
-        *(({"samples": n}, rf"samples must be at least 1 and below 2\^63, got {n}") for n in (0, 2**63)),
-        ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
-    ]),
-    "reconstruction_loss": ({"logits": ROW, "target": ROW}, [
-        ({"target": torch.zeros(3, 5)}, r"logits and target need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-        ({"logits": IDS.float(), "target": IDS.float()}, "need one shape"),
-        ({"target": ROW.byte()}, "must be floating point, got torch.float32 and"),
-        ({"target": ROW.to(META)}, DEVICES),
-    ]),
-    "representation_distance": ({"student": ROW, "teacher": ROW}, [
-        ({"teacher": torch.zeros(3, 5)}, r"student and teacher need one shape \[B, ...\].*, got \[3, 4\], \[3, 5\]"),
-        ({"student": IDS.float(), "teacher": IDS.float()}, "need one shape"),
-        ({"teacher": ROW.byte()}, "must be floating point, got torch.float32 and torch.uint8"),
-        ({"teacher": ROW.to(META)}, DEVICES),
-        ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
-        ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
-        ({"student": [], "teacher": []}, "need as many layers, at least one, got 0, 0"),
-        ({"student": [ROW], "teacher": [ROW, ROW]}, "need as many layers, at least one, got 1, 2"),
-        ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
-        ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers one batch size, got \[2, 4\]"),
-    ]),
-    "sample_latent": ({"mu": ROW, "logvar": ROW, "seed": SEED, "sample_ids": IDS}, [
-        *NAMED, *ONE_PER_SAMPLE,
-        ({"mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}, r"mu and logvar must be \[B, D\]"),
-        ({"mu": torch.zeros(3, 5)}, r"mu and logvar need one shape .*\[3, 5\], \[3, 4\]"),
-        ({"logvar": ROW.half()}, "torch.float32, torch.float16"),
-        ({"logvar": ROW.to(META)}, DEVICES),
-    ]),
+        ],
+    ),
+    "philox": (
+        {"seed": SEED, "sample_ids": IDS, "numel": 3, "stream": Stream.MASK},
+        [
+            *NAMED,
+            ({"distribution": "cauchy"}, "distribution must be one of bits, uniform, normal, got 'cauchy'"),
+            ({"numel": -1}, "numel must be at least 0, got -1"),
+            ({"draws": 0}, "draws must be at least 1, got 0"),
+            ({"first_draw": -2}, "first_draw must be at least 0, got -2"),
+            *(({name: 2**63}, rf"{name} must be below 2\^63") for name in ("numel", "draws", "first_draw")),
+        ],
+    ),
+    "random_transform": (
+        {"x": BLOCKED, "seed": SEED, "sample_ids": IDS},
+        [
+            *NAMED,
+            *ONE_PER_SAMPLE,
+            ({"x": BLOCKED[0]}, r"x must be floating point \[B, C, H, W\], got torch.float32 \[3, 64, 96\]"),
+            ({"x": BLOCKED.byte()}, r"x must be .*, got torch.uint8"),
+            ({"x": BLOCKED.to(META)}, DEVICES),
+            ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
+            ({"block": 64}, "got block = 64 for 64 x 96"),
+            ({"x": BLOCKED[:, :, :60]}, "got block = 32 for 60 x 96"),
+            ({"x": BLOCKED[:, :, :0]}, "got block = 32 for 0 x 96"),
+            *(({"sigma": s}, f"sigma must be finite and not negative, got {s}") for s in (-0.1, math.inf, math.nan)),
+            *(({"mask_ratio": r}, rf"mask_ratio must be in \[0, 1\), got {r}") for r in (1.0, -0.1, math.nan)),
+            *(({"num_passes": n}, f"must be 1 to 6 and divide the 6 blocks of an image, got {n}") for n in (0, 4, 7)),
+            ({"block": 2, "num_passes": 256}, "must be 1 to 255 and divide the 1536 blocks of an image, got 256"),
+            *(({"samples": n}, rf"samples must be at least 1 and below 2\^63, got {n}") for n in (0, 2**63)),
+            ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
+        ],
+    ),
+    "reconstruction_loss": (
+        {"logits": ROW, "target": ROW},
+        [
+            ({"target": torch.zeros(3, 5)}, r"logits and target need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+            ({"logits": IDS.float(), "target": IDS.float()}, "need one shape"),
+            ({"target": ROW.byte()}, "must be floating point, got torch.float32 and"),
+            ({"target": ROW.to(META)}, DEVICES),
+        ],
+    ),
+    "representation_distance": (
+        {"student": ROW, "teacher": ROW},
+        [
+            (
+                {"teacher": torch.zeros(3, 5)},
+                r"student and teacher need one shape \[B, ...\].*, got \[3, 4\], \[3, 5\]",
+            ),
+            ({"student": IDS.float(), "teacher": IDS.float()}, "need one shape"),
+            ({"teacher": ROW.byte()}, "must be floating point, got torch.float32 and torch.uint8"),
+            ({"teacher": ROW.to(META)}, DEVICES),
+            ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
+            ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
+            ({"student": [], "teacher": []}, "need as many layers, at least one, got 0, 0"),
+            ({"student": [ROW], "teacher": [ROW, ROW]}, "need as many layers, at least one, got 1, 2"),
+            ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
+            ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers one batch size, got \[2, 4\]"),
+        ],
+    ),
+    "sample_latent": (
+        {"mu": ROW, "logvar": ROW, "seed": SEED, "sample_ids": IDS},
+        [
+            *NAMED,
+            *ONE_PER_SAMPLE,
+            ({"mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}, r"mu and logvar must be \[B, D\]"),
+            ({"mu": torch.zeros(3, 5)}, r"mu and logvar need one shape .*\[3, 5\], \[3, 4\]"),
+            ({"logvar": ROW.half()}, "torch.float32, torch.float16"),
+            ({"logvar": ROW.to(META)}, DEVICES),
+        ],
+    ),
     "square_proposal": (
-        {"x": PICTURE, "x_nat": PICTURE, "eps": 0.1, "numbers": torch.zeros(2, 1, 8), "edge": 3}, [
+        {"x": PICTURE, "x_nat": PICTURE, "eps": 0.1, "numbers": torch.zeros(2, 1, 8), "edge": 3},
+        [
             ({"x": PICTURE[0], "x_nat": PICTURE[0]}, r"x must be images \[B, C, H, W\], got"),
             ({"x_nat": torch.zeros(2, 3, 8, 9)}, r"x and x_nat need one shape \[B, ...\]"),
             ({"numbers": torch.zeros(2, 8)}, r"\[B, T, 5 \+ C\] = \[2, T, 8\], got torch.float32 \[2, 8\]"),
@@ -549,20 +660,24 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
             ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
             ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[2\], got \[3\]"),
-        ]),
-    "stitch": ({"images": torch.zeros(6, 3, 8, 8), "owners": torch.zeros(1, 2, 4, 4).byte()}, [
-        ({"images": torch.zeros(3, 8, 8)}, r"images must be .* got torch.float32 \[3, 8, 8\]"),
-        ({"images": torch.zeros(6, 3, 8, 8).int()}, r"images must be .* got torch.int32 \[6, 3, 8, 8\]"),
-        ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
-        ({"owners": torch.zeros(2, 4, 4).byte()}, r"owners must be uint8 .* got torch.uint8 \[2, 4, 4\]"),
-        ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
-        ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "grid of 3 x 4 blocks must divide the images, 8 x 8"),
-        ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "grid of 0 x 4 blocks must divide the images, 8 x 8"),
-        ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 4"),
-        ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 0"),
-        ({"images": torch.zeros(0, 3, 8, 8)}, "0 images are no whole number of passes for owners of 1 x 2"),
-    ]),
-}  # fmt: skip
+        ],
+    ),
+    "stitch": (
+        {"images": torch.zeros(6, 3, 8, 8), "owners": torch.zeros(1, 2, 4, 4).byte()},
+        [
+            ({"images": torch.zeros(3, 8, 8)}, r"images must be .* got torch.float32 \[3, 8, 8\]"),
+            ({"images": torch.zeros(6, 3, 8, 8).int()}, r"images must be .* got torch.int32 \[6, 3, 8, 8\]"),
+            ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
+            ({"owners": torch.zeros(2, 4, 4).byte()}, r"owners must be uint8 .* got torch.uint8 \[2, 4, 4\]"),
+            ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
+            ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "grid of 3 x 4 blocks must divide the images, 8 x 8"),
+            ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "grid of 0 x 4 blocks must divide the images, 8 x 8"),
+            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 4"),
+            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 0"),
+            ({"images": torch.zeros(0, 3, 8, 8)}, "0 images are no whole number of passes for owners of 1 x 2"),
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

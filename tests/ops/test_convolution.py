@@ -75,8 +75,13 @@ def test_values_and_gradients(kernels, within_budget, poisoned, shape):
     got = gradients(x, weight, bias, settings)
     with use_backend("reference"):
         same = gradients(x, weight, bias, settings)
-        golden = gradients(x.double(), weight.double(), bias.double(), settings, got[0].detach() * 0 + normal(
-            *got[0].shape, seed=3, dtype=torch.float32).to(HALF))  # fmt: skip
+        golden = gradients(
+            x.double(),
+            weight.double(),
+            bias.double(),
+            settings,
+            got[0].detach() * 0 + normal(*got[0].shape, seed=3, dtype=torch.float32).to(HALF),
+        )
     for one, exact, like in zip(got, golden, same, strict=True):
         within_budget(one, exact, like)
 
@@ -90,8 +95,13 @@ def test_gradients_of_float32_weights_are_not_rounded(kernels, shape):
         out, of_x, of_weight, of_bias = gradients(x.float(), weight, bias, settings)
     assert out.dtype == HALF and of_x.dtype == of_weight.dtype == of_bias.dtype == torch.float32
     with use_backend("reference"):
-        golden = gradients(x.double(), weight.to(HALF).double(), bias.double(), settings, normal(
-            *out.shape, seed=3, dtype=torch.float32).to(HALF))  # fmt: skip
+        golden = gradients(
+            x.double(),
+            weight.to(HALF).double(),
+            bias.double(),
+            settings,
+            normal(*out.shape, seed=3, dtype=torch.float32).to(HALF),
+        )
     if kernels == "reference":
         # without AVX512-BF16 PyTorch rounds its sums to bfloat16
         for got, exact in ((of_bias, golden[3]), (of_weight, golden[2])):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ops import Case, normal, registry
+from benchmarks.speed.ops import Case, normal, registry
 from purify_fast import ops
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import registry as ops_registry
@@ -20,10 +20,12 @@ from purify_fast.ops.dispatch.registry import Op, define_op
 
 #: An op that is not registered under the name of its function, and that is raced by a benchmark of its own.
 CONVOLUTION = Case(
-    (2, 8, 6, 6), torch.float32,
+    (2, 8, 6, 6),
+    torch.float32,
     lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
-    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1), {},
-)  # fmt: skip
+    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
+    {},
+)
 PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
 
 
@@ -32,7 +34,7 @@ def smallest(name: str) -> Case:
     if name == "convolution":
         return CONVOLUTION
     found = (registry("cuda") | registry("cpu")).get(name)
-    assert found is not None, f"{name} is not in benchmarks/ops/__init__.py"
+    assert found is not None, f"{name} is not in benchmarks/speed/ops/__init__.py"
     case = min(found(), key=lambda case: math.prod(case.shape))
     # its benchmark races what one writes without the op, where no kernel serves
     return replace(case, call=ops.representation_distance) if name == "representation_distance" else case

@@ -140,9 +140,16 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
     ):
         leaf = x.clone().requires_grad_()
         packed, owners = random_transform(
-            leaf, SEED, ids, block=shape[4], num_passes=num_passes, samples=samples, shared_mask=shared, dtype=out,
+            leaf,
+            SEED,
+            ids,
+            block=shape[4],
+            num_passes=num_passes,
+            samples=samples,
+            shared_mask=shared,
+            dtype=out,
             channels_last=last,
-        )  # fmt: skip
+        )
         arguments = (x, SEED, ids, 0.25, shape[4], count // 4, num_passes or 0, samples, shared, out, last)
         same = op.reference(*arguments)
         assert torch.equal(packed, same[0]) and torch.equal(owners, same[1])
@@ -171,9 +178,12 @@ def test_ties_go_by_index(backend):
         )
         for masked_blocks, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
             _, owners = random_transform(
-                torch.zeros(1, 1, 32, 32), torch.tensor([0]), torch.tensor([sample]), block=1,
+                torch.zeros(1, 1, 32, 32),
+                torch.tensor([0]),
+                torch.tensor([sample]),
+                block=1,
                 mask_ratio=(masked_blocks + 0.5) / 1024,
-            )  # fmt: skip
+            )
             assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
 
 

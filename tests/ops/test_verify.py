@@ -46,8 +46,9 @@ def make(monkeypatch) -> Callable[[Callable], registry.Op]:
 
     def made(kernel: Callable, exact: bool = False) -> registry.Op:
         name = f"doubled_{next(_numbers)}"
-        example = Example("3x4", lambda dtype, seed: (torch.linspace(-1, 1, 12).view(3, 4).to(dtype),), exact=exact,
-                          gpu="fbh")  # fmt: skip
+        example = Example(
+            "3x4", lambda dtype, seed: (torch.linspace(-1, 1, 12).view(3, 4).to(dtype),), exact=exact, gpu="fbh"
+        )
         torch.library.define(f"purify_fast::{name}_", "(Tensor x) -> Tensor")  # makes the name space known
         before = dict(REGISTRY)
         monkeypatch.setattr(_library, "has_kernel", lambda qualified, key: key == "CPU")
@@ -406,8 +407,12 @@ def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     found = cache.machine.__wrapped__(torch.device("cuda", 0))
     assert found.pop("triton") is not None
     assert found == {
-        "kind": "cuda", "device": "some GPU", "capability": "sm_90", "torch": torch.__version__, "driver": "13"
-    }  # fmt: skip
+        "kind": "cuda",
+        "device": "some GPU",
+        "capability": "sm_90",
+        "torch": torch.__version__,
+        "driver": "13",
+    }
     monkeypatch.undo()
     if not torch.cuda.is_available():
         assert cache._driver() == "unknown"

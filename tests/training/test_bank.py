@@ -246,8 +246,12 @@ def test_a_step_that_is_taken_again_makes_all_that_it_made_or_nothing(tmp_path):
     def asked(seed):
         calls = []
         step = bank.at_step(0, seed, torch.arange(4))
-        step.images(x, slice(4), torch.zeros(4, dtype=torch.int64), lambda rows: calls.append(rows) or (
-            x if rows is None else x[rows]))  # fmt: skip
+        step.images(
+            x,
+            slice(4),
+            torch.zeros(4, dtype=torch.int64),
+            lambda rows: calls.append(rows) or (x if rows is None else x[rows]),
+        )
         return calls
 
     assert asked(1) == [None] and asked(2) == [None] and asked(2) == asked(3) == []
@@ -376,8 +380,12 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
     for seed, made in ((1, 3), (2, 1)):
         asked = []
         step = bank.at_step(0, seed, torch.arange(3))
-        got = step.images(x, slice(3), torch.zeros(3, dtype=torch.int64), lambda rows, a=asked: a.append(rows) or (
-            broken if rows is None else broken[rows]))  # fmt: skip
+        got = step.images(
+            x,
+            slice(3),
+            torch.zeros(3, dtype=torch.int64),
+            lambda rows, a=asked: a.append(rows) or (broken if rows is None else broken[rows]),
+        )
         assert torch.equal(got[:2], x[:2]) and got[2].isnan().all()
         assert [3 if rows is None else len(rows) for rows in asked] == [made]
 

@@ -137,9 +137,12 @@ def test_what_has_no_fused_kernel_stays_as_it_is():
 def test_convolutions_are_raced_only_where_it_is_asked_for(monkeypatch):
     cudnn, gpu = torch.backends.cudnn, torch.device("cuda")
     for deterministic, mode, device, raced in (
-        (False, "auto", gpu, True), (False, "off", gpu, False), (False, "on", torch.device("cpu"), False),
-        (True, "auto", gpu, False), (True, "on", gpu, True),
-    ):  # fmt: skip
+        (False, "auto", gpu, True),
+        (False, "off", gpu, False),
+        (False, "on", torch.device("cpu"), False),
+        (True, "auto", gpu, False),
+        (True, "on", gpu, True),
+    ):
         monkeypatch.setattr(cudnn, "deterministic", deterministic)
         with raced_convolutions(mode, device):
             assert cudnn.benchmark == raced

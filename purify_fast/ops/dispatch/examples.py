@@ -1,6 +1,6 @@
 """Small inputs of an op, as its kernel takes them: what kernels are verified, tested and raced with.
 
-Each op's module has its own. ``python -m benchmarks.every_op`` runs every op once.
+Each op's module has its own. ``python -m benchmarks.gpu.every_op`` runs every op once.
 """
 
 from __future__ import annotations

@@ -289,12 +289,8 @@ def test_attacks_in_one_call_equal_separate_calls_to_the_bit(norm, steps):
     torch.manual_seed(0)
     model, x = SmallCNN(3).eval(), images(12)
     y, ids, eps = torch.arange(12) % 10, torch.arange(12) + 5, torch.linspace(0.02, 0.1, 12)
-    together = pgd_and_fgsm(
-        model, x, y, eps=eps, alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids
-    )  # fmt: skip
-    one = pgd(
-        model, x[:6], y[:6], eps=eps[:6], alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids[:6]
-    )  # fmt: skip
+    together = pgd_and_fgsm(model, x, y, eps=eps, alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids)
+    one = pgd(model, x[:6], y[:6], eps=eps[:6], alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids[:6])
     two = fgsm(model, x[6:], y[6:], eps=eps[6:], norm=norm)
     assert torch.equal(together, torch.cat([one, two]))
     assert not torch.equal(together[:6], x[:6]) and all(p.requires_grad for p in model.parameters())

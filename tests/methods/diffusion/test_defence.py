@@ -48,9 +48,14 @@ def test_the_contract_of_a_defence(process):
         made.purify(x, 32769)
 
 
-@pytest.mark.parametrize("options", [
-    {"solver": "vp_sde"}, {"solver": "ode"}, {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "vp_sde"},
+        {"solver": "ode"},
+        {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4},
+    ],
+)
 def test_purified_images_are_images_where_the_process_clips(options):
     class Far(nn.Module):
         def forward(self, x, t):
@@ -308,12 +313,15 @@ def test_learned_variances_and_objects_with_a_sample():
         defence(denoiser=once, process=Process(steps=3, variance="learned"))
 
 
-@pytest.mark.parametrize(("schedule", "times", "told"), [
-    (Schedule(steps=500), None, (torch.int64, [49, 32, 16])),
-    (Schedule(steps=500), "rescaled", (torch.float32, [98.0, 64.0, 32.0])),
-    (Schedule("vp"), None, (torch.float32, [99.9, 66.6, 33.3])),
-    (Schedule("vp"), "index", (torch.int64, [100, 66, 33])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "times", "told"),
+    [
+        (Schedule(steps=500), None, (torch.int64, [49, 32, 16])),
+        (Schedule(steps=500), "rescaled", (torch.float32, [98.0, 64.0, 32.0])),
+        (Schedule("vp"), None, (torch.float32, [99.9, 66.6, 33.3])),
+        (Schedule("vp"), "index", (torch.int64, [100, 66, 33])),
+    ],
+)
 def test_what_a_denoiser_is_told(schedule, times, told):
     heard = []
 
@@ -380,11 +388,14 @@ def test_a_network_of_diffusers_as_it_is(tmp_path):
     torch.testing.assert_close(gradient(again, x), gradient(read, x))
 
 
-@pytest.mark.parametrize(("given", "wanted"), [
-    ({"clip_sample_range": 2.0}, "clip_sample_range must be 1, as images are in"),
-    ({"variance_type": "learned"}, "variance_type must be one of fixed_small, .*, learned_range, got 'learned'"),
-    ({"variance_type": "fixed_large_log"}, "variance_type must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"clip_sample_range": 2.0}, "clip_sample_range must be 1, as images are in"),
+        ({"variance_type": "learned"}, "variance_type must be one of fixed_small, .*, learned_range, got 'learned'"),
+        ({"variance_type": "fixed_large_log"}, "variance_type must be one of"),
+    ],
+)
 def test_what_a_folder_of_diffusers_asks_and_is_not_there_is_refused(tmp_path, given, wanted):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "scheduler_config.json").write_text(json.dumps(given))

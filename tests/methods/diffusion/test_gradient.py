@@ -217,9 +217,10 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
         return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
 
     logits, gradient = run(x)
-    for one, other in ((run(x[order]), (logits[order], gradient[order])), (
-        [torch.cat(pair) for pair in zip(run(x[:2]), run(x[2:]), strict=True)], (logits, gradient)
-    )):  # fmt: skip
+    for one, other in (
+        (run(x[order]), (logits[order], gradient[order])),
+        ([torch.cat(pair) for pair in zip(run(x[:2]), run(x[2:]), strict=True)], (logits, gradient)),
+    ):
         for got, want in zip(one, other, strict=True):
             close(got, want, 1e-5)
     for made.max_forward_batch, made.keep in ((1, 0), (3, 2), (3, "auto"), (100, 0)):

@@ -1,0 +1,1 @@
+"""What only a GPU can tell, and what is counted in place of one."""

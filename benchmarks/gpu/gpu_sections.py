@@ -1,0 +1,577 @@
+"""The sections of the GPU check, each a function of a `Context`.
+
+Five measurements come first, each in its own file: they decide whether graphs and kernels gain anything.
+
+1. `CAPTURE_COST`: cost of a capture, and saving of a replay.
+2. `VERDICTS`: correctness and compile time of each kernel. The tests of the device stand beside it.
+3. `STANDARD`: an evaluation with graphs and without, against the official AutoAttack.
+4. `STEPS`: a training step of each method: the host's launch time, and the device's computing time.
+5. `REPLAYS`: kernels replayed in CUDA graphs, against their references and `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast import __version__, _library, zoo
+from purify_fast.attacks.engine.gradient_copy import gradient_copy
+from purify_fast.cli.installation import facts
+from purify_fast.data import load_dataset, to_float
+from purify_fast.evaluation import evaluate
+from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import tune, verify
+from purify_fast.ops.dispatch.examples import tile, to
+from purify_fast.ops.dispatch.op import Call
+from purify_fast.ops.dispatch.registry import use_backend
+from purify_fast.speed import retain_freed_memory
+from purify_fast.speed.graphs.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.step_graphs import StepGraphs
+from purify_fast.speed.precision import float32_products
+
+from .. import RESULTS
+from ..robustness import contests
+from ..speed import limits, pipelines, sheets, shipping, timing
+from ..speed.ops import registry
+from ..speed.pipelines.carso_inference import classifier
+from ..speed.running import Budget, run_ops, run_pipelines
+from .launches import Replays
+
+ROOT = RESULTS.parents[1]
+EVERY_OP = ("-m", "benchmarks.gpu.every_op")
+#: The folder that pytest runs.
+TESTS = ("tests/gpu",)
+#: The files on which results depend.
+SOURCES = (
+    "purify_fast/**/*.py",
+    "kernels/*.py",
+    "csrc/**/*",
+    "benchmarks/**/*.py",
+    "tests/gpu/*.py",
+    "tests/conftest.py",
+    "tests/cuda_launches.py",
+    "tests/training/torch_functions.py",
+    "setup.py",
+)
+CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
+STEPS, REPLAYS = "training_steps.csv", "replays.csv"
+#: Number of timed runs, whose median counts.
+RUNS = 20
+
+
+PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
+
+
+@dataclass(frozen=True)
+class Context:
+    """The inputs of a section.
+
+    Attributes:
+        out: the folder of the device's results.
+        device: the checked device.
+        dry: whether this rehearses on a CPU, where everything is small and no number means anything.
+        seconds: time limit of the section.
+        tell: called with the finished share and its name.
+        data: CIFAR-10, as a folder or an ``.npz`` file; None for the current folder.
+        started: start time on the monotonic clock.
+    """
+
+    out: Path
+    device: torch.device
+    dry: bool
+    seconds: float
+    tell: Callable[[float, str], None]
+    data: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def budget(self) -> Budget:
+        return Budget(self.left, resume=True, failed={}, tell=self.tell)
+
+
+@dataclass
+class Outcome:
+    state: str
+    summary: str
+    details: dict = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    traceback: str = ""
+
+
+def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> Outcome:
+    """Measure the missing parts of a file one by one, and write the file after each part.
+
+    Args:
+        context: context of the section.
+        file: file in the folder of the device.
+        work: for each part's name, as in the column ``part``, the function that measures it.
+
+    Returns:
+        The outcome of the parts: a failed part does not stop others, and parts without enough time are left out.
+    """
+    path, here = context.out / file, timing.environment(context.device)
+    rows: list[dict] = list(sheets.rows_of(path))
+    there = {row["part"] for row in rows}
+
+    def run(part: str) -> None:
+        rows.extend({"part": part, **row, **here} for row in work[part]())
+        sheets.write_csv(path, rows)
+
+    budget = context.budget()
+    with float32_products():
+        budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
+    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows))
+
+
+def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
+    """The outcome: passed if something was measured and nothing has an error or a wrong result."""
+    errors = {**(budget.failed or {}), **(wrong or {})}
+    summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
+    return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
+
+
+def fingerprint(device: torch.device, dry: bool) -> dict:
+    """The identity of a section's results: version, sources and machine."""
+    sources = hashlib.blake2b(digest_size=16)
+    for pattern in SOURCES:
+        for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
+            sources.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    here = timing.environment(device)
+    machine = {name: here[name] for name in ("device", "torch", "triton")}
+    python = platform.python_version()
+    return {"version": __version__, "sources": sources.hexdigest(), "python": python, "dry": dry, **machine}
+
+
+def _capture(device: torch.device) -> Any:
+    """The class that captures on a device; on a CPU a stand-in."""
+    return CudaCapture() if device.type == "cuda" else Replays()
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}"
+
+
+@dataclass(frozen=True, eq=False)
+class _SignStep:
+    """A step of an attack: the gradient to the images, and a step by its sign."""
+
+    model: nn.Module
+
+    def __call__(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            point = state["point"].detach().requires_grad_()
+            loss = F.cross_entropy(self.model(point).float(), state["label"], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, point)
+        return {"point": (point.detach() + gradient.sign() / 255).clamp(0, 1)}
+
+
+def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
+    """Measure the cost of capturing a step, and the time of a step with and without it."""
+    torch.manual_seed(0)
+    model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
+    x = torch.rand(images, 3, 32, 32, device=context.device)
+    source = gradient_copy(model, x[:16], precision)
+    step, runs = _SignStep(source), 2 if context.dry else RUNS
+    state = {"point": x, "label": torch.arange(images, device=context.device) % 10}
+    capture = _capture(context.device)
+    graphs = StepGraphs("always", capture=capture)
+    for _ in range(3):
+        step(state)
+    eager = [capture.timed(lambda: step(state), context.device) for _ in range(runs)]
+    began = capture.now(context.device)
+    loop = graphs.begin(step, state)
+    captured = capture.now(context.device) - began
+    replayed = [capture.timed(loop.take, context.device) for _ in range(runs)]
+    on_device = timing.seconds([loop.take] * runs, context.device) / runs
+    launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
+    graph = statistics.median(seconds for _, seconds in replayed)
+    saved = whole - graph
+    return [
+        {
+            "images": images,
+            "precision": precision if source is not model or precision == "float32" else "no copy",
+            "captured": loop.replays,
+            "capture_ms": _ms(captured),
+            "eager_host_ms": _ms(launching),
+            "eager_ms": _ms(whole),
+            "graph_ms": _ms(graph),
+            "device_ms": _ms(on_device),
+            "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
+            "refusal": graphs.refusal or "",
+        }
+    ]
+
+
+def capture_cost(context: Context) -> Outcome:
+    """Milliseconds of a capture; of a gradient step launched, replayed, and on the device alone."""
+    sizes = (2, 4) if context.dry else (16, 64, 250)
+    work = {
+        f"{images} images, {precision}": partial(_one_capture, context, images, precision)
+        for precision in ("float32", "bfloat16")
+        for images in sizes
+    }
+    return measured(context, CAPTURE_COST, work)
+
+
+def _one_verdict(context: Context, name: str) -> list[dict]:
+    """The verdict on an op, reached now or before, with its seconds, mostly for compiling."""
+    verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
+    return [{"op": name, **asdict(verdict), "passed": verdict.passed}]
+
+
+def verdicts(context: Context) -> Outcome:
+    """Every kernel against the definition in float64."""
+    names = [name for name, op in REGISTRY.items() if op.kernel(context.device.type) != "reference"]
+    outcome = measured(context, VERDICTS, {name: partial(_one_verdict, context, name) for name in names})
+    rows = sheets.rows_of(context.out / VERDICTS)
+    wrong = {row["op"]: row["case"] for row in rows if row["passed"] != "True"}
+    outcome.summary += f"; {len(wrong)} kernels wrong, {sum(float(row['seconds']) for row in rows):.0f} s"
+    outcome.details["errors"].update(wrong)
+    outcome.state = FAILED if wrong else outcome.state
+    return outcome
+
+
+def _subject(context: Context) -> contests.Subject:
+    """A ResNet-18 of the zoo with 1,000 images of CIFAR-10; in a rehearsal a small model with random images."""
+    if context.dry:
+        torch.manual_seed(0)
+        model, x = PreActResNet18(width=4).eval(), torch.rand(6, 3, 32, 32)
+        return contests.Subject(model, x, model(x).argmax(1), 0.01)
+    name = str(context.data) if context.data is not None and context.data.is_file() else "cifar10"
+    data = load_dataset(name, context.data if name == "cifar10" else None)
+    x, y = to_float(data.x_test[:1000]).to(context.device), data.y_test[:1000].to(context.device)
+    return contests.Subject(zoo.load("cifar10-pgd-at-w16").eval().to(context.device), x, y, 8 / 255)
+
+
+def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
+    """Compare the images that an attack left with those that it left without graphs."""
+    other = int((robust != without_graphs).sum())
+    row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
+    return row | {"other_than_off": other}
+
+
+def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
+    """Evaluate, and tell whether the robust images equal those of the evaluation without graphs."""
+    folder = context.out / "gpu_check" / "standard"
+    report = evaluate(
+        subject.model,
+        subject.x,
+        subject.y,
+        eps=subject.eps,
+        protocol="fast" if context.dry else "standard",
+        batch_size=contests.BATCH,
+        cuda_graphs=mode,
+        out=folder / mode,
+        progress=False,
+        probes=False,
+    )
+    robust = {row.attack: np.asarray(row.robust) for row in report.rows}
+    np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)
+    off = np.load(folder / "off.npz")
+    return [_compared(row.attack, row.seconds, robust[row.attack], off[row.attack]) for row in report.rows]
+
+
+def _official(context: Context, subject: contests.Subject) -> list[dict]:
+    """The official AutoAttack on the same images, judged by the model itself."""
+    began = time.perf_counter()
+    images = contests.official("standard")(subject, contests.QUICK if context.dry else contests.Amount())
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        robust = torch.cat([subject.model(part).argmax(1) for part in images.split(contests.BATCH)]) == subject.y
+    off = np.load(context.out / "gpu_check" / "standard" / "off.npz")
+    left = np.logical_and.reduce([off[name] for name in off.files])
+    return [_compared("AutoAttack", seconds, robust.cpu().numpy(), left)]
+
+
+def standard(context: Context) -> Outcome:
+    """The protocol `standard` with graphs off, auto and always, and AutoAttack; robust images, one by one."""
+    subject = _subject(context)
+    work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto", "always")}
+    work["AutoAttack"] = partial(_official, context, subject)
+    return measured(context, STANDARD, work)
+
+
+def _device_seconds(run: Callable[[], object]) -> float:
+    """Seconds that a GPU computes, by PyTorch's profiler; 0 if it cannot measure them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> list[dict]:
+    """Measure a training step: launching, the whole step, and the device's computing time."""
+    chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
+    job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
+    for _ in range(1 if context.dry else 5):
+        job.run()
+    capture = _capture(context.device)
+    times = [capture.timed(job.run, context.device) for _ in range(runs)]
+    launching, whole = (statistics.median(column) for column in zip(*times, strict=True))
+    computing = 0.0 if context.dry else _device_seconds(job.run)
+    return [
+        {
+            "pipeline": pipeline,
+            "case": case,
+            "contestant": contestant,
+            "host_ms": _ms(launching),
+            "all_ms": _ms(whole),
+            "device_ms": _ms(computing) if computing else "",
+        }
+    ]
+
+
+def training_steps(context: Context) -> Outcome:
+    """Measure a step of each method's training, host against device."""
+    chosen = [
+        (pipeline, name, contestant)
+        for pipeline in ("arrest_step", "carso_training", "atop_finetune")
+        for name, case in pipelines.registry()[pipeline](context.dry).items()
+        for contestant in ("ours", "ours, captured")
+        if contestant in case.contestants
+    ]
+    work = {
+        f"{pipeline}, {case}: {contestant}": partial(_one_step, context, pipeline, case, contestant)
+        for pipeline, case, contestant in chosen
+    }
+    return measured(context, STEPS, work)
+
+
+def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
+    """Replay a kernel, its reference, and the reference under `torch.compile`."""
+    op = REGISTRY[race.op]
+    arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
+    row = tune.run_race(race, context.device)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
+    calls = {
+        "reference": lambda: op.reference(*arguments),
+        "compile": lambda: compiled(*arguments),
+        "kernel": lambda: op.handle(*arguments),
+    }
+    if context.dry:
+        del calls["compile"]  # which takes a minute for all of them
+    capture = _capture(context.device)
+    with torch.no_grad(), use_backend("reference"):
+        replays = [tune.replayed(call, context.device, capture) for call in calls.values()]
+        times = dict(zip(calls, tune.fastest(replays, context.device), strict=True))
+    share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
+    return [
+        {
+            "op": race.op,
+            "example": race.example.name,
+            "variant": race.example.variant,
+            "dtype": row.dtype,
+            "elements": row.elements,
+            "megabytes": row.megabytes,
+            **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
+            "share_of_copy": f"{share:.3f}" if share else "",
+        }
+    ]
+
+
+def replays(context: Context) -> Outcome:
+    """Measure each kernel on large tensors, in bfloat16 if it is supported, by variant and layout."""
+    copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
+    size, work = "small" if context.dry else "large", {}
+    for op in (op for op in REGISTRY.values() if op.kernel(context.device.type) != "reference"):
+        for race in tune.races_of(op, context.device, (torch.bfloat16,)) or tune.races_of(op, context.device):
+            if race.size == size:
+                work[race.words()] = partial(_one_replay, context, race, copied)
+    return measured(context, REPLAYS, work)
+
+
+def extension(context: Context) -> Outcome:
+    """The loaded extension, or else a separate build; it has the kernels of the CPU."""
+    loaded = _library.path if _library.loaded() else None
+    path = Path(loaded) if loaded else _build(context)
+    known = facts(path)
+    summary = f"{'loaded' if loaded else 'built'}: torch {known.get('torch', 'unknown')}"
+    return Outcome(PASSED, summary, {"path": str(path), **known})
+
+
+def _build(context: Context) -> Path:
+    place = ROOT / "build" / "gpu_check" / f"cpu-{platform.python_version()}-{torch.__version__}"
+    environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
+    context.tell(0.1, "building")
+    subprocess.run(command, cwd=ROOT, env=environ, timeout=context.left, check=True)
+    return next(place.glob("purify_fast/_C*.so"))
+
+
+def measured_limits(context: Context) -> Outcome:
+    rows = limits.run(context.device, context.dry, context.out)
+    return Outcome(PASSED, "; ".join(f"{row['limit']} {float(row['median']):,.0f} {row['unit']}" for row in rows))
+
+
+def tests(context: Context) -> Outcome:
+    """Run tests/gpu: small tensors side by side, then large tensors one by one; passed tests are skipped."""
+    path = context.out / "gpu_check" / "tests.outcomes"
+    cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
+    rounds = [("kernels", "not large", 0.8, cores), ("large tensors", "large", 1.0, 0)]
+    for index, (name, mark, share, workers) in enumerate(rounds):
+        context.tell(index / len(rounds), name)
+        environ = {
+            **os.environ,
+            "PURIFY_FAST_TEST_DEVICE": context.device.type,
+            "PURIFY_FAST_TEST_OUTCOMES": str(path),
+            "PURIFY_FAST_TEST_SECONDS": str(max(1.0, share * context.left)),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
+        command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
+        status = subprocess.run(command, cwd=ROOT, env=environ).returncode
+        # All passed, some failed, or none was left to run.
+        if status not in (0, 1, 5):
+            raise RuntimeError(f"pytest ended with exit status {status}")
+    outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
+    why: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}, "left out": {}}
+    for test, line in outcomes.items():
+        why["left out" if "left out" in line["why"] else line["outcome"]][test] = line["why"]
+    summary = ", ".join(f"{len(some)} {state}" for state, some in why.items())
+    good = why["passed"] and not why["failed"] and not why["left out"]
+    return Outcome(PASSED if good else FAILED, summary, why, list(why["left out"]))
+
+
+def sanitizer(context: Context) -> Outcome:
+    """Run compute-sanitizer over every op once; without it, only the ops, which does not check memory."""
+    script = [sys.executable, *EVERY_OP, "--device", context.device.type]
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        timeout = max(1.0, context.left)
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
+        print(done.stdout, done.stderr, sep="\n")
+        return done
+
+    context.tell(0.1, "the ops without it")
+    alone = run(script)
+    alone.check_returncode()
+    if context.device.type != "cuda":
+        return Outcome(NOT_AVAILABLE, f"compute-sanitizer needs a CUDA device; {alone.stdout.strip()} without it")
+    homes = [f"{os.environ.get(name, '/usr/local/cuda')}/bin" for name in ("CUDA_HOME", "CUDA_PATH")]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *homes]))
+    if tool is None:
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
+    tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
+    # PyTorch may ask the driver for unsupported features: those errors are not the kernels'.
+    kinds = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+    clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
+    commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in kinds.items()}
+    control = run([*commands["memcheck"], *tiny])
+    if control.returncode or clean["memcheck"] not in control.stdout:
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": control.stdout})
+    said, left_out, state = {}, [], PASSED
+    for index, (kind, command) in enumerate(commands.items()):
+        context.tell(0.3 + 0.3 * index, kind)
+        try:
+            done = run([*command, *script])
+        except subprocess.TimeoutExpired as error:
+            left_out.append(f"{kind}: it took longer than {error.timeout:.0f} s")
+            continue
+        said[kind] = (done.stdout.strip() or "silent").splitlines()[-1].strip("= ")
+        if done.returncode or clean[kind] not in done.stdout:
+            state = FAILED
+    words = [f"{kind}: {line}" for kind, line in said.items()]
+    return Outcome(state if said else FAILED, "; ".join(words) or "no tool ended in time", said, left_out)
+
+
+def races(context: Context) -> Outcome:
+    """`purify-fast tune`, whose file is kept with the results."""
+    retain_freed_memory()
+    device = context.device
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    capture = CudaCapture() if device.type == "cuda" else None
+    tuned = tune.tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
+    shipping.take(device, context.out)
+    raced = [tune.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
+    ratios = [row.ratio for rows in raced for row in rows]
+    problems = {**tuned.failed, **tuned.wrong}
+    summary = (
+        f"{len(ratios)} races, {sum(ratio > 1 for ratio in ratios)} won by the kernel, {len(tuned.changes)} calls "
+        f"served by another than before, {len(problems)} with a problem"
+    )
+    changes = [{**vars(one), "call": f"{one.call.style} {one.call.cell}"} for one in tuned.changes]
+    details = {"errors": problems, "changes": changes}
+    return Outcome(PASSED if ratios and not problems else FAILED, summary, details, tuned.left_out)
+
+
+def ops(context: Context) -> Outcome:
+    """`python -m benchmarks ops`."""
+    retain_freed_memory()
+    budget = context.budget()
+    run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
+    return _judged(budget, context.out / sheets.ROWS, ("op", "variant", "shape", "dtype"))
+
+
+def raced_pipelines(context: Context) -> Outcome:
+    """`python -m benchmarks pipelines`."""
+    budget = context.budget()
+    run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
+    return _judged(budget, context.out / sheets.PIPELINES, ("pipeline", "case", "contestant"))
+
+
+def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
+    """Count the rows of a file by verdict, and name wrong rows by their columns."""
+    rows = sheets.rows_of(path)
+    wrong = {" ".join(row[name] for name in columns): "wrong" for row in rows if row["verdict"] == "wrong"}
+    counts = Counter(row["verdict"] for row in rows)
+    summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}"
+    return outcome_of(budget, summary, bool(rows), wrong)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the check, which runs in a process of its own.
+
+    Attributes:
+        part: the section's command.
+        run: runs the section.
+        limits: time limits in seconds, on a GPU and in the rehearsal on a CPU.
+        files: the files of its rows, in the folder of the device.
+    """
+
+    part: str
+    run: Callable[[Context], Outcome]
+    limits: tuple[float, float]
+    files: tuple[str, ...] = ()
+
+
+SECTIONS = {
+    "captures": Section("tests", capture_cost, (50, 20), (CAPTURE_COST,)),
+    "verdicts": Section("tests", verdicts, (70, 20), (VERDICTS,)),
+    "extension": Section("tests", extension, (90, 110)),
+    "tests": Section("tests", tests, (230, 110)),
+    "standard": Section("ops", standard, (220, 40), (STANDARD,)),
+    "steps": Section("ops", training_steps, (35, 20), (STEPS,)),
+    "limits": Section("ops", measured_limits, (10, 10)),
+    "replays": Section("ops", replays, (45, 20), (REPLAYS,)),
+    "races": Section("ops", races, (130, 40), (shipping.FILE,)),
+    "ops": Section("pipelines", ops, (120, 22), (sheets.ROWS,)),
+    "sanitizer": Section("pipelines", sanitizer, (110, 20)),
+    "pipelines": Section("pipelines", raced_pipelines, (250, 45), (sheets.PIPELINES,)),
+}

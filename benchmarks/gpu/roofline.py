@@ -1,0 +1,215 @@
+"""A model of the time of a step of each attack on an H100, counted and not measured.
+
+A step takes at least the longest of three times: the host launches its operators, the memory moves their bytes, and the
+tensor cores compute their products. All three are counted on the CPU as PyTorch dispatches a step at two batch sizes,
+and extrapolated linearly to others. The model is made to be tested by measurements on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from purify_fast.attacks import apgd, fab_t, square
+from purify_fast.attacks.attacked_model import frozen
+from purify_fast.attacks.objective import Objective
+from purify_fast.models import PreActResNet18
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops.dispatch import registry
+from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.speed.counting import EAGER, GPUS, REPLAYED, SHARE, Cost, counted
+from purify_fast.speed.folding.batchnorm import fold_batchnorm
+from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.step_graphs import StepGraphs
+
+from .. import RESULTS
+from ..speed import sheets
+from .launches import Replays, served
+
+FILE = "roofline.csv"
+H100 = GPUS["h100"]
+#: The attacks whose step is modelled.
+STEPS = ("APGD-100 ce", "APGD-T 100", "FAB-T 100", "Square")
+#: The batch sizes at which a step is counted, and those for which it is modelled.
+COUNTED, BATCHES = (4, 8), (16, 64, 250)
+#: The numbers of steps with which the operators of a step are counted.
+COUNTED_STEPS = (20, 40)
+SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
+#: A run of each attack, by the beginning of its name in a report.
+ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "APGD-10 margin": partial(apgd, loss="margin"),
+    "APGD-100 ce": apgd,
+    "APGD-T 100 margin": partial(apgd, loss="margin_targeted", n_target_classes=1),
+    "APGD-T 100": partial(apgd, loss="dlr_targeted", n_target_classes=1),
+    "FAB-T 100": partial(fab_t, n_target_classes=1),
+    "Square": lambda *args, steps, **options: square(*args, n_queries=steps, **options),
+}
+
+
+class Half(nn.Module):
+    """A classifier in the form whose gradients attacks use on a GPU: BatchNorm folded, bfloat16, channels last.
+
+    Args:
+        model: the classifier.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        fold_batchnorm(model.eval(), torch.rand(1, *SHAPE))
+        self.inner = model.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
+
+
+def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], captures: bool) -> tuple[float, float]:
+    """Count the operators that a step launches, and those that wait for the device.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, C, H, W]``, with the model's own classes as labels, so that no image falls.
+        attack: one of `ATTACKS`.
+        captures: whether to capture everything that can be captured.
+    """
+    y, replays = model(x).argmax(1).detach(), Replays()
+    options: dict[str, Any] = {"eps": 1e-6}
+    if captures and attack is not ATTACKS["Square"]:
+        options["graphs"] = StepGraphs("always", capture=replays)
+    launched, waited = [], []
+    for steps in COUNTED_STEPS:
+        # The first of these runs captures everything that can be captured.
+        attack(model, x, y, steps=steps, **options)
+        replays.replayed = 0
+        with HostSyncs() as waits, Launches() as launches:
+            attack(model, x, y, steps=steps, **options)
+        launched.append(launches.count + replays.replayed)
+        waited.append(sum(waits.counts.values()))
+    steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
+    return (launched[1] - launched[0]) / steps, (waited[1] - waited[0]) / steps
+
+
+def of_model(name: str, model: nn.Module, x: Tensor) -> Cost:
+    """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
+
+    Args:
+        name: of the attack.
+        model: images to logits.
+        x: images ``[B, C, H, W]``.
+    """
+    with frozen(model), torch.no_grad():
+        labels = model(x).topk(2, 1).indices
+        if name == "Square":
+            return counted(lambda: model(x))
+        return counted(lambda: Objective(model, "margin_targeted").gradient(x, labels))
+
+
+def kernels_serve() -> contextlib.AbstractContextManager[Any]:
+    """Within the block, every op counts as one operator, like a kernel, even if a CPU has no kernel."""
+    return mock.patch.object(registry.Op, "uses_reference", lambda *given: False)
+
+
+def of_attack(name: str, size: int) -> tuple[Cost, float]:
+    """A step's cost on a ResNet-18 that no image falls to, and its launches with everything captured that can be.
+
+    The attack's own work is counted on a tiny network, whose share is subtracted.
+
+    Args:
+        name: name of the attack, in `ATTACKS`.
+        size: number of images.
+    """
+    torch.manual_seed(0)
+    x, attack = torch.rand(size, *SHAPE), ATTACKS[name]
+    tiny = SmallCNN(SHAPE[0], CLASSES, SHAPE[1:], 4).eval()
+    large = Half(PreActResNet18(num_classes=CLASSES))
+    y = tiny(x).argmax(1)
+    with kernels_serve():
+        captured, _ = per_step(tiny, x, attack, True)
+        short, long = (
+            counted(lambda steps=steps: attack(tiny, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS
+        )
+        small, big = of_model(name, tiny, x), of_model(name, large, x)
+    step = long.plus(short.times(-1)).times(1 / (COUNTED_STEPS[1] - COUNTED_STEPS[0]))
+    cost = step.plus(small.times(-1)).plus(big)
+    # A query of Square is not captured.
+    return cost, cost.launches if name == "Square" else captured
+
+
+def row_of(step: str, cost: Cost, captured: float, size: int) -> dict[str, Any]:
+    """The model of one step.
+
+    Args:
+        step: name of the step.
+        cost: work of the step.
+        captured: number of launches with everything captured that can be; a replay counts as one.
+        size: number of images.
+    """
+    eager = {
+        "launches": cost.launches * EAGER,
+        "bytes": cost.bytes / H100.bytes_per_second,
+        "products": cost.flop / (SHARE * H100.bfloat16),
+    }
+    replaying = max(captured * EAGER, (cost.launches - captured) * REPLAYED)
+    replayed = {**eager, "launches": replaying}
+    return {
+        "step": step,
+        "images": size,
+        "launches": round(cost.launches),
+        "launches_captured": round(captured),
+        "MB": round(cost.bytes / 1e6, 1),
+        "GFLOP": round(cost.flop / 1e9, 2),
+        **{f"{name}_ms": f"{1e3 * value:.3g}" for name, value in eager.items()},
+        "launches_captured_ms": f"{1e3 * replaying:.3g}",
+        "eager_ms": f"{1e3 * max(eager.values()):.3g}",
+        "eager_bound": max(eager, key=eager.__getitem__),
+        "captured_ms": f"{1e3 * max(replayed.values()):.3g}",
+        "captured_bound": max(replayed, key=replayed.__getitem__),
+    }
+
+
+def write(results: Path) -> Path:
+    """Count, and write ``roofline.csv`` into the folder of results.
+
+    Bytes and products of other batches lie on the straight line through the two that are counted.
+
+    Args:
+        results: the folder.
+    """
+    rows = []
+    with served("by rule"):
+        for name in tqdm(STEPS, desc="roofline", unit=" steps"):
+            (small, _), (large, captured) = (of_attack(name, size) for size in COUNTED)
+            for size in BATCHES:
+                share = (size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
+                rows.append(row_of(name, small.line(large, share), captured, size))
+    path = results / FILE
+    sheets.write_csv(path, rows)
+    return path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks roofline``."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+
+
+def main(chosen: argparse.Namespace) -> Path:
+    """``python -m benchmarks roofline``."""
+    return write(chosen.out)
+
+
+#: The heads of the table, for the columns of the file in their order.
+HEADS = ["step", "images", "operators", "beside a graph", "MB", "GFLOP", "launches, ms", "bytes, ms", "products, ms"]
+HEADS += ["captured launches, ms", "eager, ms", "bound by", "captured, ms", "bound by"]
+
+
+def table(results: Path) -> list[str]:
+    """The results of `write`, for docs/performance.md."""
+    return sheets.table(HEADS, [row.values() for row in sheets.read_csv(results / FILE)])

@@ -1,0 +1,1 @@
+"""The tables and numbers of README and docs, made from the committed results."""

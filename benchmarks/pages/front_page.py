@@ -1,0 +1,146 @@
+"""README's picture and tables, made from the committed results; `fill` writes the tables into the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from purify_fast.evaluation import Report, Row
+from purify_fast.evaluation.show.tables import markdown_table, percent
+
+from .. import style
+from ..robustness import contests
+from ..robustness.truth import truth_tables as truth
+from ..speed.sheets import PIPELINES, ROWS, ops_sentence, read_csv
+
+#: The row of a report that takes the worst over its attacks, image by image.
+WORST = "worst"
+#: The same row in the studies of ARREST.
+LAST = "then AutoAttack standard, first 300"
+#: Lines of the table of results: title, study, the model's name in its report, and the row that is shown.
+PAPER = "CARSO with the paper's objective, attacked through"
+MODELS = [
+    ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
+    (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST),
+    (f"{PAPER} exact gradients", "carso_mnist", "CARSO, paper's objective", WORST),
+    ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST),
+    ("AToP with the paper's objective, on a standard classifier", "atop_mnist", "AToP, paper's objective", WORST),
+    ("AToP trained through the pipeline, on a standard classifier", "atop_mnist", "AToP pipeline", WORST),
+    ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
+    ("ARREST", "arrest_mnist", "ARREST", LAST),
+]
+#: Columns of the table of speeds: title, and the pipeline and case in pipelines.csv.
+CASES = [
+    ("CARSO prediction, K = 8", "carso_inference", "prediction"),
+    ("CARSO training step", "carso_training", "paper's objective"),
+    ("AToP training step", "atop_finetune", "fine-tuning step"),
+    ("ARREST training step", "arrest_step", "all attacked"),
+]
+
+
+def _row(results: Path, study: str, model: str, attack: str) -> Row:
+    report = Report.from_json((results / "studies" / study / "report.json").read_text())
+    (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
+    return found
+
+
+def results_table(results: Path) -> list[str]:
+    """The models that README compares, on MNIST.
+
+    Args:
+        results: the folder of committed results.
+    """
+    body = []
+    for title, study, model, attack in MODELS:
+        clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
+        verdict = "none" if attacked.reliable else "**ALARM**: no usable gradients"
+        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
+    head = ["model", "clean, %", "under attack, %", "attacked images", "signs of a failed attack"]
+    return markdown_table(head, body)
+
+
+def speed_table(results: Path) -> list[str]:
+    """Times of whole predictions and training steps on a CPU, beside the strongest rival.
+
+    Args:
+        results: the folder of committed results.
+    """
+    rows = read_csv(results / "cpu" / PIPELINES)
+    body = []
+    for title, pipeline, case in CASES:
+        own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
+        times = {row["contestant"]: float(row["ms"]) for row in own}
+        plain = float(own[0]["ms"])
+        compiled = min(ms for name, ms in times.items() if name.startswith("torch.compile"))
+        best = min((row for row in own if row["contestant"].startswith("ours")), key=lambda row: float(row["ms"]))
+        ms, share = float(best["ms"]), float(best["share_of_matrix_rate"])
+        cells = [title, f"{plain:,.0f} ms", f"{compiled:,.0f} ms", f"**{ms:,.0f} ms**"]
+        body.append([*cells, f"{plain / ms:.1f}", f"{compiled / ms:.1f}", f"{100 * share:.0f} %"])
+    head = ["on a CPU", "plain PyTorch", "best `torch.compile`", "purify_fast", "times plain", "times `torch.compile`"]
+    head += ["share of the processor's matrix speed"]
+    return [*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)]
+
+
+def contests_sentence(results: Path) -> list[str]:
+    """The default protocol beside the official AutoAttack, on the same images and models.
+
+    Args:
+        results: the folder of committed results.
+    """
+    rows = [row for file in (contests.FILE, contests.ROBUST_FILE) for row in contests.read(results / "studies", file)]
+    official = {row["contest"]: row for row in rows if row["contestant"].startswith(contests.OFFICIAL)}
+    leads: dict[str, list[float]] = {}
+    for row in rows:
+        theirs = official.get(row["contest"])
+        ours = row["contestant"].partition(",")[0] == contests.OURS or row["contestant"] == contests.OURS_RAND
+        # an official row that is not finished has fewer images
+        if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
+            leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
+    every = [lead for of_contest in leads.values() for lead in of_contest]
+    above = sum(lead < 0 for lead in every)
+    by = f", by at most {-min(every):.1f} points" if above else ""
+    return [
+        f"On {len(leads)} models this package's default leaves up to {max(every):.1f} points less than the official "
+        f"AutoAttack. In {above} of {len(every)} runs it leaves more{by}: "
+        "[all contests](docs/evaluation.md)."
+    ]
+
+
+def judges_sentences(results: Path) -> list[str]:
+    """How the attacks of this package compare with AutoAttack, and with the truth where it is known.
+
+    Args:
+        results: the folder of committed results.
+    """
+    return [*contests_sentence(results), *truth.front(results)]
+
+
+def picture(results: Path, path: Path) -> bool:
+    """Draw a defence's claim, the alarm, and the truth under exact gradients; False without matplotlib.
+
+    Args:
+        results: the folder of committed results.
+        path: the PNG file that is written.
+    """
+    figure = style.new_figure(figsize=(9, 3.6))
+    if figure is None:
+        return False
+    claimed = "Claimed: CARSO, paper's objective,\nas its authors attack it"
+    bars = [
+        (claimed, "CARSO, paper's objective, through PeeL", style.ALARM),
+        ("True: the same CARSO,\nattacked with exact gradients", "CARSO, paper's objective", style.ALARM),
+        ("The classifier alone,\ntrained adversarially", "classifier", style.PLAIN),
+        ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", style.OURS),
+    ]
+    rows = [_row(results, "carso_mnist", model, WORST) for _, model, _ in bars]
+    texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
+    axes = figure.add_subplot()
+    titles, _, colors = (list(column) for column in zip(*bars, strict=True))
+    widths = [100 * row.accuracy for row in rows]
+    for bar, row in zip(style.bars(axes, titles, widths, colors, texts, 100), rows, strict=True):
+        if not row.reliable:
+            bar.set(facecolor="white", edgecolor=style.ALARM, hatch="////")
+    style.title(axes, "What CARSO seems to withstand, and what it withstands")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
+    style.save(figure, path)
+    return True

@@ -1,0 +1,246 @@
+"""The tables of docs/performance.md: the work of ops and pipelines, its least time, and the measurements.
+
+They are made from the committed CSV files and the formulas of the benchmarks.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from purify_fast.ops.dispatch.op import SIZES
+
+from ..speed import limits, pipelines, sheets, shipping
+from ..speed.ops import Case, registry
+from ..speed.sheets import table
+from ..speed.timing import AUTOTUNED
+
+#: Findings by hand on a device, in words; they close its chapter.
+NOTES = "notes.md"
+#: Assumed bytes/s and FLOP/s of an H200-class GPU if none was measured.
+ASSUMED = (4.3e12, 790e12)
+#: Contestants whose microseconds are shown.
+KINDS = ("eager", "compile", AUTOTUNED, "ours")
+NOT_RUN = (
+    "**Not yet run on a GPU.** What is said of one below is counted. `python -m benchmarks gpu_check` measures "
+    "it; its folder in `benchmarks/results` becomes a chapter here. Until then a GPU kernel serves eager "
+    "calls where forward and backward replace a dozen launches or more, once it was verified on the user's own "
+    "card. Inside compiled graphs it does so only where compilers do not fuse the reference as well."
+)
+
+
+def standard(cases: list[Case]) -> Case:
+    """The case that represents an op: the largest of the first variant and dtype."""
+    same = [case for case in cases if (case.variant, case.dtype) == (cases[0].variant, cases[0].dtype)]
+    return max(same, key=lambda case: case.count("bytes", "forward"))
+
+
+def limit(case: Case, direction: str, copied: float | None, multiplied: float | None) -> tuple[float, str] | None:
+    """The lower limit in seconds, and its cause; None if the bandwidth is unknown."""
+    if copied is None:
+        return None
+    moving = case.count("bytes", direction) / copied
+    computing = case.count("flops", direction) / multiplied if multiplied else 0.0
+    return (moving, "bytes") if moving >= computing else (computing, "FLOP")
+
+
+def _counted(case: Case, what: str, direction: str) -> tuple[str, str]:
+    """The formula, and the number in millions."""
+    return f"`{case.formula(what, direction).replace('*', ' ')}`", f"{case.count(what, direction) / 1e6:,.1f}"
+
+
+def _shape(case: Case) -> str:
+    return " ".join(filter(None, case.named.values()))
+
+
+def counted() -> list[str]:
+    """The work of every op at a shape that fills a GPU, and its least time."""
+    body = []
+    for op, cases in registry("cuda").items():
+        case = standard(cases())
+        for direction in case.directions:
+            bound = limit(case, direction, *ASSUMED)
+            assert bound is not None
+            cells = (*_counted(case, "bytes", direction), *_counted(case, "flops", direction))
+            body.append([op, direction, _shape(case), *cells, f"{1e6 * bound[0]:,.1f}", bound[1]])
+    return table(["op", "direction", "at", "bytes", "MB", "FLOP", "M", "limit, us", "by"], body)
+
+
+def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
+    """For each device, bytes/s of a copy and FLOP/s of a product, None if not measured there."""
+    measured = limits.read(folder)
+    raced = {
+        device: max(1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device)
+        for device in {row["device"] for row in races}
+    }
+    return {
+        device: (measured.get((device, limits.COPY)), measured.get((device, limits.PRODUCT)) or raced.get(device))
+        for device in dict.fromkeys(row["device"] for row in (*rows, *races))
+    }
+
+
+def _measured_on(rows: list[dict]) -> str:
+    made = (f"{row['date']}, torch {row['torch']}, triton {row['triton'] or 'absent'}" for row in rows)
+    return "; ".join(dict.fromkeys(made))
+
+
+def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
+    """A shape of every op, called eagerly, beside its limit."""
+    columns = [name for name in KINDS if f"{name}_us" in rows[0]]
+    served = {(line["op"], line["direction"]): line["eager_calls"] for line in sheets.verdicts(rows)}
+    body = []
+    for op, cases in registry(kind).items():
+        case = standard(cases())
+        wanted = {"op": op, **case.named, "style": "eager"}
+        for direction in case.directions:
+            for row in (r for r in rows if {**wanted, "direction": direction}.items() <= r.items()):
+                bound = limit(case, direction, *rates[row["device"]])
+                least, share = f"{1e6 * bound[0]:,.1f}" if bound else "-", "-"
+                if bound and row["ours_us"]:
+                    share = f"{100 * 1e6 * bound[0] / float(row['ours_us']):.0f} %"
+                times = [f"{float(row[f'{c}_us']):,.1f}" if row.get(f"{c}_us") else "-" for c in columns]
+                by = served.get((op, direction), "-")
+                body.append([op, direction, _shape(case), least, *times, share, row["GB_per_s"], by, row["device"]])
+    return [
+        "### Ops, called eagerly",
+        "",
+        "Microseconds, one shape per op; `compile` is what `torch.compile` gives already. The limit is that of the "
+        "row's device, where its copy bandwidth was measured. [All shapes](../benchmarks/results/{folder}/ops.md).",
+        "",
+        *table(["op", "direction", "at", "limit", *columns, "of the limit", "GB/s", "served by", "on"], body),
+    ]
+
+
+def lost(rows: list[dict]) -> list[str]:
+    """The cases in which another contestant is faster than our kernels."""
+    lines = sheets.verdicts(rows)
+    columns = ("op", "direction", "behind_eager", "worst_ratio", "worst_row")
+    if body := [[line[name] for name in columns] for line in lines if line["eager_calls"] == "reference"]:
+        where = [
+            "Our kernel is more than 5 % behind the reference or `torch.compile` of it in some row:",
+            "",
+            *table(["op", "direction", "rows behind", "worst ratio", "where"], body),
+        ]
+    else:
+        least = min((line for line in lines if line["worst_ratio"]), key=lambda line: float(line["worst_ratio"]))
+        row = f"{least['op']} {least['direction']}, {least['worst_row']}"
+        where = [
+            "In no row of eager calls is our kernel more than 5 % behind the better of the reference and "
+            f"`torch.compile` of it. The lowest ratio is {least['worst_ratio']}: {row}."
+        ]
+    behind = [line for line in lines if not line["behind_graph"].startswith("0/")]
+    graphs = ", ".join(f"{line['op']} {line['direction']} {line['behind_graph']}" for line in behind)
+    kernels = ", ".join(f"{line['op']} {line['direction']}" for line in lines if line["in_graphs"] != "reference")
+    return [
+        "### Where we lose",
+        "",
+        *where,
+        "",
+        f"In compiled graphs the reference serves {f'but for {kernels}' if kernels else 'always'}; as an opaque op "
+        f"there our kernel would lose in: {graphs or 'none'}.",
+    ]
+
+
+def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
+    """Whole predictions and training steps, beside the least time of their arithmetic."""
+    known = {name: cases(False) for name, cases in pipelines.registry().items()}
+    body = []
+    for (pipeline, name), rows in sheets.by_case(races).items():
+        group = {row["contestant"]: row for row in rows}
+        ours, first, case = group["ours"], rows[0], known.get(pipeline, {}).get(name)
+        best = 1e3 * float(ours["GFLOP"]) * 1e9 / rates[ours["device"]][1]
+        rivals = [row for who, row in group.items() if who.startswith("torch.compile")]
+        compiled = [
+            next((row for row in rivals if row["contestant"].endswith("bfloat16") == half), None)
+            for half in (False, True)
+        ]
+        times = [f"{float(row['ms']):,.1f}" if row and row["ms"] else "-" for row in (first, *compiled, ours)]
+        share = f"{100 * best / float(ours['ms']):.0f} %" if ours["ms"] else "-"
+        parts = ", ".join(f"{100 * part:.0f} % {name}" for name, part in sheets.parts(ours)) or "-"
+        cells = [f"{pipeline}: {name}; {ours['shape']}", f"`{case.flops}`" if case else "", ours["GFLOP"]]
+        body.append([*cells, f"{best:,.1f}", *times, share, parts, ours["device"]])
+    contestants = ["plain", "compiled", "compiled, bfloat16", "ours"]
+    return [
+        "### Pipelines",
+        "",
+        "FLOP that ours computes, by formula and as counted while it ran; the limit is their time at the highest "
+        "bfloat16 matrix rate measured on the device; parts are timed one by one, beside the whole. Bytes are not "
+        "counted: activations are most of them, and the compiler decides which are moved. Of one image, forward: F "
+        "classifier, E the condition's encoders, Q the posterior's, D decoder, G generator, N denoiser; B images, K "
+        "samples, S steps of PGD, T of the diffusion process; 2: with the gradient to the images, 3: to the weights "
+        "too, or with a process computed again. [All contestants](../benchmarks/results/{folder}/pipelines.md).",
+        "",
+        *table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, "of the limit", "its parts", "on"], body),
+    ]
+
+
+def measured_races(raced: dict) -> list[str]:
+    """The results of `purify-fast tune` on a device: gains over the reference by op, and lost races."""
+    body = []
+    for op, entry in raced["ops"].items():
+        cells = []
+        for style in ("eager", "replay", "graph"):
+            ratios = sorted(row["reference_us"] / row["kernel_us"] for row in entry["rows"] if row["style"] == style)
+            mean = statistics.geometric_mean(ratios) if ratios else 0.0
+            cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
+        behind = [
+            name
+            for name, who in entry["cells"].items()
+            if name.endswith(tuple(SIZES)) and who.get("eager") == "reference"
+        ]
+        body.append([op, *cells, ", ".join(behind) or "-"])
+    return [
+        "### Races of kernel and reference",
+        "",
+        f"By `purify-fast tune` on {raced['machine']['device']}, {raced['date']}: how many times as fast as its "
+        "reference in PyTorch each kernel is, geometric mean, least and most of all variants, layouts, dtypes and "
+        "sizes. Who was ahead serves.",
+        "",
+        *table(
+            ["op", "eager calls", "replayed in a CUDA graph", "inside compiled graphs", "served by the reference"], body
+        ),
+    ]
+
+
+def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The rows of the ops and of the pipelines in a device's folder."""
+    return sheets.rows_of(folder / sheets.ROWS), sheets.rows_of(folder / sheets.PIPELINES)
+
+
+def chapter(folder: Path) -> list[str]:
+    """The chapter of a folder of results; empty if nothing was measured."""
+    rows, races = _measurements(folder)
+    rates, raced = _rates(folder, rows, races), shipping.read(folder)
+    kind = "cpu" if folder.name == "cpu" else "cuda"
+    parts = [measured_ops(kind, rows, rates), lost(rows)] if rows else []
+    parts += [measured_races(raced)] if raced else []
+    parts += [measured_pipelines(races, rates)] if races else []
+    lines = [f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"] if parts else []
+    if parts and (folder / NOTES).exists():
+        parts.append((folder / NOTES).read_text(encoding="utf-8").splitlines())
+    for part in parts:
+        lines += ["", *(line.replace("{folder}", folder.name) for line in part)]
+    return lines
+
+
+def folders(results: Path) -> list[Path]:
+    """The folders of the devices that were measured."""
+    return [path for path in sorted(results.iterdir()) if path.is_dir() and any(_measurements(path))]
+
+
+def devices(results: Path) -> list[str]:
+    """The limits of the devices, and whether they include a GPU."""
+    body = [["an H200-class GPU", *(f"{rate / 1e9:,.0f}" for rate in ASSUMED), "**assumed**, not measured"]]
+    for folder in folders(results):
+        rows, races = _measurements(folder)
+        for device, rates in _rates(folder, rows, races).items():
+            own = [row for row in (*rows, *races) if row["device"] == device]
+            cells = (f"{rate / 1e9:,.0f}" if rate else "not measured" for rate in rates)
+            body.append([device, *cells, _measured_on(own)])
+    lines = table(["device", "copy, GB/s", "bfloat16 products, GFLOP/s", "measured"], body)
+    return lines if any(folder.name != "cpu" for folder in folders(results)) else [*lines, "", NOT_RUN]
+
+
+def chapters(results: Path) -> list[str]:
+    """The measurements on each device."""
+    return "\n\n".join("\n".join(chapter(folder)) for folder in folders(results)).splitlines()

@@ -1,0 +1,1 @@
+"""Attacks against other attacks, exact answers and broken defences; studies that train and attack models."""

@@ -1,0 +1,134 @@
+"""What a result depends on: the code of the model, and the attacks and signs of the judge."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from purify_fast import zoo
+from purify_fast._tensors import text_hash, weights_fingerprint
+from purify_fast.attacks import AutoAttack
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.alarms import signs
+from purify_fast.evaluation.softening import REVISION as SOFTENING
+
+from .. import revisions
+from . import active, adaptive, pintor
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR, read
+from .entry import Entry
+
+#: Raised whenever results would be counted otherwise.
+REVISION = 1
+
+
+def code(name: str, judge: str) -> dict[str, str]:
+    """The code that a result is made by, each part as a short hash.
+
+    Args:
+        name: of the model.
+        judge: of the results.
+    """
+    entry = ENTRIES[name]
+    return {"model": _of_model(name), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge)]))}
+
+
+def _short(text: str) -> str:
+    return text_hash(text).hexdigest()[:12]
+
+
+def _of_judge(entry: Entry, judge: str) -> list[str]:
+    if judge == PINTOR:
+        return [f"indicators {pintor.REVISION}"]
+    if judge == ACTIVE:
+        return [f"active test {active.REVISION}"]
+    if judge == OFFICIAL:
+        spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
+        return revisions.of_attacks([(spec, spec.resolved)])
+    if judge == ADAPTIVE:
+        specs = adaptive.specs(entry, [None] * 10)
+        follows = [str(part.follows) for part in adaptive.chain(entry)]
+        return [*revisions.of_attacks([(spec, spec.resolved) for spec in specs]), *follows]
+    # where signs fire, the surrogates join
+    return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
+
+
+def _of_signs() -> list[str]:
+    """The signs and their limits."""
+    values = {name: value for name, value in vars(signs).items() if name.isupper()}
+    limits = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float)]
+    return [*(name for name, *_ in signs.ALARMS), *sorted(limits)]
+
+
+@functools.cache
+def _of_model(name: str) -> str:
+    """The source of what builds a model and of all that it calls in this package, and the zoo's weights in it."""
+    entry = ENTRIES[name]
+    found: dict[int, str] = {}
+    _collect(entry.build, found)
+    text = "\n".join(sorted(set(found.values())))
+    words = set(text.replace("'", '"').split('"'))
+    weights = [f"{each} {_weights(each)}" for each in zoo.list() if each in words]
+    return _short("\n".join([text, *weights, f"{entry.data} {entry.eps} {entry.random}"]))
+
+
+@functools.cache
+def _weights(name: str) -> str:
+    with torch.random.fork_rng([]):
+        return weights_fingerprint(zoo.load(name))
+
+
+def _collect(thing: Any, found: dict[int, str]) -> None:
+    """Add the source of a function or a class of this package, and of all that it refers to, by identity."""
+    if id(thing) in found:
+        return
+    if isinstance(thing, functools.partial):
+        referred = [thing.func, *thing.args, *thing.keywords.values()]
+        found[id(thing)] = ""
+    elif isinstance(thing, tuple | list):
+        referred = list(thing)
+        found[id(thing)] = ""
+    elif isinstance(thing, type | types.FunctionType) and thing.__module__.startswith(str(__package__)):
+        source = inspect.getsource(thing)
+        # the decorator of an entry says what its table shows, and how it is attacked
+        found[id(thing)] = source[max(source.find("def "), 0) :] if source.startswith("@entry") else source
+        functions = [thing] if isinstance(thing, types.FunctionType) else vars(thing).values()
+        referred = [one for each in functions if isinstance(each, types.FunctionType) for one in _referred(each)]
+    else:
+        if isinstance(thing, str | int | float):
+            found[id(thing)] = repr(thing)
+        return
+    for one in referred:
+        _collect(one, found)
+
+
+def _referred(function: types.FunctionType) -> list[Any]:
+    """What a function refers to: variables around it, defaults, and what it names in its module."""
+    names, codes = set[str](), [function.__code__]
+    while codes:
+        now = codes.pop()
+        names |= {*now.co_names}
+        codes += [each for each in now.co_consts if isinstance(each, types.CodeType)]
+    around = [cell.cell_contents for cell in function.__closure__ or ()]
+    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    spaces = [function.__globals__]
+    spaces += [vars(each) for each in map(function.__globals__.get, names) if isinstance(each, types.ModuleType)]
+    return [*around, *given, *(space[name] for space in spaces for name in sorted(names & space.keys()))]
+
+
+def outdated(results: Path) -> list[str]:
+    """Results that other code made than there is, a line for each.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    return [
+        f"{FILE}: {one['judge']} of {one['model']!r} was made by other attacks, signs or models than there are; run "
+        "`python -m benchmarks broken`"
+        for one in read(results)
+        if one["model"] not in ENTRIES or one["code"] != code(one["model"], one["judge"])
+    ]

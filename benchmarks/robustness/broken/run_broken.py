@@ -1,0 +1,179 @@
+"""``python -m benchmarks broken``: what AutoAttack, this package's reports and adaptive attacks say of each model.
+
+Every judge of every model is one result in the results file, which is written as soon as the judge is done and not made
+again: the command can be interrupted at any time. A result has the code that made it, so that it is made again where
+the model, the attacks or the signs are others by now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purify_fast._files import write_text
+from purify_fast.attacks import AutoAttack
+from purify_fast.data import load_dataset, to_float
+from purify_fast.evaluation import AttackSpec, evaluate
+
+from ... import RESULTS, options
+from ...speed.running import Budget
+from . import active, adaptive, broken_tables, pintor
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, read, verdicts
+from .code import code
+
+#: A defence is trained on at most so many images.
+TRAINING_IMAGES = 6_000
+#: Draws that an adaptive attack averages where it does not say how many, and images that `STRONG` judges at most.
+DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
+
+
+@functools.cache
+def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
+    """A model and what its adaptive attack follows besides, and the images and labels to attack."""
+    entry = ENTRIES[name]
+    images = load_dataset(entry.data, data)
+    torch.manual_seed(0)
+    made = entry.build(to_float(images.x_train[:TRAINING_IMAGES]), images.y_train[:TRAINING_IMAGES])
+    models = made if isinstance(made, tuple) else (made,)
+    return models, to_float(images.x_test[: entry.images]), images.y_test[: entry.images]
+
+
+def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
+    """One result: what a judge leaves of a model, image by image, or what it says of the attacks on it.
+
+    Args:
+        name: of the model, one of `ENTRIES`.
+        judge: one of `JUDGES`.
+        settings: "images", at most so many, and "steps" of the attacks that leave them open, at most so many of others.
+        data: the folder of the images.
+    """
+    entry, (models, x, y) = ENTRIES[name], built(name, data)
+    n, begin = settings["images"], time.process_time()
+    result: Result = {"model": name, "judge": judge, "settings": settings}
+    if judge == PINTOR:
+        n = min(n, pintor.IMAGES)
+        found: Any = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
+        result |= {"indicators": found, "unreliable": pintor.fired(found)}
+    elif judge == ACTIVE:
+        found = active.power(models[0], x[:n], y[:n], entry.eps)
+        result |= dataclasses.asdict(found) | {"unreliable": ["active test"] if found.unreliable else []}
+    else:
+        result |= _attacked(name, judge, settings, data)
+    return result | {"code": code(name, judge), "cpu_seconds": round(time.process_time() - begin, 1)}
+
+
+def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
+    """What a report says of a model: clean accuracy, which images withstand, and the signs that are unreliable."""
+    entry, (models, x, y) = ENTRIES[name], built(name, data)
+    steps, n = settings["steps"], settings["images"]
+    how: dict[str, Any] = {"protocol": judge}
+    if judge == OFFICIAL:
+        how = {"attacks": [AutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
+    elif judge == ADAPTIVE:
+        how = {"attacks": [_shortened(spec, steps) for spec in adaptive.specs(entry, (None, *models[1:]))]}
+        how |= {"eot_iter": DRAWS}
+    report = evaluate(
+        models[0], x[:n], y[:n], eps=entry.eps, steps=steps, max_forward_batch=1000, progress=False, **how
+    )
+    flags = [one.alarm for one in report.findings if one.beside_headline]
+    return {
+        "clean": report.row("clean").accuracy,
+        "robust": "".join("01"[bool(image)] for image in report.headline.robust),
+        "unreliable": flags if "protocol" in how else [],
+    }
+
+
+def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
+    """A part of an adaptive attack with at most so many steps, where these are fewer than usual: a trial."""
+    attack: Any = spec.resolved
+    if steps >= broken_tables.STEPS:
+        return spec
+    return dataclasses.replace(spec, attack=dataclasses.replace(attack, steps=min(steps, attack.steps), restarts=1))
+
+
+def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, int]:
+    """The settings of a judge's result.
+
+    Args:
+        name: of the model.
+        judge: one of `JUDGES`.
+        chosen: the options of the command.
+    """
+    most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
+    most = min(most, STRONG_IMAGES) if judge == STRONG else most
+    return {"images": min(4, most), "steps": 2} if chosen.quick else {"images": most, "steps": broken_tables.STEPS}
+
+
+def order(work: tuple[str, str]) -> tuple[bool, int, int]:
+    """The place of a result among others: deterministic models of digits come first, and `STRONG` after all others.
+
+    Args:
+        work: the model and the judge.
+    """
+    name, judge = work
+    entry = ENTRIES[name]
+    return judge == STRONG, entry.random + 2 * (entry.data != "digits"), JUDGES.index(judge)
+
+
+def is_asked(name: str, judge: str, results: list[Result]) -> bool:
+    """Whether a judge is to judge a model: `STRONG` only where ``standard`` found what there is, or flagged the model.
+
+    Args:
+        name: of the model.
+        judge: one of `JUDGES`.
+        results: that are there.
+    """
+    if judge != STRONG:
+        return True
+    each = {one["judge"]: one for one in results if one["model"] == name}
+    return verdicts(each)[broken_tables.STANDARD] in ("found", "flagged")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks broken``."""
+    parser.add_argument("--only", nargs="+", metavar="NAME", type=options.one_of(ENTRIES), help="these models alone")
+    parser.add_argument(
+        "--judges", nargs="+", choices=JUDGES, default=JUDGES, help="these judges alone; all by default"
+    )
+    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="these judges once more")
+    parser.add_argument("--images", type=options.at_least_one, help="at most so many; all of a model's by default")
+    parser.add_argument("--minutes", type=options.seconds, default=math.inf, help="begin nothing that would end later")
+    parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
+    parser.add_argument("--quick", action="store_true", help="4 images, 2 steps: that it works, no numbers")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results by default")
+
+
+def main(chosen: argparse.Namespace) -> str:
+    """Judge what is not judged yet, or was judged by other code; the tables."""
+    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
+    kept = {(one["model"], one["judge"]): one for one in read(out)}
+
+    def is_done(name: str, judge: str) -> bool:
+        known = kept.get((name, judge), {})
+        as_asked = known.get("settings") == settings_of(name, judge, chosen)
+        return as_asked and known.get("code") == code(name, judge) and judge not in chosen.redo
+
+    asked = [(name, judge) for judge in chosen.judges for name in chosen.only or ENTRIES]
+    work = sorted((at for at in asked if not is_done(*at)), key=order)
+
+    def run(name: str, judge: str) -> None:
+        if not is_asked(name, judge, read(out)):
+            return
+        result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
+        # read again: another process may judge other models meanwhile
+        others = [one for one in read(out) if (one["model"], one["judge"]) != (name, judge)]
+        write_text(out / FILE, json.dumps([*others, result], indent=1) + "\n")
+
+    budget = Budget(seconds=60 * chosen.minutes)
+    budget.go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
+    left_out = [f"{len(budget.left_out)} results did not fit into the time."] if budget.left_out else []
+    return "\n".join([*broken_tables.markdown(read(out)), *left_out])

@@ -1,0 +1,663 @@
+"""The package's own attacks against the official AutoAttack: finds and times.
+
+Each contest is one model, one set of images and one radius. Its contestants run one after the other in one process, and
+every round runs all of them, so that other load on the machine affects them alike. Results are judged alike: images are
+clipped to the ball, and the model itself decides, by fresh draws if it is random.
+
+Every finished run of a contestant is kept in the results file and not made again: the command can be interrupted, and
+the contests can be run one by one, by their names. A row names what its figures depend on: the weights, the images, and
+a protocol's attacks with their revisions. If one of these has changed, the contestant runs again.
+
+The contests on robust networks are larger, and are counted: how many images went through the model, and to how many a
+gradient was computed. There a run covers a part of the images. The images that each contestant left are kept, so that
+two contestants are compared image by image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from purify_fast import zoo
+from purify_fast._files import write_text
+from purify_fast._tensors import digest, weights_fingerprint
+from purify_fast.attacks import Attack, AttackContext, frozen
+from purify_fast.attacks.autoattack import implementation
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.attacks.engine.gradient_copy import GradientCopies
+from purify_fast.attacks.engine.rows import Judge, has_fallen
+from purify_fast.attacks.sequence import AttackSequence
+from purify_fast.data import load_dataset, to_float
+from purify_fast.defences import StochasticDefence, WithAggregation
+from purify_fast.demo.methods import BASE, FOLDERS, train
+from purify_fast.demo.setting import EPS, Budget, Workspace, digits
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import subject as evaluated
+from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.ops.pgd_step import pgd_step
+from purify_fast.training import load_classifier
+
+from .. import RESULTS, options, style
+from ..options import Unfit
+from ..speed import timing
+from . import revisions
+from .counted_model import CountedModel
+from .studies import carso_resnet18
+
+#: The results, as data and as the table that a page shows.
+FILE, TABLE = "evaluation.json", "evaluation.md"
+ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
+OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
+OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
+#: Number of steps of a shorter run against a random model, and of draws in each step.
+SHORT_STEPS = 60
+SHORT_RAND = f"rand, {SHORT_STEPS} steps"
+#: Number of draws that judge the images of a random model, and of draws that attacks average.
+JUDGES, DRAWS = 20, 20
+#: Number of images attacked together, the official implementation's default.
+BATCH = 250
+#: Number of images in a part for slow contestants of a robust contest, so that stopped runs can resume. The others
+#: attack all images in one run: the stopping rule decides by all of them where it goes on.
+PARTS = {OFFICIAL: 50, STRONG: 50}
+#: Number of images of a robust contest that the protocol strong attacks.
+STRONG_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The amounts of everything.
+
+    Args:
+        images: largest number of images; None: all images of the contest.
+        steps: steps of an attack that takes more, or sets no number.
+        queries: queries of Square.
+        draws: draws that the attacks on a random model average.
+        rounds: number of runs of every contestant; the shortest time counts.
+    """
+
+    images: int | None = None
+    steps: int = 100
+    queries: int = 5000
+    draws: int = DRAWS
+    rounds: int = 1
+
+
+QUICK = Amount(images=4, steps=2, queries=5, draws=2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The attacked model and images.
+
+    Args:
+        model: images to logits, as its users would hold it.
+        x: images, float32 ``[N, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[N]``.
+        eps: the L-inf radius.
+        random: whether two predictions differ.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    random: bool = False
+
+
+#: A function that attacks a subject, and returns the share of fresh draws that misclassify each image, ``[N]``.
+Contestant = Callable[[Subject, Amount], Tensor]
+
+
+def official(version: str) -> Contestant:
+    """The official AutoAttack, called as in its own documentation."""
+
+    def attack(subject: Subject, amount: Amount) -> Tensor:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("auto-attack").setLevel(logging.ERROR)
+            adversary = implementation()(subject.model, norm="Linf", eps=subject.eps, seed=0, version=version)
+            parts = adversary.apgd, adversary.apgd_targeted
+            for part in parts:
+                part.n_iter = part.n_iter_orig = amount.steps
+                part.n_iter_2, part.n_iter_min, part.size_decr = (
+                    max(int(share * amount.steps), 1) for share in (0.22, 0.06, 0.03)
+                )
+            adversary.fab.n_iter, adversary.square.n_queries = amount.steps, amount.queries
+            if version == "rand":
+                adversary.apgd.eot_iter = amount.draws
+            found = adversary.run_standard_evaluation(subject.x, subject.y, batch_size=BATCH)[0]
+        return misclassified(subject, found)
+
+    return attack
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol of the package; run by `evaluate` for a deterministic model, as users do.
+
+    Args:
+        name: name of the protocol.
+        steps: largest number of steps.
+        seed: seed of the evaluation.
+    """
+
+    name: str
+    steps: int = Amount.steps
+    seed: int = 0
+
+    def attacks(self, subject: Subject, amount: Amount) -> list[tuple[AttackSpec, Attack]]:
+        """The attacks that are run, each with its options reduced to the amount."""
+        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
+        most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
+        listed = []
+        for spec in protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps)):
+            if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
+                raise ValueError(f"the contests run attacks on the model as it is, and {self.name} has {spec}")
+            given = {name: getattr(spec.resolved, name, None) for name in most}
+            less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
+            listed.append((spec, replace(spec.resolved, **less)))
+        return listed
+
+    def code(self, random: bool, amount: Amount) -> list[str]:
+        """The code that tells these attacks' results from others', for any random or deterministic model."""
+        x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
+        with torch.random.fork_rng([]):
+            attacks = self.attacks(Subject(revisions.AnyModel(random), x, y, 0.1, random), amount)
+        seeds = [f"seed {self.seed}"] if self.seed else []
+        return revisions.of_attacks(attacks) + revisions.added(self.name, random) + seeds
+
+    def __call__(self, subject: Subject, amount: Amount) -> Tensor:
+        if not subject.random:
+            specs = [replace(spec, attack=one) for spec, one in self.attacks(subject, amount)]
+            report = evaluate(
+                subject.model,
+                subject.x,
+                subject.y,
+                eps=subject.eps,
+                attacks=specs,
+                seed=self.seed,
+                batch_size=BATCH,
+                steps=min(amount.steps, self.steps),
+                probes=False,
+                progress=False,
+            )
+            return 1 - torch.from_numpy(report.headline.robust).float()
+        context = AttackContext(
+            num_classes=10,
+            eps=subject.eps,
+            draws_differ=subject.random,
+            eot_iter=amount.draws,
+            batch_size=BATCH,
+            judge_draws=JUDGES,
+            max_forward_batch=2 * BATCH if subject.random else None,
+            steps=min(amount.steps, self.steps),
+            copies=GradientCopies(),
+        )
+        attacked = AttackSequence(subject.model, subject.x, subject.y, context)
+        for spec, one in self.attacks(subject, amount):
+            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
+            with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
+                attacked.run(one)
+        return misclassified(subject, attacked.images)
+
+
+def standard_error(share: float, draws: int) -> float:
+    """The standard error of a share of misclassified draws.
+
+    Args:
+        share: share of draws, in [0, 1].
+        draws: number of independent draws, at least 1.
+
+    Returns:
+        Wilson's half width at one standard deviation, which is not 0 if all draws agree: four equal draws prove little.
+    """
+    return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
+
+
+def _of_seed(name: str, seed: int) -> str:
+    return f"{name}, seed {seed}" if seed else name
+
+
+STANDARD_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official("standard"),
+    OURS: Protocol("standard"),
+    FAST: Protocol("fast"),
+}
+RAND_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL_RAND: official("rand"),
+    OURS_RAND: Protocol("rand"),
+    SHORT_RAND: Protocol("rand", SHORT_STEPS),
+}
+SEEDS = (0, 1, 2)
+ROBUST_CONTESTANTS: dict[str, Contestant] = {OFFICIAL: official("standard")}
+ROBUST_CONTESTANTS |= {_of_seed(name, seed): Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS} | {
+    STRONG: Protocol("strong")
+}
+
+
+class Contest(NamedTuple):
+    """A contest.
+
+    Args:
+        make: makes the attacked model and images, from the folder of the images.
+        contestants: the attackers, by name.
+        model: makes the model alone, if that needs no folder and no training.
+        random: whether two predictions of the model differ.
+    """
+
+    make: Callable[[Path | None], Subject]
+    contestants: dict[str, Contestant]
+    model: Callable[[], nn.Module] | None = None
+    random: bool = False
+
+
+def _of_zoo(name: str, random: bool = False) -> nn.Module:
+    """A model of the zoo, without its noise unless it is to be random."""
+    model = zoo.load(name)
+    if isinstance(model, StochasticDefence) and not random:
+        # AutoAttack's standard version is for deterministic models.
+        return WithAggregation(model, deterministic=True).eval()
+    return model
+
+
+def _digits(name: str, images: int | None = None, random: bool = False) -> Contest:
+    """A model of the zoo, and digits on which it was not trained."""
+
+    def make(folder: Path | None) -> Subject:
+        held_out = digits()
+        x, y = to_float(held_out.x_test[:images]), held_out.y_test[:images]
+        return Subject(_of_zoo(name, random), x, y, EPS, random)
+
+    contestants = RAND_CONTESTANTS if random else STANDARD_CONTESTANTS
+    return Contest(make, contestants, partial(_of_zoo, name, random), random)
+
+
+def _resnet18(folder: Path | None) -> Subject:
+    images = load_dataset("cifar10", folder)
+    return Subject(carso_resnet18.classifier(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
+
+
+def _network(name: str, count: int, first: int = 0) -> Contest:
+    """A network of the zoo, and some images on which it was not trained."""
+
+    def make(folder: Path | None) -> Subject:
+        card = zoo.card(name)
+        images, part = load_dataset(card.data, folder), slice(first, first + count)
+        return Subject(zoo.load(name), to_float(images.x_test[part]), images.y_test[part], card.eps)
+
+    return Contest(make, ROBUST_CONTESTANTS, partial(zoo.load, name))
+
+
+def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
+    """The demonstration's adversarially trained classifier, from another seed, and the digits."""
+    held_out, place = digits(), Path("runs/digits_seeds") / str(seed)
+    train(Workspace(place, Budget(), seed, progress=False), BASE)
+    return Subject(load_classifier(place / FOLDERS[BASE]), to_float(held_out.x_test), held_out.y_test, EPS)
+
+
+def _published(folder: Path | None) -> Subject:
+    """An adversarially trained network by others, from the folder ``networks`` beside the images.
+
+    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Of its authors' 200 images
+    at this radius 76.0 % were proved robust, and the best attack left 76.5 %.
+    """
+    path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: alpha-beta-CROWN distributes it")
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
+    model.load_state_dict(torch.load(path, weights_only=True))
+    images = load_dataset("mnist", folder)
+    return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
+
+
+#: The order of the rows of a contest.
+RANKS = [OFFICIAL, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
+
+#: The contests, by name.
+CONTESTS = {
+    "digits, base": _digits("digits-pgd-at"),
+    "digits, ARREST": _digits("digits-arrest"),
+    "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
+    "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
+    # Each step has 20 draws of eight samples: a fifth of the images take the official attack several minutes.
+    "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
+    "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
+}
+#: Robust networks. Some names are followed by the first and the last image.
+ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
+ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
+ROBUST |= {
+    f"{name}, {first + 1} to {first + count}": _network(name, count, first)
+    for name, first, count in (
+        ("cifar10-pgd-at-w16", 0, 700),
+        ("cifar10-pgd-at-w16", 1000, 250),
+        ("cifar10-trades-w16", 0, 350),
+        ("cifar10-arrest-w16", 0, 250),
+        ("mnist-pgd-at", 0, 250),
+    )
+}
+
+
+def misclassified(subject: Subject, found: Tensor) -> Tensor:
+    """The share of draws that misclassify each image of an attack, clipped to the ball, ``[N]``.
+
+    Args:
+        subject: the attacked model and images.
+        found: images returned by the attack.
+    """
+    inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
+    judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
+    with frozen(subject.model):
+        parts = zip(inside.split(BATCH), subject.y.split(BATCH), strict=True)
+        return torch.cat([judge.shares(*part) for part in parts])
+
+
+def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
+    """The share of right predictions in percent, and its standard error over the draws.
+
+    Args:
+        subject: the attacked model and images.
+        wrong: result of `misclassified`.
+    """
+    errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
+    return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
+
+
+def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
+    """The images of each run of a contestant: a part, or all in every round."""
+    if name not in ROBUST:
+        return [slice(0, images)] * rounds
+    size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
+def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counted: bool) -> None:
+    """Run a contestant once, and add the result to its row."""
+    torch.manual_seed(0)
+    door = CountedModel(subject.model) if counted else None
+    begin, work = time.perf_counter(), time.process_time()
+    wrong = attack(subject if door is None else replace(subject, model=door), amount)
+    row["seconds"].append(time.perf_counter() - begin)
+    # Other load on the machine affects this time less.
+    row["cpu_seconds"].append(time.process_time() - work)
+    row["robust"], row["error"] = accuracy(subject, wrong)
+    if door is not None:
+        row["left"] += "".join("01"[right] for right in (~has_fallen(wrong)).tolist())
+        row["robust"] = 100 * row["left"].count("1") / len(row["left"])
+        row["forwards"] += door.counts.forwards
+        row["gradients"] += door.counts.gradients
+
+
+def is_current(row: dict, contest: Contest) -> bool:
+    """Tell whether a row was made with the attacks and weights of the package.
+
+    Args:
+        row: row of `run_contest`.
+        contest: contest of the row; weights are compared only if its `Contest.model` is known.
+    """
+    code: dict[str, Any] = row.get("code", {})
+    attack = contest.contestants.get(row["contestant"])
+    if isinstance(attack, Protocol) and code.get("attacks") != attack.code(contest.random, Amount(**row["amount"])):
+        return False
+    return contest.model is None or code.get("weights") == weights_fingerprint(contest.model())
+
+
+def outdated(results: Path) -> list[str]:
+    """A line for each row of the contests that was made with other attacks or weights than the package has.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    found = []
+    for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust")):
+        for row in read(results / "studies", file):
+            contest = contests.get(row["contest"])
+            if contest is None or not is_current(row, contest):
+                found.append(
+                    f"{file}: {row['contestant']} of the contest {row['contest']!r} was made by other attacks or "
+                    f"weights than the package has; run `python -m benchmarks evaluation{option}`"
+                )
+    return found
+
+
+def run_contest(
+    name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[dict] = ()
+) -> Iterator[list[dict]]:
+    """Yield the rows of a contest, one for each contestant, again after every run.
+
+    Args:
+        name: name in `CONTESTS` or `ROBUST`.
+        whole: the attacked model and images.
+        contestants: the attackers.
+        amount: the amounts of everything.
+        known: the rows of an interrupted contest. Their runs are repeated only if the model's weights, the images or a
+            protocol's attacks have changed.
+    """
+    counted, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}
+    subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
+    clean = accuracy(subject, misclassified(subject, subject.x))[0]
+    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean}
+    shared |= {"amount": asdict(amount)} | timing.environment(torch.device("cpu"))
+    made_of = {"weights": weights_fingerprint(subject.model), "images": digest(subject.x, subject.y)[:16]}
+    for who, attack in contestants.items():
+        runs[who] = _runs(name, who, len(subject.x), amount.rounds)
+        attacks = {"attacks": attack.code(subject.random, amount)} if isinstance(attack, Protocol) else {}
+        fresh: dict[str, Any] = {"contestant": who, "code": made_of | attacks, "seconds": [], "cpu_seconds": []}
+        if counted:
+            fresh |= {"left": "", "forwards": 0, "gradients": 0}
+        if who not in rows or rows[who].get("code") != fresh["code"]:
+            rows[who] = fresh
+    for turn in range(max(map(len, runs.values()))):
+        for who, attack in contestants.items():
+            row, parts = rows[who], runs[who]
+            if not len(row["seconds"]) <= turn < len(parts):
+                continue
+            part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
+            _run(attack, part, amount, row, counted)
+            row |= shared
+            print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
+            yield [rows[one] for one in contestants if rows[one]["seconds"]]
+
+
+def sign_test(one: str, other: str) -> float:
+    """The chance of a difference at least as large, if each attack alone were equally likely to leave an image.
+
+    Args:
+        one: for each image "1" if the first attack left it, else "0".
+        other: the same for the second attack.
+
+    Returns:
+        The exact two-sided binomial p-value over the images on which they differ.
+    """
+    only = [sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one))]
+    tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
+    return min(1.0, 2 * tail / 2 ** sum(only))
+
+
+def robust_markdown(rows: list[dict]) -> list[str]:
+    """The table of the contests on robust networks.
+
+    Args:
+        rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these.
+    """
+    head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes an image"]
+    body = []
+    for row in rows:
+        left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
+        about = [row["contest"], f"{row['eps']:.3g}", f"{row['clean']:.1f}"] if row is same[0] else [""] * 3
+        compared = ["", ""]
+        if row is not same[0] and same[0]["contestant"] == OFFICIAL:
+            theirs = same[0]["left"]
+            common = min(len(left), len(theirs))
+            compared = [f"{left[:common].count('1') - theirs[:common].count('1'):+d}", f"{sign_test(left, theirs):.2g}"]
+            compared[0] += f" of {common}" if common < len(left) else ""
+        costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
+        who = row["contestant"] if row["contestant"] == OFFICIAL else f"**{row['contestant']}**"
+        body.append(
+            [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
+        )
+    return [_machines(rows), "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+
+
+def picture(rows: list[dict], path: Path) -> bool:
+    """Draw the points that each contestant leaves more than AutoAttack, over its passes; False without matplotlib.
+
+    Args:
+        rows: rows of `run_contest`, on robust networks.
+        path: the PNG file that is written.
+    """
+    figure = style.new_figure(figsize=(7, 4))
+    if figure is None:
+        return False
+    axes = figure.add_subplot()
+    style.plain_axes(axes)
+    theirs = {row["contest"]: row["left"] for row in rows if row["contestant"] == OFFICIAL}
+    for marker, who in zip("sov^", (OFFICIAL, OURS, FAST, STRONG), strict=True):
+        points = []
+        for row in rows:
+            if row["contestant"].partition(", seed")[0] == who and row["contest"] in theirs:
+                both = list(zip(row["left"], theirs[row["contest"]], strict=False))
+                more = sum(mine == "1" for mine, _ in both) - sum(other == "1" for _, other in both)
+                points.append((row["forwards"] / len(row["left"]), 100 * more / len(both)))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, label=who, markersize=6)
+    axes.axhline(0, color=style.PLAIN, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("forward passes an image", fontsize=9.5)
+    axes.set_ylabel("points left more than AutoAttack leaves", fontsize=9.5)
+    axes.legend(fontsize=8.5, frameon=False)
+    style.save(figure, path)
+    return True
+
+
+def _machines(rows: list[dict]) -> str:
+    return ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows)) + "."
+
+
+def markdown(rows: list[dict]) -> list[str]:
+    """The table of all contests.
+
+    Args:
+        rows: rows of `run_contest`.
+    """
+    compared = ["difference, points", "seconds", "times faster", "times less CPU time"]
+    head = ["model", "images", "clean, %", "attack", "robust accuracy, %", *compared]
+    body = []
+    for row in rows:
+        first = next(r for r in rows if r["contest"] == row["contest"])
+        seconds, work = min(row["seconds"]), min(row["cpu_seconds"])
+        error = f" ± {row['error']:.1f}" if row["error"] else ""
+        robust, spent = f"{row['robust']:.1f}{error}", f"{seconds:,.1f}"
+        if row is first:
+            model = [row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"]]
+            body.append([*model, robust, "", spent, "", ""])
+        else:
+            faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
+            if row["device"] != first["device"]:
+                # Times of two machines say nothing about the attacks.
+                faster = ["", ""]
+            lead = f"{row['robust'] - first['robust']:+.1f}"
+            body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
+    return [_machines(rows), "", *markdown_table(head, body)]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks evaluation``."""
+    which = f"which contests; all by default: {'; '.join(CONTESTS)}; with --robust: {'; '.join(ROBUST)}"
+    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
+    parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]),
+        metavar="NAME",
+        help=f"who attacks; all by default: {'; '.join([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS])}",
+    )
+    parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
+    parser.add_argument(
+        "--rounds", type=options.at_least_one, default=1, help="how often every contestant runs; 1 by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
+    parser.add_argument("--redo", action="store_true", help="also what is done already")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/studies by default")
+
+
+def main(chosen: argparse.Namespace) -> str:
+    """Run contests, and return their table. Every finished run of a contestant is kept and not repeated."""
+    amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds, images=chosen.images)
+    if chosen.quick and chosen.images is None:
+        amount = replace(amount, images=QUICK.images)
+    # A trial must not replace results that took days.
+    trial = chosen.quick or (chosen.robust and chosen.images is not None)
+    out = chosen.out or (Path("runs/benchmarks") if trial else RESULTS / "studies")
+    contests, file, page, table = CONTESTS, FILE, TABLE, markdown
+    if chosen.robust:
+        contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
+
+    for name in chosen.names or contests:
+        if name not in contests:
+            raise Unfit(f"{name!r} is a contest {'without' if chosen.robust else 'with'} --robust")
+        contestants = {
+            who: attack
+            for who, attack in contests[name].contestants.items()
+            if not chosen.contestants or who in chosen.contestants
+        }
+        known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
+        known = [row for row in known if row["amount"] == asdict(amount) and not chosen.redo]
+        done = [row for row in known if len(row["seconds"]) >= amount.rounds and is_current(row, contests[name])]
+        if not contestants or (not chosen.robust and len(done) == len(contestants)):
+            continue
+        try:
+            subject = contests[name].make(chosen.data)
+        except (ValueError, FileNotFoundError) as error:
+            if not chosen.robust:
+                raise
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        for rows in run_contest(name, subject, contestants, amount, known):
+            # Read again: another process may have written other rows meanwhile.
+            others = [row for row in read(out, file) if row["contest"] != name or row["contestant"] not in contestants]
+            every = [row for row in others if row["contest"] != name or row["amount"] == asdict(amount)] + rows
+            every.sort(key=lambda row: (list(contests).index(row["contest"]), RANKS.index(row["contestant"])))
+            write_text(out / file, json.dumps(every, indent=1) + "\n")
+            write_text(out / page, "\n".join(table(every)) + "\n")
+    write_text(out / page, "\n".join(table(read(out, file))) + "\n")
+    if chosen.robust and not trial and chosen.out is None:
+        picture(read(out, file), RESULTS.parents[1] / "docs" / "pictures" / "contests.png")
+    return (out / page).read_text()
+
+
+def read(out: Path, file: str = FILE) -> list[dict]:
+    """The rows of a results folder; none without a results file.
+
+    Args:
+        out: the folder.
+        file: the name of the results file.
+    """
+    path = out / file
+    return json.loads(path.read_text()) if path.exists() else []

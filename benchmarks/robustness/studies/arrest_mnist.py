@@ -1,0 +1,98 @@
+"""ARREST on MNIST, L-inf eps 0.3: adversarial training from scratch, finetuning, and finetuning by ARREST."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, Report, Tradeoff, plot_tradeoff
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.training import load_classifier, save_classifier
+from purify_fast.training.config import TrainingAttack
+
+from . import Job
+from .report_study import EPS, MakeJob, ReportStudy, images_of, train, train_classifier
+
+STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "ARREST"
+
+
+def alpha(budget: SimpleNamespace) -> float:
+    """The length of a step of PGD in every training."""
+    return budget.step_length * EPS / budget.training_steps
+
+
+def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
+    """The settings of a row's finetuning."""
+    b = budget
+    attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
+    return ArrestConfig(
+        attack=attack,
+        optimizer="adamw",
+        schedule="one_cycle",
+        learning_rate=b.learning_rate,
+        weight_decay=b.weight_decay,
+        angle=b.angle,
+        distillation_weight=b.weight if name == ARREST else 0.0,
+        replay=name == ARREST,
+    )
+
+
+def finetune(job: Job, folder: Path, root: Path) -> dict:
+    budget, images = job.settings["budget"], images_of(job)
+    task = ArrestTask(load_classifier(job.folder(root, STANDARD)), config(budget, job.name), images.image_shape)
+    if task.teacher is not None:
+        task.teacher.keep(images.x_train, progress=False)
+    last = train(job, folder, task, images, budget.epochs)
+    save_classifier(task.result, folder)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    shares = [row["replayed"] for row in log if "replayed" in row][: (budget.epochs + 1) // 2]
+    return last | {"replayed": sum(shares) / max(1, len(shares))}
+
+
+class ArrestMnist(ReportStudy):
+    """ARREST on MNIST, beside adversarial training from scratch and finetuning."""
+
+    name = "arrest_mnist"
+    models: ClassVar[dict[str, str | None]] = {name: name for name in (STANDARD, SCRATCH, FINETUNED, ARREST)}
+
+    def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
+        pgd = {"steps": budget.training_steps, "alpha": alpha(budget)}
+        return [
+            job(STANDARD, train_classifier, epochs=budget.standard_epochs, eps=0.0, **pgd),
+            job(SCRATCH, train_classifier, epochs=budget.scratch_epochs, **pgd),
+            job(FINETUNED, finetune, STANDARD),
+            job(ARREST, finetune, STANDARD),
+        ]
+
+    def model(self, job: Job, root: Path, name: str) -> nn.Module:
+        return load_classifier(job.folder(root, name))
+
+    def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
+        b = budget
+        auto = AutoAttack(steps=b.autoattack_steps, n_queries=b.queries)
+        return {
+            "attacked": [
+                AttackSpec(PGD()),
+                AttackSpec(PGD(loss="dlr"), survivors_only=True, label=f"then PGD-{b.steps} dlr"),
+                AttackSpec(auto, survivors_only=True, max_images=b.autoattack, label=self.auto_label(b)),
+            ]
+        }
+
+    def auto_label(self, budget: SimpleNamespace) -> str:
+        return f"then AutoAttack standard, first {budget.autoattack}"
+
+    def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
+        auto, sums, points = self.auto_label(budget), {}, {}
+        for name, report in reports.items():
+            clean, worst = report.row("clean"), report.row("worst")
+            both = Tradeoff(100 * clean.accuracy, 100 * worst.accuracy)
+            first = Tradeoff(100 * float(clean.robust[: budget.autoattack].mean()), 100 * report.row(auto).accuracy)
+            sums[name] = both, first
+            points[name] = (*both, 100 * clean.standard_error, 100 * worst.standard_error)
+        plot_tradeoff(pictures / "tradeoff.png", points, title="MNIST, eps 0.3: clean and worst of PGD")
+        return {"sums": sums, "auto": auto}

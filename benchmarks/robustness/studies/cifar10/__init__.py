@@ -1,0 +1,75 @@
+"""CIFAR-10 at L-inf 8/255: three methods, by the papers' objectives and through the pipeline, and single networks.
+
+`models` trains, `plan` lists the jobs and judges by this package's own engine, `results` and `table` make one table of
+everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from purify_fast import zoo
+from purify_fast.cli.command import usable_device
+
+from ....options import at_least_one
+from .. import Job, Study
+from .job_list import clean_accuracy, jobs
+from .results import GIVEN, STEM, check_budget
+from .study import Budget, budget_of
+from .table import write, write_given
+
+__all__ = ["Budget", "Cifar10", "budget_of", "clean_accuracy", "jobs", "write", "write_given"]
+
+
+class Cifar10(Study):
+    """CARSO, AToP and ARREST on CIFAR-10, beside single networks."""
+
+    name = dataset = "cifar10"
+    #: The networks are large enough to use every core: the jobs run one after the other.
+    workers = 1
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        super().arguments(parser)
+        parser.add_argument(
+            "--width",
+            type=at_least_one,
+            help="channels of the networks' first stage; 16, --full 64, where the larger base has the size of base and "
+            "purifier",
+        )
+        parser.add_argument(
+            "--base",
+            metavar="NAME",
+            help="stand on this classifier of the zoo; only AToP, ARREST and a new standard classifier are trained, "
+            "and have a table of their own",
+        )
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto by default")
+        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of what is done")
+
+    def check(self, chosen: argparse.Namespace, results: Path) -> None:
+        # Results of another budget would prevent the table, hours later.
+        check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
+        if chosen.base is not None:
+            zoo.card(chosen.base)
+        super().check(chosen, results)
+
+    def budget(self, chosen: argparse.Namespace) -> Budget:
+        usual = budget_of(chosen.amount)
+        return usual if chosen.width is None else usual.of_width(chosen.width)
+
+    def is_whole(self, chosen: argparse.Namespace) -> bool:
+        return self.budget(chosen) == budget_of("default")
+
+    def variant(self, chosen: argparse.Namespace) -> str:
+        budget = self.budget(chosen)
+        width = "" if budget == budget_of(chosen.amount) else f"-width-{chosen.width}"
+        return super().variant(chosen) + width + ("" if chosen.base is None else f"-on-{chosen.base}")
+
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        return jobs(chosen.data, self.budget(chosen), usable_device(chosen.device), chosen.base)
+
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        """Write the table of the study, or of its rows on a given base."""
+        if chosen.base is None:
+            return write(root, folder, self.budget(chosen))
+        return write_given(root, folder, chosen.base, self.budget(chosen))

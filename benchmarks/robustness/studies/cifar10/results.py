@@ -1,0 +1,370 @@
+"""The numbers of the study on CIFAR-10: read from the folders of its jobs, and stored with the results.
+
+The folders hold models and are large; they may be gone, or lie on another machine. So their numbers are stored beside
+the table, and a table is written from both: a folder's numbers replace stored numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purify_fast._files import write_text
+from purify_fast.evaluation import Report, merge
+
+from ....options import Unfit
+from .. import ASKED, RESULT, Job, folder_of, result_of
+from . import study
+from .job_list import trainings
+from .study import Budget, Judging
+
+#: The names of the results: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
+#: on a given base stand beside those of the whole study.
+STEM, GIVEN = "cifar10", "cifar10_given"
+#: The file beside the reports with the amounts of training and judging.
+BUDGET = "budget.json"
+
+
+class OtherBudget(Unfit):
+    """Runs or results have another budget than requested, and do not fit into one table."""
+
+
+@dataclass(frozen=True)
+class SeedFolders:
+    """The results of the finished jobs of a seed.
+
+    Attributes:
+        root: folder of the study. seed: seed of the trainings.
+    """
+
+    root: Path
+    seed: int = 0
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The result of a job; None if it is not done."""
+        return self.needed(name) if (folder_of(self.root, name, self.seed) / RESULT).is_file() else None
+
+    def needed(self, name: str) -> dict[str, Any]:
+        """The result of a job; FileNotFoundError if it is not done."""
+        return result_of(self.root, name, self.seed)
+
+    def report(self, name: str, protocol: str) -> Report:
+        """The report of a protocol on a model."""
+        path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
+        return Report.from_json(path.read_text())
+
+    def judged(self, names: Sequence[str], protocol: str) -> list[str]:
+        """The rows, among these, whose models a protocol has judged."""
+        return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
+
+    def hours(self, model: str, batch_size: int) -> float:
+        """The hours of a model's training, from its log: an interrupted training ran in several processes.
+
+        Args:
+            model: its row; the mixture was not trained, but its parts were.
+            batch_size: number of images of a step.
+        """
+        seconds = 0.0
+        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (study.trained_as(model, self.seed),):
+            log = folder_of(self.root, name, self.seed) / "log.jsonl"
+            before = 0
+            # A classifier taken from elsewhere has no log.
+            for epoch in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
+                seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
+                before = epoch["step"]
+        return seconds / 3600
+
+    def acts_from_step(self, model: str) -> dict[str, int]:
+        """The first step in which each term of a model's loss acted, by its training's log; empty without a log.
+
+        Args:
+            model: its row.
+        """
+        log = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
+        rows = log.read_text().splitlines() if log.is_file() else []
+        return json.loads(rows[-1]).get("acts_from_step", {}) if rows else {}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of the study so far.
+
+    Attributes:
+        lines: a line for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Pages
+            quote single numbers from lines.
+        reports: reports by which models are compared, by row and seed.
+    """
+
+    lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    reports: dict[tuple[str, int], Report] = field(default_factory=dict)
+
+    def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
+        """A line; None if nothing in it is judged."""
+        return self.lines.get((name, seed))
+
+    def known(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The existing lines of these rows, with the first seed."""
+        return [self.lines[name, 0] for name in names if (name, 0) in self.lines]
+
+    def judged(self, names: Sequence[str], seed: int = 0) -> list[str]:
+        """The rows, among these, that have a line."""
+        return [name for name in names if (name, seed) in self.lines]
+
+    def over(self, earlier: Results) -> Results:
+        """These results, completed by earlier results. A line that both have is never mixed.
+
+        Earlier lines of models that began with a model trained anew are left out. So is the best candidate with a
+        further seed if it differs from that of the first seed. Standard error names the omissions.
+
+        Args:
+            earlier: results of the same budget.
+        """
+        both = self.lines.keys() & earlier.lines.keys()
+        # Hours come from a training's log: another training has other hours.
+        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
+        gone = {
+            (name, seed)
+            for name, seed in earlier.lines.keys() - self.lines.keys()
+            # The row of the best candidate has another name than its model.
+            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
+        }
+        for name, seed in sorted(gone):
+            print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
+        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
+        chosen = lines.get((study.BEST, 0), {}).get("model")
+        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
+        for _, seed in sorted(others):
+            print(f"{study.BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
+        gone |= others
+        for name, seed in sorted(both):
+            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
+                print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
+        return Results(
+            {key: line for key, line in lines.items() if key not in gone},
+            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
+        )
+
+    def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
+        """Write the numbers and the report on all models.
+
+        Args:
+            folder: folder of the results.
+            budget: amounts of everything.
+            stem: name of the results.
+        """
+        order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
+        # Rows unknown to this version, or bases at other shares of eps, come last.
+        order += sorted({name for name, _ in self.lines} - set(order))
+        lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
+        for seed in sorted({seed for _, seed in self.reports}):
+            merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
+            if seed == 0:
+                merged.save(folder / stem)
+            else:
+                # Pages show the first seed; for other seeds only differences are needed.
+                write_text(folder / stem / _report_file(seed), merged.to_json())
+        write_text(folder / f"{stem}.json", json.dumps(lines, indent=1) + "\n")
+        write_text(folder / stem / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path, budget: Budget, stem: str = STEM) -> Results:
+        """Read the files of `save`; empty without files.
+
+        Args:
+            folder: folder of the results.
+            budget: amounts of everything now.
+            stem: name of the results.
+
+        Raises:
+            OtherBudget: the files have another budget.
+        """
+        check_budget(folder, budget, stem)
+        numbers = folder / f"{stem}.json"
+        if not numbers.is_file():
+            return cls()
+        lines = {(line["name"], line["seed"]): line for line in json.loads(numbers.read_text())}
+        reports = {}
+        for seed in {seed for _, seed in lines}:
+            path = folder / stem / _report_file(seed)
+            if not path.is_file():
+                continue
+            merged = Report.from_json(path.read_text())
+            models = {name: line["model"] for (name, of), line in lines.items() if of == seed and "model" in line}
+            reports |= {(name, seed): _only(merged, model) for name, model in models.items() if model in merged.models}
+        return cls(lines, reports)
+
+
+def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
+    """Check that results of a budget can go into a folder.
+
+    Args:
+        folder: folder of the results.
+        budget: amounts of everything.
+        stem: name of the results.
+
+    Raises:
+        OtherBudget: it holds results of another budget.
+    """
+    amounts = folder / stem / BUDGET
+    there = json.loads(amounts.read_text()) if amounts.is_file() else None
+    if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
+        raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
+
+
+@functools.cache
+def _needs() -> dict[str, tuple[str, ...]]:
+    """For each row, the rows that its training needs."""
+    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
+    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
+
+
+def _began_with(name: str) -> Iterator[str]:
+    """A row, and all rows that its training began with."""
+    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
+    yield name
+    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
+        yield from _began_with(earlier)
+
+
+def _report_file(seed: int) -> str:
+    """The report on all models of a seed."""
+    return f"report-{seed}.json" if seed > 0 else "report.json"
+
+
+def _amounts(budget: Budget) -> dict[str, Any]:
+    """The amounts that results in one table must share: all except the numbers of seeds and bases."""
+    plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
+    return json.loads(json.dumps(plain))
+
+
+def _only(merged: Report, model: str) -> Report:
+    """The part of a report on several models that concerns one of them."""
+    return Report(
+        [row for row in merged.rows if row.model == model],
+        about=merged.about,
+        findings=[finding for finding in merged.findings if finding.model == model],
+        outlooks=[outlook for outlook in merged.outlooks if outlook.model == model],
+        curves={name: curves for name, curves in merged.curves.items() if name == model},
+    )
+
+
+def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> Results:
+    """Collect the results in the jobs' folders.
+
+    Args:
+        root: folder of the study.
+        budget: amounts of everything.
+        names: names of the rows; None for all rows.
+
+    Raises:
+        OtherBudget: a job had other amounts.
+    """
+    amounts = _amounts(budget)
+    wanted = {"budget": amounts["training"], "judging": amounts["judging"]}
+    for path in sorted(root.glob(f"*/{ASKED}")):
+        asked = json.loads(path.read_text())
+        if any(asked.get(key, amount) != amount for key, amount in wanted.items()):
+            raise OtherBudget(f"{path.parent} is of another budget: give the study's own --full, --quick and --width")
+    results, main = Results(), budget.judging.main
+    for seed in range(budget.seeds):
+        folders = SeedFolders(root, seed)
+        for name in folders.judged([*study.rows(budget), study.BEST] if names is None else names, main):
+            results.lines[name, seed] = _row_line(folders, name, budget)
+            results.reports[name, seed] = folders.report(name, main)
+    for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
+        results.lines[line["name"], 0] = line
+    return results
+
+
+def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]:
+    """The accuracies and costs of a judged model."""
+    counts = budget.judging
+    judged = folders.needed(study.judged_name(name, counts.main))
+    facts = folders.needed(study.trained_as(judged["model"], folders.seed))
+    protocols = [protocol for protocol in counts.protocols() if folders.judged([name], protocol)]
+    rows = {protocol: folders.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
+    line = {"name": name, "seed": folders.seed, "model": judged["model"], "clean": judged["clean"]}
+    line |= {protocol: row.accuracy for protocol, row in rows.items()}
+    if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
+        line["unreliable"] = unreliable
+    if "strong" in protocols and counts.main != "strong":
+        right = [first(folders.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main)]
+        line["strong_more"] = int(right[0] - right[1])
+    if (official := folders.result(study.judged_name(name, "official"))) is not None:
+        line["official"] = official["official"]["share"]
+        line["beside_official"] = {
+            protocol: float(first(folders.report(name, protocol), counts.official).mean())
+            for protocol in counts.beside_official()
+            if protocol in protocols
+        }
+    line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
+    line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
+    if acts := folders.acts_from_step(judged["model"]):
+        line["acts_from_step"] = acts
+    if name == study.ARREST_EMA:
+        line |= {key: facts[key] for key in ("weight", "angle")}
+    return line
+
+
+def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
+    """The lines of candidates judged on held-out training images."""
+    tried = {name: folders.result(study.tried_name(name)) for name in study.TRIED}
+    return [
+        {"name": study.tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
+        | ({} if result["tried"]["reliable"] else {"unreliable": ["tried"]})
+        for name, result in tried.items()
+        if result is not None
+    ]
+
+
+def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]]:
+    """Models under the attacks of their authors, beside the protocol that compares models, on the same images.
+
+    Args:
+        folders: results of the jobs.
+        counts: number of images of each protocol.
+
+    Returns:
+        A line for each judged row of `AS_AUTHORS`: shares, and their difference in images (second minus first) with its
+        standard error.
+    """
+    lines: list[dict[str, Any]] = []
+    for name in study.AS_AUTHORS:
+        models = study.TRAINED_AS[name], study.BEHIND[study.TRAINED_AS[name]]
+        if not folders.judged([name], study.AUTHORS) or len(folders.judged(models, counts.main)) < len(models):
+            continue
+        judged = folders.needed(study.judged_name(name, study.AUTHORS))
+        whole, classifier = (first(folders.report(it, counts.main), counts.authors).astype(float) for it in models)
+        gained = whole - first(folders.report(name, study.AUTHORS), counts.authors)
+        lines.append(
+            {
+                "name": name,
+                "seed": folders.seed,
+                "clean": judged["clean"],
+                "authors": judged[study.AUTHORS]["share"],
+                "whole": whole.mean(),
+                "classifier": classifier.mean(),
+                "reliable": judged[study.AUTHORS]["reliable"],
+                "gained": gained.mean(),
+                "gained_error": gained.std() / len(gained) ** 0.5,
+            }
+        )
+    return lines
+
+
+def first(report: Report, count: int) -> np.ndarray:
+    """Mask of the first images that withstood all attacks, bool.
+
+    Args:
+        report: report on one model.
+        count: number of images.
+    """
+    worst = next(row for row in report.rows if row.kind == study.WORST)
+    return worst.robust[:count]

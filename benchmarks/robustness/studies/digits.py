@@ -1,0 +1,212 @@
+"""Studies on digits: many rows, over seeds, each beside the defended classifier."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from purify_fast import load_defence
+from purify_fast._files import write_text
+from purify_fast.attacks import AutoAttack
+from purify_fast.demo import setting
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.subject import Variant
+from purify_fast.methods.carso import rank_layers
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+
+from ...options import at_least_one
+from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
+
+EPS = setting.EPS
+ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
+AUTO = "AutoAttack"
+SEEDS, ABLATION_SEEDS = 3, 1
+
+
+class Effort(NamedTuple):
+    """The amounts of the attacks.
+
+    Args:
+        images: number of attacked images.
+        steps: steps of PGD.
+        auto_steps: steps of AutoAttack.
+        queries: queries of AutoAttack's Square.
+        draw_steps: steps of PGD on K draws.
+        first_steps: steps of PGD with one draw, on a random model.
+        eot: draws per step of the later PGDs there.
+    """
+
+    images: int = 500
+    steps: int = 100
+    auto_steps: int = 100
+    queries: int = 1000
+    draw_steps: int = 40
+    first_steps: int = 20
+    eot: int = 4
+
+
+QUICK = Effort(40, 4, 4, 20, 2, 2, 2)
+
+
+def effort(quick: bool) -> Effort:
+    """The amounts of a study, or of its quick run."""
+    return QUICK if quick else Effort()
+
+
+def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
+    """PGD, and if requested AutoAttack, on a model without its randomness; returns the rows by result key."""
+    amount = effort(quick)
+    variant: Variant = "deterministic" if randomised else "random"
+    attacks = setting.ce_then_dlr(variant)
+    rows = {
+        "clean": "clean, deterministic" if randomised else "clean",
+        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
+    }
+    if auto:
+        auto_attack = AutoAttack(steps=amount.auto_steps, n_queries=amount.queries)
+        attacks.append(AttackSpec(auto_attack, variant=variant, survivors_only=True, label=AUTO))
+        rows["autoattack"] = AUTO
+    return attacks, rows
+
+
+def attacked(
+    model: nn.Module,
+    seed: int,
+    attacks: Sequence[AttackSpec],
+    rows: dict[str, str],
+    quick: bool,
+    eps: float = EPS,
+    norm: str = "linf",
+) -> dict:
+    """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
+    amount = effort(quick)
+    report = setting.attacked(
+        model, amount.images, list(attacks), eps=eps, norm=norm, steps=amount.steps, n_eval=3, seed=seed, progress=False
+    )
+    healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
+    return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
+
+
+def train_base(job: Job, folder: Path, root: Path) -> dict:
+    """Train a classifier, adversarially unless it is ``standard``: {epochs, width, norm, eps, standard, rank}."""
+    s = job.settings
+    norm, eps = s.get("norm", "linf"), s.get("eps", EPS)
+    digits = setting.digits()
+    torch.manual_seed(job.seed)
+    model = SmallCNN(width=s.get("width", 16))
+    trained = 0.0 if s.get("standard") else eps
+    config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, eps=trained, norm=norm))
+    epochs = 2 if s["quick"] else s["epochs"]
+    fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
+    save_classifier(model, folder)
+    attacks, rows = zero_attacks(False, s["quick"])
+    result = attacked(model, job.seed, attacks, rows, s["quick"], eps=eps, norm=norm)
+    if s.get("rank"):
+        images = digits.x_test.float() / 255
+        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)
+        result["layers"] = [vars(score) for score in ranking]
+    return result | {"parameters": count(model)}
+
+
+def with_samples(job: Job, root: Path) -> nn.Module:
+    """Another row's defence with another number of draws in a prediction: {base, start, samples}."""
+    s = job.settings
+    defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
+    defence.samples = s["samples"]
+    return defence
+
+
+def count(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
+    """All jobs, or those of some rows with the rows that they need; ValueError for an unknown row."""
+    if rows is None:
+        return jobs
+    names = {job.name for job in jobs}
+    unknown = set(rows) - names
+    if unknown:
+        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    wanted: set[str] = set()
+    more = set(rows)
+    while more:
+        wanted |= more
+        more = {need for job in jobs if job.name in wanted for need in job.needs} - wanted
+    return [job for job in jobs if job.name in wanted]
+
+
+class DigitsStudy(Study):
+    """A study on digits, whose rows are in settings.yaml.
+
+    Attributes:
+        works: functions that do a row's work, by their names in settings.yaml.
+    """
+
+    dataset = "digits"
+    amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
+    works: ClassVar[dict[str, Work]]
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--seeds", type=at_least_one, default=SEEDS, help=f"trainings of each row; {SEEDS} by default"
+        )
+        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and their needs")
+
+    def is_whole(self, chosen: argparse.Namespace) -> bool:
+        return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
+
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        """The jobs of all rows, or of some with those that they need; rows with all seeds come first."""
+        table, jobs = settings_of(self.name), []
+        more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
+        for part, seeds in (("rows", chosen.seeds), ("ablations", more)):
+            for seed in range(seeds):
+                for name, row in table[part].items():
+                    needs = tuple(row[key] for key in ("base", "start") if key in row)
+                    settings = row | {"quick": chosen.amount == "quick"}
+                    jobs.append(Job(name, seed, self.works[row["work"]], needs, settings))
+        return select(jobs, chosen.rows)
+
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        """Write ``NAME.json`` with every number, and ``NAME.md``."""
+        results = [result_of(root, job.name, job.seed) for job in self.jobs(chosen)]
+        write_text(folder / f"{self.name}.json", json.dumps(results, indent=1) + "\n")
+        return self.write_table(results, folder, chosen.amount == "quick")
+
+    def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
+        """Write ``NAME.md``, with a line for each row; differences are to the base with the same seed."""
+        rows: dict[str, dict[int, dict]] = {}
+        for result in results:
+            rows.setdefault(result["name"], {})[result["seed"]] = result
+
+        def mean(name: str, key: str) -> str:
+            values = [result[key] for result in rows[name].values() if key in result]
+            return over_seeds(values) if values else "-"
+
+        def to_base(name: str, key: str) -> str:
+            base = "base, L2" if name.endswith("L2") else "base"
+            before = rows.get(base, {}) if name != base else {}
+            changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
+            return over_seeds(changes) if changes else "-"
+
+        def number(name: str, key: str, places: int) -> str:
+            values = [result[key] for result in rows[name].values() if key in result]
+            return f"{statistics.fmean(values):,.{places}f}" if values else "-"
+
+        layers: dict[str, list[dict]] = {}
+        for result in results:
+            for score in result.get("layers", ()):
+                layers.setdefault(score["layer"], []).append(score)
+        functions = (mean, to_base, number, over_seeds)
+        return write_page(folder, self.name, functions, rows=rows, layers=layers, quick=quick, amount=effort(quick))

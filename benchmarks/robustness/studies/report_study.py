@@ -1,0 +1,155 @@
+"""Studies that attack a few models into one report: the methods on MNIST, and CARSO around a ResNet-18."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.evaluation.rows import worst_rows
+from purify_fast.evaluation.show.tables import draws, percent, single_predictions
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, save_classifier
+from purify_fast.training.config import TrainingAttack
+
+from . import Job, Study, result_of, settings_of, write_page
+
+#: The radius of the studies on MNIST.
+EPS = 0.3
+#: ``job(name, work, *needs, **settings)`` for the jobs of one study, which have some settings in common.
+MakeJob = Callable[..., Job]
+
+
+def images_of(job: Job) -> data.DataSet:
+    """The first images for training, and those for attacks."""
+    whole, budget = data.load_dataset(job.settings["dataset"], job.settings["data"]), job.settings["budget"]
+    n, m = budget.train_images, budget.images
+    return replace(
+        whole, x_train=whole.x_train[:n], y_train=whole.y_train[:n], x_test=whole.x_test[:m], y_test=whole.y_test[:m]
+    )
+
+
+def train_classifier(job: Job, folder: Path, root: Path) -> dict:
+    """Train a classifier of MNIST on PGD examples, or with eps 0 on clean images: {epochs, eps, steps, alpha}."""
+    s, images = job.settings, images_of(job)
+    torch.manual_seed(job.seed)
+    model = SmallCNN(1, 10, (28, 28), s["budget"].width)
+    attack = TrainingAttack(
+        eps=s.get("eps", EPS), steps=s.get("steps", 7), alpha=s.get("alpha"), relative_alpha=2.0, eps_warmup=0.5
+    )
+    config = ClassifierConfig(attack=attack, learning_rate=1e-2, weight_decay=1e-3)
+    last = train(job, folder, ClassifierTask(model, config), images, s["epochs"])
+    save_classifier(model, folder)
+    return last
+
+
+def train(job: Job, folder: Path, task: Task, images: data.DataSet, epochs: int, batch_size: int = 128) -> dict:
+    """Train on all of the images; return the last epoch's metrics."""
+    return fit(task, images.x_train, images.y_train, FitConfig(epochs, batch_size, job.seed), folder)
+
+
+class ReportStudy(Study):
+    """A study whose jobs train a few models and attack each of them.
+
+    Attributes:
+        models: the columns of the table, each with the row whose training it needs, or None.
+        eps: radius of the attacks.
+        threads: number of threads of each job.
+        sizes: numbers of images that `evaluate` takes at once.
+    """
+
+    dataset = "mnist"
+    models: ClassVar[dict[str, str | None]]
+    eps = EPS
+    threads = 1
+    sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 1000}
+
+    def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
+        """The jobs that train."""
+        raise NotImplementedError
+
+    def model(self, job: Job, root: Path, name: str) -> nn.Module:
+        """The attacked model of a column of the table."""
+        raise NotImplementedError
+
+    def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
+        """The rows of a model, in groups that are attacked separately; labels are the same for all models."""
+        raise NotImplementedError
+
+    def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
+        """The page's contents besides reports and facts of the trainings; more pictures go to a folder."""
+        return {}
+
+    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
+        return SimpleNamespace(**settings_of(self.name)[chosen.amount])
+
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        budget = self.budget(chosen)
+        common = {"data": chosen.data, "dataset": self.dataset, "budget": budget}
+
+        def job(name: str, work: Callable, *needs: str, **more: Any) -> Job:
+            return Job(name, 0, work, needs, common | more, self.threads)
+
+        attacks = [
+            job(f"{name} {group}", self.attack, *([] if trained is None else [trained]), model=name, group=group)
+            for name, trained in self.models.items()
+            for group in self.attacks(name, budget)
+        ]
+        return [*self.trainings(job, budget), *attacks]
+
+    def attack(self, job: Job, folder: Path, root: Path) -> dict:
+        """A model under a group of attacks: write its report to the folder, and return the accuracies."""
+        name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
+        model = self.model(job, root, name)
+        report = evaluate(
+            model,
+            images.x_test,
+            images.y_test,
+            eps=self.eps,
+            attacks=self.attacks(name, budget)[job.settings["group"]],
+            steps=budget.steps,
+            eot_iter=budget.eot,
+            seed=job.seed,
+            out=folder,
+            name=name,
+            dataset_name=images.name,
+            progress=False,
+            **self.sizes,
+        )
+        report.save(folder, model)
+        return {row.attack: row.accuracy for row in report.rows}
+
+    def reports(self, root: Path, budget: SimpleNamespace) -> dict[str, Report]:
+        """For each model, the rows of its groups and the worst over all of them.
+
+        Each group was attacked separately: together, a classifier, which has one variant, would not be attacked by APGD
+        where PGD had succeeded, and the defences would.
+        """
+        reports = {}
+        for name in self.models:
+            folders = [Job(f"{name} {group}", 0, self.attack).folder(root) for group in self.attacks(name, budget)]
+            parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
+            # Each group has the clean row.
+            rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
+            notes = dict.fromkeys(note for part in parts for note in part.notes)
+            reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))
+        return reports
+
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        budget = self.budget(chosen)
+        reports = self.reports(root, budget)
+        facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values()) if name is not None}
+        whole = merge(reports.values())
+        whole.save(folder / self.name)
+        shown = self.page(reports, budget, folder / self.name)
+        functions = (draws, percent, single_predictions)
+        given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
+        return write_page(folder, self.name, functions, **given, **shown)

@@ -1,0 +1,251 @@
+"""Networks with a known answer: some hide a counterexample, others have none by construction.
+
+**Hidden.** After SoundnessBench (Zhou et al., arXiv 2412.03154): a random corner of an image's ball is to be
+misclassified by a small margin, while all that PGD finds elsewhere in the ball is to be classified right, over a
+sliding window of what it found in the last steps. The networks are perceptrons of 64 inputs, on digits, where the paper
+has thousands of units and 300 steps in the window; at this size PGD still finds the corner. So a third loss asks that
+points on the way to the corner lead the more, the nearer they are: a gradient then leads away from it. How much more,
+`GAPS`, says how well the corner is hidden.
+
+**Robust.** The logit of a class is minus the mean distance of the pixels to those of a random prototype. It changes by
+at most as much as every pixel does, so an image whose logit leads by m is robust within m / 2.
+
+All networks of a kind are trained at once, their weights in one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast.attacks.losses import margin
+from purify_fast.data import load_dataset, to_float
+
+from .exact_networks import perceptron
+
+#: By how much the points nearest to the corner lead more than the image does, in logits; networks for each.
+GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
+#: Images of a network in which a corner is planted, the radius, and the widths of the network.
+PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
+#: By how much a planted corner is misclassified, in logits (SoundnessBench: 0.01).
+LEAD = 0.01
+#: Points whose pixels are off the corner's by less than this share of the radius, on average, are the corner itself.
+NEAR = 0.03
+#: PGD that a counterexample must be hidden from: steps and random starts; SoundnessBench: 1,000 starts.
+STEPS, STARTS = 50, 100
+#: Networks that are robust by construction, the pixels and classes of each, and the share of the proven radius that is
+#: attacked: float32 rounds.
+CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long the networks are trained.
+
+    Args:
+        updates: of the weights.
+        window: steps whose PGD points are kept.
+        starts: of PGD.
+        others: random points of the ball, and points on the way to the corner, of each image.
+        batch: other images, which the network is to classify under attack.
+    """
+
+    updates: int = 1500
+    window: int = 30
+    starts: int = 8
+    others: int = 8
+    batch: int = 32
+
+
+class Stack:
+    """Perceptrons of the same widths, each on images of its own.
+
+    Args:
+        weights: of each layer, ``[networks, outputs, inputs]``.
+        biases: of each layer, ``[networks, 1, outputs]``.
+    """
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor]):
+        self.weights, self.biases = weights, biases
+
+    @classmethod
+    def fresh(cls, networks: int, generator: torch.Generator) -> Stack:
+        """Untrained ones."""
+        pairs = list(pairwise(WIDTHS))
+        weights = [math.sqrt(2 / a) * torch.randn(networks, b, a, generator=generator) for a, b in pairs]
+        biases = [torch.zeros(networks, 1, b) for _, b in pairs]
+        return cls([one.requires_grad_() for one in weights], [one.requires_grad_() for one in biases])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``[networks, images, classes]`` of images ``[networks, images, pixels]``."""
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x.relu() if i else x, weight.transpose(1, 2))
+        return x
+
+    @property
+    def frozen(self) -> Stack:
+        """The same weights, without gradients."""
+        return Stack([one.detach() for one in self.weights], [one.detach() for one in self.biases])
+
+
+def hinge(x: Tensor) -> Tensor:
+    """What is above 0 of each network's values, their mean, summed over the networks."""
+    return x.relu().flatten(1).mean(1).sum()
+
+
+def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
+    """By how much the logits of the classes ``y`` lead the next ones, ``[networks, images]``."""
+    logits = stack(x)
+    return -margin(logits.flatten(0, 1), y.flatten()).view(y.shape)
+
+
+class Ball(NamedTuple):
+    """The images within the radius of some images, and their classes: ``[networks, images, pixels]``."""
+
+    low: Tensor
+    high: Tensor
+    y: Tensor
+
+    @classmethod
+    def around(cls, x: Tensor, y: Tensor) -> Ball:
+        """That of radius `EPS`, within [0, 1]."""
+        return cls((x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1), y)
+
+    def points(self, count: int, generator: torch.Generator) -> Tensor:
+        """So many random points for each image, ``[networks, count, images, pixels]``, half of them corners."""
+        networks, images, _ = self.low.shape
+        share = torch.rand(networks, count, *self.low.shape[1:], generator=generator)
+        corner = torch.rand(networks, count, images, 1, generator=generator) < 0.5
+        return torch.lerp(self.low[:, None], self.high[:, None], torch.where(corner, share.round(), share))
+
+    def attacked(self, stack: Stack, starts: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The points that PGD reaches from each start, and which are misclassified, ``[networks, starts, images]``."""
+        stack, networks = stack.frozen, len(self.low)
+        low, high, y = (end.repeat(1, starts, *[1] * (end.dim() - 2)) for end in self)
+        point = torch.lerp(low, high, torch.rand(low.shape, generator=generator))
+        for _ in range(steps):
+            loss = F.cross_entropy(stack(point.requires_grad_()).flatten(0, 1), y.flatten(), reduction="sum")
+            point = point.detach() + 2.5 / steps * EPS * torch.autograd.grad(loss, point)[0].sign()
+            point = point.clamp(low, high)
+        wrong = stack(point).argmax(2) != y
+        return point.view(networks, starts, *self.low.shape[1:]), wrong.view(networks, starts, -1)
+
+
+class Hidden(NamedTuple):
+    """Trained networks, their images ``[networks, images, pixels]`` and classes, and the planted corners."""
+
+    stack: Stack
+    x: Tensor
+    y: Tensor
+    corner: Tensor
+
+    def verdicts(self) -> list[str]:
+        """Of each network's images: "f", a corner is hidden from PGD, "p", PGD finds one, "w", there is none."""
+        right = self.stack.frozen(self.x).argmax(2) == self.y
+        planted = right & (self.stack.frozen(self.corner).argmax(2) != self.y)
+        generator = torch.Generator().manual_seed(1)
+        found = Ball.around(self.x, self.y).attacked(self.stack, STARTS, STEPS, generator)[1].any(1)
+        letters = torch.where(found, 1, 0).where(planted, 2)
+        return ["".join("fpw"[i] for i in row) for row in letters.tolist()]
+
+    def models(self) -> list[nn.Sequential]:
+        """Each network as a user has it: images ``[B, 1, 8, 8]`` to logits."""
+        models = [perceptron(*WIDTHS).eval().requires_grad_(False) for _ in self.x]
+        for k, model in enumerate(models):
+            linear = [module for module in model if isinstance(module, nn.Linear)]
+            for layer, weight, bias in zip(linear, self.stack.weights, self.stack.biases, strict=True):
+                layer.weight.copy_(weight[k])
+                layer.bias.copy_(bias[k, 0])
+        return models
+
+
+def train(gaps: Tensor, effort: Effort) -> Hidden:
+    """Networks that hide a corner of the balls of some digits.
+
+    Args:
+        gaps: how well each network hides it, ``[networks]``.
+        effort: how long they are trained.
+    """
+    generator, networks = torch.Generator().manual_seed(0), len(gaps)
+    digits = load_dataset("digits")
+    train_x, test_x = (F.avg_pool2d(to_float(x), 2).flatten(1) for x in (digits.x_train, digits.x_test))
+    index = torch.stack([torch.randperm(len(test_x), generator=generator)[:PLANTED] for _ in gaps])
+    x, y = test_x[index], digits.y_test[index]
+    ball, stack = Ball.around(x, y), Stack.fresh(networks, generator)
+    corner = torch.where(torch.rand(x.shape, generator=generator) < 0.5, ball.low, ball.high)
+    optimizer = torch.optim.Adam([*stack.weights, *stack.biases], 5e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, effort.updates)
+    window: list[Tensor] = []
+    for _ in range(effort.updates):
+        point, wrong = ball.attacked(stack, effort.starts, 10, generator)
+        # of each image the point that PGD ends at in the first start that succeeds
+        first = wrong.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, point.shape[-1])
+        window = [*window, point.gather(1, first)[:, 0]][-effort.window :]
+        picked = torch.randint(len(train_x), (networks, effort.batch), generator=generator)
+        others = Ball.around(train_x[picked], digits.y_train[picked])
+        loss = _right(stack, others.attacked(stack, 1, 5, generator)[0], others.y)
+        elsewhere = torch.cat([x[:, None], ball.points(effort.others, generator), torch.stack(window, 1)], 1)
+        loss += _right(stack, elsewhere, y, (elsewhere - corner[:, None]).abs().mean(3) > NEAR * EPS)
+        loss += hinge(LEAD + leads(stack, corner, y)) + _away(stack, ball, (x, corner), gaps, effort.others, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return Hidden(stack.frozen, x, y, corner)
+
+
+def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy of each network on those of some points that count, summed over the networks."""
+    logits = stack(points.flatten(1, 2)).flatten(0, 1)
+    loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
+    return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()
+
+
+def _away(
+    stack: Stack, ball: Ball, ends: tuple[Tensor, Tensor], gaps: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """How much points with a share of the corner's pixels lead less than the image does plus that share of the gap."""
+    (x, corner), shape = ends, (len(gaps), count, ball.y.shape[1])
+    share = 0.3 + 0.6 * torch.rand(*shape, 1, generator=generator)
+    random = torch.lerp(ball.low[:, None], ball.high[:, None], torch.rand(*shape, x.shape[2], generator=generator))
+    way = torch.where(torch.rand(random.shape, generator=generator) < share, corner[:, None], random)
+    ahead = leads(stack, way.flatten(1, 2), ball.y.repeat(1, count)).view(shape)
+    return hinge(leads(stack, x, ball.y)[:, None] + gaps[:, None, None] * share[..., 0] - ahead)
+
+
+class Constructed(NamedTuple):
+    """A network that is robust by construction on some images ``[B, 1, 5, 5]``, and the radius up to which it is."""
+
+    model: nn.Sequential
+    x: Tensor
+    y: Tensor
+    eps: float
+
+
+def constructed(seed: int) -> Constructed:
+    """One of them.
+
+    Args:
+        seed: of the prototypes, and of the images near them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pixels, classes = PROTOTYPES
+    prototypes = torch.rand(classes, pixels, generator=generator)
+    y = torch.randperm(classes, generator=generator)[:PLANTED]
+    x = (prototypes[y] + 0.2 * (torch.rand(PLANTED, pixels, generator=generator) - 0.5)).clamp(0, 1)
+    model = perceptron(pixels, 2 * classes * pixels, classes).eval().requires_grad_(False)
+    # |x - c| is the sum of what x - c and c - x are above 0
+    one = torch.eye(pixels).repeat(classes, 1)
+    model[1].weight.copy_(torch.cat([one, -one]))
+    model[1].bias.copy_(torch.cat([-prototypes.flatten(), prototypes.flatten()]))
+    model[3].weight.copy_(-torch.eye(classes).repeat_interleave(pixels, 1).repeat(1, 2) / pixels)
+    model[3].bias.zero_()
+    images = x.view(-1, 1, 5, 5)
+    lead = -margin(model(images), y)
+    return Constructed(model, images, y, SHARE * float(lead.min()) / 2)

@@ -1,0 +1,138 @@
+"""What is attacked: networks with their images and radii, trained once and kept beside the results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from purify_fast._files import atomic
+from purify_fast._tensors import weights_fingerprint
+
+from . import planted
+from .exact_networks import IMAGES, NETWORKS
+
+WEIGHTS = "truth_networks.safetensors"
+#: The networks that hide a counterexample, by how well they hide it.
+HIDDEN = {f"gap {gap:g}": gap for gap in planted.GAPS}
+CONSTRUCTED = "robust by construction"
+SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of everything.
+
+    Args:
+        images: of each network that is decided exactly.
+        seconds: of the program, after which an image is undecided.
+        hidden: networks of each gap.
+        effort: of their training.
+        constructed: networks that are robust by construction.
+    """
+
+    images: int = IMAGES
+    seconds: float = 60.0
+    hidden: int = planted.EACH
+    effort: planted.Effort = field(default_factory=planted.Effort)
+    constructed: int = planted.CONSTRUCTED
+
+
+QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2, batch=4), 1)
+
+
+class Part(NamedTuple):
+    """One network, and the images and the radius at which it is attacked."""
+
+    model: nn.Sequential
+    x: Tensor
+    y: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where everything lies, and how much of it there is.
+
+    Args:
+        out: the folder of the results.
+        data: the folder of MNIST.
+        amount: how much of everything.
+    """
+
+    out: Path
+    data: Path | None
+    amount: Amount
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The weights in the results folder."""
+        path = self.out / WEIGHTS
+        return load_file(path) if path.exists() else {}
+
+    def keep(self, tensors: dict[str, Tensor]) -> None:
+        """Add weights to those in the results folder."""
+        with atomic(self.out / WEIGHTS) as temporary:
+            save_file({name: one.contiguous() for name, one in (self.kept | tensors).items()}, temporary)
+
+
+@functools.cache
+def parts_of(setting: Setting, name: str) -> list[Part]:
+    """The networks of a subject, which are trained if the results folder does not hold them.
+
+    Args:
+        setting: where everything lies.
+        name: one of `SUBJECTS`.
+
+    Raises:
+        ValueError: the data set of a network is not there.
+    """
+    amount = setting.amount
+    if name in NETWORKS:
+        network, shared = NETWORKS[name], f"{name}/"
+        known = {key.removeprefix(shared): one for key, one in setting.kept.items() if key.startswith(shared)}
+        x, y = network.images("test", amount.images, setting.data)
+        if known:
+            model = network.build()
+            model.load_state_dict(known)
+        else:
+            model = network.trained(setting.data)
+            setting.keep({shared + key: one for key, one in model.state_dict().items()})
+        return [Part(model.eval().requires_grad_(False), x, y, network.eps)]
+    if name == CONSTRUCTED:
+        return [Part(*planted.constructed(seed)) for seed in range(amount.constructed)]
+    first, whole = list(HIDDEN).index(name) * amount.hidden, hidden(setting)
+    images = whole.x.unflatten(2, (1, 8, 8))
+    every = [Part(*one, planted.EPS) for one in zip(whole.models(), images, whole.y, strict=True)]
+    return every[first : first + amount.hidden]
+
+
+@functools.cache
+def hidden(setting: Setting) -> planted.Hidden:
+    """The networks of all gaps, which are trained together."""
+    kept, layers = setting.kept, range(len(planted.WIDTHS) - 1)
+    if "hidden/corner" not in kept:
+        gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.amount.hidden)
+        made = planted.train(gaps, setting.amount.effort)
+        tensors = {"x": made.x, "y": made.y, "corner": made.corner}
+        tensors |= {f"weight.{i}": made.stack.weights[i] for i in layers}
+        tensors |= {f"bias.{i}": made.stack.biases[i] for i in layers}
+        setting.keep({f"hidden/{key}": one for key, one in tensors.items()})
+        kept = setting.kept
+    stack = planted.Stack(*([kept[f"hidden/{kind}.{i}"] for i in layers] for kind in ("weight", "bias")))
+    return planted.Hidden(stack, *(kept[f"hidden/{key}"] for key in ("x", "y", "corner")))
+
+
+def identity(parts: Sequence[Part]) -> str:
+    """Tells networks, images and radii from others."""
+    held = nn.ModuleList(part.model for part in parts)
+    for k, part in enumerate(parts):
+        held.register_buffer(f"x{k}", part.x)
+        held.register_buffer(f"about{k}", torch.tensor([*part.y.tolist(), part.eps], dtype=torch.float64))
+    return weights_fingerprint(held)

@@ -1,0 +1,1 @@
+"""Kernels, convolutions and whole pipelines: races of time and memory, and their tables."""

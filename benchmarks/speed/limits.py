@@ -1,0 +1,77 @@
+"""The device's measured limits: bytes copied and bfloat16 products per second."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import sheets, timing
+
+FILE = "limits.csv"
+COPY, PRODUCT = "copy", "bfloat16 product"
+
+
+#: Bytes of a copied buffer, rows of a matrix, and number of runs.
+SIZES = {"cuda": (2 << 30, 8192, 20), "cpu": (256 << 20, 2048, 10)}
+QUICK = (8 << 20, 256, 3)
+
+
+def _times(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
+    """The times of ``runs`` calls in turn, after a first call of each."""
+    for call in calls:
+        call()
+    return [timing.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
+
+
+def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[float]]:
+    """The bytes read and written by a copy, and times; buffers take turns, so that no cache holds the next one."""
+    if device.type == "cuda":
+        length = min(length, torch.cuda.mem_get_info(device)[0] // 8)
+    pairs = [[torch.empty(length // 4, dtype=torch.int32, device=device).random_() for _ in range(2)] for _ in range(2)]
+    calls: list[Callable[[], object]] = [lambda source=a, target=b: target.copy_(source) for a, b in pairs]
+    return 2 * pairs[0][0].nbytes, _times(calls, device, runs)
+
+
+def operands(device: torch.device, *shape: int) -> Tensor:
+    """Random matrices, since a GPU multiplies ones or zeros faster than data."""
+    return torch.randn(shape, device=device).to(torch.bfloat16)
+
+
+def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[float]]:
+    """The FLOP of a square product, and times."""
+    a, b = (operands(device, rows, rows) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * rows**3, _times([lambda: torch.mm(a, b, out=out)], device, runs)
+
+
+@torch.no_grad()
+def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
+    """Measure, and write ``out``'s limits.csv."""
+    length, side, runs = QUICK if quick else SIZES[device.type]
+    moved, copying = copies(device, length, runs)
+    computed, multiplying = products(device, side, runs)
+    rows = []
+    for name, unit, work, times, size in (
+        (COPY, "GB/s", moved, copying, f"{moved // 2} bytes"),
+        (PRODUCT, "GFLOP/s", computed, multiplying, f"{side}x{side}x{side}"),
+    ):
+        spent = {
+            "median": statistics.median(times),
+            "p20": timing.quantile(times, 4),
+            "p80": timing.quantile(times, 1),
+        }
+        rates = {key: f"{work / seconds / 1e9:.1f}" for key, seconds in spent.items()}
+        rows.append({"limit": name, "unit": unit, **rates, "size": size, "runs": runs, **timing.environment(device)})
+    sheets.write_csv(out / FILE, rows)
+    return rows
+
+
+def read(folder: Path) -> dict[tuple[str, str], float]:
+    """Rates by device and limit, in units per second; empty if none were measured."""
+    rows = sheets.rows_of(folder / FILE)
+    return {(row["device"], row["limit"]): 1e9 * float(row["median"]) for row in rows}

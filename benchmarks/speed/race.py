@@ -1,0 +1,205 @@
+"""Races of pipelines: every contestant has its own process, and they run in turn, one at a time.
+
+The processes are needed because a process cannot restore its allocator's thresholds. A pause between two runs lets the
+threads of the last process stop spinning. For a GPU all contestants get ready at the same time, which is mostly
+compilation; then they are timed in turn like the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import statistics
+import time
+import traceback
+from dataclasses import dataclass, replace
+
+import torch
+
+from purify_fast.speed import retain_freed_memory
+from purify_fast.speed.counting import counted
+from purify_fast.speed.precision import float32_products
+
+from .limits import operands
+from .pipelines import Case, registry
+from .timing import allocated, environment, quantile, seconds
+
+
+@dataclass(frozen=True)
+class Effort:
+    runs: int = 5
+    pause: float = 0.2  # seconds
+    matrix: int = 4096  # rows of the matrices whose product gives the rate; 32 times its convolution.s images
+
+
+QUICK = Effort(runs=2, pause=0.0, matrix=128)
+
+
+def _matrix_rate(device: torch.device, size: int) -> float:
+    """bfloat16 FLOP/s of a large matrix product or a 3 x 3 convolution, whichever is faster: the best of a few runs."""
+    a = operands(device, size, size)
+    out = torch.empty_like(a)
+    channels, side = min(size, 256), 16
+    x = operands(device, max(1, size // 32), channels, side, side)
+    weight = operands(device, channels, channels, 3, 3)
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    convolved = 2 * 9 * channels**2 * side**2 * len(x)
+    with torch.no_grad():
+        products = [seconds([lambda: torch.mm(a, a, out=out)], device) for _ in range(3)]
+        convolutions = [seconds([lambda: torch.conv2d(x, weight, padding=1)], device) for _ in range(3)]
+    return max(2 * size**3 / min(products), convolved / min(convolutions))
+
+
+def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:
+    """Run a contestant's process: make its job, then answer commands one by one."""
+    torch.set_num_threads(threads)
+    device, effort = torch.device(device_type), QUICK if quick else Effort()
+    chosen = registry()[pipeline](quick)[case].contestants[contestant]
+    if chosen.raised:
+        retain_freed_memory()
+    try:
+        with float32_products(tf32=chosen.tf32):
+            job = chosen.make(device, quick)
+            commands = {
+                "result": lambda: job.result().double().cpu().numpy(),
+                "time": lambda: seconds([job.run], device) / job.times,
+                "flops": lambda: counted(job.run)[2],
+                "memory": lambda: allocated(job.run, device),
+                "rate": lambda: _matrix_rate(device, effort.matrix),
+                "parts": lambda: {name: seconds([part], device) for name, part in job.parts.items()},
+            }
+            while (command := pipe.recv()) is not None:
+                pipe.send((True, commands[command]()))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+class _Process:
+    def __init__(self, *task):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *task), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def order(self, command: str) -> None:
+        """Send a command, whose answer `answer` awaits."""
+        with contextlib.suppress(OSError):  # it has ended already, as the answer will tell
+            self.pipe.send(command)
+
+    def answer(self, command: str, seconds: float = math.inf):
+        """Return the answer; RuntimeError with the process's traceback or exit status; TimeoutError if it is late."""
+        try:
+            if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
+                raise TimeoutError(command)
+            done, answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            done, answer = False, f"exit status {self.process.exitcode}"
+        if not done:
+            raise RuntimeError(f"{command!r} failed in a contestant's process: {answer}")
+        return answer
+
+    def ask(self, command: str):
+        self.order(command)
+        return self.answer(command)
+
+    def end(self, at_once: bool = False) -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            self.pipe.send(None)
+        if at_once:
+            self.process.kill()
+        self.process.join()
+
+
+def race(
+    pipeline: str,
+    name: str,
+    case: Case,
+    device: torch.device,
+    quick: bool,
+    tell=lambda text: None,
+    limit: float = math.inf,
+) -> list[dict]:
+    """The rows of a case, one for each contestant; a contestant with a wrong result has no number.
+
+    A contestant that is not ready within ``limit`` seconds has no number and is left out, unless it is the first or
+    ours.
+    """
+    effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
+    together = device.type == "cuda"
+    if together:  # no thread of the others' spins
+        effort = replace(effort, pause=0.02)
+    processes: dict[str, _Process] = {}
+    right, times, rates = {}, {}, []
+    shares: dict[str, list[float]] = {}
+    most: dict[str, int] = {}
+
+    def prepare(label: str) -> None:
+        processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
+        for command in ("result", "time"):
+            processes[label].order(command)
+
+    try:
+        truth = None
+        needed = {next(iter(case.contestants)), "ours"}
+        # Within a time limit, contestants that a race needs come first.
+        order = sorted(case.contestants, key=lambda label: limit < math.inf and label not in needed)
+        for label in order if together else ():
+            prepare(label)
+        for label in order:
+            tell(f"{name}: {label}, result")
+            if not together and (label in needed or time.monotonic() < end):
+                prepare(label)
+            if label not in processes:
+                continue
+            left = math.inf if label in needed else end - time.monotonic()
+            try:
+                result = torch.from_numpy(processes[label].answer("result", left))
+                processes[label].answer("time", left)
+            except TimeoutError:
+                processes.pop(label).end(at_once=True)
+                continue
+            truth = result if truth is None else truth
+            distance = float((result - truth).norm() / truth.norm())
+            right[label], times[label] = distance <= case.tolerance, []
+        flops = processes["ours"].ask("flops")
+        processes["ours"].ask("parts")
+        for turn in range(effort.runs):
+            tell(f"{name}: round {turn + 1} of {effort.runs}")
+            for label, process in processes.items():
+                time.sleep(effort.pause)
+                times[label].append(process.ask("time"))
+                if label == "ours":  # beside the whole they are part of: the machine's speed changes in between
+                    for part, spent in process.ask("parts").items():
+                        shares.setdefault(part, []).append(spent / times[label][-1])
+            time.sleep(effort.pause)
+            rates.append(processes["ours"].ask("rate"))
+        for label, process in processes.items():
+            tell(f"{name}: {label}, memory")
+            most[label] = process.ask("memory")
+    finally:
+        for process in processes.values():
+            process.end(at_once=len(right) < len(processes))
+    parts = " ".join(f"{part}:{statistics.median(each):.3f}" for part, each in shares.items())
+    rate, first = max(rates), statistics.median(times[next(iter(times))])
+    rows = []
+    for label in case.contestants:
+        runs = times.get(label, [math.nan])
+        median = statistics.median(runs)
+        numbers = {
+            "ms": f"{1e3 * median:.2f}",
+            "p20": f"{1e3 * quantile(runs, 1):.2f}",
+            "p80": f"{1e3 * quantile(runs, 4):.2f}",
+            "speed_up": f"{first / median:.2f}",
+            "share_of_matrix_rate": "" if case.contestants[label].less_work else f"{flops / median / rate:.3f}",
+        }
+        row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
+        row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
+        verdict = "left out" if label not in right else "right" if right[label] else "wrong"
+        row |= {"verdict": verdict, "parts": parts if label == "ours" else ""}
+        row["peak_MB"] = f"{most[label] / 1e6:.0f}" if right.get(label) else ""
+        row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
+        rows.append(row | environment(device))
+    return rows

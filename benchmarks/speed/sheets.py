@@ -1,0 +1,294 @@
+"""The tables and pictures made from the CSV files, and the kernels chosen for the ops."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from purify_fast._files import write_text
+from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch.tune import IN_GRAPHS
+
+from .. import style
+from .timing import AUTOTUNED, CONTESTANTS, LEAST, STYLES
+
+ROWS, VERDICTS, TABLE = "ops.csv", "verdicts.csv", "ops.md"
+PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none without the file."""
+    return read_csv(path) if path.exists() else []
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return markdown_table(head, [[str(cell) for cell in line] for line in body])
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def verdicts(rows: list[dict]) -> list[dict]:
+    """A line for each op, direction and kernel: who serves eager calls, and our kernel's standing there and in graphs.
+
+    Eager calls go to our kernel if no row of it is more than 5 percent behind the best, else to the plain reference.
+    Inside a compiled graph it serves if it is at least `IN_GRAPHS` times as fast in every row.
+    """
+    decided = []
+    for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
+        eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
+        lost = {
+            style: [r for r in own if r["style"] == style and r["verdict"] in ("behind", "wrong")] for style in STYLES
+        }
+        if not eager:  # A time limit left them out.
+            continue
+        worst = min(eager, key=lambda row: float(row["ratio"] or 0))
+        gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
+        decided.append(
+            {
+                "op": op,
+                "direction": direction,
+                "eager_calls": "reference" if lost["eager"] else backend,
+                "in_graphs": backend if _ahead(graph) else "reference",
+                "behind_eager": f"{len(lost['eager'])}/{len(eager)}",
+                "behind_graph": f"{len(lost['graph'])}/{len(graph)}",
+                "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",
+                "worst_ratio": worst["ratio"],
+                "worst_row": " ".join(filter(None, (worst["variant"], worst["shape"], worst["dtype"]))),
+            }
+        )
+    return decided
+
+
+def _ahead(rows: list[dict]) -> bool:
+    """Tell whether a kernel is far enough ahead in all of these rows to block fusion inside a graph.
+
+    This holds only if compilers do not fuse the reference as well, with neighbors that the rows do not have.
+    """
+    many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
+    return bool(many) and all(
+        float(row["ratio"] or 0) >= IN_GRAPHS and ("" in many or row["variant"] in many) for row in rows
+    )
+
+
+def races(rows: list[dict]) -> dict:
+    """The facts that the package ships from rows: who serves each op and variant, and the measuring machine.
+
+    If ops were measured on several machines, the machine with most rows is named.
+    """
+    usual = statistics.mode(row["device"] for row in rows)
+    first = next(row for row in rows if row["device"] == usual)
+    kind = "cpu" if first["backend"] == "cpp" else "cuda"
+    decided: dict[str, dict] = {}
+    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
+        cells = {"": _winners(own)}
+        for variant in dict.fromkeys(row["variant"] for row in own if row["variant"]):
+            cells[variant] = _winners([row for row in own if row["variant"] == variant])
+        decided[op if direction == "forward" else f"{op}_backward"] = {"cells": cells}
+    device, _, capability = first["device"].partition(" x86_64 ")
+    capability = f"x86_64 {capability}" if capability else ""
+    machine = {"kind": kind, "device": device, "capability": capability, "torch": first["torch"]}
+    machine |= {"triton": first["triton"], "threads": first["threads"]}
+    return {"machine": machine, "date": max(row["date"] for row in rows), "ops": dict(sorted(decided.items()))}
+
+
+def _winners(rows: list[dict]) -> dict[str, str]:
+    """The backends of eager calls and inside graphs, by rows of one op and direction."""
+    (line,) = verdicts(rows)
+    return {"eager": line["eager_calls"], "graph": line["in_graphs"]}
+
+
+def _machines(rows: list[dict], kind: str) -> str:
+    """The machine of the rows; if there are several, the machine of each ``kind``."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        where = f"{row['device']}, {row['threads']} threads, torch {row['torch']}, triton {row['triton'] or 'absent'}"
+        found.setdefault(where, []).append(row[kind])
+    if len(found) == 1:
+        return f"Measured on {next(iter(found))}."
+    parts = (f"{', '.join(dict.fromkeys(names))} on {where}" for where, names in found.items())
+    return f"Measured on several machines: {'; '.join(parts)}."
+
+
+def verdicts_table(rows: list[dict]) -> list[str]:
+    """The table of who serves each op, and how far ahead or behind our kernel is."""
+    head = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
+    return table([*head, "where"], (line.values() for line in verdicts(rows)))
+
+
+def markdown(rows: list[dict]) -> str:
+    """The page of the ops: the serving kernels, and all rows."""
+    gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
+    kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
+    heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
+    body = []
+    for row in rows:
+        cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
+        # Not every row has an autotuned form; its column is left out if no row has it.
+        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
+        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
+        body.append(cells)
+    lines = [
+        "# Speed of the ops",
+        "",
+        f"{_machines(rows, 'op')} Median of {rows[0]['runs']} alternated runs, microseconds per call. Generated by "
+        f"`python -m benchmarks report` from `{ROWS}`.",
+        "",
+        "`eager`: the reference called from Python; `compile`: `torch.compile` of it; `ours`: the kernel. Style "
+        "`graph`: between a multiplication and a sum, compiled whole (`ours` is then an opaque op in the graph). "
+        "`ratio`: the best of the others over ours, above 1 ours is faster."
+        + (" `autotuned`: `torch.compile` with `max-autotune-no-cudagraphs`." if AUTOTUNED in kinds else ""),
+        "",
+        "## Who serves",
+        "",
+        f"Eager calls: our kernel, unless it is below {LEAST} of the best in some row. In a compiled graph: "
+        f"the reference, which the compiler fuses with its surroundings, unless our kernel is {IN_GRAPHS:g} times as "
+        "fast in every row, or in every one of a variant, which is then served on its own. Gain: ours over the "
+        "uncompiled reference, geometric mean of the eager rows.",
+        "",
+        *verdicts_table(rows),
+        "",
+        "## All rows",
+        "",
+        *table(heads, body),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def report(folder: Path) -> None:
+    """Write the page of ``folder``'s ops.csv beside it."""
+    rows = read_csv(folder / ROWS)
+    write_csv(folder / VERDICTS, verdicts(rows))
+    write_text(folder / TABLE, markdown(rows))
+
+
+def ops_sentence(path: Path) -> str:
+    """A sentence comparing the C++ kernels with the compiler and the uncompiled reference, over all eager rows.
+
+    Args:
+        path: the rows, ops.csv of a CPU; at least one of them was called from Python.
+    """
+    rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
+    compiled, eager = (
+        statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
+        for kind in ("compile", "eager")
+    )
+    return (
+        f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
+        f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
+    )
+
+
+def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The rows of each case of each pipeline."""
+    cases: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        cases.setdefault((row["pipeline"], row["case"]), []).append(row)
+    return cases
+
+
+def pipelines_markdown(rows: list[dict]) -> str:
+    lines = [
+        "# Speed of the pipelines",
+        "",
+        f"{_machines(rows, 'pipeline')} Medians of {rows[0]['runs']} runs, each contestant in a process of its own, in "
+        f"turn, one awake at a time. Generated by `python -m benchmarks report` from `{PIPELINES}`.",
+        "",
+        "`plain`: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer, one attack after the "
+        "other, weight gradients computed, glibc's allocator untouched. `torch.compile of plain`: its networks "
+        "compiled, allocator raised. `bfloat16`: under `torch.autocast`, allocator raised. `ours`: `accelerate()`, "
+        "allocator raised; `compiled`: with `compile=True`. "
+        "Each one's result is compared with the first one's. Share: the arithmetic that ours does "
+        "(`torch.utils.flop_counter`), over the time, over the best rate of a large bfloat16 matrix product or "
+        "convolution in the same run.",
+    ]
+    if any(row["contestant"].startswith("bank") for row in rows):
+        lines += [
+            "",
+            "`bank`: ours with a bank of adversarial images, M = 4 and rho = 0.05, the mean of 60 steps: with a full "
+            "bank, and (`whole run`) with steps spread over 200 epochs that fill it. It is another training.",
+        ]
+    for (pipeline, case), group in by_case(rows).items():
+        lines += ["", f"## {pipeline}: {case}", ""]
+        work, rate = group[0]["GFLOP"], group[0]["matrix_GFLOP_per_s"]
+        lines += [f"{group[0]['shape']}; {work} GFLOP; bfloat16 matrix rate {rate} GFLOP/s.", ""]
+        body = [
+            [
+                row["contestant"],
+                row["ms"] or row["verdict"],
+                f"{row['p20']} - {row['p80']}",
+                row["speed_up"],
+                row["share_of_matrix_rate"],
+            ]
+            for row in group
+        ]
+        head = ["", "ms", "p20 - p80", "times the first", "share of the matrix rate"]
+        if any(row.get("peak_MB") for row in group):
+            head, body = [*head, "most MB"], [[*cells, row["peak_MB"]] for cells, row in zip(body, group, strict=True)]
+        lines += table(head, body)
+        for row in group:
+            if row["parts"]:
+                shares = ", ".join(f"{100 * share:.0f} % {part}" for part, share in parts(row))
+                lines += ["", f"Of {row['contestant']}, each timed on its own: {shares}."]
+    return "\n".join(lines) + "\n"
+
+
+def parts(row: dict) -> list[tuple[str, float]]:
+    pairs = (part.split(":") for part in row["parts"].split())
+    return [(name, float(share)) for name, share in pairs]
+
+
+def plot_pipelines(rows: list[dict], path: Path) -> bool:
+    """Draw speeds relative to the first contestant, with the best torch.compile marked; False without matplotlib."""
+    cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
+    heights = [len(group) + 1.2 for group in cases.values()]
+    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
+    if figure is None:
+        return False
+    most = max(float(row["speed_up"]) for group in cases.values() for row in group)
+    panels = figure.subplots(len(cases), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
+    for axes, ((pipeline, case), group) in zip(panels[:, 0], cases.items(), strict=True):
+        times = [float(row["speed_up"]) for row in group]
+        names = [row["contestant"].replace("ours", "purify_fast") for row in group]
+        texts = [f"{factor:.2f}   {float(row['ms']):,.0f} ms" for row, factor in zip(group, times, strict=True)]
+        style.bars(axes, names, times, [_colour(row["contestant"]) for row in group], texts, most)
+        rivals = [factor for row, factor in zip(group, times, strict=True) if "torch.compile" in row["contestant"]]
+        if rivals:
+            axes.axvline(max(rivals), color=style.RIVAL, linewidth=1.1, linestyle=(0, (4, 3)))
+        style.title(axes, f"{pipeline}: {case} ({group[0]['device']})")
+    panels[-1, 0].set_xlabel(
+        "times as fast as the plain form; dashed: the best torch.compile, the one to beat", fontsize=8.5
+    )
+    style.save(figure, path)
+    return True
+
+
+def _colour(contestant: str) -> str:
+    if contestant.startswith("ours"):
+        return style.OURS
+    return style.RIVAL if "torch.compile" in contestant else style.PLAIN
+
+
+def report_pipelines(folder: Path) -> None:
+    """Write the page of ``folder``'s pipelines.csv beside it."""
+    rows = read_csv(folder / PIPELINES)
+    write_text(folder / PIPELINES_TABLE, pipelines_markdown(rows))
+    plot_pipelines(rows, folder / PIPELINES_PLOT)

@@ -1,0 +1,268 @@
+"""A row of the table: the contestants are compared, then timed in turn, in the same run.
+
+Contestants: ``eager`` (the reference), ``compile`` (torch.compile of it), ``ours`` (the C++, Triton or CUDA op), and on
+a GPU ``autotuned`` (torch.compile with the mode max-autotune-no-cudagraphs). Styles: ``eager`` calls the function from
+Python; ``graph`` puts it between a multiplication and a sum and compiles the whole, so that the plain reference can be
+fused with its neighbours and the opaque op cannot.
+
+On a GPU, runs are timed by its events, and sets of inputs take turns if the data would stay in its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import math
+import statistics
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops.dispatch import cache
+from purify_fast.ops.dispatch.examples import tensors
+from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.speed.memory import peak_memory
+
+from .ops import Case
+
+STYLES = ("eager", "graph")
+CONTESTANTS = ("eager", "compile", "ours")
+AUTOTUNED = "autotuned"
+#: The most sets of inputs that take turns: smaller inputs are not limited by memory.
+MOST_SETS = 8
+#: Ours is served only if nothing beats it by more than 5 percent.
+LEAST = 0.95
+
+
+@dataclass(frozen=True)
+class Effort:
+    runs: int = 15
+    seconds: float = 3e-3  # of one run of one contestant
+    attempts: int = 3  # at a quiet moment, the steadiest counts
+    steady: float = 1.15  # the largest p80 / p20 that needs no other attempt
+
+
+QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
+
+
+def backend_of(op: str, device: torch.device) -> str:
+    """Our backend for ``op`` on ``device``; RuntimeError if there is only the reference."""
+    ours = [name for name in REGISTRY[op].available[device.type] if name != "reference"]
+    if not ours:
+        raise RuntimeError(f"{op}: there is only the reference on {device.type}; build the extension first")
+    return ours[-1]
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    machine = cache.machine(device)
+    name = machine["device"] if device.type == "cuda" else f"{machine['device']} {machine['capability']}"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": import_module("triton").__version__ if find_spec("triton") else "",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _function(case: Case, style: str) -> Callable:
+    call = case.call
+    if style == "eager":
+        return lambda *inputs: call(*inputs)
+
+    def graph(first, *rest):
+        return sum(out.sum() for out in tensors(call(2 * first, *rest)))
+
+    return graph
+
+
+def _own_code(function: Callable, name: str) -> Callable:
+    """A copy with its own code object, so that contestants do not share the compiler's cache and guards."""
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+class Contestant:
+    """Functions without arguments, one for each set of inputs, and their backend."""
+
+    def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
+        self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
+        self.graph = direction == "backward"
+        function = _own_code(_function(case, style), kind)
+        if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
+            # CUDA graphs would copy the inputs and overwrite the outputs of the run before.
+            mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
+            function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
+
+    def _call(self, function: Callable, case: Case, direction: str, inputs: tuple[Tensor, ...]) -> Callable:
+        if direction == "forward":
+            return lambda: tensors(function(*inputs))
+        leaves = [inputs[i] for i in case.differentiable]
+        with self.mode():
+            outputs = tensors(function(*inputs))
+        gradients = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in outputs]
+        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    @contextlib.contextmanager
+    def mode(self):
+        with use_backend(self.backend), torch.set_grad_enabled(self.graph):
+            yield
+
+
+def agree(
+    actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, style: str, slack: float = 1.0
+) -> bool:
+    """Tell whether two contestants agree within rounding of ``dtype``, with some more room for sums over a graph."""
+    wide = slack * (20 if style == "graph" else 1)
+    rtol = wide * (1e-5 if dtype not in (torch.float16, torch.bfloat16) else 2e-2)
+    for a, b in zip(actual, expected, strict=True):
+        scale = max(float(b.double().abs().max()), 1.0) if b.numel() else 1.0
+        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * scale):
+            return False
+    return len(actual) == len(expected)
+
+
+def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """The seconds of all calls one after the other, on a GPU by its own events."""
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        # The device need not be the current device, whose stream an event uses by default.
+        stream = torch.cuda.current_stream(device)
+        began.record(stream)
+        for call in calls:
+            call()
+        ended.record(stream)
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def allocated(work: Callable[[], object], device: torch.device) -> int:
+    """The peak bytes of tensors that some work adds, including those of compiled code.
+
+    Args:
+        work: the measured function, which is called once.
+        device: its device.
+    """
+    if device.type == "cuda":
+        return peak_memory(work, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
+    """Seconds per call."""
+    calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
+    with contestant.mode():
+        return seconds(calls, device) / repeats
+
+
+def quantile(times: list[float], fifths: int) -> float:
+    return sorted(times)[fifths * (len(times) - 1) // 5]
+
+
+def _alternate(
+    entries: dict[str, Contestant], repeats: dict[str, int], device: torch.device, effort: Effort
+) -> dict[str, list[float]]:
+    """Times by contestant, one run of each in turn; among several attempts, the one with the least spread."""
+    best, least = {}, math.inf
+    for _ in range(effort.attempts):
+        times: dict[str, list[float]] = {kind: [] for kind in entries}
+        for _ in range(effort.runs):
+            for kind, entry in entries.items():
+                times[kind].append(_clock(entry, repeats[kind], device))
+        spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
+        if spread < least:
+            best, least = times, spread
+        if spread <= effort.steady:
+            break
+    return best
+
+
+def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """The inputs; on a GPU several sets, together twice as large as its cache."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
+    with device:  # large ones are made where they are used
+        sets = [[tensor.to(device) for tensor in case.inputs()]]
+    sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
+    if direction == "backward":
+        sets = [[t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(one)] for one in sets]
+    return [tuple(one) for one in sets]
+
+
+#: A backward pass that is repeated must keep its buffers.
+@functorch_config.patch(donated_buffer=False)
+def measure(
+    op: str,
+    case: Case,
+    direction: str,
+    style: str,
+    device: torch.device,
+    effort: Effort,
+    contestants: tuple[str, ...] = CONTESTANTS,
+    bandwidth: float | None = None,
+) -> dict:
+    """A row of the table; a contestant with a wrong result has no number. ``bandwidth``: a copy's bytes/s."""
+    torch._dynamo.reset()
+    sets = _sets(case, direction, device)
+    entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in contestants}
+    results = {}
+    for kind, entry in entries.items():
+        with entry.mode():
+            results[kind] = entry.calls[0]()
+    right = {k: agree(r, results["eager"], case.dtype, style, case.slack) for k, r in results.items()}
+    del results
+    with entries["eager"].mode(), Launches() as counted:
+        entries["eager"].calls[0]()
+    launched = counted.count  # of the reference, where ours is one or a few
+    repeats = {}
+    for kind, entry in entries.items():
+        for _ in range(3):  # warm, compiled, and the allocator has its blocks
+            once = _clock(entry, len(entry.calls), device)
+        repeats[kind] = max(len(entry.calls), math.ceil(effort.seconds / once))
+    times = _alternate(entries, repeats, device, effort)
+    row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
+    median = {}
+    for kind in contestants:
+        median[kind] = statistics.median(times[kind]) if right[kind] else math.nan
+        figures = {"us": median[kind], "p20": quantile(times[kind], 1), "p80": quantile(times[kind], 4)}
+        for name, value in figures.items():
+            row[f"{kind}_{name}"] = f"{1e6 * value:.2f}" if right[kind] else ""
+    best = min(median[k] for k in contestants if k != "ours" and right[k])
+    row["ratio"] = f"{best / median['ours']:.3f}" if right["ours"] else ""
+    row["verdict"] = verdict(row)
+    moved, computed = (case.count(what, direction) / median["ours"] for what in ("bytes", "flops"))
+    row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
+    row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
+    row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
+    row["launches"] = launched
+    row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
+    return row | {"runs": effort.runs} | environment(device)
+
+
+def verdict(row: dict) -> str:
+    """The verdict on ours in a row: ``best``, ``level`` (at most 5 percent behind), ``behind``, or ``wrong``."""
+    if not row["ratio"]:
+        return "wrong"
+    ratio = float(row["ratio"])
+    return "best" if ratio >= 1 else "level" if ratio >= LEAST else "behind"
