@@ -141,7 +141,7 @@ def load_dataset(
     place: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
         # torchvision takes about a second to import, and digits and .npz files do not need it
-        from .official import find_official
+        from .torchvision_sets import find_official
 
         place = find_official(name, Path("." if root is None else root), download, image_size)
     elif name != "digits":

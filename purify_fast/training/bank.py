@@ -39,7 +39,7 @@ from .._files import lock_file
 from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
-from ..ops.dispatch import cache
+from ..ops.dispatch import records
 from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
@@ -193,7 +193,7 @@ class AdversarialBank:
         places = self.slots[-1].stop
         text = json.dumps([FORMAT, attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places,
                            images.count, list(images.shape), images.data, images.views], sort_keys=True)  # fmt: skip
-        folder = cache.folder() / "banks" if config.folder is None else Path(config.folder)
+        folder = records.folder() / "banks" if config.folder is None else Path(config.folder)
         self.path = folder / f"{text_hash(text).hexdigest()}.bank"
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize

@@ -21,7 +21,7 @@ from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
