@@ -285,9 +285,16 @@ def _collapsed(run: Run, epoch: int) -> Diverged:
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
     rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
     return TrainingState(
-        task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
-        metrics=metrics, learning_rate=rate, images_per_second=images_per_second,
-    )  # fmt: skip
+        task=run.task,
+        step=run.step,
+        total_steps=run.total,
+        epoch=epoch,
+        epochs=run.config.epochs,
+        images=images,
+        metrics=metrics,
+        learning_rate=rate,
+        images_per_second=images_per_second,
+    )
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------

@@ -30,10 +30,9 @@ from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
+_ON_FAILURE = ("on_full", "on_nan", "on_collapse")
 #: Settings that do not change the result, so that they may differ when a run is resumed.
-_NO_FACTS = (
-    "checkpoint_seconds", "on_full", "on_nan", "on_collapse", "cuda_graphs", "cudnn_benchmark", "fused_optimizers",
-)  # fmt: skip
+_NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", "run")
 
@@ -90,9 +89,15 @@ class Run:
     """
 
     def __init__(
-        self, task: Task, config: FitConfig, source: Source, held_out: Source | None = None,
-        folder: Path | None = None, *, bank: AdversarialBank | None = None,
-    ):  # fmt: skip
+        self,
+        task: Task,
+        config: FitConfig,
+        source: Source,
+        held_out: Source | None = None,
+        folder: Path | None = None,
+        *,
+        bank: AdversarialBank | None = None,
+    ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank = bank
         self.steps = source.steps

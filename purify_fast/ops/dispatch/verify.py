@@ -317,9 +317,9 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
         if verdict.status == "no memory":
             _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
-                "%s: memory ran out while its kernel was verified: %s; the reference serves, and it is tried again "
-                "after %d s", name, verdict.case, PATIENCE,
-            )  # fmt: skip
+                f"{name}: memory ran out while its kernel was verified: {verdict.case}; the reference serves, and it "
+                f"is tried again after {PATIENCE:.0f} s"
+            )
             return verdict
         _known[path, name] = verdict
         # a kernel that raised an error may run in the next process: with a compiler, or on another driver
