@@ -39,7 +39,7 @@ from .._files import lock_file
 from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
-from ..ops.dispatch import records
+from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
@@ -194,7 +194,7 @@ class AdversarialBank:
         of_attacks = [attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places]
         of_images = [images.count, list(images.shape), images.data, images.views]
         text = json.dumps([FORMAT, *of_attacks, *of_images], sort_keys=True)
-        folder = records.folder() / "banks" if config.folder is None else Path(config.folder)
+        folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
         self.path = folder / f"{text_hash(text).hexdigest()}.bank"
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
