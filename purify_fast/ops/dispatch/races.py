@@ -1,6 +1,6 @@
 """The races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-Two kinds of files hold the results, in one form: the user's own for this machine (`cache`), and ``races.json`` of the
+Two kinds of files hold the results, in one form: the user's own for this machine (`records`), and ``races.json`` of the
 package, for machines that were measured with the benchmarks. The user's file comes first. It has hashes of the ops'
 sources, and entries for other sources are not used. Among the machines that ship, the same device counts, else the same
 instruction set, and for a CPU else the first machine: a kernel that was faster on one CPU is faster on most.

@@ -1,6 +1,6 @@
 """Kernels are verified on the machine they run on: compared once with their definition in float64.
 
-The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`cache`). A
+The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`records`). A
 kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
 
 On a GPU a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled side by side. So
