@@ -28,7 +28,7 @@ from purify_fast._tensors import per_image
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.apgd import AutoPgd
 from purify_fast.attacks.ball import sample_in_ball
-from purify_fast.attacks.engine.rows import ActiveSet
+from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.losses import TARGETED, margin
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.sequence import AttackSequence

@@ -25,7 +25,7 @@ from .arguments import check_at_least_one, check_eps, check_images
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import CANDIDATES, FEWEST_STEPS, ActiveSet, Goals, Judge, Rows, waves
+from .engine.row_batches import CANDIDATES, FEWEST_STEPS, ActiveSet, Goals, Judge, Rows, waves
 from .losses import Loss, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of

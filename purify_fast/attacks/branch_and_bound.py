@@ -27,7 +27,7 @@ from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
 from .base import AttackContext, BallAttack, as_function
-from .engine.rows import ActiveSet, Judge
+from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
 #: The steps of each subproblem that raise its bound, and the steps that search a point.

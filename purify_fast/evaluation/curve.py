@@ -23,7 +23,7 @@ from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
 from .cache import PartialRow
 from .measure import Measure
-from .plan import ball_name, clean_name, row_name, short, threat_name
+from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
 from .specs import AttackSpec, FunctionAttack
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..attacks.engine.rows import Judge, has_fallen
+from ..attacks.engine.row_batches import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .cache import AttackedBatch, PartialRow, RowCache
-from .plan import ALONE, clean_name, row_name, threat_name
+from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec, check_adversarial

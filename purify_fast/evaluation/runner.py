@@ -28,9 +28,9 @@ from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import check_at_least_one, check_eps
 from ..attacks.attacked_model import check_leaves_images
-from ..attacks.autoattack import implementation
 from ..attacks.base import ThreatModel
 from ..attacks.engine.gradient_copy import GradientCopies
+from ..attacks.original_autoattack import implementation
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
@@ -40,6 +40,7 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import AskedBefore, asked_before
 from .alarms.probes import cost as cost_of_probes
 from .alarms.probes import parts as parts_of_probes
+from .attack_lists import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
 from .cache import RowCache
 from .claims import check_claim
 from .curve import Curve, attacks_of_curve, radii_of
@@ -47,9 +48,8 @@ from .fingerprint import fingerprint, fingerprint_or_reason
 from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
-from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
+from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress, counted_model
-from .protocols import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
 from .repeating import processor_name, written_call
 from .report import Report
 from .rows import Row, count_fallen, joined, worst_rows
@@ -154,7 +154,7 @@ def evaluate(
             package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
             do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", the evaluation of
             the defence's authors, to compare with their numbers, not for the headline. The last two need the package
-            pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
+            pyautoattack. See `purify_fast.evaluation.attack_lists`. None: "standard", unless ``attacks`` are given.
         attacks: attacks in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
             torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
