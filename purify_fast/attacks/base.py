@@ -429,9 +429,15 @@ class EngineAttack(BallAttack):
     def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
         """The rows of all runs, wave by wave."""
         return waves(
-            active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size,
-            at_image=at_image, begin=context.begin,
-        )  # fmt: skip
+            active,
+            goals,
+            self.restarts,
+            context.fell_to,
+            seed=context.seed,
+            most=context.batch_size,
+            at_image=at_image,
+            begin=context.begin,
+        )
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:

@@ -300,10 +300,15 @@ class Measure:
                     if begin is not None:
                         kept.begin(begin)
                     task = Task(
-                        attack=self.attacks.index(spec), first=self.subject.first, data=self.subject.data,
-                        images=index.numpy().tobytes(), batches=[], folder=str(kept.folder.resolve()),
-                        draws_differ=context.draws_differ, begins=begin is not None,
-                    )  # fmt: skip
+                        attack=self.attacks.index(spec),
+                        first=self.subject.first,
+                        data=self.subject.data,
+                        images=index.numpy().tobytes(),
+                        batches=[],
+                        folder=str(kept.folder.resolve()),
+                        draws_differ=context.draws_differ,
+                        begins=begin is not None,
+                    )
                     sums = batches.sums(
                         lambda missing: team.share(task._replace(batches=missing), batches.make, self.progress),
                         team.world,
@@ -594,9 +599,16 @@ def _attack(
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[], proved=[],
+            context,
+            sample_ids=ids,
+            begin=begin,
+            health=health,
+            warnings=[],
+            fell_to={},
+            stood_still=[],
+            proved=[],
             max_forward_batch=subject.room.limit(context.max_forward_batch),
-        )  # fmt: skip
+        )
         # The attack gets a copy: changes in place must not hide how far it moved the images.
         return attack.search(target, x.clone(), y, told), told, health
 
