@@ -33,8 +33,9 @@ from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
+from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
-from .run import Diverged, LossWatch, Run, open_bank
+from .run import Run, open_bank
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
 
