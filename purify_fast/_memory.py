@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 #: Bytes of each unit.
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
-    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40
-}  # fmt: skip
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 #: Assumed if the system names no limit.
 USUAL = 8 * 2**30
 
@@ -58,16 +56,14 @@ def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
             if controllers and "memory" not in controllers.split(","):
                 continue
             top = mounted / "memory" if controllers else mounted
-            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else (
-                "memory.max", "memory.current"
-            )  # fmt: skip
+            names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
             inside = Path(place.lstrip("/"))
             # in a container the names of the outer groups may not be there
             for group in (top / part for part in (inside, *inside.parents)):
                 # the file says "max" if there is no limit
                 with contextlib.suppress(OSError, ValueError):
-                    most = int((group / limit).read_text())
-                    yield most - int((group / used).read_text()) + _reclaimable(group)
+                    most, used = (int((group / f"memory.{name}").read_text()) for name in names)
+                    yield most - used + _reclaimable(group)
 
 
 def _reclaimable(group: Path) -> int:

@@ -72,7 +72,6 @@ Positive = Annotated[float, Range(0, above=True, below=True)]
 #: How many of something.
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
-ShareAbove0 = Annotated[float, Range(0, 1, above=True)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 

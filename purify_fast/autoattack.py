@@ -252,9 +252,15 @@ class AutoAttack:
             if is_random and draws == 1:
                 self._tell("WARNING: the model is random, and no step averages its draws: use version='rand'")
             context = AttackContext(
-                eps=float(self.epsilon), norm=self.norm, num_classes=classes, seed=seed, batch_size=size,
-                draws_differ=is_random and draws > 1, judge_draws=draws, copies=GradientCopies(),
-            )  # fmt: skip
+                eps=float(self.epsilon),
+                norm=self.norm,
+                num_classes=classes,
+                seed=seed,
+                batch_size=size,
+                draws_differ=is_random and draws > 1,
+                judge_draws=draws,
+                copies=GradientCopies(),
+            )
             attacked = AttackSequence(model, x, y, context, device)
             left = self._left(attacked)
             self._tell(f"initial accuracy: {left:.2%}")
@@ -281,9 +287,13 @@ class AutoAttack:
         apgd = self.apgd_targeted if name == "apgd-t" else self.apgd
         return APGD(
             loss={"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}[name],  # type: ignore[arg-type]
-            steps=apgd.n_iter, restarts=apgd.n_restarts, eot_iter=apgd.eot_iter, rho=apgd.rho,
-            n_target_classes=apgd.n_target_classes, give_up=True,
-        )  # fmt: skip
+            steps=apgd.n_iter,
+            restarts=apgd.n_restarts,
+            eot_iter=apgd.eot_iter,
+            rho=apgd.rho,
+            n_target_classes=apgd.n_target_classes,
+            give_up=True,
+        )
 
     @torch.no_grad()
     def _predicted(self, x: Tensor, size: int) -> Tensor:

@@ -15,11 +15,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from purify_fast import _distributed
 
 #: Seconds after which a process that has not ended hangs.
 LONGEST = 600.0
@@ -150,19 +151,18 @@ class Victim:
     Args:
         folder: where the test tells the processes that it did.
         rank: of the process.
-        module: has BEAT and SILENCE.
     """
 
-    def __init__(self, folder: Path, rank: int, module: ModuleType):
-        self.mark, self.rank, self.module = folder / "silent", rank, module
+    def __init__(self, folder: Path, rank: int):
+        self.mark, self.rank = folder / "silent", rank
 
     def wait_patiently(self) -> None:
         """Called by every process."""
-        self.module.BEAT, self.module.SILENCE = 0.05, float("inf")
+        _distributed.BEAT, _distributed.SILENCE = 0.05, float("inf")
 
         def watch() -> None:
             until(self.mark.exists)
-            self.module.SILENCE = 0.5
+            _distributed.SILENCE = 0.5
 
         threading.Thread(target=watch, daemon=True).start()
 

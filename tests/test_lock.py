@@ -127,12 +127,12 @@ def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
     import torch
 
     from purify_fast import _library, cli
-    from purify_fast.ops.dispatch import cache
+    from purify_fast.ops.dispatch import records
 
     if not _library.loaded():
         pytest.skip("the CPU's kernels are the extension's")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    process = start_holder(cache.file_of("raced", torch.device("cpu")).with_suffix(""))
+    process = start_holder(records.file_of("raced", torch.device("cpu")).with_suffix(""))
     try:
         assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 2
         assert f"process {process.pid} on" in capsys.readouterr().err

@@ -5,6 +5,7 @@ function, ``# positional because ...`` above a call.
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,18 @@ def test_no_module_of_the_benchmarks_has_the_name_of_a_module_of_the_package():
     theirs = [path for path in (ROOT / "benchmarks").rglob("*.py") if path.parent != ROOT / "benchmarks/speed/ops"]
     assert len(theirs) > 20
     assert sorted(named(path) for path in theirs if path.stem in own) == []
+
+
+#: Modules that every method has, and the class from which the classes of a folder derive.
+SHARED_NAMES = {"base", "config", "defence", "recipes", "released_evaluation", "task"}
+
+
+def test_no_two_modules_share_a_name():
+    modules = [path for path in (ROOT / "purify_fast").rglob("*.py") if path.stem not in ("__init__", "__main__")]
+    of_each = Counter(path.stem for path in modules)
+    assert len(modules) > 150
+    assert {name for name, count in of_each.items() if count > 1} == SHARED_NAMES
+
+
+def test_the_package_is_formatted_without_a_skip():
+    assert [named(path) for path in PYTHON if "purify_fast" in path.parts and "# fmt: skip" in path.read_text()] == []

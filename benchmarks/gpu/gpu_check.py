@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from purify_fast._files import folder_lock, write_text
-from purify_fast.ops.dispatch import cache, tune
+from purify_fast.ops.dispatch import racing, records
 
 from .. import RESULTS, options
 from ..options import Unfit
@@ -59,8 +59,8 @@ TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 def _rehearse(out: Path) -> None:
     """Set up few elements, short runs, and a separate folder of verdicts and races."""
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
-    tune.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
-    tune.RUN = 1e-5
+    racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
+    racing.RUN = 1e-5
 
 
 def _end_with(parent: int) -> None:
@@ -270,7 +270,7 @@ def main(chosen: argparse.Namespace) -> bool:
         raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")
     out = (chosen.out or folder(device, chosen.dry)).resolve()  # pytest runs in another folder
-    lacking = cache.missing_compiler()
+    lacking = records.missing_compiler()
     if lacking is not None and not chosen.dry:
         print(f"WARNING: {lacking}", file=sys.stderr)
     with folder_lock(out):

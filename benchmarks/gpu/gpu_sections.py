@@ -40,7 +40,7 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import tune, verify
+from purify_fast.ops.dispatch import racing, verify
 from purify_fast.ops.dispatch.examples import tile, to
 from purify_fast.ops.dispatch.op import Call
 from purify_fast.ops.dispatch.registry import use_backend
@@ -360,11 +360,11 @@ def training_steps(context: Context) -> Outcome:
     return measured(context, STEPS, work)
 
 
-def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
+def _one_replay(context: Context, race: racing.Race, copied: float) -> list[dict]:
     """Replay a kernel, its reference, and the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
-    row = tune.run_race(race, context.device)[0]
+    row = racing.run_race(race, context.device)[0]
     torch._dynamo.reset()
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     calls = {
@@ -376,8 +376,8 @@ def _one_replay(context: Context, race: tune.Race, copied: float) -> list[dict]:
         del calls["compile"]  # which takes a minute for all of them
     capture = _capture(context.device)
     with torch.no_grad(), use_backend("reference"):
-        replays = [tune.replayed(call, context.device, capture) for call in calls.values()]
-        times = dict(zip(calls, tune.fastest(replays, context.device), strict=True))
+        replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
+        times = dict(zip(calls, racing.fastest(replays, context.device), strict=True))
     share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
     return [
         {
@@ -398,7 +398,7 @@ def replays(context: Context) -> Outcome:
     copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in (op for op in REGISTRY.values() if op.kernel(context.device.type) != "reference"):
-        for race in tune.races_of(op, context.device, (torch.bfloat16,)) or tune.races_of(op, context.device):
+        for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
             if race.size == size:
                 work[race.words()] = partial(_one_replay, context, race, copied)
     return measured(context, REPLAYS, work)
@@ -506,9 +506,9 @@ def races(context: Context) -> Outcome:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     capture = CudaCapture() if device.type == "cuda" else None
-    tuned = tune.tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
+    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
     shipping.take(device, context.out)
-    raced = [tune.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
+    raced = [racing.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
     ratios = [row.ratio for rows in raced for row in rows]
     problems = {**tuned.failed, **tuned.wrong}
     summary = (

@@ -24,7 +24,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, pin_kernels
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack

@@ -25,7 +25,7 @@ from purify_fast.attacks.objective import Objective
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.dispatch import registry
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.counting import EAGER, GPUS, REPLAYED, SHARE, Cost, counted
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.graphs.host_syncs import HostSyncs

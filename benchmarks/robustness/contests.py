@@ -36,10 +36,10 @@ from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
 from purify_fast.attacks import Attack, AttackContext, frozen
-from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
-from purify_fast.attacks.engine.rows import Judge, has_fallen
+from purify_fast.attacks.engine.row_batches import Judge, has_fallen
+from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
@@ -47,7 +47,7 @@ from purify_fast.demo.methods import BASE, FOLDERS, train
 from purify_fast.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation import subject as evaluated
-from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purify_fast.attacks import Attack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import stopping
-from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.softening import REVISION
 from purify_fast.evaluation.specs import AttackSpec
 from purify_fast.evaluation.subject import Subject

@@ -11,7 +11,7 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.tune import IN_GRAPHS
+from purify_fast.ops.dispatch.racing import IN_GRAPHS
 
 from .. import style
 from .timing import AUTOTUNED, CONTESTANTS, LEAST, STYLES

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from purify_fast._files import write_text
-from purify_fast.ops.dispatch import cache, races
+from purify_fast.ops.dispatch import races, records
 
 from . import sheets
 
@@ -67,7 +67,7 @@ def take(device: torch.device, folder: Path) -> Path:
     raced = races.read(device)
     if not raced.get("ops"):
         raise FileNotFoundError(
-            f"{cache.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
+            f"{records.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
         )
     write_text(folder / FILE, json.dumps(raced, indent=1) + "\n")
     return folder / FILE

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch import cache
+from purify_fast.ops.dispatch import records
 from purify_fast.ops.dispatch.examples import tensors
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.memory import peak_memory
 
 from .ops import Case
@@ -63,7 +63,7 @@ def backend_of(op: str, device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    machine = cache.machine(device)
+    machine = records.machine(device)
     name = machine["device"] if device.type == "cuda" else f"{machine['device']} {machine['capability']}"
     return {
         "device": name,

@@ -6,7 +6,6 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 from .apgd import APGD, apgd
 from .attackbench import for_attackbench
 from .attacked_model import frozen
-from .autoattack import AutoAttack
 from .base import Attack, AttackContext
 from .bpda import BPDA, BpdaModel
 from .branch_and_bound import BranchAndBound, branch_and_bound
@@ -16,6 +15,7 @@ from .deepfool import DeepFool, deepfool
 from .fab import FABT, fab_t
 from .heads import AttackersHead
 from .hop_skip_jump import HopSkipJump, hop_skip_jump
+from .original_autoattack import AutoAttack
 from .pgd import FGSM, PGD, LeavingPGD, fgsm, pgd
 from .search import GradientHealth
 from .square import Square, square

@@ -21,7 +21,7 @@ from .._validation import Share
 from ..ops.apgd_step import apgd_step
 from .ball import projected
 from .base import AttackContext, TargetedAttack, as_function
-from .engine.rows import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
+from .engine.row_batches import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
 from .search import GradientHealth, better_of, forgiven

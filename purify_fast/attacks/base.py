@@ -25,7 +25,7 @@ from .arguments import check_at_least_one, check_eps, check_images
 from .attacked_model import drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.rows import CANDIDATES, FEWEST_STEPS, ActiveSet, Goals, Judge, Rows, waves
+from .engine.row_batches import CANDIDATES, FEWEST_STEPS, ActiveSet, Goals, Judge, Rows, waves
 from .losses import Loss, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
@@ -429,9 +429,15 @@ class EngineAttack(BallAttack):
     def waves(self, active: ActiveSet, goals: Goals, context: AttackContext, at_image: bool = False) -> Iterator[Rows]:
         """The rows of all runs, wave by wave."""
         return waves(
-            active, goals, self.restarts, context.fell_to, seed=context.seed, most=context.batch_size,
-            at_image=at_image, begin=context.begin,
-        )  # fmt: skip
+            active,
+            goals,
+            self.restarts,
+            context.fell_to,
+            seed=context.seed,
+            most=context.batch_size,
+            at_image=at_image,
+            begin=context.begin,
+        )
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:

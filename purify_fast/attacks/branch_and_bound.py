@@ -27,7 +27,7 @@ from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
 from .base import AttackContext, BallAttack, as_function
-from .engine.rows import ActiveSet, Judge
+from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
 #: The steps of each subproblem that raise its bound, and the steps that search a point.
@@ -184,9 +184,14 @@ class _Search:
         none = torch.zeros(len(owner), sum(self.widths), device=device)
         least = torch.full((len(owner),), -torch.inf, dtype=torch.float64, device=device)
         left = _Nodes(
-            owner, rival, signs=none.to(torch.int8), slopes=none - 1, prices=none, least=least,
+            owner,
+            rival,
+            signs=none.to(torch.int8),
+            slopes=none - 1,
+            prices=none,
+            least=least,
             unit=torch.full_like(owner, -1),
-        )  # fmt: skip
+        )
         made, ended = torch.zeros_like(self.y), torch.zeros_like(self.y, dtype=torch.bool)
         while len(left.owner):
             chosen = self.chosen(left)

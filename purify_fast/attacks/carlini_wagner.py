@@ -18,7 +18,7 @@ from .._tensors import per_image
 from .._validation import Count
 from .base import AttackContext, EngineAttack, as_function, times
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch
-from .engine.rows import ActiveSet, has_fallen, shrinks_after
+from .engine.row_batches import ActiveSet, has_fallen, shrinks_after
 from .objective import Objective
 
 #: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.

@@ -18,7 +18,7 @@ from .._tensors import per_image
 from ..ops.hyperplane_projection import hyperplane_projection
 from .base import AttackContext, TargetedAttack, as_function
 from .engine.nearest import NearestSearch, border, length_of
-from .engine.rows import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
+from .engine.row_batches import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
 from .objective import Objective
 
 #: The numbers of the authors' code: the most steps, and the share by which a point goes beyond the sum of the moves.

@@ -19,7 +19,7 @@ from .._tensors import per_image
 from ..ops.hyperplane_projection import hyperplane_projection
 from .base import AttackContext, TargetedAttack, as_function
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
-from .engine.rows import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
+from .engine.row_batches import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
 from .objective import Gradient, Objective
 
 #: The authors' numbers: the steps, the largest weight of the clean image, the overshoot, and the share of its way to

@@ -23,7 +23,7 @@ from ..ops.philox import Stream, philox
 from .ball import philox_key
 from .base import AttackContext, EngineAttack, as_function, times
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, length_of
-from .engine.rows import FEWEST_ROWS, ActiveSet, Rows, has_fallen
+from .engine.row_batches import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
 
 QUERIES = 5000

@@ -23,13 +23,13 @@ MOST_WEIGHTS = 4_000_000
 #: The vectors of a basis in one call of the model, and the images on which the matrices are compared with it.
 AT_ONCE, COMPARED = 256, 16
 #: Operations of PyTorch that compare and round nothing.
-POLYNOMIAL = frozenset({
-    "_adaptive_avg_pool2d", "_batch_norm_no_update", "_native_batch_norm_legit_no_training", "_reshape_alias",
-    "_unsafe_view", "add", "add_", "addmm", "alias", "avg_pool2d", "baddbmm", "bmm", "cat", "clone", "constant_pad_nd",
-    "convolution", "detach", "div", "div_", "dot", "empty", "expand", "mean", "mm", "mul", "mul_", "mv",
-    "native_batch_norm", "neg", "permute", "rsub", "select", "slice", "split", "squeeze", "stack",
-    "sub", "sub_", "sum", "t", "transpose", "unbind", "unsqueeze", "view",
-})  # fmt: skip
+_POLYNOMIAL = (
+    "_adaptive_avg_pool2d _batch_norm_no_update _native_batch_norm_legit_no_training _reshape_alias _unsafe_view add "
+    "add_ addmm alias avg_pool2d baddbmm bmm cat clone constant_pad_nd convolution detach div div_ dot empty expand "
+    "mean mm mul mul_ mv native_batch_norm neg permute rsub select slice split squeeze stack sub sub_ sum t "
+    "transpose unbind unsqueeze view"
+)
+POLYNOMIAL = frozenset(_POLYNOMIAL.split())
 RELU = ("relu", "relu_")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..protocols import Classifier
 from .attacked_model import drawn_once_per_call, frozen
 from .base import Attack, AttackContext
-from .engine.rows import Judge, has_fallen
+from .engine.row_batches import Judge, has_fallen
 
 #: The number of images that test how a model draws.
 FEW = 8

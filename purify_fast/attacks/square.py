@@ -25,7 +25,7 @@ from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from .ball import Ball, philox_key, projected
 from .base import AttackContext, EngineAttack, as_function, times
-from .engine.rows import ActiveSet, PaceMonitor, RowState, some_of
+from .engine.row_batches import ActiveSet, PaceMonitor, RowState, some_of
 from .objective import Objective
 
 #: The authors' own number of queries.

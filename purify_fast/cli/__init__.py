@@ -33,13 +33,9 @@ from .tune import Tune
 __all__ = ["main"]
 
 
-_KINDS: dict[str, type[Command]] = {
-    kind.called: kind
-    for kind in (
-        Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion, ShowRecipe, Ablate,
-        Evaluate, Check, Plan, ShowReport, Zoo, Tune, Info,
-    )
-}  # fmt: skip
+_TRAININGS = (TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion)
+_ALL = (Demo, *_TRAININGS, ShowRecipe, Ablate, Evaluate, Check, Plan, ShowReport, Zoo, Tune, Info)
+_KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 
 def _any_of(kinds: dict[str, type]) -> Any:
@@ -150,8 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if not ran_out_of_memory(error):
             return _bug(error)
-        print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
-              "give a smaller --batch-size; `evaluate` also takes --batch-size auto", file=sys.stderr)  # fmt: skip
+        where = str(error).splitlines()[0] if str(error) else "of this machine"
+        advice = "give a smaller --batch-size; `evaluate` also takes --batch-size auto"
+        print(f"purify-fast: not enough memory: {where}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)

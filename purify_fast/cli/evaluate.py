@@ -15,9 +15,9 @@ import tyro
 
 from .._files import folder_lock
 from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
-from .classifiers import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .command import DataCommand
 from .run_file import ball_of_run, repeating, write_run_file
+from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .train_diffusion import Purification
 
 if TYPE_CHECKING:

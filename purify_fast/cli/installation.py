@@ -16,7 +16,7 @@ from .._templates import render
 from .._version import __version__
 from ..evaluation.show.tables import terminal_table
 from ..ops import REGISTRY
-from ..ops.dispatch import cache, races
+from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op, forced_backends
 from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
@@ -33,7 +33,7 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
 def _triton() -> str:
     """Triton's version, and the parts that it lacks to build kernels."""
     try:
-        version, lacking = importlib.metadata.version("triton"), cache.missing_compiler()
+        version, lacking = importlib.metadata.version("triton"), records.missing_compiler()
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
     return version if lacking is None else f"{version}; WARNING: {lacking}"
@@ -111,14 +111,14 @@ def _raced(kind: str) -> str:
     device = _devices().get(kind)
     if device is None:
         return "GPU kernels are verified on your card at first use; they have not yet been raced on one"
-    own, near = races.read(device), races.nearest(cache.machine(device))
+    own, near = races.read(device), races.nearest(records.machine(device))
     if own.get("ops"):
         stale = [
             name
             for name, entry in own["ops"].items()
             if name not in REGISTRY or entry.get("sources") != REGISTRY[name].sources_digest(kind)
         ]
-        told = f"raced on this machine on {own['date']}, {len(own['ops'])} ops, {cache.file_of('raced', device)}"
+        told = f"raced on this machine on {own['date']}, {len(own['ops'])} ops, {records.file_of('raced', device)}"
         if stale:
             told += f"; STALE for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
         return told
@@ -147,12 +147,12 @@ def info(everything: bool) -> str:
         python=platform.python_version(),
         torch=torch,
         triton=_triton(),
-        processor=cache.processor(),
+        processor=records.processor(),
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,
         build=facts(_library.path),
         served=map(_served, _devices()),
-        verdicts=cache.folder(),
+        verdicts=records.folder(),
         mode=mode(),
         raced=_raced,
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],

@@ -16,7 +16,7 @@ from .parsing import parse
 from .training import OnClassifier, Training
 
 if TYPE_CHECKING:
-    from ..speed.forecast import Forecast
+    from ..speed.run_cost import Forecast
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
 
 def of_training(command: Training, gpu: str | None, gpus: int) -> Forecast:
     """The forecast for a command that trains."""
-    from ..training.forecast import forecast
+    from ..training.probed_steps import forecast
 
     if isinstance(command, OnClassifier) and command.classifier is None:
         raise ValueError(

@@ -64,17 +64,9 @@ def repeating(command: DataCommand) -> str:
         # PURIFY_FAST_DATA may be another one, or none, where the line is pasted.
         looked_for = data != "digits" and not Path(data).exists() and root is not None
         return shlex.join([*line, "--data-root", str(root)] if looked_for and not given else line)
-    usual, words = values(type(command)()), ["purify-fast", command.called]
-    for name, value in values(command).items():
-        if name == "folder":
-            words.insert(2, str(value))
-        elif value != usual[name]:
-            option = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words.append(option if value else option.replace("--", "--no-", 1))
-            else:
-                words += [option, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    usual = values(type(command)())
+    changed = {name: value for name, value in values(command).items() if name == "folder" or value != usual[name]}
+    return shlex.join(["purify-fast", command.called, *words(changed, type(command))])
 
 
 def write_run_file(command: Command, folder: Path) -> None:
@@ -140,8 +132,8 @@ def words(options: dict[str, Any], kind: type) -> list[str]:
             continue
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            line += [f"--{flag}", *map(str, value)]
-        else:
+        elif str(value).startswith("-"):
             line.append(f"--{flag}={value}")
+        else:
+            line += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return line

@@ -10,9 +10,9 @@ import tyro
 
 from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import ClassifierConfig, FitConfig
-from .classifiers import is_named, named_classifier, trained_classifier
 from .command import DataCommand
 from .run_file import write_run_file
+from .saved_models import is_named, named_classifier, trained_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:

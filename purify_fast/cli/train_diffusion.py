@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.diffusion.config import DiffusionConfig
 from ..training import FitConfig
-from .classifiers import saved_folder, trained_classifier
 from .command import Command
+from .saved_models import saved_folder, trained_classifier
 from .train_purifier import saved_start, say_other_ball
 from .training import OnClassifier
 

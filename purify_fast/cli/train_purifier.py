@@ -13,8 +13,8 @@ from .._validation import Count, Positive, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
-from .classifiers import is_named, saved_folder, trained_classifier
 from .run_file import ball_of_run
+from .saved_models import is_named, saved_folder, trained_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from .._validation import Positive
 from .command import Command, usable_device
 
 if TYPE_CHECKING:
-    from ..ops.dispatch.tune import Tuned
+    from ..ops.dispatch.racing import Tuned
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Tune(Command):
         import torch
         from tqdm import tqdm
 
-        from ..ops.dispatch.cache import file_of
+        from ..ops.dispatch.racing import tune
+        from ..ops.dispatch.records import file_of
         from ..ops.dispatch.registry import forced_backends
-        from ..ops.dispatch.tune import tune
         from ..speed.graphs.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))

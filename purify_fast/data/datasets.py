@@ -141,7 +141,7 @@ def load_dataset(
     place: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
         # torchvision takes about a second to import, and digits and .npz files do not need it
-        from .official import find_official
+        from .torchvision_sets import find_official
 
         place = find_official(name, Path("." if root is None else root), download, image_size)
     elif name != "digits":
@@ -151,9 +151,15 @@ def load_dataset(
         from .folders import read_folder
 
         x, y, present = read_folder(
-            place, image_size, stream=stream, decode_once=decode == "once", workers=workers,
-            cache=None if cache is None else Path(cache), on_bad_image=on_bad_image, follow_links=follow_links,
-        )  # fmt: skip
+            place,
+            image_size,
+            stream=stream,
+            decode_once=decode == "once",
+            workers=workers,
+            cache=None if cache is None else Path(cache),
+            on_bad_image=on_bad_image,
+            follow_links=follow_links,
+        )
         classes = chosen_classes(present, num_classes)
         title = name if name in NAMES else place.resolve().name
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)

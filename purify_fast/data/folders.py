@@ -417,9 +417,15 @@ class EncodedImages(StreamedImages):
     """
 
     def __init__(
-        self, files: Sequence[Path | Member], size: tuple[int, int], digest: str, *, resize: bool, workers: int,
+        self,
+        files: Sequence[Path | Member],
+        size: tuple[int, int],
+        digest: str,
+        *,
+        resize: bool,
+        workers: int,
         device: torch.device | str = "cpu",
-    ):  # fmt: skip
+    ):
         self.files, self.size, self.resize, self.workers = files, size, resize, workers
         self.device = torch.empty(0, device=device).device
         self.shape = torch.Size((len(files), 3, *size))
@@ -441,9 +447,3 @@ class EncodedImages(StreamedImages):
             got, wanted = (" x ".join(map(str, size)) for size in (image.shape[1:], self.size))
             raise ValueError(f"{self.files[number]} has {got} pixels, others {wanted}: {GIVE_SIZE}")
         return image
-
-    def to(self, device: torch.device | str) -> EncodedImages:
-        return EncodedImages(
-            self.files, self.size, self.digest.rpartition(" at ")[0], resize=self.resize, workers=self.workers,
-            device=device,
-        )  # fmt: skip

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._tensors import digest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
@@ -95,13 +100,15 @@ class StreamedImages:
             return None
         return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
-    def to(self, device: torch.device | str) -> StreamedImages:
-        """The same file, read to another device.
+    def to(self, device: torch.device | str) -> Self:
+        """The same images, read to another device.
 
         Args:
             device: where the images go that are read.
         """
-        return StreamedImages(self.path, self.digest, device)
+        images = copy.copy(self)
+        images.device = torch.empty(0, device=device).device
+        return images
 
 
 class ResizedImages(StreamedImages):
@@ -131,9 +138,6 @@ class ResizedImages(StreamedImages):
         large = functional.resize(small, [max(round(factor * side), target) for target, side in sides], antialias=True)
         images = functional.center_crop(large, list(self.size))
         return images if out is None else out.copy_(images)
-
-    def to(self, device: torch.device | str) -> ResizedImages:
-        return ResizedImages(self._stored, self.size, device)
 
 
 def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

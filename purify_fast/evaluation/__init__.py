@@ -3,8 +3,8 @@
 from .report import Report, merge
 from .rows import Examples, Paired, Row
 from .runner import evaluate
+from .show.tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
 from .specs import AttackSpec, as_attack, lee_kim_2023
-from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
 from .witnesses import CheckedWitnesses, check_witnesses
 
 __all__ = [

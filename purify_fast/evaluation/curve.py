@@ -23,7 +23,7 @@ from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
 from .cache import PartialRow
 from .measure import Measure
-from .plan import ball_name, clean_name, row_name, short, threat_name
+from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
 from .specs import AttackSpec, FunctionAttack
 
@@ -167,9 +167,12 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         begin = subject.x + (before[1] - subject.x) * (radius / before[0])
     over = [row_name(spec, measure.context) for spec in at_radius]
     settings: dict[str, Any] = {
-        "over": over, "norm": norm, "eps": radius, "attacked": int(measure.clean("random").robust.sum()),
+        "over": over,
+        "norm": norm,
+        "eps": radius,
+        "attacked": int(measure.clean("random").robust.sum()),
         "n_eval": subject.judges("random"),
-    }  # fmt: skip
+    }
 
     def make(_: PartialRow) -> Row:
         alive, health, seconds = standing.copy(), Counter[str](), 0.0
@@ -193,11 +196,22 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         robust = alive | safe
         share = float(robust.mean())
         return Row(
-            model=measure.name, attack="", kind="worst", variant="random", robust=robust, mean=share, worst=share,
-            n_eval=subject.judges("random"), seed=subject.seed, seconds=seconds, data=subject.data,
-            health=dict(health) if health["gradients"] else None, reliable=GradientHealth(dict(health)).reliable,
-            settings=settings, points=best[torch.from_numpy(alive)].cpu().numpy(),
-        )  # fmt: skip
+            model=measure.name,
+            attack="",
+            kind="worst",
+            variant="random",
+            robust=robust,
+            mean=share,
+            worst=share,
+            n_eval=subject.judges("random"),
+            seed=subject.seed,
+            seconds=seconds,
+            data=subject.data,
+            health=dict(health) if health["gradients"] else None,
+            reliable=GradientHealth(dict(health)).reliable,
+            settings=settings,
+            points=best[torch.from_numpy(alive)].cpu().numpy(),
+        )
 
     given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
     given += [] if begin is None else [digest(begin)]

@@ -35,16 +35,13 @@ from .inputs import LogitsOf
 #: Values that are told apart by their text.
 _PLAIN = (*PLAIN, torch.layout, torch.memory_format)
 #: Types told apart by name: descriptors and functions in C, and objects on which no prediction depends.
-_NAMED = (
-    types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
-    logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()), types.ModuleType,
-)  # fmt: skip
+_DESCRIPTORS = (types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType)
+_MEMBERS = (types.GetSetDescriptorType, types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_NO_VALUES = (logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()), types.ModuleType)
+_NAMED = (*_DESCRIPTORS, *_MEMBERS, *_NO_VALUES)
 #: Types with a state that no value shows.
-_INCOMPARABLE = (
-    torch.jit.ScriptModule, torch.jit.ScriptFunction,
-    random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator,
-)  # fmt: skip
+_DRAWS = (random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
+_INCOMPARABLE = (*_DRAWS, torch.jit.ScriptModule, torch.jit.ScriptFunction)
 #: Attributes of a class that it does not compute with.
 _NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
 #: Attributes that PyTorch adds to a module that it compiled or traced.

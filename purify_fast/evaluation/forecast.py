@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .._memory import resident_memory
 from ..protocols import Classifier
 from ..speed.counting import Cost, counted
-from ..speed.forecast import Forecast
 from ..speed.memory import peak_memory
+from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
 from .fitting import USUAL_BATCH
 from .report import Report

@@ -20,11 +20,11 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..attacks.engine.rows import Judge, has_fallen
+from ..attacks.engine.row_batches import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .cache import AttackedBatch, PartialRow, RowCache
-from .plan import ALONE, clean_name, row_name, threat_name
+from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec, check_adversarial
@@ -300,10 +300,15 @@ class Measure:
                     if begin is not None:
                         kept.begin(begin)
                     task = Task(
-                        attack=self.attacks.index(spec), first=self.subject.first, data=self.subject.data,
-                        images=index.numpy().tobytes(), batches=[], folder=str(kept.folder.resolve()),
-                        draws_differ=context.draws_differ, begins=begin is not None,
-                    )  # fmt: skip
+                        attack=self.attacks.index(spec),
+                        first=self.subject.first,
+                        data=self.subject.data,
+                        images=index.numpy().tobytes(),
+                        batches=[],
+                        folder=str(kept.folder.resolve()),
+                        draws_differ=context.draws_differ,
+                        begins=begin is not None,
+                    )
                     sums = batches.sums(
                         lambda missing: team.share(task._replace(batches=missing), batches.make, self.progress),
                         team.world,
@@ -594,9 +599,16 @@ def _attack(
         health = GradientHealth()
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[], proved=[],
+            context,
+            sample_ids=ids,
+            begin=begin,
+            health=health,
+            warnings=[],
+            fell_to={},
+            stood_still=[],
+            proved=[],
             max_forward_batch=subject.room.limit(context.max_forward_batch),
-        )  # fmt: skip
+        )
         # The attack gets a copy: changes in place must not hide how far it moved the images.
         return attack.search(target, x.clone(), y, told), told, health
 

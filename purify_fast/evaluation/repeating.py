@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops.dispatch.cache import processor
+from ..ops.dispatch.records import processor
 
 #: Arguments that do not change a report.
 WITHOUT = ("progress", "out")

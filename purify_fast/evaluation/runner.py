@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest, text_hash
-from .._validation import CudaGraphs, CudnnBenchmark, NormName, check_folder, check_literal, read_norm
+from .._validation import CudaGraphs, CudnnBenchmark, Norm, NormName, check_folder, check_literal, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import check_at_least_one, check_eps
 from ..attacks.attacked_model import check_leaves_images
-from ..attacks.autoattack import implementation
 from ..attacks.base import ThreatModel
 from ..attacks.engine.gradient_copy import GradientCopies
+from ..attacks.original_autoattack import implementation
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
@@ -40,6 +40,7 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import AskedBefore, asked_before
 from .alarms.probes import cost as cost_of_probes
 from .alarms.probes import parts as parts_of_probes
+from .attack_lists import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
 from .cache import RowCache
 from .claims import check_claim
 from .curve import Curve, attacks_of_curve, radii_of
@@ -47,9 +48,8 @@ from .fingerprint import fingerprint, fingerprint_or_reason
 from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
-from .plan import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
+from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress, counted_model
-from .protocols import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
 from .repeating import processor_name, written_call
 from .report import Report
 from .rows import Row, count_fallen, joined, worst_rows
@@ -154,7 +154,7 @@ def evaluate(
             package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
             do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", the evaluation of
             the defence's authors, to compare with their numbers, not for the headline. The last two need the package
-            pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
+            pyautoattack. See `purify_fast.evaluation.attack_lists`. None: "standard", unless ``attacks`` are given.
         attacks: attacks in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
             torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
@@ -269,12 +269,9 @@ def evaluate(
         if predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
-        context = AttackContext(
-            num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            draws_differ=subject.is_random, judge_draws=5, max_forward_batch=max_forward_batch, batch_size=in_batch,
-            graphs=StepGraphs(cuda_graphs), copies=GradientCopies(),
-        )  # fmt: skip
-        context = _knowing(context, predict, n_eval)
+        context = _context(subject, float(eps), norm, steps, eot_iter)
+        context = replace(context, max_forward_batch=max_forward_batch, graphs=StepGraphs(cuda_graphs))
+        context = _knowing(replace(context, batch_size=in_batch), predict, n_eval)
         served = None
         if out is not None or team.world > 1:
             # The choice of kernels must not change during the evaluation.
@@ -295,8 +292,7 @@ def evaluate(
         judged = {"random": subject.is_random, "n_eval": n_eval, "predict": predict, "seed": seed}
         witnessed = None if keep == "some" else _about_model(subject, mark[0]) | judged
         acting = _Acting(plan, protocol in SEARCHES, measure, stack)
-        return _filled(report, acting, mark=mark[0], before=before, chunks=chunks, radii=radii,
-                       last_notes=unusual_radius(dataset_name, norm, eps), witnessed=witnessed)  # fmt: skip
+        return _filled(report, acting, mark=mark[0], before=before, chunks=chunks, radii=radii, witnessed=witnessed)
 
 
 def _check_moves(eps: float, attacked: bool) -> None:
@@ -350,7 +346,6 @@ def _filled(
     before: Before | None,
     chunks: Iterator[tuple[Tensor, Tensor, bool]],
     radii: Sequence[float],
-    last_notes: list[str],
     witnessed: dict[str, Any] | None,
 ) -> Report:
     """The report with its rows; processes other than the first get the first one's report."""
@@ -385,7 +380,8 @@ def _filled(
     _conclude(report, measure, before, asked)
     for model, points in curve.points(report.rows, measure.name, float(context.eps)).items():
         report.curves[model] = report.curves.get(model, {}) | points
-    report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows) + last_notes
+    report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+    report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
     team.end(report.to_json)
     return report
 
@@ -492,6 +488,20 @@ def _how_judged(predict: Predict | None, n_eval: int) -> list[str]:
         "votes": f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote",
     }
     return [] if predict is None else [sentences[predict]]
+
+
+def _context(subject: Subject, eps: float, norm: Norm, steps: int, eot_iter: int) -> AttackContext:
+    return AttackContext(
+        num_classes=subject.num_classes,
+        eps=eps,
+        norm=norm,
+        steps=steps,
+        eot_iter=eot_iter,
+        seed=subject.seed,
+        draws_differ=subject.is_random,
+        judge_draws=5,
+        copies=GradientCopies(),
+    )
 
 
 def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> AttackContext:
@@ -643,9 +653,12 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
     rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
     subject = measure.subject
     evidence = Evidence(
-        rows, classes=subject.num_classes, probabilities=subject.has_probabilities, one_hot=subject.has_one_hot,
+        rows,
+        classes=subject.num_classes,
+        probabilities=subject.has_probabilities,
+        one_hot=subject.has_one_hot,
         protocol=report.about.get("protocol"),
-    )  # fmt: skip
+    )
     if before is not None and asked is not None:
         probes = _probes(measure, before, asked, evidence)
         evidence = replace(evidence, probes=probes)
@@ -687,10 +700,17 @@ def _settings_of_probes(measure: Measure) -> dict[str, Any]:
     """The settings on which answers to the probes depend, besides the model."""
     context, subject = measure.context, measure.subject
     return {
-        "probes": 7, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
-        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
-        "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
-    }  # fmt: skip
+        "probes": 7,
+        "data": subject.data,
+        "images": PROBED,
+        "eps": context.eps,
+        "norm": context.norm,
+        "seed": subject.seed,
+        "eot_iter": context.eot_iter,
+        "variant": subject.is_random,
+        "batch_size": context.batch_size,
+        "max_forward_batch": context.max_forward_batch,
+    }
 
 
 def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> AskedBefore:

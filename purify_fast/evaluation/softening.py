@@ -27,15 +27,18 @@ REVISION = 2
 #: It falls with the root of the temperature: ten times lower slopes find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 #: Functions whose first argument is divided by the temperature: they saturate.
-_SATURATING = {
-    "sigmoid", "expit", "special_expit", "logsigmoid", "hardsigmoid", "tanh", "softmax", "log_softmax",
-}  # fmt: skip
+_SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
 #: Functions with a gradient of zero, everywhere or outside of a range; the identity's gradient takes its place.
-_FLAT = {
-    "round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "hardshrink",
-    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
-}  # fmt: skip
+_FLAT = _names(
+    "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
+    "fake_quantize_per_channel_affine"
+)
 #: Functions with steps, of floating-point numbers and of integers, and the same functions without steps. Rounding takes
 #: a remainder away, other code uses the remainder: half of the gradient leaves some to both.
 _STEPS: dict[str, Callable[..., Any]] = {
@@ -54,25 +57,24 @@ _STEPS: dict[str, Callable[..., Any]] = {
 #: All of these, and functions that are flat only with some arguments, as `_is_flat` tells.
 _SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
 #: Comparisons: True if the first argument is to be larger.
-_COMPARISONS = dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1) | dict.fromkeys(
-    ("lt", "le", "less", "less_equal"), -1
-)
+_COMPARISONS = {
+    **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
+    **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
+}
 #: Functions that only change a type; from a floating-point type to others they round.
-_CASTS = {
-    "to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "byte", "char", "short", "int", "long",
-    "quantize_per_tensor", "quantize_per_channel", "dequantize",
-}  # fmt: skip
+_CASTS = _names(
+    "to type type_as float double half bfloat16 bool byte char short int long quantize_per_tensor "
+    "quantize_per_channel dequantize"
+)
 #: Functions that treat the counterpart of their first argument like the argument.
-_SHAPES = {
-    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
-    "broadcast_to", "permute", "transpose", "t", "movedim", "repeat", "tile", "select", "narrow", "flip", "roll",
-    "contiguous", "clone", "getitem",
-}  # fmt: skip
+_SHAPES = _names(
+    "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute "
+    "transpose t movedim repeat tile select narrow flip roll contiguous clone getitem"
+)
 #: Functions that are computed with the counterparts in place of all arguments that have one.
-_ARITHMETIC = {
-    "mul", "multiply", "add", "sub", "subtract", "rsub", "div", "divide", "true_divide", "rdiv", "neg", "sum", "mean",
-    "cumsum", "cat", "concat", "stack", "matmul",
-}  # fmt: skip
+_ARITHMETIC = _names(
+    "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
+)
 #: Functions of counterparts in place of masks.
 _OF_MASKS: dict[str, Callable[..., Any]] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
@@ -89,16 +91,25 @@ _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "tak
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
 #: Aliases of the same functions, in the names that a `Softening` uses.
 _SPELLINGS = {
-    "invert": "not", "clip": "clamp", "divide": "div", "floor_divide": "floordiv", "right_shift": "rshift",
-    "left_shift": "lshift", "iand": "and_", "ior": "or_", "irshift": "rshift_", "ilshift": "lshift_",
-}  # fmt: skip
+    "invert": "not",
+    "clip": "clamp",
+    "divide": "div",
+    "floor_divide": "floordiv",
+    "right_shift": "rshift",
+    "left_shift": "lshift",
+    "iand": "and_",
+    "ior": "or_",
+    "irshift": "rshift_",
+    "ilshift": "lshift_",
+}
 #: Errors of a formula on values that it was not written for; the values then stay unchanged.
 _UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: For each function that chooses among values: its argument for the dimension, and the place of indices in its result.
-_CHOICES = {
-    "argmax": (1, None), "argmin": (1, None), "max": (1, 1), "min": (1, 1), "median": (1, 1), "kthvalue": (2, 1),
-    "topk": (2, 1), "sort": (1, 1), "argsort": (1, None),
-}  # fmt: skip
+_CHOICES: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("argmax", "argmin", "argsort"), (1, None)),
+    **dict.fromkeys(("max", "min", "median", "sort"), (1, 1)),
+    **dict.fromkeys(("kthvalue", "topk"), (2, 1)),
+}
 #: Functions that keep some of a choice's indices, along the dimension of the choice.
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 

@@ -17,7 +17,6 @@ import pickle
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,16 +24,16 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
-from .._process import patience, processes, sendable
+from .. import _distributed
+from .._distributed import Heartbeat, ProcessLost
+from .._process import processes, sendable
 from .cache import PartialRow
 from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
 
-BEAT = 5.0  # seconds between two signs of life
-SILENCE = 75.0  # seconds without one after which a process is lost
 LONGEST = 0.5  # seconds between two looks into the store, at most
 GOODBYE = 10.0  # seconds that the first process waits for the others at the end
 VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
@@ -95,11 +94,11 @@ class Team:
             name = f"purify_fast evaluation {Team._evaluations}"
             # PyTorch's public functions for the store belong to the group's creator, which may not be this package.
             store = dist.distributed_c10d._get_default_store()
-            self.store, self.signs = PrefixStore(name, store), _Signs(PrefixStore(name, store.clone()), self.rank)
+            self.store, self.signs = PrefixStore(name, store), Heartbeat(store.clone(), f"{name} alive")
 
     def __enter__(self) -> Team:
         if self.world > 1:
-            self.signs.thread.start()
+            self.signs.start()
         if self.rank > 0:
             # Only the first process logs.
             logger.addFilter(_nothing)
@@ -290,14 +289,15 @@ class Team:
                 return None
             if self.rank == 0 and self.store.check(["failed"]):
                 raise _as_value(self.store.get("failed"))
-            if self.signs.lost(owner):
+            if self.signs.is_silent(owner):
                 if self.rank > 0:
                     raise ProcessLost(
                         f"process {self.rank} of {self.world} had no sign of life of the first. It died, was stopped, "
                         f"cannot be reached, or evaluates nothing. {_AGAIN}"
                     )
                 if self.store.compare_set(f"lost {owner}", "", "yes"):
-                    logger.warning("process %d gave no sign of life for %g s: go on without it", owner, SILENCE)
+                    silence = _distributed.SILENCE
+                    logger.warning("process %d gave no sign of life for %g s: go on without it", owner, silence)
                 return None
             time.sleep(pause)
             pause = min(LONGEST, 1.5 * pause)
@@ -326,52 +326,12 @@ class Team:
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
+        # a process that began a moment ago is known by its sign alone
+        self.signs.give_and_read()
         for other in range(1, self.world):
-            here = self.store.check([f"alive {other}"]) and not self.store.check([f"lost {other}"])
+            here = other in self.signs.signs and not self.store.check([f"lost {other}"])
             while here and not self.store.check([f"left {other}"]) and time.monotonic() < end:
                 time.sleep(0.01)
-
-
-class ProcessLost(ConnectionError):
-    """Another process of the evaluation does not answer."""
-
-
-class _Signs:
-    """The signs of life of the processes of a team.
-
-    Silence is counted while this process waits, in steps of at most a beat. So a process that was stopped and goes on
-    does not mistake the pause for the others' silence.
-
-    Args:
-        store: a separate connection; the evaluation's connection, while it waits, would delay the signs.
-        rank: the number of this process.
-    """
-
-    def __init__(self, store: Store, rank: int):
-        self.store, self.rank = store, rank
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._give, daemon=True)
-        self._last: dict[int, bytes] = {}
-        self._looked: dict[int, float] = {}
-        self._silence: dict[int, float] = {}
-
-    def _give(self) -> None:
-        beats = 0
-        while beats == 0 or not self.over.wait(BEAT):
-            beats += 1
-            # A store that does not answer counts as silence.
-            with contextlib.suppress(dist.DistError):
-                self.store.set(f"alive {self.rank}", str(beats))
-
-    def lost(self, other: int) -> bool:
-        """Tell whether another process, for which this process waits, has fallen silent; it may take long to begin."""
-        now = time.monotonic()
-        sign = self.store.get(f"alive {other}") if self.store.check([f"alive {other}"]) else b""
-        if sign != self._last.get(other):
-            self._last[other], self._silence[other] = sign, 0.0
-        self._silence[other] += min(now - self._looked.get(other, now), BEAT)
-        self._looked[other] = now
-        return self._silence[other] >= (SILENCE if sign else patience().total_seconds())
 
 
 def _as_text(value: Any) -> str:

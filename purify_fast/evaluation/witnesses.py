@@ -259,9 +259,10 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
         if not (row.is_attack and row.deployed) or row.examples is None or row.examples.index is None:
             continue
         fallen = [
-            place for place, number in enumerate(row.examples.index.tolist())
+            place
+            for place, number in enumerate(row.examples.index.tolist())
             if row.examples.fell[place] and right[number] and (row.threat, number) not in seen
-        ]  # fmt: skip
+        ]
         if not fallen:
             continue
         numbers = row.examples.index[fallen]
@@ -326,8 +327,11 @@ class CheckedWitnesses:
                 f", each judged in {self.draws} fresh draws; {int(self.wrong.sum())} of the {self.draws * count} "
                 "predictions are wrong"
             )
-        told = {"no longer falls": ~self.falls, "outside of the ball or of [0, 1]": self.outside,
-                "changed since the report was saved": self.changed}  # fmt: skip
+        told = {
+            "no longer falls": ~self.falls,
+            "outside of the ball or of [0, 1]": self.outside,
+            "changed since the report was saved": self.changed,
+        }
         for what, which in told.items():
             lines += [f"  {what}: {self._described(place)}" for place in np.flatnonzero(which)[:NAMED]]
             if (more := int(which.sum()) - NAMED) > 0:

@@ -111,9 +111,8 @@ class UNet(nn.Module):
         check_counts(channels=channels, width=width, patch=patch)
         if width % (2 if width < GROUP else GROUP):
             raise ValueError(f"width must be even and at most {GROUP}, or a multiple of {GROUP}, got {width}")
-        self.arguments: dict[str, Any] = {
-            "channels": channels, "width": width, "patch": patch, "attention": bool(attention)
-        }  # fmt: skip
+        sizes = {"channels": channels, "width": width, "patch": patch}
+        self.arguments: dict[str, Any] = {**sizes, "attention": bool(attention)}
         self.channels, self.patch = channels, patch
         full, half, quarter = width, 2 * width, 4 * width
         powers = torch.arange(width // 2) / max(1, width // 2 - 1)

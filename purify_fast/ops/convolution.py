@@ -119,10 +119,15 @@ EXAMPLES = (
 RACED = tuple(
     ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
     for inputs, side, outputs, kernel, stride, d in (
-        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (96, 32, 192, 3, 1, 1), (96, 32, 192, 3, 1, 8),
-        (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
+        (24, 8, 48, 3, 1, 1),
+        (24, 32, 24, 3, 1, 1),
+        (96, 32, 192, 3, 1, 1),
+        (96, 32, 192, 3, 1, 8),
+        (24, 64, 48, 3, 2, 1),
+        (48, 32, 192, 3, 2, 1),
+        (3, 32, 48, 5, 1, 1),
     )
-)  # fmt: skip
+)
 #: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round their
 #: factors to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is that
 #: large; the gradient of the weights needs it, which is in float32.

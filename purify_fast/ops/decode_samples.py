@@ -179,7 +179,7 @@ def _fake(condition: Tensor, *others: Any) -> Tensor:
 
 
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
-
+_CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
 #: By name, latents, first map and convolutions (channels, kernel, stride, padding, height, width). In "tiled" and "one"
 #: every product is tiled; the last two layers of "joined" are one launch; "cifar" is CARSO's for images of 32 x 32.
@@ -188,9 +188,8 @@ DECODERS = {
     "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
     "joined": tiles.Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]),
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
-    "cifar": tiles.Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
-                          *(32, 3, 2, 1, 33, 33), *(3, 2, 1, 1, 32, 32)]),
-}  # fmt: skip
+    "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
+}
 #: Decoder, samples, the weights' dtype, and whether images are squashed, with the dtypes that stand for it on a GPU.
 EXAMPLES = {
     ("tiled", 3, torch.bfloat16, "squashed"): "",

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # registers the ops that are counted below
 import purify_fast.ops.convolution  # noqa: F401
 
-from ..ops.dispatch.tune import Launches
+from ..ops.dispatch.racing import Launches
 
 
 class Gpu(NamedTuple):

@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
-from .graphs.step_graphs import same_draws_again
 
 logger = logging.getLogger("purify_fast")
 
@@ -119,6 +118,44 @@ def images_that_fit(work: Callable[[int], object], free: int, device: torch.devi
     return 1 << (int(min(MOST, max(1.0, fitting))).bit_length() - 1)
 
 
+def same_draws_again(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's generators, including the device's, back to their present states."""
+    host = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again() -> None:
+        torch.set_rng_state(host)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return again
+
+
+def retry_when_memory_ends(
+    work: Callable[[], Result], device: torch.device, frees: Callable[[], Callable[[], None] | None]
+) -> Result:
+    """Do some work. Each time that memory runs out, free some and do the work again.
+
+    Args:
+        work: can be done several times; each run draws the same random numbers.
+        device: where it computes.
+        frees: returns a function that frees memory; None if no more can be freed, and the error is raised.
+    """
+    again = same_draws_again(device)
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            free = frees() if ran_out_of_memory(error) else None
+            if free is None:
+                raise
+        # do this outside of the except block, whose traceback holds the tensors of the failed work
+        free()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        again()
+
+
 class Room:
     """The number of images that go through a model at once: halved each time that memory runs out, if it may be.
 
@@ -145,17 +182,11 @@ class Room:
         Args:
             work: asks this object how many, and can be done several times; each run draws the same random numbers.
         """
-        again = same_draws_again(self.device)
-        while True:
-            try:
-                return work()
-            except Exception as error:
-                if not (self.yields and ran_out_of_memory(error)) or self.images in (None, 1):
-                    raise
-            # do this outside of the except block, whose traceback holds the tensors of the failed work
-            assert self.images is not None
-            self.images //= 2
-            logger.warning("memory ran out: from here on %d images go through the model at once", self.images)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            again()
+        return retry_when_memory_ends(
+            work, self.device, lambda: self._halve if self.yields and self.images not in (None, 1) else None
+        )
+
+    def _halve(self) -> None:
+        assert self.images is not None
+        self.images //= 2
+        logger.warning("memory ran out: from here on %d images go through the model at once", self.images)

@@ -39,7 +39,7 @@ from .._files import lock_file
 from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
-from ..ops.dispatch import cache
+from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
@@ -191,9 +191,10 @@ class AdversarialBank:
         head = [("check", "<u4"), ("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
         kind = np.dtype([*head, ("steps", "i1", (size,))])
         places = self.slots[-1].stop
-        text = json.dumps([FORMAT, attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places,
-                           images.count, list(images.shape), images.data, images.views], sort_keys=True)  # fmt: skip
-        folder = cache.folder() / "banks" if config.folder is None else Path(config.folder)
+        of_attacks = [attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places]
+        of_images = [images.count, list(images.shape), images.data, images.views]
+        text = json.dumps([FORMAT, *of_attacks, *of_images], sort_keys=True)
+        folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
         self.path = folder / f"{text_hash(text).hexdigest()}.bank"
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
@@ -239,8 +240,8 @@ class AdversarialBank:
             The variants. An image is not found while places of the image and its attack are empty: they are to be
             filled.
         """
-        found = Found(np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8),
-                      np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))  # fmt: skip
+        steps = np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8)
+        found = Found(steps, np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))
         for image, (entry, kind) in enumerate(zip(entries.tolist(), kinds.tolist(), strict=True)):
             records, whole = self._variants(entry, self.slots[kind])
             own = [there and draw == seed for there, draw in zip(whole, records["draw"].tolist(), strict=True)]

@@ -113,9 +113,19 @@ class TrainingAttack:
         now = self.at_epoch(batch.epoch, batch.epochs)
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, batch.y, batch.sample_ids))
         return pgd(
-            model, x, y, eps=now.eps, alpha=now.step_size(now.eps), steps=now.steps, norm=now.norm,
-            random_start=now.random_start, start_std=now.start_std, seed=batch.seed, sample_ids=ids, graphs=graphs,
-        )  # fmt: skip
+            model,
+            x,
+            y,
+            eps=now.eps,
+            alpha=now.step_size(now.eps),
+            steps=now.steps,
+            norm=now.norm,
+            random_start=now.random_start,
+            start_std=now.start_std,
+            seed=batch.seed,
+            sample_ids=ids,
+            graphs=graphs,
+        )
 
     def of_validations(self) -> TrainingAttack:
         """The attack on held-out images: this attack, or PGD-10 from a random start if this attack has fewer steps.

@@ -17,11 +17,10 @@ import io
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,14 +28,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from .. import _distributed
+from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
 #: How long a process that fails waits for word that the first process failed too.
 PATIENCE = timedelta(seconds=10)
 NOTICE = 3.0  # seconds in which all processes notice that an exchange failed
-BEAT = 5.0  # seconds between two signs of life
-SILENCE = 75.0  # seconds of silence after which a process counts as lost
 GRACE = 20.0  # seconds in which a process may end by itself when another is lost
 
 _AGAIN = "Start the same again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
@@ -45,10 +44,6 @@ _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
 # -- processes that are lost ------------------------------------------------------------------------------------------
-
-
-class ProcessLost(ConnectionError):
-    """Another process of the training does not answer: it died, or hangs."""
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -86,68 +81,23 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
     _watch.check()
 
 
-class _Sign(NamedTuple):
-    """A sign of life: its beat, the step of its process, and its state: it works, waits in vain or is done."""
+class _Watch(_distributed.Heartbeat):
+    """The signs of life of the processes within one training, and the end of a process that waits for a lost one."""
 
-    beat: str
-    step: str
-    state: str
+    lost = ""
 
-
-class _Watch:
-    """The signs of life of the processes within one training.
-
-    One thread exchanges the signs and another judges them: an exchange may wait long for a store whose process was
-    stopped. Silence is counted in beats of the second thread and not by a clock. So a process that was stopped and
-    continues does not take its own pause for the others' silence.
-
-    Args:
-        store: a connection that only the watch uses; the training waits at its own, which would delay the signs.
-        name: name of this training, the same in all processes.
-    """
-
-    def __init__(self, store: Store, name: str):
-        self.store, self.name = store, name
-        self.rank, self.world = processes()
-        #: for each process that gave a sign of life: the last sign, and the beats since
-        self.signs: dict[int, _Sign] = {}
-        self.missed: dict[int, int] = {}
-        self.beats, self.step, self.state, self.lost = 0, 0, "works", ""
-        self.over = threading.Event()
-        self.threads = [threading.Thread(target=each, daemon=True) for each in (self.exchange, self.judge)]
-
-    def give_and_read(self) -> None:
-        """Give a sign of life, and read those of the others; a store that does not answer is silence."""
-        with contextlib.suppress(Exception):
-            self.beats += 1
-            self.store.set(f"{self.name} {self.rank}", f"{self.beats} {self.step} {self.state}")
-            for other in range(self.world):
-                if other != self.rank and self.store.check([f"{self.name} {other}"]):
-                    sign = _Sign(*self.store.get(f"{self.name} {other}").decode().split())
-                    if sign != self.signs.get(other):
-                        self.signs[other], self.missed[other] = sign, 0
-
-    def exchange(self) -> None:
-        """Exchange signs at every beat, and once more when this process has done its part."""
-        self.give_and_read()
-        while not self.over.wait(BEAT):
-            self.give_and_read()
-        if self.state == "done":
-            self.give_and_read()
-
-    def judge(self) -> None:
+    def watch(self) -> None:
         """Find a process that gives no signs any more, and end this process if it does not end by itself then."""
         while not self.lost:
-            if self.over.wait(BEAT):
+            if self.over.wait(_distributed.BEAT):
                 return
-            for other in list(self.missed):
-                self.missed[other] += 1
-            quiet = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
+            self.count()
+            quiet = [other for other in sorted(self.signs) if self.is_silent(other)]
             # a process that has ended its part no longer waits for the others
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
                 several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
                 self.lost = (
-                    f"process {self.rank} of {self.world} had no sign of life for {SILENCE:g} seconds of: "
+                    f"process {self.rank} of {self.world} had no sign of life for {_distributed.SILENCE:g} seconds of: "
                     f"{self.named(quiet)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
                 )
         if not self.over.wait(GRACE):
@@ -167,8 +117,7 @@ class _Watch:
         # wait until the others have noticed
         time.sleep(NOTICE)
         self.give_and_read()
-        others = [other for other in range(self.world) if other != self.rank]
-        gone = [other for other in others if other not in self.signs or self.signs[other].state != "waits"]
+        gone = [other for other in self.missed if other not in self.signs or self.signs[other].state != "waits"]
         return self.named(gone) if gone else "all others wait too: the network between them failed"
 
     def named(self, ranks: list[int]) -> str:
@@ -195,16 +144,13 @@ def heartbeat() -> Iterator[None]:
     # PyTorch gives the store publicly only to the code that makes the group, which may not be this package
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
-    for thread in watch.threads:
-        thread.start()
+    watch.start()
     try:
         yield
         watch.state = "done"
     finally:
         _watch = before
-        watch.over.set()
-        # write the last sign, unless the store is gone
-        watch.threads[0].join(BEAT)
+        watch.stop()
 
 
 # -- what processes exchange -------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
+from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
-from .run import Diverged, LossWatch, Run, open_bank
+from .run import Run, open_bank
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Metrics, Task, Update
 
@@ -285,9 +286,16 @@ def _collapsed(run: Run, epoch: int) -> Diverged:
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
     rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
     return TrainingState(
-        task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
-        metrics=metrics, learning_rate=rate, images_per_second=images_per_second,
-    )  # fmt: skip
+        task=run.task,
+        step=run.step,
+        total_steps=run.total,
+        epoch=epoch,
+        epochs=run.config.epochs,
+        images=images,
+        metrics=metrics,
+        learning_rate=rate,
+        images_per_second=images_per_second,
+    )
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------

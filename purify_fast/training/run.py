@@ -8,12 +8,10 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,41 +23,22 @@ from .bank import AdversarialBank, BankConfig, BankedImages
 from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
+from .loss_watch import Diverged
 from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
+_ON_FAILURE = ("on_full", "on_nan", "on_collapse")
 #: Settings that do not change the result, so that they may differ when a run is resumed.
-_NO_FACTS = (
-    "checkpoint_seconds", "on_full", "on_nan", "on_collapse", "cuda_graphs", "cudnn_benchmark", "fused_optimizers",
-)  # fmt: skip
+_NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", "run")
 
-#: Steps from one look at the losses to the next: each look waits for the device.
-INTERVAL = 100
-#: Bytes of batches to remember if the source cannot repeat them.
-REMEMBERED = 2**28
 #: A run whose accuracy falls to less than this share of its best one has collapsed.
 COLLAPSE = 0.5
 #: Images on which a task is tried before its training, to see its metrics.
 LOOK = 8
-#: The file with the images, labels and seed of the step whose loss was not finite.
-RECORD = "diverged.npz"
-
-
-class Diverged(FloatingPointError):
-    """The loss, or a weight, is not finite.
-
-    Args:
-        text: the message.
-        step: the first step whose loss was not finite, from 0; None if no loss was, but a weight.
-    """
-
-    def __init__(self, text: str, step: int | None = None):
-        super().__init__(text)
-        self.step = step
 
 
 class Run:
@@ -90,9 +69,15 @@ class Run:
     """
 
     def __init__(
-        self, task: Task, config: FitConfig, source: Source, held_out: Source | None = None,
-        folder: Path | None = None, *, bank: AdversarialBank | None = None,
-    ):  # fmt: skip
+        self,
+        task: Task,
+        config: FitConfig,
+        source: Source,
+        held_out: Source | None = None,
+        folder: Path | None = None,
+        *,
+        bank: AdversarialBank | None = None,
+    ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank = bank
         self.steps = source.steps
@@ -368,50 +353,3 @@ def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) 
         raise ValueError(f"{folder} {kinds}: {advice}")
     if difference := differences(saved, wanted, "there", "now"):
         raise ValueError(f"{folder} holds a run with other settings ({difference}): {advice}")
-
-
-class LossWatch:
-    """Keeps an epoch's last losses on the device, and looks at them every `INTERVAL` steps.
-
-    All of several processes see the same means at the same steps, so that they come to the same answer.
-    """
-
-    def __init__(self, source: Source, seed: int):
-        self.source, self.seed = source, seed
-        self.losses, self.batches = dict[int, Tensor](), dict[int, RawBatch]()
-
-    def add(self, step: int, loss: Tensor, raw: RawBatch) -> None:
-        """Add a step's loss and its batch from the source; Diverged if a look finds a loss that is not finite."""
-        self.losses[step] = loss
-        if not self.source.reproducible:
-            self.batches[step] = raw
-            if len(self.batches) > max(1, min(INTERVAL, REMEMBERED // sum(part.nbytes for part in raw))):
-                del self.batches[min(self.batches)]
-        if (step + 1) % INTERVAL == 0:
-            if (bad := self.first_bad()) is not None:
-                raise Diverged(f"the loss of step {bad} is not finite", bad)
-            self.losses = {}
-
-    def first_bad(self) -> int | None:
-        """The first step since the last look whose loss is not finite, None if there is none; waits for the device."""
-        finite = torch.stack([*self.losses.values()]).isfinite().tolist() if self.losses else []
-        return next((step for step, good in zip(self.losses, finite, strict=True) if not good), None)
-
-    def record(self, step: int, folder: Path) -> Path | None:
-        """Write the images, labels, indices and seed of a step.
-
-        Returns:
-            The file; None if the source cannot repeat its images, and they are no longer remembered.
-        """
-        raw = self.batches.get(step)
-        if self.source.reproducible:
-            # close it, so that its reading ahead ends
-            with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
-                raw = next(batches)
-        if raw is None:
-            return None
-        images, labels, indices = (part.cpu().numpy() for part in raw)
-        facts: dict[str, Any] = {"step": step, "seed": step_seed(self.seed, step), "epoch": step // self.source.steps}
-        with atomic(folder / RECORD) as temporary:
-            np.savez(temporary, images=images, labels=labels, indices=indices, **facts)
-        return folder / RECORD

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from purify_fast.attacks import GradientHealth, apgd
 from purify_fast.attacks.apgd import AutoPgd, AutoPgdL1, checkpoints
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.engine import rows as engine_rows
-from purify_fast.attacks.engine.rows import ActiveSet, Judge, Rows
+from purify_fast.attacks.engine import row_batches as engine_rows
+from purify_fast.attacks.engine.row_batches import ActiveSet, Judge, Rows
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
 

@@ -12,7 +12,7 @@ from purify_fast.attacks import AttackContext, BranchAndBound, branch_and_bound,
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.protocols import protocol_attacks
+from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs.host_syncs import HostSyncs

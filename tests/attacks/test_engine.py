@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine import gradient_copy as copies
-from purify_fast.attacks.engine.rows import ActiveSet, Judge, has_fallen
+from purify_fast.attacks.engine.row_batches import ActiveSet, Judge, has_fallen
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
@@ -21,7 +21,7 @@ from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")

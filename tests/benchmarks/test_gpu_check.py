@@ -20,7 +20,7 @@ from benchmarks.speed import limits, running, sheets, timing
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.tune import Change
+from purify_fast.ops.dispatch.racing import Change
 
 ROOT = Path(__file__).parents[2]
 
@@ -296,13 +296,13 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
-    monkeypatch.setattr("purify_fast.ops.dispatch.tune.REGISTRY", kept)
-    monkeypatch.setattr(gpu_sections.tune, "RUN", 1e-5)
-    monkeypatch.setitem(gpu_sections.tune.ELEMENTS, "cpu", {"small": 2**10})
+    monkeypatch.setattr("purify_fast.ops.dispatch.racing.REGISTRY", kept)
+    monkeypatch.setattr(gpu_sections.racing, "RUN", 1e-5)
+    monkeypatch.setitem(gpu_sections.racing.ELEMENTS, "cpu", {"small": 2**10})
     # which calls change hands depends on the machine: one is made up
     call = Call(CPU, "all", torch.float32, 10)
-    change, tune = Change("noisy_replay", call, "reference", "cpp", 2.0), gpu_sections.tune.tune
-    monkeypatch.setattr(gpu_sections.tune, "tune", lambda *a, **k: replace(tune(*a, **k), changes=[change]))
+    change, tune = Change("noisy_replay", call, "reference", "cpp", 2.0), gpu_sections.racing.tune
+    monkeypatch.setattr(gpu_sections.racing, "tune", lambda *a, **k: replace(tune(*a, **k), changes=[change]))
     out = tmp_path / "cpu"
     context = gpu_sections.Context(out, CPU, True, 60.0, lambda share, what: None)
     outcome = gpu_sections.races(context)

@@ -13,7 +13,7 @@ from benchmarks.speed import ops, sheets, shipping, timing
 from benchmarks.speed.ops import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import cache, races
+from purify_fast.ops.dispatch import races, records
 from purify_fast.ops.dispatch.op import call_of
 from purify_fast.ops.dispatch.races import SHIPPED
 
@@ -187,7 +187,7 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", sorted(json.loads(SHIPPED.read_text())[0]["ops"]))
 def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    entry = races.nearest(cache.machine(CPU))["ops"][op]
+    entry = races.nearest(records.machine(CPU))["ops"][op]
     for name, winners in entry["cells"].items():
         for style in winners:
             found = REGISTRY[op].wanted(call_of(name, CPU, style))

@@ -17,8 +17,9 @@ from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
 from benchmarks.robustness.studies.cifar10 import results as results_of_study
 from benchmarks.robustness.studies.cifar10 import study as names
 from benchmarks.robustness.studies.cifar10.table import write_tables
-from purify_fast.evaluation import Report, tradeoff
+from purify_fast.evaluation import Report
 from purify_fast.evaluation.rows import Row
+from purify_fast.evaluation.show import tradeoff
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier

@@ -12,7 +12,7 @@ import torch
 from purify_fast import __version__, _library
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch import cache, verify
+from purify_fast.ops.dispatch import records, verify
 from purify_fast.ops.dispatch.op import Call
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
     assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
     verdicts = {name: verify.verdict_of(REGISTRY[name], Call(CPU)) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=0.25, budget=0.0, case="3x3x32x32, float32")
-    cache.update("verified", CPU, {name: dataclasses.asdict(verdict) for name, verdict in verdicts.items()}, {})
+    records.update("verified", CPU, {name: dataclasses.asdict(verdict) for name, verdict in verdicts.items()}, {})
     monkeypatch.setattr(verify, "_known", {})
     text = installation.info(True)
     rows = {line.split()[0]: line for line in text.splitlines() if line}

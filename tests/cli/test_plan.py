@@ -15,9 +15,9 @@ from purify_fast.evaluation import Report, runner
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.counting import GPUS, Cost, counted
-from purify_fast.speed.forecast import Forecast, amount, in_words
+from purify_fast.speed.run_cost import Forecast, amount, in_words
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack
-from purify_fast.training.forecast import forecast
+from purify_fast.training.probed_steps import forecast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

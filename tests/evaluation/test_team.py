@@ -82,7 +82,7 @@ MOMENTS = {
 
 def killed(folder, kind, rank, number, moment="keep", store="file"):
     """One process is killed at its first, second, ... call of a function."""
-    victim = Victim(folder, rank, team)
+    victim = Victim(folder, rank)
 
     def work():
         victim.wait_patiently()
@@ -131,7 +131,7 @@ def test_the_first_process_is_killed_and_its_store_with_it(one, tmp_path):
 
 def test_one_that_was_stopped_ends_when_it_goes_on(one, tmp_path):
     """In its first batch, until the first process has said that it is lost."""
-    told, victim = tmp_path / "told", Victim(tmp_path, 1, team)
+    told, victim = tmp_path / "told", Victim(tmp_path, 1)
 
     class Told(logging.Handler):
         def emit(self, record):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from purify_fast.evaluation import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
-from purify_fast.evaluation.tradeoff import interpolate, linear_delta, nearest_point
+from purify_fast.evaluation.show.tradeoff import interpolate, linear_delta, nearest_point
 
 # scipy comes with the extras eval and demo
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="needs scipy")

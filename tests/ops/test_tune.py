@@ -16,26 +16,26 @@ from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
-from purify_fast.ops.dispatch import examples, races, tune, verify
+from purify_fast.ops.dispatch import examples, races, racing, verify
 from purify_fast.ops.dispatch.op import Call, size_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-ELEMENTS = tune.ELEMENTS
+ELEMENTS = racing.ELEMENTS
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
 
 
 @pytest.fixture(autouse=True)
 def folder(kernel_cache, monkeypatch) -> Path:
     """An empty folder, and races that are soon over."""
-    monkeypatch.setattr(tune, "RUN", 1e-5)
-    monkeypatch.setattr(tune, "ELEMENTS", TINY)
+    monkeypatch.setattr(racing, "RUN", 1e-5)
+    monkeypatch.setattr(racing, "ELEMENTS", TINY)
     return kernel_cache
 
 
-def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> tune.Row:
+def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> racing.Row:
     """A row of a race in which the reference took a microsecond."""
-    return tune.Row(example, variant, dtype, size, style, 1, 1.0, kernel_us)
+    return racing.Row(example, variant, dtype, size, style, 1, 1.0, kernel_us)
 
 
 def timed(monkeypatch, seconds: dict[str, float]) -> None:
@@ -46,7 +46,7 @@ def timed(monkeypatch, seconds: dict[str, float]) -> None:
             call()
         return [seconds["reference"], seconds["kernel"]]
 
-    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(racing, "fastest", fastest)
 
 
 def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
@@ -84,8 +84,8 @@ def test_dtype_and_size_decide(monkeypatch):
         kernel = 2.0 if (dtype, race.size) in lost else 0.5
         return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
 
-    monkeypatch.setattr(tune, "run_race", run_race)
-    found = tune.tune(CPU, ops=["sample_latent"])
+    monkeypatch.setattr(racing, "run_race", run_race)
+    found = racing.tune(CPU, ops=["sample_latent"])
     assert [(one.call.cell, one.after) for one in found.changes] == [("float32 small", "reference")]
     asked = {
         (torch.float32, 10): "reference",
@@ -109,10 +109,10 @@ def test_what_serves_keeps_its_place_where_it_is_level():
             {"date": "2026-01-01"},
         )
         for kernel_us in (0.97, 1.03):
-            made, _ = tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
+            made, _ = racing.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
             assert made["cells"] == {"": {"eager": served}, "float32 small": {"eager": served}}
         for kernel_us, winner in ((0.9, "cpp"), (1.1, "reference")):
-            made, _ = tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
+            made, _ = racing.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
             assert made["cells"][""] == {"eager": winner}
 
 
@@ -126,7 +126,7 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
         row("a", "linf", "float32", "medium", style="graph", kernel_us=1 / 3.0),
         row("a", "l1", "float32", "medium", style="graph", kernel_us=1 / 3.0),
     ]
-    made, _ = tune.decide(op, rows, CPU)
+    made, _ = racing.decide(op, rows, CPU)
     assert {name: made["cells"][name] for name in ("", "l1", "l2", "linf")} == {
         "": {"eager": "reference", "graph": "reference"},
         "l1": {"graph": "cpp"},
@@ -134,7 +134,7 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
         "linf": {"eager": "cpp", "graph": "reference"},  # compilers fuse it with neighbors, which the race has not
     }
     rows[1] = row("a channels_last", "linf", "float32", "small", style="eager", kernel_us=1 / 0.5)
-    assert tune.decide(op, rows, CPU)[0]["cells"]["linf"]["eager"] == "reference"
+    assert racing.decide(op, rows, CPU)[0]["cells"]["linf"]["eager"] == "reference"
 
 
 def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch):
@@ -149,9 +149,9 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
             raise MemoryError("no room")
         return [row(race.example.name, race.example.variant, "float32", race.size, kernel_us=0.5)]
 
-    monkeypatch.setattr(tune, "verdict_of", verdict_of)
-    monkeypatch.setattr(tune, "run_race", run_race)
-    found = tune.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
+    monkeypatch.setattr(racing, "verdict_of", verdict_of)
+    monkeypatch.setattr(racing, "run_race", run_race)
+    found = racing.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
     assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows)) and "philox" in found.wrong
     assert all("MemoryError: no room" in why for why in found.failed.values()) and found.failed
     said = command.text(found)
@@ -159,8 +159,8 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 
 
 def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
-    found = tune.tune(CPU, seconds=0.0, ops=["noisy_replay"])
-    assert len(found.left_out) == len(tune.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
+    found = racing.tune(CPU, seconds=0.0, ops=["noisy_replay"])
+    assert len(found.left_out) == len(racing.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
     assert "not raced for want of time, as before: noisy_replay" in command.text(found)
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
 
@@ -168,10 +168,10 @@ def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_h
 @pytest.mark.slow
 def test_a_real_race_in_small(folder, monkeypatch):
     """Also inside compiled graphs: every row has both times, and a second race takes the place of the first."""
-    monkeypatch.setattr(tune, "ELEMENTS", {"cpu": {"small": 2**10}})
-    monkeypatch.setattr(tune, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(tune.races_of, "__defaults__", ((torch.float32,),))
-    found = tune.tune(CPU, full=True, ops=["noisy_replay"])
+    monkeypatch.setattr(racing, "ELEMENTS", {"cpu": {"small": 2**10}})
+    monkeypatch.setattr(racing, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(racing.races_of, "__defaults__", ((torch.float32,),))
+    found = racing.tune(CPU, full=True, ops=["noisy_replay"])
     rows = found.rows["noisy_replay"]
     assert {row.style for row in rows} == {"eager", "graph"} and not found.failed
     assert all(row.reference_us > 0 and row.kernel_us > 0 for row in rows)
@@ -180,8 +180,8 @@ def test_a_real_race_in_small(folder, monkeypatch):
     entry = kept["ops"]["noisy_replay"]
     assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu")
     assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
-    assert tune.tune(CPU, ops=["noisy_replay"]).rows == {}
-    tune.tune(CPU, ops=["noisy_replay"], again=True)
+    assert racing.tune(CPU, ops=["noisy_replay"]).rows == {}
+    racing.tune(CPU, ops=["noisy_replay"], again=True)
     again = json.loads(path.read_text())["ops"]["noisy_replay"]
     assert len(again["rows"]) == len(
         {tuple(row[k] for k in ("example", "dtype", "size", "style")) for row in again["rows"]}
@@ -199,25 +199,25 @@ def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
         (dtype,) = [str(race.dtype).removeprefix("torch.")]
         return [row(race.example.name, race.example.variant, dtype, race.size, kernel_us=0.5)]
 
-    monkeypatch.setattr(tune, "run_race", run_race)
+    monkeypatch.setattr(racing, "run_race", run_race)
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(CPU, ops=["noisy_replay", "stitch"])
+        racing.tune(CPU, ops=["noisy_replay", "stitch"])
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")  # nothing is decided yet
     run.append("killed")
-    tuned = tune.tune(CPU, ops=["noisy_replay", "stitch"])
+    tuned = racing.tune(CPU, ops=["noisy_replay", "stitch"])
     assert len(run) == len(set(run)) == 4 + sum(map(len, tuned.rows.values())) and tuned.known == 3
-    assert sum(len(tune.known_rows(REGISTRY[name], CPU)) for name in ("noisy_replay", "stitch")) == len(run) - 1
+    assert sum(len(racing.known_rows(REGISTRY[name], CPU)) for name in ("noisy_replay", "stitch")) == len(run) - 1
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on this machine")
 
 
 def test_replays_are_captured_by_what_recovers(rerun):
     """The call runs aside before it is captured; where that fails the race is named, and the next one begins."""
-    race = tune.races_of(REGISTRY["noisy_replay"], CPU)[0]
-    assert [one.style for one in tune.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
+    race = racing.races_of(REGISTRY["noisy_replay"], CPU)[0]
+    assert [one.style for one in racing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
     assert rerun.recorded == 2 and rerun.replayed > 2
     rerun.error = RuntimeError("cannot be captured")
-    found = tune.tune(CPU, ops=["noisy_replay"], capture=rerun)
-    assert not found.rows and len(found.failed) == len(tune.races_of(REGISTRY["noisy_replay"], CPU))
+    found = racing.tune(CPU, ops=["noisy_replay"], capture=rerun)
+    assert not found.rows and len(found.failed) == len(racing.races_of(REGISTRY["noisy_replay"], CPU))
     assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
 
 
@@ -247,8 +247,8 @@ class Memory(TorchDispatchMode):
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
 def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
     """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""
-    monkeypatch.setattr(tune, "ELEMENTS", ELEMENTS)
-    large = [race for race in tune.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
+    monkeypatch.setattr(racing, "ELEMENTS", ELEMENTS)
+    large = [race for race in racing.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
     assert large
     for race in large:
         made = race.example.make(race.dtype, 0)
@@ -266,13 +266,13 @@ def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     # after an upgrade it is so of every op: one line for all of them
     assert other.wanted(Call(CPU)).backend == "cpp" and len(caplog.records) == 1
     assert "STALE for philox, stitch" in installation.info(True)
-    assert tune.known_rows(op, CPU) == []
+    assert racing.known_rows(op, CPU) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
-    monkeypatch.setattr(tune, "run_race", None)
+    monkeypatch.setattr(racing, "run_race", None)
     assert cli.main(["tune", "--device", "cpu"]) == 2
     assert "PURIFY_FAST_CACHE names another folder" in capsys.readouterr().err
     assert REGISTRY["philox"].wanted(Call(CPU)).backend == "cpp"  # as it ships
@@ -312,13 +312,13 @@ def test_a_look_up_is_one_dictionary_look_up():
 def test_a_call_has_the_size_key_of_its_race():
     """A public function and the race of its op need the same key, or the verdict would not be found."""
     for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
-        race = tune.races_of(op, CPU)[0]
+        race = racing.races_of(op, CPU)[0]
         arguments = examples.tile(race.example.make(race.dtype, 0), race.times)
         dtype, numel = op.size_key(*arguments)
         assert size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
     for op in (op for op in REGISTRY.values() if op.launch is not None):
         for example in op.raced:
-            for dtype in (one for one in tune.DTYPES if one in example.dtypes):
+            for dtype in (one for one in racing.DTYPES if one in example.dtypes):
                 assert op.size_key(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
     logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
     aggregate(logits, "peel").sum().backward()

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, kernel_choices, pin_kernels, resume_choices, use_backend
-from purify_fast.ops.dispatch import cache, races, registry, verify
+from purify_fast.ops.dispatch import races, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.tune import Launches
+from purify_fast.ops.dispatch.racing import Launches
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -178,12 +178,12 @@ def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_c
 
 
 def test_what_triton_lacks_is_told_with_the_way_to_mend_it(no_compiler, monkeypatch, tmp_path):
-    assert "apt-get install gcc" in cache.missing_compiler()
+    assert "apt-get install gcc" in records.missing_compiler()
     monkeypatch.setenv("CC", "/opt/cc")
-    monkeypatch.setattr(cache.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert f"{tmp_path / 'Python.h'} is missing" in cache.missing_compiler() and "-dev" in cache.missing_compiler()
+    monkeypatch.setattr(records.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert f"{tmp_path / 'Python.h'} is missing" in records.missing_compiler() and "-dev" in records.missing_compiler()
     (tmp_path / "Python.h").touch()
-    assert cache.missing_compiler() is None
+    assert records.missing_compiler() is None
 
 
 def test_what_takes_seconds_shows_its_progress(make, monkeypatch, capsys):
@@ -258,7 +258,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         registry.forget_choices()
         before = kernel.calls
         assert op.serving(Call(CPU)) == "cpp" and kernel.calls == before + 3
-        assert kept(folder)["machine"] == cache.machine(CPU)
+        assert kept(folder)["machine"] == records.machine(CPU)
         assert kept(folder)["ops"][op.name]["sources"] == op.sources_digest("cpu")
 
 
@@ -266,7 +266,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
 def test_a_damaged_file_is_replaced(make, folder, content):
     op = make(lambda x: x + x)
     folder.mkdir()
-    cache.file_of("verified", CPU).write_text(content)
+    records.file_of("verified", CPU).write_text(content)
     assert op.serving(Call(CPU)) == "cpp" and passed(kept(folder)["ops"][op.name])
 
 
@@ -356,18 +356,18 @@ def test_processes_share_one_verification(folder, tmp_path, monkeypatch):
 
 
 def test_the_folder_is_the_platforms(monkeypatch, tmp_path):
-    assert cache.folder() == tmp_path / "cache"
+    assert records.folder() == tmp_path / "cache"
     monkeypatch.delenv("PURIFY_FAST_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / "purify_fast"
+    assert records.folder() == tmp_path / "purify_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.folder() == Path.home() / ".cache/purify_fast"
+    assert records.folder() == Path.home() / ".cache/purify_fast"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache.folder() == Path.home() / "Library/Caches/purify_fast"
+    assert records.folder() == Path.home() / "Library/Caches/purify_fast"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert cache.folder() == tmp_path / "purify_fast/Cache"
+    assert records.folder() == tmp_path / "purify_fast/Cache"
 
 
 def most_launches(name: str, variant: str) -> int:
@@ -403,8 +403,8 @@ def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     """Only what PyTorch says of a GPU is invented here."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(cache, "_driver", lambda: "13")
-    found = cache.machine.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(records, "_driver", lambda: "13")
+    found = records.machine.__wrapped__(torch.device("cuda", 0))
     assert found.pop("triton") is not None
     assert found == {
         "kind": "cuda",
@@ -415,7 +415,7 @@ def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     }
     monkeypatch.undo()
     if not torch.cuda.is_available():
-        assert cache._driver() == "unknown"
+        assert records._driver() == "unknown"
 
 
 def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(make, folder, caplog):
@@ -423,8 +423,8 @@ def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(mak
     assert op.serving(Call(CPU)) == "cpp" and op.wanted(Call(CPU)).why.startswith("raced on ")
     entry = whole("reference", "cpp")
     entry["cells"]["l1"] = {"eager": "cpp", "graph": "reference"}
-    race = {"machine": cache.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
-    path = cache.file_of("raced", CPU)
+    race = {"machine": records.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
+    path = records.file_of("raced", CPU)
 
     def wanted(sources: str, style: str, variant: str = "") -> str:
         entry["sources"] = sources

@@ -11,7 +11,7 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.checkpoint import CHECKPOINT, GOOD, read_tree
 from purify_fast.training.loop import train_step
-from purify_fast.training.run import Diverged
+from purify_fast.training.loss_watch import Diverged
 from purify_fast.training.single_step import n_fgsm, nuclear_norm, nuclear_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

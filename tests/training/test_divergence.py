@@ -11,7 +11,7 @@ from small_runs import images
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
-from purify_fast.training.run import INTERVAL, Diverged, LossWatch
+from purify_fast.training.loss_watch import INTERVAL, Diverged, LossWatch
 from purify_fast.training.sources import InMemory, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from forks import Victim, processes, together, until
 from trainings import disturbed, weights
 
-from purify_fast import cli
+from purify_fast import _distributed, cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import last_checkpoint, read_tree
 
@@ -73,7 +73,7 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch, tmp_path, rank, 
     If it is deaf, an exchange does not hear the end of a connection, as it does not of one that NCCL has begun.
     """
     monkeypatch.setattr(distributed, "GRACE", 1.0)
-    victim = Victim(tmp_path, rank, distributed)
+    victim = Victim(tmp_path, rank)
 
     def act():
         # the other one has seen a sign of this step
@@ -104,8 +104,8 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch, tmp_path, rank, 
 
 def test_a_process_that_is_only_slow_is_not_lost(monkeypatch, tmp_path):
     """It takes much longer for a step than others may be silent."""
-    monkeypatch.setattr(distributed, "BEAT", 0.1)
-    monkeypatch.setattr(distributed, "SILENCE", 3.0)
+    monkeypatch.setattr(_distributed, "BEAT", 0.1)
+    monkeypatch.setattr(_distributed, "SILENCE", 3.0)
     act = lambda: time.sleep(6 if dist.get_rank() == 1 else 0)  # noqa: E731
     done = together(tmp_path, 2, lambda: disturbed(KIND, tmp_path / "run", act, BATCH))
     assert done.codes == [0, 0] and done.results == [6, 6], done.errors
@@ -113,9 +113,10 @@ def test_a_process_that_is_only_slow_is_not_lost(monkeypatch, tmp_path):
 
 def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
     """The other process gives two signs and no more; this one is at work, and comes to its next exchange."""
-    monkeypatch.setattr(distributed, "BEAT", 0.02)
-    monkeypatch.setattr(distributed, "SILENCE", math.inf)
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(_distributed, "BEAT", 0.02)
+    monkeypatch.setattr(_distributed, "SILENCE", math.inf)
+    for module in (distributed, _distributed):
+        monkeypatch.setattr(module, "processes", lambda: (0, 2))
     store = dist.HashStore()
     monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: store)
     ended = []
@@ -130,7 +131,7 @@ def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
             until(lambda step=step: 1 in watch.signs and watch.signs[1].step == step)
             with distributed.report_missing_process():
                 pass
-        monkeypatch.setattr(distributed, "SILENCE", 1.0)
+        monkeypatch.setattr(_distributed, "SILENCE", 1.0)
         until(lambda: watch.lost)
         with distributed.report_missing_process():
             pytest.fail("an exchange with a process that is lost")
@@ -139,14 +140,14 @@ def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
     with distributed.heartbeat():
         watch = distributed._watch
         store.set(f"{watch.name} 1", "2 5 done")
-        until(lambda: watch.missed.get(1, 0) * distributed.BEAT > 2 * distributed.SILENCE)
+        until(lambda: watch.missed.get(1, 0) * _distributed.BEAT > 2 * _distributed.SILENCE)
         with distributed.report_missing_process():
             pass
     assert store.get(f"{watch.name} 0").endswith(b" 0 done")
 
 
 def test_a_lost_process_is_named_within_two_minutes():
-    assert distributed.SILENCE + 2 * distributed.BEAT + distributed.GRACE < 120
+    assert _distributed.SILENCE + 2 * _distributed.BEAT + distributed.GRACE < 120
 
 
 def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path):
@@ -192,7 +193,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Time
 )
 def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
     """Any error with such a word in it was taken for one."""
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(_distributed, "processes", lambda: (0, 2))
     monkeypatch.setattr(distributed, "NOTICE", 0)
     monkeypatch.setattr(distributed, "_watch", distributed._Watch(dist.HashStore(), "alive"))
     with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.report_missing_process():

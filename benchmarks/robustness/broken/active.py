@@ -175,8 +175,15 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(
-            planted, x, torch.zeros_like(y[: len(x)]), eps=eps, steps=STEPS, restarts=STARTS, loss="margin",
-            eot_iter=4 if random else 1, judge_draws=draws,
-        )  # fmt: skip
+            planted,
+            x,
+            torch.zeros_like(y[: len(x)]),
+            eps=eps,
+            steps=STEPS,
+            restarts=STARTS,
+            loss="margin",
+            eot_iter=4 if random else 1,
+            judge_draws=draws,
+        )
         found = reached(attacked)
     return Power(int(valid.sum()), int((found & valid).sum()), int((chance & valid).sum()))

@@ -99,8 +99,11 @@ def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec
     """
     return [
         AttackSpec(
-            part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], seed=part.seed,
+            part.attack,
+            label=f"part {i + 1}",
+            gradients_from=followed[part.follows],
+            seed=part.seed,
             survivors_only=True,
         )
         for i, part in enumerate(chain(entry))
-    ]  # fmt: skip
+    ]

@@ -120,9 +120,13 @@ entry("total variation minimization", GUO, BPDA, chain=drawn(1, 2), published=f"
     purifier(total_variation, "digits-standard", total_variation)
 )
 entry(
-    "JPEG compression", GUO, BPDA, published=f"0 {ON_IMAGENET}", **ON_CIFAR,
+    "JPEG compression",
+    GUO,
+    BPDA,
+    published=f"0 {ON_IMAGENET}",
+    **ON_CIFAR,
     chain=(away(steps=100, restarts=2), every_class(steps=100, restarts=1)),
-)(purifier(jpeg, "cifar10-pgd-at-w16"))  # fmt: skip
+)(purifier(jpeg, "cifar10-pgd-at-w16"))
 entry("feature squeezing by medians", "Xu et al., NDSS 2018", "through the filter, He et al. 2017", chain=long(0, 1))(
     lambda x, y: (
         behind(median, zoo.load("digits-standard")),
@@ -130,9 +134,13 @@ entry("feature squeezing by medians", "Xu et al., NDSS 2018", "through the filte
     )
 )
 entry(
-    "random resizing and padding", XIE, EOT, published="0 (ImageNet, 0.031)", **ON_CIFAR | RANDOM,
+    "random resizing and padding",
+    XIE,
+    EOT,
+    published="0 (ImageNet, 0.031)",
+    **ON_CIFAR | RANDOM,
     chain=drawn(0, draws=10, steps=50, classes=3),
-)(lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16")))  # fmt: skip
+)(lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16")))
 
 
 @entry("thermometer encoding", "Buckman et al., ICLR 2018", BPDA, chain=long(1, 2), published=f"0 {ON_CIFAR10}")
@@ -160,9 +168,12 @@ def matrix_estimation(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "barrage of random transforms", "Raff et al., CVPR 2019", "BPDA and EOT, Sitawarin et al. 2022",
-    chain=drawn(1, draws=MANY_DRAWS), **RANDOM,
-)  # fmt: skip
+    "barrage of random transforms",
+    "Raff et al., CVPR 2019",
+    "BPDA and EOT, Sitawarin et al. 2022",
+    chain=drawn(1, draws=MANY_DRAWS),
+    **RANDOM,
+)
 def random_transforms(x: Tensor, y: Tensor) -> Models:
     model = train(behind(barrage, network()), x, y, epochs=40)
     return model, behind(partial(barrage, reduce=straight_through(fewer_bits)), model[1])
@@ -190,9 +201,12 @@ def pixel_defend(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "diffusion under no_grad", "Nie et al., ICML 2022", "full gradients and EOT, Lee and Kim 2023",
-    chain=drawn(1, 2), published="46.8 (CIFAR-10, 8/255)", **RANDOM,
-)  # fmt: skip
+    "diffusion under no_grad",
+    "Nie et al., ICML 2022",
+    "full gradients and EOT, Lee and Kim 2023",
+    chain=drawn(1, 2),
+    **RANDOM,
+)
 def diffusion(x: Tensor, y: Tensor) -> Models:
     clean, classifier = denoiser(x, y), zoo.load("digits-standard")
 
@@ -277,9 +291,12 @@ class MeanSparse(nn.Module):
 
 
 @entry(
-    "MeanSparse, threshold 0.4", "Amini et al. 2024", f"straight-through, after {ATHALYE}", eps=0.2,
+    "MeanSparse, threshold 0.4",
+    "Amini et al. 2024",
+    f"straight-through, after {ATHALYE}",
+    eps=0.2,
     chain=(*long(1, 2, 3, 4, steps=100), away(0), every_class(2, restarts=4)),
-)  # fmt: skip
+)
 def sparse_around_means(x: Tensor, y: Tensor) -> Models:
     base = zoo.load("digits-pgd-at")
     model = layers(base, lambda: nn.Sequential(MeanSparse(0.4), nn.SiLU()))
@@ -299,9 +316,13 @@ def sparse_around_means(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "stochastic activation pruning", "Dhillon et al., ICLR 2018", EOT, chain=drawn(0, 1), published=f"0 {ON_CIFAR10}",
+    "stochastic activation pruning",
+    "Dhillon et al., ICLR 2018",
+    EOT,
+    chain=drawn(0, 1),
+    published=f"0 {ON_CIFAR10}",
     **RANDOM,
-)  # fmt: skip
+)
 def stochastic_pruning(x: Tensor, y: Tensor) -> Models:
     base = zoo.load("digits-standard")
     return layers(base, lambda: nn.Sequential(nn.SiLU(), Step(prune))), base
@@ -328,9 +349,12 @@ class NoisyWeights(nn.Module):
 
 
 @entry(
-    "noisy gradients by noise in the weights", "He et al., CVPR 2019", f"EOT, after {ATHALYE}",
-    chain=drawn(0, 1, draws=MANY_DRAWS), **RANDOM,
-)  # fmt: skip
+    "noisy gradients by noise in the weights",
+    "He et al., CVPR 2019",
+    f"EOT, after {ATHALYE}",
+    chain=drawn(0, 1, draws=MANY_DRAWS),
+    **RANDOM,
+)
 def noisy_weights(x: Tensor, y: Tensor) -> Models:
     net = network()
     convolutions = [NoisyWeights(one) for one in (net.conv1, net.conv2, net.conv3, net.conv4)]
@@ -345,10 +369,11 @@ def noisy_weights(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "k-winners-take-all", "Xiao et al., ICLR 2020", f"gradients averaged over noise, {TRAMER}",
+    "k-winners-take-all",
+    "Xiao et al., ICLR 2020",
+    f"gradients averaged over noise, {TRAMER}",
     chain=(every_class(2), every_class(1, steps=50, restarts=1), away(1, steps=50, restarts=1), away(0)),
-    published="0.16 (CIFAR-10, 8/255)",
-)  # fmt: skip
+)
 def k_winners(x: Tensor, y: Tensor) -> Models:
     net = network()
     model = train(layers(net, lambda: Step(winners)), x, y, epochs=30)
@@ -403,9 +428,12 @@ def diversity(x: Tensor, y: Tensor) -> nn.Module:
 
 
 @entry(
-    "EMPIR", "Sen et al., ICLR 2020", f"BPDA on the averaged ensemble, {TRAMER}", chain=long(1, 2),
+    "EMPIR",
+    "Sen et al., ICLR 2020",
+    f"BPDA on the averaged ensemble, {TRAMER}",
+    chain=long(1, 2),
     published=f"1.5 {ON_CIFAR10}",
-)  # fmt: skip
+)
 def mixed_precision(x: Tensor, y: Tensor) -> Models:
     full, *others = (train(network(), x, y) for _ in range(3))
 
@@ -421,14 +449,16 @@ def mixed_precision(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "the odds are odd", "Roth et al., ICML 2019", f"logits of clean images matched under EOT, {TRAMER}",
+    "the odds are odd",
+    "Roth et al., ICML 2019",
+    f"logits of clean images matched under EOT, {TRAMER}",
     # each draw of what is matched takes 17 copies of an image
     chain=(
         away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
         every_class(1, steps=50, restarts=1, eot_iter=2),
         away(0, steps=100, eot_iter=4),
     ),
-)  # fmt: skip
+)
 def odds(x: Tensor, y: Tensor) -> Models:
     classifier = zoo.load("digits-standard")
 
@@ -485,9 +515,11 @@ def mixup_inference(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "error-correcting codes", "Verma and Swami, NeurIPS 2019", f"the bits before they saturate, {TRAMER}",
+    "error-correcting codes",
+    "Verma and Swami, NeurIPS 2019",
+    f"the bits before they saturate, {TRAMER}",
     chain=long(1, 0),
-)  # fmt: skip
+)
 def error_correction(x: Tensor, y: Tensor) -> Models:
     words, net = torch.randint(0, 2, (10, 32)).float() * 2 - 1, network(num_classes=32)
     train(net, x, y, lambda model, x, y: F.relu(1 - model(x) * words[y] / 4).mean())
@@ -500,9 +532,14 @@ def error_correction(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "defensive distillation", "Papernot et al., S&P 2016", "logits divided, Carlini and Wagner 2017",
-    data="mnist", images=50, chain=long(1), published="0 (MNIST, any distance)",
-)  # fmt: skip
+    "defensive distillation",
+    "Papernot et al., S&P 2016",
+    "logits divided, Carlini and Wagner 2017",
+    data="mnist",
+    images=50,
+    chain=long(1),
+    published="0 (MNIST, any distance)",
+)
 def distillation(x: Tensor, y: Tensor) -> Models:
     def hot(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x) / 40, y)
@@ -514,9 +551,13 @@ def distillation(x: Tensor, y: Tensor) -> Models:
 
 
 @entry(
-    "cascade adversarial training", "Na et al., ICLR 2018", f"PGD, {ATHALYE}", eps=0.2, chain=long(0, steps=400),
+    "cascade adversarial training",
+    "Na et al., ICLR 2018",
+    f"PGD, {ATHALYE}",
+    eps=0.2,
+    chain=long(0, steps=400),
     published="15 (CIFAR-10, 0.015)",
-)  # fmt: skip
+)
 def cascade(x: Tensor, y: Tensor) -> nn.Module:
     def one_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(model, x, y) + cross_entropy(model, parts.signed_step(model, x, y, 0.2), y)

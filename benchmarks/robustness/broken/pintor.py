@@ -25,9 +25,12 @@ POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
 LAST, FALLS = 10, 0.05
 #: The indicators in the order of the paper, without the transfer.
 INDICATORS = (
-    "unavailable gradients", "unstable predictions", "silent success", "incomplete optimization",
+    "unavailable gradients",
+    "unstable predictions",
+    "silent success",
+    "incomplete optimization",
     "unconstrained attack failure",
-)  # fmt: skip
+)
 
 
 def losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from purify_fast import data
 from purify_fast._files import folder_lock
-from purify_fast.attacks.autoattack import implementation
+from purify_fast.attacks.original_autoattack import implementation
 
 from ... import RESULTS as ALL
 from ...options import at_least_one

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..ball import projected
 from ..objective import Gradient
-from .rows import Rows, RowSearch, has_fallen, some_of
+from .row_batches import Rows, RowSearch, has_fallen, some_of
 
 #: The images that an attack by `NearestSearch` returns, in the words of a docstring.
 NEAREST_OR_IMAGE = (

@@ -271,10 +271,18 @@ class _Short:
         """The images at these places, int64, after Auto-PGD."""
         context = self.context
         return apgd(
-            self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm,
-            judge_draws=self.judges, sample_ids=at, precision="auto", copies=context.copies,
-            max_forward_batch=context.max_forward_batch or context.batch_size, **options,
-        )  # fmt: skip
+            self.model,
+            self.x[at],
+            self.y[at],
+            eps=context.eps,
+            norm=context.norm,
+            judge_draws=self.judges,
+            sample_ids=at,
+            precision="auto",
+            copies=context.copies,
+            max_forward_batch=context.max_forward_batch or context.batch_size,
+            **options,
+        )
 
     def _mostly_right(self, x: Tensor, y: Tensor) -> Tensor:
         logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
@@ -289,9 +297,14 @@ class _Short:
         if len(at) == 0:
             return fell
         attacked = self._attacked(
-            at, steps=STEPS, loss=usable_loss("dlr_targeted", self.context.num_classes), eot_iter=self.draws,
-            n_target_classes=self.targets, gradients_from=gradients_from, seed=self.context.seed + 1,
-        )  # fmt: skip
+            at,
+            steps=STEPS,
+            loss=usable_loss("dlr_targeted", self.context.num_classes),
+            eot_iter=self.draws,
+            n_target_classes=self.targets,
+            gradients_from=gradients_from,
+            seed=self.context.seed + 1,
+        )
         fell[at] = ~self._mostly_right(attacked, self.y[at])
         return fell
 

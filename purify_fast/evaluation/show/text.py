@@ -61,10 +61,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
     )
     functions = (
-        about_variants, claim, column_legend, comparison, facts, fill, followed, markdown_table, not_asked, outcome,
-        paint, percent, reason, settings_told, short_legend, short_table, table_of_findings, table_of_rows,
-        terminal_table, told_beside, warning, without_probes,
-    )  # fmt: skip
+        *(about_variants, claim, column_legend, comparison, facts, fill, followed, markdown_table, not_asked, outcome),
+        *(paint, percent, reason, settings_told, short_legend, short_table, table_of_findings, table_of_rows),
+        *(terminal_table, told_beside, warning, without_probes),
+    )
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES, "terminal": TERMINAL}
     return environment

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..._files import write_text
 from ...attacks import PGD, AutoAttack
-from ...attacks.autoattack import implementation
+from ...attacks.original_autoattack import implementation
 from ...data import DataSet
 from ...evaluation import AttackSpec, Report, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ...evaluation.show.tables import markdown_table

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .cache import files_digest
 from .examples import Example
+from .records import files_digest
 
 Style = Literal["eager", "graph"]
 Backend = Literal["reference", "cpp", "triton"]

@@ -1,6 +1,6 @@
 """The races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-Two kinds of files hold the results, in one form: the user's own for this machine (`cache`), and ``races.json`` of the
+Two kinds of files hold the results, in one form: the user's own for this machine (`records`), and ``races.json`` of the
 package, for machines that were measured with the benchmarks. The user's file comes first. It has hashes of the ops'
 sources, and entries for other sources are not used. Among the machines that ship, the same device counts, else the same
 instruction set, and for a CPU else the first machine: a kernel that was faster on one CPU is faster on most.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cache
+from . import records
 from .op import Backend, Call, Definition, Style, call_of
 
 logger = logging.getLogger("purify_fast")
@@ -53,12 +53,12 @@ def shipped() -> tuple[dict[str, Any], ...]:
 
 @functools.cache
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
-    return cache.read("raced", device)
+    return records.read("raced", device)
 
 
 def read(device: torch.device) -> dict[str, Any]:
     """The user's file for a device; empty if there is none."""
-    return _read(cache.file_of("raced", device), device)
+    return _read(records.file_of("raced", device), device)
 
 
 @functools.cache  # warn once per process: after an upgrade this is true of most ops
@@ -90,12 +90,12 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
     """The user's and the shipped entry of an op on a device that is here, with where and when it was raced."""
     if device.type in PINNED:
         return [(entry, "as the run began") for entry in PINNED[device.type]["races"].get(op.name, [])]
-    entries, own, near = [], read(device), nearest(cache.machine(device))
+    entries, own, near = [], read(device), nearest(records.machine(device))
     if op.name in own.get("ops", {}):
         if own["ops"][op.name].get("sources") == op.sources_digest(device.type):
             entries.append((own["ops"][op.name], f"raced on this machine, {own.get('date')}"))
         else:
-            _warn_stale(cache.file_of("raced", device))
+            _warn_stale(records.file_of("raced", device))
     if near is not None and op.name in near["ops"]:
         entries.append((near["ops"][op.name], f"raced on {near['machine']['device']}, {near['date']}"))
     return entries
@@ -133,10 +133,10 @@ def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> P
     Raises:
         OSError: the folder cannot be written; the message says how to name another.
     """
-    path = cache.file_of("raced", device)
-    with cache.locked("raced", device):
+    path = records.file_of("raced", device)
+    with records.locked("raced", device):
         try:
-            cache.update("raced", device, ops, facts)
+            records.update("raced", device, ops, facts)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error
     forget_files()

@@ -374,9 +374,10 @@ def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[d
     bits = {name for name, op in REGISTRY.items() if _changes_bits(op)}
     newly = {part.partition(" ")[0] for part in set(now["wrong"]) - set(begun["wrong"])}
     lost = [
-        name for name, kernel in begun["kernels"].items()
+        name
+        for name, kernel in begun["kernels"].items()
         if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in newly)
-    ]  # fmt: skip
+    ]
     if lost:
         changes.append(f"the kernels of {', '.join(sorted(lost))} that it began with are not here, or are wrong here")
     choices = {**now, "races": begun["races"], "wrong": sorted({*begun["wrong"], *now["wrong"]})}

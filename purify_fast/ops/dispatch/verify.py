@@ -1,6 +1,6 @@
 """Kernels are verified on the machine they run on: compared once with their definition in float64.
 
-The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`cache`). A
+The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`records`). A
 kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
 
 On a GPU a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled side by side. So
@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._memory import ran_out_of_memory
-from . import cache, races
+from . import races, records
 from .examples import Example, double, tensors, to
 from .op import Call, Definition
 
@@ -239,11 +239,11 @@ def _verify(op: Definition, part: Call) -> Verdict:
 
 def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
     """Warn that a kernel does not serve. Without a compiler no kernel serves, which a single warning says."""
-    lacking = cache.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
+    lacking = records.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
         return
-    where, what = cache.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
+    where, what = records.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
     warnings.warn(
         f"purify_fast: the {verdict.backend} kernel of {name} {what} on {where}: {verdict.words()}. "
         "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
@@ -272,8 +272,8 @@ def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
 
 def _read(device: torch.device) -> dict[str, Verdict]:
     """The verdicts by part, of this process and on the disk."""
-    path, verdicts = str(cache.file_of("verified", device)), {}
-    for name, entry in cache.read("verified", device).get("ops", {}).items():
+    path, verdicts = str(records.file_of("verified", device)), {}
+    for name, entry in records.read("verified", device).get("ops", {}).items():
         try:
             verdicts[name] = Verdict(**entry)
         except TypeError:
@@ -298,7 +298,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 def verdict_of(op: Definition, call: Call) -> Verdict:
     """The verdict on the kernel of a call. A kernel without a verdict is verified now, in one process at a time."""
     part, device = _part(call), call.device
-    name, path = _part_name(op, part), str(cache.file_of("verified", device))
+    name, path = _part_name(op, part), str(records.file_of("verified", device))
 
     def known() -> Verdict | None:
         verdict = _known.get((path, name)) or _read(device).get(name)
@@ -309,7 +309,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
     verdict = known()
     if verdict is not None:
         return verdict
-    with cache.locked("verified", device):
+    with records.locked("verified", device):
         verdict = known()  # another process may have verified it meanwhile
         if verdict is not None:
             return verdict
@@ -317,15 +317,15 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
         if verdict.status == "no memory":
             _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
-                "%s: memory ran out while its kernel was verified: %s; the reference serves, and it is tried again "
-                "after %d s", name, verdict.case, PATIENCE,
-            )  # fmt: skip
+                f"{name}: memory ran out while its kernel was verified: {verdict.case}; the reference serves, and it "
+                f"is tried again after {PATIENCE:.0f} s"
+            )
             return verdict
         _known[path, name] = verdict
         # a kernel that raised an error may run in the next process: with a compiler, or on another driver
         if verdict.status == "compared":
             try:
-                cache.update("verified", device, {name: asdict(verdict)}, {})
+                records.update("verified", device, {name: asdict(verdict)}, {})
             except OSError:
                 _warn_unwritable(path)
     logger.info("%s: %s verified in %.2f s, %s", name, verdict.backend, verdict.seconds, verdict)
@@ -345,7 +345,7 @@ def serves(op: Definition, call: Call) -> bool | None:
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
         return None
-    if _postponed.get((str(cache.file_of("verified", device)), name), 0.0) > time.monotonic():
+    if _postponed.get((str(records.file_of("verified", device)), name), 0.0) > time.monotonic():
         return None
     verdict = verdict_of(op, call)
     return None if verdict.status == "no memory" else verdict.passed

@@ -35,6 +35,7 @@ from ..._validation import CudaGraphs, check_literal
 from ...contents import identity_key
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, PreparesReplay
+from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import float32_settings
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
@@ -332,19 +333,13 @@ class StepGraphs:
         Raises:
             torch.OutOfMemoryError: memory ran out without graphs.
         """
-        again = same_draws_again(device)
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if not self._captured:
-                raise
-        # do this outside of the except block, whose traceback holds the tensors of the failed work
+        return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
+
+    def _give_up(self) -> None:
         logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
         self.mode = "off"
         self._captured.clear()
         self.capture.release()
-        again()
-        return work()
 
     def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
         """Find the captured step, or capture it now if that pays.
@@ -530,19 +525,6 @@ def no_trace(device: torch.device) -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
         random.setstate(python)
         np.random.set_state(array)
-
-
-def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators, including the device's, back to their present states."""
-    host = torch.get_rng_state()
-    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def again() -> None:
-        torch.set_rng_state(host)
-        if own is not None:
-            torch.cuda.set_rng_state(own, device)
-
-    return again
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from denoisers import Tiny, defence, images
 from purify_fast.attacks import APGD, AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
-from purify_fast.evaluation.protocols import PROTOCOLS, protocol_attacks
+from purify_fast.evaluation.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.evaluation.specs import LEE_KIM
 from purify_fast.evaluation.subject import Subject
 from purify_fast.evaluation.surrogates import Softened, surrogates

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .._files import atomic
+from ..._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
@@ -333,10 +333,17 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
     x, y = np.concatenate([*bars, traced[::20]]).T
     legend = axes.get_legend()
     adjust_text(
-        texts, x=x, y=y, ax=axes, objects=None if legend is None else [legend], iter_lim=ROUNDS,
-        expand=(1.15, 1.35), force_text=(0.8, 1.0), force_explode=(0.2, 0.8),
+        texts,
+        x=x,
+        y=y,
+        ax=axes,
+        objects=None if legend is None else [legend],
+        iter_lim=ROUNDS,
+        expand=(1.15, 1.35),
+        force_text=(0.8, 1.0),
+        force_explode=(0.2, 0.8),
         arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
-    )  # fmt: skip
+    )
 
 
 def _color(i: int) -> str:

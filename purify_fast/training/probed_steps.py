@@ -12,8 +12,8 @@ import torch
 
 from .._memory import peak_resident_memory
 from ..speed.counting import Cost, counted
-from ..speed.forecast import Forecast
 from ..speed.memory import peak_memory
+from ..speed.run_cost import Forecast
 from .config import FitConfig
 from .loop import train_step
 from .run import Run

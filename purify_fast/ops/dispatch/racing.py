@@ -261,11 +261,16 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
     times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
     return [
         Row(
-            *race.key, style, elements, reference_us=reference, kernel_us=kernels,
-            launches=launches.count, megabytes=round(moved / 1e6, 3),
+            *race.key,
+            style,
+            elements,
+            reference_us=reference,
+            kernel_us=kernels,
+            launches=launches.count,
+            megabytes=round(moved / 1e6, 3),
         )
         for style, (reference, kernels) in times.items()
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)
