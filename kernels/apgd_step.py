@@ -13,9 +13,21 @@ from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved,
 
 @triton.jit(do_not_specialize=["blocks"])
 def _linf(
-    x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
+    x_ptr,
+    grad_ptr,
+    nat_ptr,
+    previous_ptr,
+    alpha_ptr,
+    eps_ptr,
+    out_ptr,
+    size,
+    blocks,
+    momentum,
+    rest,
+    lo,
+    hi,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
     at, inside = row * size + element, element < size
@@ -29,9 +41,7 @@ def _linf(
 
 
 @triton.jit
-def _offset(
-    x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi
-):  # fmt: skip
+def _offset(x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi):
     # the image with its momentum, before the second projection, minus the natural image
     x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
     d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
@@ -41,9 +51,21 @@ def _offset(
 
 @triton.jit(do_not_specialize=["blocks"])
 def _l2(
-    x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
+    x_ptr,
+    grad_ptr,
+    nat_ptr,
+    previous_ptr,
+    alpha_ptr,
+    eps_ptr,
+    out_ptr,
+    size,
+    blocks,
+    momentum,
+    rest,
+    lo,
+    hi,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
     lane = tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -65,18 +87,42 @@ def _l2(
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         d = _offset(
-            x_ptr, grad_ptr, nat_ptr, previous_ptr=previous_ptr, at=at, inside=inside, peak=peak, step=step,
-            usable=usable, shrink=inner, momentum=momentum, rest=rest, lo=lo, hi=hi,
-        )  # fmt: skip
+            x_ptr,
+            grad_ptr,
+            nat_ptr,
+            previous_ptr=previous_ptr,
+            at=at,
+            inside=inside,
+            peak=peak,
+            step=step,
+            usable=usable,
+            shrink=inner,
+            momentum=momentum,
+            rest=rest,
+            lo=lo,
+            hi=hi,
+        )
         squares += tl.where(inside, d * d, 0.0)  # where the box leaves 0 out, masked lanes are not 0
     outer = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         d = _offset(
-            x_ptr, grad_ptr, nat_ptr, previous_ptr=previous_ptr, at=at, inside=inside, peak=peak, step=step,
-            usable=usable, shrink=inner, momentum=momentum, rest=rest, lo=lo, hi=hi,
-        )  # fmt: skip
+            x_ptr,
+            grad_ptr,
+            nat_ptr,
+            previous_ptr=previous_ptr,
+            at=at,
+            inside=inside,
+            peak=peak,
+            step=step,
+            usable=usable,
+            shrink=inner,
+            momentum=momentum,
+            rest=rest,
+            lo=lo,
+            hi=hi,
+        )
         moved = _clamp(_load(nat_ptr, at, inside) + d * outer, lo, hi)
         tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -101,8 +147,20 @@ def forward(
     kernel = _linf if norm == 0 else _l2
     with on(x):
         kernel[(x.shape[0] * blocks,)](
-            x.contiguous(), grad.contiguous(), x_nat.contiguous(), previous.contiguous(), alpha.contiguous(),
-            eps.contiguous(), out, size, blocks, float(momentum), float(1 - momentum), float(lo), float(hi),
-            **block, enable_fp_fusion=False,
-        )  # fmt: skip
+            x.contiguous(),
+            grad.contiguous(),
+            x_nat.contiguous(),
+            previous.contiguous(),
+            alpha.contiguous(),
+            eps.contiguous(),
+            out,
+            size,
+            blocks,
+            float(momentum),
+            float(1 - momentum),
+            float(lo),
+            float(hi),
+            **block,
+            enable_fp_fusion=False,
+        )
     return out

@@ -66,21 +66,46 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
     stride = size + 2 * width
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     total = _fused_rows(
-        pointer + n.to(tl.int64) * stride, stride, n, size=size, inside=inside, at=at, before=at - 1,
-        after=at + VECTOR, starts=at > 0, ends=at + VECTOR < size, VECTOR=VECTOR,
-    )  # fmt: skip
+        pointer + n.to(tl.int64) * stride,
+        stride,
+        n,
+        size=size,
+        inside=inside,
+        at=at,
+        before=at - 1,
+        after=at + VECTOR,
+        starts=at > 0,
+        ends=at + VECTOR < size,
+        VECTOR=VECTOR,
+    )
     m = _next(n, size, width)
     following = _fused_rows(
-        pointer + m.to(tl.int64) * stride, stride, m, size=size, inside=inside & (n < size - 1), at=at + width,
-        before=tl.where(at == size - width, 0, at + width - 1), after=at + width + VECTOR, starts=at >= 0,
-        ends=_next(at + VECTOR - 1, size, width) < size - 1, VECTOR=VECTOR,
-    )  # fmt: skip
+        pointer + m.to(tl.int64) * stride,
+        stride,
+        m,
+        size=size,
+        inside=inside & (n < size - 1),
+        at=at + width,
+        before=tl.where(at == size - width, 0, at + width - 1),
+        after=at + width + VECTOR,
+        starts=at >= 0,
+        ends=_next(at + VECTOR - 1, size, width) < size - 1,
+        VECTOR=VECTOR,
+    )
     m = _previous(n, size, width)
     preceding = _fused_rows(
-        pointer + m.to(tl.int64) * stride, stride, m, size=size, inside=inside & (n > 0), at=at - width,
-        before=at - width - 1, after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
-        starts=_previous(at, size, width) > 0, ends=at >= 0, VECTOR=VECTOR,
-    )  # fmt: skip
+        pointer + m.to(tl.int64) * stride,
+        stride,
+        m,
+        size=size,
+        inside=inside & (n > 0),
+        at=at - width,
+        before=at - width - 1,
+        after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
+        starts=_previous(at, size, width) > 0,
+        ends=at >= 0,
+        VECTOR=VECTOR,
+    )
     return total + tl.where(i < size - 1, following, 0.0) + tl.where(i > 0, preceding, 0.0)
 
 
@@ -99,9 +124,18 @@ def _column(pointer, stride, n, i, inside, size, width):
 
 @triton.jit(do_not_specialize=["batch", "height"])
 def _patches(
-    x_ptr, inverse_ptr, out_ptr, batch, size, height, width,
-    SCALED: tl.constexpr, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    inverse_ptr,
+    out_ptr,
+    batch,
+    size,
+    height,
+    width,
+    SCALED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -112,9 +146,18 @@ def _patches(
     for query in range(TOGETHER):
         n = first + query
         total = window(
-            x_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own, column=column,
-            height=height, width=width, VECTOR=VECTOR,
-        )  # fmt: skip
+            x_ptr + (sample * size + n) * size,
+            size,
+            at,
+            inside=inside,
+            y=y,
+            x=n - y * width,
+            row=own,
+            column=column,
+            height=height,
+            width=width,
+            VECTOR=VECTOR,
+        )
         if SCALED:
             winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
             store_winged(winged, at, total * inverse, inside=inside, size=size, width=width, VECTOR=VECTOR)
@@ -124,9 +167,17 @@ def _patches(
 
 @triton.jit(do_not_specialize=["batch"])
 def _attend(
-    x_ptr, keep_ptr, out_ptr, batch, size, width, scale,
-    TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    keep_ptr,
+    out_ptr,
+    batch,
+    size,
+    width,
+    scale,
+    TOGETHER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at = tl.arange(0, GROUPS) * VECTOR
@@ -192,9 +243,18 @@ def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexp
 
 @triton.jit(do_not_specialize=["batch", "height"])
 def _gather(
-    grad_ptr, weights_ptr, out_ptr, batch, size, height, width, scale,
-    TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    weights_ptr,
+    out_ptr,
+    batch,
+    size,
+    height,
+    width,
+    scale,
+    TOGETHER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -213,9 +273,16 @@ def _gather(
                     pointer, size, at, inside=inside, x=x, column=column, width=width, RIGHT=right == 0, VECTOR=VECTOR
                 )
                 total += _half_line(
-                    pointer + (1 - 2 * down) * far, size, at, inside=there, x=x, column=column, width=width,
-                    RIGHT=right == 0, VECTOR=VECTOR,
-                )  # fmt: skip
+                    pointer + (1 - 2 * down) * far,
+                    size,
+                    at,
+                    inside=there,
+                    x=x,
+                    column=column,
+                    width=width,
+                    RIGHT=right == 0,
+                    VECTOR=VECTOR,
+                )
         weights = load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
         total *= 0.25
         slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(tl.sum(weights * total, 1), 0))
@@ -225,9 +292,20 @@ def _gather(
 
 @triton.jit(do_not_specialize=["batch", "height", "blocks"])
 def _scaled(
-    x_ptr, correlation_ptr, inverse_ptr, parts_ptr, out_ptr, batch, size, height, width, blocks,
-    QUERIES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    correlation_ptr,
+    inverse_ptr,
+    parts_ptr,
+    out_ptr,
+    batch,
+    size,
+    height,
+    width,
+    blocks,
+    QUERIES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * QUERIES
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -249,9 +327,18 @@ def _scaled(
         total += moved_out(x, one, VECTOR)
         y = n // width
         part += total * window(
-            correlation_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own,
-            column=column, height=height, width=width, VECTOR=VECTOR,
-        )  # fmt: skip
+            correlation_ptr + (sample * size + n) * size,
+            size,
+            at,
+            inside=inside,
+            y=y,
+            x=n - y * width,
+            row=own,
+            column=column,
+            height=height,
+            width=width,
+            VECTOR=VECTOR,
+        )
         tl.store(out_ptr + (sample * size + n) * size + i, total * inverse, mask=inside[:, None])
     tl.store(parts_ptr + (sample * blocks + block) * size + i, part, mask=inside[:, None])
 

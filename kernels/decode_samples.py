@@ -46,16 +46,22 @@ OLDEST = 8
 
 @triton.jit(do_not_specialize=["rows", "first", "draws", "stream"])
 def _latents(
-    seed_ptr, ids_ptr, out_ptr, rows, first, draws, stream,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    seed_ptr,
+    ids_ptr,
+    out_ptr,
+    rows,
+    first,
+    draws,
+    stream,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """The latents of some rows, each of ``WIDTH`` numbers, of which those after the first ``SIZE`` are zero."""
     row, block = program(rows)
     at = first + row
     sample, draw = tl.load(ids_ptr + at // draws), at % draws
-    z = noise(
-        tl.load(seed_ptr), block * GROUPS, draw, sample=sample, stream=stream, GROUPS=GROUPS, PAIRS=True
-    )  # fmt: skip
+    z = noise(tl.load(seed_ptr), block * GROUPS, draw, sample=sample, stream=stream, GROUPS=GROUPS, PAIRS=True)
     element = block * (GROUPS * 4) + tl.arange(0, GROUPS * 4)
     z = tl.where(element < SIZE, z, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * WIDTH + element, z, mask=element < WIDTH)
@@ -74,11 +80,29 @@ def _first_output(residue, PADDING: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _products(
-    in_ptr, weight_ptr, y, x, sample, inside, busy, column, residue_y, residue_x,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    in_ptr,
+    weight_ptr,
+    y,
+    x,
+    sample,
+    inside,
+    busy,
+    column,
+    residue_y,
+    residue_x,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Sums over the taps of a residue and the channels: of tap j a row reads the input's pixel at y + STEP * j.
 
     A program that is not ``busy`` has no rows: there are as many for every residue as that of most rows needs.
@@ -111,13 +135,35 @@ def _products(
 # long because the kinds share the place of their rows, and Triton compiles only one of them
 @triton.jit(do_not_specialize=["samples", "tiles", "first", "draws"])
 def _layer(
-    in_ptr, weight_ptr, bias_ptr, map_ptr, out_ptr, samples, tiles, first, draws, slope,
-    KIND: tl.constexpr, SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    in_ptr,
+    weight_ptr,
+    bias_ptr,
+    map_ptr,
+    out_ptr,
+    samples,
+    tiles,
+    first,
+    draws,
+    slope,
+    KIND: tl.constexpr,
+    SQUASH: tl.constexpr,
+    BY_PIXEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     block, part = program(tiles)
     column = part % (COLUMNS // TILE) * TILE + tl.arange(0, TILE)
     residue = part // (COLUMNS // TILE)
@@ -129,10 +175,29 @@ def _layer(
         y, x = out_y * STRIDE_H - PADDING, out_x * STRIDE_W - PADDING
         inside = sample < samples
         total = _products(
-            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0,
-            HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W,
-            STRIDE_H=1, STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
-        )  # fmt: skip
+            in_ptr,
+            weight_ptr,
+            y,
+            x,
+            sample,
+            inside=inside,
+            busy=True,
+            column=column,
+            residue_y=0,
+            residue_x=0,
+            HEIGHT=HEIGHT,
+            WIDTH=WIDTH,
+            CHANNELS=CHANNELS,
+            COLUMNS=COLUMNS,
+            KERNEL_H=KERNEL_H,
+            KERNEL_W=KERNEL_W,
+            STRIDE_H=1,
+            STRIDE_W=1,
+            STEP=1,
+            ROWS=ROWS,
+            TILE=TILE,
+            CHUNK=CHUNK,
+        )
     else:
         first_y = _first_output(residue_y, PADDING, STRIDE_H)
         first_x = _first_output(residue_x, PADDING, STRIDE_W)
@@ -148,11 +213,29 @@ def _layer(
         y = own_y + (first_y + PADDING - residue_y) // STRIDE_H
         x = own_x + (first_x + PADDING - residue_x) // STRIDE_W
         total = _products(
-            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=block * ROWS < samples * size, column=column,
-            residue_y=residue_y, residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS,
-            KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, STEP=-1, ROWS=ROWS, TILE=TILE,
+            in_ptr,
+            weight_ptr,
+            y,
+            x,
+            sample,
+            inside=inside,
+            busy=block * ROWS < samples * size,
+            column=column,
+            residue_y=residue_y,
+            residue_x=residue_x,
+            HEIGHT=HEIGHT,
+            WIDTH=WIDTH,
+            CHANNELS=CHANNELS,
+            COLUMNS=COLUMNS,
+            KERNEL_H=KERNEL_H,
+            KERNEL_W=KERNEL_W,
+            STRIDE_H=STRIDE_H,
+            STRIDE_W=STRIDE_W,
+            STEP=-1,
+            ROWS=ROWS,
+            TILE=TILE,
             CHUNK=CHUNK,
-        )  # fmt: skip
+        )
     pixel = (sample * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x
     slope = tl.cast(slope, tl.float32)
     if KIND == 2:
@@ -187,16 +270,42 @@ def _layer(
 # long because it is two layers, of which the first stays in registers for the second
 @triton.jit(do_not_specialize=["samples", "tiles"])
 def _last_two(
-    in_ptr, weight_ptr, bias_ptr, last_ptr, shift_ptr, out_ptr, samples, tiles, slope,
-    SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    MID_HEIGHT: tl.constexpr, MID_WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr, LAST_COLUMNS: tl.constexpr,
-    LAST_KERNEL: tl.constexpr, LAST_PADDING: tl.constexpr, CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    in_ptr,
+    weight_ptr,
+    bias_ptr,
+    last_ptr,
+    shift_ptr,
+    out_ptr,
+    samples,
+    tiles,
+    slope,
+    SQUASH: tl.constexpr,
+    BY_PIXEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    MID_HEIGHT: tl.constexpr,
+    MID_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    LAST_COLUMNS: tl.constexpr,
+    LAST_KERNEL: tl.constexpr,
+    LAST_PADDING: tl.constexpr,
+    CELLS_Y: tl.constexpr,
+    CELLS_X: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """The pixels of a cell from input cells at offsets ``LOW`` to ``HIGH``; the image's from ``FROM`` to ``TO``."""
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
@@ -363,10 +472,19 @@ class Decoder:
         channels, h, w = self.geometry.start
         # positional because tensors come in the order of the launch
         self._run(
-            z, self.weights[0], condition, out, (1, 1, z.shape[1]),
-            Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w), self.columns[0],
-            kind=FIRST, kernel=(h, w), stride=(h, w), first=first, draws=draws,
-        )  # fmt: skip
+            z,
+            self.weights[0],
+            condition,
+            out,
+            (1, 1, z.shape[1]),
+            Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w),
+            self.columns[0],
+            kind=FIRST,
+            kernel=(h, w),
+            stride=(h, w),
+            first=first,
+            draws=draws,
+        )
 
     def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
         """A layer's map, after the LeakyReLU, or the image."""
@@ -374,10 +492,18 @@ class Decoder:
         image = index == len(self.geometry.layers) - 1
         # positional because tensors come in the order of the launch
         self._run(
-            x, self.weights[index + 1], self.biases[index], out, self.inputs(index), layer, self.columns[index + 1],
-            kind=IMAGE if image else BETWEEN, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2,
+            x,
+            self.weights[index + 1],
+            self.biases[index],
+            out,
+            self.inputs(index),
+            layer,
+            self.columns[index + 1],
+            kind=IMAGE if image else BETWEEN,
+            kernel=(layer.kernel,) * 2,
+            stride=(layer.stride,) * 2,
             by_pixel=by_pixel,
-        )  # fmt: skip
+        )
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
         """The gradient of the input of the LeakyReLU before a layer, from the gradient of the layer's output."""
@@ -385,17 +511,37 @@ class Decoder:
         h, w, columns = self.inputs(index)
         # positional because tensors come in the order of the launch
         self._run(
-            grad, self.transposed[index], self.biases[index], out,
+            grad,
+            self.transposed[index],
+            self.biases[index],
+            out,
             (layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)),
-            layer._replace(channels=columns, height=h, width=w), columns,
-            kind=GRADIENT, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2, entered=entered,
-        )  # fmt: skip
+            layer._replace(channels=columns, height=h, width=w),
+            columns,
+            kind=GRADIENT,
+            kernel=(layer.kernel,) * 2,
+            stride=(layer.stride,) * 2,
+            entered=entered,
+        )
 
     def _run(
-        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, size: tuple[int, int, int], layer: Layer,
-        columns: int, *, kind: int, kernel: tuple[int, int], stride: tuple[int, int], by_pixel: bool = False,
-        entered: Tensor | None = None, first: int = 0, draws: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor,
+        size: tuple[int, int, int],
+        layer: Layer,
+        columns: int,
+        *,
+        kind: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        by_pixel: bool = False,
+        entered: Tensor | None = None,
+        first: int = 0,
+        draws: int = 1,
+    ) -> None:
         h, w, channels = size
         tile = tiles(columns, channels, self.dtype, self.device)
         steps = (1, 1) if kind == GRADIENT else stride
@@ -403,12 +549,33 @@ class Decoder:
         blocks = triton.cdiv(most, tile["ROWS"])
         parts = steps[0] * steps[1] * (columns // tile["TILE"])
         _layer[grid(blocks, parts)](
-            x, weight, bias, out if entered is None else entered, out, len(x), blocks, first, draws, self.slope,
-            KIND=kind, SQUASH=self.squash and kind == IMAGE, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels,
-            OUT_HEIGHT=layer.height, OUT_WIDTH=layer.width, OUT_CHANNELS=layer.channels, COLUMNS=columns,
-            KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], PADDING=layer.padding,
+            x,
+            weight,
+            bias,
+            out if entered is None else entered,
+            out,
+            len(x),
+            blocks,
+            first,
+            draws,
+            self.slope,
+            KIND=kind,
+            SQUASH=self.squash and kind == IMAGE,
+            BY_PIXEL=by_pixel,
+            HEIGHT=h,
+            WIDTH=w,
+            CHANNELS=channels,
+            OUT_HEIGHT=layer.height,
+            OUT_WIDTH=layer.width,
+            OUT_CHANNELS=layer.channels,
+            COLUMNS=columns,
+            KERNEL_H=kernel[0],
+            KERNEL_W=kernel[1],
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PADDING=layer.padding,
             **tile,
-        )  # fmt: skip
+        )
 
     def last_two(self, x: Tensor, out: Tensor, by_pixel: bool) -> None:
         """The image of the map that enters the last layer but one."""
@@ -422,13 +589,40 @@ class Decoder:
         own = tile["ROWS"] - (end - start) * (cells_x + 1)
         blocks = triton.cdiv(len(x) * cells_y * cells_x, own)
         _last_two[grid(blocks, 1)](
-            x, self.weights[-2], self.biases[-2], self.weights[-1], self.biases[-1], out, len(x), blocks, self.slope,
-            SQUASH=self.squash, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels, MID_HEIGHT=before.height,
-            MID_WIDTH=before.width, COLUMNS=self.columns[-2], KERNEL=before.kernel, STRIDE=before.stride,
-            PADDING=before.padding, OUT_HEIGHT=last.height, OUT_WIDTH=last.width, OUT_CHANNELS=last.channels,
-            LAST_COLUMNS=self.columns[-1], LAST_KERNEL=last.kernel, LAST_PADDING=last.padding, CELLS_Y=cells_y,
-            CELLS_X=cells_x, LOW=low, HIGH=high, FROM=start, TO=end, **tile,
-        )  # fmt: skip
+            x,
+            self.weights[-2],
+            self.biases[-2],
+            self.weights[-1],
+            self.biases[-1],
+            out,
+            len(x),
+            blocks,
+            self.slope,
+            SQUASH=self.squash,
+            BY_PIXEL=by_pixel,
+            HEIGHT=h,
+            WIDTH=w,
+            CHANNELS=channels,
+            MID_HEIGHT=before.height,
+            MID_WIDTH=before.width,
+            COLUMNS=self.columns[-2],
+            KERNEL=before.kernel,
+            STRIDE=before.stride,
+            PADDING=before.padding,
+            OUT_HEIGHT=last.height,
+            OUT_WIDTH=last.width,
+            OUT_CHANNELS=last.channels,
+            LAST_COLUMNS=self.columns[-1],
+            LAST_KERNEL=last.kernel,
+            LAST_PADDING=last.padding,
+            CELLS_Y=cells_y,
+            CELLS_X=cells_x,
+            LOW=low,
+            HIGH=high,
+            FROM=start,
+            TO=end,
+            **tile,
+        )
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
@@ -438,9 +632,18 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
     groups = min(32, triton.next_power_of_2(width // 4))
     _latents[grid(count, triton.cdiv(width, 4 * groups))](
-        seed, sample_ids, z, count, first, draws, LATENT, SIZE=size, WIDTH=width, GROUPS=groups,
+        seed,
+        sample_ids,
+        z,
+        count,
+        first,
+        draws,
+        LATENT,
+        SIZE=size,
+        WIDTH=width,
+        GROUPS=groups,
         num_warps=1,
-    )  # fmt: skip
+    )
     return z
 
 
@@ -466,9 +669,18 @@ def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, c
 
 
 def forward(
-    condition: Tensor, seed: Tensor, sample_ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int],
-    samples: int, slope: float, squash: bool, channels_last: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    numbers: list[int],
+    samples: int,
+    slope: float,
+    squash: bool,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """`purify_fast.ops.decode_samples.reference`'s contract: images [B * K, C, H, W]."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     total = len(condition) * samples
@@ -491,9 +703,18 @@ def forward(
 
 
 def backward(
-    grad: Tensor, image: Tensor, condition: Tensor, seed: Tensor, sample_ids: Tensor, packed: Tensor, biases: Tensor,
-    numbers: list[int], samples: int, slope: float, squash: bool,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    image: Tensor,
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    numbers: list[int],
+    samples: int,
+    slope: float,
+    squash: bool,
+) -> Tensor:
     """`purify_fast.ops.decode_samples.reference_backward`'s contract: [B, H * W * C]; the maps are made again."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start

@@ -30,8 +30,9 @@ def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _normals(seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr,
-             PAIRS: tl.constexpr):  # fmt: skip
+def _normals(
+    seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr
+):
     """Normals of the elements of this program, from group ``first`` on."""
     draw = tl.load(draws_ptr + row) * STEPS + tl.load(step_ptr)
     return noise(
@@ -47,10 +48,26 @@ def _deviation(v, s, lo, hi):
 
 @triton.jit
 def _forward(
-    x_ptr, m_ptr, k_ptr, seed_ptr, ids_ptr, draws_ptr, step_ptr, out_ptr, rows, size, plane, channels, stride,
-    LEARNED: tl.constexpr, NOISY: tl.constexpr, CHANNELS_LAST: tl.constexpr, STREAM: tl.constexpr,
-    GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    m_ptr,
+    k_ptr,
+    seed_ptr,
+    ids_ptr,
+    draws_ptr,
+    step_ptr,
+    out_ptr,
+    rows,
+    size,
+    plane,
+    channels,
+    stride,
+    LEARNED: tl.constexpr,
+    NOISY: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     row, block = program(rows)
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
@@ -68,9 +85,16 @@ def _forward(
         s = tl.load(k_ptr + 5)
         if s != 0:
             z = _normals(
-                seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
-                STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
-            )  # fmt: skip
+                seed_ptr,
+                ids_ptr,
+                draws_ptr,
+                step_ptr,
+                row=image,
+                first=first_of(block, size, GROUPS),
+                STREAM=STREAM,
+                GROUPS=GROUPS,
+                PAIRS=PAIRS,
+            )
             if LEARNED:
                 out += _deviation(_load(m_ptr, at + behind, inside), s, tl.load(k_ptr + 6), tl.load(k_ptr + 7)) * z
             else:
@@ -80,11 +104,28 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_ptr, x_ptr, m_ptr, k_ptr, seed_ptr, ids_ptr, draws_ptr, step_ptr, dx_ptr, dm_ptr, rows, size, plane, channels,
+    grad_ptr,
+    x_ptr,
+    m_ptr,
+    k_ptr,
+    seed_ptr,
+    ids_ptr,
+    draws_ptr,
+    step_ptr,
+    dx_ptr,
+    dm_ptr,
+    rows,
+    size,
+    plane,
+    channels,
     stride,
-    LEARNED: tl.constexpr, NOISY: tl.constexpr, CHANNELS_LAST: tl.constexpr, STREAM: tl.constexpr,
-    GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    LEARNED: tl.constexpr,
+    NOISY: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     row, block = program(rows)
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
@@ -109,9 +150,16 @@ def _backward(
                 lo, hi = tl.load(k_ptr + 6), tl.load(k_ptr + 7)
                 v = _load(m_ptr + of_prediction, at + behind, inside)
                 z = _normals(
-                    seed_ptr, ids_ptr, draws_ptr, step_ptr, row=image, first=first_of(block, size, GROUPS),
-                    STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
-                )  # fmt: skip
+                    seed_ptr,
+                    ids_ptr,
+                    draws_ptr,
+                    step_ptr,
+                    row=image,
+                    first=first_of(block, size, GROUPS),
+                    STREAM=STREAM,
+                    GROUPS=GROUPS,
+                    PAIRS=PAIRS,
+                )
                 dv = grad * z * (0.25 * (hi - lo) * _deviation(v, s, lo, hi))
         tl.store(dm_ptr + at + behind, dv.to(dm_ptr.dtype.element_ty), mask=inside)
 
@@ -126,12 +174,25 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
     coefficients = named[0].contiguous()
     with on(x):
         kernel[grid(rows, triton.cdiv(size, block))](
-            *(one.contiguous() for one in images[:-1]), prediction if last else prediction.contiguous(), coefficients,
-            *(one.contiguous() for one in named[1:]), *results, rows, size, size // x.shape[1], channels,
+            *(one.contiguous() for one in images[:-1]),
+            prediction if last else prediction.contiguous(),
+            coefficients,
+            *(one.contiguous() for one in named[1:]),
+            *results,
+            rows,
+            size,
+            size // x.shape[1],
+            channels,
             coefficients.shape[-1] if coefficients.dim() == 2 else 0,
-            LEARNED=channels > x.shape[1], NOISY=noisy, CHANNELS_LAST=last, STREAM=DIFFUSION, GROUPS=block // 4,
-            PAIRS=prediction.element_size() == 2 and not last, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+            LEARNED=channels > x.shape[1],
+            NOISY=noisy,
+            CHANNELS_LAST=last,
+            STREAM=DIFFUSION,
+            GROUPS=block // 4,
+            PAIRS=prediction.element_size() == 2 and not last,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
 
 
 def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:

@@ -94,9 +94,18 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
     while high - low > 1:
         middle = low + (high - low) // 2
         above, _ = _gains(
-            x_ptr, w_ptr, row, lane=lane, size=size, scale=scale, side=side, lo=lo, hi=hi,
-            least=middle.to(tl.float32, bitcast=True), WIDTH=WIDTH,
-        )  # fmt: skip
+            x_ptr,
+            w_ptr,
+            row,
+            lane=lane,
+            size=size,
+            scale=scale,
+            side=side,
+            lo=lo,
+            hi=hi,
+            least=middle.to(tl.float32, bitcast=True),
+            WIDTH=WIDTH,
+        )
         low, high = tl.where(above >= gap, middle, low), tl.where(above >= gap, high, middle)
     least = high.to(tl.float32, bitcast=True)
     above, edge = _gains(
@@ -121,7 +130,16 @@ def forward(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) ->
     kernel, own = (_threshold, {}) if norm == 2 else (_newton, {"ALIKE": norm == 0})
     with on(x):
         kernel[(rows,)](
-            dense(x), dense(w), b.contiguous(), out, size, float(lo), float(hi), **own,
-            WIDTH=width, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+            dense(x),
+            dense(w),
+            b.contiguous(),
+            out,
+            size,
+            float(lo),
+            float(hi),
+            **own,
+            WIDTH=width,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
     return out

@@ -17,9 +17,22 @@ REPLAY_NOISE = 5
 
 @triton.jit(do_not_specialize=["blocks"])
 def _forward(
-    x_ptr, adv_ptr, drift_ptr, tau_ptr, eps_ptr, seed_ptr, ids_ptr, out_ptr, size, blocks, lo, hi,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    adv_ptr,
+    drift_ptr,
+    tau_ptr,
+    eps_ptr,
+    seed_ptr,
+    ids_ptr,
+    out_ptr,
+    size,
+    blocks,
+    lo,
+    hi,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     pid = tl.program_id(0).to(tl.int64)
     row, block = pid // blocks, pid % blocks
     element = block * GROUPS * 4 + tl.arange(0, GROUPS * 4)
@@ -27,9 +40,15 @@ def _forward(
     if tl.load(drift_ptr + row) > tl.load(tau_ptr):
         sample = tl.load(ids_ptr + row)
         r = noise(
-            tl.load(seed_ptr), block * GROUPS, sample * 0, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
+            tl.load(seed_ptr),
+            block * GROUPS,
+            sample * 0,
+            sample=sample,
+            stream=STREAM,
+            GROUPS=GROUPS,
+            PAIRS=PAIRS,
             NORMAL=False,
-        )  # fmt: skip
+        )
         x = _load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
         x = _clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -57,9 +76,22 @@ def forward(
     blocks = triton.cdiv(size, block)
     with on(x):
         _forward[(x.shape[0] * blocks,)](
-            x.contiguous(), x_adv.contiguous(), drift.contiguous(), tau.contiguous(), eps.contiguous(),
-            seed.contiguous(), sample_ids.contiguous(), out, size, blocks, float(lo), float(hi),
-            STREAM=REPLAY_NOISE, GROUPS=block // 4, PAIRS=x.element_size() == 2, num_warps=warps,
+            x.contiguous(),
+            x_adv.contiguous(),
+            drift.contiguous(),
+            tau.contiguous(),
+            eps.contiguous(),
+            seed.contiguous(),
+            sample_ids.contiguous(),
+            out,
+            size,
+            blocks,
+            float(lo),
+            float(hi),
+            STREAM=REPLAY_NOISE,
+            GROUPS=block // 4,
+            PAIRS=x.element_size() == 2,
+            num_warps=warps,
             enable_fp_fusion=False,
-        )  # fmt: skip
+        )
     return out

@@ -166,9 +166,18 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1_whole(
-    x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
+    x_ptr,
+    grad_ptr,
+    nat_ptr,
+    alpha_ptr,
+    eps_ptr,
+    out_ptr,
+    size,
+    chosen,
+    lo,
+    hi,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -231,9 +240,18 @@ def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, 
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1(
-    x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
+    x_ptr,
+    grad_ptr,
+    nat_ptr,
+    alpha_ptr,
+    eps_ptr,
+    out_ptr,
+    size,
+    chosen,
+    lo,
+    hi,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -256,9 +274,19 @@ def _l1(
     length = tl.where(usable, length, 0.0)
 
     total, largest = _l1_spread(
-        x_ptr, grad_ptr, nat_ptr, row=row, lane=lane, size=size, least=least, length=length, shift=0.0, lo=lo, hi=hi,
+        x_ptr,
+        grad_ptr,
+        nat_ptr,
+        row=row,
+        lane=lane,
+        size=size,
+        least=least,
+        length=length,
+        shift=0.0,
+        lo=lo,
+        hi=hi,
         WIDTH=WIDTH,
-    )  # fmt: skip
+    )
     moves = total > eps  # NaN does not
     outer = 0.0
     if moves:
@@ -266,9 +294,19 @@ def _l1(
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
             total, largest = _l1_spread(
-                x_ptr, grad_ptr, nat_ptr, row=row, lane=lane, size=size, least=least, length=length, shift=middle,
-                lo=lo, hi=hi, WIDTH=WIDTH,
-            )  # fmt: skip
+                x_ptr,
+                grad_ptr,
+                nat_ptr,
+                row=row,
+                lane=lane,
+                size=size,
+                least=least,
+                length=length,
+                shift=middle,
+                lo=lo,
+                hi=hi,
+                WIDTH=WIDTH,
+            )
             outside = total > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     for first in range(0, size, WIDTH):
@@ -319,7 +357,17 @@ def forward(
     )[norm]
     with on(x):
         kernel[(x.shape[0] * blocks,)](
-            x.contiguous(), grad.contiguous(), x_nat.contiguous(), alpha.contiguous(), eps.contiguous(), out,
-            size, *own, float(lo), float(hi), **block, enable_fp_fusion=False,
-        )  # fmt: skip
+            x.contiguous(),
+            grad.contiguous(),
+            x_nat.contiguous(),
+            alpha.contiguous(),
+            eps.contiguous(),
+            out,
+            size,
+            *own,
+            float(lo),
+            float(hi),
+            **block,
+            enable_fp_fusion=False,
+        )
     return out

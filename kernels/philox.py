@@ -106,9 +106,7 @@ def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
 
 
 @triton.jit
-def noise(
-    seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True
-):  # fmt: skip
+def noise(seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True):
     """The numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
 
     With ``PAIRS`` a thread draws two neighbouring groups: the eight elements of 16 bits that it loads and stores at
@@ -153,7 +151,16 @@ def philox(
     rows = sample_ids.shape[0] * draws
     with on(out):
         _philox[grid(rows, triton.cdiv(numel, block))](
-            seed.contiguous(), sample_ids.contiguous(), out, rows, numel, draws, first_draw, stream,
-            KIND=distribution, GROUPS=block // 4, num_warps=warps,
-        )  # fmt: skip
+            seed.contiguous(),
+            sample_ids.contiguous(),
+            out,
+            rows,
+            numel,
+            draws,
+            first_draw,
+            stream,
+            KIND=distribution,
+            GROUPS=block // 4,
+            num_warps=warps,
+        )
     return out

@@ -26,9 +26,18 @@ def _keys(seed, start, draw, sample, STREAM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "blocks", "tiles", "cut"])
 def _owners(
-    seed_ptr, ids_ptr, out_ptr, batch, blocks, tiles, cut,
-    PARTITION: tl.constexpr, SHARED: tl.constexpr, STREAM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    seed_ptr,
+    ids_ptr,
+    out_ptr,
+    batch,
+    blocks,
+    tiles,
+    cut,
+    PARTITION: tl.constexpr,
+    SHARED: tl.constexpr,
+    STREAM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """A block's rank is how many blocks come before it; ``cut`` is the blocks of a pass, or how many are masked."""
     pid = tl.program_id(0).to(tl.int64)
     row, start = pid // tiles, pid % tiles * WIDTH
@@ -76,9 +85,19 @@ def _cell(pixel, width, side, columns):
 
 @triton.jit
 def _owner(
-    owners_ptr, block, pixel, inside, planes, plane, width, side, columns,
-    UNIT: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    owners_ptr,
+    block,
+    pixel,
+    inside,
+    planes,
+    plane,
+    width,
+    side,
+    columns,
+    UNIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """The owner of each pixel's block, found once for the ``UNIT`` neighbours, 1, 4 or 8, that never leave one."""
     if UNIT == 1:
         at = _cell(pixel, width, side, columns)
@@ -110,11 +129,30 @@ def _place(pixel, channel, planes, plane, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, side, columns, blocks,
-    samples, num_passes, first_pass,
-    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PAIRS: tl.constexpr,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    owners_ptr,
+    seed_ptr,
+    ids_ptr,
+    out_ptr,
+    sigma,
+    batch,
+    channels,
+    plane,
+    width,
+    side,
+    columns,
+    blocks,
+    samples,
+    num_passes,
+    first_pass,
+    NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     image, planes = row.to(tl.int64), channels + 2
     channel, group, pixel, inside = _pixels(block, planes, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
@@ -127,9 +165,19 @@ def _forward(
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
         owner = _owner(
-            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=planes, plane=plane, width=width,
-            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
-        )  # fmt: skip
+            owners_ptr + packed * blocks,
+            block,
+            pixel,
+            inside=inside,
+            planes=planes,
+            plane=plane,
+            width=width,
+            side=side,
+            columns=columns,
+            UNIT=UNIT,
+            PAIRS=PAIRS,
+            GROUPS=GROUPS,
+        )
         if is_image:
             u = x
             if NOISE:
@@ -147,11 +195,31 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_ptr, x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, side, columns,
-    blocks, samples, num_passes, first_pass,
-    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PAIRS: tl.constexpr,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    x_ptr,
+    owners_ptr,
+    seed_ptr,
+    ids_ptr,
+    out_ptr,
+    sigma,
+    batch,
+    channels,
+    plane,
+    width,
+    side,
+    columns,
+    blocks,
+    samples,
+    num_passes,
+    first_pass,
+    NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     row, block = program(batch)
     image = row.to(tl.int64)
     channel, group, pixel, inside = _pixels(block, channels, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
@@ -163,9 +231,19 @@ def _backward(
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
         owner = _owner(
-            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=channels, plane=plane, width=width,
-            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
-        )  # fmt: skip
+            owners_ptr + packed * blocks,
+            block,
+            pixel,
+            inside=inside,
+            planes=channels,
+            plane=plane,
+            width=width,
+            side=side,
+            columns=columns,
+            UNIT=UNIT,
+            PAIRS=PAIRS,
+            GROUPS=GROUPS,
+        )
         u = x
         if NOISE:
             u += sigma * noise(seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
@@ -193,9 +271,19 @@ def _assign(
     width = min(TILE, max(16, triton.next_power_of_2(blocks)))
     tiles = triton.cdiv(blocks, width)
     _owners[(samples * batch * tiles,)](
-        seed, sample_ids, out, batch, blocks, tiles, blocks // num_passes if num_passes else masked_blocks,
-        PARTITION=num_passes > 0, SHARED=shared_mask, STREAM=MASK, WIDTH=width, num_warps=warps(width * width),
-    )  # fmt: skip
+        seed,
+        sample_ids,
+        out,
+        batch,
+        blocks,
+        tiles,
+        blocks // num_passes if num_passes else masked_blocks,
+        PARTITION=num_passes > 0,
+        SHARED=shared_mask,
+        STREAM=MASK,
+        WIDTH=width,
+        num_warps=warps(width * width),
+    )
     return out
 
 
@@ -210,11 +298,28 @@ def _launch(
     side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
     unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
     kernel[grid(batch, tiles * planes)](
-        *pointers, float(sigma), batch, channels, plane, width, side, columns, rows * columns,
-        samples, max(num_passes, 1), 0 if num_passes else 1,
-        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, UNIT=unit, PAIRS=pairs, STREAM=TRANSFORM_NOISE,
-        GROUPS=block // 4, num_warps=own, enable_fp_fusion=False,
-    )  # fmt: skip
+        *pointers,
+        float(sigma),
+        batch,
+        channels,
+        plane,
+        width,
+        side,
+        columns,
+        rows * columns,
+        samples,
+        max(num_passes, 1),
+        0 if num_passes else 1,
+        NOISE=sigma != 0,
+        CHANNELS_LAST=last,
+        ALIGNED=plane % 4 == 0,
+        UNIT=unit,
+        PAIRS=pairs,
+        STREAM=TRANSFORM_NOISE,
+        GROUPS=block // 4,
+        num_warps=own,
+        enable_fp_fusion=False,
+    )
 
 
 def forward(
@@ -239,9 +344,14 @@ def forward(
         return packed, torch.empty((samples, batch, *cells), dtype=torch.uint8, device=x.device)
     with on(x):
         owners = _assign(
-            seed, sample_ids, cells,
-            masked_blocks=masked_blocks, num_passes=num_passes, samples=samples, shared_mask=shared_mask,
-        )  # fmt: skip
+            seed,
+            sample_ids,
+            cells,
+            masked_blocks=masked_blocks,
+            num_passes=num_passes,
+            samples=samples,
+            shared_mask=shared_mask,
+        )
         pointers = (x.contiguous(), owners, seed, sample_ids, packed)
         sizes = {"planes": channels + 2, "num_passes": num_passes}
         _launch(_forward, pointers, x, owners, sigma=sigma, last=channels_last, **sizes)

@@ -61,9 +61,15 @@ def forward(logits: Tensor, target: Tensor) -> Tensor:
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
     with on(logits):
         _forward[(batch * chunks,)](
-            dense(logits), dense(target), parts, size, chunks,
-            LENGTH=length, WIDTH=width, num_warps=warps,
-        )  # fmt: skip
+            dense(logits),
+            dense(target),
+            parts,
+            size,
+            chunks,
+            LENGTH=length,
+            WIDTH=width,
+            num_warps=warps,
+        )
         if chunks > 1:
             _add[(batch,)](parts, out, chunks, WIDTH=128, num_warps=1)
     return out
@@ -79,7 +85,13 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     blocks = triton.cdiv(size, width)
     with on(logits):
         _backward[(logits.shape[0] * blocks,)](
-            grad.contiguous(), logits.contiguous(), target.contiguous(), out, size, blocks,
-            WIDTH=width, num_warps=warps,
-        )  # fmt: skip
+            grad.contiguous(),
+            logits.contiguous(),
+            target.contiguous(),
+            out,
+            size,
+            blocks,
+            WIDTH=width,
+            num_warps=warps,
+        )
     return out

@@ -94,9 +94,21 @@ def _measure(dot, uu, vv, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexp
 
 @triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
 def _forward(
-    students, teachers, sizes, chunks, parts_ptr, out_ptr, slopes_ptr, programs, layers, layer, kind,
-    DIFFERENCE: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    students,
+    teachers,
+    sizes,
+    chunks,
+    parts_ptr,
+    out_ptr,
+    slopes_ptr,
+    programs,
+    layers,
+    layer,
+    kind,
+    DIFFERENCE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """``programs`` of a sample; ``layer``: the first one's index among all ``layers``. Without parts, measures."""
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // programs, pid % programs
@@ -111,9 +123,15 @@ def _forward(
             )
             if parts_ptr is None:
                 _measure(
-                    dot, uu, vv, out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=row * layers + layer + i, kind=kind,
+                    dot,
+                    uu,
+                    vv,
+                    out_ptr=out_ptr,
+                    slopes_ptr=slopes_ptr,
+                    at=row * layers + layer + i,
+                    kind=kind,
                     DIFFERENCE=DIFFERENCE,
-                )  # fmt: skip
+                )
             else:
                 tl.store(parts_ptr + pid * 3, dot)
                 tl.store(parts_ptr + pid * 3 + 1, uu)
@@ -123,9 +141,17 @@ def _forward(
 
 @triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
 def _add(
-    parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, kind,
-    DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    parts_ptr,
+    out_ptr,
+    slopes_ptr,
+    chunks,
+    programs,
+    layers,
+    layer,
+    kind,
+    DIFFERENCE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """A program for every sample and layer, ``programs`` being those of a sample in `_forward`."""
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // len(chunks), pid % len(chunks)
@@ -142,9 +168,15 @@ def _add(
         vv += _load(parts_ptr, at + 2, inside)
     at = row * layers + layer + own
     _measure(
-        tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=at, kind=kind,
+        tl.sum(dot, 0),
+        tl.sum(uu, 0),
+        tl.sum(vv, 0),
+        out_ptr=out_ptr,
+        slopes_ptr=slopes_ptr,
+        at=at,
+        kind=kind,
         DIFFERENCE=DIFFERENCE,
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=["blocks", "programs", "layers", "layer"])
@@ -184,14 +216,36 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
             if programs > len(chunks):
                 parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
             _forward[(batch * programs,)](
-                us, vs, sizes, chunks, parts, out, slopes, programs, layers, layer, kind,
-                DIFFERENCE=kind == L2, LENGTH=CHUNK, WIDTH=width, num_warps=warps,
-            )  # fmt: skip
+                us,
+                vs,
+                sizes,
+                chunks,
+                parts,
+                out,
+                slopes,
+                programs,
+                layers,
+                layer,
+                kind,
+                DIFFERENCE=kind == L2,
+                LENGTH=CHUNK,
+                WIDTH=width,
+                num_warps=warps,
+            )
             if parts is not None:
                 _add[(batch * len(chunks),)](
-                    parts, out, slopes, chunks, programs, layers, layer, kind,
-                    DIFFERENCE=kind == L2, WIDTH=PARTS, num_warps=1,
-                )  # fmt: skip
+                    parts,
+                    out,
+                    slopes,
+                    chunks,
+                    programs,
+                    layers,
+                    layer,
+                    kind,
+                    DIFFERENCE=kind == L2,
+                    WIDTH=PARTS,
+                    num_warps=1,
+                )
     return out, slopes
 
 
@@ -211,7 +265,17 @@ def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes:
             programs = sum(blocks)
             if programs > 0:
                 _backward[(batch * programs,)](
-                    grad, us, vs, slopes, tuple(outs[layer : layer + LAYERS]), sizes, blocks, programs, layers, layer,
-                    WIDTH=width, num_warps=warps,
-                )  # fmt: skip
+                    grad,
+                    us,
+                    vs,
+                    slopes,
+                    tuple(outs[layer : layer + LAYERS]),
+                    sizes,
+                    blocks,
+                    programs,
+                    layers,
+                    layer,
+                    WIDTH=width,
+                    num_warps=warps,
+                )
     return outs

@@ -16,9 +16,17 @@ LATENT = 1
 
 @triton.jit
 def _forward(
-    mu_ptr, logvar_ptr, seed_ptr, ids_ptr, z_ptr, kl_ptr, dim,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    mu_ptr,
+    logvar_ptr,
+    seed_ptr,
+    ids_ptr,
+    z_ptr,
+    kl_ptr,
+    dim,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     seed, sample = tl.load(seed_ptr), tl.load(ids_ptr + row)
     zero = sample * 0
@@ -36,9 +44,19 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dz_ptr, dkl_ptr, mu_ptr, logvar_ptr, seed_ptr, ids_ptr, dmu_ptr, dlogvar_ptr, dim,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    dz_ptr,
+    dkl_ptr,
+    mu_ptr,
+    logvar_ptr,
+    seed_ptr,
+    ids_ptr,
+    dmu_ptr,
+    dlogvar_ptr,
+    dim,
+    STREAM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     seed, sample, dkl = tl.load(seed_ptr), tl.load(ids_ptr + row), tl.load(dkl_ptr + row).to(tl.float32)
     zero = sample * 0
@@ -69,9 +87,18 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
     block, warps = sum_tile(mu.shape[1])
     with on(mu):
         _forward[(mu.shape[0],)](
-            dense(mu), dense(logvar), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, PAIRS=_pairs(mu, logvar), num_warps=warps,
-        )  # fmt: skip
+            dense(mu),
+            dense(logvar),
+            seed.contiguous(),
+            sample_ids.contiguous(),
+            z,
+            kl,
+            mu.shape[1],
+            STREAM=LATENT,
+            GROUPS=block // 4,
+            PAIRS=_pairs(mu, logvar),
+            num_warps=warps,
+        )
     return z, kl
 
 
@@ -86,8 +113,18 @@ def backward(
     block, warps = tile(mu.shape[1], mu, logvar)
     with on(mu):
         _backward[(mu.shape[0],)](
-            grad_z.contiguous(), grad_kl.contiguous(), mu.contiguous(), logvar.contiguous(), seed.contiguous(),
-            sample_ids.contiguous(), dmu, dlogvar, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, PAIRS=_pairs(mu, logvar), num_warps=warps,
-        )  # fmt: skip
+            grad_z.contiguous(),
+            grad_kl.contiguous(),
+            mu.contiguous(),
+            logvar.contiguous(),
+            seed.contiguous(),
+            sample_ids.contiguous(),
+            dmu,
+            dlogvar,
+            mu.shape[1],
+            STREAM=LATENT,
+            GROUPS=block // 4,
+            PAIRS=_pairs(mu, logvar),
+            num_warps=warps,
+        )
     return dmu, dlogvar

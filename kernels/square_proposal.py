@@ -34,9 +34,23 @@ def _within(row, column, edge):
 
 @triton.jit
 def _linf(
-    x_ptr, nat_ptr, eps_ptr, numbers_ptr, out_ptr, rows, images, size, height, width, edge, of_image, of_draw, lo, hi,
+    x_ptr,
+    nat_ptr,
+    eps_ptr,
+    numbers_ptr,
+    out_ptr,
+    rows,
+    images,
+    size,
+    height,
+    width,
+    edge,
+    of_image,
+    of_draw,
+    lo,
+    hi,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     row, block = program(rows)
     image = (row % images).to(tl.int64)
     numbers_ptr += image * of_image + (row // images).to(tl.int64) * of_draw
@@ -105,9 +119,18 @@ def _moved(images, pattern_ptr, first, channel, shape, windows, factors, WIDTH: 
 
 @triton.jit
 def _l1_spread(
-    images, pattern_ptr, channel, shape, windows, factors, shift, lo, hi,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    images,
+    pattern_ptr,
+    channel,
+    shape,
+    windows,
+    factors,
+    shift,
+    lo,
+    hi,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The l1 norm of what a shift leaves of the offsets, and the largest offset."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     _channels, height, width, _edge = shape
@@ -123,23 +146,50 @@ def _l1_spread(
 
 @triton.jit
 def _l1_shift(
-    images, pattern_ptr, channel, shape, windows, factors, eps, lo, hi,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    images,
+    pattern_ptr,
+    channel,
+    shape,
+    windows,
+    factors,
+    eps,
+    lo,
+    hi,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Tell whether the projection moves the image, and by how much every offset becomes shorter."""
     spread, largest = _l1_spread(
-        images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, shift=0.0, lo=lo, hi=hi,
-        CHANNELS=CHANNELS, WIDTH=WIDTH,
-    )  # fmt: skip
+        images,
+        pattern_ptr,
+        channel,
+        shape=shape,
+        windows=windows,
+        factors=factors,
+        shift=0.0,
+        lo=lo,
+        hi=hi,
+        CHANNELS=CHANNELS,
+        WIDTH=WIDTH,
+    )
     moves, outer = spread > eps, 0.0
     if moves:
         inner, outer = 0.0, largest
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
             spread, largest = _l1_spread(
-                images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, shift=middle,
-                lo=lo, hi=hi, CHANNELS=CHANNELS, WIDTH=WIDTH,
-            )  # fmt: skip
+                images,
+                pattern_ptr,
+                channel,
+                shape=shape,
+                windows=windows,
+                factors=factors,
+                shift=middle,
+                lo=lo,
+                hi=hi,
+                CHANNELS=CHANNELS,
+                WIDTH=WIDTH,
+            )
             outside = spread > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     return moves, outer
@@ -147,9 +197,17 @@ def _l1_shift(
 
 @triton.jit
 def _factors(
-    images, pattern_ptr, channel, shape, windows, sign, eps,
-    L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    images,
+    pattern_ptr,
+    channel,
+    shape,
+    windows,
+    sign,
+    eps,
+    L1: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The factors of the content of W: the channels' signs, the old lengths, and the stretch."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
@@ -176,9 +234,25 @@ def _factors(
 
 @triton.jit
 def _mass_moved(
-    x_ptr, nat_ptr, eps_ptr, numbers_ptr, pattern_ptr, out_ptr, rows, channels, height, width, edge, of_image, of_draw,
-    lo, hi, L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    nat_ptr,
+    eps_ptr,
+    numbers_ptr,
+    pattern_ptr,
+    out_ptr,
+    rows,
+    channels,
+    height,
+    width,
+    edge,
+    of_image,
+    of_draw,
+    lo,
+    hi,
+    L1: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     image, pixels = row % rows, height * width
     size = channels * pixels
@@ -186,24 +260,43 @@ def _mass_moved(
     numbers_ptr += image * of_image + row // rows * of_draw
     lo, hi, eps = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32), tl.load(eps_ptr + image).to(tl.float32)
     windows = (
-        _first(tl.load(numbers_ptr), edge, height), _first(tl.load(numbers_ptr + 1), edge, width),
-        _first(tl.load(numbers_ptr + 2), edge, height), _first(tl.load(numbers_ptr + 3), edge, width),
-    )  # fmt: skip
+        _first(tl.load(numbers_ptr), edge, height),
+        _first(tl.load(numbers_ptr + 1), edge, width),
+        _first(tl.load(numbers_ptr + 2), edge, height),
+        _first(tl.load(numbers_ptr + 3), edge, width),
+    )
     pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, edge * edge, 0)
     channel = tl.arange(0, CHANNELS)[:, None]
     number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
     # 0 beyond the last channel
     sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
     factors = _factors(
-        images, pattern_ptr, channel, shape=shape, windows=windows, sign=sign, eps=eps,
-        L1=L1, CHANNELS=CHANNELS, WIDTH=WIDTH,
-    )  # fmt: skip
+        images,
+        pattern_ptr,
+        channel,
+        shape=shape,
+        windows=windows,
+        sign=sign,
+        eps=eps,
+        L1=L1,
+        CHANNELS=CHANNELS,
+        WIDTH=WIDTH,
+    )
 
     if L1:
         moves, shift = _l1_shift(
-            images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, eps=eps, lo=lo, hi=hi,
-            CHANNELS=CHANNELS, WIDTH=WIDTH,
-        )  # fmt: skip
+            images,
+            pattern_ptr,
+            channel,
+            shape=shape,
+            windows=windows,
+            factors=factors,
+            eps=eps,
+            lo=lo,
+            hi=hi,
+            CHANNELS=CHANNELS,
+            WIDTH=WIDTH,
+        )
     else:
         squares = tl.zeros((CHANNELS, WIDTH), tl.float32)
         for first in range(0, pixels, WIDTH):
@@ -256,13 +349,30 @@ def forward(
             size = channels * height * width
             block, several = tile(size, x)
             _linf[grid(draws * images, triton.cdiv(size, block))](
-                *given, out, draws * images, images, size, *shape, *settings, WIDTH=block, num_warps=several,
+                *given,
+                out,
+                draws * images,
+                images,
+                size,
+                *shape,
+                *settings,
+                WIDTH=block,
+                num_warps=several,
                 enable_fp_fusion=False,
-            )  # fmt: skip
+            )
         else:
             own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
             _mass_moved[(draws * images,)](
-                *given, pattern.contiguous(), out, images, channels, *shape, *settings, L1=norm == 2,
-                **layout(channels, height * width), **own, enable_fp_fusion=False,
-            )  # fmt: skip
+                *given,
+                pattern.contiguous(),
+                out,
+                images,
+                channels,
+                *shape,
+                *settings,
+                L1=norm == 2,
+                **layout(channels, height * width),
+                **own,
+                enable_fp_fusion=False,
+            )
     return out

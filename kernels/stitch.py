@@ -32,15 +32,36 @@ def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST
 
 @triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _forward(
-    images_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
-    CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    images_ptr,
+    owners_ptr,
+    out_ptr,
+    images,
+    size,
+    groups,
+    line,
+    height,
+    cell,
+    tall,
+    columns,
+    blocks,
+    passes,
+    CHANNELS_LAST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     image, _block = program(images)
     image = image.to(tl.int64)
     group, inside, owner = _groups(
-        owners_ptr + image * blocks, groups, line, height=height, cell=cell, tall=tall, columns=columns,
-        CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS,
-    )  # fmt: skip
+        owners_ptr + image * blocks,
+        groups,
+        line,
+        height=height,
+        cell=cell,
+        tall=tall,
+        columns=columns,
+        CHANNELS_LAST=CHANNELS_LAST,
+        GROUPS=GROUPS,
+    )
     element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     at = (image * passes + owner) * size + element
     value = tl.load(images_ptr + at, mask=inside & (owner < passes), other=0.0)
@@ -49,15 +70,36 @@ def _forward(
 
 @triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _backward(
-    grad_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
-    CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    owners_ptr,
+    out_ptr,
+    images,
+    size,
+    groups,
+    line,
+    height,
+    cell,
+    tall,
+    columns,
+    blocks,
+    passes,
+    CHANNELS_LAST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     image, _block = program(images)
     image = image.to(tl.int64)
     group, inside, owner = _groups(
-        owners_ptr + image * blocks, groups, line, height=height, cell=cell, tall=tall, columns=columns,
-        CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS,
-    )  # fmt: skip
+        owners_ptr + image * blocks,
+        groups,
+        line,
+        height=height,
+        cell=cell,
+        tall=tall,
+        columns=columns,
+        CHANNELS_LAST=CHANNELS_LAST,
+        GROUPS=GROUPS,
+    )
     element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     grad = tl.load(grad_ptr + image * size + element, mask=inside, other=0.0)
     for part in range(passes):
@@ -80,10 +122,24 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
     block, warps = tile(size, x)
     with on(x):
         kernel[grid(samples * batch, triton.cdiv(size, block))](
-            x, owners.contiguous(), out, samples * batch, size, size // vector, line // vector, height, cell // vector,
-            height // rows, columns, rows * columns, passes,
-            CHANNELS_LAST=last, GROUPS=block // vector, VECTOR=vector, num_warps=warps,
-        )  # fmt: skip
+            x,
+            owners.contiguous(),
+            out,
+            samples * batch,
+            size,
+            size // vector,
+            line // vector,
+            height,
+            cell // vector,
+            height // rows,
+            columns,
+            rows * columns,
+            passes,
+            CHANNELS_LAST=last,
+            GROUPS=block // vector,
+            VECTOR=vector,
+            num_warps=warps,
+        )
     return out
 
 
