@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from purify_fast import evaluate
+from purify_fast import EvaluateConfig, evaluate
 from purify_fast._files import folder_lock, write_text
 from purify_fast.data import statistics as channel_statistics
 from purify_fast.data import to_float
@@ -110,7 +110,8 @@ def train(job: Job, folder: Path, root: Path) -> dict[str, Any]:
     save_classifier(model, folder)
     write_steps(folder, times.seconds)
     x, y = to_float(images.x_test[: s["images"]]), images.y_test[: s["images"]]
-    report = evaluate(model, x, y, eps=EPS, protocol="standard", seed=job.seed, out=folder / "standard", name=job.name)
+    config = EvaluateConfig(protocol="standard", seed=job.seed)
+    report = evaluate(model, x, y, eps=EPS, config=config, out=folder / "standard", name=job.name)
     steps = epochs * (len(images.x_train) // s["budget"].batch_size)
     judged = report.headline
     return {

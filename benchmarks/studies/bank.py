@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from purify_fast import evaluate
+from purify_fast import EvaluateConfig, evaluate
 from purify_fast.data import to_float
 from purify_fast.demo import setting
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -47,9 +47,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     result = fresh_losses(task, epochs)
     for protocol, count in images_of(s["quick"]).items():
         x, y = digits.x_test[:count], digits.y_test[:count]
-        report = evaluate(
-            defence, to_float(x), y, eps=EPS, protocol=protocol, seed=job.seed, out=folder / protocol, progress=False
-        )
+        config = EvaluateConfig(protocol=protocol, seed=job.seed)
+        report = evaluate(defence, to_float(x), y, eps=EPS, config=config, out=folder / protocol, progress=False)
         result[protocol] = report.headline.accuracy
         if protocol == "fast":
             result["clean"] = report.row("clean").accuracy

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from .._validation import check_number
 from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
 from .cache import PartialRow
@@ -40,11 +39,9 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         largest: the largest radius allowed.
 
     Raises:
-        TypeError: a radius is not a number.
         ValueError: a radius is not above 0, or too large, or a report would call several radii by the same name.
     """
     for radius in curve:
-        check_number("each of curve", radius)
         # This form of the comparison refuses NaN too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")

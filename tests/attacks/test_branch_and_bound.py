@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from benchmarks.truth import exact
 from purify_fast.attacks import AttackContext, BranchAndBound, branch_and_bound, pgd
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
-from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.protocols import protocol_attacks
 from purify_fast.evaluation.subject import Subject
 

@@ -17,10 +17,11 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))
 
 from denoisers import Tiny
+from evaluating import evaluate
 
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, cache, evaluate
+from purify_fast.evaluation import AttackSpec, cache
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
 from purify_fast.training.distributed import torchrun_group
 

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.surrogates import surrogates

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.protocols import AS_A_CLASSIFIER
 from purify_fast.evaluation.show.page import html_page
 

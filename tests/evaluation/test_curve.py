@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import labelled
 
 from purify_fast.attacks import APGD, PGD, StAdv, apgd
-from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, PGD, Attack
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import AttackSpec, as_attack, evaluate
+from purify_fast.evaluation import AttackSpec, as_attack
 from purify_fast.evaluation.specs import check_adversarial
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,11 +4,12 @@ import functools
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast import Carso
 from purify_fast.attacks import APGD, PGD, apgd, pgd
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

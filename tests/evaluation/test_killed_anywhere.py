@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from evaluating import evaluate
 from forks import together
 from safetensors.numpy import save
 from teamwork import kill_at_call
@@ -18,7 +19,7 @@ from torch import nn
 from purify_fast import ops
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, cache, evaluate
+from purify_fast.evaluation import AttackSpec, cache
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.cache import read_file
 from purify_fast.evaluation.progress import Progress

@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
-from purify_fast.evaluation import AttackSpec, evaluate, fitting
+from purify_fast.evaluation import AttackSpec, fitting
 from purify_fast.speed.memory import Room, images_that_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ import torch
 import torch._dynamo  # PyTorch imports it late, and cannot go on where memory ended within that
 from torch import nn
 from purify_fast.attacks import APGD, PGD
-from purify_fast.evaluation import evaluate
+from evaluating import evaluate
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -182,5 +183,5 @@ def test_refusals(change, message):
 
 def test_the_command_takes_both():
     given = parse(Evaluate, ["zoo:digits-standard", "--batch-size", "auto", "--memory", "20GB"])
-    assert (given.batch_size, given.memory) == ("auto", "20GB")
-    assert parse(Evaluate, ["--batch-size", "32"]).batch_size == 32
+    assert (given.settings.batch_size, given.settings.memory) == ("auto", "20GB")
+    assert parse(Evaluate, ["--batch-size", "32"]).settings.batch_size == 32

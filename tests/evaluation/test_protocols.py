@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, checkpointed_steps
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.surrogates import Softened, surrogates
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from digit_nets import digits, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ
-from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

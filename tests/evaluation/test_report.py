@@ -5,11 +5,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
-from purify_fast.evaluation import Examples, Report, Row, evaluate, merge
+from purify_fast.evaluation import Examples, Report, Row, merge
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.repeating import processor_name
 from purify_fast.evaluation.subject import precision_name

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, Square
-from purify_fast.evaluation import AttackSpec, evaluate, stopping
+from purify_fast.evaluation import AttackSpec, stopping
 from purify_fast.evaluation.stopping import StoppingRule, nearest_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")

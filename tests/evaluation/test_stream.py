@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import labelled
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.attacks import APGD, FGSM, PGD, Square
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.inputs import in_chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")

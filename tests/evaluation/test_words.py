@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from reports import forms, row
 from torch import nn
 
 import purify_fast
 from purify_fast import __version__
 from purify_fast.attacks import BPDA, PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023, merge
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, lee_kim_2023, merge
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.rows import worst_rows
 from purify_fast.evaluation.show.page import html_page, picture_lines

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
-from purify_fast.evaluation import evaluate
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.atop.released_evaluation import ReleasedEvaluation
 
