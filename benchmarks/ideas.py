@@ -25,7 +25,7 @@ from torch import Tensor
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import per_image
-from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
+from purify_fast.attacks import APGD, FABT, Attack, AttackContext, AttackResult, Square, frozen
 from purify_fast.attacks.apgd import AutoPgd
 from purify_fast.attacks.ball import sample_in_ball
 from purify_fast.attacks.engine.rows import ActiveSet
@@ -72,7 +72,7 @@ class Turn(AttackSequence):
             index = (~self.fallen).nonzero()[:, 0] if self.index is None else self.index
             for part in index.split(BATCH) if len(index) else ():
                 told = replace(self.context, sample_ids=part)
-                points = attack.search(self.model, self.x[part], self.y[part], told)
+                points = attack.search(self.model, self.x[part], self.y[part], told).images
                 share = self._shares(points, part)
                 better = share > self.share[part]
                 self.images[part[better]], self.share[part[better]] = points[better], share[better]
@@ -109,7 +109,7 @@ def probability_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 class ByProbabilities(APGD):
     """Auto-PGD on the margin of the probabilities."""
 
-    def search(self, *given: Any) -> Tensor:
+    def search(self, *given: Any) -> AttackResult:
         with patch.dict(TARGETED, {self.loss: probability_margin}):
             return super().search(*given)
 
@@ -164,7 +164,7 @@ class Learned(APGD):
             begin[left] = _along(objective, active, left, goal[left], directions, seed=told.seed)
             for rows in self.waves(active, (goal,), replace(told, begin=begin)):
                 steps = self.decided(context).steps
-                AutoPgd(objective, active, rows, steps, rho=self.rho, health=context.health, give_up=True).run()
+                AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=True).run()
 
 
 @torch.no_grad()

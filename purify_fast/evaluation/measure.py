@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
+from ..attacks import Attack, AttackContext, AttackersHead, AttackResult, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..attacks.engine.rows import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
@@ -590,25 +590,31 @@ def _attack(
     begin = time.perf_counter()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.first))
 
-    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
-        health = GradientHealth()
+    def search() -> AttackResult:
         begin = None if context.begin is None else context.begin[part].to(subject.device)
         told = dataclasses.replace(
-            context, sample_ids=ids, begin=begin, health=health, warnings=[], fell_to={}, stood_still=[], proved=[],
+            context, sample_ids=ids, begin=begin, counts_health=True,
             max_forward_batch=subject.room.limit(context.max_forward_batch),
         )  # fmt: skip
         # The attack gets a copy: changes in place must not hide how far it moved the images.
-        return attack.search(target, x.clone(), y, told), told, health
+        return attack.search(target, x.clone(), y, told)
 
     graphs, device = context.graphs, subject.device
-    images, told, health = subject.room.within(
+    result = subject.room.within(
         search if graphs is None else functools.partial(graphs.without_if_memory_ends, search, device)
     )
-    check_adversarial(attack.name(context), images, x, attack.threat_model(context))
-    counts = {name: health.count(name) for name in COUNTS}
-    # Once the images are on the host, the device has finished its work.
-    found = images.detach().cpu()
-    batch = AttackedBatch(found, counts, time.perf_counter() - begin)
-    batch.warnings, batch.fallen, batch.stood_still = told.warnings, told.fell_to, sum(map(int, told.stood_still))
-    batch.proved = sum(map(int, told.proved))
-    return batch
+    if not isinstance(result, AttackResult):
+        got = type(result).__name__
+        raise TypeError(f"the attack {attack.name(context)!r} must return an AttackResult, got {got}")
+    check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
+    health = result.health or GradientHealth()
+    return AttackedBatch(
+        # Once the images are on the host, the device has finished its work.
+        images=result.images.detach().cpu(),
+        health={name: health.count(name) for name in COUNTS},
+        seconds=time.perf_counter() - begin,
+        warnings=result.warnings,
+        fallen=result.fell_to,
+        stood_still=int(result.stood_still),
+        proved=int(result.proved),
+    )
