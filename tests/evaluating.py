@@ -11,4 +11,4 @@ SETTINGS = {field.name for field in fields(EvaluateConfig)}
 def evaluate(model, x, y=None, **options):
     """The report of an evaluation; the options are settings and arguments of `evaluate`."""
     given = {name: options.pop(name) for name in SETTINGS & options.keys()}
-    return evaluation.evaluate(model, x, y, config=EvaluateConfig(**given), **options)
+    return evaluation.evaluate(model, x, y, **options, config=EvaluateConfig(**given))

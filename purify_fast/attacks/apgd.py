@@ -9,7 +9,6 @@ in the paper: the start is uniform in the ball, and a random model's loss is the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -82,9 +81,8 @@ class APGD(TargetedAttack):
     def revision(self) -> str:
         return "8"
 
-    @classmethod
-    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
-        return super().may_end_early(settings) and settings["norm"] != "l1"
+    def may_end_early(self, context: AttackContext) -> bool:
+        return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
     def leaves(self) -> bool:
         return self.leave_when_fallen

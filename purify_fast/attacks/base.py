@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
@@ -188,6 +188,10 @@ class Attack(abc.ABC):
     def cost(self, context: AttackContext) -> int | None:
         """The most forward passes per image; None if they are not known before, as in a search that ends early."""
         return None
+
+    def may_end_early(self, context: AttackContext) -> bool:
+        """Tell whether a search may end before its last step because success is out of reach."""
+        return False
 
     @abc.abstractmethod
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
@@ -436,10 +440,8 @@ class EngineAttack(BallAttack):
         stood_still = (~active.fallen & ~active.tried).sum()
         return AttackResult(active.best, active.health, fell_to=active.fell_to, stood_still=stood_still)
 
-    @classmethod
-    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
-        """Tell whether a search with such settings, as `settings` returned them, may have ended early."""
-        return bool(settings.get("give_up")) and settings["steps"] >= FEWEST_STEPS
+    def may_end_early(self, context: AttackContext) -> bool:
+        return self.give_up and self.decided(context).steps >= FEWEST_STEPS
 
     def leaves(self) -> bool:
         """Tell whether images leave the attack as soon as they have fallen."""

@@ -164,8 +164,7 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         begin = subject.x + (before[1] - subject.x) * (radius / before[0])
     over = [row_name(spec, measure.context) for spec in at_radius]
     settings: dict[str, Any] = {
-        "over": over, "norm": norm, "eps": radius, "attacked": int(measure.clean("random").robust.sum()),
-        "n_eval": subject.judges("random"),
+        "over": over, "norm": norm, "eps": radius, "n_eval": subject.judges("random"),
     }  # fmt: skip
 
     def make(_: PartialRow) -> Row:
@@ -193,7 +192,8 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
             model=measure.name, attack="", kind="worst", variant="random", robust=robust, mean=share, worst=share,
             n_eval=subject.judges("random"), seed=subject.seed, seconds=seconds, data=subject.data,
             health=dict(health) if health["gradients"] else None, reliable=GradientHealth(dict(health)).reliable,
-            settings=settings, points=best[torch.from_numpy(alive)].cpu().numpy(),
+            settings=settings, attacked=int(measure.clean("random").robust.sum()),
+            points=best[torch.from_numpy(alive)].cpu().numpy(),
         )  # fmt: skip
 
     given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import Attack, AttackContext, AttackersHead, AttackResult, AutoAttack, GradientHealth, frozen
+from ..attacks import Attack, AttackContext, AttackersHead, AttackResult, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..attacks.engine.rows import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
@@ -48,12 +48,14 @@ class Outcome:
         index: indices of the attacked images, int64.
         sums: all images, attacked or not, with health and time summed over the batches.
         settings: settings of the attack that are known only after it.
+        found: the fields of a row that the attack decides.
     """
 
     spec: AttackSpec
     index: Tensor
     sums: AttackedBatch
     settings: dict[str, Any]
+    found: dict[str, Any]
 
 
 class Measure:
@@ -115,7 +117,7 @@ class Measure:
             # The authors' model may be right where the defence is wrong.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
-        settings = self.settings_of(spec) | {"attacked": len(index)}
+        settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, index, settings))
         # The key does not hold the name: it is the same attack by any name.
@@ -135,7 +137,6 @@ class Measure:
         attacked = self.settings_of(spec)
         settings = attacked | {
             "variant": "random",
-            "attacked": int((alive & standing).sum()),
             "n_eval": self.subject.judges("random"),
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
@@ -150,6 +151,7 @@ class Measure:
             judged = self.subject.judge(search.sums.images, "random", "judge")
             # Only an image that was attacked can fall.
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
+            row.attacked = int((alive & standing).sum())
             row.transferred = True
             row.seconds = time.perf_counter() - begin
             return row
@@ -246,7 +248,7 @@ class Measure:
         row = self.cache.row(key, make)
         # These do not belong to the key.
         row.model = self.name
-        row.settings["deterministic"] = not self.subject.is_random
+        row.deterministic = not self.subject.is_random
         # If no image survived, missing gradients do not matter.
         row.reliable = row.reliable or not row.robust.any()
         return row
@@ -292,6 +294,7 @@ class Measure:
             context = batches.context
             # A deterministic target needs one draw.
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
+            may_end_early = attack.may_end_early(context)
             cost = attack.cost(context)
             total = None if cost is None else cost * sum(map(len, batches.parts))
             with self.progress.row(row_name(spec, self.context), total):
@@ -312,16 +315,11 @@ class Measure:
                     sums = batches.sums()
         if kept is not unfinished:
             kept.remove()
-        if sums.warnings or isinstance(attack, AutoAttack):
-            settings["warnings"] = sums.warnings
-        if sums.fallen:
-            settings["fallen to"] = sums.fallen
-        if sums.proved:
-            settings["proved robust"] = sums.proved
+        found = {"warnings": sums.warnings, "fell_to": sums.fallen, "proved": sums.proved}
         if batches.rule is not None:
-            settings |= {"unsearched": batches.rule.unsearched, "may hold": batches.rule.may_hold}
+            found |= {"unsearched": batches.rule.unsearched, "may_hold": batches.rule.may_hold}
         sums.images = sums.images[: self._most(spec)]
-        return Outcome(spec, index, sums, settings)
+        return Outcome(spec, index, sums, settings, found | {"may_end_early": may_end_early})
 
     def help(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
@@ -418,6 +416,8 @@ class Measure:
             seconds=0.0,
             reliable=GradientHealth(dict(search.sums.health)).reliable,
             settings=settings | search.settings,
+            attacked=len(search.index),
+            **search.found,
             examples=_examples(self.subject, search.sums.images, *shown, judged, self.keep_all),
             margins=judged.margins,
         )

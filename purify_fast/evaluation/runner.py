@@ -594,7 +594,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
         row.reliable = row.reliable or (headline and followed)
         if headline and doubts and (row.accuracy > 0 or inconsistent):
             row.reliable = False
-            row.settings["doubts"] = [finding.alarm for finding in doubts]
+            row.doubts = [finding.alarm for finding in doubts]
 
 
 def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:

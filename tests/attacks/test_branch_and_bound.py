@@ -211,4 +211,4 @@ def test_a_report_says_what_is_proved():
     line = nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).eval()
     y = line(x).argmax(1)
     report = evaluate(line, x, y, eps=0.05, attacks=[BranchAndBound()], progress=False)
-    assert report.row("branch and bound").settings["proved robust"] == int(report.headline.robust.sum())
+    assert report.row("branch and bound").proved == int(report.headline.robust.sum())

@@ -110,7 +110,7 @@ def verdicts(report):
 def assert_marked(report, alarm, row):
     """The number is not to be believed, and every form of the report names what gives it away."""
     assert verdicts(report)[alarm] == ("unreliable", row)
-    assert not report.headline.reliable and alarm in report.headline.settings["doubts"]
+    assert not report.headline.reliable and alarm in report.headline.doubts
     text = report.to_text(color=False)
     marked = [" ".join(sign.split()) for sign in text.split("\n- ")[1:]]
     (told,) = [sign for sign in marked if sign.startswith(f"{alarm}: ")]
@@ -314,7 +314,7 @@ def test_where_the_probes_take_all_that_was_left_the_number_is_0():
     assert verdicts(report)["noise and seeds"] == ("noted", "probe: gradients over 16 draws")
     worst, attacked = report.row("worst"), [each.robust for each in report.rows if each.is_attack]
     assert worst.accuracy == 0 and worst.reliable
-    assert worst.settings["probes"] == sum(map(all, zip(*attacked, strict=True))) > 0
+    assert worst.fell_to_probes == sum(map(all, zip(*attacked, strict=True))) > 0
 
 
 def test_a_large_scale_of_the_logits_hides_nothing():

@@ -228,4 +228,4 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
     x, y = batch
     for seed in range(6):
         report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
-        assert not report.rows[0].settings["deterministic"] and report.rows[0].n_eval == 5
+        assert not report.rows[0].deterministic and report.rows[0].n_eval == 5

@@ -76,7 +76,7 @@ def test_a_function_in_every_way_an_attack_is_used(attacked):
     report = evaluate(model, x, y, attacks=plan, **QUIET)
     rows = {row.attack: row for row in report.rows}
     assert rows["first"].n == 20 and rows["elsewhere"].accuracy == 1
-    assert rows["nothing"].settings["attacked"] == 20 + rows["first"].robust.sum()
+    assert rows["nothing"].attacked == 20 + rows["first"].robust.sum()
     assert rows["other ball, L2 0.5"].threat == "L2 0.5"
     with pytest.raises(ValueError, match="'half' left the ball"):
         evaluate(model, x, y, attacks=[weaker], **QUIET)

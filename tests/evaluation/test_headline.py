@@ -150,7 +150,7 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
     found = {finding.alarm: finding for finding in report.findings}
     parts = int(found["parts and softened copies"].measured.split(" of ")[0])
     assert attacked.accuracy > 0.9 and parts > 5
-    assert attacked.robust.sum() - worst.robust.sum() == worst.settings["probes"] == parts
+    assert attacked.robust.sum() - worst.robust.sum() == worst.fell_to_probes == parts
     assert np.all(attacked.robust >= worst.robust) and report.headline is worst
     # short attacks by gradients were not asked, and say why
     for sign in ("a further attack", "random start", "radius sweep", "gradients against differences"):

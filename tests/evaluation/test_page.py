@@ -70,7 +70,7 @@ def test_who_fell_to_what(report):
 
 
 def test_the_page_says_whether_the_number_can_be_believed(report):
-    report.row("worst").settings["doubts"] = ["huge radius"]
+    report.row("worst").doubts = ["huge radius"]
     report.row("worst").reliable = False
     page = html_page(report)
     card = page.split("</section>")[0]

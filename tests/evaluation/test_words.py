@@ -78,7 +78,7 @@ def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
 
 
 def test_every_column_is_explained_on_the_page():
-    survivors = row(attack="second", settings={"survivors_only": True, "attacked": 3})
+    survivors = row(attack="second", settings={"survivors_only": True}, attacked=3)
     report = Report([row("clean", kind="clean"), row(), survivors, row("worst", kind="worst")])
     assert all("4 (3)" in text for text in forms(report))
     for text in forms(report)[1:]:
@@ -130,7 +130,7 @@ def test_the_columns_are_what_is_said_of_them():
 def test_the_row_worst_has_no_predictions_of_its_own():
     """Two attacks, each withstood nearly always, leave next to nothing image by image: no mean can be told of that."""
     first, second = (np.arange(12) % 2 == one for one in (0, 1))
-    weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "settings": {"attacked": 12}}
+    weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "attacked": 12}
     rows = [row("clean", np.ones(12), kind="clean"), row("a", first, **weak), row("b", second, **weak)]
     rows += worst_rows(rows[1:])
     assert rows[-1].accuracy == 0
@@ -223,7 +223,7 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
         text = joined(text)
         assert "Not asked: gradient-free against gradients, transfer" in text
         assert "a further attack, parts and softened copies, huge radius" in text
-        assert "Most signs need short attacks; in Python, evaluate(..., probes=True) makes them." in text
+        assert "Most signs need short attacks; in Python, EvaluateConfig(probes=True) makes them." in text
     assert "Most signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
     asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
     assert not any("which probes=True adds" in text for text in forms(asked))
@@ -328,7 +328,7 @@ def test_nothing_to_attack_is_not_unreliable():
     with torch.no_grad():
         wrong = (model(x).argmax(1) + 1) % 3
     report = evaluate(model, x, wrong, **SHORT)
-    assert report.row("worst").accuracy == 0 and report.row("worst").settings["attacked"] == 0
+    assert report.row("worst").accuracy == 0 and report.row("worst").attacked == 0
     for text in (report.to_text(), report.to_markdown().split("\nn: images")[0]):
         assert "nothing to attack" in text and "unreliable" not in text and "may be lower" not in text
     right = evaluate(model, x, (wrong - 1) % 3, **SHORT)
