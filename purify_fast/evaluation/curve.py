@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch import Tensor
 from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
-from .cache import PartialRow
 from .measure import Measure
 from .plan import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
@@ -167,7 +167,7 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         "over": over, "norm": norm, "eps": radius, "n_eval": subject.judges("random"),
     }  # fmt: skip
 
-    def make(_: PartialRow) -> Row:
+    def make(_: Path | None) -> Row:
         alive, health, seconds = standing.copy(), Counter[str](), 0.0
         best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
         for spec in at_radius:
@@ -175,7 +175,7 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
                 break
             index = torch.from_numpy(alive).nonzero()[:, 0]
             order = measure.in_order(spec, index, lead.numpy())
-            sums = measure.attack(spec, order, PartialRow(None), begin).sums
+            sums = measure.attack(spec, order, None, begin).sums
             judged = subject.judge(sums.images[index], "random", "judge", index=index)
             # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
             # and still better than no point.

@@ -331,8 +331,8 @@ def test_the_other_package(monkeypatch, toy):
         ({"attacks": [PGD(), PGD(alpha=0.1)]}, "labels of their own.*PGD-100 ce"),
         ({"protocol": "best"}, "must be one of fast, standard, rand, strong, official, authors, got 'best'"),
         ({"protocol": "fast"}, "a protocol or a list of attacks, not both"),
-        ({"cuda_graphs": "yes"}, "mode must be one of auto, always, off, got 'yes'"),
-        ({"cudnn_benchmark": "yes"}, "mode must be one of auto, on, off, got 'yes'"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs must be one of auto, always, off, got 'yes'"),
+        ({"cudnn_benchmark": "yes"}, "cudnn_benchmark must be one of auto, on, off, got 'yes'"),
     ],
 )
 def test_errors(change, message):
