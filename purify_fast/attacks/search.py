@@ -34,6 +34,9 @@ class GradientHealth:
     non-finite if any element is. It is zero if all elements are and the image is not fooled yet. ``unmoved`` counts the
     images that were classified correctly at the start and that the attack left there. The counts stay on the device
     until a property is read.
+
+    Args:
+        counts: the counts by the names that `count` takes, numbers or tensors []; empty at first.
     """
 
     counts: dict[str, Tensor | int] = field(default_factory=dict)
