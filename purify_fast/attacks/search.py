@@ -30,10 +30,9 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class GradientHealth:
     """Gradient health: whether an attack had gradients to work with, or was stopped by their absence.
 
-    It counts over all gradients of an attack. A gradient is
-    non-finite if any element is. It is zero if all elements are and the image is not fooled yet. ``unmoved`` counts the
-    images that were classified correctly at the start and that the attack left there. The counts stay on the device
-    until a property is read.
+    It counts over all gradients of an attack. A gradient is non-finite if any element is. It is zero if all elements
+    are and the image is not fooled yet. ``unmoved`` counts the images that were classified correctly at the start and
+    that the attack left there. The counts stay on the device until a property is read.
 
     Args:
         counts: the counts by the names that `count` takes, numbers or tensors []; empty at first.
