@@ -98,7 +98,7 @@ class Measure:
         """The row of the clean images."""
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self._row(settings, None, lambda _: self._measure_clean(variant))
+            self._clean[variant] = self.kept(settings, [], lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
@@ -116,7 +116,8 @@ class Measure:
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, index, settings))
+        make = functools.partial(self._measure_attack, spec, alive, index, settings)
+        row = self.kept(settings | images, [spec], make)
         # The key does not hold the name: it is the same attack by any name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
@@ -153,7 +154,7 @@ class Measure:
             row.seconds = time.perf_counter() - begin
             return row
 
-        row = self._row(settings | images, spec, make)
+        row = self.kept(settings | images, [spec], make)
         row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
         return row
 
@@ -203,12 +204,6 @@ class Measure:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
-    def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[Path | None], Row]) -> Row:
-        """Read the row of these settings, of an attack or of the clean images, from the cache, or make it."""
-        row = self.kept(settings, [] if spec is None else [spec], make)
-        row.threat = None if spec is None else threat_name(spec, self.context)
-        return row
-
     def kept(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]) -> Row:
         """Read the row of these settings from the cache, or make and keep it.
 
@@ -238,6 +233,7 @@ class Measure:
         row = self.cache.row(key, make)
         # These do not belong to the key.
         row.model = self.name
+        row.threat = threat_name(specs[0], context) if specs else None
         row.deterministic = not self.subject.is_random
         # If no image survived, missing gradients do not matter.
         row.reliable = row.reliable or not row.robust.any()
