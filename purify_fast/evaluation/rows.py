@@ -18,6 +18,8 @@ GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: Name of the accuracy over the radius, after every attack, among a report's curves.
 CURVE = "eps, every attack"
+#: The fields of a row that say what its attack left.
+RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
 
@@ -212,18 +214,9 @@ class Row:
         return words[self.deterministic]
 
     def results(self) -> dict[str, Any]:
-        """The counts and texts that the attack left, by the words for them; empty ones are left out."""
-        named = {
-            "attacked": self.attacked,
-            "fallen to": self.fell_to,
-            "unsearched": self.unsearched,
-            "may hold": self.may_hold,
-            "proved robust": self.proved,
-            "warnings": self.warnings,
-            "doubts": self.doubts,
-            "probes": self.fell_to_probes,
-        }
-        return {name: value for name, value in named.items() if value or name == "attacked"}
+        """What the attack left, for the reader; what is empty is left out."""
+        values = {name: getattr(self, name) for name in RESULTS}
+        return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 
     def describe_health(self) -> str:
         """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
