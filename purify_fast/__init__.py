@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from . import training as training
     from . import zoo as zoo
     from .data import load_dataset as load_dataset
+    from .evaluation import EvaluateConfig as EvaluateConfig
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
     from .methods import atop as atop

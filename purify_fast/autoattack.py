@@ -180,7 +180,7 @@ class AutoAttack:
         if state_path is not None:
             raise ValueError(
                 f"state_path must be None, got {state_path!r}: to interrupt and resume, use "
-                "purify_fast.evaluate(..., protocol='standard', out=FOLDER)"
+                "purify_fast.evaluate(..., out=FOLDER)"
             )
         return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
 

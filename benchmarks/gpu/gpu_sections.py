@@ -37,7 +37,7 @@ from purify_fast import __version__, _library, zoo
 from purify_fast.attacks.engine.gradient_copy import gradient_copy
 from purify_fast.cli.installation import facts
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import racing, verify
@@ -276,18 +276,10 @@ def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: n
 def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
     """Evaluate, and tell whether the robust images equal those of the evaluation without graphs."""
     folder = context.out / "gpu_check" / "standard"
-    report = evaluate(
-        subject.model,
-        subject.x,
-        subject.y,
-        eps=subject.eps,
-        protocol="fast" if context.dry else "standard",
-        batch_size=contests.BATCH,
-        cuda_graphs=mode,
-        out=folder / mode,
-        progress=False,
-        probes=False,
-    )
+    protocol = "fast" if context.dry else "standard"
+    config = EvaluateConfig(protocol=protocol, batch_size=contests.BATCH, cuda_graphs=mode, probes=False)
+    how: dict[str, Any] = {"eps": subject.eps, "config": config, "out": folder / mode, "progress": False}
+    report = evaluate(subject.model, subject.x, subject.y, **how)
     robust = {row.attack: np.asarray(row.robust) for row in report.rows}
     np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)
     off = np.load(folder / "off.npz")

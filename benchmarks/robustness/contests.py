@@ -45,7 +45,7 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.demo.methods import BASE, FOLDERS, train
 from purify_fast.demo.setting import EPS, Budget, Workspace, digits
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation import subject as evaluated
 from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
@@ -184,18 +184,10 @@ class Protocol:
     def __call__(self, subject: Subject, amount: Amount) -> Tensor:
         if not subject.random:
             specs = [replace(spec, attack=one) for spec, one in self.attacks(subject, amount)]
-            report = evaluate(
-                subject.model,
-                subject.x,
-                subject.y,
-                eps=subject.eps,
-                attacks=specs,
-                seed=self.seed,
-                batch_size=BATCH,
-                steps=min(amount.steps, self.steps),
-                probes=False,
-                progress=False,
-            )
+            steps = min(amount.steps, self.steps)
+            config = EvaluateConfig(seed=self.seed, batch_size=BATCH, steps=steps, probes=False)
+            how: dict[str, Any] = {"eps": subject.eps, "config": config, "attacks": specs, "progress": False}
+            report = evaluate(subject.model, subject.x, subject.y, **how)
             return 1 - torch.from_numpy(report.headline.robust).float()
         context = AttackContext(
             num_classes=10,

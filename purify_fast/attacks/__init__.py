@@ -6,7 +6,7 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 from .apgd import APGD, apgd
 from .attackbench import for_attackbench
 from .attacked_model import frozen
-from .base import Attack, AttackContext
+from .base import Attack, AttackContext, AttackResult
 from .bpda import BPDA, BpdaModel
 from .branch_and_bound import BranchAndBound, branch_and_bound
 from .carlini_wagner import CarliniWagner, carlini_wagner
@@ -29,6 +29,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AttackContext",
+    "AttackResult",
     "AttackersHead",
     "AutoAttack",
     "BpdaModel",

@@ -9,7 +9,6 @@ in the paper: the start is uniform in the ball, and a random model's loss is the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from .base import AttackContext, TargetedAttack, as_function
 from .engine.row_batches import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
 from .objective import Objective
-from .search import GradientHealth, better_of, forgiven
+from .search import better_of, forgiven
 
 #: The paper's a, the weight of a new step; that of the last move is 1 - a.
 MOMENTUM = 0.75
@@ -82,9 +81,8 @@ class APGD(TargetedAttack):
     def revision(self) -> str:
         return "8"
 
-    @classmethod
-    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
-        return super().may_end_early(settings) and settings["norm"] != "l1"
+    def may_end_early(self, context: AttackContext) -> bool:
+        return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
     def leaves(self) -> bool:
         return self.leave_when_fallen
@@ -95,9 +93,9 @@ class APGD(TargetedAttack):
         by_pace = self.give_up and self.leave_when_fallen
         for rows in self.waves(active, goals, context):
             if active.ball.norm == "l1":
-                run_from_larger(objective, active, rows, steps, health=context.health)
+                run_from_larger(objective, active, rows, steps)
             else:
-                AutoPgd(objective, active, rows, steps, rho=self.rho, health=context.health, give_up=by_pace).run()
+                AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
 
     def _goals(self, active: ActiveSet, objective: Objective) -> Goals:
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
@@ -296,9 +294,7 @@ class AutoPgdL1(AutoPgd):
         return projected(self.rows.x, moved, self.rows.ball)
 
 
-def run_from_larger(
-    objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, health: GradientHealth | None = None
-) -> None:
+def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: int) -> None:
     """One run of the l1 ball: in a ball three times as large, then twice, then in the ball itself.
 
     The rows begin anywhere; the steps are those of all three parts.
@@ -312,6 +308,6 @@ def run_from_larger(
         begin = projected(rows.x, begin, ball)
         share = changed_share(begin, rows.x) / SPARSER
         part = replace(rows, ball=ball, begin=begin)
-        search = AutoPgdL1(objective, active, part, count, health=health, claims=factor == 1, share=share)
+        search = AutoPgdL1(objective, active, part, count, claims=factor == 1, share=share)
         search.run()
         begin = search.top

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
@@ -71,17 +71,11 @@ class AttackContext:
         max_forward_batch: the most images in one forward pass; it changes no result. None: no limit.
         batch_size: the most images that an attack searches together, if it tries several targets or restarts of an
             image at once; None: 64, or the number of images if that is larger.
-        health: counts gradients and movement, if given.
+        counts_health: whether the attack counts gradients and movement.
         graphs: captures the steps of attacks on a CUDA device, if given; see `purify_fast.speed.StepGraphs`.
         copies: keeps the copies that give the gradients, so that the next attack uses them too, if given.
         gradients_from: another model whose gradients the attack follows, while the attacked model judges every success.
             Only attacks with `Attack.follows_gradients` use it. None: the gradients of the attacked model.
-        warnings: the attack appends texts that a reader of its result must know.
-        fell_to: an attack with several targets or restarts adds the number of images that fell to each, by its name.
-        stood_still: the attack appends a tensor []: the number of images that no search brought nearer to a border
-            before it was given up. Their survival says nothing.
-        proved: an attack with a complete search appends a tensor []: the number of images for which it has proved that
-            no point of the ball is misclassified.
 
     Raises:
         ValueError: a name or a count that is not allowed.
@@ -103,14 +97,10 @@ class AttackContext:
     sample_ids: Tensor | None = None
     max_forward_batch: int | None = None
     batch_size: int | None = None
-    health: GradientHealth | None = None
+    counts_health: bool = False
     graphs: StepGraphs | None = None
     copies: GradientCopies | None = None
     gradients_from: Classifier | None = None
-    warnings: list[str] = field(default_factory=list)
-    fell_to: dict[str, int] = field(default_factory=dict)
-    stood_still: list[Tensor] = field(default_factory=list)
-    proved: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_at_least_one(
@@ -124,6 +114,29 @@ class AttackContext:
     def judges(self, draws: int) -> int:
         """The number of fresh predictions that judge an image, if a step averages so many draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The outcome of an attack on a batch of images.
+
+    Args:
+        images: adversarial images, with the shape and dtype of the clean ones.
+        health: the counts of gradients and movement; None if nothing was counted.
+        warnings: texts that a reader of the result must know.
+        fell_to: the number of images that fell to each target and restart, by its name.
+        stood_still: the number of images that no search brought nearer to a border before it was given up, a number or
+            a tensor []. Their survival says nothing.
+        proved: the number of images for which a complete search has proved that no point of the ball is misclassified,
+            a number or a tensor [].
+    """
+
+    images: Tensor
+    health: GradientHealth | None = None
+    warnings: list[str] = field(default_factory=list)
+    fell_to: dict[str, int] = field(default_factory=dict)
+    stood_still: int | Tensor = 0
+    proved: int | Tensor = 0
 
 
 class Decided(NamedTuple):
@@ -176,8 +189,12 @@ class Attack(abc.ABC):
         """The most forward passes per image; None if they are not known before, as in a search that ends early."""
         return None
 
+    def may_end_early(self, context: AttackContext) -> bool:
+        """Tell whether a search may end before its last step because success is out of reach."""
+        return False
+
     @abc.abstractmethod
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Attack the model that `target` returned.
 
         Args:
@@ -187,13 +204,17 @@ class Attack(abc.ABC):
             context: the settings besides the attack's own options.
 
         Returns:
-            Adversarial images, shape and dtype of x.
+            The adversarial images, and what the attack has counted.
         """
 
     # The compiler cannot trace how the options are sorted. It goes on inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """Attack a batch of images without an evaluation, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``.
+        """The images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
+        return self.run(model, x, y, **options).images
+
+    def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
+        """Attack a batch of images without an evaluation.
 
         Args:
             model: images to logits. An ``nn.Module`` has the same modes and gradient flags afterwards as before.
@@ -202,7 +223,7 @@ class Attack(abc.ABC):
             options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
 
         Returns:
-            Adversarial images, shape and dtype of x.
+            The adversarial images, and what the attack has counted.
 
         Raises:
             TypeError: an option that `AttackContext` does not have.
@@ -329,24 +350,25 @@ class RestartedAttack(Attack):
 
     def worst(
         self,
-        attack: Callable[[Objective, int], Tensor],
+        attack: Callable[[Objective, int, GradientHealth | None], Tensor],
         model: Classifier,
         x: Tensor,
         y: Tensor,
         context: AttackContext,
-    ) -> Tensor:
+    ) -> AttackResult:
         """Take every run, and keep for each image the point that most draws misclassify, then that of largest margin.
 
         A prediction with NaN is misclassified, and its margin counts as larger than any other. So a further run never
-        takes a success away. ``attack`` takes the objective and the number of the run, from 0.
+        takes a success away. ``attack`` takes the objective, the number of the run, from 0, and what counts gradients.
         """
+        health = GradientHealth() if context.counts_health else None
         _, draws, loss = self.decided(context)
         with frozen(model):
             apart = drawn_once_per_call(model, x, draws, context.max_forward_batch)
             objective = Objective(model, loss, draws, context.max_forward_batch, context.graphs, apart=apart)
-            best = attack(objective, 0)
+            best = attack(objective, 0, health)
             if self.restarts == 1:
-                return best
+                return AttackResult(best, health)
             # a pass has at most one draw of every image
             most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
             judge = Objective(model, "margin", draws, most, apart=apart)
@@ -357,9 +379,9 @@ class RestartedAttack(Attack):
 
             best_score = score(best)
             for number in range(1, self.restarts):
-                points = attack(objective, number)
+                points = attack(objective, number, health)
                 best, best_score = better_of(best, best_score, points, score(points))
-        return best
+        return AttackResult(best, health)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,10 +416,10 @@ class EngineAttack(BallAttack):
         if self.give_up and not self.has_pace:
             raise ValueError(f"give_up must be False for {type(self).__name__}, which searches to its end, got True")
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
         if len(x) == 0:
-            return x.clone()
+            return AttackResult(x.clone())
         x = x.detach().clone()
         ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
         _, draws, loss = self.decided(context)
@@ -406,6 +428,7 @@ class EngineAttack(BallAttack):
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
             active = ActiveSet(x, y, ball, Judge(target, judges, most, apart, context.judge_share), ids)
+            active.health = GradientHealth() if context.counts_health else None
             if source is None:
                 source = gradient_copy(target, x[:COMPARED], self.precision, context.copies)
             with frozen(source):
@@ -414,13 +437,11 @@ class EngineAttack(BallAttack):
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
                 active.judge_clean_images(leave=self.leaves())
                 self.explore(active, objective, context)
-                context.stood_still.append((~active.fallen & ~active.tried).sum())
-        return active.best
+        stood_still = (~active.fallen & ~active.tried).sum()
+        return AttackResult(active.best, active.health, fell_to=active.fell_to, stood_still=stood_still)
 
-    @classmethod
-    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
-        """Tell whether a search with such settings, as `settings` returned them, may have ended early."""
-        return bool(settings.get("give_up")) and settings["steps"] >= FEWEST_STEPS
+    def may_end_early(self, context: AttackContext) -> bool:
+        return self.give_up and self.decided(context).steps >= FEWEST_STEPS
 
     def leaves(self) -> bool:
         """Tell whether images leave the attack as soon as they have fallen."""
@@ -432,7 +453,6 @@ class EngineAttack(BallAttack):
             active,
             goals,
             self.restarts,
-            context.fell_to,
             seed=context.seed,
             most=context.batch_size,
             at_image=at_image,
@@ -496,7 +516,8 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         model: images to logits.
         x: images ``[B, ...]``.
         y: labels, int64 ``[B]``.
-        **options: fields of the attack or of `AttackContext`. If both have a field, it is the attack's.
+        **options: fields of the attack or of `AttackContext`. If both have a field, it is the attack's. Or ``health``,
+            to which the counts of gradients and movement are added.
 
     Returns:
         Adversarial images, shape and dtype of x.
@@ -505,18 +526,23 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         TypeError: an option that neither of them has, or no radius for an attack in a ball.
     """
     own, told = _options_of_call(attack)
+    health: GradientHealth | None = options.pop("health", None)
     check_names(attack.__name__, options, own | told)
     if "eps" in told and "eps" not in options:
         raise TypeError(f"eps is missing: {attack.__name__} needs a radius in image units, such as eps=8 / 255")
     chosen = attack(**{name: value for name, value in options.items() if name in own})
-    context = AttackContext(**{name: value for name, value in options.items() if name in told})
-    return chosen.search(model, x, y, context)
+    given = {name: value for name, value in options.items() if name in told}
+    result = chosen.search(model, x, y, AttackContext(**given, counts_health=health is not None))
+    if health is not None and result.health is not None:
+        health.add(**result.health.counts)
+    return result.images
 
 
 @functools.cache
 def _options_of_call(attack: type[Attack]) -> tuple[dict[str, Option], dict[str, Option]]:
     """The options of a call without an evaluation, by name: the fields of the attack, and those of its context."""
     own, told = options_of(attack), options_of(AttackContext)
+    del told["counts_health"]
     if issubclass(attack, BallAttack):
         # only the context's eps may be a tensor [B]
         del own["eps"], own["norm"]
@@ -549,7 +575,7 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
         return run_alone(attack, model, x, y, **{**defaults, **options})
 
     own, told = _options_of_call(attack)
-    options = own | told
+    options = own | told | _HEALTH
     if "eps" in told:
         # the radius, which every call gives, stands first
         options = {"eps": told["eps"]} | options
@@ -571,6 +597,7 @@ _BATCH = {
     "x": Option(Tensor, "images, floating point ``[B, ...]`` in [clip_min, clip_max]."),
     "y": Option(Tensor, "true labels, int64 ``[B]``."),
 }
+_HEALTH = {"health": Option(GradientHealth | None, "gets the counts of gradients and movement, if given.", None)}
 _SHAPE = (
     " Shape and dtype are those of x. Up to the rounding of this dtype, the images lie within the radius and within "
     "[clip_min, clip_max]."

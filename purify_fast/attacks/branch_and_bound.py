@@ -26,7 +26,7 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import AttackContext, BallAttack, as_function
+from .base import AttackContext, AttackResult, BallAttack, as_function
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
@@ -53,7 +53,7 @@ class BranchAndBound(BallAttack):
     """Branch and bound in an L-inf ball, for modules of affine layers with few ReLUs between them.
 
     Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
-    `AttackContext.proved` gets how many images of a batch are proved robust.
+    `AttackResult.proved` is the number of images of a batch that are proved robust.
 
     Args:
         nodes: about the most subproblems of an image; an image that needs more is not proved.
@@ -94,10 +94,10 @@ class BranchAndBound(BallAttack):
             raise ValueError(f"model must give the logits of its weights in float64, got others by up to {apart:.2g}")
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
         if len(x) == 0:
-            return x.clone()
+            return AttackResult(x.clone())
         x = x.detach().clone()
         with torch.no_grad(), frozen(target):
             layers = self.layers(target, x, context.max_forward_batch)
@@ -107,8 +107,7 @@ class BranchAndBound(BallAttack):
             proved = torch.zeros_like(y, dtype=torch.bool)
             for part in active.left().split(IMAGES):
                 proved[part] = _Search(layers, active, part).run(self.nodes)
-        context.proved.append(proved.sum())
-        return active.best
+        return AttackResult(active.best, proved=proved.sum())
 
 
 branch_and_bound = as_function(

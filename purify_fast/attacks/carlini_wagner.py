@@ -67,7 +67,7 @@ class CarliniWagner(EngineAttack):
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         steps = self.decided(context).steps * self.constants
         for rows in self.waves(active, (None,), context, at_image=True):
-            _CarliniWagnerSearch(objective, active, rows, steps, health=context.health).run(self.constants)
+            _CarliniWagnerSearch(objective, active, rows, steps).run(self.constants)
 
 
 carlini_wagner = as_function("carlini_wagner", CarliniWagner, NEAREST_OR_IMAGE, precision="float32", norm="l2")

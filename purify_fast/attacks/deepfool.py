@@ -61,7 +61,7 @@ class DeepFool(TargetedAttack):
         objective = replace(objective, graphs=None)
         for rows in self.waves(active, (None,), context, at_image=True):
             steps = self.decided(context).steps
-            search = _DeepFoolSearch(objective, active, rows, steps, health=context.health)
+            search = _DeepFoolSearch(objective, active, rows, steps)
             search.run(torch.stack(classes, 1)[rows.owner])
 
 

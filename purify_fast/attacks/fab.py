@@ -60,7 +60,7 @@ class FABT(TargetedAttack):
         goals = nearest_borders(active, objective, self.n_target_classes)
         steps = self.decided(context).steps
         for rows in self.waves(active, goals, context, at_image=True):
-            _FabSearch(objective, active, rows, steps, health=context.health, give_up=self.give_up).run()
+            _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 
 
 fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")

@@ -23,9 +23,10 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import ball_around, projected
-from .base import AttackContext, BallAttack
+from .base import AttackContext, AttackResult, BallAttack
 from .objective import Objective
 from .pgd import PGD
+from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
 #: Its authors' own steps of APGD and FAB, draws of the version "rand", and queries of Square.
@@ -104,8 +105,8 @@ class AutoAttack(BallAttack):
         run, replaced = parts(self.version, context.num_classes)
         return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Attack the model batch by batch; `AttackContext.warnings` gets AutoAttack's warnings.
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Attack the model batch by batch.
 
         Args:
             target: an ``nn.Module``, which AutoAttack requires.
@@ -114,16 +115,18 @@ class AutoAttack(BallAttack):
             context: the settings besides the attack's own options.
 
         Returns:
-            Adversarial images; the clean image if AutoAttack found none.
+            Adversarial images, the clean image where AutoAttack found none, and its warnings.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
         """
         if len(x) == 0:
-            return x.clone()
-        threat, health = self.threat_model(context), context.health
+            return AttackResult(x.clone())
+        threat, warnings = self.threat_model(context), list[str]()
+        health = GradientHealth() if context.counts_health else None
         with frozen(target):
-            points = self._packaged(target, x, y, context)
+            with _listening(warnings):
+                points = self._packaged(target, x, y, context)
             if parts(self.version, context.num_classes)[1] is not None:
                 points = self._with_margin(target, x, y, points, context)
             # AutoAttack rounds a little past the ball
@@ -132,31 +135,30 @@ class AutoAttack(BallAttack):
                 for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, points, y)), strict=True):
                     for point in (a, b):
                         health.see_gradient(Objective(target).direction(point, c))
-        return points
+        return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """The images that the installed package finds."""
         norm, eps = self.threat_model(context)
         steps, draws, _ = self.decided(context)
-        with _listening(context.warnings):
-            adversary = implementation()(
-                target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
-            )
-            adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
-            targets = min(9, context.num_classes - 1)
-            adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
-            for part in (adversary.apgd, adversary.apgd_targeted):
-                part.n_iter = part.n_iter_orig = steps
-                # APGD derives its checkpoints from the number of steps when it is made
-                part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
-            adversary.fab.n_iter = steps
-            adversary.square.n_queries = self.n_queries
-            if self.version == "rand":
-                adversary.apgd.eot_iter = draws
-            # the package autoattack prints, has another name for the batch size, and returns only the images
-            adversary.verbose = False
-            size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-            result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
+        adversary = implementation()(
+            target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
+        )
+        adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
+        targets = min(9, context.num_classes - 1)
+        adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
+        for part in (adversary.apgd, adversary.apgd_targeted):
+            part.n_iter = part.n_iter_orig = steps
+            # APGD derives its checkpoints from the number of steps when it is made
+            part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
+        adversary.fab.n_iter = steps
+        adversary.square.n_queries = self.n_queries
+        if self.version == "rand":
+            adversary.apgd.eot_iter = draws
+        # the package autoattack prints, has another name for the batch size, and returns only the images
+        adversary.verbose = False
+        size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
+        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
@@ -169,8 +171,8 @@ class AutoAttack(BallAttack):
                 for part in torch.arange(len(x), device=x.device).split(context.batch_size)
             ]
         for part in torch.cat(left).split(context.batch_size):
-            alone = replace(context, sample_ids=part, health=None, graphs=None)
-            stronger = margin.search(target, x[part], y[part], alone)
+            alone = replace(context, sample_ids=part, counts_health=False, graphs=None)
+            stronger = margin.search(target, x[part], y[part], alone).images
             with torch.no_grad():
                 wrong = target(stronger).argmax(1) != y[part]
             points[part[wrong]] = stronger[wrong]

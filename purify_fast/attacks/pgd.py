@@ -24,10 +24,10 @@ from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
 from .arguments import check_images, check_not_negative
 from .attacked_model import frozen
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, RestartedAttack, as_function
+from .base import AttackContext, AttackResult, BallAttack, RestartedAttack, as_function
 from .losses import Loss
 from .objective import Objective
-from .search import Search, noted, remembers
+from .search import GradientHealth, Search, noted, remembers
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
@@ -153,30 +153,32 @@ class PGD(RestartedAttack, BallAttack):
         check_not_negative(alpha=self.alpha)
         super().__post_init__()
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.decided(context).steps
         if len(x) == 0:
-            return x.clone()
+            return AttackResult(x.clone())
         x = x.detach().clone()
         alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
 
-        def attack(objective: Objective, run: int) -> Tensor:
+        def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
             point = x
             if self.random_start or run > 0:
                 std = self.start_std
                 point = sample_in_ball(x, ball, **seeds) if std is None else normal_in_ball(x, ball, std, **seeds)
-            search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
+            search = Search(objective, point, y, keep_best=self.keep_best, health=health)
             begin: State = {"point": point, "x": x, "y": y, **search.memory}
             if alpha is not None:
                 begin["alpha"] = alpha
-            last = self.climbed(objective, ball, begin, steps, context)
+            last = self.climbed(objective, ball, begin, steps, health)
             search.recall(last, steps)
             return search.result(x, last["point"])
 
         return self.worst(attack, target, x, y, context)
 
-    def climbed(self, objective: Objective, ball: Ball, begin: State, steps: int, context: AttackContext) -> State:
+    def climbed(
+        self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None
+    ) -> State:
         """The state after the steps of one run, from the one in which it begins."""
         return ascend(objective, ball, begin, steps=steps)
 
@@ -205,7 +207,9 @@ class LeavingPGD(PGD):
     def revision(self) -> str:
         return f"{super().revision()}, leaving 1"
 
-    def climbed(self, objective: Objective, ball: Ball, begin: State, steps: int, context: AttackContext) -> State:
+    def climbed(
+        self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None
+    ) -> State:
         whole, state = begin, begin
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         for first in range(0, steps, self.look_every):
@@ -215,9 +219,9 @@ class LeavingPGD(PGD):
             state = {name: state[name] for name in begin}
             whole = {name: _put(name, whole[name], index, value) for name, value in state.items()}
             stay = (state["best_score"][0] < 1).nonzero()[:, 0]
-            if context.health is not None:
+            if health is not None:
                 # images that have left take no further gradients
-                context.health.add(gradients=(len(stay) - len(index)) * (steps - end))
+                health.add(gradients=(len(stay) - len(index)) * (steps - end))
             if not len(stay):
                 break
             index, state = index[stay], {name: _taken(name, value, stay) for name, value in state.items()}
@@ -267,7 +271,7 @@ class FGSM(BallAttack):
     def revision(self) -> str:
         return "2"
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         step = context.eps if self.eps is None else self.eps
         check_not_negative(eps=step)
         one = PGD(steps=1, alpha=step, random_start=False, keep_best=False, **asdict(self))

@@ -30,18 +30,20 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class GradientHealth:
     """Gradient health: whether an attack had gradients to work with, or was stopped by their absence.
 
-    It counts over all gradients of an attack: give an object to the attack and read it afterwards. A gradient is
-    non-finite if any element is. It is zero if all elements are and the image is not fooled yet. ``unmoved`` counts the
-    images that were classified correctly at the start and that the attack left there. The counts stay on the device
-    until a property is read.
+    It counts over all gradients of an attack. A gradient is non-finite if any element is. It is zero if all elements
+    are and the image is not fooled yet. ``unmoved`` counts the images that were classified correctly at the start and
+    that the attack left there. The counts stay on the device until a property is read.
+
+    Args:
+        counts: the counts by the names that `count` takes, numbers or tensors []; empty at first.
     """
 
-    _counts: dict[str, Tensor | int] = field(default_factory=dict)
+    counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
         """Add to the counts, by the names that `count` takes; ``gradients`` has an entry for each image and step."""
         for name, amount in amounts.items():
-            self._counts[name] = self._counts.get(name, 0) + amount
+            self.counts[name] = self.counts.get(name, 0) + amount
 
     def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
         """Count one gradient [B, ...]; zero is not a fault where ``fooled`` [B], bool, is True."""
@@ -55,7 +57,7 @@ class GradientHealth:
 
     def count(self, name: str) -> int:
         """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
-        return int(self._counts.get(name, 0))
+        return int(self.counts.get(name, 0))
 
     @property
     def nonfinite(self) -> float:

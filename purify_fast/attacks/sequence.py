@@ -55,7 +55,7 @@ class AttackSequence:
             for part in self._batches((~self.fallen).nonzero()[:, 0]):
                 x, y = self.x[part].to(self.device), self.y[part].to(self.device)
                 told = replace(self.context, sample_ids=part.to(self.device))
-                points = attack.search(self.model, x, y, told)
+                points = attack.search(self.model, x, y, told).images
                 share = self._shares(points, part)
                 better = share > self.share[part]
                 self.images[part[better]] = points.to(self.x.device)[better]

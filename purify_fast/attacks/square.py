@@ -10,10 +10,9 @@ draws decide whether an image has fallen. And images whose border is out of reac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,10 +70,8 @@ class Square(EngineAttack):
     def revision(self) -> str:
         return "6"
 
-    @classmethod
-    def may_end_early(cls, settings: Mapping[str, Any]) -> bool:
-        few_draws = settings.get("give_up") and settings["eot_iter"] == 1
-        return bool(few_draws) and settings["n_queries"] > GIVEN_UP_AFTER[0]
+    def may_end_early(self, context: AttackContext) -> bool:
+        return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)

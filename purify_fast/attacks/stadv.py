@@ -23,10 +23,10 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import AttackContext, RestartedAttack, ThreatModel, as_function
+from .base import AttackContext, AttackResult, RestartedAttack, ThreatModel, as_function
 from .losses import Loss
 from .objective import Gradients, Objective
-from .search import Search
+from .search import GradientHealth, Search
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: The decays of Adam's means, and the constant that keeps its quotient finite.
@@ -127,22 +127,22 @@ class StAdv(RestartedAttack):
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         check_images(x, y)
         if x.dim() != 4:
             raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
         if len(x) == 0:
-            return x.clone()
+            return AttackResult(x.clone())
         x, steps = x.detach().clone(), self.decided(context).steps
         room = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
         bound = per_image(room.eps, x)
 
-        def attack(objective: Objective, run: int) -> Tensor:
+        def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
             if self.random_start or run > 0:
                 flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
             adam, point = _Adam(flow, self.rate), warp(x, flow)
-            search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
+            search = Search(objective, point, y, keep_best=self.keep_best, health=health)
             gradients = Gradients(objective, point, y)
             for _ in range(steps):
                 with torch.enable_grad():

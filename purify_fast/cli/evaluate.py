@@ -6,15 +6,15 @@ import contextlib
 import os
 import sys
 import warnings
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
 from .._files import folder_lock
-from .._validation import Count, CudaGraphs, CudnnBenchmark, Norm, Precision
+from .._validation import Count, Norm, Precision, read_norm
+from ..evaluation.config import EvaluateConfig
 from .command import DataCommand
 from .run_file import ball_of_run, repeating, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
@@ -50,36 +50,10 @@ class Evaluate(DataCommand, Purification):
         eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. For your own model it must be
             given.
         norm: Norm of the ball; default: what FOLDER was trained at, or linf if eps is given.
-        protocol: Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's
-            engine; rand, its version for random defences; strong, what a careful attacker would do; official,
-            AutoAttack itself; authors, what those who published the defence ran, to compare with their numbers. The
-            last two need the package pyautoattack. A list of attacks of your own is given in Python.
         images: Held-out images to attack: so many, chosen by the seed; the numbers of images per class differ by at
             most 1. Where there are fewer, all of them are attacked, and the report says so.
-        steps: Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100.
-        eot_iter: Draws of the defence that each step averages over.
-        n_eval: Independent predictions of a random defence on each attacked image; it is robust if all of them are
-            right.
-        predict: How these predictions decide. worst_of, an image counts as fallen if any of them is wrong; votes, their
-            majority is the defence's one prediction, and what is attacked. With either, attacks are also run under
-            fixed noise, where the defence has that.
-        batch_size: Images that are attacked together. auto: as by default, of which as many go through the model at
-            once as memory allows; the results are the same.
-        max_forward_batch: Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets
-            which draws.
-        memory: With --batch-size auto: the most that the process may take in all, such as 20GB; default: as much as
-            there is.
-        cuda_graphs: On a GPU, capture a step of an attack and replay it: once its launches have cost as much as a
-            capture (auto), at once wherever that is possible, or never.
-        cudnn_benchmark: On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last
-            bits from run to run; auto: unless the process asks for deterministic algorithms.
-        seed: Seed of everything random.
         precision: tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a
             slightly different function: images are rounded to 8 bits. The report says which it was.
-        keep: Which attacked images the report keeps: some, for its pictures; all, every image that fell too, for
-            `purify-fast check`.
-        claim: The robust accuracy that somebody claims, in percent, such as 70. The report says whether what is left
-            refutes it, and how many images would decide.
         out: Where the report goes; default: FOLDER/evaluation, for a model of the zoo runs/zoo/NAME/evaluation. A
             model of your own has runs/own/MODULE.FUNCTION/evaluation; a file in another folder has the folder's name in
             front.
@@ -94,30 +68,13 @@ class Evaluate(DataCommand, Purification):
     classifier_weights: Path | None = None
     eps: float | None = None
     norm: Norm | None = None
-    protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
     images: Count = 500
-    # from here to the seed, arguments of `purify_fast.evaluation.evaluate`
-    steps: int = 100
-    eot_iter: int = 5
-    n_eval: int = 5
-    predict: Literal["worst_of", "votes"] | None = None
-    batch_size: int | Literal["auto"] = 250
-    max_forward_batch: int | None = None
-    memory: str | None = None
-    cuda_graphs: CudaGraphs = "auto"
-    cudnn_benchmark: CudnnBenchmark = "off"
-    seed: int = 0
     precision: Precision = "float32"
-    keep: Literal["some", "all"] = "some"
-    claim: float | None = None
     out: Path | None = None
+    settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.claim is not None:
-            from ..evaluation.claims import check_claim
-
-            check_claim(self.claim)
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
@@ -243,6 +200,10 @@ class Evaluate(DataCommand, Purification):
             raise ValueError(f"--classifier must be given: {self.folder} holds a denoiser alone")
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
+    def settings_for(self, images: DataSet) -> EvaluateConfig:
+        """The settings, with the name of the data set."""
+        return replace(self.settings, dataset_name=self.settings.dataset_name or images.name)
+
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
         """The held-out images to attack, their labels, and what the report must say of the choice."""
         from ..data import balanced_subset
@@ -254,9 +215,9 @@ class Evaluate(DataCommand, Purification):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             subset = balanced_subset(
-                images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
+                images.x_test, images.y_test, self.images, self.settings.seed, num_classes=images.num_classes
             )
-        choice = f"chosen by the seed {self.seed}; the numbers of images per class differ by at most 1"
+        choice = f"chosen by the seed {self.settings.seed}; the numbers of images per class differ by at most 1"
         notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
@@ -285,17 +246,18 @@ class Evaluate(DataCommand, Purification):
         if self.images > len(y):
             # say it now and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
-        options = {name: value for name, value in vars(self).items() if name in signature(evaluate).parameters}
-        options |= {
-            "eps": eps,
-            "norm": norm,
-            "base": base,
-            "out": out,
-            "name": self.title(),
-            "dataset_name": images.name,
-        }
         with float32_products(tf32=self.precision == "tf32"):
-            report = evaluate(model, x, y, **options)
+            report = evaluate(
+                model,
+                x,
+                y,
+                eps=eps,
+                config=self.settings_for(images),
+                norm=read_norm(norm),
+                base=base,
+                out=out,
+                name=self.title(),
+            )
         if processes()[0] > 0:
             return
         report.notes += notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
@@ -83,12 +82,9 @@ def of_training(command: Training, gpu: str | None, gpus: int) -> Forecast:
 
 def of_evaluation(command: Evaluate, gpu: str | None, gpus: int) -> Forecast:
     """The forecast for a command that evaluates."""
-    from ..evaluation import evaluate
     from ..evaluation.forecast import forecast
 
     images = replace(command, device="cpu").load_data()
     model, base = command.loaded(images)
     (eps, norm), (x, y, _) = command.ball(), command.chosen(images)
-    options = {name: value for name, value in vars(command).items() if name in signature(evaluate).parameters}
-    options |= {"eps": eps, "norm": norm, "base": base}
-    return forecast(model, x, y, gpu=gpu, gpus=gpus, **options)
+    return forecast(model, x, y, gpu=gpu, gpus=gpus, config=command.settings, eps=eps, norm=norm, base=base)

@@ -64,13 +64,14 @@ class ResultsInClassifier(Training):
 
     def save(self, trained: Any, images: DataSet) -> None:
         """Save the classifier, and print its accuracy on the held-out images."""
-        from ..evaluation import evaluate
+        from ..evaluation import EvaluateConfig, evaluate
         from ..training import save_classifier
 
         save_classifier(trained, self.out)
         x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
         # only the first of several processes is here
-        report = evaluate(trained, x, y, eps=self.method.attack.eps, attacks=[], name=name, together=False)
+        alone = EvaluateConfig(together=False)
+        report = evaluate(trained, x, y, eps=self.method.attack.eps, config=alone, attacks=[], name=name)
         print(report.to_text())
 
 

@@ -15,7 +15,7 @@ import torch
 from .._tensors import weights_fingerprint
 from ..attacks import PGD, AutoAttack
 from ..attacks.losses import Loss
-from ..evaluation import AttackSpec, Report
+from ..evaluation import AttackSpec, EvaluateConfig, Report
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.atop import Atop, AtopConfig, AtopTask
 from ..methods.atop.generators import SmallGenerator
@@ -193,5 +193,6 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
             attacks += [AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=label) for loss, label in steady.items()]
         if name != STANDARD:
             attacks.append(auto)
-    options = {"steps": steps, "eot_iter": budget.eot, "seed": workspace.seed, "progress": workspace.progress}
-    return attacked(target, budget.images, attacks, out=workspace.out / FOLDERS[name], name=name, **options)
+    config = EvaluateConfig(steps=steps, eot_iter=budget.eot, seed=workspace.seed)
+    how: dict[str, Any] = {"name": name, "progress": workspace.progress}
+    return attacked(target, budget.images, attacks, config=config, out=workspace.out / FOLDERS[name], **how)

@@ -6,14 +6,14 @@ workspace stand here too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import data
 from ..attacks import PGD
-from ..evaluation import AttackSpec, Report, evaluate
+from ..evaluation import AttackSpec, EvaluateConfig, Report, evaluate
 from ..evaluation.subject import Variant
 from ..protocols import Classifier
 from ..training import ClassifierConfig, TrainingAttack
@@ -36,7 +36,15 @@ def digits() -> data.DataSet:
     return data.load_dataset("digits")
 
 
-def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: float = EPS, **options: Any) -> Report:
+def attacked(
+    model: Classifier,
+    images: int,
+    attacks: list[AttackSpec],
+    *,
+    eps: float = EPS,
+    config: EvaluateConfig = EvaluateConfig(),
+    **options: Any,
+) -> Report:
     """Attack a model on the first ``images`` held-out images, in batches that fit into a small memory.
 
     Args:
@@ -44,11 +52,12 @@ def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: 
         images: how many.
         attacks: the attacks to run.
         eps: radius in image units.
+        config: the settings of the evaluation.
         options: more arguments of `evaluate`.
     """
     x, y = digits().x_test[:images], digits().y_test[:images]
-    sizes: dict[str, Any] = {"batch_size": 250, "max_forward_batch": 500}
-    return evaluate(model, x, y, eps=eps, attacks=attacks, dataset_name=digits().name, **sizes, **options)
+    config = replace(config, max_forward_batch=500, dataset_name=digits().name)
+    return evaluate(model, x, y, eps=eps, config=config, attacks=attacks, **options)
 
 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:

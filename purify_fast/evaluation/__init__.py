@@ -1,26 +1,27 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
-from .report import Report, merge
-from .rows import Examples, Paired, Row
-from .runner import evaluate
-from .show.tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
-from .specs import AttackSpec, as_attack, lee_kim_2023
-from .witnesses import CheckedWitnesses, check_witnesses
+from __future__ import annotations
 
-__all__ = [
-    "AttackSpec",
-    "CheckedWitnesses",
-    "Examples",
-    "Paired",
-    "Report",
-    "Row",
-    "Tradeoff",
-    "ar_bd",
-    "ar_point_dist",
-    "as_attack",
-    "check_witnesses",
-    "evaluate",
-    "lee_kim_2023",
-    "merge",
-    "plot_tradeoff",
-]
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .config import EvaluateConfig as EvaluateConfig
+    from .report import Report as Report
+    from .report import merge as merge
+    from .rows import Examples as Examples
+    from .rows import Paired as Paired
+    from .rows import Row as Row
+    from .runner import evaluate as evaluate
+    from .show.tradeoff import Tradeoff as Tradeoff
+    from .show.tradeoff import ar_bd as ar_bd
+    from .show.tradeoff import ar_point_dist as ar_point_dist
+    from .show.tradeoff import plot_tradeoff as plot_tradeoff
+    from .specs import AttackSpec as AttackSpec
+    from .specs import as_attack as as_attack
+    from .specs import lee_kim_2023 as lee_kim_2023
+    from .witnesses import CheckedWitnesses as CheckedWitnesses
+    from .witnesses import check_witnesses as check_witnesses
+
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -27,11 +27,10 @@ from ..protocols import (
     is_purifier,
     supports,
 )
+from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
 from .surrogates import WithoutNoise
-
-ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 
 #: Row name of "authors" for a model that does not define its authors' evaluation.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .. import _library
 from .._sealed import read_sealed, write_sealed
-from .._tensors import digest, text_hash
+from .._tensors import text_hash
 from ..ops import choices_of_bits
 from ..ops.dispatch.registry import forced_backends
 from ..speed.precision import float32_settings
@@ -32,7 +31,7 @@ logger = logging.getLogger("purify_fast")
 #: way to choose the attacked images, to seed, to judge or to count, or an op whose definition changed. Edited comments,
 #: docstrings, labels, pictures and tables, and faster kernels of the same function, leave it as it is. A change within
 #: one attack raises that attack's own version instead, so that the rows of the others are kept.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 #: Plain values and tensors of a file.
 Content = tuple[dict[str, Any], dict[str, Tensor]]
@@ -48,72 +47,21 @@ def read_file(path: Path) -> Content | None:
     return None
 
 
-@dataclass
-class AttackedBatch:
-    """The outcome of an attack on one batch.
+def write_file(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a file that `read_file` reads.
 
     Args:
-        images: the attacked images, ``[B, C, H, W]``.
-        health: counts of the gradients, by name.
-        seconds: duration.
-        warnings: warnings of the attack.
-        fallen: number of images that fell, by the name of what they fell to.
-        fell: mask of the images that the attacked model misclassifies now, as 0 and 1 in the order of the images.
-        stood_still: number of images that no search brought nearer to a border.
-        proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
+        path: the file.
+        values: plain values.
+        tensors: tensors by name.
     """
-
-    images: Tensor
-    health: dict[str, int]
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
-    fallen: dict[str, int] = field(default_factory=dict)
-    fell: list[int] = field(default_factory=list)
-    stood_still: int = 0
-    proved: int = 0
+    write_sealed(path, values, tensors)
 
 
-class PartialRow:
-    """The finished batches of an unfinished row, in a folder of their own.
-
-    Args:
-        folder: folder of the batches, made with the first of them; None: nothing is kept.
-    """
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-
-    def read(self, ids: Tensor) -> AttackedBatch | None:
-        """Read the batch of the images with these indices, if it was finished and its file is not damaged."""
-        content = None if self.folder is None else read_file(self._path(ids))
-        if content is None:
-            return None
-        values, tensors = content
-        return AttackedBatch(tensors["images"], **values)
-
-    def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
-        """Keep the finished batch of the images with these indices."""
-        if self.folder is None:
-            return
-        values = {name: value for name, value in vars(batch).items() if name != "images"}
-        write_sealed(self._path(ids), values, {"images": batch.images})
-
-    def begin(self, points: Tensor | None = None) -> Tensor:
-        """The points at which the attack begins, for other processes; given points are kept."""
-        assert self.folder is not None
-        path = self.folder / "begin.safetensors"
-        if points is not None:
-            write_sealed(path, {}, {"points": points})
-        return read_sealed(path)[1]["points"]
-
-    def remove(self) -> None:
-        """Remove the folder: the row is finished."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, ids: Tensor) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{digest(ids.cpu())}.safetensors"
+def remove_batches(folder: Path | None) -> None:
+    """Remove the folder of a row's batches, if there is one: the row is finished."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class RowCache:
@@ -166,17 +114,17 @@ class RowCache:
         """Use this mark, a `fingerprint`, for the model in the names of its rows; with None no rows are kept."""
         self._marks[id(model)] = model, mark
 
-    def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:
+    def row(self, key: str | None, make: Callable[[Path | None], Row]) -> Row:
         """Read the row of that name, or make and keep it.
 
         Args:
             key: name of the row; None: the row is made and not kept.
-            make: makes the row from the batches that an interrupted run finished.
+            make: makes the row; it gets the folder with the batches that an interrupted run finished, if rows are kept.
         """
-        unfinished = PartialRow(None if self.folder is None or key is None else self.folder / f"{key}.batches")
+        batches = None if self.folder is None or key is None else self.folder / f"{key}.batches"
 
         def content() -> Content:
-            row = make(unfinished)
+            row = make(batches)
             kept = {} if row.examples is None else vars(row.examples)
             arrays = {name: array for name, array in kept.items() if array is not None}
             arrays |= {name: each for name in ("margins", "points") if (each := getattr(row, name)) is not None}
@@ -184,7 +132,7 @@ class RowCache:
 
         values, tensors = self._content(key, content)
         # A run that ended after writing the row and before removing its batches has left these.
-        unfinished.remove()
+        remove_batches(batches)
         row, arrays = Row.from_dict(values), {name: tensor.numpy() for name, tensor in tensors.items()}
         row.margins, row.points = arrays.pop("margins", None), arrays.pop("points", None)
         row.examples = Examples(**arrays) if arrays else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .rows import Row
 
@@ -11,29 +10,6 @@ from .rows import Row
 REFUTED = 0.01
 #: The largest number of images that is ever asked for.
 MOST = 10**6
-
-
-def check_claim(claim: Any) -> None:
-    """Check a claim as `evaluate` takes it.
-
-    Args:
-        claim: robust accuracy in percent; None: no claim.
-
-    Raises:
-        TypeError: claim is not a number.
-        ValueError: claim is outside 0 to 100, or above 0 and at most 1, as a share of 1 would be.
-    """
-    if claim is None:
-        return
-    if isinstance(claim, bool) or not isinstance(claim, (int, float)):
-        raise TypeError(f"claim must be a number of percent from 0 to 100, got {claim!r}: such as claim=70")
-    if not 0 <= claim <= 100:
-        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give percent of robust accuracy, such as 70")
-    if 0 < claim <= 1:
-        raise ValueError(
-            f"claim must be in percent, got {claim!r}: a claim of {100 * claim:g} % is written {100 * claim:g}. Claims "
-            "above 0 and up to 1 % are not tested"
-        )
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:

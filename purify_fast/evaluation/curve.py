@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,8 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from .._validation import check_number
 from ..attacks import AttackContext, GradientHealth
 from ..attacks.base import BallAttack
-from .cache import PartialRow
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
@@ -40,11 +39,9 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         largest: the largest radius allowed.
 
     Raises:
-        TypeError: a radius is not a number.
         ValueError: a radius is not above 0, or too large, or a report would call several radii by the same name.
     """
     for radius in curve:
-        check_number("each of curve", radius)
         # This form of the comparison refuses NaN too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
@@ -170,11 +167,10 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
         "over": over,
         "norm": norm,
         "eps": radius,
-        "attacked": int(measure.clean("random").robust.sum()),
         "n_eval": subject.judges("random"),
     }
 
-    def make(_: PartialRow) -> Row:
+    def make(_: Path | None) -> Row:
         alive, health, seconds = standing.copy(), Counter[str](), 0.0
         best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
         for spec in at_radius:
@@ -182,7 +178,7 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
                 break
             index = torch.from_numpy(alive).nonzero()[:, 0]
             order = measure.in_order(spec, index, lead.numpy())
-            sums = measure.attack(spec, order, PartialRow(None), begin).sums
+            sums = measure.attack(spec, order, None, begin).sums
             judged = subject.judge(sums.images[index], "random", "judge", index=index)
             # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
             # and still better than no point.
@@ -210,6 +206,7 @@ def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, image
             health=dict(health) if health["gradients"] else None,
             reliable=GradientHealth(dict(health)).reliable,
             settings=settings,
+            attacked=int(measure.clean("random").robust.sum()),
             points=best[torch.from_numpy(alive)].cpu().numpy(),
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 
@@ -19,16 +18,13 @@ from ..attacks.objective import Objective
 from ..protocols import Classifier
 from ..speed.memory import Room, free_memory, images_that_fit
 from .cache import RowCache
+from .config import USUAL_BATCH, BatchSize
 from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-#: Number of images attacked together by default.
-USUAL_BATCH = 250
 #: Assumed number of tensors of the images' size that an attack remembers.
 REMEMBERED = 16
-
-BatchSize = int | Literal["auto"]
 
 
 def images_together(batch_size: BatchSize, memory: int | str | None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +16,10 @@ from ..speed.counting import Cost, counted
 from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
-from .fitting import USUAL_BATCH
+from .config import EvaluateConfig
+from .fitting import images_together
 from .report import Report
-from .runner import evaluate, has_signs
+from .runner import evaluate
 from .subject import device_of
 
 #: Number of images on which the work for the device is counted.
@@ -31,6 +34,8 @@ def forecast(
     gpu: str | None = None,
     gpus: int = 1,
     seconds: float = 10.0,
+    config: EvaluateConfig = EvaluateConfig(),
+    attacks: Sequence[Any] | None = None,
     **options: Any,
 ) -> Forecast:
     """Forecast the time of `evaluate` with the same arguments.
@@ -46,19 +51,21 @@ def forecast(
             None: this CPU, on which they are timed.
         gpus: number of GPUs that share the batches.
         seconds: least duration of the last probe on a CPU, unless there are too few images.
+        config: see `evaluate`.
+        attacks: see `evaluate`.
         **options: further arguments of `evaluate`.
     """
-    options = {**options, "out": None, "progress": False, "together": False}
-    batch_size = options.get("batch_size", USUAL_BATCH)
-    batch = USUAL_BATCH if batch_size == "auto" else batch_size
+    options = {**options, "attacks": attacks, "out": None, "progress": False}
+    alone, without_signs = replace(config, together=False), replace(config, together=False, probes=False)
+    batch = images_together(config.batch_size, config.memory)
     few = min(COUNTED, len(x))
 
-    def some(count: int, **more: Any) -> Report:
-        return evaluate(model, x[:count], y[:count], **options | more)
+    def some(count: int, config: EvaluateConfig = without_signs) -> Report:
+        return evaluate(model, x[:count], y[:count], config=config, **options)
 
     peaks: list[int] = []
     # The signs have a bounded number of images, so they are not counted.
-    counts = counted(lambda: peaks.append(peak_memory(lambda: some(few, probes=False), device_of(model, x))))
+    counts = counted(lambda: peaks.append(peak_memory(lambda: some(few), device_of(model, x))))
     cost = Cost(counts.launches * math.ceil(len(x) / batch), *(value * len(x) / few for value in counts[1:]))
     memory = peaks[0] * min(batch, len(x)) / few
     kind = "this CPU" if gpu is None else f"{gpus} {gpu}"
@@ -69,15 +76,15 @@ def forecast(
     count = few
     while True:
         began = time.perf_counter()
-        report = some(count, probes=False)
+        report = some(count)
         taken = time.perf_counter() - began
         if taken >= seconds / 2 or count == len(x):
             break
         count = min(4 * count, len(x))
     signs = 0.0
-    if has_signs(options.get("protocol"), options.get("attacks"), options.get("probes")):
+    if config.has_signs(attacks):
         began = time.perf_counter()
-        asked = some(few)
+        asked = some(few, alone)
         signs = time.perf_counter() - began - _of_attacks(asked)
     # Beyond the first few images, neither the signs nor the work before the attacks grow with their number.
     whole = _of_attacks(report) * len(x) / count + max(0.0, signs) * min(PROBED, len(x)) / few

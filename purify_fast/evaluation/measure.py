@@ -8,8 +8,7 @@ import functools
 import itertools
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from ..attacks import Attack, AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
+from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..attacks.engine.row_batches import Judge, has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
-from .cache import AttackedBatch, PartialRow, RowCache
+from .attack_run import AttackedBatch, AttackRun, read_begin, write_begin
+from .cache import RowCache, remove_batches
 from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
-from .specs import CLASSIFIER, AttackSpec, check_adversarial
+from .specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
 from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
@@ -35,8 +34,6 @@ from .team import Task, Team
 
 #: Number of attacked images kept with each row, for the pictures.
 EXAMPLES = 8
-#: The counts of `GradientHealth`.
-COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +45,14 @@ class Outcome:
         index: indices of the attacked images, int64.
         sums: all images, attacked or not, with health and time summed over the batches.
         settings: settings of the attack that are known only after it.
+        found: the fields of a row that the attack decides.
     """
 
     spec: AttackSpec
     index: Tensor
     sums: AttackedBatch
     settings: dict[str, Any]
+    found: dict[str, Any]
 
 
 class Measure:
@@ -99,7 +98,7 @@ class Measure:
         """The row of the clean images."""
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self._row(settings, None, lambda _: self._measure_clean(variant))
+            self._clean[variant] = self.kept(settings, [], lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
@@ -115,9 +114,10 @@ class Measure:
             # The authors' model may be right where the defence is wrong.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
-        settings = self.settings_of(spec) | {"attacked": len(index)}
+        settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        row = self._row(settings | images, spec, functools.partial(self._measure_attack, spec, alive, index, settings))
+        make = functools.partial(self._measure_attack, spec, alive, index, settings)
+        row = self.kept(settings | images, [spec], make)
         # The key does not hold the name: it is the same attack by any name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
@@ -135,26 +135,26 @@ class Measure:
         attacked = self.settings_of(spec)
         settings = attacked | {
             "variant": "random",
-            "attacked": int((alive & standing).sum()),
             "n_eval": self.subject.judges("random"),
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
 
-        def make(unfinished: PartialRow) -> Row:
+        def make(folder: Path | None) -> Row:
             # If the attack's row was read from an earlier run, its images are not in memory.
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
-                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], unfinished)
+                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
             # Only an image that was attacked can fall.
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
+            row.attacked = int((alive & standing).sum())
             row.transferred = True
             row.seconds = time.perf_counter() - begin
             return row
 
-        row = self._row(settings | images, spec, make)
+        row = self.kept(settings | images, [spec], make)
         row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
         return row
 
@@ -204,49 +204,37 @@ class Measure:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
-    def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
-        """Read the row of these settings, of an attack or of the clean images, from the cache, or make it."""
-        row = self.kept(settings, spec, make)
-        row.threat = None if spec is None else threat_name(spec, self.context)
-        return row
-
-    def kept(
-        self,
-        settings: dict[str, Any],
-        specs: AttackSpec | Sequence[AttackSpec] | None,
-        make: Callable[[PartialRow], Row],
-    ) -> Row:
+    def kept(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]) -> Row:
         """Read the row of these settings from the cache, or make and keep it.
 
         Args:
             settings: settings in plain values.
-            specs: the attack, or several; None: the clean images.
-            make: makes the row from the batches that an interrupted run finished.
+            specs: the attacks; none for the clean images.
+            make: makes the row; it gets the folder with the batches that an interrupted run finished, if rows are kept.
         """
         subject, context = self.subject, self.context
-        key: str | None = None
-        several = [specs] if isinstance(specs, AttackSpec) else list(specs or ())
-        attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in several]
+        attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
+        whole = {
+            "data": subject.data,
+            "first": subject.first,
+            "seed": subject.seed,
+            "classes": subject.num_classes,
+            # An image's draws depend on the batches.
+            "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
+            "judges": [context.judge_draws, context.judge_share],
+            "attacks": attacks,
+            "settings": settings,
+            "keep": self.keep_all and bool(specs),
+        }
         # Rows of an attack without a revision are not kept.
-        if all(attack[1] is not None for attack in attacks):
-            whole = {
-                "data": subject.data,
-                "seed": subject.seed,
-                "classes": subject.num_classes,
-                # An image's draws depend on the batches.
-                "batches": _batches_of(settings, context) if subject.is_random else [],
-                "attack": None if specs is None else attacks[0] if isinstance(specs, AttackSpec) else attacks,
-                "settings": settings,
-            }
-            whole |= {"first": subject.first} if subject.first else {}
-            whole |= {"keep": "all"} if self.keep_all and specs is not None else {}
-            if context.judge_share < 1:
-                whole["judges"] = [context.judge_draws, context.judge_share]
-            key = self.cache.key(whole, subject.model, *([spec.other_model for spec in several] or [None]))
+        named = all(revision is not None for _, revision, *_ in attacks)
+        models = [subject.model, *([spec.other_model for spec in specs] or [None])]
+        key = self.cache.key(whole, *models) if named else None
         row = self.cache.row(key, make)
         # These do not belong to the key.
         row.model = self.name
-        row.settings["deterministic"] = not self.subject.is_random
+        row.threat = threat_name(specs[0], context) if specs else None
+        row.deterministic = not self.subject.is_random
         # If no image survived, missing gradients do not matter.
         row.reliable = row.reliable or not row.robust.any()
         return row
@@ -277,35 +265,36 @@ class Measure:
             **fields,
         )
 
-    def attack(self, spec: AttackSpec, index: Tensor, unfinished: PartialRow, begin: Tensor | None = None) -> Outcome:
+    def attack(self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None) -> Outcome:
         """Run an attack on the images that it is given.
 
         Args:
             spec: the attack.
             index: images given to the attack, int64, in the order of the search.
-            unfinished: holds the batches that an interrupted run finished.
+            folder: keeps the batches, and holds those that an interrupted run finished; None: nothing is kept.
             begin: start of the search, ``[N, C, H, W]``; None: the attack's own start.
         """
         attack, team = spec.resolved, self.team
-        kept = team.folder(unfinished, self.cache.folder)
-        with self._batches(spec, index, kept, begin) as batches:
+        shared = team.folder(folder, self.cache.folder)
+        with self._run(spec, index, shared, begin) as batches:
             context = batches.context
             # A deterministic target needs one draw.
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
+            may_end_early = attack.may_end_early(context)
             cost = attack.cost(context)
             total = None if cost is None else cost * sum(map(len, batches.parts))
             with self.progress.row(row_name(spec, self.context), total):
                 if team.world > 1 and batches.missing(range(len(batches.parts))):
-                    assert kept.folder is not None
+                    assert shared is not None
                     if begin is not None:
-                        kept.begin(begin)
+                        write_begin(shared, begin)
                     task = Task(
                         attack=self.attacks.index(spec),
                         first=self.subject.first,
                         data=self.subject.data,
                         images=index.numpy().tobytes(),
                         batches=[],
-                        folder=str(kept.folder.resolve()),
+                        folder=str(shared.resolve()),
                         draws_differ=context.draws_differ,
                         begins=begin is not None,
                     )
@@ -315,18 +304,13 @@ class Measure:
                     )
                 else:
                     sums = batches.sums()
-        if kept is not unfinished:
-            kept.remove()
-        if sums.warnings or isinstance(attack, AutoAttack):
-            settings["warnings"] = sums.warnings
-        if sums.fallen:
-            settings["fallen to"] = sums.fallen
-        if sums.proved:
-            settings["proved robust"] = sums.proved
+        if shared != folder:
+            remove_batches(shared)
+        found = {"warnings": sums.warnings, "fell_to": sums.fallen, "proved": sums.proved}
         if batches.rule is not None:
-            settings |= {"unsearched": batches.rule.unsearched, "may hold": batches.rule.may_hold}
+            found |= {"unsearched": batches.rule.unsearched, "may_hold": batches.rule.may_hold}
         sums.images = sums.images[: self._most(spec)]
-        return Outcome(spec, index, sums, settings)
+        return Outcome(spec, index, sums, settings, found | {"may_end_early": may_end_early})
 
     def help(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
@@ -346,29 +330,29 @@ class Measure:
                 f"process {self.team.rank} has other images than the first from number {task.first} on: all processes "
                 "of a group must read the same images in the same order"
             )
-        kept = PartialRow(Path(task.folder))
-        self.team.check_folder(Path(task.folder))
+        folder = Path(task.folder)
+        self.team.check_folder(folder)
         spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
-        begin = kept.begin() if task.begins else None
-        with self._batches(spec, index, kept, begin, task.draws_differ) as batches:
+        begin = read_begin(folder) if task.begins else None
+        with self._run(spec, index, folder, begin, task.draws_differ) as batches:
             for number in itertools.chain([first], mine):
                 batches.make(number)
 
     @contextlib.contextmanager
-    def _batches(
+    def _run(
         self,
         spec: AttackSpec,
         index: Tensor,
-        kept: PartialRow,
+        folder: Path | None,
         begin: Tensor | None,
         draws_differ: bool | None = None,
-    ) -> Iterator[Batches]:
-        """Within the block, the batches of an attack, with the model in the attack's variant.
+    ) -> Iterator[AttackRun]:
+        """Within the block, the run of an attack, with the model in the attack's variant.
 
         Args:
             spec: the attack.
             index: images given to the attack, int64, in the order of the search.
-            kept: keeps the batches.
+            folder: keeps the batches.
             begin: start of the search.
             draws_differ: whether the target differs from call to call; None: try it.
         """
@@ -389,12 +373,12 @@ class Measure:
             rule = None
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield Batches(spec.resolved, counted, index, subject=subject, context=context, kept=kept, rule=rule)
+            yield AttackRun(spec.resolved, counted, index, subject=subject, context=context, folder=folder, rule=rule)
 
     def _measure_attack(
-        self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], unfinished: PartialRow
+        self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], folder: Path | None
     ) -> Row:
-        search = self.attack(spec, index, unfinished)
+        search = self.attack(spec, index, folder)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
@@ -423,6 +407,8 @@ class Measure:
             seconds=0.0,
             reliable=GradientHealth(dict(search.sums.health)).reliable,
             settings=settings | search.settings,
+            attacked=len(search.index),
+            **search.found,
             examples=_examples(self.subject, search.sums.images, *shown, judged, self.keep_all),
             margins=judged.margins,
         )
@@ -482,145 +468,3 @@ def _examples(
         predicted=judged.classes[shown.numpy()],
         index=shown.numpy() + subject.first if numbered else None,
     )
-
-
-def _batches_of(settings: dict[str, Any], context: AttackContext) -> list[Any]:
-    """The settings that decide the draws of each image."""
-    # Rows of earlier versions, whose batches continued the random numbers of the batch before, are not used.
-    seeds = ["a seed each"] if settings.get("attacked", 0) > (context.batch_size or 0) else []
-    return [context.batch_size, context.max_forward_batch, *seeds]
-
-
-# -- one attack, batch by batch ---------------------------------------------------------------------------------------
-
-
-class Batches:
-    """The batches of an attack, each of which can be made without the others.
-
-    Random starts depend on an image's index, so the batches do not matter for a deterministic model. For a random model
-    each batch has a seed of its own.
-
-    Args:
-        attack: the attack.
-        target: target of the attack.
-        index: indices of the images, int64.
-        subject: holds the images.
-        context: context of the attack.
-        kept: keeps the batches, and holds those that an interrupted run or another process finished.
-        rule: decides after each batch whether the attack stops; None: every batch is made.
-    """
-
-    def __init__(
-        self,
-        attack: Attack,
-        target: Classifier,
-        index: Tensor,
-        *,
-        subject: Subject,
-        context: AttackContext,
-        kept: PartialRow,
-        rule: StoppingRule | None = None,
-    ):
-        self.attack, self.target, self.kept, self.rule = attack, target, kept, rule
-        self.subject, self.context = subject, context
-        most = context.batch_size or len(index)
-        self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
-
-    def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Numbers of the batches, among these, that are not made yet."""
-        return [number for number in numbers if self.kept.read(self.parts[number]) is None]
-
-    def make(self, number: int) -> AttackedBatch:
-        """Attack the images of a batch, and keep the batch.
-
-        Args:
-            number: number of the batch.
-
-        Raises:
-            TypeError: the attack returned no tensor.
-            ValueError: the attack returned images that are not allowed (`check_adversarial`).
-        """
-        part = self.parts[number]
-        self.subject.reseed_batch(number)
-        batch = _attack(self.attack, self.target, part, self.subject, self.context)
-        if self.rule is not None:
-            batch.fell = self.subject.room.within(functools.partial(self._fallen, part, batch.images))
-        self.kept.keep(part, batch)
-        return batch
-
-    def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """Mask of the attacked images that the model misclassifies, as 0 and 1."""
-        subject = self.subject
-        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.max_forward_batch))
-        return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
-
-    def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All images, attacked at the places of the index, with sums over the batches up to the last that was made.
-
-        Args:
-            share: makes batches, given by number, in several processes; None: this process makes all.
-            at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
-                beyond the point where the rule stops is left out, so that rows equal those of one process.
-        """
-        sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
-        health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
-        step = at_once if self.rule is not None else len(self.parts)
-        for number, part in enumerate(self.parts):
-            if share is not None and number % step == 0:
-                missing = self.missing(range(number, min(number + step, len(self.parts))))
-                if missing:
-                    share(missing)
-            batch = self.kept.read(part) or self.make(number)
-            sums.images[part] = batch.images.to(self.subject.x.device)
-            sums.seconds += batch.seconds
-            health.update(batch.health)
-            fallen.update(batch.fallen)
-            sums.proved += batch.proved
-            sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-            if self.rule is not None and self.rule.see([bool(fell) for fell in batch.fell], _no_evidence(batch)):
-                break
-        sums.health, sums.fallen = dict(health), dict(fallen)
-        return sums
-
-
-def _no_evidence(batch: AttackedBatch) -> int:
-    """The number of withstanding images that say nothing about others: all if the attack lacked gradients."""
-    usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
-    return batch.stood_still if usable else len(batch.fell)
-
-
-def _attack(
-    attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext
-) -> AttackedBatch:
-    begin = time.perf_counter()
-    x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.first))
-
-    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
-        health = GradientHealth()
-        begin = None if context.begin is None else context.begin[part].to(subject.device)
-        told = dataclasses.replace(
-            context,
-            sample_ids=ids,
-            begin=begin,
-            health=health,
-            warnings=[],
-            fell_to={},
-            stood_still=[],
-            proved=[],
-            max_forward_batch=subject.room.limit(context.max_forward_batch),
-        )
-        # The attack gets a copy: changes in place must not hide how far it moved the images.
-        return attack.search(target, x.clone(), y, told), told, health
-
-    graphs, device = context.graphs, subject.device
-    images, told, health = subject.room.within(
-        search if graphs is None else functools.partial(graphs.without_if_memory_ends, search, device)
-    )
-    check_adversarial(attack.name(context), images, x, attack.threat_model(context))
-    counts = {name: health.count(name) for name in COUNTS}
-    # Once the images are on the host, the device has finished its work.
-    found = images.detach().cpu()
-    batch = AttackedBatch(found, counts, time.perf_counter() - begin)
-    batch.warnings, batch.fallen, batch.stood_still = told.warnings, told.fell_to, sum(map(int, told.stood_still))
-    batch.proved = sum(map(int, told.proved))
-    return batch

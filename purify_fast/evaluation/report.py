@@ -24,7 +24,7 @@ from .witnesses import FILE, Witnesses
 
 logger = logging.getLogger("purify_fast")
 
-FORMAT = 1
+FORMAT = 2
 #: Name of the file in which the command line keeps the options of an evaluation.
 OPTIONS = "run.yaml"
 

@@ -18,6 +18,8 @@ GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: Name of the accuracy over the radius, after every attack, among a report's curves.
 CURVE = "eps, every attack"
+#: The fields of a row that say what its attack left.
+RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
 
@@ -78,7 +80,18 @@ class Row:
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None if none were counted.
         reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
             lower. For a ``worst`` row also: no sign makes it doubtful.
-        settings: settings of the run, in plain values, and whether the model is ``deterministic``.
+        settings: what was asked, in plain values: the options of the attack, and its use; of a row over several attacks
+            their names.
+        deterministic: whether two predictions of the model agree; None if unknown.
+        attacked: number of images that the attack was given; None in a clean row.
+        fell_to: number of images that fell to each target and restart, by its name, if there are several.
+        may_end_early: whether a search may have ended before its last step.
+        unsearched: number of images that the attack was given and did not search, since it stopped.
+        may_hold: the most of these that would fall, at 95 % confidence.
+        proved: number of images proved robust by a complete search.
+        warnings: texts that a reader must know.
+        doubts: the signs that make a ``worst`` row doubtful, by name.
+        fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
         threat: the threat model, such as ``L2 0.5``, if it is not the report's. Such a row counts for no headline, and
             only for the ``worst`` of this threat model.
         transferred: whether the images were found on another model than the judge, or by another model's gradients.
@@ -105,6 +118,16 @@ class Row:
     health: dict[str, int] | None = None
     reliable: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    deterministic: bool | None = None
+    attacked: int | None = None
+    fell_to: dict[str, int] = field(default_factory=dict)
+    may_end_early: bool = False
+    unsearched: int = 0
+    may_hold: float = 0.0
+    proved: int = 0
+    warnings: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    fell_to_probes: int | None = None
     threat: str | None = None
     transferred: bool = False
     nonfinite_predictions: int = 0
@@ -167,7 +190,7 @@ class Row:
     @property
     def nothing_to_attack(self) -> bool:
         """Tell whether this is a ``worst`` over attacks without any correctly classified image to attack."""
-        return self.kind == "worst" and self.settings.get("attacked") == 0
+        return self.kind == "worst" and self.attacked == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
@@ -188,7 +211,12 @@ class Row:
         if not self.deployed:
             return VARIANTS_APART[self.variant]
         words = {True: "deterministic", False: "random", None: "as it is"}
-        return words[self.settings.get("deterministic")]
+        return words[self.deterministic]
+
+    def results(self) -> dict[str, Any]:
+        """What the attack left, for the reader; what is empty is left out."""
+        values = {name: getattr(self, name) for name in RESULTS}
+        return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 
     def describe_health(self) -> str:
         """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
@@ -249,16 +277,6 @@ def joined(row: Row, following: Row) -> Row:
     healths = [dict(part.health) for part in (row, following) if part.health is not None]
     health = {name: sum(part[name] for part in healths) for name in healths[0]} if healths else None
     known = row.reliable and following.reliable if health is None else GradientHealth(dict(health)).reliable
-    summed: dict[str, Any] = {}
-    if "attacked" in row.settings:
-        summed["attacked"] = row.settings["attacked"] + following.settings["attacked"]
-    if fallen := [part.settings["fallen to"] for part in (row, following) if "fallen to" in part.settings]:
-        summed["fallen to"] = dict(sum(map(Counter, fallen), Counter[str]()))
-    for name in ("unsearched", "may hold", "proved robust"):
-        if left_out := [part.settings[name] for part in (row, following) if name in part.settings]:
-            summed[name] = sum(left_out)
-    if "warnings" in row.settings:
-        summed["warnings"] = list(dict.fromkeys([*row.settings["warnings"], *following.settings["warnings"]]))
     shown = [part.examples for part in (row, following) if part.examples is not None]
     examples = next((part for part in shown if part.fell.any()), shown[0] if shown else None)
     if len(shown) == 2 and shown[0].index is not None:
@@ -272,7 +290,12 @@ def joined(row: Row, following: Row) -> Row:
         seconds=row.seconds + following.seconds,
         health=health,
         reliable=known or not robust.any(),
-        settings=row.settings | summed,
+        attacked=None if row.attacked is None else row.attacked + (following.attacked or 0),
+        fell_to=dict(Counter(row.fell_to) + Counter(following.fell_to)),
+        unsearched=row.unsearched + following.unsearched,
+        may_hold=row.may_hold + following.may_hold,
+        proved=row.proved + following.proved,
+        warnings=list(dict.fromkeys([*row.warnings, *following.warnings])),
         nonfinite_predictions=row.nonfinite_predictions + following.nonfinite_predictions,
         examples=examples,
         margins=np.concatenate([row.margins, following.margins]) if both else None,
@@ -328,14 +351,14 @@ def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None
             row.robust[[image for image in fallen if image < row.n]] = False
             row.mean = row.worst = row.accuracy
             row.reliable = row.reliable or not row.robust.any()
-            row.settings["probes"] = sum(image < row.n for image in fallen)
+            row.fell_to_probes = sum(image < row.n for image in fallen)
 
 
 def _row(label: str, group: Sequence[Row], n: int) -> Row:
     robust = np.logical_and.reduce([row.robust[:n] for row in group])
     accuracy = float(robust.mean())
     first = group[0]
-    attacked = [row for row in group if row.settings["attacked"]]
+    attacked = [row for row in group if row.attacked]
     # Transferred images say nothing about this model's gradients. A single own attack with usable gradients is enough:
     # the other attacks can only lower the number.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
@@ -353,11 +376,9 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
         data=first.data,
         # If there was nothing to attack, or nothing is left, missing gradients do not matter.
         reliable=not attacked or had_gradients or not robust.any(),
-        settings={
-            "over": [row.attack for row in group],
-            "attacked": max(row.settings["attacked"] for row in group),
-            "deterministic": first.settings.get("deterministic"),
-        },
+        settings={"over": [row.attack for row in group]},
+        deterministic=first.deterministic,
+        attacked=max(row.attacked or 0 for row in group),
         threat=first.threat,
     )
 

@@ -14,19 +14,19 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._tensors import digest, text_hash
-from .._validation import CudaGraphs, CudnnBenchmark, Norm, NormName, check_folder, check_literal, read_norm
+from .._validation import NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
-from ..attacks.arguments import check_at_least_one, check_eps
+from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.engine.gradient_copy import GradientCopies
@@ -40,12 +40,12 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import AskedBefore, asked_before
 from .alarms.probes import cost as cost_of_probes
 from .alarms.probes import parts as parts_of_probes
-from .attack_lists import SEARCHES, ProtocolName, notes_of_protocol, protocol_attacks, to_the_end
+from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .cache import RowCache
-from .claims import check_claim
+from .config import EvaluateConfig, ProtocolName
 from .curve import Curve, attacks_of_curve, radii_of
 from .fingerprint import fingerprint, fingerprint_or_reason
-from .fitting import USUAL_BATCH, BatchSize, images_together, make_room
+from .fitting import images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
@@ -55,7 +55,7 @@ from .report import Report
 from .rows import Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
-from .subject import Predict, Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
+from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 from .team import PROBES, SIGNS, Task, Team
 from .witnesses import gathered, model_marks
 
@@ -71,10 +71,11 @@ CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """A decorator of `evaluate`: ``device`` is refused, and a KeyboardInterrupt is raised again from here, in words.
+    """A decorator of `evaluate`, which refuses ``device`` and settings that are not in the config.
 
-    After Ctrl-C the frames of the attack are of no use; a debugger has them in ``__context__``. Subclasses of
-    KeyboardInterrupt, and an interrupt with a message, pass unchanged.
+    A KeyboardInterrupt is raised again from here, with a message. After Ctrl-C the frames of the attack are of no use;
+    a debugger has them in ``__context__``. Subclasses of KeyboardInterrupt, and an interrupt with a message, pass
+    unchanged.
     """
 
     @functools.wraps(function)
@@ -84,6 +85,9 @@ def called_by_people(function: F) -> F:
                 f"evaluate takes no device, got device={kwargs['device']!r}: it computes on the model's own device. "
                 "Move the model first, as in model.to('cuda'); the images follow it"
             )
+        if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
+            words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
+            raise TypeError(f"{settings[0]} is a setting: give evaluate(..., config=EvaluateConfig({words}))")
         try:
             report = function(*args, **kwargs)
             report.about["call"] = written_call(function, args, kwargs)
@@ -108,30 +112,14 @@ def evaluate(
     y: Tensor | None = None,
     *,
     eps: float,
+    config: EvaluateConfig = EvaluateConfig(),
     norm: NormName = "linf",
     base: Classifier | None = None,
-    protocol: ProtocolName | None = None,
     attacks: Sequence[Attack | AttackSpec | AttackFunction] | None = None,
-    steps: int = 100,
-    eot_iter: int = 5,
-    n_eval: int = 5,
-    predict: Predict | None = None,
-    batch_size: BatchSize = USUAL_BATCH,
-    max_forward_batch: int | None = None,
-    memory: int | str | None = None,
-    cuda_graphs: CudaGraphs = "auto",
-    cudnn_benchmark: CudnnBenchmark = "off",
-    seed: int = 0,
     out: str | Path | None = None,
-    revision: str | None = None,
     name: str = "defence",
-    dataset_name: str | None = None,
-    probes: bool | None = None,
+    revision: str | None = None,
     progress: bool = True,
-    curve: Sequence[float] = (),
-    together: bool = True,
-    keep: Literal["some", "all"] = "some",
-    claim: float | None = None,
 ) -> Report:
     """Run all requested attacks on a model, and report what it withstands.
 
@@ -148,67 +136,21 @@ def evaluate(
             signs, and each other part until the next is read. Batches are checked when they are read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if anything is attacked.
+        config: the settings, such as the protocol, the steps and the seed.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the defence.
-        protocol: name of the list of attacks: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
-            package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
-            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", the evaluation of
-            the defence's authors, to compare with their numbers, not for the headline. The last two need the package
-            pyautoattack. See `purify_fast.evaluation.attack_lists`. None: "standard", unless ``attacks`` are given.
         attacks: attacks in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
             torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        steps: steps of PGD and APGD if the attack sets none; also the limit for a protocol's attacks, except a first
-            attack of ten steps.
-        eot_iter: draws per step if the attack sets none; a deterministic model is attacked with one draw.
-        n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
-        predict: how the predictions of a random model decide. "worst_of": an image has fallen if any of them is wrong.
-            "votes": their majority is the model's prediction, which the attacks attack along the gradient of the mean
-            probabilities. With either, the attacks know the rule, and each attack on the model as it is has a row
-            beside it under fixed noise, if the model has ``fixed_noise``. None: an image has fallen if any of them is
-            wrong, attacks look for images that five fresh draws misclassify, and fixed noise is attacked only if an
-            attack says so.
-        batch_size: images attacked together. "auto": 250, the default, with as many in one pass of the model as memory
-            allows. That number is measured on a pass of a few images, and halved when memory runs out. The results are
-            those of 250; but the draws of a random model depend on it, as with ``max_forward_batch``. Functions, and
-            attacks of other packages, are always given 250 images.
-        max_forward_batch: most images in a forward pass of an attack (exact); None: no limit.
-        memory: with batch_size="auto", the most memory of the model's device that this process may take in total, in
-            bytes or as "20GB". None: all that is free; on a CPU within the limits of the process and of its control
-            group.
-        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once its launches have cost as much as a
-            capture, and keeps the graph if a replay saves at least a tenth; "always" does so wherever possible, "off"
-            never. Choose "off" for a model that changes its settings while it is attacked, if it keeps them in an
-            object of its own class that is not a module, dataclass or namespace: a captured step does not see such
-            changes.
-        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch;
-            "auto" does not if the process asks for deterministic algorithms. The winner, and with it the last bits of a
-            gradient, may differ from run to run.
-        seed: seed of everything random.
         out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the code
             of the model's classes agree. Rows of models without weights to compare (plain callables), or holding values
             that cannot be compared, are made anew, with a warning.
+        name: name of the model in the report.
         revision: the user's name for what the model computes: with it, the rows of every model are kept. Change it when
             code changes that the model's classes import from other files, or the code of a function.
-        name: name of the model in the report.
-        dataset_name: name of the data set, for the report's title.
-        probes: whether to test if the number can be believed: by short attacks on a few images over the steps and
-            the draws, small steps in random directions, and the same images again. None: with every protocol
-            but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
-        curve: further radii, in image units. At each radius the images that still stand are attacked by the report's
-            attacks without a radius of their own, from the best point of the smaller radius on. Each radius has a row,
-            such as "worst, L-inf 2/255"; `Report.curve` has all of them.
-        together: whether the processes of torch's default process group share the work. Each process then calls this
-            function with the same arguments, and attacks batches of ``batch_size`` images. The rows equal those of one
-            process. Only the first process writes and shows anything; the others get the report without pictures.
-            Machines that do not share temporary files need a shared ``out``. False: each process works by itself.
-        keep: attacked images that the report keeps. "some": a few of each row, for its pictures. "all": also every
-            fallen image, exactly as the model saw it; `Report.save` writes them to a file, about 4 KB for each image of
-            CIFAR-10, and `check_witnesses` tries them again.
-        claim: the claimed robust accuracy, in percent: the report says whether the result refutes it.
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
@@ -229,49 +171,55 @@ def evaluate(
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
-    check_claim(claim)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    check_at_least_one(steps=steps, eot_iter=eot_iter, n_eval=n_eval, max_forward_batch=max_forward_batch)
-    in_batch = images_together(batch_size, memory)
+    in_batch = images_together(config.batch_size, config.memory)
     chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
     images, labels, more = next(chunks)
-    check_literal("keep", keep, Literal["some", "all"])
-    if predict is not None:
-        check_literal("predict", predict, Predict)
-    protocol, given = _protocol_or_attacks(protocol, attacks)
-    _check_moves(eps, bool(given or protocol or probes))
-    radii = radii_of(curve, eps, 1.0 if norm == "linf" else math.inf)
+    protocol, given = _protocol_or_attacks(config.protocol, attacks)
+    _check_moves(eps, bool(given or protocol or config.probes))
+    radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
-    report = Report(about=_about(norm, eps, seed, model, device, claim=claim))
-    named = {"dataset": dataset_name, "protocol": protocol, "predict": _in_words(predict, n_eval)}
-    report.about |= {what: value for what, value in named.items() if value is not None}
+    report = Report(about=_about(replace(config, protocol=protocol), norm, eps, model, device))
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
-        team = stack.enter_context(Team(together))
+        team = stack.enter_context(Team(config.together))
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(raced_convolutions(cudnn_benchmark, device))
+        stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        subject = Subject(model, images, labels, batch_size=in_batch, n_eval=n_eval, seed=seed, predict=predict)
+        judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
+        subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         subject.more = more
-        if batch_size == "auto":
-            make_room(subject, [subject.model], memory, RowCache(None))
+        if config.batch_size == "auto":
+            make_room(subject, [subject.model], config.memory, RowCache(None))
         # Take it after the trial predictions: a model that stores its last input is then always in the same state.
         mark = fingerprint_or_reason(subject.model, revision)
         report.about |= {} if mark[0] is None else {"model": mark[0]}
-        report.notes += _how_judged(predict, n_eval) + _first_notes(model, subject, name, protocol)
-        signs = has_signs(protocol, attacks, probes)
+        report.notes += _how_judged(config) + _first_notes(model, subject, name, protocol)
+        signs = config.has_signs(attacks)
         before = subject.room.within(lambda: Before(subject)) if signs else None
         ball = ThreatModel(norm, float(eps))
-        plan = given if protocol is None else protocol_attacks(protocol, subject, ball, base, steps)
-        if predict is not None:
+        plan = given if protocol is None else protocol_attacks(protocol, subject, ball, base, config.steps)
+        if config.predict is not None:
             plan = beside_fixed(plan, subject)
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
-        context = _context(subject, float(eps), norm, steps, eot_iter)
-        context = replace(context, max_forward_batch=max_forward_batch, graphs=StepGraphs(cuda_graphs))
-        context = _knowing(replace(context, batch_size=in_batch), predict, n_eval)
+        context = AttackContext(
+            num_classes=subject.num_classes,
+            eps=float(eps),
+            norm=norm,
+            steps=config.steps,
+            eot_iter=config.eot_iter,
+            seed=config.seed,
+            draws_differ=subject.is_random,
+            judge_draws=5,
+            batch_size=in_batch,
+            max_forward_batch=config.max_forward_batch,
+            graphs=StepGraphs(config.cuda_graphs),
+            copies=GradientCopies(),
+        )
+        context = _knowing(context, config)
         served = None
         if out is not None or team.world > 1:
             # The choice of kernels must not change during the evaluation.
@@ -282,17 +230,25 @@ def evaluate(
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
             cache = _kept_rows(RowCache(Path(out), served, revision), subject, others, mark[0])
-        if batch_size == "auto":
-            make_room(subject, others, memory, cache)
+        if config.batch_size == "auto":
+            make_room(subject, others, config.memory, cache)
             at_once = team.from_first("images at once", lambda: subject.room.limit(context.max_forward_batch))
             context = replace(context, max_forward_batch=at_once)
         progress = progress and team.rank == 0
         shown = Progress(name, progress)
-        measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=keep == "all")
-        judged = {"random": subject.is_random, "n_eval": n_eval, "predict": predict, "seed": seed}
-        witnessed = None if keep == "some" else _about_model(subject, mark[0]) | judged
+        measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all")
+        about_draws = {"random": subject.is_random} | judging
+        witnessed = None if config.keep == "some" else _about_model(subject, mark[0]) | about_draws
         acting = _Acting(plan, protocol in SEARCHES, measure, stack)
-        return _filled(report, acting, mark=mark[0], before=before, chunks=chunks, radii=radii, witnessed=witnessed)
+        return _filled(
+            report,
+            acting,
+            mark=mark[0],
+            before=before,
+            chunks=chunks,
+            radii=radii,
+            witnessed=witnessed,
+        )
 
 
 def _check_moves(eps: float, attacked: bool) -> None:
@@ -463,59 +419,46 @@ def _help(
 
 
 def _about(
-    norm: NormName, eps: float, seed: int, model: Classifier, device: torch.device, *, claim: float | None
+    config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
 ) -> dict[str, str]:
     """The facts common to all rows, and the claim."""
-    about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    about["processor"] = processor_name(device)
-    precision = precision_name(model, device)
-    if precision is not None:
-        about["precision"] = precision
-    if claim is not None:
-        about["claim"] = f"{claim:g}"
-    return about
+    words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
+    known = {
+        "threat": ball_name(norm, eps),
+        "version": f"purify_fast {__version__}",
+        "seed": str(config.seed),
+        "processor": processor_name(device),
+        "precision": precision_name(model, device),
+        "claim": None if config.claim is None else f"{config.claim:g}",
+        "dataset": config.dataset_name,
+        "protocol": config.protocol,
+        "predict": words and f"{words} of {config.n_eval} draws",
+    }
+    return {what: value for what, value in known.items() if value is not None}
 
 
-def _in_words(predict: Predict | None, n_eval: int) -> str | None:
-    return None if predict is None else f"{'the worst' if predict == 'worst_of' else 'the majority'} of {n_eval} draws"
-
-
-def _how_judged(predict: Predict | None, n_eval: int) -> list[str]:
+def _how_judged(config: EvaluateConfig) -> list[str]:
     """The sentence on how the images of a random model were judged, if ``predict`` was given."""
-    draws = f"{n_eval} fresh draws of the model"
+    draws = f"{config.n_eval} fresh draws of the model"
     sentences = {
         "worst_of": f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong",
         "votes": f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote",
     }
-    return [] if predict is None else [sentences[predict]]
+    return [] if config.predict is None else [sentences[config.predict]]
 
 
-def _context(subject: Subject, eps: float, norm: Norm, steps: int, eot_iter: int) -> AttackContext:
-    return AttackContext(
-        num_classes=subject.num_classes,
-        eps=eps,
-        norm=norm,
-        steps=steps,
-        eot_iter=eot_iter,
-        seed=subject.seed,
-        draws_differ=subject.is_random,
-        judge_draws=5,
-        copies=GradientCopies(),
-    )
-
-
-def _knowing(context: AttackContext, predict: Predict | None, n_eval: int) -> AttackContext:
+def _knowing(context: AttackContext, config: EvaluateConfig) -> AttackContext:
     """The attacks' context for a way to predict.
 
     Against the worst of several draws an image has fallen as soon as fresh draws would hardly all be right. A vote
     averages over its draws itself, so a step takes only as many votes as make up the requested draws.
     """
-    if predict == "worst_of":
-        return replace(context, judge_draws=max(5, n_eval), judge_share=1 - SURELY ** (1 / n_eval))
-    if predict == "votes":
+    if config.predict == "worst_of":
+        return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - SURELY ** (1 / config.n_eval))
+    if config.predict == "votes":
         most = context.max_forward_batch
-        most = None if most is None else max(1, most // n_eval)
-        return replace(context, votes=n_eval, max_forward_batch=most)
+        most = None if most is None else max(1, most // config.n_eval)
+        return replace(context, votes=config.n_eval, max_forward_batch=most)
     return context
 
 
@@ -546,21 +489,12 @@ def _freeze_others(
     return others
 
 
-def has_signs(protocol: ProtocolName | None, attacks: Sequence[Any] | None, probes: bool | None) -> bool:
-    """Tell whether an evaluation looks for signs of a failed attack; the arguments are those of `evaluate`."""
-    if probes is not None:
-        return probes
-    return attacks is None and protocol != "authors"
-
-
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
     """The protocol, which chooses attacks by the model, or None and the listed attacks."""
-    if protocol is not None:
-        check_literal("protocol", protocol, ProtocolName)
-        if attacks is not None:
-            raise ValueError("give a protocol or a list of attacks, not both")
+    if protocol is not None and attacks is not None:
+        raise ValueError("give a protocol or a list of attacks, not both")
     given = [] if attacks is None else as_specs(attacks)
     if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
         # If the package is missing, no work begins.
@@ -679,7 +613,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
         row.reliable = row.reliable or (headline and followed)
         if headline and doubts and (row.accuracy > 0 or inconsistent):
             row.reliable = False
-            row.settings["doubts"] = [finding.alarm for finding in doubts]
+            row.doubts = [finding.alarm for finding in doubts]
 
 
 def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._validation import NormName, check_literal
-from ..attacks import BPDA, PGD, Attack, AttackContext, LeavingPGD, frozen
+from ..attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.base import BallAttack, ThreatModel
 from ..attacks.bpda import Aggregation
@@ -126,7 +126,7 @@ class FunctionAttack(BallAttack):
         named = function if inspect.isroutine(function) else type(function)
         return [str(named.__module__), named.__qualname__]
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Call the function on one batch and check what it returns.
 
         Args:
@@ -136,22 +136,23 @@ class FunctionAttack(BallAttack):
             context: context of the attack.
 
         Returns:
-            The function's images.
+            The function's images, and the warnings.
 
         Raises:
             TypeError: the result is not a tensor.
             ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
         """
         # Attacks of other packages may switch modes and gradients.
-        threat = self.threat_model(context)
+        threat, warnings = self.threat_model(context), list[str]()
         with torch.enable_grad(), frozen(target):
             if isinstance(self.function, OtherAttack):
-                images = self.function.run(target, x.clone(), y.clone(), threat, context.warnings)
+                images = self.function.run(target, x.clone(), y.clone(), threat, warnings)
             else:
                 images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
         # Values that rounding left outside are put back to the border.
-        return pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        return AttackResult(inside, warnings=warnings)
 
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:

@@ -102,11 +102,11 @@ class StoppingRule:
 def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
     """The sentence of a report on the images that a complete search proved robust; none without such a search."""
     own = [row for row in rows if row.is_attack and row.threat is None and row.deployed and not row.transferred]
-    proved = [row for row in own if row.settings.get("proved robust") and row.settings["target"] == "defence"]
+    proved = [row for row in own if row.proved and row.settings["target"] == "defence"]
     if not proved:
         return []
-    most = max(proved, key=lambda row: row.settings["proved robust"] / row.n)
-    count = most.settings["proved robust"]
+    most = max(proved, key=lambda row: row.proved / row.n)
+    count = most.proved
     return [
         f"{count} of {most.n} images are proved robust within this ball, by a complete search in float64 "
         f"({most.attack}): no attack can lower the number below {100 * count / most.n:.1f} %"
@@ -115,12 +115,12 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     """The sentence of a report on the images that no attack searched; none if all were searched."""
-    stopped = [row for row in rows if row.threat is None and row.settings.get("unsearched")]
+    stopped = [row for row in rows if row.threat is None and row.unsearched]
     if not stopped:
         return []
-    points = [100 * row.settings["may hold"] / row.n for row in stopped]
+    points = [100 * row.may_hold / row.n for row in stopped]
     each = "; ".join(
-        f"{row.attack}: {row.settings['unsearched']} of {row.settings['attacked']} images, {held:.2f} points"
+        f"{row.attack}: {row.unsearched} of {row.attacked} images, {held:.2f} points"
         for row, held in zip(stopped, points, strict=True)
     )
     return [

@@ -33,6 +33,7 @@ from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
+from .config import Predict
 from .fingerprint import fingerprint
 from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
@@ -40,8 +41,6 @@ from .surrogates import surrogates
 logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
-#: The rule for several predictions of a random model: an image is right if all of them are, or if their majority is.
-Predict = Literal["worst_of", "votes"]
 #: Each phase of an evaluation has its own seed, so that no attack has seen the draws that judge it.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
 #: Rounding may change an image's logits by these shares of their spread (largest minus smallest): between batches of

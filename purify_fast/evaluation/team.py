@@ -29,7 +29,6 @@ from torch.distributed.distributed_c10d import PrefixStore
 from .. import _distributed
 from .._distributed import Heartbeat, ProcessLost
 from .._process import processes, sendable
-from .cache import PartialRow
 from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
@@ -158,18 +157,18 @@ class Team:
 
     # -- the first process --------------------------------------------------------------------------------------------
 
-    def folder(self, unfinished: PartialRow, out: Path | None) -> PartialRow:
+    def folder(self, folder: Path | None, out: Path | None) -> Path | None:
         """The folder of an attack's batches: the folder that keeps them, or a temporary one for this evaluation.
 
         Args:
-            unfinished: keeps the batches, or nothing.
+            folder: keeps the batches of a row; None: they are not kept.
             out: a folder that all processes see; None: the system's folder for temporary files.
         """
-        if self.world == 1 or unfinished.folder is not None:
-            return unfinished
+        if self.world == 1 or folder is not None:
+            return folder
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="shared-", dir=out))
-        return PartialRow(self._scratch / str(self._tasks))
+        return self._scratch / str(self._tasks)
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
         """Let all processes make the batches of an attack; batches of lost processes are left out.

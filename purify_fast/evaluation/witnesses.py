@@ -24,11 +24,12 @@ from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
+from .config import Predict
 from .fingerprint import fingerprint
 from .inputs import LogitsOf, as_classifier
 from .rows import Row
 from .specs import ROUNDING, moved
-from .subject import Predict, Subject
+from .subject import Subject
 
 #: The file beside ``report.json``. It is moved with the report's other files, whose names begin alike.
 FILE = "report.witnesses.safetensors"

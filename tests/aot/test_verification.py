@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from benchmarks.gpu.ahead import Device, name_of, recorded  # noqa: E402
-from purify_fast import evaluate  # noqa: E402
+from purify_fast import EvaluateConfig, evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
@@ -67,16 +67,8 @@ def reached(monkeypatch) -> set[Cell]:
 def test_an_undefended_classifier_waits_for_12_compiles(norm, reached, short_signs, one_thread):
     torch.manual_seed(0)
     model, x = SmallCNN().eval(), torch.rand(4, 1, 16, 16)
-    evaluate(
-        model,
-        x,
-        model(x).argmax(1),
-        eps={"linf": 0.1, "l2": 1.0}[norm],
-        norm=norm,
-        protocol="standard",
-        steps=2,
-        progress=False,
-    )
+    evaluate(model, x, model(x).argmax(1), eps={"linf": 0.1, "l2": 1.0}[norm], norm=norm, 
+             config=EvaluateConfig(steps=2), progress=False)  # fmt: skip
     kernels = [cell for cell in reached if cell[0] in GPU_OPS]
     assert ("apgd_step", norm, torch.float32) in kernels
     assert 0 < len(compiled(kernels)) <= 12, (len(compiled(kernels)), kernels)

@@ -88,16 +88,17 @@ def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
     assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
     runs.clear()
-    counts = {"target 1": 1}
-    again = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", fell_to=counts)
-    assert sum(counts.values()) == 1 + ((again @ weight).argmax(1) != y).sum()
+    targeted = module.APGD(steps=5, loss="dlr_targeted", precision="float32")
+    result = targeted.run(lambda z: z @ weight, x, y, eps=0.05)
+    again, counts = result.images, result.fell_to
+    assert sum(counts.values()) == ((again @ weight).argmax(1) != y).sum()
     assert set(counts) <= {f"target {i}" for i in range(1, 6)} and counts["target 1"] == max(counts.values())
     # targets in one batch: the first alone, then as many as fit into 64 rows
     assert len(runs[0]) == 40 and len(runs) < 5 and max(map(len, runs)) <= 64
     assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
     runs.clear()
-    counts = {}
-    module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9, fell_to=counts)
+    several = module.APGD(steps=5, restarts=9, precision="float32")
+    counts = several.run(lambda z: z @ weight, x, y, eps=0.5).fell_to
     assert len(runs) < 9 and sum(counts.values()) == 40 and "restart 1" in counts  # nothing was left
 
 
@@ -151,7 +152,7 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
-    for rows in engine_rows.waves(active, goals, 1, {}, seed=0, most=90):
+    for rows in engine_rows.waves(active, goals, 1, seed=0, most=90):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
         assert not active.fallen[rows.owner].any()
@@ -179,9 +180,10 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
             ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
             active = ActiveSet(x, y, ball, Judge(model, draws=2), ids)
             active.judge_clean_images()
+            active.health = GradientHealth()
             rows = Rows(ids, x, y, ball, begin=x, run=torch.zeros_like(y))
             kind = AutoPgdL1 if norm == "l1" else AutoPgd
-            search = kind(Objective(model, "ce", 2), active, rows, 30, rho=0.75, health=GradientHealth())
+            search = kind(Objective(model, "ce", 2), active, rows, 30, rho=0.75)
             search.run()
             assert len(search.rows.owner) == 5 and search.top.shape == (5, 48)
 

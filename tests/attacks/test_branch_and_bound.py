@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from benchmarks.robustness.truth import exact
-from purify_fast.attacks import AttackContext, BranchAndBound, branch_and_bound, pgd
+from purify_fast.attacks import BranchAndBound, branch_and_bound, pgd
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
-from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.subject import Subject
 
@@ -64,13 +64,12 @@ def test_a_corner_is_found_that_gradients_lead_away_from():
         model = Hidden(signs_of(seed))
         missed = pgd(model, x, y, eps=EPS, steps=20, restarts=3)
         assert int(model(missed).argmax(1)) == 0
-        context = AttackContext(eps=EPS)
-        found = BranchAndBound().search(model, x, y, context)
-        assert int(model(found).argmax(1)) == 1 and float((found - x).abs().max()) <= EPS + 1e-6
-        assert context.proved == [0]
+        found = BranchAndBound().run(model, x, y, eps=EPS)
+        assert int(model(found.images).argmax(1)) == 1 and float((found.images - x).abs().max()) <= EPS + 1e-6
+        assert found.proved == 0
         # a little less of the radius has no such point
-        context = AttackContext(eps=0.99 * EPS)
-        assert torch.equal(BranchAndBound().search(model, x, y, context), x) and context.proved == [1]
+        found = BranchAndBound().run(model, x, y, eps=0.99 * EPS)
+        assert torch.equal(found.images, x) and found.proved == 1
 
 
 def test_its_decisions_are_those_of_the_integer_program():
@@ -82,11 +81,10 @@ def test_its_decisions_are_those_of_the_integer_program():
         layers = affine_layers(model, (1, 3, 3))
         for eps in (0.08, 0.2):
             for image, label in zip(x, y, strict=True):
-                context = AttackContext(eps=eps)
-                found = BranchAndBound().search(model, image[None], label[None], context)
+                found = BranchAndBound().run(model, image[None], label[None], eps=eps)
                 verdict = exact.decide(layers, image, int(label), eps).verdict
-                fell = bool(model(found).argmax(1) != label)
-                assert (fell, context.proved) == (verdict == exact.FALLS, [int(verdict == exact.ROBUST)])
+                fell = bool(model(found.images).argmax(1) != label)
+                assert (fell, found.proved) == (verdict == exact.FALLS, int(verdict == exact.ROBUST))
                 seen.append(verdict)
     assert min(seen.count(exact.FALLS), seen.count(exact.ROBUST)) >= 5
 
@@ -118,11 +116,10 @@ def test_a_network_is_read_as_matrices_whatever_its_words():
     model.eval()
     torch.testing.assert_close(forward(layers, x.flatten(1).double()).float(), model(x))
     y = model(x).argmax(1)
-    context = AttackContext(eps=0.05)
-    found = BranchAndBound().search(model, x, y, context)
+    found = BranchAndBound().run(model, x, y, eps=0.05)
     verdicts = [exact.decide(layers, a, int(b), 0.05).verdict for a, b in zip(x, y, strict=True)]
-    assert (model(found).argmax(1) != y).tolist() == [verdict == exact.FALLS for verdict in verdicts]
-    assert context.proved == [verdicts.count(exact.ROBUST)]
+    assert (model(found.images).argmax(1) != y).tolist() == [verdict == exact.FALLS for verdict in verdicts]
+    assert found.proved == verdicts.count(exact.ROBUST)
     assert len(set(verdicts)) == 2
 
 
@@ -197,12 +194,9 @@ def test_too_few_nodes_prove_nothing():
     model = sharp(2, 16, 24, 16, 4)
     x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y = model(x).argmax(1)
-    whole, few = AttackContext(eps=0.08), AttackContext(eps=0.08)
-    fell = [
-        int((model(attack.search(model, x, y, context)).argmax(1) != y).sum())
-        for attack, context in ((BranchAndBound(), whole), (BranchAndBound(nodes=1), few))
-    ]
-    assert int(whole.proved[0]) + fell[0] == 6 > int(few.proved[0]) + fell[1]
+    found = [attack.run(model, x, y, eps=0.08) for attack in (BranchAndBound(), BranchAndBound(nodes=1))]
+    whole, few = (int((model(each.images).argmax(1) != y).sum()) + int(each.proved) for each in found)
+    assert whole == 6 > few
 
 
 def test_a_report_says_what_is_proved():
@@ -217,4 +211,4 @@ def test_a_report_says_what_is_proved():
     line = nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).eval()
     y = line(x).argmax(1)
     report = evaluate(line, x, y, eps=0.05, attacks=[BranchAndBound()], progress=False)
-    assert report.row("branch and bound").settings["proved robust"] == int(report.headline.robust.sum())
+    assert report.row("branch and bound").proved == int(report.headline.robust.sum())

@@ -61,7 +61,7 @@ def test_a_lucky_draw_fells_nothing(attack):
     model, x, y = Noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
     torch.manual_seed(0)
     context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
-    found = attack.search(model, x, y, context)
+    found = attack.search(model, x, y, context).images
     with torch.no_grad():
         lucky = sum((model(x).argmax(1) != y) for _ in range(20)) > 0
         shares = torch.stack([model(found).argmax(1) != y for _ in range(400)]).float().mean(0)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch.nn import functional as F
 
 import purify_fast
 from purify_fast.attacks import CarliniWagner, DeepFool, HopSkipJump, carlini_wagner, deepfool, hop_skip_jump
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

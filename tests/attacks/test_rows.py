@@ -18,7 +18,6 @@ from purify_fast.attacks import (
     AutoAttack,
     CarliniWagner,
     DeepFool,
-    GradientHealth,
     Square,
     StAdv,
     apgd,
@@ -95,7 +94,7 @@ def test_names(attack, classes, name):
 @pytest.mark.parametrize("attack", [PGD(), PGD(restarts=3), FGSM(), BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
 @pytest.mark.parametrize("draws_differ", [False, True])
 def test_the_cost_is_what_is_computed(model, batch, attack, draws_differ):
-    told, progress = context(draws_differ=draws_differ, health=GradientHealth()), Progress()
+    told, progress = context(draws_differ=draws_differ, counts_health=True), Progress()
     with progress.row("attack", None):
         counter = counted_model(attack.target(model), progress)
         attack.search(counter, *batch, told)
@@ -120,7 +119,7 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
         APGD(loss="dlr_targeted", n_target_classes=2),
     ):
         passes.clear()
-        attack.search(never_fooled, x, y, context(health=GradientHealth()))
+        attack.search(never_fooled, x, y, context(counts_health=True))
         assert sum(passes) == len(x) * attack.cost(context())
     for attack in (CarliniWagner(steps=2, norm="l2", eps=0.1), DeepFool(steps=2)):
         passes.clear()
@@ -132,16 +131,14 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
     x, y = batch
     for attack, runs in (
-        (
-            PGD(random_start=False, restarts=3),
-            [pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
-        ),
-        (
-            StAdv(restarts=3),
-            [stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
-        ),
-    ):
-        found = attack.search(model, x, y, context())
+        (PGD(random_start=False, restarts=3), [
+            pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
+        ]),
+        (StAdv(restarts=3), [
+            stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
+        ]),
+    ):  # fmt: skip
+        found = attack.search(model, x, y, context()).images
         with torch.no_grad():
             got, *each = (margin(model(images), y) for images in (found, *runs))
         assert torch.equal(got, torch.stack(each).amax(0)) and not torch.equal(each[0], each[1])
@@ -340,8 +337,8 @@ def test_a_further_restart_takes_no_success_away(attack, value):
     assert len(x) > 20 and bool((y == 0).any()), "argmax of a row of NaN is class 0"
     judged = []
     for restarts in (1, 2, 4):
-        found = attack(loss="margin", steps=4, restarts=restarts).search(model, x, y, context(eps=0.01, num_classes=3))
-        judged.append(failed(model, found, y))
+        search = attack(loss="margin", steps=4, restarts=restarts).search
+        judged.append(failed(model, search(model, x, y, context(eps=0.01, num_classes=3)).images, y))
     one, two, four = judged
     assert bool(one.any()) and not bool((one & ~two).any()) and not bool((two & ~four).any())
 
@@ -395,6 +392,6 @@ def test_an_attack_says_of_how_many_images_no_search_came_nearer():
 
     x, y = torch.full((24, 1, 4, 4), 0.5), torch.zeros(24, dtype=torch.int64)
     x[:, 0, 0, 0] = torch.where(torch.arange(24) < 8, 0.9, 0.1)
-    stood_still = []
-    found = square(stuck_or_weak, x, y, eps=0.1, n_queries=1200, give_up=True, stood_still=stood_still)
-    assert (stuck_or_weak(found).argmax(1) != 0).tolist() == [False] * 8 + [True] * 16 and stood_still == [8]
+    found = Square(n_queries=1200, give_up=True, precision="float32").run(stuck_or_weak, x, y, eps=0.1)
+    assert (stuck_or_weak(found.images).argmax(1) != 0).tolist() == [False] * 8 + [True] * 16
+    assert found.stood_still == 8

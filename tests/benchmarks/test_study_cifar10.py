@@ -176,21 +176,9 @@ def test_the_mixture_is_decided_by_the_accurate_model_where_the_robust_one_is_un
 def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     share = float(robust.mean())
-    settings = {"attacked": len(robust), "eot_iter": 1, "survivors_only": False, "target": "defence"}
-    return Row(
-        model=model,
-        attack=attack,
-        kind=kind,
-        variant="random",
-        robust=robust,
-        mean=share,
-        worst=share,
-        n_eval=1,
-        seed=0,
-        seconds=1.0,
-        data="x",
-        settings=settings,
-    )
+    settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
+    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, mean=share, worst=share,
+               n_eval=1, seed=0, seconds=1.0, data="x", settings=settings, attacked=len(robust))  # fmt: skip
 
 
 def judged(root, name, number, seed=0, row_name=None):

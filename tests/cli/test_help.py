@@ -1,7 +1,7 @@
 """--help comes at once, without PyTorch, and explains every option in words of its own."""
 
 import argparse
-import inspect
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ import tyro
 
 from purify_fast import cli
 from purify_fast.cli.parsing import MARKERS, option_types
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(cli._KINDS)
@@ -54,12 +54,9 @@ def test_every_option_is_explained_in_its_own_words(name):
         helps[text] = action.dest
 
 
-def test_evaluate_has_the_defaults_of_the_function():
-    shared = {name: value.default for name, value in inspect.signature(evaluate).parameters.items()}
-    shared = {name: shared[name] for name in vars(cli.Evaluate()) if shared.get(name) not in (None, inspect._empty)}
-    # the norm of the command is that of the training
-    assert {name: getattr(cli.Evaluate(), name) for name in shared} == shared | {"norm": None}
-    assert {"steps", "eot_iter", "n_eval", "batch_size", "cuda_graphs", "cudnn_benchmark", "seed"} <= shared.keys()
+def test_evaluate_takes_every_setting_of_an_evaluation():
+    found = {action.dest for action in options(cli.Evaluate)}
+    assert {f"settings.{field.name.replace('_', '-')}" for field in dataclasses.fields(EvaluateConfig)} <= found
 
 
 def test_the_program_is_run_as_a_module_and_tells_its_version():

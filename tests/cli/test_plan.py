@@ -11,7 +11,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.cli import main
 from purify_fast.data import to_float
 from purify_fast.demo import setting
-from purify_fast.evaluation import Report, runner
+from purify_fast.evaluation import EvaluateConfig, Report
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.counting import GPUS, Cost, counted
@@ -108,17 +108,17 @@ def test_the_time_has_the_signs_wherever_an_evaluation_asks_for_them(monkeypatch
     """A stand-in for `evaluate` takes a second for the signs; the signs of 8 images are continued to 16."""
     asked = []
 
-    def evaluate_(model, x, y, *, probes=None, **given):
-        asked.append(probes)
-        signs = runner.has_signs(given.get("protocol"), given.get("attacks"), probes)
-        clock[0] += 100 if signs else 1
+    def evaluate_(model, x, y, *, config, attacks, **given):
+        asked.append(config.probes)
+        clock[0] += 100 if config.has_signs(attacks) else 1
         return Report()
 
     clock = [0.0]
     monkeypatch.setattr(evaluations, "evaluate", evaluate_)
     monkeypatch.setattr(evaluations.time, "perf_counter", lambda: clock[0])
     x, y = torch.rand(16, 1, 8, 8), torch.zeros(16).long()
-    planned = evaluations.forecast(nn.Flatten(), x, y, seconds=0.0, **options)
+    config = EvaluateConfig(**{name: value for name, value in options.items() if name != "attacks"})
+    planned = evaluations.forecast(nn.Flatten(), x, y, seconds=0.0, config=config, attacks=options.get("attacks"))
     wanted = options.get("probes") is not False and options.get("protocol") != "authors"
     wanted = wanted and (options.get("attacks") is None or options.get("probes") is True)
     assert planned.seconds == (200 if wanted else 0)

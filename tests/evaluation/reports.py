@@ -15,8 +15,9 @@ def row(attack="PGD", robust=(1, 0, 1, 1), **more):
     share = float(robust.mean()) if len(robust) else 0.0
     values = {"model": "m", "kind": "pgd", "variant": "random", "health": HEALTHY, "mean": share, "worst": share}
     values |= {"n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
-    settings = {"attacked": len(robust), "target": "defence", "deterministic": False} | more.pop("settings", {})
-    return Row(attack=attack, robust=robust, settings=settings, **values | more)
+    values |= {"deterministic": False, "attacked": len(robust), "settings": {"target": "defence"}}
+    more |= {"settings": {"target": "defence"} | more.get("settings", {})}
+    return Row(attack=attack, robust=robust, **values | more)
 
 
 def forms(report):

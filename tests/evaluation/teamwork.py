@@ -17,10 +17,12 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))
 
 from denoisers import Tiny
+from evaluating import evaluate
 
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, cache, evaluate
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.attack_run import AttackRun
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
 from purify_fast.training.distributed import torchrun_group
 
@@ -124,7 +126,7 @@ if __name__ == "__main__":
     folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
     if not first and not (folder / "killed").exists():
         (folder / "killed").touch()
-        kill_at_call(cache.PartialRow, "keep", 1)
+        kill_at_call(AttackRun, "keep", 1)
     with torchrun_group():
         found = report("deterministic", folder / "out")
         if first:

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.surrogates import surrogates
@@ -109,7 +110,7 @@ def verdicts(report):
 def assert_marked(report, alarm, row):
     """The number is not to be believed, and every form of the report names what gives it away."""
     assert verdicts(report)[alarm] == ("unreliable", row)
-    assert not report.headline.reliable and alarm in report.headline.settings["doubts"]
+    assert not report.headline.reliable and alarm in report.headline.doubts
     text = report.to_text(color=False)
     marked = [" ".join(sign.split()) for sign in text.split("\n- ")[1:]]
     (told,) = [sign for sign in marked if sign.startswith(f"{alarm}: ")]
@@ -322,7 +323,7 @@ def test_where_the_probes_take_all_that_was_left_the_number_is_0():
     assert verdicts(report)["noise and seeds"] == ("noted", "probe: gradients over 16 draws")
     worst, attacked = report.row("worst"), [each.robust for each in report.rows if each.is_attack]
     assert worst.accuracy == 0 and worst.reliable
-    assert worst.settings["probes"] == sum(map(all, zip(*attacked, strict=True))) > 0
+    assert worst.fell_to_probes == sum(map(all, zip(*attacked, strict=True))) > 0
 
 
 def test_a_large_scale_of_the_logits_hides_nothing():

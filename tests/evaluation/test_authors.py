@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.attack_lists import AS_A_CLASSIFIER
 from purify_fast.evaluation.show.page import html_page
 
@@ -42,7 +43,7 @@ def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
     report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[row, PGD(steps=3)])
     assert report.row("clean").accuracy == report.headline.accuracy == 0
     judged = report.row("as somebody")
-    assert judged.accuracy == 1 and judged.kind == "authors" and judged.settings["attacked"] == 6
+    assert judged.accuracy == 1 and judged.kind == "authors" and judged.attacked == 6
     assert judged.health["gradients"] == 12 and judged.settings["judge"] == "Opposite"
     strong = evaluate(model, x, y, **QUIET | {"eps": 1.0}, attacks=[row])
     assert strong.row("as somebody").accuracy == 0
@@ -53,7 +54,7 @@ def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
     theirs = AttackSpec(PGD(steps=20), label="as somebody", judge=Opposite(model))
     report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[theirs, PGD(steps=2)], out=tmp_path)
     assert report.row("as somebody").accuracy == 0 and report.row("worst").settings["over"] == ["PGD-2 ce"]
-    assert report.headline.accuracy == 1 and report.row("PGD-2 ce").settings["attacked"] == 6
+    assert report.headline.accuracy == 1 and report.row("PGD-2 ce").attacked == 6
     kept = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[theirs], out=tmp_path)
     assert kept.row("as somebody").seconds == report.row("as somebody").seconds
     for found in (kept, Report.from_json(kept.to_json())):

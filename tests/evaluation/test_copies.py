@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.subject import refresh_stale_copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import labelled
 
-from purify_fast.attacks import APGD, PGD, StAdv, apgd
-from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.attacks import APGD, PGD, AttackResult, StAdv, apgd
+from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +69,7 @@ class Noting(PGD):
 
     def search(self, target, x, y, context):
         self.begun.append(context.begin)
-        return (x + self.threat_model(context).eps).clamp(0, 1)
+        return AttackResult((x + self.threat_model(context).eps).clamp(0, 1))
 
 
 def test_a_radius_begins_at_the_points_of_the_one_before_however_sure_the_model_is(monkeypatch):

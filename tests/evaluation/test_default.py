@@ -1,14 +1,14 @@
 """Without options `evaluate` runs the protocol "standard" with its signs, on an installation without AutoAttack."""
 
-import functools
 import sys
 
 import pytest
+from evaluating import evaluate
 
 import purify_fast
 from purify_fast import cli
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,16 +54,17 @@ def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_p
     """The command asks for the protocol `standard` with its signs, and changes nothing else that decides the rows."""
     asked = []
 
-    @functools.wraps(evaluate)
-    def spy(model, x, y, **options):
-        asked.append(options)
-        return evaluate(model, x, y, **options | {"attacks": [PGD(steps=1)], "protocol": None, "probes": False})
+    original = purify_fast.evaluation.evaluate
+
+    def spy(model, x, y, config, **options):
+        asked.append(options | vars(config))
+        return original(model, x, y, config=EvaluateConfig(probes=False), **options | {"attacks": [PGD(steps=1)]})
 
     monkeypatch.setattr("purify_fast.evaluation.evaluate", spy)
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", "zoo:digits-pgd-at", "--images", "4", "--steps", "30", "--device", "cpu"]
     assert cli.main(words) == 0, capsys.readouterr().err
     (options,) = asked
-    assert options["protocol"] == "standard" and options["steps"] == 30
+    assert options["protocol"] is None and options["steps"] == 30
     assert options.get("attacks") is None and options.get("probes") is None
     assert (tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").is_file()

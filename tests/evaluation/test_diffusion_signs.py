@@ -5,11 +5,12 @@ import functools
 import pytest
 import torch
 from digit_nets import EPS, digits, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.surrogates import surrogates
 

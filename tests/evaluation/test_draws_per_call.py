@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from digit_nets import digits
+from evaluating import evaluate
 from input_gradients import input_gradient
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
 from purify_fast.attacks.attacked_model import drawn_once_per_call
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import evaluate
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import DiffusionPurifier
@@ -228,4 +228,4 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
     x, y = batch
     for seed in range(6):
         report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
-        assert not report.rows[0].settings["deterministic"] and report.rows[0].n_eval == 5
+        assert not report.rows[0].deterministic and report.rows[0].n_eval == 5

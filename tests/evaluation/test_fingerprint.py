@@ -14,12 +14,12 @@ import held_values
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from held_values import WAYS, Linear, defences
 from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.fingerprint import fingerprint, fingerprint_or_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.subject import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +157,11 @@ def test_the_radius_is_a_number(trio, eps, message):
 def test_a_device_is_refused(trio):
     with pytest.raises(TypeError, match=r"takes no device, got device='cuda': .*own device.*model.to\('cuda'\)"):
         evaluate(*trio, device="cuda", **QUIET)
+
+
+def test_a_setting_outside_the_config_is_refused_with_the_call_that_is_meant(trio):
+    with pytest.raises(TypeError, match=r"^steps is a setting: .*config=EvaluateConfig\(steps=3, seed=1\)\)$"):
+        purify_fast.evaluate(*trio, eps=0.1, seed=1, steps=3)
 
 
 def test_images_of_another_shape_are_named_with_what_the_model_takes():

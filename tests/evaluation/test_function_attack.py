@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
-from purify_fast.attacks import APGD, FGSM, PGD, Attack
+from purify_fast.attacks import APGD, FGSM, PGD, Attack, AttackResult
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import AttackSpec, as_attack, evaluate
+from purify_fast.evaluation import AttackSpec, as_attack
 from purify_fast.evaluation.specs import check_adversarial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +76,7 @@ def test_a_function_in_every_way_an_attack_is_used(attacked):
     report = evaluate(model, x, y, attacks=plan, **QUIET)
     rows = {row.attack: row for row in report.rows}
     assert rows["first"].n == 20 and rows["elsewhere"].accuracy == 1
-    assert rows["nothing"].settings["attacked"] == 20 + rows["first"].robust.sum()
+    assert rows["nothing"].attacked == 20 + rows["first"].robust.sum()
     assert rows["other ball, L2 0.5"].threat == "L2 0.5"
     with pytest.raises(ValueError, match="'half' left the ball"):
         evaluate(model, x, y, attacks=[weaker], **QUIET)
@@ -105,7 +106,7 @@ def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
     class Subclass(PGD):
         def search(self, target, x, y, context):
             calls.append("subclass")
-            return x
+            return AttackResult(x)
 
     kept = [
         as_attack(first, revision="1"),
@@ -210,7 +211,7 @@ class Moves(Attack):
         return None
 
     def search(self, target, x, y, context):
-        return self.move(x)
+        return AttackResult(self.move(x))
 
 
 OUTSIDE = "the attack 'moves' returned values from .* outside the allowed range"
@@ -236,6 +237,15 @@ def test_what_an_attack_returns_is_checked(attacked, norm, move, error, message)
     function = as_attack(lambda model, x, y: move(x), name="moves")
     with pytest.raises(error, match=message):
         evaluate(model, x, y, attacks=[function if norm is None else Moves(move=move, norm=norm)], **QUIET)
+
+
+def test_a_class_of_attacks_returns_a_result(attacked):
+    class Bare(PGD):
+        def search(self, target, x, y, context):
+            return x
+
+    with pytest.raises(TypeError, match="the attack 'PGD-2 ce' must return an AttackResult, got Tensor"):
+        evaluate(*attacked, attacks=[Bare(steps=2)], **QUIET)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "flow"])

@@ -6,15 +6,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from reports import MASKED, forms, row
 from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, evaluate, runner
+from purify_fast.evaluation import AttackSpec, Report, runner
 from purify_fast.evaluation.alarms import Evidence, Probes, findings, outlook
 from purify_fast.evaluation.alarms.signs import ADVICE, ALARMS
-from purify_fast.evaluation.claims import chance_of_at_most, check_claim, images_to_decide
+from purify_fast.evaluation.claims import chance_of_at_most, images_to_decide
+from purify_fast.evaluation.config import check_claim
 from purify_fast.evaluation.rows import count_fallen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,7 +148,7 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
     found = {finding.alarm: finding for finding in report.findings}
     parts = int(found["missed images"].measured.split(" of ")[0])
     assert attacked.accuracy > 0.9 and parts > 5
-    assert attacked.robust.sum() - worst.robust.sum() == worst.settings["probes"] == parts
+    assert attacked.robust.sum() - worst.robust.sum() == worst.fell_to_probes == parts
     assert np.all(attacked.robust >= worst.robust) and report.headline is worst
     # a short attack along no gradient proves nothing
     assert "of the model itself" not in found["missed images"].measured

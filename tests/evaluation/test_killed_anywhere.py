@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from evaluating import evaluate
 from forks import together
 from safetensors.numpy import save
 from teamwork import kill_at_call
@@ -18,8 +19,9 @@ from torch import nn
 from purify_fast import ops
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, cache, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.attack_run import AttackRun
 from purify_fast.evaluation.cache import read_file
 from purify_fast.evaluation.progress import Progress
 from purify_fast.evaluation.surrogates import Softened
@@ -31,11 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: The function during which the process is killed, and the number of the call.
 MOMENTS = (
     # a batch of the second attack is kept
-    ("purify_fast.evaluation.cache.PartialRow.keep", 4),
+    ("purify_fast.evaluation.attack_run.AttackRun.keep", 4),
     # the arrays of a row are written, the row is not
     ("purify_fast.evaluation.cache.write_sealed", 3),
     # a row is written, its batches are not gone
-    ("purify_fast.evaluation.cache.PartialRow.remove", 3),
+    ("purify_fast.evaluation.cache.remove_batches", 3),
     # the softened copy is attacked in a row of its own
     ("purify_fast.evaluation.surrogates.Softened.forward", 50),
     # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
@@ -191,7 +193,7 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
 
 
 def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
-    seen, keep = [], cache.PartialRow.keep
+    seen, keep = [], AttackRun.keep
 
     class Killed(Exception):
         pass
@@ -202,7 +204,7 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
         if len(seen) == 2:
             raise Killed
 
-    monkeypatch.setattr(cache.PartialRow, "keep", stop)
+    monkeypatch.setattr(AttackRun, "keep", stop)
     with pytest.raises(Killed):
         evaluated(tmp_path)
     first = len(seen)

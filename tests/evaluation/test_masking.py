@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from digit_nets import EPS, Gated, digits, robust, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import evaluate, runner
+from purify_fast.evaluation import runner
 from purify_fast.evaluation.alarms import signs_of_masking
 from purify_fast.evaluation.alarms.probes import AskedBefore
 

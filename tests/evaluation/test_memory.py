@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
-from purify_fast.evaluation import AttackSpec, evaluate, fitting
+from purify_fast.evaluation import AttackSpec, fitting
 from purify_fast.speed.memory import Room, images_that_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ import torch
 import torch._dynamo  # PyTorch imports it late, and cannot go on where memory ended within that
 from torch import nn
 from purify_fast.attacks import APGD, PGD
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig, evaluate
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -36,15 +37,15 @@ with torch.no_grad():
     y = torch.cat([model(part).argmax(1) for part in x.split(10)])
 options = {"eps": 0.004, "attacks": [PGD(steps=2), APGD(steps=2)], "progress": False}
 # what is loaded by the first call is not measured
-small = evaluate(model, x, y, batch_size=10, **options)
+small = evaluate(model, x, y, config=EvaluateConfig(batch_size=10), **options)
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 200 * 2**20, resource.RLIM_INFINITY))
 memory = None if sys.argv[1] == "None" else sys.argv[1]
 try:
-    evaluate(model, x, y, batch_size=250, **options)
+    evaluate(model, x, y, **options)
 except (MemoryError, RuntimeError) as error:
     print("fixed:", str(error).splitlines()[0])
-auto = evaluate(model, x, y, batch_size="auto", memory=memory, **options)
+auto = evaluate(model, x, y, config=EvaluateConfig(batch_size="auto", memory=memory), **options)
 same = [(a.attack, a.n, a.robust.tolist(), a.settings, a.mean) == (b.attack, b.n, b.robust.tolist(), b.settings, b.mean)
         for a, b in zip(auto.rows, small.rows, strict=True)]
 print("robust:", [int(row.robust.sum()) for row in small.rows])
@@ -182,5 +183,5 @@ def test_refusals(change, message):
 
 def test_the_command_takes_both():
     given = parse(Evaluate, ["zoo:digits-standard", "--batch-size", "auto", "--memory", "20GB"])
-    assert (given.batch_size, given.memory) == ("auto", "20GB")
-    assert parse(Evaluate, ["--batch-size", "32"]).batch_size == 32
+    assert (given.settings.batch_size, given.settings.memory) == ("auto", "20GB")
+    assert parse(Evaluate, ["--batch-size", "32"]).settings.batch_size == 32

@@ -9,11 +9,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from PIL import Image
 from reports import row
 
 from purify_fast import cli
-from purify_fast.evaluation import Report, evaluate, merge
+from purify_fast.evaluation import Report, merge
 from purify_fast.evaluation.alarms import Finding, Outlook
 from purify_fast.evaluation.rows import Examples
 from purify_fast.evaluation.show.page import html_page
@@ -69,7 +70,7 @@ def test_who_fell_to_what(report):
 
 
 def test_the_page_says_whether_the_number_can_be_believed(report):
-    report.row("worst").settings["doubts"] = ["missed images"]
+    report.row("worst").doubts = ["missed images"]
     report.row("worst").reliable = False
     page = html_page(report)
     card = page.split("</section>")[0]

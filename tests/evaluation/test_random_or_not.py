@@ -3,11 +3,11 @@
 import pytest
 import torch
 from digit_nets import digits, standard
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ
-from purify_fast.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,11 +43,11 @@ def test_the_scale_of_the_logits_does_not_matter(scale, offset):
     options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
     noisy = evaluate(Scaled(scale, offset, 0.3), x, y, **options)
     assert [row.n_eval for row in noisy.rows] == [4, 4, 4] and noisy.rows[1].settings["eot_iter"] == 3
-    assert not noisy.rows[0].settings["deterministic"]
+    assert not noisy.rows[0].deterministic
     for still in (Scaled(scale, offset, 0.0), LastBits(scale, offset)):
         found = evaluate(still, x, y, **options)
         assert [row.n_eval for row in found.rows] == [1, 1, 1] and found.rows[1].settings["eot_iter"] == 1
-        assert found.rows[0].settings["deterministic"]
+        assert found.rows[0].deterministic
 
 
 def test_what_is_not_finite_is_compared_too():

@@ -5,11 +5,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
-from purify_fast.evaluation import Examples, Report, Row, evaluate, merge
+from purify_fast.evaluation import Examples, Report, Row, merge
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.repeating import processor_name
 from purify_fast.evaluation.subject import precision_name
@@ -62,7 +63,7 @@ def test_json_round_trip():
     assert back.rows[0].settings == {"steps": 3, "eps": 0.1, "target": None} and back.rows[1].health is None
     assert back.paired(report, "PGD").difference == 0
     with pytest.raises(ValueError, match="format 99"):
-        Report.from_json(text.replace('"format": 1', '"format": 99'))
+        Report.from_json(text.replace('"format": 2', '"format": 99'))
 
 
 def test_numbers_in_the_tables():
@@ -304,8 +305,14 @@ def test_a_report_says_what_repeats_it(tmp_path):
     model.head.weight.data += 1
     changed = evaluate(model, x, y, eps=0.5, attacks=[], progress=False)
     assert changed.about["model"] != report.about["model"]
-    told = {"call": "evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD(", "processor": processor_name(x.device)}
-    told |= {"hash": report.about["model"], "date": date, "images: 6": "6", "seed: 7": "7"}
+    told = {"call": "evaluate(model, x, y, eps=0.5, attacks=[PGD(", "processor": processor_name(x.device)}
+    told |= {
+        "in Python": "config=EvaluateConfig(steps=2, n_eval=2, seed=7))",
+        "hash": report.about["model"],
+        "date": date,
+        "images: 6": "6",
+        "seed: 7": "7",
+    }
     page = html.unescape((tmp_path / "report.html").read_text())
     for word, value in told.items():
         assert word in (tmp_path / "report.md").read_text() and value in (tmp_path / "report.md").read_text()

@@ -8,12 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast._files import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation import cache, evaluate
+from purify_fast.evaluation import cache
 from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products

@@ -10,11 +10,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast import Carso
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, AutoAttack, StAdv
-from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023, progress
+from purify_fast.evaluation import AttackSpec, lee_kim_2023, progress
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 from purify_fast.speed import StepGraphs
@@ -152,9 +153,9 @@ def test_rows(full):
             assert row.health["gradients"] > 0 and row.reliable
             assert row.settings["eot_iter"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
             (of_variant,) = (each for each in full.rows if (each.kind, each.variant) == ("clean", row.variant))
-            assert row.settings["attacked"] == of_variant.robust[: row.n].sum()
+            assert row.attacked == of_variant.robust[: row.n].sum()
             # noise that is the same in every call is none for AutoAttack's own check
-            assert not any("random" in warning for warning in row.settings.get("warnings", []))
+            assert not any("random" in warning for warning in row.warnings)
     assert full.row("AutoAttack rand, 5 steps, first 40").n == 40
 
 
@@ -259,17 +260,17 @@ def test_survivors(toy):
     attacks += [AttackSpec(PGD(), "deterministic", survivors_only=True), AttackSpec(PGD(steps=2), label="all again")]
     report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
     first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
-    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    assert second.attacked == first.robust.sum() < first.attacked
     assert not (second.robust & ~first.robust).any() and not (third.robust & ~second.robust).any()
     assert second.n == first.n == len(x)
     clean = report.row("clean, deterministic").robust.sum()  # another variant starts anew
-    assert report.row("PGD-1 ce, deterministic").settings["attacked"] == clean
+    assert report.row("PGD-1 ce, deterministic").attacked == clean
     again = report.row("all again")
-    assert again.settings["attacked"] == first.settings["attacked"]
+    assert again.attacked == first.attacked
     tried = report.row("PGD-1 ce, deterministic, tried on the deployed defence")
     assert not (tried.robust & ~third.robust).any()
     assert np.array_equal(report.row("worst").robust, tried.robust & again.robust)
-    assert f"{len(x)} ({second.settings['attacked']})" in report.to_markdown()
+    assert f"{len(x)} ({second.attacked})" in report.to_markdown()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
@@ -279,7 +280,7 @@ def test_autoattack_with_few_classes(classes):
     x, y = toy_data(model.toy, 12)
     report = evaluate(model, x, y, attacks=[AutoAttack(steps=10, n_queries=50)], eps=0.1, progress=False)
     row = report.rows[1]
-    assert row.accuracy <= 0.1 and row.settings["warnings"] == []
+    assert row.accuracy <= 0.1 and row.warnings == []
     if classes < 4:
         assert f"PGD margin for apgd-t: {classes} classes" in row.attack
         assert row.settings["replaced_by_pgd_margin"] == "apgd-t"
@@ -340,8 +341,8 @@ def test_the_other_package(monkeypatch, toy):
         ({"attacks": [PGD(), PGD(alpha=0.1)]}, "labels of their own.*PGD-100 ce"),
         ({"protocol": "best"}, "must be one of fast, standard, rand, strong, official, authors, got 'best'"),
         ({"protocol": "fast"}, "a protocol or a list of attacks, not both"),
-        ({"cuda_graphs": "yes"}, "mode must be one of auto, always, off, got 'yes'"),
-        ({"cudnn_benchmark": "yes"}, "mode must be one of auto, on, off, got 'yes'"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs must be one of auto, always, off, got 'yes'"),
+        ({"cudnn_benchmark": "yes"}, "cudnn_benchmark must be one of auto, on, off, got 'yes'"),
     ],
 )
 def test_errors(change, message):
@@ -424,10 +425,10 @@ def test_unseen_rows(unseen):
     bpda, cheap, stadv = rows["BPDA-8 ce"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
     assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
     assert bpda.reliable and bpda.kind == "bpda" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
-    assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.settings["attacked"]
+    assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.attacked
     assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot_iter"] == 1
     assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
-    assert stadv.health["gradients"] == 8 * stadv.settings["attacked"] and stadv.reliable
+    assert stadv.health["gradients"] == 8 * stadv.attacked and stadv.reliable
 
 
 def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
@@ -448,13 +449,13 @@ def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
 
 def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
     first, second = unseen.row("BPDA-8 ce, L2 1"), unseen.row("BPDA in L2 1")
-    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    assert second.attacked == first.robust.sum() < first.attacked
     model = Shattered()
     x = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     y = model.classifier(x).argmax(1)
     attacks = [BPDA(norm="l2", eps=2.0), AttackSpec(BPDA(), survivors_only=True)]
     report = evaluate(model, x, y, attacks=attacks, steps=4, eps=FAINT, progress=False)
-    assert report.rows[1].accuracy == 0 and report.rows[2].settings["attacked"] == report.row("clean").robust.sum()
+    assert report.rows[1].accuracy == 0 and report.rows[2].attacked == report.row("clean").robust.sum()
 
 
 @pytest.mark.parametrize(("order", "eps"), [(2, 0.1), (1, 0.5)])
@@ -498,7 +499,7 @@ def test_bpda_on_carso(toy):
         "BPDA-2 ce through mean",
     ]
     rows = [row for row in report.rows[2:6] if row.health is not None]
-    attacked = [row.settings["attacked"] for row in rows]
+    attacked = [row.attacked for row in rows]
     assert [row.health["gradients"] for row in rows] == [2 * attacked[0], 4 * attacked[1], 2 * attacked[2]]
     assert [row.settings["eot_iter"] for row in rows] == [2, 1, 2]
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, Square
-from purify_fast.evaluation import AttackSpec, evaluate, stopping
+from purify_fast.evaluation import AttackSpec, stopping
 from purify_fast.evaluation.stopping import StoppingRule, nearest_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,19 +78,17 @@ def test_an_attack_stops_and_the_report_states_what_the_rest_may_hold(monkeypatc
     attacks = [FGSM(), AttackSpec(APGD(steps=20, loss="margin"), survivors_only=True, until=0.04)]
     report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
     row = report.row("APGD-20 margin")
-    assert 0 < row.settings["unsearched"] < row.settings["attacked"]
-    assert 0 < row.settings["may hold"] <= 0.04 * 96
+    assert 0 < row.unsearched < row.attacked
+    assert 0 < row.may_hold <= 0.04 * 96
     whole = evaluate(model, x, y, eps=0.02, attacks=[FGSM(), APGD(steps=20, loss="margin")], progress=False)
     missed = int(row.robust.sum()) - int((whole.rows[1].robust & whole.rows[2].robust).sum())
-    assert 0 <= missed <= row.settings["may hold"]
+    assert 0 <= missed <= row.may_hold
     note = next(note for note in report.notes if "not searched" in note)
-    assert f"at most {100 * row.settings['may hold'] / 96:.2f} points" in note and note in " ".join(
-        report.to_text().split()
-    )
+    assert f"at most {100 * row.may_hold / 96:.2f} points" in note and note in " ".join(report.to_text().split())
     # the order that margins give decides, not the place in the batch
     shuffled = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     again = evaluate(model, x[shuffled], y[shuffled], eps=0.02, attacks=attacks, progress=False)
-    assert again.row("APGD-20 margin").settings["unsearched"] > 0
+    assert again.row("APGD-20 margin").unsearched > 0
 
 
 def test_the_few_nearest_are_those_of_least_margin():
@@ -97,7 +96,7 @@ def test_the_few_nearest_are_those_of_least_margin():
     attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=5)]
     report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
     first, row = report.rows[1], report.row("Square, 30 queries, 5 nearest")
-    assert row.settings["attacked"] == 5
+    assert row.attacked == 5
     left = first.margins[first.robust]
     fell = first.robust & ~row.robust
     assert np.isin(first.margins[fell], np.sort(left)[:5]).all()
@@ -118,4 +117,4 @@ def test_of_a_random_model_every_image_is_searched():
 
     attacks = [FGSM(), AttackSpec(APGD(steps=3), survivors_only=True, until=0.5)]
     report = evaluate(noisy, x, y, eps=0.01, eot_iter=1, n_eval=2, attacks=attacks, progress=False)
-    assert "unsearched" not in report.rows[2].settings
+    assert report.rows[2].unsearched == 0

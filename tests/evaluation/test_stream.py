@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import labelled
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.attacks import APGD, FGSM, PGD, Square
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.inputs import in_chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,9 +69,9 @@ def test_what_was_left_out_is_summed_over_the_parts(plain):
     attacks = [FGSM(), AttackSpec(APGD(steps=5), survivors_only=True, until=0.2)]
     options = {"eps": 0.02, "attacks": attacks, "batch_size": 16, "progress": False}
     parts = [(x[:75], y[:75]), (x[75:], y[75:])]
-    each = [evaluate(model, *part, **options).rows[2].settings["unsearched"] for part in parts]
+    each = [evaluate(model, *part, **options).rows[2].unsearched for part in parts]
     row = evaluate(model, parts, **options).rows[2]
-    assert row.settings["unsearched"] == sum(each) > 0
+    assert row.unsearched == sum(each) > 0
 
 
 def test_parts_of_a_random_model_have_noise_of_their_own(plain):

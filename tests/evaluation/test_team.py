@@ -18,6 +18,7 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 from purify_fast import cli
 from purify_fast._files import folder_lock
 from purify_fast.evaluation import cache, team
+from purify_fast.evaluation.attack_run import AttackRun
 from purify_fast.evaluation.measure import Measure
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
@@ -54,8 +55,8 @@ def test_the_rows_are_those_of_one_process(one, tmp_path, world):
 
 def counted(kind, out=None):
     """The report, and how many batches this process made."""
-    calls, original = [], cache.PartialRow.keep
-    with mock.patch.object(cache.PartialRow, "keep", lambda *args: calls.append(1) or original(*args)):
+    calls, original = [], AttackRun.keep
+    with mock.patch.object(AttackRun, "keep", lambda *args: calls.append(1) or original(*args)):
         return report(kind, out), len(calls)
 
 
@@ -73,7 +74,7 @@ def test_without_a_folder_nothing_is_left(one, tmp_path, monkeypatch):
 
 
 MOMENTS = {
-    "keep": (cache.PartialRow, "keep"),
+    "keep": (AttackRun, "keep"),
     "write": (cache, "write_sealed"),
     "claim": (team.Team, "taken"),
     "judge": (Measure, "_judged"),
@@ -142,8 +143,8 @@ def test_one_that_was_stopped_ends_when_it_goes_on(one, tmp_path):
         if dist.get_rank() == 0:
             logging.getLogger("purify_fast").addHandler(Told())
             return report("random", tmp_path / "out")
-        original = cache.PartialRow.keep
-        cache.PartialRow.keep = lambda *args: (os.kill(os.getpid(), signal.SIGSTOP), original(*args))
+        original = AttackRun.keep
+        AttackRun.keep = lambda *args: (os.kill(os.getpid(), signal.SIGSTOP), original(*args))
         with pytest.raises(ConnectionError) as raised:
             report("random", tmp_path / "out")
         return str(raised.value)

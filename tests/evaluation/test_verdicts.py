@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from reports import MASKED, forms, row
 from torch import nn
 
 from purify_fast import load_dataset, zoo
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.subject import Subject

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from digit_nets import digits, standard
+from evaluating import evaluate
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import MajorityVote, NoisyEnsemble
-from purify_fast.evaluation import as_attack, evaluate
+from purify_fast.evaluation import as_attack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

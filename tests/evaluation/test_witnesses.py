@@ -9,11 +9,12 @@ from pathlib import Path
 import digit_nets
 import pytest
 import torch
+from evaluating import evaluate
 from torch import nn
 
 from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
-from purify_fast.evaluation import check_witnesses, evaluate
+from purify_fast.evaluation import check_witnesses
 from purify_fast.evaluation.witnesses import FILE, Witnesses
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from reports import forms, row
 from torch import nn
 
 import purify_fast
 from purify_fast import __version__
 from purify_fast.attacks import BPDA, PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023, merge
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, lee_kim_2023, merge
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.rows import worst_rows
 from purify_fast.evaluation.show.page import html_page, picture_lines
@@ -77,7 +78,7 @@ def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
 
 
 def test_every_column_is_explained_on_the_page():
-    survivors = row(attack="second", settings={"survivors_only": True, "attacked": 3})
+    survivors = row(attack="second", settings={"survivors_only": True}, attacked=3)
     report = Report([row("clean", kind="clean"), row(), survivors, row("worst", kind="worst")])
     assert all("4 (3)" in text for text in forms(report))
     for text in forms(report)[1:]:
@@ -128,7 +129,7 @@ def test_the_columns_are_what_is_said_of_them():
 def test_the_row_worst_has_no_predictions_of_its_own():
     """Two attacks, each withstood nearly always, leave next to nothing image by image: no mean can be told of that."""
     first, second = (np.arange(12) % 2 == one for one in (0, 1))
-    weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "settings": {"attacked": 12}}
+    weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "attacked": 12}
     rows = [row("clean", np.ones(12), kind="clean"), row("a", first, **weak), row("b", second, **weak)]
     rows += worst_rows(rows[1:])
     assert rows[-1].accuracy == 0
@@ -220,7 +221,7 @@ def test_a_short_list_of_attacks_says_what_was_not_asked(digits):
     for text in forms(report):
         text = joined(text)
         assert "Not asked: missed images, batch size, noise and seeds" in text
-        assert "Some signs need more questions; in Python, evaluate(..., probes=True) asks them." in text
+        assert "Some signs need more questions; in Python, EvaluateConfig(probes=True) asks them." in text
     assert "Several signs of a failed attack were not asked." in joined(forms(report)[2]).split("</section>")[0]
     asked = evaluate(Rounds(), x, y, **QUIET | {"attacks": [BPDA(steps=3)], "probes": True})
     assert not any("which probes=True adds" in text for text in forms(asked))
@@ -325,7 +326,7 @@ def test_nothing_to_attack_is_not_unreliable():
     with torch.no_grad():
         wrong = (model(x).argmax(1) + 1) % 3
     report = evaluate(model, x, wrong, **SHORT)
-    assert report.row("worst").accuracy == 0 and report.row("worst").settings["attacked"] == 0
+    assert report.row("worst").accuracy == 0 and report.row("worst").attacked == 0
     for text in (report.to_text(), report.to_markdown().split("\nn: images")[0]):
         assert "nothing to attack" in text and "unreliable" not in text and "may be lower" not in text
     right = evaluate(model, x, (wrong - 1) % 3, **SHORT)

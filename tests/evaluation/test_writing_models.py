@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from digit_nets import digits, standard
+from evaluating import evaluate
 from input_gradients import input_gradient
 from torch import nn
 
 from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, fgsm, pgd, square, stadv
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread", "trained")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 
 from ... import RESULTS, options
 from ...speed.running import Budget
@@ -75,20 +75,20 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     """What a report says of a model: clean accuracy, which images withstand, and the signs that are unreliable."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     steps, n = settings["steps"], settings["images"]
-    how: dict[str, Any] = {"protocol": judge}
+    shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
+    config, how = dataclasses.replace(shared, protocol=judge), dict[str, Any]()
     if judge == OFFICIAL:
+        config = shared
         how = {"attacks": [AutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:
         how = {"attacks": [_shortened(spec, steps) for spec in adaptive.specs(entry, (None, *models[1:]))]}
-        how |= {"eot_iter": DRAWS}
-    report = evaluate(
-        models[0], x[:n], y[:n], eps=entry.eps, steps=steps, max_forward_batch=1000, progress=False, **how
-    )
+        config = dataclasses.replace(shared, eot_iter=DRAWS)
+    report = evaluate(models[0], x[:n], y[:n], eps=entry.eps, config=config, progress=False, **how)
     flags = [one.alarm for one in report.findings if one.beside_headline]
     return {
         "clean": report.row("clean").accuracy,
         "robust": "".join("01"[bool(image)] for image in report.headline.robust),
-        "unreliable": flags if "protocol" in how else [],
+        "unreliable": flags if config.protocol is not None else [],
     }
 
 

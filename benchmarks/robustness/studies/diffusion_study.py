@@ -28,7 +28,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
-from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
 from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
 from purify_fast.training import load_classifier
 
@@ -128,12 +128,13 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
 
 
-def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, **asked: Any) -> list[dict[str, Any]]:
-    """The rows of an evaluation without its signs."""
+def reported(
+    model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of an evaluation without its signs; without a list of attacks, of the protocol strong."""
     s = job.settings
-    report = evaluate(
-        model, x, y, eps=s["eps"], n_eval=s["budget"].draws, name=job.name, probes=False, progress=False, **asked
-    )
+    config = EvaluateConfig(None if attacks else "strong", n_eval=s["budget"].draws, probes=False)
+    report = evaluate(model, x, y, eps=s["eps"], config=config, attacks=attacks, name=job.name, progress=False)
     return [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
 
 
@@ -159,9 +160,8 @@ def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict
     standing = torch.tensor([all(right[i] == "1" for right in draws) for i in range(few)])
     after = standing.clone()
     if bool(standing.any()):
-        stand_in = [short(lee_kim_2023(job.settings["eps"]))]
-        asked: dict[str, Any] = {"attacks": stand_in} if budget.quick else {"protocol": "strong"}
-        rows = reported(model, x[:few][standing], y[:few][standing], job, **asked)
+        stand_in = [short(lee_kim_2023(job.settings["eps"]))] if budget.quick else None
+        rows = reported(model, x[:few][standing], y[:few][standing], job, stand_in)
         worst = next((row for row in rows if row["kind"] == "worst"), rows[-1])
         after[standing] = torch.tensor([right == "1" for right in map(str, map(int, worst["robust"]))])
     bits = ["".join(str(int(one)) for one in each) for each in (standing, after)]

@@ -17,7 +17,7 @@ from purify_fast import load_defence
 from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.demo import setting
-from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.evaluation.subject import Variant
 from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
@@ -88,10 +88,9 @@ def attacked(
     norm: str = "linf",
 ) -> dict:
     """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
-    amount = effort(quick)
-    report = setting.attacked(
-        model, amount.images, list(attacks), eps=eps, norm=norm, steps=amount.steps, n_eval=3, seed=seed, progress=False
-    )
+    n, steps, *_ = effort(quick)
+    config = EvaluateConfig(steps=steps, n_eval=3, seed=seed)
+    report = setting.attacked(model, n, list(attacks), eps=eps, config=config, norm=norm, progress=False)
     healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
 

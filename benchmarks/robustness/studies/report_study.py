@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
 from purify_fast.evaluation.rows import worst_rows
 from purify_fast.evaluation.show.tables import draws, percent, single_predictions
 from purify_fast.models.classifiers import SmallCNN
@@ -109,21 +109,11 @@ class ReportStudy(Study):
         """A model under a group of attacks: write its report to the folder, and return the accuracies."""
         name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
         model = self.model(job, root, name)
-        report = evaluate(
-            model,
-            images.x_test,
-            images.y_test,
-            eps=self.eps,
-            attacks=self.attacks(name, budget)[job.settings["group"]],
-            steps=budget.steps,
-            eot_iter=budget.eot,
-            seed=job.seed,
-            out=folder,
-            name=name,
-            dataset_name=images.name,
-            progress=False,
-            **self.sizes,
-        )
+        amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, **self.sizes}
+        config = EvaluateConfig(seed=job.seed, dataset_name=images.name, **amount)
+        attacks = self.attacks(name, budget)[job.settings["group"]]
+        how: dict[str, Any] = {"out": folder, "name": name, "progress": False}
+        report = evaluate(model, images.x_test, images.y_test, eps=self.eps, config=config, attacks=attacks, **how)
         report.save(folder, model)
         return {row.attack: row.accuracy for row in report.rows}
 

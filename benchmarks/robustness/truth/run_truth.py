@@ -22,7 +22,7 @@ import torch
 from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig, evaluate
 
 from ... import RESULTS, options
 from ...speed import timing
@@ -106,8 +106,8 @@ def contest(parts: Sequence[Part], who: str, seed: int, known: Row | None = None
         row |= known
     for part in parts[len(row["left"]) :]:
         door, begin = CountedModel(part.model), time.process_time()
-        how = {"protocol": CONTESTANTS[who][0], "seed": seed, "batch_size": BATCH, "progress": False}
-        report = evaluate(door, part.x, part.y, eps=part.eps, **how)
+        config = EvaluateConfig(protocol=CONTESTANTS[who][0], seed=seed, batch_size=BATCH)
+        report = evaluate(door, part.x, part.y, eps=part.eps, config=config, progress=False)
         row["cpu_seconds"] += time.process_time() - begin
         row["left"].append("".join("01"[bool(image)] for image in report.headline.robust))
         row["forwards"] += door.counts.forwards

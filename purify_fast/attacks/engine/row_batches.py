@@ -292,6 +292,8 @@ class ActiveSet:
         tried: bool ``[N]``, True for images with a search that reached its end, or that came nearer until it was given
             up.
         gains: the gains of the rows after their first steps.
+        fell_to: the number of images that fell to each target and restart, by its name.
+        health: counts the gradients and the movement of all searches; None: nothing is counted.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -300,7 +302,8 @@ class ActiveSet:
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by = torch.full_like(y, -1)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
-        self.gains = Gains()
+        self.gains, self.fell_to = Gains(), dict[str, int]()
+        self.health: GradientHealth | None = None
         self._logits: Tensor | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
@@ -407,7 +410,6 @@ def waves(
     active: ActiveSet,
     goals: Goals,
     restarts: int,
-    fell_to: dict[str, int],
     *,
     seed: int,
     most: int | None = None,
@@ -424,7 +426,6 @@ def waves(
         active: the images.
         goals: the target of each run, int64 ``[N]``; None for a run without one.
         restarts: the number of times that all of these runs are taken.
-        fell_to: gets the number of images that fell to each target and restart, by its name.
         seed: the seed of the random starts; each run adds its number.
         most: the most rows at once; None: `FEWEST_ROWS`, or the number of images if that is larger.
         at_image: whether the first run for each target begins at the images themselves.
@@ -468,7 +469,7 @@ def waves(
         name = f"restart {restart + 1}" if goals[target] is None else f"target {target + 1}"
         if goals[target] is not None and restarts > 1:
             name += f", restart {restart + 1}"
-        fell_to[name] = fell_to.get(name, 0) + 1
+        active.fell_to[name] = active.fell_to.get(name, 0) + 1
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
@@ -524,9 +525,6 @@ class RowSearch(RowState):
         active: the images. It keeps the fallen ones and the best points of the others.
         rows: the rows that are searched.
         steps: the steps of the run.
-        health: counts gradients and movement, if given. A row that is given up counts as if it had taken every step,
-            with the same share of faulty gradients as before. Otherwise the rows that are searched to the end, such as
-            those without gradients, would count more than others.
         give_up: whether rows out of reach leave.
     """
 
@@ -539,7 +537,6 @@ class RowSearch(RowState):
         rows: Rows,
         steps: int,
         *,
-        health: GradientHealth | None = None,
         give_up: bool = False,
     ):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
@@ -550,7 +547,7 @@ class RowSearch(RowState):
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
         # faulty: how many gradients of each row were not finite, and how many were zero. counted: how many there were.
-        self.health, self.faulty, self.counted = health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
+        self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     def take(self, index: Tensor) -> None:
         super().take(index)
@@ -566,7 +563,11 @@ class RowSearch(RowState):
             self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
-        """Count the gradients that some rows, int64, will not take, without waiting for the device."""
+        """Count the gradients that some rows, int64, will not take, without waiting for the device.
+
+        A row that is given up counts as if it had taken every step, with the same share of faulty gradients as before.
+        Otherwise the rows that are searched to the end, such as those without gradients, would count more than others.
+        """
         if self.health is not None:
             left = self.steps - self.counted
             nonfinite, zero = (self.faulty[:, index].sum(1) * left / self.counted).round().long()

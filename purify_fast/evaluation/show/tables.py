@@ -133,7 +133,7 @@ def percent_always(row: Row) -> str:
 
 def images(row: Row) -> str:
     """The number of a row's images, and for an attack on survivors the number that it was given."""
-    return f"{row.n} ({row.settings['attacked']})" if row.of_survivors else str(row.n)
+    return f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n)
 
 
 def draws(row: Row) -> str:

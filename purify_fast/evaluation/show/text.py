@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...attacks import APGD, Square
-from ...attacks.base import EngineAttack
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
 from ..claims import answer
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
 #: `purify_fast.evaluation.Report`, which uses this module.
 Report = Any
 
-#: The attacks with a rule of their own for the early end of a search, by their kind.
-_BY_KIND: dict[str, type[EngineAttack]] = {attack.kind: attack for attack in (APGD, Square)}
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
@@ -109,7 +105,7 @@ def outcome(report: Report, row: Row) -> str:
     else:
         count = len(row.settings.get("over", report.attacks_like(row)))
         text += " after the attack" if count == 1 else f" after all {count} attacks"
-        text += " and the probes" if "probes" in row.settings else ""
+        text += " and the probes" if row.fell_to_probes is not None else ""
     threat = row.threat or report.threats.get(row.model, report.about.get("threat"))
     text += f" within {threat}" if threat else ""
     single = report.one_draw(row)
@@ -132,7 +128,7 @@ def claim(report: Report, row: Row) -> str:
 def reason(report: Report, row: Row) -> str:
     """The reason why a row is unreliable; empty if a sign gives the reason or the row is reliable."""
     told = any((finding.model, finding.verdict) == (row.model, "unreliable") for finding in report.findings)
-    if row.reliable or row.settings.get("doubts") or told:
+    if row.reliable or row.doubts or told:
         return ""
     counted = [each for each in report.attacks_like(row) if each.health is not None and each.own_gradients]
     if not counted:
@@ -163,7 +159,7 @@ def not_asked(findings: Sequence[Finding]) -> list[str]:
 
 def column_legend(rows: Sequence[Row]) -> list[str]:
     """A paragraph for each column of the table of all rows; columns that no row uses are not explained."""
-    early = dict.fromkeys(row.attack for row in rows if _may_end_early(row))
+    early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
     text = render("columns.jinja", rows=rows, **told)
@@ -171,14 +167,9 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 
 def settings_told(row: Row) -> dict[str, Any]:
-    """A row's settings for the reader, with the word for the judged model in place of the internal ones."""
-    shown = {name: value for name, value in row.settings.items() if name != "deterministic"}
+    """A row's settings and results for the reader, with the word for the judged model in place of the internal ones."""
+    shown = row.settings | row.results()
     return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})
-
-
-def _may_end_early(row: Row) -> bool:
-    """Tell by a row's settings whether a search may have ended early."""
-    return _BY_KIND.get(row.kind, EngineAttack).may_end_early(row.settings)
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from ..._files import write_text
 from ...attacks import PGD, AutoAttack
 from ...attacks.original_autoattack import implementation
 from ...data import DataSet
-from ...evaluation import AttackSpec, Report, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
+from ...evaluation import AttackSpec, EvaluateConfig, Report, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ...evaluation.show.tables import markdown_table
 from ...models.classifiers import representation_before_pooling
 from ...training import (
@@ -123,12 +123,10 @@ def ablate(
             images.y_test[:n],
             eps=attack.eps,
             norm=attack.norm,
+            config=EvaluateConfig(steps=what.attack_steps, seed=loop.seed, dataset_name=images.name),
             attacks=_attacks(what),
-            steps=what.attack_steps,
-            seed=loop.seed,
             out=folder(name),
             name=name,
-            dataset_name=images.name,
             progress=progress,
         )
         report.save(folder(name))

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import lively
 from torch import nn
 
 import purify_fast
 from purify_fast import _library
 from purify_fast.attacks import BPDA, PGD, BpdaModel
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.methods.atop.task import training_loss
 from purify_fast.models.classifiers import FullyConnected, SmallCNN

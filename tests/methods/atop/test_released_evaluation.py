@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
-from purify_fast.evaluation import evaluate
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.atop.released_evaluation import ReleasedEvaluation
 
@@ -71,7 +71,7 @@ def test_the_rows_are_named_after_their_sources(samples):
     report = evaluate(defence, x, y, eps=0.3, protocol="authors", progress=False, n_eval=2)
     assert report.attacks == ["clean", "clean, fixed noise", *ROWS] and report.headlines == {}
     for row in report.rows[2:]:
-        assert row.kind == "authors" and row.n_eval == 1 and row.settings["attacked"] == 3
+        assert row.kind == "authors" and row.n_eval == 1 and row.attacked == 3
     settings = [report.row(name).settings for name in ROWS]
     assert [spec.max_images for spec in defence.authors_attacks(0.3)] == [None, 32, None, None, None]
     assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]

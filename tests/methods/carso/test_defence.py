@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluating import evaluate
 from small_models import with_statistics
 from torch import nn
 
@@ -12,7 +13,6 @@ import purify_fast
 from purify_fast.attacks import AutoAttack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.losses import LOSSES
-from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.attack_lists import protocol_attacks
 from purify_fast.evaluation.subject import Subject
 from purify_fast.methods.carso import Carso, WithAggregation

@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
+from evaluating import evaluate
 
 from purify_fast.attacks import APGD, AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
+from purify_fast.evaluation import AttackSpec, lee_kim_2023
 from purify_fast.evaluation.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.evaluation.specs import LEE_KIM
 from purify_fast.evaluation.subject import Subject

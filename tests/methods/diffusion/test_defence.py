@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
+from evaluating import evaluate
 from torch import nn
 
 import purify_fast
 from purify_fast.attacks import BPDA, PGD, BpdaModel, frozen
 from purify_fast.defences import MajorityVote
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from purify_fast import data
 from purify_fast.attacks import PGD
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 
 from .. import Job, Work
 from . import models, study
@@ -174,16 +175,15 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     model, samples = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
     result: dict = {"model": name}
-    how: dict = {"protocol": protocol}
+    config, attacks = EvaluateConfig(protocol=protocol), None
     if protocol in (counts.main, study.AUTHORS):
         result["clean"] = clean_accuracy(model, images.x_test[: counts.clean], images.y_test)
     if protocol == study.AUTHORS:
         seen: dict = {"aggregation": "peel_reference"} if name == study.PEEL else {"target": "classifier"}
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
         # Each image has several samples and draws: smaller batches need less memory.
-        how = {"attacks": attacks, "steps": job.settings["budget"].carso_steps, "max_forward_batch": 250}
-    first = tuple(part[: getattr(counts, protocol)] for part in samples)
-    return result | {protocol: _lowest(job, folder, model, name, first, how)}
+        config = EvaluateConfig(steps=job.settings["budget"].carso_steps, max_forward_batch=250)
+    return result | {protocol: _lowest(job, folder, model, name, samples, getattr(counts, protocol), config, attacks)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
@@ -191,15 +191,27 @@ def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     counts, name = job.settings["judging"], job.settings["model"]
     model, samples = attacked(job, root, name), models.held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
-    clean, first = clean_accuracy(model, *samples), tuple(part[: counts.candidates] for part in samples)
-    return {"clean": clean, "tried": _lowest(job, folder, model, name, first, {"protocol": counts.tried})}
+    return {
+        "clean": clean_accuracy(model, *samples),
+        "tried": _lowest(job, folder, model, name, samples, counts.candidates, EvaluateConfig(protocol=counts.tried)),
+    }
 
 
-def _lowest(job: Job, folder: Path, model: nn.Module, name: str, images: tuple[torch.Tensor, ...], how: dict) -> dict:
-    """Evaluate a model, keep the report, and return its lowest accuracy."""
-    x, y = images
-    about = {"name": name, "dataset_name": "cifar10", "out": folder}
-    report = evaluate(model, x, y, eps=study.EPS, seed=job.seed, progress=False, **about, **how)
+def _lowest(
+    job: Job,
+    folder: Path,
+    model: nn.Module,
+    name: str,
+    samples: tuple[torch.Tensor, torch.Tensor],
+    count: int,
+    config: EvaluateConfig,
+    attacks: list[AttackSpec] | None = None,
+) -> dict:
+    """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
+    report = evaluate(
+        model, samples[0][:count], samples[1][:count], eps=study.EPS, attacks=attacks, out=folder, name=name,
+        config=replace(config, seed=job.seed, dataset_name="cifar10"), progress=False,
+    )  # fmt: skip
     report.save(folder, model)
     lowest = report.headlines[name]
     return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}

@@ -1,0 +1,216 @@
+"""One attack on the images of a row, batch by batch; each batch can be made without the others, and is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from .._tensors import digest
+from ..attacks import Attack, AttackContext, AttackResult, GradientHealth
+from ..attacks.engine.row_batches import Judge, has_fallen
+from ..protocols import Classifier
+from .cache import read_file, write_file
+from .specs import check_adversarial
+from .stopping import StoppingRule
+from .subject import Subject
+
+#: The counts of `GradientHealth`.
+COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
+#: Name of the file with the points at which an attack begins.
+BEGIN = "begin.safetensors"
+
+
+@dataclass
+class AttackedBatch:
+    """The outcome of an attack on one batch.
+
+    Args:
+        images: the attacked images, ``[B, C, H, W]``.
+        health: counts of the gradients, by name.
+        seconds: duration.
+        warnings: warnings of the attack.
+        fallen: number of images that fell, by the name of what they fell to.
+        fell: mask of the images that the attacked model misclassifies now, as 0 and 1 in the order of the images.
+        stood_still: number of images that no search brought nearer to a border.
+        proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
+    """
+
+    images: Tensor
+    health: dict[str, int]
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    fallen: dict[str, int] = field(default_factory=dict)
+    fell: list[int] = field(default_factory=list)
+    stood_still: int = 0
+    proved: int = 0
+
+
+def write_begin(folder: Path, points: Tensor) -> None:
+    """Keep the points at which an attack begins, ``[N, C, H, W]``, for other processes."""
+    write_file(folder / BEGIN, {}, {"points": points})
+
+
+def read_begin(folder: Path) -> Tensor:
+    """Read the points of `write_begin`; ValueError if they are missing or damaged."""
+    content = read_file(folder / BEGIN)
+    if content is None:
+        raise ValueError(f"the points at which an attack begins are missing in {folder}")
+    return content[1]["points"]
+
+
+class AttackRun:
+    """The batches of an attack: they are made, kept, read and summed up.
+
+    Random starts depend on an image's index, so the batches do not matter for a deterministic model. For a random model
+    each batch has a seed of its own.
+
+    Args:
+        attack: the attack.
+        target: target of the attack.
+        index: indices of the images, int64.
+        subject: holds the images.
+        context: context of the attack.
+        folder: keeps the batches, and holds those that an interrupted run or another process finished; made with the
+            first of them. None: nothing is kept.
+        rule: decides after each batch whether the attack stops; None: every batch is made.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        target: Classifier,
+        index: Tensor,
+        *,
+        subject: Subject,
+        context: AttackContext,
+        folder: Path | None,
+        rule: StoppingRule | None = None,
+    ):
+        self.attack, self.target, self.folder, self.rule = attack, target, folder, rule
+        self.subject, self.context = subject, context
+        most = context.batch_size or len(index)
+        self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Numbers of the batches, among these, that are not made yet."""
+        return [number for number in numbers if self.read(self.parts[number]) is None]
+
+    def read(self, ids: Tensor) -> AttackedBatch | None:
+        """Read the batch of the images with these indices, if it was finished and its file is not damaged."""
+        content = None if self.folder is None else read_file(self._path(self.folder, ids))
+        if content is None:
+            return None
+        values, tensors = content
+        return AttackedBatch(tensors["images"], **values)
+
+    def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
+        """Keep the finished batch of the images with these indices."""
+        if self.folder is not None:
+            values = {name: value for name, value in vars(batch).items() if name != "images"}
+            write_file(self._path(self.folder, ids), values, {"images": batch.images})
+
+    @staticmethod
+    def _path(folder: Path, ids: Tensor) -> Path:
+        return folder / f"{digest(ids.cpu())}.safetensors"
+
+    def make(self, number: int) -> AttackedBatch:
+        """Attack the images of a batch, and keep the batch.
+
+        Args:
+            number: number of the batch.
+
+        Raises:
+            TypeError: the attack returned no tensor.
+            ValueError: the attack returned images that are not allowed (`check_adversarial`).
+        """
+        part = self.parts[number]
+        self.subject.reseed_batch(number)
+        batch = self._attacked(part)
+        if self.rule is not None:
+            batch.fell = self.subject.room.within(functools.partial(self._fallen, part, batch.images))
+        self.keep(part, batch)
+        return batch
+
+    def _attacked(self, part: Tensor) -> AttackedBatch:
+        """Attack some images; with less memory, fewer at once."""
+        begin, subject, context = time.perf_counter(), self.subject, self.context
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.first))
+
+        def search() -> AttackResult:
+            begin = None if context.begin is None else context.begin[part].to(subject.device)
+            told = dataclasses.replace(
+                context,
+                sample_ids=ids,
+                begin=begin,
+                counts_health=True,
+                max_forward_batch=subject.room.limit(context.max_forward_batch),
+            )
+            # The attack gets a copy: changes in place must not hide how far it moved the images.
+            return self.attack.search(self.target, x.clone(), y, told)
+
+        graphs, device = context.graphs, subject.device
+        result = subject.room.within(
+            search if graphs is None else functools.partial(graphs.without_if_memory_ends, search, device)
+        )
+        if not isinstance(result, AttackResult):
+            got = type(result).__name__
+            raise TypeError(f"the attack {self.attack.name(context)!r} must return an AttackResult, got {got}")
+        check_adversarial(self.attack.name(context), result.images, x, self.attack.threat_model(context))
+        health = result.health or GradientHealth()
+        return AttackedBatch(
+            # Once the images are on the host, the device has finished its work.
+            images=result.images.detach().cpu(),
+            health={name: health.count(name) for name in COUNTS},
+            seconds=time.perf_counter() - begin,
+            warnings=result.warnings,
+            fallen=result.fell_to,
+            stood_still=int(result.stood_still),
+            proved=int(result.proved),
+        )
+
+    def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
+        """Mask of the attacked images that the model misclassifies, as 0 and 1."""
+        subject = self.subject
+        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.max_forward_batch))
+        return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
+
+    def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
+        """All images, attacked at the places of the index, with sums over the batches up to the last that was made.
+
+        Args:
+            share: makes batches, given by number, in several processes; None: this process makes all.
+            at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
+                beyond the point where the rule stops is left out, so that rows equal those of one process.
+        """
+        sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
+        health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+        step = at_once if self.rule is not None else len(self.parts)
+        for number, part in enumerate(self.parts):
+            if share is not None and number % step == 0:
+                missing = self.missing(range(number, min(number + step, len(self.parts))))
+                if missing:
+                    share(missing)
+            batch = self.read(part) or self.make(number)
+            sums.images[part] = batch.images.to(self.subject.x.device)
+            sums.seconds += batch.seconds
+            health.update(batch.health)
+            fallen.update(batch.fallen)
+            sums.proved += batch.proved
+            sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+            if self.rule is not None and self.rule.see([bool(fell) for fell in batch.fell], _no_evidence(batch)):
+                break
+        sums.health, sums.fallen = dict(health), dict(fallen)
+        return sums
+
+
+def _no_evidence(batch: AttackedBatch) -> int:
+    """The number of withstanding images that say nothing about others: all if the attack lacked gradients."""
+    usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+    return batch.stood_still if usable else len(batch.fell)
