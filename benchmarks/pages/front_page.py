@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from purify_fast.evaluation import Report, Row
@@ -9,6 +10,8 @@ from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from .. import style
 from ..robustness import contests
+from ..robustness.broken import broken_tables
+from ..robustness.studies import diffusion_table
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_sentence, read_csv
 
@@ -111,7 +114,46 @@ def judges_sentences(results: Path) -> list[str]:
     Args:
         results: the folder of committed results.
     """
-    return [*contests_sentence(results), *truth.front(results)]
+    return [*contests_sentence(results), *broken_sentence(results), *truth.front(results), *diffusion_sentence(results)]
+
+
+def diffusion_sentence(results: Path) -> list[str]:
+    """A purifier by diffusion under its authors' attacks and under exact gradients; empty without the study.
+
+    Args:
+        results: the folder of committed results.
+    """
+    name, path = "digits-diffpure", results / "studies" / "diffusion.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    found = diffusion_table.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
+    draws, strict, theirs = found.rule("mean"), found.rule("all"), found.authors()
+    if draws is None or strict is None or not theirs:
+        return []
+    most = max(theirs.values(), key=lambda left: left.mean())
+    return [
+        f"A [purifier by diffusion](docs/diffusion.md), `{name}`, keeps {100 * most.mean():.0f} % of {len(most)} "
+        f"images under AutoAttack as its authors ran it. Exact gradients leave {100 * draws.mean():.0f} % of single "
+        f"predictions right, and {100 * strict.mean():.0f} % of {len(strict)} images in every one of ten."
+    ]
+
+
+def broken_sentence(results: Path) -> list[str]:
+    """The number of broken defences on which AutoAttack and the default find what an adaptive attack finds.
+
+    Args:
+        results: the folder of committed results.
+    """
+    rows = broken_tables.read(results)
+    names = [name for name, entry in broken_tables.ENTRIES.items() if entry.paper]
+    said = [broken_tables.verdicts({row["judge"]: row for row in rows if row["model"] == name}) for name in names]
+    official, default = ([each[judge] for each in said] for judge in (broken_tables.OFFICIAL, broken_tables.STANDARD))
+    judged = len(official) - official.count("-")
+    return [
+        f"On rebuilt defences that were broken later, AutoAttack leaves more than 2 points too much for "
+        f"{official.count('missed')} of {judged}. The default finds what an adaptive attack finds for "
+        f"{default.count('found')} of {len(default) - default.count('-')}, and its report flags "
+        f"{default.count('flagged')} more: [the tables](docs/judge_reference.md#defences-that-were-broken)."
+    ]
 
 
 def picture(results: Path, path: Path) -> bool:

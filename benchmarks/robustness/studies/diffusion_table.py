@@ -11,6 +11,8 @@ import numpy as np
 
 from purify_fast.evaluation.show.tables import markdown_table
 
+from . import settings_of
+
 #: The page's name of the command that makes the numbers.
 COMMAND = "`python -m benchmarks study diffusion`"
 PGD = "PGD-200, EOT 20, exact"
@@ -165,9 +167,15 @@ def said(results: Path) -> list[str]:
             continue
         text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
         if weakest is not None:
-            text += f", the weakest of its authors' attacks {share(weakest)} %"
+            text += f", the weakest of its authors' attacks leaves {share(weakest)} %"
         chain = one.chain()
         if chain is not None:
             text += f"; after `strong` {share(chain)} % of {len(chain)} images are right in every draw"
         lines.append(f"{text}.")
+    for part in settings_of("diffusion")["data_sets"].values():
+        kept = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
+        if kept is not None:
+            lines.append(
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: {share(kept)} %."
+            )
     return lines or [f"Not run yet: {COMMAND} writes the numbers."]
