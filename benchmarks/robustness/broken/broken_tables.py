@@ -123,7 +123,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
     test = "-"
     if ACTIVE in each:
         one = each[ACTIVE]
-        reason = one["reason"] or "no planted point can be told apart"
+        reason = one.get("reason") or "no planted point can be told apart"
         test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
         test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
     return [signs, indicators, test]

@@ -76,13 +76,14 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     steps, n = settings["steps"], settings["images"]
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
-    config, how = dataclasses.replace(shared, protocol=judge), dict[str, Any]()
+    config, how = shared, dict[str, Any]()
     if judge == OFFICIAL:
-        config = shared
         how = {"attacks": [AutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:
         how = {"attacks": [_shortened(spec, steps) for spec in adaptive.specs(entry, (None, *models[1:]))]}
         config = dataclasses.replace(shared, eot_iter=DRAWS)
+    else:
+        config = dataclasses.replace(shared, protocol=judge)
     report = evaluate(models[0], x[:n], y[:n], eps=entry.eps, config=config, progress=False, **how)
     flags = [one.alarm for one in report.findings if one.beside_headline]
     return {
