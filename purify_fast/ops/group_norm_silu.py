@@ -130,6 +130,8 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor |
             raise ValueError(f"{name} must be floating point on {x.device}, got {tensor.dtype} on {tensor.device}")
     if x.dim() < 2:
         raise ValueError(f"x must be [B, C, ...], got {list(x.shape)}")
+    if any(size == 0 for size in x.shape[2:]):
+        raise ValueError(f"x must have at least one pixel, got {list(x.shape)}")
     channels = x.shape[1]
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels == 0 or channels % groups:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from evaluating import evaluate
 
+from purify_fast.evaluation import evaluate
 from purify_fast.speed.precision import float32_products, whole_float32_by_default
 from purify_fast.training import fit
 
