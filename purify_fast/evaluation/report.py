@@ -16,7 +16,7 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding, Outlook
-from .rows import CURVE, Paired, Row, attack_names, model_names
+from .rows import CURVE, Paired, Row, attack_names, model_names, one_draw
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
@@ -153,18 +153,9 @@ class Report:
 
         Returns:
             The mean, at least the row's accuracy; None for a deterministic model, and if rows on survivors are mixed
-            with rows that they did not follow.
+            with rows that they did not follow. An attack on survivors counts with those before it.
         """
-        mine = [each for each in self.attacks_like(row) if each.n == row.n]
-        whole = [each.mean for each in mine if not each.of_survivors]
-        if row.n_eval == 1 or not mine:
-            return None
-        if whole:
-            return min(whole)
-        if row.kind != "worst":
-            return None
-        # A row's mean counts standing images as 1, its fallen images by the share of right draws, and the rest as 0.
-        return row.accuracy + sum(each.mean - each.accuracy for each in mine)
+        return one_draw(self.rows, row)
 
     @property
     def curve(self) -> list[list[float]]:

@@ -253,6 +253,30 @@ def followed(rows: Sequence[Row]) -> str:
     return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
 
 
+def one_draw(rows: Sequence[Row], row: Row) -> float | None:
+    """The mean accuracy of one draw after an attack; see `purify_fast.evaluation.Report.one_draw`.
+
+    Args:
+        rows: of a report, in order.
+        row: one of them.
+    """
+    if row.n_eval == 1:
+        return None
+    of = (row.model, row.threat, row.n)
+    mine = [each for each in rows if each.is_attack and each.deployed and (each.model, each.threat, each.n) == of]
+    worst = row.kind == "worst"
+    if not worst:
+        if not row.of_survivors:
+            return row.mean
+        place = next((i for i, each in enumerate(mine) if each is row), None)
+        mine = [] if place is None else mine[: place + 1]
+    whole = [each.mean for each in mine if not each.of_survivors]
+    if whole or not mine:
+        return min(whole) if worst and whole else None
+    # A row's mean counts standing images as 1, its fallen images by the share of right draws, and the rest as 0.
+    return row.accuracy + sum(each.mean - each.accuracy for each in mine)
+
+
 def model_names(rows: Sequence[Row]) -> list[str]:
     """The names of the models, in order."""
     return list(dict.fromkeys(row.model for row in rows))

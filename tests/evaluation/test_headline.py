@@ -105,8 +105,11 @@ def test_one_draw_is_told_of_attacks_on_survivors_too(digits):
     assert all(float(part * 5).is_integer() or abs(part * 5 - round(part * 5)) < 1e-6 for part in sums)
     assert told == pytest.approx((sums[0] + sums[1] + second.robust.sum()) / len(x)) and sums[0] < fell
     assert f"({100 * told:.1f} % in one draw)" in joined(report.to_text())
-    # alone, a row on survivors does not tell what the others did
-    assert report.one_draw(second) is None
+    # the table says after each attack what the headline says after the last
+    assert report.one_draw(second) == pytest.approx(told) and told <= report.one_draw(first) == pytest.approx(
+        first.mean
+    )
+    assert joined(report.to_text()).count(f"{100 * told:.1f}") >= 3
     calm = evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, y, attacks=attacks, **options)
     assert calm.one_draw(calm.headline) is None
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
-from purify_fast.evaluation.rows import worst_rows
-from purify_fast.evaluation.show.tables import draws, percent, single_predictions
+from purify_fast.evaluation.rows import Row, worst_rows
+from purify_fast.evaluation.show import tables
+from purify_fast.evaluation.show.tables import draws, percent
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, save_classifier
 from purify_fast.training.config import TrainingAttack
@@ -140,6 +141,10 @@ class ReportStudy(Study):
         whole = merge(reports.values())
         whole.save(folder / self.name)
         shown = self.page(reports, budget, folder / self.name)
+
+        def single_predictions(row: Row) -> str:
+            return tables.single_predictions(whole.rows, row)
+
         functions = (draws, percent, single_predictions)
         given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
         return write_page(folder, self.name, functions, **given, **shown)

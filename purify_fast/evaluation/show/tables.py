@@ -12,12 +12,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ..alarms import Finding
-from ..rows import Row, attack_names, model_names
+from ..rows import Row, attack_names, model_names, one_draw
 
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
@@ -141,9 +142,10 @@ def draws(row: Row) -> str:
     return str(row.settings.get("eot_iter", "-"))
 
 
-def single_predictions(row: Row) -> str:
-    """The share of single predictions that are right, in percent; - for a worst row, which has no predictions."""
-    return "-" if row.kind == "worst" else f"{100 * row.mean:.1f}"
+def single_predictions(rows: Sequence[Row], row: Row) -> str:
+    """The share of single predictions that are right after a row of a report and those before it, in percent."""
+    share = row.accuracy if row.n_eval == 1 else one_draw(rows, row)
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def warning(row: Row) -> Cell:
@@ -163,7 +165,7 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
             draws(row),
             images(row),
             percent_always(row),
-            single_predictions(row),
+            single_predictions(rows, row),
             str(row.n_eval),
             row.describe_health(),
             warning(row),
@@ -181,7 +183,7 @@ def short_table(rows: Sequence[Row]) -> Table:
     columns: list[tuple[str, Callable[[Row], str | Cell]]] = [("attack", lambda row: row.attack)]
     columns += [("variant", Row.describe_variant)] if apart else []
     columns += [("images", images), ("accuracy", percent_always)]
-    columns += [("one draw", single_predictions)] if several else []
+    columns += [("one draw", partial(single_predictions, rows))] if several else []
     columns += [("gradients", Row.describe_health), ("", warning)]
     return Table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
