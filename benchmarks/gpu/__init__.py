@@ -1,1 +1,1 @@
-"""What only a GPU can tell, and what is counted in place of one."""
+"""Measurements that need a GPU, and counts that stand in for them."""

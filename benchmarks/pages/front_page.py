@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from purify_fast.evaluation import Report, Row
@@ -123,8 +122,7 @@ def diffusion_sentence(results: Path) -> list[str]:
     Args:
         results: the folder of committed results.
     """
-    name, path = "digits-diffpure", results / "studies" / "diffusion.json"
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    name, rows = "digits-diffpure", diffusion_table.rows_of(results / "studies")
     found = diffusion_table.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
     draws, strict, theirs = found.rule("mean"), found.rule("all"), found.authors()
     if draws is None or strict is None or not theirs:

@@ -146,7 +146,7 @@ def border(loss: str) -> float:
 
 
 class AutoPgd(RowSearch):
-    """One run of Auto-PGD. The options of `RowSearch` are options here too.
+    """A run of Auto-PGD. It takes the options of `RowSearch` too.
 
     A checkpoint may halve the step of a row. The search of that row then continues at its point of highest loss, the
     top.

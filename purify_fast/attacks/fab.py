@@ -67,7 +67,7 @@ fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
 
 
 class _FabSearch(NearestSearch):
-    """One run of FAB. It keeps the nearest points across the border."""
+    """A run of FAB, which keeps the nearest points across the border."""
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""

@@ -117,7 +117,7 @@ def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
 
 
 class _HopSkipJumpSearch(NearestSearch):
-    """One run of HopSkipJump: a misclassified point moves along the border for ``steps`` queries."""
+    """A run of HopSkipJump, which moves a misclassified point along the border for ``steps`` queries."""
 
     def run(self, seed: int, most: int) -> None:
         """Ask all queries, or stop when no row is left.

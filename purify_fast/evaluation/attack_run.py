@@ -1,4 +1,4 @@
-"""One attack on the images of a row, batch by batch; each batch can be made without the others, and is kept."""
+"""An attack on the images of a row, batch by batch. A batch needs no other batch, and is kept when it is made."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ class Row:
         return words[self.deterministic]
 
     def results(self) -> dict[str, Any]:
-        """What the attack left, for the reader; what is empty is left out."""
+        """The results of the attack for the reader, without empty ones."""
         values = {name: getattr(self, name) for name in RESULTS}
         return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 

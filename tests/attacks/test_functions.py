@@ -38,7 +38,7 @@ def test_an_editor_sees_every_option(name):
     if name != "stadv":
         # the radius and the norm are the context's, and the radius has no default
         own |= {"eps": inspect.Parameter.empty, "norm": context["norm"]}
-    # what an attack has counted is in its result; a function adds it to the object that it is given
+    # an attack returns its counts; a function adds them to the object that its caller gave
     del context["counts_health"]
     wanted = {**context, "health": None, **own, **defaults}
     assert list(seen)[:3] == ["model", "x", "y"] and set(seen) == {"model", "x", "y", *wanted}

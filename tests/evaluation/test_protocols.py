@@ -156,7 +156,7 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
 
 
 def test_copies_are_compared_image_by_image():
-    """One image has a large, constant gradient; the gradients of the others are small and hidden."""
+    """The gradient of the first image is large and constant. Those of the others are small and hidden."""
     _, _, x, _ = digits()
 
     def model(images):

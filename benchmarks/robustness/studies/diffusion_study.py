@@ -14,7 +14,6 @@ import contextlib
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ from purify_fast.training import load_classifier
 
 from ...options import at_least_one
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
-from .diffusion_table import tables_of
+from .diffusion_table import rows_of, tables_of
 
 #: The groups of attacks on a purifier, on a classifier alone, and on another random defence. Cheap groups come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
@@ -259,12 +258,6 @@ class Diffusion(Study):
         }
         quick, draws = chosen.amount == "quick", self.budget(chosen).draws
         return write_page(folder, self.name, tables=tables, parts=parts, draws=draws, quick=quick)
-
-
-def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
-    """The rows of the study in a results folder."""
-    path = folder / f"{Diffusion.name}.json"
-    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def in_words(process: dict[str, Any]) -> str:

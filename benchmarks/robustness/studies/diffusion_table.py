@@ -23,6 +23,12 @@ def bits(text: str) -> np.ndarray:
     return np.array([int(one) for one in text], dtype=float)
 
 
+def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
+    """The rows of the study in a results folder."""
+    path = folder / "diffusion.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
 class Found:
     """The outcome of a model from the results of its jobs, image by image; None if not done.
 
@@ -157,9 +163,7 @@ def said(results: Path) -> list[str]:
     Args:
         results: the folder ``benchmarks/results``.
     """
-    path = results / "studies" / "diffusion.json"
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    lines = []
+    rows, lines = rows_of(results / "studies"), []
     for name in dict.fromkeys(row["model"] for row in rows if row["group"] == "fixed"):
         one = Found([row for row in rows if row["model"] == name and row["process"] is None])
         exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)

@@ -21,7 +21,7 @@ _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
 class NearestSearch(RowSearch):
-    """One run that keeps the nearest points across the border. Its arguments are those of `RowSearch`.
+    """A run that keeps the nearest points across the border. It takes the arguments of `RowSearch`.
 
     Attributes:
         nearest: the nearest points across the border, ``[R, ...]``; the beginnings of the rows as long as there are

@@ -159,12 +159,13 @@ def asked_before(before: Before, context: AttackContext, measured: Mapping[str, 
     """
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
-    sweeps, fell, copies, absent = measured["sweeps"]
+    steps, fell, copies, absent = measured["sweeps"]
+    sweeps: dict[str, Curve] = {"steps": steps, "samples": measured.get("samples", [])}
     if subject.is_random:
         sweeps["eot"] = [(float(n), measured[f"draws {n}"]) for n in DRAWS]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
     return AskedBefore(
-        sweeps=sweeps | {"samples": measured.get("samples", [])},
+        sweeps=sweeps,
         cosine=cosine,
         without_gradient=without,
         fell=fell,
@@ -213,15 +214,13 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
     return probes
 
 
-def _sweeps(
-    short: _Short, subject: Subject
-) -> tuple[dict[str, Curve], list[int], dict[str, list[int]], dict[str, str]]:
+def _sweeps(short: _Short, subject: Subject) -> tuple[Curve, list[int], Fallen, dict[str, str]]:
     """The curve over the steps, the images that fall to own gradients, and those that fall to surrogates', by name.
 
     Images that fell to fewer steps are not attacked again.
     """
     right = standing = short.right()
-    steps = []
+    steps: Curve = []
     for count in ITERATIONS:
         standing = short.robust(standing, steps=count)
         steps.append((float(count), _share(standing)))
@@ -231,7 +230,7 @@ def _sweeps(
         for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, float(short.context.eps)), absent):
             fell = short.fallen(standing, surrogate)
             standing, copies[name] = standing & ~fell, fell.int().tolist()
-    return {"steps": steps}, own.int().tolist(), copies, absent
+    return steps, own.int().tolist(), copies, absent
 
 
 def _share(which: Tensor) -> float:

@@ -7,7 +7,7 @@ apply to a model. To add an alarm, write it here below `alarm`. Alarms are asked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -272,8 +272,8 @@ def missed_images(evidence: Evidence) -> Outcome:
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
         return "not asked", evidence.blind() or "nothing but attacks along the model's own gradients was tried", ""
-    worst = next((each for verdict in ("unreliable", "noted") for each in outcomes if each[0] == verdict), outcomes[0])
-    return worst[0], "; ".join(text for verdict, text, _ in outcomes if verdict == worst[0]), worst[2]
+    verdict, _, row = min(outcomes, key=lambda each: ("unreliable", "noted", "passed").index(each[0]))
+    return verdict, "; ".join(text for said, text, _ in outcomes if said == verdict), row
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
@@ -284,14 +284,16 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     if not own or not others:
         return None
     full = max(row.n for row, _ in fallen)
-    by_own = np.zeros(full, dtype=bool)
-    for row, mask in own:
-        by_own[: row.n] |= mask
+
+    def any_of(masks: Iterable[np.ndarray]) -> np.ndarray:
+        found = np.zeros(full, dtype=bool)
+        for mask in masks:
+            found[: len(mask)] |= mask
+        return found
+
+    by_own = any_of(mask for _, mask in own)
     more = {row.attack: mask & ~by_own[: row.n] for row, mask in others}
-    by_others = np.zeros(full, dtype=bool)
-    for mask in more.values():
-        by_others[: len(mask)] |= mask
-    count = int(by_others.sum())
+    count = int(any_of(more.values()).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
     text = (
         f"{count} of {full} images withstood every attack along the model's own gradients and fell to an attack "
