@@ -200,6 +200,9 @@ class Diffusion(Study):
         parser.add_argument("--images", type=at_least_one, help=images)
         few = f"the first of them, for strong; {usual['strong_images']} by default"
         parser.add_argument("--strong-images", type=at_least_one, help=few)
+        parser.add_argument(
+            "--until", choices=GROUPS, default=GROUPS[-1], help="the last group of attacks; all by default"
+        )
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         super().check(chosen, results)
@@ -216,11 +219,13 @@ class Diffusion(Study):
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Each model under each group of attacks, the cheap groups of a data set first."""
         settings, budget, jobs = settings_of(self.name), self.budget(chosen), []
+        wanted = GROUPS[: GROUPS.index(chosen.until) + 1]
         for dataset in chosen.data_sets:
             part = settings["data_sets"][dataset]
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
             groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
             asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
+            asked = [each for each in asked if each[2] in wanted]
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
                 own = {"model": model, "process": process, "group": group}
@@ -245,8 +250,9 @@ class Diffusion(Study):
         """Write ``diffusion.json`` with every image's outcome, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
         fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # Data sets that were not requested now stay.
-        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets]
+        # Data sets and groups that were not requested now stay.
+        later = GROUPS[GROUPS.index(chosen.until) + 1 :]
+        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets or row["group"] in later]
         rows = [*kept, *fresh.values()]
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
