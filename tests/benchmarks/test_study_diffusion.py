@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def chosen(*data_sets, amount="default", **counts):
-    counts = {"images": None, "strong_images": None} | counts
+    counts = {"images": None, "strong_images": None, "until": "strong"} | counts
     return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount, **counts)
 
 
@@ -46,6 +46,8 @@ def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
     assert {job.settings["model"] for job in jobs} <= set(zoo.list())
     order = [GROUPS.index(job.settings["group"]) for job in jobs]
     assert order == sorted(order) and sum(job.settings["process"] is not None for job in jobs) == 7
+    cheap = [job for job in jobs if job.settings["group"] in ("exact", "fixed")]
+    assert [job.name for job in Diffusion().jobs(chosen("digits", until="fixed"))] == [job.name for job in cheap]
     usual = Diffusion().jobs(chosen("digits"))[0].settings["budget"]
     assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 50, 200, 20, 10)
 
@@ -93,6 +95,9 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
     # with the runs gone, the results' file says what is done
     study.begin(tmp_path / "again", tmp_path / "results", asked)
     assert all(job.done(tmp_path / "again") for job in jobs)
+    # a later call for the cheap groups keeps the rows of the others
+    study.after_each(tmp_path / "again", tmp_path / "results", chosen("digits", amount="quick", until="exact"))
+    assert {row["name"] for row in rows_of(tmp_path / "results")} == set(names)
     other = chosen("digits", amount="quick", images=7)
     study.begin(tmp_path / "other", tmp_path / "results", other)
     assert not any(job.done(tmp_path / "other") for job in study.jobs(other))
