@@ -125,6 +125,7 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
         (job.folder(tmp_path) / RESULT).write_text(json.dumps(found))
     study.after_each(tmp_path, tmp_path / "studies", asked)
     lines = table(tmp_path)
+    assert "digits, 4 images, L-inf eps 0.1:" in lines
     split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     told = {name: first for name, first, *_ in split}
     assert told["clean: mean of the draws"] == "87.5 ± 10.8" and told["as somebody"] == "75.0 ± 21.7 (4)"
@@ -132,7 +133,9 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
     rules = ("one draw", "mean of the draws", "every draw right", "majority", "one draw, fixed and known")
     assert [told[start + rule].split(" ")[0] for rule in rules] == ["50.0", "37.5", "25.0", "50.0", "0.0"]
     assert told["that, then `strong`: every draw right"] == "0.0 ± 0.0 (4)"
-    assert told["the same, minus the adversarially trained classifier alone"].startswith("-75.0 ± 21.7")
+    assert told["the same, minus `digits-pgd-at` alone"].startswith("-75.0 ± 21.7")
+    # the mean of its draws is right in 1, 1/2, 0, 0 of four images, as that of the classifier is
+    assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
     assert told["CPU seconds of PGD-200 an image"] == "2.0" and len(split[0]) == 7
     assert sum("t_star 0.05" in line for line in lines) == 1
     (first, *_), missing = said(tmp_path), table(tmp_path / "elsewhere")

@@ -262,8 +262,9 @@ class Diffusion(Study):
             for name, part in parts.items()
             if any(row["dataset"] == name for row in rows)
         }
+        counts = {row["dataset"]: row["images"] for row in rows if row["group"] == "exact"}
         quick, draws = chosen.amount == "quick", self.budget(chosen).draws
-        return write_page(folder, self.name, tables=tables, parts=parts, draws=draws, quick=quick)
+        return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
 
 
 def in_words(process: dict[str, Any]) -> str:

@@ -84,21 +84,23 @@ def share_of_points(apart: np.ndarray) -> str:
     return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / len(apart) ** 0.5:.1f}"
 
 
-def cells(found: Found, alone: Found) -> dict[str, str]:
+def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
     """The table's cells for a model, by the name of the line.
 
     Args:
         found: outcome of the model.
         alone: outcome of the adversarially trained classifier.
+        name: name of that classifier.
     """
     lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
     lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
-    names = {"first": "one draw", "mean": "mean of the draws", "all": "every draw right", "vote": "majority"}
-    lines |= {f"{PGD}: {name}": share(found.rule(rule)) for rule, name in names.items()}
+    rules = {"first": "one draw", "mean": "mean of the draws", "all": "every draw right", "vote": "majority"}
+    lines |= {f"{PGD}: {words}": share(found.rule(rule)) for rule, words in rules.items()}
+    lines[f"{PGD}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
     lines[f"{PGD}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
     chain = found.chain()
     lines["that, then `strong`: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
-    lines["the same, minus the adversarially trained classifier alone"] = difference(chain, alone.chain())
+    lines[f"the same, minus `{name}` alone"] = difference(chain, alone.chain())
     seconds = found.seconds()
     lines["CPU seconds of PGD-200 an image"] = "-" if seconds is None else f"{seconds:.1f}"
     return lines
@@ -113,7 +115,8 @@ def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list
     """
     names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
     found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
-    columns = {name: cells(one, found[part["alone"]]) for name, one in found.items() if one.groups}
+    alone = part["alone"]
+    columns = {name: cells(one, found[alone], alone) for name, one in found.items() if one.groups}
     lines = list(dict.fromkeys(line for told in columns.values() for line in told))
     # The authors' attacks stand before the exact gradient.
     lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)

@@ -34,13 +34,15 @@ class Contestant:
         raised: whether glibc's allocator thresholds are raised.
         tf32: whether a GPU rounds the operands of its float32 products to ten bits; by default float32 is IEEE's, as
             this package's own evaluation and training have it.
-        less_work: whether it computes less than ours, so that the FLOP of ours do not apply.
+        less_work: whether it computes other things than ours, so that the FLOP of ours do not apply.
+        compared: whether its result must agree with the first contestant's; otherwise only its time and memory count.
     """
 
     make: Make
     raised: bool
     tf32: bool = False
     less_work: bool = False
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Case:
     flops: str
 
 
-def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
+def autocast(make: Make, device: torch.device, quick: bool) -> Job:
     """The same job under `torch.autocast` to bfloat16."""
     job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
     return Job(cast(job.run), cast(job.result), times=job.times)
@@ -93,9 +95,9 @@ def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool 
         "plain": Contestant(of(plain), False),
         "plain, allocator raised": Contestant(of(plain), True),
         **({"plain, TF32": Contestant(of(plain), True, tf32=True)} if gpu else {}),
-        "plain, bfloat16": Contestant(partial(_autocast, of(plain)), True),
+        "plain, bfloat16": Contestant(partial(autocast, of(plain)), True),
         "torch.compile of plain": Contestant(compiled, True),
-        "torch.compile of plain, bfloat16": Contestant(partial(_autocast, compiled), True),
+        "torch.compile of plain, bfloat16": Contestant(partial(autocast, compiled), True),
         "ours": Contestant(of(ours), True),
         "ours, compiled": Contestant(of(ours, compiled=True), True),
         **({"ours, captured": Contestant(of(ours, captured=True), True)} if gpu and captured else {}),

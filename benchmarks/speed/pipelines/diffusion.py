@@ -1,9 +1,16 @@
-"""A prediction behind a diffusion process of 100 steps, K = 8, and its exact gradient to the images."""
+"""A prediction behind a diffusion process of 100 steps, K = 8, and its exact gradient to the images.
+
+A third case is the reverse SDE. DiffPure's authors take its gradient by torchsde's adjoint (NVlabs/DiffPure at 985703f,
+runners/diffpure_sde.py, lines 233 to 238). That gradient differs from the exact one, and its noise comes from torchsde:
+the race compares only times and memory. Without torchsde the contestant is missing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from purify_fast.attacks.checkpointed_steps import Keep
 from purify_fast.methods.diffusion import DiffusionPurifier
+from purify_fast.methods.diffusion.schedule import END
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.unet import UNet
 from purify_fast.ops import use_backend
 from purify_fast.ops.diffusion_step import diffusion_step
 
-from . import Case, Contestant, Job, columns
+from . import Case, Contestant, Job, autocast, columns
 from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
@@ -36,12 +44,20 @@ def denoiser(width: int) -> UNet:
     return made
 
 
-def defence(device: torch.device, quick: bool) -> DiffusionPurifier:
-    """ResNet-18 behind a U-Net for 32 x 32 images; small networks for a quick run."""
+def defence(device: torch.device, quick: bool, sde: bool = False) -> DiffusionPurifier:
+    """ResNet-18 behind a U-Net for 32 x 32 images; small networks for a quick run.
+
+    Args:
+        device: device of the networks.
+        quick: whether the networks are small.
+        sde: whether the process is the reverse SDE without clipping, in place of DDPM.
+    """
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
     judge = SmallCNN(3, 10, (side, side), 4) if quick else classifier()
     process = {"t_star": T_STAR, "steps": steps}
+    if sde:
+        process |= {"schedule": "vp", "solver": "vp_sde", "clip": False}
     return DiffusionPurifier(network, judge, (3, side, side), process, samples=samples).to(device)
 
 
@@ -59,23 +75,24 @@ class Plain:
 
     Args:
         keep: whether autograd keeps all activations; otherwise every step is a `torch.utils.checkpoint`.
+        sde: whether the process is the reverse SDE.
     """
 
-    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool):
-        self.made, self.keep = defence(device, quick), keep
+    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool, sde: bool):
+        self.made, self.keep = defence(device, quick, sde), keep
         self.x = images(self.made, device)
         table, noises = self.made.process.table()
         self.numbers = table.coefficients.tolist()
-        self.times = table.times.long().tolist()
+        self.times = table.times.tolist()
         self.count = len(noises) - 1
         compile = partial(torch.compile, dynamic=False, disable=not compiled)
         self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
 
     def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """A step of DDPM, from the clipped denoised image and the state."""
-        p, q, _, image, state, noise, _, _ = self.numbers[i]
+        """A step from the denoised image, clipped by DDPM, and the state."""
+        p, q, limit, image, state, noise, _, _ = self.numbers[i]
         predicted = self.denoise(x, torch.full((len(x),), self.times[i], device=x.device))
-        return image * (p * x + q * predicted).clamp(-1, 1) + state * x + noise * z
+        return image * (p * x + q * predicted).clamp(-limit, limit) + state * x + noise * z
 
     def __call__(self, x: Tensor, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
         """The mean logits of K processes; the noise is a function of the state and the step."""
@@ -104,16 +121,20 @@ def fresh(x: Tensor, i: int) -> Tensor:
     return torch.randn_like(x)
 
 
-def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True) -> Job:
-    plain = Plain(device, quick, compiled, keep)
+def _plain(
+    device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True, sde: bool = False
+) -> Job:
+    plain = Plain(device, quick, compiled, keep, sde)
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
     # It uses neither the package's convolutions nor its other kernels.
     call = use_backend("reference")(call)
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 
 
-def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto") -> Job:
-    made = defence(device, quick).accelerate(compile=compiled)
+def _ours(
+    device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto", sde: bool = False
+) -> Job:
+    made = defence(device, quick, sde).accelerate(compile=compiled)
     made.keep = keep
     x = images(made, device)
 
@@ -133,6 +154,72 @@ def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = Fa
         purified = made.purify(x)
     parts = {"purifying": lambda: made.purify(x), "classifying": lambda: made.classify(purified)}
     return Job(run, result, {name: torch.no_grad()(part) for name, part in parts.items()})
+
+
+class ReverseSDE(nn.Module):
+    """The reverse SDE in the form that torchsde solves, over the time 1 - t, with flat states ``[B, C * H * W]``.
+
+    Args:
+        made: defence whose denoiser and schedule are used.
+    """
+
+    sde_type, noise_type = "ito", "diagonal"
+
+    def __init__(self, made: DiffusionPurifier):
+        super().__init__()
+        self.made = made
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
+        """The drift: beta (y / 2 + score)."""
+        schedule, t = self.made.process.schedule, 1 - s
+        beta, sigma = schedule.rate(t).float(), (1 - schedule.alpha_bar(t)).sqrt().float()
+        x = y.unflatten(1, self.made.image_shape)
+        predicted = self.made.denoiser.module(x, (999 * t).expand(len(y)))
+        return (beta * (x / 2 - predicted.float() / sigma)).flatten(1)
+
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        """The diffusion: the square root of beta."""
+        return self.made.process.schedule.rate(1 - s).sqrt().float().expand_as(y)
+
+
+def _adjoint(device: torch.device, quick: bool) -> Job:
+    """DiffPure's gradient, by torchsde's ``sdeint_adjoint`` with Euler's method."""
+    made = defence(device, quick, sde=True)
+    ((start, steps),) = made.process.rounds
+    kept = float(made.process.schedule.alpha_bar(torch.tensor(start)))
+    times = torch.tensor([1 - start, 1 - END], device=device)
+    solve, sde = import_module("torchsde").sdeint_adjoint, ReverseSDE(made)
+
+    def gradient() -> Tensor:
+        x = images(made, device).requires_grad_()
+        state = (2 * x - 1).repeat_interleave(made.samples, 0)
+        noised = kept**0.5 * state + (1 - kept) ** 0.5 * torch.randn_like(state)
+        y = solve(sde, noised.flatten(1), times, method="euler", dt=start / steps, adjoint_params=())[-1]
+        purified = (y.unflatten(1, made.image_shape) + 1) / 2
+        logits = made.classifier(purified).unflatten(0, (-1, made.samples)).mean(1)
+        return torch.autograd.grad(loss(logits.float()), x)[0]
+
+    call = use_backend("reference")(gradient)
+    return Job(call, call)
+
+
+def _sde() -> dict[str, Contestant]:
+    """The columns of the reverse SDE's gradient: the checkpointed loop, torchsde's adjoint, and ours."""
+    plain = columns(
+        partial(_plain, gradient=True, keep=False, sde=True), partial(_ours, gradient=True, sde=True), False
+    )
+    again = partial(_ours, gradient=True, keep=0, sde=True)
+    adjoint = {}
+    if find_spec("torchsde"):
+        adjoint = {
+            "torchsde's adjoint": Contestant(_adjoint, True, less_work=True, compared=False),
+            "torchsde's adjoint, bfloat16": Contestant(
+                partial(autocast, _adjoint), True, less_work=True, compared=False
+            ),
+        }
+    kept = {"plain": "plain, checkpointed", "plain, bfloat16": "plain, checkpointed, bfloat16"}
+    first = {shown: plain[label] for label, shown in kept.items()}
+    return first | adjoint | {"ours": plain["ours"], "ours, each step again": Contestant(again, True)}
 
 
 def _gradients() -> dict[str, Contestant]:
@@ -159,4 +246,5 @@ def cases(quick: bool) -> dict[str, Case]:
     return {
         "prediction": Case(shape, PREDICTION_TOLERANCE, predictions, "B K (T N + F)"),
         "gradient": Case(shape, GRADIENT_TOLERANCE, _gradients(), "B K (2 T N + 2 F)"),
+        "gradient of the SDE": Case(shape.replace("DDPM", "the SDE"), GRADIENT_TOLERANCE, _sde(), "B K (2 T N + 2 F)"),
     }
