@@ -194,9 +194,7 @@ def race(
             "p20": f"{1e3 * quantile(runs, 1):.2f}",
             "p80": f"{1e3 * quantile(runs, 4):.2f}",
             "speed_up": f"{first / median:.2f}",
-            "share_of_matrix_rate": ""
-            if case.contestants[label].less_work or not case.contestants[label].compared
-            else f"{flops / median / rate:.3f}",
+            "share_of_matrix_rate": "" if case.contestants[label].less_work else f"{flops / median / rate:.3f}",
         }
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
         row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
