@@ -54,7 +54,8 @@ def images_of(job: Job) -> tuple[Tensor, Tensor]:
     """The images and labels of a job; every first part of them is balanced too."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
-    chosen = balanced_subset(whole.x_test, whole.y_test, s["budget"].images, 0, num_classes=whole.num_classes)
+    count = min(s["budget"].images, s.get("first", s["budget"].images))
+    chosen = balanced_subset(whole.x_test, whole.y_test, count, 0, num_classes=whole.num_classes)
     return to_float(chosen.x), chosen.y
 
 
@@ -229,6 +230,8 @@ class Diffusion(Study):
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
                 own = {"model": model, "process": process, "group": group}
+                if model in part["beside"] and "beside_images" in part:
+                    own["first"] = part["beside_images"]
                 words = [model, *([] if process is None else [in_words(process)]), group]
                 needs = (f"{model} exact",) if group == "strong" else ()
                 jobs.append(Job(" ".join(words), 0, attack, needs, common | own))
@@ -262,7 +265,7 @@ class Diffusion(Study):
             for name, part in parts.items()
             if any(row["dataset"] == name for row in rows)
         }
-        counts = {row["dataset"]: row["images"] for row in rows if row["group"] == "exact"}
+        counts = {name: max(row["images"] for row in rows if row["dataset"] == name) for name in tables}
         quick, draws = chosen.amount == "quick", self.budget(chosen).draws
         return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
 

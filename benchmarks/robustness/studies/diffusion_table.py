@@ -121,7 +121,12 @@ def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list
     # The authors' attacks stand before the exact gradient.
     lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
     body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
-    tables = [markdown_table(["%", *(f"`{name}`" for name in columns)], body)]
+    most = max(row["images"] for row in rows)
+    head = {name: f"`{name}`" for name in columns}
+    for row in rows:
+        if row["images"] < most and row["model"] in head:
+            head[row["model"]] = f"`{row['model']}`, {row['images']} images"
+    tables = [markdown_table(["%", *head.values()], body)]
     others = [row for row in rows if row["process"] is not None]
     if others:
         tables.append(of_processes(others, found[part["processes_of"]]))
