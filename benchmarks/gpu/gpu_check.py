@@ -70,55 +70,46 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(pipe, name: str, context: tuple, parent: int) -> None:
-    """Run a section in this process, in a process group with the processes that it starts."""
+def _work(name: str, context: Context, path: Path, parent: int) -> None:
+    """Run a section in this process, which leads a process group, and write its outcome."""
     os.setsid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    out, device, dry, seconds, data = context
-    if dry:
-        _rehearse(out)
-    with (out / "gpu_check" / f"{name}.log").open("w") as log:
+    if context.dry:
+        _rehearse(context.out)
+    with (context.out / "gpu_check" / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        outcome = SECTIONS[name].run(Context(out, device, dry, seconds, lambda *progress: pipe.send(progress), data))
+        outcome = SECTIONS[name].run(dataclasses.replace(context, started=time.monotonic()))
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = Outcome(FAILED, summary, traceback=traceback.format_exc())
-    pipe.send(outcome)
+    write_text(path, json.dumps(dataclasses.asdict(outcome)))
 
 
-def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell, data: Path | None) -> dict:
+def run_section(name: str, context: Context) -> dict:
     """Run a section, and return its outcome, with a traceback; a section that exceeds its time is killed."""
-    began, grace = time.monotonic(), GRACE[dry]
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, name, (out, device, dry, seconds, data), os.getpid()))
+    began, grace = time.monotonic(), GRACE[context.dry]
+    path = context.out / "gpu_check" / f"{name}.outcome"
+    path.unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(name, context, path, os.getpid()))
     process.start()
-    theirs.close()
-    outcome = None
+    assert process.pid is not None
     try:
-        while outcome is None and time.monotonic() - began < seconds + grace:
-            if mine.poll(0.5):
-                message = mine.recv()
-                if isinstance(message, Outcome):
-                    outcome = message
-                else:
-                    tell(*message)
-    except EOFError:
-        process.join()
-        outcome = Outcome(FAILED, f"its process ended with exit status {process.exitcode}")
+        process.join(context.seconds + grace)
+        late = process.is_alive()
     finally:
-        assert process.pid is not None
-        if outcome is not None:
-            process.join(grace)
         with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # it may have had no time to lead a group
         process.join()
-    if outcome is None:
-        outcome = Outcome(FAILED, f"ended {grace:.0f} s after its limit of {seconds:.0f} s")
-    return {"section": name, **dataclasses.asdict(outcome), "seconds": round(time.monotonic() - began, 1)}
+    if path.is_file():
+        outcome = json.loads(path.read_text())
+    else:
+        why = f"its process ended with exit status {process.exitcode}"
+        why = f"ended {grace:.0f} s after its limit of {context.seconds:.0f} s" if late else why
+        outcome = dataclasses.asdict(Outcome(FAILED, why))
+    return {"section": name, **outcome, "seconds": round(time.monotonic() - began, 1)}
 
 
 def done(path: Path, mark: dict) -> dict | None:
@@ -214,30 +205,23 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
     results = {name: done(path, mark) for name, path in paths.items()}
     asked = chosen.only or [name for part in chosen.parts or PARTS for name in PARTS[part]]
     wanted = [name for name in SECTIONS if name in asked and (chosen.redo or not complete(results[name]))]
-    with tqdm(total=len(wanted), unit="section", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as progress:
-        for index, name in enumerate(wanted):
-
-            def tell(share: float, what: str, index: int = index, name: str = name) -> None:
-                progress.n = index + max(0.0, min(1.0, share))
-                progress.set_description(f"{name}: {what}"[:60], refresh=True)
-
-            tell(0.0, "")
-            left = total - (time.monotonic() - began) - GRACE[dry]
-            limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
-            if limit < 5:
-                progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
-                continue
-            _begin(name, out, mark, chosen.redo)
-            built = done(paths["extension"], mark)
-            if built and built["details"].get("path"):
-                os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
-            result = {**run_section(name, out, device, dry, limit, tell, chosen.data), "fingerprint": mark}
-            result["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-            write_text(paths[name], json.dumps(result, indent=1) + "\n")
-            results[name] = result
-            write_text(out / "gpu_check.md", page(results, mark))
-        progress.n = len(wanted)
-        progress.set_description("done", refresh=True)
+    for name in (progress := tqdm(wanted, unit="section", file=sys.stderr)):
+        progress.set_description(name)
+        left = total - (time.monotonic() - began) - GRACE[dry]
+        limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
+        if limit < 5:
+            progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
+            continue
+        _begin(name, out, mark, chosen.redo)
+        built = done(paths["extension"], mark)
+        if built and built["details"].get("path"):
+            os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
+        results[name] = run_section(name, Context(out, device, dry, limit, chosen.data)) | {
+            "fingerprint": mark,
+            "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        }
+        write_text(paths[name], json.dumps(results[name], indent=1) + "\n")
+        write_text(out / "gpu_check.md", page(results, mark))
     write_text(out / "gpu_check.md", page(results, mark))
     print("\n".join(table(results)))
     for path in (out / "gpu_check.md", *conclude(out, dry)):

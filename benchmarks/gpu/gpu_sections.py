@@ -91,7 +91,6 @@ class Context:
         device: the checked device.
         dry: whether this rehearses on a CPU, where everything is small and no number means anything.
         seconds: time limit of the section.
-        tell: called with the finished share and its name.
         data: CIFAR-10, as a folder or an ``.npz`` file; None for the current folder.
         started: start time on the monotonic clock.
     """
@@ -100,7 +99,6 @@ class Context:
     device: torch.device
     dry: bool
     seconds: float
-    tell: Callable[[float, str], None]
     data: Path | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -109,7 +107,7 @@ class Context:
         return self.seconds - (time.monotonic() - self.started)
 
     def budget(self) -> Budget:
-        return Budget(self.left, resume=True, failed={}, tell=self.tell)
+        return Budget(self.left, resume=True, failed={})
 
 
 @dataclass
@@ -409,7 +407,6 @@ def _build(context: Context) -> Path:
     place = ROOT / "build" / "gpu_check" / f"cpu-{platform.python_version()}-{torch.__version__}"
     environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
-    context.tell(0.1, "building")
     subprocess.run(command, cwd=ROOT, env=environ, timeout=context.left, check=True)
     return next(place.glob("purify_fast/_C*.so"))
 
@@ -425,7 +422,6 @@ def tests(context: Context) -> Outcome:
     cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
     rounds = [("kernels", "not large", 0.8, cores), ("large tensors", "large", 1.0, 0)]
     for index, (name, mark, share, workers) in enumerate(rounds):
-        context.tell(index / len(rounds), name)
         environ = {
             **os.environ,
             "PURIFY_FAST_TEST_DEVICE": context.device.type,
@@ -459,7 +455,6 @@ def sanitizer(context: Context) -> Outcome:
         print(done.stdout, done.stderr, sep="\n")
         return done
 
-    context.tell(0.1, "the ops without it")
     alone = run(script)
     alone.check_returncode()
     if context.device.type != "cuda":
@@ -478,7 +473,6 @@ def sanitizer(context: Context) -> Outcome:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": control.stdout})
     said, left_out, state = {}, [], PASSED
     for index, (kind, command) in enumerate(commands.items()):
-        context.tell(0.3 + 0.3 * index, kind)
         try:
             done = run([*command, *script])
         except subprocess.TimeoutExpired as error:
@@ -498,7 +492,7 @@ def races(context: Context) -> Outcome:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     capture = CudaCapture() if device.type == "cuda" else None
-    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
+    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture)
     shipping.take(device, context.out)
     raced = [racing.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
     ratios = [row.ratio for rows in raced for row in rows]

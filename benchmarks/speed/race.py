@@ -119,7 +119,6 @@ def race(
     case: Case,
     device: torch.device,
     quick: bool,
-    tell=lambda text: None,
     limit: float = math.inf,
 ) -> list[dict]:
     """The rows of a case, one for each contestant; a contestant with a wrong result has no number.
@@ -149,7 +148,6 @@ def race(
         for label in order if together else ():
             prepare(label)
         for label in order:
-            tell(f"{name}: {label}, result")
             if not together and (label in needed or time.monotonic() < end):
                 prepare(label)
             if label not in processes:
@@ -167,7 +165,6 @@ def race(
         flops = processes["ours"].ask("flops")
         processes["ours"].ask("parts")
         for turn in range(effort.runs):
-            tell(f"{name}: round {turn + 1} of {effort.runs}")
             for label, process in processes.items():
                 time.sleep(effort.pause)
                 times[label].append(process.ask("time"))
@@ -177,7 +174,6 @@ def race(
             time.sleep(effort.pause)
             rates.append(processes["ours"].ask("rate"))
         for label, process in processes.items():
-            tell(f"{name}: {label}, memory")
             most[label] = process.ask("memory")
     finally:
         for process in processes.values():

@@ -45,14 +45,12 @@ class Budget:
         seconds: time limit; work is not begun if it would exceed this by taking as long as the longest work before.
         resume: whether to keep earlier measurements.
         failed: tracebacks by name, if errors are to be collected.
-        tell: called with the finished share and the next name.
     """
 
     seconds: float = math.inf
     resume: bool = False
     failed: dict[str, str] | None = None
     left_out: list[str] = field(default_factory=list)
-    tell: Callable[[float, str], None] = lambda share, name: None
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
         """Run all of ``work``, by name, within the budget."""
@@ -65,7 +63,6 @@ class Budget:
                     self.left_out += [name for name, _ in work[index:]]
                     return
                 progress.set_description(name, refresh=True)
-                self.tell(index / len(work), name)
                 try:
                     run()
                 except Exception:
@@ -156,8 +153,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
 
     def run(name: str, label: str) -> None:
         nonlocal kept
-        tell = lambda text: budget.tell(len(done) / (len(done) + len(work)), f"{name} {text}")  # noqa: E731
-        fresh = race.race(name, label, known[name][label], device, quick, tell, share)
+        fresh = race.race(name, label, known[name][label], device, quick, share)
         kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, label)] + fresh
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
         sheets.write_csv(path, kept)

@@ -6,10 +6,8 @@ the table, and a table is written from both: a folder's numbers replace stored n
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
 from ....options import Unfit
-from .. import ASKED, RESULT, Job, folder_of, result_of
+from .. import ASKED, RESULT, folder_of, result_of
 from . import study
-from .job_list import trainings
 from .study import Budget, Judging
 
 #: The names of the results: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
@@ -33,7 +30,7 @@ BUDGET = "budget.json"
 
 
 class OtherBudget(Unfit):
-    """Runs or results have another budget than requested, and do not fit into one table."""
+    """Runs or results have another budget or other trainings, and do not fit into one table."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,11 @@ class SeedFolders:
         """The rows, among these, whose models a protocol has judged."""
         return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
 
+    def log(self, model: str) -> list[dict[str, Any]]:
+        """The epochs of the training that left a row's model; a classifier taken from elsewhere has no log."""
+        path = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
     def hours(self, model: str, batch_size: int) -> float:
         """The hours of a model's training, from its log: an interrupted training ran in several processes.
 
@@ -72,24 +74,12 @@ class SeedFolders:
             batch_size: number of images of a step.
         """
         seconds = 0.0
-        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (study.trained_as(model, self.seed),):
-            log = folder_of(self.root, name, self.seed) / "log.jsonl"
+        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (model,):
             before = 0
-            # A classifier taken from elsewhere has no log.
-            for epoch in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
+            for epoch in self.log(name):
                 seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
                 before = epoch["step"]
         return seconds / 3600
-
-    def acts_from_step(self, model: str) -> dict[str, int]:
-        """The first step in which each term of a model's loss acted, by its training's log; empty without a log.
-
-        Args:
-            model: its row.
-        """
-        log = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
-        rows = log.read_text().splitlines() if log.is_file() else []
-        return json.loads(rows[-1]).get("acts_from_step", {}) if rows else {}
 
 
 @dataclass(frozen=True)
@@ -118,38 +108,19 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """These results, completed by earlier results. A line that both have is never mixed.
-
-        Earlier lines of models that began with a model trained anew are left out. So is the best candidate with a
-        further seed if it differs from that of the first seed. Standard error names the omissions.
+        """These results, completed by earlier results; a line that both have is taken from these.
 
         Args:
             earlier: results of the same budget.
+
+        Raises:
+            OtherBudget: a model was trained anew, and earlier rows began with its older form.
         """
-        both = self.lines.keys() & earlier.lines.keys()
-        # Hours come from a training's log: another training has other hours.
-        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
-        gone = {
-            (name, seed)
-            for name, seed in earlier.lines.keys() - self.lines.keys()
-            # The row of the best candidate has another name than its model.
-            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
-        }
-        for name, seed in sorted(gone):
-            print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
-        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
-        chosen = lines.get((study.BEST, 0), {}).get("model")
-        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
-        for _, seed in sorted(others):
-            print(f"{study.BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
-        gone |= others
-        for name, seed in sorted(both):
-            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
-                print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
-        return Results(
-            {key: line for key, line in lines.items() if key not in gone},
-            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
-        )
+        for key in self.lines.keys() & earlier.lines.keys():
+            # Hours come from a training's log: another training has other hours.
+            if self.lines[key].get("hours") != earlier.lines[key].get("hours"):
+                raise OtherBudget(f"{key[0]}, seed {key[1]}, was trained anew: move the earlier results away first")
+        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
 
     def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
         """Write the numbers and the report on all models.
@@ -218,21 +189,6 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
         raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
 
 
-@functools.cache
-def _needs() -> dict[str, tuple[str, ...]]:
-    """For each row, the rows that its training needs."""
-    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
-    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
-
-
-def _began_with(name: str) -> Iterator[str]:
-    """A row, and all rows that its training began with."""
-    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
-    yield name
-    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
-        yield from _began_with(earlier)
-
-
 def _report_file(seed: int) -> str:
     """The report on all models of a seed."""
     return f"report-{seed}.json" if seed > 0 else "report.json"
@@ -255,13 +211,13 @@ def _only(merged: Report, model: str) -> Report:
     )
 
 
-def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> Results:
+def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
     """Collect the results in the jobs' folders.
 
     Args:
         root: folder of the study.
         budget: amounts of everything.
-        names: names of the rows; None for all rows.
+        names: names of the rows.
 
     Raises:
         OtherBudget: a job had other amounts.
@@ -275,7 +231,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)
-        for name in folders.judged([*study.rows(budget), study.BEST] if names is None else names, main):
+        for name in folders.judged(names, main):
             results.lines[name, seed] = _row_line(folders, name, budget)
             results.reports[name, seed] = folders.report(name, main)
     for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
@@ -306,7 +262,7 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
-    if acts := folders.acts_from_step(judged["model"]):
+    if acts := (folders.log(judged["model"]) or [{}])[-1].get("acts_from_step"):
         line["acts_from_step"] = acts
     if name == study.ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}

@@ -120,27 +120,7 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
     return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
 
 
-def write_given(root: Path, folder: Path, base: str, budget: Budget) -> Path:
-    """Write ``cifar10_given.md``, its numbers and reports in ``folder``, for all judged rows of `ON_GIVEN`.
-
-    Args:
-        root: folder of the study on the given base.
-        folder: of the results.
-        base: name of the base in the zoo.
-        budget: how much of everything there is.
-
-    Raises:
-        NothingJudged: ``root`` holds no judged model.
-        OtherBudget: ``root`` or ``folder`` has another budget.
-    """
-    results = collect(root, budget, study.ON_GIVEN).over(Results.read(folder, budget, GIVEN))
-    if not results.lines:
-        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    results.save(folder, budget, GIVEN)
-    return write_tables(folder, GIVEN, results, budget, base=base)
-
-
-def write(root: Path, folder: Path, budget: Budget) -> Path:
+def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
     """Write ``cifar10.md``, its numbers, reports and pictures in ``folder``, for all judged models.
 
     Earlier results of the same budget in ``folder`` stay unless ``root`` replaces them: a study can be done in parts,
@@ -150,22 +130,26 @@ def write(root: Path, folder: Path, budget: Budget) -> Path:
         root: of the study.
         folder: of the results.
         budget: how much of everything there is.
+        base: name in the zoo of a given base, whose rows have a page of their own; None for the whole study.
 
     Raises:
         NothingJudged: ``root`` holds no judged model, or there is no row of the first seed.
         OtherBudget: ``root`` or ``folder`` has another budget.
     """
-    new = collect(root, budget)
-    results = new.over(Results.read(folder, budget))
-    names = results.judged([*study.rows(budget), study.BEST])
+    stem, rows = (STEM, [*study.rows(budget), study.BEST]) if base is None else (GIVEN, study.ON_GIVEN)
+    new = collect(root, budget, rows)
+    results = new.over(Results.read(folder, budget, stem))
+    names = results.judged(rows)
     if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    results.save(folder, budget)
+    results.save(folder, budget, stem)
+    if base is not None:
+        return write_tables(folder, stem, results, budget, base=base)
     reached = {name: reached_by(results.lines[name, 0], budget.judging) for name in names}
-    plot(reached, budget, folder / STEM / "tradeoff.png")
-    picture(reached, folder / STEM / "photos.png")
+    plot(reached, budget, folder / stem / "tradeoff.png")
+    picture(reached, folder / stem / "photos.png")
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
-    return write_tables(folder, STEM, results, budget, given=given)
+    return write_tables(folder, stem, results, budget, given=given)
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
