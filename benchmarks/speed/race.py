@@ -164,7 +164,7 @@ def race(
             right[label], times[label] = distance <= case.tolerance, []
         flops = processes["ours"].ask("flops")
         processes["ours"].ask("parts")
-        for turn in range(effort.runs):
+        for _ in range(effort.runs):
             for label, process in processes.items():
                 time.sleep(effort.pause)
                 times[label].append(process.ask("time"))

@@ -102,7 +102,6 @@ def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec
             part.attack,
             label=f"part {i + 1}",
             gradients_from=followed[part.follows],
-            seed=part.seed,
             survivors_only=True,
         )
         for i, part in enumerate(chain(entry))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
+from ...kept import Row, rows_of
 from . import honest as _honest  # noqa: F401 (each fills the table of entries, the first with the defences)
 from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
@@ -27,34 +26,8 @@ STEPS = 100
 #: A judge has found what there is to find if it leaves at most so much more than the adaptive attack.
 CLOSE = 0.02
 
-_TABLE_1 = "table 1"
-#: Where a published figure stands in the paper with the attack, by the entry. Of Athalye et al. the row of the defence
-#: in table 1; Guo et al. have one row for all of their transformations. EMPIR is in section 12 of Tramer et al. Carlini
-#: and Wagner say in their abstract that the attacks succeed with a probability of 100 %.
-SOURCES = {
-    "bit-depth reduction": _TABLE_1,
-    "total variation minimization": _TABLE_1,
-    "JPEG compression": _TABLE_1,
-    "random resizing and padding": _TABLE_1,
-    "thermometer encoding": _TABLE_1,
-    "PixelDefend, by an autoencoder": _TABLE_1,
-    "stochastic activation pruning": _TABLE_1,
-    "cascade adversarial training": _TABLE_1,
-    "EMPIR": "section 12",
-    "defensive distillation": "abstract",
-}
-
-Result = dict[str, Any]
-
-
-def published(name: str) -> str:
-    """The accuracy that the paper with the attack reports, with its setting and its place there; "-" without a place.
-
-    Args:
-        name: of the entry.
-    """
-    figure = ENTRIES[name].published
-    return f"{figure.removesuffix(')')}; {SOURCES[name]})" if name in SOURCES else "-"
+#: What a judge says of a model.
+Result = Row
 
 
 def left(result: Result, images: int | None = None) -> float:
@@ -166,7 +139,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     for name, each in broken.items():
         entry, said = ENTRIES[name], verdicts(each)
         words = [said[STANDARD], said[STRONG]]
-        body.append([f"{name} ({entry.paper})", entry.attack, published(name), *_numbers(each), *words])
+        body.append([f"{name} ({entry.paper})", entry.attack, entry.published, *_numbers(each), *words])
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
@@ -223,20 +196,10 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
     return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "the only sign of"], body)
 
 
-def read(out: Path) -> list[Result]:
-    """The results of a folder; none where there is no results file.
-
-    Args:
-        out: the folder.
-    """
-    path = out / FILE
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def table(results: Path) -> list[str]:
     """The tables, from the folder ``benchmarks/results``.
 
     Args:
         results: the folder.
     """
-    return markdown(read(results))
+    return markdown(rows_of(results / FILE))

@@ -17,9 +17,10 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import signs
 from purify_fast.evaluation.softening import REVISION as SOFTENING
 
+from ...kept import rows_of
 from .. import revisions
 from . import active, adaptive, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR, read
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
 #: Raised whenever results would be counted otherwise.
@@ -129,6 +130,6 @@ def outdated(results: Path) -> list[str]:
     return [
         f"{FILE}: {one['judge']} of {one['model']!r} was made by other attacks, signs or models than there are; run "
         "`python -m benchmarks broken`"
-        for one in read(results)
+        for one in rows_of(results / FILE)
         if one["model"] not in ENTRIES or one["code"] != code(one["model"], one["judge"])
     ]

@@ -31,12 +31,10 @@ class Search(NamedTuple):
         attack: Auto-PGD with its options.
         follows: whose gradients it takes: the place among the models that `Build` returns after what is deployed; 0 is
             what is deployed itself.
-        seed: of its random starts.
     """
 
     attack: APGD
     follows: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)

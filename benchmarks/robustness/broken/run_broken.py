@@ -10,24 +10,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import math
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 
 from ... import RESULTS, options
+from ...kept import put, rows_of
 from ...speed.running import Budget
 from . import active, adaptive, broken_tables, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, read, verdicts
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
 #: A defence is trained on at most so many images.
@@ -141,40 +140,34 @@ def is_asked(name: str, judge: str, results: list[Result]) -> bool:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks broken``."""
-    parser.add_argument("--only", nargs="+", metavar="NAME", type=options.one_of(ENTRIES), help="these models alone")
-    parser.add_argument(
-        "--judges", nargs="+", choices=JUDGES, default=JUDGES, help="these judges alone; all by default"
-    )
+    options.add_names(parser, ENTRIES, "--only", "which models")
+    options.add_names(parser, JUDGES, "--judges", "who judges")
     parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="these judges once more")
     parser.add_argument("--images", type=options.at_least_one, help="at most so many; all of a model's by default")
-    parser.add_argument("--minutes", type=options.seconds, default=math.inf, help="begin nothing that would end later")
+    options.add_minutes(parser)
     parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
-    parser.add_argument("--quick", action="store_true", help="4 images, 2 steps: that it works, no numbers")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results by default")
+    options.add_out(parser, "")
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Judge what is not judged yet, or was judged by other code; the tables."""
     out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
-    kept = {(one["model"], one["judge"]): one for one in read(out)}
+    kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 
     def is_done(name: str, judge: str) -> bool:
         known = kept.get((name, judge), {})
         as_asked = known.get("settings") == settings_of(name, judge, chosen)
         return as_asked and known.get("code") == code(name, judge) and judge not in chosen.redo
 
-    asked = [(name, judge) for judge in chosen.judges for name in chosen.only or ENTRIES]
+    asked = [(name, judge) for judge in chosen.judges for name in chosen.only]
     work = sorted((at for at in asked if not is_done(*at)), key=order)
 
     def run(name: str, judge: str) -> None:
-        if not is_asked(name, judge, read(out)):
-            return
-        result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
-        # read again: another process may judge other models meanwhile
-        others = [one for one in read(out) if (one["model"], one["judge"]) != (name, judge)]
-        write_text(out / FILE, json.dumps([*others, result], indent=1) + "\n")
+        if is_asked(name, judge, rows_of(out / FILE)):
+            result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
+            put(out / FILE, result, key=itemgetter("model", "judge"))
 
     budget = Budget(seconds=60 * chosen.minutes)
     budget.go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
     left_out = [f"{len(budget.left_out)} results did not fit into the time."] if budget.left_out else []
-    return "\n".join([*broken_tables.markdown(read(out)), *left_out])
+    return "\n".join([*broken_tables.markdown(rows_of(out / FILE)), *left_out])

@@ -219,8 +219,8 @@ def _away(
     return hinge(leads(stack, x, ball.y)[:, None] + gaps[:, None, None] * share[..., 0] - ahead)
 
 
-class Constructed(NamedTuple):
-    """A network that is robust by construction on some images ``[B, 1, 5, 5]``, and the radius up to which it is."""
+class Part(NamedTuple):
+    """A network, and the images and the radius at which it is attacked."""
 
     model: nn.Sequential
     x: Tensor
@@ -228,8 +228,8 @@ class Constructed(NamedTuple):
     eps: float
 
 
-def constructed(seed: int) -> Constructed:
-    """One of them.
+def constructed(seed: int) -> Part:
+    """A network that is robust by construction on images ``[B, 1, 5, 5]``, up to a radius.
 
     Args:
         seed: of the prototypes, and of the images near them.
@@ -248,4 +248,4 @@ def constructed(seed: int) -> Constructed:
     model[3].bias.zero_()
     images = x.view(-1, 1, 5, 5)
     lead = -margin(model(images), y)
-    return Constructed(model, images, y, SHARE * float(lead.min()) / 2)
+    return Part(model, images, y, SHARE * float(lead.min()) / 2)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -147,27 +146,18 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks truth``."""
-    which = f"which networks; all by default: {'; '.join(SUBJECTS)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(SUBJECTS), help=which)
-    parser.add_argument(
-        "--contestants",
-        nargs="*",
-        metavar="NAME",
-        type=options.one_of(CONTESTANTS),
-        default=list(CONTESTANTS),
-        help=f"who attacks; all by default: {'; '.join(CONTESTANTS)}; none: only the truth is found",
-    )
+    options.add_names(parser, SUBJECTS)
+    options.add_names(parser, CONTESTANTS, "--contestants", "who attacks, where nobody only finds the truth")
     parser.add_argument("--data", type=Path, help="folder with mnist.npz, or the official files")
-    parser.add_argument("--minutes", type=options.seconds, help="begin nothing that would probably end later")
-    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/cpu by default")
+    options.add_minutes(parser)
+    options.add_out(parser, "/cpu")
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Find the truth, and let the contestants attack, as far as that is not done; the tables."""
     out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS) / "cpu"
     setting, names = Setting(out, chosen.data, QUICK if chosen.quick else Amount()), []
-    for name in chosen.names or SUBJECTS:
+    for name in chosen.names:
         try:
             parts_of(setting, name)
             names.append(name)
@@ -179,5 +169,5 @@ def main(chosen: argparse.Namespace) -> str:
             # networks that hide something are many: one seed tells enough
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
-    Budget(60 * chosen.minutes if chosen.minutes else math.inf).go(work, "row")
+    Budget(60 * chosen.minutes).go(work, "row")
     return "\n".join(markdown(read(out)))

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from purify_fast._tensors import weights_fingerprint
 
 from . import planted
 from .exact_networks import IMAGES, NETWORKS
+from .planted import Part
 
 WEIGHTS = "truth_networks.safetensors"
 #: The networks that hide a counterexample, by how well they hide it.
@@ -45,15 +45,6 @@ class Amount:
 
 
 QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2, batch=4), 1)
-
-
-class Part(NamedTuple):
-    """One network, and the images and the radius at which it is attacked."""
-
-    model: nn.Sequential
-    x: Tensor
-    y: Tensor
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
             setting.keep({shared + key: one for key, one in model.state_dict().items()})
         return [Part(model.eval().requires_grad_(False), x, y, network.eps)]
     if name == CONSTRUCTED:
-        return [Part(*planted.constructed(seed)) for seed in range(amount.constructed)]
+        return [planted.constructed(seed) for seed in range(amount.constructed)]
     first, whole = list(HIDDEN).index(name) * amount.hidden, hidden(setting)
     images = whole.x.unflatten(2, (1, 8, 8))
     every = [Part(*one, planted.EPS) for one in zip(whole.models(), images, whole.y, strict=True)]

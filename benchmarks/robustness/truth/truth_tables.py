@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from purify_fast.evaluation.show.tables import markdown_table
 
+from ...kept import Row, machines
 from .. import revisions
 from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
@@ -20,7 +21,6 @@ CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": (
 #: misclassified as it is, count for nobody; nor does a planted one that plain PGD finds.
 ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 
-Row = dict[str, Any]
 Results = dict[str, list[Row]]
 
 
@@ -152,14 +152,13 @@ def _sentences(results: Results, truths: dict[str, Row]) -> list[str]:
             forwards, gradients = (sum(row[what] for row in own) / images for what in ("forwards", "gradients"))
             costs.append(f"{who} {forwards:,.0f} and {gradients:,.0f}")
     networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
-    machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads" for kind in results.values() for row in kind)
     return [
         f"Images that a contestant has broken although they are proved robust: {wrong}; on {networks} networks that "
         f"are robust by construction: {false}. Images that fall in float64 and not in float32: {alone}.",
         "",
         f"Forward passes and gradients an image on the networks of the first table: {'; '.join(costs)}.",
         "",
-        f"{', '.join(machines)}.",
+        f"{machines(row for kind in results.values() for row in kind)}.",
     ]
 
 
