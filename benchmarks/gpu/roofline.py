@@ -101,7 +101,7 @@ def of_model(name: str, model: nn.Module, x: Tensor) -> Cost:
     """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
 
     Args:
-        name: of the attack.
+        name: name of the attack.
         model: images to logits.
         x: images ``[B, C, H, W]``.
     """

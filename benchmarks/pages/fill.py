@@ -309,20 +309,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> bool | None:
     """``python -m benchmarks report``; with --check, tell whether README and docs agree with the results."""
-    for path in chosen.folders:
-        if not any((path / name).exists() for name in (sheets.ROWS, sheets.PIPELINES)):
-            raise Unfit(f"{path} holds neither {sheets.ROWS} nor {sheets.PIPELINES}")
     if chosen.check:
         problems = check(RESULTS)
         print("\n".join(problems) or "README and docs agree with the results files; their local links lead somewhere")
         return not problems
-    for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
-        if (path / sheets.ROWS).exists():
-            sheets.report(path)
-            print(path / sheets.TABLE)
-        if (path / sheets.PIPELINES).exists():
-            sheets.report_pipelines(path)
-            print(path / sheets.PIPELINES_TABLE)
+    try:
+        for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
+            print(*sheets.report(path), sep="\n")
+    except FileNotFoundError as error:
+        raise Unfit(str(error)) from error
     if chosen.count:
         print(launches.write(RESULTS))
     # The pages show only the committed results.

@@ -305,8 +305,8 @@ def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
 def _published(folder: Path | None) -> Subject:
     """An adversarially trained network by others, from the folder ``networks`` beside the images.
 
-    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Of its authors' 200 images
-    at this radius 76.0 % were proved robust, and the best attack left 76.5 %.
+    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Its authors have 200
+    images at this radius. 76.0 % of them were proved robust, and the best attack left 76.5 %.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
@@ -586,7 +586,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _beside(row: Row, other: Row) -> bool:
-    """Whether another row stays in the file: rows of one contest have one amount."""
+    """Tell whether another row stays in the file: all rows of a contest have the same amount."""
     return other["contest"] != row["contest"] or other["amount"] == row["amount"]
 
 

@@ -157,7 +157,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
         kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, label)] + fresh
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
         sheets.write_csv(path, kept)
-        sheets.report_pipelines(out)
+        sheets.report(out)
 
     budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
 

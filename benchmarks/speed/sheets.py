@@ -16,7 +16,7 @@ from purify_fast.ops.dispatch.racing import IN_GRAPHS
 from .. import style
 from .timing import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
-ROWS, VERDICTS, TABLE = "ops.csv", "verdicts.csv", "ops.md"
+ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
 
 
@@ -54,21 +54,21 @@ def verdicts(rows: list[dict]) -> list[dict]:
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
-        lost = {
-            style: [r for r in own if r["style"] == style and r["verdict"] in ("behind", "wrong")] for style in STYLES
-        }
         if not eager:  # A time limit left them out.
             continue
+        behind, behind_in_graphs = (
+            sum(row["verdict"] in ("behind", "wrong") for row in rows) for rows in (eager, graph)
+        )
         worst = min(eager, key=lambda row: float(row["ratio"] or 0))
         gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
         decided.append(
             {
                 "op": op,
                 "direction": direction,
-                "eager_calls": "reference" if lost["eager"] else backend,
+                "eager_calls": "reference" if behind else backend,
                 "in_graphs": backend if _ahead(graph) else "reference",
-                "behind_eager": f"{len(lost['eager'])}/{len(eager)}",
-                "behind_graph": f"{len(lost['graph'])}/{len(graph)}",
+                "behind_eager": f"{behind}/{len(eager)}",
+                "behind_graph": f"{behind_in_graphs}/{len(graph)}",
                 "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",
                 "worst_ratio": worst["ratio"],
                 "worst_row": " ".join(filter(None, (worst["variant"], worst["shape"], worst["dtype"]))),
@@ -173,11 +173,24 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(folder: Path) -> None:
-    """Write the page of ``folder``'s ops.csv beside it."""
-    rows = read_csv(folder / ROWS)
-    write_csv(folder / VERDICTS, verdicts(rows))
-    write_text(folder / TABLE, markdown(rows))
+def report(folder: Path) -> list[Path]:
+    """Write the pages of a folder's ops.csv and pipelines.csv beside them, and return the pages.
+
+    Args:
+        folder: the folder, which holds at least one of the two files.
+
+    Raises:
+        FileNotFoundError: it holds neither.
+    """
+    pages = []
+    for file, page, write in ((ROWS, TABLE, markdown), (PIPELINES, PIPELINES_TABLE, pipelines_markdown)):
+        if rows := rows_of(folder / file):
+            write_text(folder / page, write(rows))
+            pages.append(folder / page)
+    if not pages:
+        raise FileNotFoundError(f"{folder} holds neither {ROWS} nor {PIPELINES}")
+    plot_pipelines(rows, folder / PIPELINES_PLOT)
+    return pages
 
 
 def ops_sentence(path: Path) -> str:
@@ -257,10 +270,18 @@ def parts(row: dict) -> list[tuple[str, float]]:
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
-    """Draw speeds relative to the first contestant, with the best torch.compile marked; False without matplotlib."""
+    """Draw speeds relative to the first contestant, with the best torch.compile marked.
+
+    Args:
+        rows: rows of pipelines.csv.
+        path: the picture's file.
+
+    Returns:
+        Whether it was drawn; False without rows or without matplotlib.
+    """
     cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]
-    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
+    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8)) if cases else None
     if figure is None:
         return False
     most = max(float(row["speed_up"]) for group in cases.values() for row in group)
@@ -285,10 +306,3 @@ def _colour(contestant: str) -> str:
     if contestant.startswith("ours"):
         return style.OURS
     return style.RIVAL if "torch.compile" in contestant else style.PLAIN
-
-
-def report_pipelines(folder: Path) -> None:
-    """Write the page of ``folder``'s pipelines.csv beside it."""
-    rows = read_csv(folder / PIPELINES)
-    write_text(folder / PIPELINES_TABLE, pipelines_markdown(rows))
-    plot_pipelines(rows, folder / PIPELINES_PLOT)

@@ -181,7 +181,7 @@ def quantile(times: list[float], fifths: int) -> float:
 def _alternate(
     entries: dict[str, Contestant], repeats: dict[str, int], device: torch.device, effort: Effort
 ) -> dict[str, list[float]]:
-    """Times by contestant, one run of each in turn; among several attempts, the one with the least spread."""
+    """Times by contestant, which run in turn; of several attempts the times with the least spread are kept."""
     best, least = {}, math.inf
     for _ in range(effort.attempts):
         times: dict[str, list[float]] = {kind: [] for kind in entries}

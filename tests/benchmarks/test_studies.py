@@ -275,7 +275,7 @@ def test_arrest_on_mnist_end_to_end(quick, tmp_path):
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
     cases = {"big": None, "small": None}
     monkeypatch.setattr(pipelines, "registry", lambda: dict.fromkeys(("one", "two"), lambda quick: cases))
-    monkeypatch.setattr(sheets, "report_pipelines", lambda out: None)
+    monkeypatch.setattr(sheets, "report", lambda out: None)
     milliseconds = iter("11112")
 
     def raced(pipeline: str, case: str, *_) -> list[dict]:

@@ -1,8 +1,7 @@
-"""``python -m benchmarks broken``: what AutoAttack, this package's reports and adaptive attacks say of each model.
+"""``python -m benchmarks broken``: AutoAttack, this package's reports and adaptive attacks judge each model.
 
-Every judge of every model is one result in the results file, which is written as soon as the judge is done and not made
-again: the command can be interrupted at any time. A result has the code that made it, so that it is made again where
-the model, the attacks or the signs are others by now.
+A judge's result on a model is written to the results file at once and not made again, so the command can be interrupted
+at any time. A result names the code that made it. It is made again if the model, the attacks or the signs have changed.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from . import active, adaptive, broken_tables, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
-#: A defence is trained on at most so many images.
+#: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: Draws that an adaptive attack averages where it does not say how many, and images that `STRONG` judges at most.
+#: Number of draws that an adaptive attack averages if it sets no number, and the most images that `STRONG` judges.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 
 @functools.cache
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
-    """A model and what its adaptive attack follows besides, and the images and labels to attack."""
+    """The deployed model with the others that its adaptive attack follows, and the images and labels to attack."""
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
     torch.manual_seed(0)
@@ -47,12 +46,12 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
 
 
 def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """One result: what a judge leaves of a model, image by image, or what it says of the attacks on it.
+    """The result of a judge on a model: the images that withstand, or its findings on the attacks.
 
     Args:
-        name: of the model, one of `ENTRIES`.
-        judge: one of `JUDGES`.
-        settings: "images", at most so many, and "steps" of the attacks that leave them open, at most so many of others.
+        name: name in `ENTRIES`.
+        judge: name in `JUDGES`.
+        settings: the largest numbers of "images" and of "steps".
         data: the folder of the images.
     """
     entry, (models, x, y) = ENTRIES[name], built(name, data)
@@ -71,7 +70,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
 
 
 def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """What a report says of a model: clean accuracy, which images withstand, and the signs that are unreliable."""
+    """The facts of a report on a model: clean accuracy, the images that withstand, and the signs of a failed attack."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     steps, n = settings["steps"], settings["images"]
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
@@ -93,7 +92,7 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
 
 
 def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
-    """A part of an adaptive attack with at most so many steps, where these are fewer than usual: a trial."""
+    """A part of an adaptive attack with at most this number of steps, if it is a trial's."""
     attack: Any = spec.resolved
     if steps >= broken_tables.STEPS:
         return spec
@@ -104,8 +103,8 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
     """The settings of a judge's result.
 
     Args:
-        name: of the model.
-        judge: one of `JUDGES`.
+        name: name of the model.
+        judge: name of the judge.
         chosen: the options of the command.
     """
     most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
@@ -114,7 +113,7 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
 
 
 def order(work: tuple[str, str]) -> tuple[bool, int, int]:
-    """The place of a result among others: deterministic models of digits come first, and `STRONG` after all others.
+    """The place of a result among others: deterministic models of digits come first, and `STRONG` comes last.
 
     Args:
         work: the model and the judge.
@@ -125,12 +124,12 @@ def order(work: tuple[str, str]) -> tuple[bool, int, int]:
 
 
 def is_asked(name: str, judge: str, results: list[Result]) -> bool:
-    """Whether a judge is to judge a model: `STRONG` only where ``standard`` found what there is, or flagged the model.
+    """Tell whether a judge judges a model: `STRONG` does so only if ``standard`` found enough, or flagged the model.
 
     Args:
-        name: of the model.
-        judge: one of `JUDGES`.
-        results: that are there.
+        name: name of the model.
+        judge: name of the judge.
+        results: the results so far.
     """
     if judge != STRONG:
         return True
@@ -150,7 +149,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Judge what is not judged yet, or was judged by other code; the tables."""
+    """Let the judges judge the models that they have not judged yet by this code; return the tables."""
     out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
     kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 

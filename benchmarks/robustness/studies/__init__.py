@@ -78,7 +78,7 @@ class Job:
         return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
 
     def done(self, root: Path) -> bool:
-        """Whether this job has ended."""
+        """Tell whether this job has ended."""
         return (self.folder(root) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:

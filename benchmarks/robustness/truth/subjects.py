@@ -1,4 +1,4 @@
-"""What is attacked: networks with their images and radii, trained once and kept beside the results."""
+"""The attacked networks with their images and radii; they are trained once, and kept beside the results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of everything.
+    """The amounts of everything.
 
     Args:
-        images: of each network that is decided exactly.
-        seconds: of the program, after which an image is undecided.
-        hidden: networks of each gap.
-        effort: of their training.
-        constructed: networks that are robust by construction.
+        images: number of images of each network that is decided exactly.
+        seconds: time limit of the program, after which an image is undecided.
+        hidden: number of networks of each gap.
+        effort: effort of their training.
+        constructed: number of networks that are robust by construction.
     """
 
     images: int = IMAGES
@@ -49,12 +49,12 @@ QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2
 
 @dataclass(frozen=True)
 class Setting:
-    """Where everything lies, and how much of it there is.
+    """Folders and amounts.
 
     Args:
         out: the folder of the results.
         data: the folder of MNIST.
-        amount: how much of everything.
+        amount: the amounts.
     """
 
     out: Path
@@ -78,8 +78,8 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
     """The networks of a subject, which are trained if the results folder does not hold them.
 
     Args:
-        setting: where everything lies.
-        name: one of `SUBJECTS`.
+        setting: folders and amounts.
+        name: name in `SUBJECTS`.
 
     Raises:
         ValueError: the data set of a network is not there.
@@ -121,7 +121,7 @@ def hidden(setting: Setting) -> planted.Hidden:
 
 
 def identity(parts: Sequence[Part]) -> str:
-    """Tells networks, images and radii from others."""
+    """A text that differs for other networks, images or radii."""
     held = nn.ModuleList(part.model for part in parts)
     for k, part in enumerate(parts):
         held.register_buffer(f"x{k}", part.x)

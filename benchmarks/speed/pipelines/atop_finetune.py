@@ -205,7 +205,7 @@ class PlainStep:
 
 
 class ReleasedStep(PlainStep):
-    """As released: two passes of the generator, a discriminator that changes nothing, noise and mask from the CPU."""
+    """The released step: two passes of the generator, an idle discriminator, noise and mask from the CPU."""
 
     attention = ReleasedAttention
 

@@ -46,9 +46,9 @@ def differences(
     """A line for each pair of judged models: their difference, image by image.
 
     Args:
-        results: of the study.
-        counts: how many images each protocol has.
-        seed: of the trainings.
+        results: results of the study.
+        counts: number of images of each protocol.
+        seed: seed of the trainings.
         pairs: names of rows.
         shared: rows of the first seed that models of all seeds share.
     """
@@ -66,9 +66,9 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     """The rows in which ``strong`` leaves another number than the main protocol of its images; "" if none.
 
     Args:
-        results: of the study.
+        results: results of the study.
         names: names of rows whose models are judged.
-        counts: how many images each protocol has.
+        counts: number of images of each protocol.
     """
     lines = {name: results.lines[name, 0] for name in names}
     more = {name: line["strong_more"] for name, line in lines.items() if "strong_more" in line}
@@ -84,8 +84,8 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     """A sentence for each unfinished part of the study.
 
     Args:
-        results: of the study.
-        budget: how much of everything there is.
+        results: results of the study.
+        budget: amounts of everything.
         elsewhere: rows in the table of a given base, which do not count as missing here.
     """
     counts = budget.judging
@@ -114,7 +114,7 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
 
     Args:
         line: line of the model.
-        counts: how many images each protocol has.
+        counts: number of images of each protocol.
     """
     clean, robust = line["clean"], line[counts.main]
     return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
@@ -127,9 +127,9 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
     on several machines.
 
     Args:
-        root: of the study.
-        folder: of the results.
-        budget: how much of everything there is.
+        root: folder of the study.
+        folder: folder of the results.
+        budget: amounts of everything.
         base: name in the zoo of a given base, whose rows have a page of their own; None for the whole study.
 
     Raises:
@@ -159,7 +159,7 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
         folder: folder of the page.
         name: name of the page.
         results: results of the study.
-        budget: how much of everything there is.
+        budget: amounts of everything.
         more: ``given``, the names of the rows with a separate table, or ``base``, the name of the given base.
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
@@ -175,9 +175,9 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
     """Draw clean against robust accuracy, with the curve of bases trained at shares of eps.
 
     Args:
-        points: of the models, by row.
-        budget: how much of everything there is.
-        path: of the picture.
+        points: place of each model, by row.
+        budget: amounts of everything.
+        path: file of the picture.
     """
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
@@ -205,8 +205,8 @@ def picture(points: dict[str, Point], path: Path) -> bool:
     """Draw how many of a hundred photos each model still recognizes; False without matplotlib.
 
     Args:
-        points: of the models, by row.
-        path: of the picture.
+        points: place of each model, by row.
+        path: file of the picture.
     """
     bars = [(title, name) for title, name in BARS if name in points]
     figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
