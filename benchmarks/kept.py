@@ -43,3 +43,15 @@ def machines(rows: Iterable[Row]) -> str:
         rows: rows with a ``device`` and its ``threads``.
     """
     return ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
+
+
+def outdated(file: str, words: str, command: str) -> str:
+    """The remark on a row that the package would not make again.
+
+    Args:
+        file: name of the results file.
+        words: names of the row.
+        command: the command, with its options, that makes the row again.
+    """
+    made = "was made by other attacks or models than the package has"
+    return f"{file}: {words} {made}; run `python -m benchmarks {command}`"

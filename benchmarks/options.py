@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from purify_fast.cli.command import usable_device
+
+from . import RESULTS
 
 
 class Unfit(ValueError):
@@ -59,6 +61,17 @@ def add_out(parser: ArgumentParser, where: str) -> None:
     """Add ``--out``, the folder for the results, and ``--quick``, a trial without numbers."""
     parser.add_argument("--quick", action="store_true", help="tiny and short: that it works, no numbers")
     parser.add_argument("--out", type=Path, help=f"folder for the results; benchmarks/results{where} by default")
+
+
+def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
+    """The folder for the results; a trial must not replace the committed results.
+
+    Args:
+        chosen: options of a command, with those of `add_out`.
+        trial: whether the results are a trial's.
+        name: name of the usual folder in benchmarks/results.
+    """
+    return chosen.out or (Path("runs/benchmarks") if trial else RESULTS) / name
 
 
 def add_device(parser: ArgumentParser) -> None:

@@ -43,7 +43,7 @@ from .. import RESULTS, options
 from ..options import Unfit
 from ..pages import fill, performance
 from ..speed import sheets, shipping
-from ..speed.running import folder
+from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 
 #: Seconds beyond its limit after which a section is killed, on a GPU and in the rehearsal.
@@ -253,7 +253,7 @@ def main(chosen: argparse.Namespace) -> bool:
     if not chosen.dry and not torch.cuda.is_available():
         raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")
-    out = (chosen.out or folder(device, chosen.dry)).resolve()  # pytest runs in another folder
+    out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()  # pytest runs in another folder
     lacking = records.missing_compiler()
     if lacking is not None and not chosen.dry:
         print(f"WARNING: {lacking}", file=sys.stderr)

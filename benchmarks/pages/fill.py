@@ -20,8 +20,9 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
-from .. import RESULTS, options
+from .. import RESULTS
 from ..gpu import instructions, launches, roofline
+from ..kept import machines
 from ..options import Unfit
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -68,8 +69,7 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']})" if row and row["ms"] else "-")
         body.append(line)
     heads = [f"{case}: {shape}" for _, case, shape in cases]
-    machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
-    return [f"{machines}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
+    return [f"{machines(rows)}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
 
 
 def contests_table(results: Path) -> list[str]:
@@ -336,15 +336,10 @@ def publish() -> None:
             print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
 
 
-def ship_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks ship``."""
-    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
-
-
 def ship(chosen: argparse.Namespace) -> Path:
     """``python -m benchmarks ship``."""
     try:
-        path = shipping.take(chosen.device, running.folder(chosen.device, False))
+        path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     except FileNotFoundError as error:
         raise Unfit(str(error)) from error
     publish()

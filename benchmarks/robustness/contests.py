@@ -51,8 +51,8 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 
-from .. import RESULTS, options, style
-from ..kept import Row, machines, put, rows_of
+from .. import RESULTS, kept, options, style
+from ..kept import Row
 from ..options import Unfit
 from ..speed import timing
 from . import revisions
@@ -221,10 +221,6 @@ def standard_error(share: float, draws: int) -> float:
     return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
 
-def _of_seed(name: str, seed: int) -> str:
-    return f"{name}, seed {seed}" if seed else name
-
-
 STANDARD_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL: official("standard"),
     OURS: Protocol("standard"),
@@ -236,10 +232,13 @@ RAND_CONTESTANTS: dict[str, Contestant] = {
     SHORT_RAND: Protocol("rand", SHORT_STEPS),
 }
 SEEDS = (0, 1, 2)
-ROBUST_CONTESTANTS: dict[str, Contestant] = {OFFICIAL: official("standard")}
-ROBUST_CONTESTANTS |= {_of_seed(name, seed): Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS} | {
-    STRONG: Protocol("strong")
+ROBUST_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official("standard"),
+    **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
+    STRONG: Protocol("strong"),
 }
+#: The order of the rows of a contest.
+RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
 
 
 class Contest(NamedTuple):
@@ -325,9 +324,6 @@ def _published(folder: Path | None) -> Subject:
     images = load_dataset("mnist", folder)
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
 
-
-#: The order of the rows of a contest.
-RANKS = [OFFICIAL, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
 
 #: The contests, by name.
 CONTESTS = {
@@ -424,16 +420,12 @@ def outdated(results: Path) -> list[str]:
     Args:
         results: the folder ``benchmarks/results``.
     """
-    found = []
-    for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust")):
-        for row in read(results / "studies", file):
-            contest = contests.get(row["contest"])
-            if contest is None or not is_current(row, contest):
-                found.append(
-                    f"{file}: {row['contestant']} of the contest {row['contest']!r} was made by other attacks or "
-                    f"weights than the package has; run `python -m benchmarks evaluation{option}`"
-                )
-    return found
+    return [
+        kept.outdated(file, f"{row['contestant']} of the contest {row['contest']!r}", f"evaluation{option}")
+        for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust"))
+        for row in read(results / "studies", file)
+        if row["contest"] not in contests or not is_current(row, contests[row["contest"]])
+    ]
 
 
 def run_contest(
@@ -510,7 +502,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    return [f"{machines(rows)}.", "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+    return [f"{kept.machines(rows)}.", "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
 
 
 def picture(rows: list[Row], path: Path) -> bool:
@@ -568,7 +560,7 @@ def markdown(rows: list[Row]) -> list[str]:
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
-    return [f"{machines(rows)}.", "", *markdown_table(head, body)]
+    return [f"{kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -577,7 +569,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
     parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
-    options.add_names(parser, [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS], "--contestants", "who attacks")
+    options.add_names(parser, RANKS, "--contestants", "who attacks")
     parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
     rounds = "how often every contestant runs; 1 by default"
     parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
@@ -596,7 +588,7 @@ def main(chosen: argparse.Namespace) -> str:
     amount = replace(usual, rounds=chosen.rounds, images=chosen.images or usual.images)
     # A trial must not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
-    out = chosen.out or (Path("runs/benchmarks") if trial else RESULTS / "studies")
+    out = options.out_of(chosen, trial, "studies")
     contests, file, page, table = CONTESTS, FILE, TABLE, markdown
     if chosen.robust:
         contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
@@ -621,7 +613,7 @@ def main(chosen: argparse.Namespace) -> str:
             print(f"{name} is left out: {error}", flush=True)
             continue
         for row in run_contest(name, subject, contestants, amount, known):
-            put(out / file, row, key, partial(_beside, row))
+            kept.put(out / file, row, key, partial(_beside, row))
             write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     if chosen.robust and not trial and chosen.out is None:
@@ -631,4 +623,4 @@ def main(chosen: argparse.Namespace) -> str:
 
 def read(out: Path, file: str = FILE) -> list[Row]:
     """The rows of a results folder; none without a results file."""
-    return rows_of(out / file)
+    return kept.rows_of(out / file)

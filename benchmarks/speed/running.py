@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from purify_fast.speed import retain_freed_memory
 
-from .. import RESULTS, options
+from .. import options
 from . import limits, pipelines, race, sheets, timing
 from .ops import Case, registry
 
@@ -30,11 +30,6 @@ def device_class(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-
-
-def folder(device: torch.device, quick: bool) -> Path:
-    """The default folder of results."""
-    return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
 
 
 @dataclass
@@ -162,7 +157,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
 
 
-def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
     """Add the options of ``python -m benchmarks`` for ops and for pipelines.
 
     Args:
@@ -170,17 +165,14 @@ def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
         known: names that can be measured.
     """
     which = f"which; all by default: {', '.join(known)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(known), help=which)
-    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
-    parser.add_argument(
-        "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
+    options.add_device(parser)
+    options.add_out(parser, "/<device>")
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops; return who serves each of them, and the table's file."""
-    device, out = chosen.device, chosen.out or folder(chosen.device, chosen.quick)
+    device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
     retain_freed_memory()
     run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)
@@ -189,6 +181,6 @@ def ops_command(chosen: argparse.Namespace) -> str:
 
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Race pipelines; return their table."""
-    out = chosen.out or folder(chosen.device, chosen.quick)
+    out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
     run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
     return (out / sheets.PIPELINES_TABLE).read_text()

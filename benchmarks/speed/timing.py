@@ -19,6 +19,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -178,16 +179,25 @@ def quantile(times: list[float], fifths: int) -> float:
     return sorted(times)[fifths * (len(times) - 1) // 5]
 
 
-def _alternate(
-    entries: dict[str, Contestant], repeats: dict[str, int], device: torch.device, effort: Effort
-) -> dict[str, list[float]]:
-    """Times by contestant, which run in turn; of several attempts the times with the least spread are kept."""
+def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """Times of some contestants, which run in turn.
+
+    Args:
+        clocks: for each contestant the function that runs it and returns its time.
+        runs: number of runs of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(runs):
+        for name, clock in clocks.items():
+            times[name].append(clock())
+    return times
+
+
+def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
+    """The times of the attempt with the least spread."""
     best, least = {}, math.inf
     for _ in range(effort.attempts):
-        times: dict[str, list[float]] = {kind: [] for kind in entries}
-        for _ in range(effort.runs):
-            for kind, entry in entries.items():
-                times[kind].append(_clock(entry, repeats[kind], device))
+        times = alternated(clocks, effort.runs)
         spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
         if spread < least:
             best, least = times, spread
@@ -235,12 +245,13 @@ def measure(
     with entries["eager"].mode(), Launches() as counted:
         entries["eager"].calls[0]()
     launched = counted.count  # of the reference, where ours is one or a few
-    repeats = {}
+    clocks = {}
     for kind, entry in entries.items():
         for _ in range(3):  # warm, compiled, and the allocator has its blocks
             once = _clock(entry, len(entry.calls), device)
-        repeats[kind] = max(len(entry.calls), math.ceil(effort.seconds / once))
-    times = _alternate(entries, repeats, device, effort)
+        repeats = max(len(entry.calls), math.ceil(effort.seconds / once))
+        clocks[kind] = partial(_clock, entry, repeats, device)
+    times = _steadiest(clocks, effort)
     row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
     median = {}
     for kind in contestants:

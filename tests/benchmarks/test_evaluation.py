@@ -161,7 +161,7 @@ def test_rows_of_other_attacks_or_weights_are_found_and_made_again(made_models, 
     lines = contests.outdated(tmp_path)
     for line, protocol in zip(lines, ("standard", "fast"), strict=True):
         assert line.startswith(
-            f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or weights"
+            f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or models"
         )
     program.main(arguments)
     assert made_models == [False, True, False] and contests.outdated(tmp_path) == []

@@ -17,8 +17,8 @@ from purify_fast.attacks import apgd, frozen
 
 #: Raised whenever another result would come out.
 REVISION = 1
-#: Numbers of images in which a corner is planted, of points inside each ball, of random corners that look for it, and of
-#: draws that judge a random model.
+#: Numbers of images in which a corner is planted, of points inside each ball, of random corners that look for it, and
+#: of draws that judge a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
 #: The share of the radius within which the inside points lie, and the place of the border between them and the corner.
 NEAR, BORDER = 0.95, 0.9

@@ -17,7 +17,7 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import signs
 from purify_fast.evaluation.softening import REVISION as SOFTENING
 
-from ...kept import rows_of
+from ... import kept
 from .. import revisions
 from . import active, adaptive, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
@@ -128,8 +128,7 @@ def outdated(results: Path) -> list[str]:
         results: the folder ``benchmarks/results``.
     """
     return [
-        f"{FILE}: {one['judge']} of {one['model']!r} was made by other attacks, signs or models than there are; run "
-        "`python -m benchmarks broken`"
-        for one in rows_of(results / FILE)
+        kept.outdated(FILE, f"{one['judge']} of {one['model']!r}", "broken")
+        for one in kept.rows_of(results / FILE)
         if one["model"] not in ENTRIES or one["code"] != code(one["model"], one["judge"])
     ]

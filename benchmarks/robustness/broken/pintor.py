@@ -1,9 +1,9 @@
 """The indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
 The indicators look at a run of an attack on each image, as their authors' code computes them. The run is PGD on the
-cross-entropy, whose last point is its result. "Transfer failure" is left out, because no attack here was made on another
-model. An indicator fires if it is true for more than a tenth of the images. "Unstable predictions" is a number: it
-fires if its mean is above a tenth, the paper's threshold.
+cross-entropy, whose last point is its result. "Transfer failure" is left out, because no attack here was made on
+another model. An indicator fires if it is true for more than a tenth of the images. "Unstable predictions" is a number:
+it fires if its mean is above a tenth, the paper's threshold.
 """
 
 from __future__ import annotations

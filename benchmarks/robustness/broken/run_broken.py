@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import time
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 
-from ... import RESULTS, options
+from ... import options
 from ...kept import put, rows_of
 from ...speed.running import Budget
 from . import active, adaptive, broken_tables, pintor
@@ -150,7 +149,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> str:
     """Let the judges judge the models that they have not judged yet by this code; return the tables."""
-    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
+    out = options.out_of(chosen, chosen.quick, "")
     kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 
     def is_done(name: str, judge: str) -> bool:

@@ -22,7 +22,7 @@ from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import EvaluateConfig, evaluate
 
-from ... import RESULTS, options
+from ... import options
 from ...speed import timing
 from ...speed.running import Budget
 from .. import revisions
@@ -135,7 +135,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> str:
     """Find the truth, and let the contestants attack, as far as that is not done; return the tables."""
-    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS) / "cpu"
+    out = options.out_of(chosen, chosen.quick, "cpu")
     setting, names = Setting(out, chosen.data, QUICK if chosen.quick else Amount()), []
     for name in chosen.names:
         try:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from purify_fast.evaluation.show.tables import markdown_table
 
-from ...kept import Row, machines
+from ... import kept
+from ...kept import Row
 from .. import revisions
 from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
@@ -53,10 +54,7 @@ def outdated(results: Path) -> list[str]:
     for row in rows["contestants"]:
         attacks = revisions.of_protocol(CONTESTANTS[row["contestant"]][0], random=False)
         if row["code"] != {"networks": networks[row["subject"]], "attacks": attacks}:
-            found.append(
-                f"{FILE}: {row['contestant']} on {row['subject']!r} was made by other attacks than the package has, or "
-                "on other networks; run `python -m benchmarks truth`"
-            )
+            found.append(kept.outdated(FILE, f"{row['contestant']} on {row['subject']!r}", "truth"))
     return found
 
 
@@ -162,7 +160,7 @@ def _sentences(results: Results) -> list[str]:
         "",
         f"Forward passes and gradients an image on the networks of the first table: {'; '.join(costs)}.",
         "",
-        f"{machines(row for kind in results.values() for row in kind)}.",
+        f"{kept.machines(row for kind in results.values() for row in kind)}.",
     ]
 
 
