@@ -72,24 +72,9 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
     return [f"{machines(rows)}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
 
 
-def contests_table(results: Path) -> list[str]:
-    """Our attacks against the official AutoAttack.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-
-    Raises:
-        FileNotFoundError: no contest has been run.
-    """
-    rows = contests.read(results / "studies")
-    if not rows:
-        raise FileNotFoundError(results / "studies" / contests.FILE)
-    return contests.markdown(rows)
-
-
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    "evaluation": contests_table,
+    "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
     "ops_counted": lambda _: performance.counted(),

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,20 +103,16 @@ def _run(job: Job, root: Path, share: int) -> None:
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
-    """Raise ValueError if a job cannot be run, or ``root`` holds folders with other settings."""
+    """Raise ValueError if a job cannot be run, or if ``root`` holds folders with other settings."""
     if not jobs:
         raise ValueError("the study has no job")
     if len({job.folder(root) for job in jobs}) < len(jobs):
         raise ValueError("jobs need names of their own")
-    names = {(job.name, job.seed) for job in jobs}
-    for job in jobs:
-        for need, seed in job.needed():
-            if (need, seed) not in names:
-                raise ValueError(f"{job.name} needs {need!r} of seed {seed}, which the study has not")
-    try:
-        TopologicalSorter({(job.name, job.seed): job.needed() for job in jobs}).prepare()
-    except CycleError as error:
-        raise ValueError(f"these jobs need each other: {', '.join(name for name, _ in error.args[1])}") from error
+    needs = {(job.name, job.seed): job.needed() for job in jobs}
+    if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
+        raise ValueError(f"the study has no job for these needs: {sorted(missing)}")
+    # It raises CycleError, a ValueError, for jobs that need each other.
+    TopologicalSorter(needs).prepare()
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
         there = json.loads(path.read_text()) if path.is_file() else now

@@ -134,11 +134,9 @@ def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
-    unknown = set(rows) - names
-    if unknown:
+    if unknown := set(rows) - names:
         raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
-    wanted: set[str] = set()
-    more = set(rows)
+    wanted, more = set[str](), set(rows)
     while more:
         wanted |= more
         more = {need for job in jobs if job.name in wanted for need in job.needs} - wanted
@@ -189,19 +187,20 @@ class DigitsStudy(Study):
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result
 
+        def values(name: str, key: str) -> list[float]:
+            return [result[key] for result in rows[name].values() if key in result]
+
         def mean(name: str, key: str) -> str:
-            values = [result[key] for result in rows[name].values() if key in result]
-            return over_seeds(values) if values else "-"
+            return over_seeds(found) if (found := values(name, key)) else "-"
+
+        def number(name: str, key: str, places: int) -> str:
+            return f"{statistics.fmean(found):,.{places}f}" if (found := values(name, key)) else "-"
 
         def to_base(name: str, key: str) -> str:
             base = "base, L2" if name.endswith("L2") else "base"
             before = rows.get(base, {}) if name != base else {}
             changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
             return over_seeds(changes) if changes else "-"
-
-        def number(name: str, key: str, places: int) -> str:
-            values = [result[key] for result in rows[name].values() if key in result]
-            return f"{statistics.fmean(values):,.{places}f}" if values else "-"
 
         layers: dict[str, list[dict]] = {}
         for result in results:
