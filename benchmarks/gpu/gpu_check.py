@@ -99,9 +99,10 @@ def run_section(name: str, context: Context) -> dict:
         process.join(context.seconds + grace)
         late = process.is_alive()
     finally:
-        with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
+        # The processes that it started must not outlive it. It may have had no time to lead a group.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # it may have had no time to lead a group
+        process.kill()
         process.join()
     if path.is_file():
         outcome = json.loads(path.read_text())
@@ -253,7 +254,8 @@ def main(chosen: argparse.Namespace) -> bool:
     if not chosen.dry and not torch.cuda.is_available():
         raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")
-    out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()  # pytest runs in another folder
+    # The path is absolute, because pytest runs in another folder.
+    out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()
     lacking = records.missing_compiler()
     if lacking is not None and not chosen.dry:
         print(f"WARNING: {lacking}", file=sys.stderr)

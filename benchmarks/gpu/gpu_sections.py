@@ -350,7 +350,8 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
         "kernel": lambda: op.handle(*arguments),
     }
     if context.dry:
-        del calls["compile"]  # which takes a minute for all of them
+        # Compilation would take a minute.
+        del calls["compile"]
     capture = _capture(context.device)
     with torch.no_grad(), use_backend("reference"):
         replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
@@ -429,7 +430,8 @@ def tests(context: Context) -> Outcome:
 def sanitizer(context: Context) -> Outcome:
     """Run compute-sanitizer over every op once; without it, only the ops, which does not check memory."""
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
-    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
+    # Every tensor gets a separate allocation.
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
         timeout = max(1.0, context.left)

@@ -95,7 +95,7 @@ def contests_sentence(results: Path) -> list[str]:
     for row in rows:
         theirs = official.get(row["contest"])
         ours = row["contestant"].partition(",")[0] == contests.OURS or row["contestant"] == contests.OURS_RAND
-        # an official row that is not finished has fewer images
+        # An unfinished official row has fewer images.
         if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
             leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
     every = [lead for of_contest in leads.values() for lead in of_contest]

@@ -30,11 +30,11 @@ DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_g
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution."""
+    """A convolution; ``side`` is the side of its input images."""
 
     inputs: int
     outputs: int
-    side: int  # of the images that come in
+    side: int
     stride: int = 1
     dilation: int = 1
     kernel: int = 3

@@ -71,7 +71,8 @@ def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: boo
     rows = []
     for name in names:
         cases = ops[name]()
-        if quick:  # the first of each variant
+        if quick:
+            # Only the first case of each variant counts.
             cases = list({case.variant: case for case in reversed(cases)}.values())
         rows += [(i, name, c, d, s) for i, c in enumerate(cases) for d in c.directions for s in timing.STYLES]
     return rows
@@ -110,14 +111,16 @@ def run_ops(
     for name in names:
         try:
             backends[name] = timing.backend_of(name, device)
-        except RuntimeError as error:  # the others can be measured all the same
+        except RuntimeError as error:
+            # The other ops can still be measured.
             if budget.failed is None:
                 raise
             budget.failed[name] = str(error)
     names = list(backends)
     bandwidth = limits.read(out).get((timing.environment(device)["device"], limits.COPY))
     work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
-    if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others
+    if budget.seconds < math.inf:
+        # The first case of every op comes first, called eagerly.
         work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
 
     def run(rank: int, *row) -> None:

@@ -46,10 +46,19 @@ LEAST = 0.95
 
 @dataclass(frozen=True)
 class Effort:
+    """The effort of a row.
+
+    Attributes:
+        runs: number of runs of each contestant.
+        seconds: seconds of a run.
+        attempts: number of attempts, of which the steadiest counts.
+        steady: largest ratio of p80 to p20 that needs no other attempt.
+    """
+
     runs: int = 15
-    seconds: float = 3e-3  # of one run of one contestant
-    attempts: int = 3  # at a quiet moment, the steadiest counts
-    steady: float = 1.15  # the largest p80 / p20 that needs no other attempt
+    seconds: float = 3e-3
+    attempts: int = 3
+    steady: float = 1.15
 
 
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
@@ -212,7 +221,8 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
-    with device:  # large ones are made where they are used
+    # Large inputs are made where they are used.
+    with device:
         sets = [[tensor.to(device) for tensor in case.inputs()]]
     sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
     if direction == "backward":
@@ -244,10 +254,10 @@ def measure(
     del results
     with entries["eager"].mode(), Launches() as counted:
         entries["eager"].calls[0]()
-    launched = counted.count  # of the reference, where ours is one or a few
     clocks = {}
     for kind, entry in entries.items():
-        for _ in range(3):  # warm, compiled, and the allocator has its blocks
+        # Then everything is compiled, and the allocator has its blocks.
+        for _ in range(3):
             once = _clock(entry, len(entry.calls), device)
         repeats = max(len(entry.calls), math.ceil(effort.seconds / once))
         clocks[kind] = partial(_clock, entry, repeats, device)
@@ -266,7 +276,8 @@ def measure(
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
     row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
     row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
-    row["launches"] = launched
+    # The reference launches these; ours is a few.
+    row["launches"] = counted.count
     row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 

@@ -31,9 +31,9 @@ from .entry import Build, Function, Step, behind, cross_entropy, entry, layers, 
 Models = tuple[nn.Module, ...]
 ATHALYE, TRAMER, CROCE = "Athalye et al. 2018", "Tramer et al. 2020", "Croce et al. 2022"
 BPDA, EOT = f"BPDA, {ATHALYE}", f"EOT, {ATHALYE}"
-#: What these papers left of the published defences.
+#: The settings of the published figures, with their place in the papers.
 ON_IMAGENET, ON_CIFAR10 = "(ImageNet, L2 0.005; table 1)", "(CIFAR-10, 0.031; table 1)"
-#: A random model: images that are attacked.
+#: The settings of a random model, of which fewer images are attacked.
 RANDOM: dict[str, Any] = {"random": True, "images": 40}
 GUO, XIE = "Guo et al., ICLR 2018", "Xie et al., ICLR 2018"
 
@@ -116,7 +116,7 @@ ON_CIFAR: dict[str, Any] = {"data": "cifar10", "eps": 8 / 255, "images": 50}
 entry("bit-depth reduction", GUO, BPDA, chain=long(1, 2), published=f"0 {ON_IMAGENET}")(
     purifier(fewer_bits, "digits-standard", staircase)
 )
-# the steps of the minimization have gradients of their own
+# The steps of the minimization are differentiable.
 entry("total variation minimization", GUO, BPDA, chain=drawn(1, 2), published=f"0 {ON_IMAGENET}", **RANDOM)(
     purifier(total_variation, "digits-standard", total_variation)
 )
@@ -453,7 +453,7 @@ def mixed_precision(x: Tensor, y: Tensor) -> Models:
     "the odds are odd",
     "Roth et al., ICML 2019",
     f"logits of clean images matched under EOT, {TRAMER}",
-    # each draw of what is matched takes 17 copies of an image
+    # Each draw of the matched logits takes 17 copies of an image.
     chain=(
         away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
         every_class(1, steps=50, restarts=1, eot_iter=2),

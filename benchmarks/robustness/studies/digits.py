@@ -69,7 +69,8 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),  # attacks the survivors of ce
+        # This attack follows the cross-entropy's, and attacks its survivors.
+        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
         auto_attack = AutoAttack(steps=amount.auto_steps, n_queries=amount.queries)
