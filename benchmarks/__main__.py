@@ -29,25 +29,25 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (_ops, "the ops against their references"),
     "pipelines": (
         SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
-        "what users run end to end, against a plain implementation",
+        "whole predictions and training steps, against a plain implementation",
     ),
     "convolutions": (convolutions, "the layers of AToP's generator, ours against PyTorch's"),
-    "evaluation": (contests, "our attacks against the official AutoAttack: strength and time"),
-    "broken": (run_broken, "defences that were broken, and honest models: what reports say of them"),
-    "truth": (run_truth, "how many images that fall each protocol misses, against exact answers"),
-    "study": (run_study, "what makes a defence robust: trains and attacks models"),
+    "evaluation": (contests, "our attacks against the official AutoAttack, by strength and time"),
+    "broken": (run_broken, "the reports on rebuilt defences that were broken, and on honest models"),
+    "truth": (run_truth, "the images that each protocol misses, by exact answers"),
+    "study": (run_study, "studies of robustness, which train and attack models"),
     "robust_networks": (robust_networks, "train a robust network for the contest of attacks"),
-    "gpu_check": (gpu_check, "what only a GPU can tell: three commands of nine minutes, resumably"),
+    "gpu_check": (gpu_check, "the checks that need a GPU, in three resumable commands of nine minutes"),
     "instructions": (instructions, "the GPU kernels' machine code, counted without a GPU"),
     "memory": (gradient_memory, "memory of the gradient through a diffusion process"),
     "diffusion_picture": (diffusion_picture, "an image, noised, denoised step by step and purified"),
-    "roofline": (roofline, "how long steps should take on an H100: a model, counted"),
+    "roofline": (roofline, "a counted model of the time of an attack's step on an H100"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=add_device),
         "let what purify-fast tune found on this machine ship with the package",
     ),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
-    "report": (fill, "the tables and pictures again, from the CSV files"),
+    "report": (fill, "write the tables and pictures again from the results files"),
 }
 #: Modules whose function ``check`` refuses options that would stop the command later, and the types of its errors.
 CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)

@@ -235,14 +235,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
     which = f"which of {parts}; all in turn by default"
     parser.add_argument("parts", nargs="*", metavar="part", type=options.one_of(PARTS), help=which)
-    parser.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="rehearse every section on the CPU with small inputs; its numbers mean nothing",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     only = f"which; all by default: {sections}"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
-    parser.add_argument("--redo", action="store_true", help="also what is done already")
-    parser.add_argument("--seconds", type=options.seconds, help="the limit of each section in place of its own")
+    parser.add_argument("--redo", action="store_true", help="repeat finished sections")
     parser.add_argument(
-        "--total", type=options.seconds, help="seconds for all of them; 540 for each of the three by default"
+        "--seconds", type=options.seconds, help="time limit of each section; its usual limit by default"
+    )
+    parser.add_argument(
+        "--total", type=options.seconds, help="time limit of all sections; 540 seconds for each command by default"
     )
     parser.add_argument(
         "--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default"

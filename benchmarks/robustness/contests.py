@@ -570,10 +570,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
     options.add_names(parser, RANKS, "--contestants", "who attacks")
-    parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
-    rounds = "how often every contestant runs; 1 by default"
+    parser.add_argument("--images", type=options.at_least_one, help="the most images of a contest; all by default")
+    rounds = "number of runs of every contestant; 1 by default"
     parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
-    parser.add_argument("--redo", action="store_true", help="also what is done already")
+    parser.add_argument("--redo", action="store_true", help="repeat finished runs")
     options.add_out(parser, "/studies")
 
 

@@ -121,7 +121,7 @@ def table(layers: dict[Layer, int], runs: int) -> list[str]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks convolutions``."""
     parser.add_argument(
-        "--runs", type=options.at_least_one, default=15, help="how often every contestant runs; 15 by default"
+        "--runs", type=options.at_least_one, default=15, help="number of runs of every contestant; 15 by default"
     )
 
 

@@ -277,7 +277,7 @@ def plot_pipelines(rows: list[dict], path: Path) -> bool:
         path: the picture's file.
 
     Returns:
-        Whether it was drawn; False without rows or without matplotlib.
+        True if it was drawn; False without rows or without matplotlib.
     """
     cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]

@@ -140,8 +140,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks broken``."""
     options.add_names(parser, ENTRIES, "--only", "which models")
     options.add_names(parser, JUDGES, "--judges", "who judges")
-    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="these judges once more")
-    parser.add_argument("--images", type=options.at_least_one, help="at most so many; all of a model's by default")
+    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="judges whose results are made once more")
+    parser.add_argument("--images", type=options.at_least_one, help="the most images of a model; all by default")
     options.add_minutes(parser)
     parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
     options.add_out(parser, "")

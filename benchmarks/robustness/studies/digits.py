@@ -157,9 +157,9 @@ class DigitsStudy(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--seeds", type=at_least_one, default=SEEDS, help=f"trainings of each row; {SEEDS} by default"
+            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; {SEEDS} by default"
         )
-        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and their needs")
+        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the rows that they need")
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS

@@ -40,11 +40,13 @@ class Cifar10(Study):
         parser.add_argument(
             "--base",
             metavar="NAME",
-            help="stand on this classifier of the zoo; only AToP, ARREST and a new standard classifier are trained, "
+            help="use this classifier of the zoo as base; only AToP, ARREST and a new standard classifier are trained, "
             "and have a table of their own",
         )
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto by default")
-        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of what is done")
+        parser.add_argument(
+            "--so-far", action="store_true", help="train nothing, and write the table of the finished jobs"
+        )
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         # Results of another budget would prevent the table, hours later.

@@ -34,9 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks robust_networks``."""
     parser.add_argument("name", type=one_of(NETWORKS), help=f"which network: {', '.join(NETWORKS)}")
     parser.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
-    parser.add_argument("--device", default="cpu", help="where it is trained; cpu by default")
+    parser.add_argument("--device", default="cpu", help="device of the training; cpu by default")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/robust_networks"), help="where trainings are kept; runs/robust_networks"
+        "--out", type=Path, default=Path("runs/robust_networks"), help="folder of the trainings; runs/robust_networks"
     )
 
 
