@@ -59,9 +59,7 @@ def add_names(parser: ArgumentParser, known: Collection[str], option: str = "nam
 
 def add_out(parser: ArgumentParser, where: str) -> None:
     """Add ``--out``, the folder for the results, and ``--quick``, a trial without numbers."""
-    parser.add_argument(
-        "--quick", action="store_true", help="a short trial with small inputs; its numbers mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; no numbers")
     parser.add_argument("--out", type=Path, help=f"folder for the results; benchmarks/results{where} by default")
 
 

@@ -238,15 +238,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry",
         action="store_true",
-        help="rehearse every section on the CPU with small inputs; its numbers mean nothing",
+        help="rehearse every section on the CPU; no numbers",
     )
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     only = f"which; all by default: {sections}"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
     parser.add_argument("--redo", action="store_true", help="repeat finished sections")
-    parser.add_argument(
-        "--seconds", type=options.seconds, help="time limit of each section; its usual limit by default"
-    )
+    parser.add_argument("--seconds", type=options.seconds, help="time limit of each section; its own by default")
     parser.add_argument(
         "--total", type=options.seconds, help="time limit of all sections; 540 seconds for each command by default"
     )

@@ -285,9 +285,7 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks report``."""
-    parser.add_argument(
-        "folders", nargs="*", type=Path, help="folders of results; all of benchmarks/results by default"
-    )
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; benchmarks/results/* by default")
     parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and tell whether README and docs agree with the results"

@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             "--workers",
             type=at_least_one,
             default=study.workers,
-            help=f"number of jobs side by side; {study.workers} by default",
+            help=f"jobs side by side; {study.workers} by default",
         )
         options.add_argument("--out", type=Path, help="folder of the runs; runs/studies/NAME by default")
 

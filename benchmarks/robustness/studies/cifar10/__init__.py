@@ -44,9 +44,7 @@ class Cifar10(Study):
             "and have a table of their own",
         )
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto by default")
-        parser.add_argument(
-            "--so-far", action="store_true", help="train nothing, and write the table of the finished jobs"
-        )
+        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of finished jobs")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         # Results of another budget would prevent the table, hours later.
