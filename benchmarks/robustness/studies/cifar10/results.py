@@ -6,8 +6,10 @@ the table, and a table is written from both: a folder's numbers replace stored n
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
 from ....options import Unfit
-from .. import ASKED, RESULT, folder_of, result_of
+from .. import ASKED, RESULT, Job, folder_of, result_of
 from . import study
+from .job_list import trainings
 from .study import Budget, Judging
 
 #: The names of the results: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
@@ -30,7 +33,7 @@ BUDGET = "budget.json"
 
 
 class OtherBudget(Unfit):
-    """Runs or results have another budget or other trainings, and do not fit into one table."""
+    """Runs or results have another budget than requested, and do not fit into one table."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +111,38 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """These results, completed by earlier results; a line that both have is taken from these.
+        """These results, completed by earlier results. A line that both have is never mixed.
+
+        Earlier lines of models that began with a model trained anew are left out. So is the best candidate with a
+        further seed if it differs from that of the first seed. Standard error names the omissions.
 
         Args:
             earlier: results of the same budget.
-
-        Raises:
-            OtherBudget: a model was trained anew, and earlier rows began with its older form.
         """
-        for key in self.lines.keys() & earlier.lines.keys():
-            # Hours come from a training's log: another training has other hours.
-            if self.lines[key].get("hours") != earlier.lines[key].get("hours"):
-                raise OtherBudget(f"{key[0]}, seed {key[1]}, was trained anew: move the earlier results away first")
-        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
+        both = self.lines.keys() & earlier.lines.keys()
+        # Hours come from a training's log: another training has other hours.
+        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
+        gone = {
+            (name, seed)
+            for name, seed in earlier.lines.keys() - self.lines.keys()
+            # The row of the best candidate has another name than its model.
+            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
+        }
+        for name, seed in sorted(gone):
+            print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
+        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
+        chosen = lines.get((study.BEST, 0), {}).get("model")
+        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
+        for _, seed in sorted(others):
+            print(f"{study.BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
+        gone |= others
+        for name, seed in sorted(both):
+            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
+                print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
+        return Results(
+            {key: line for key, line in lines.items() if key not in gone},
+            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
+        )
 
     def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
         """Write the numbers and the report on all models.
@@ -187,6 +209,21 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
     if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
         raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
+
+
+@functools.cache
+def _needs() -> dict[str, tuple[str, ...]]:
+    """For each row, the rows that its training needs."""
+    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
+    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
+
+
+def _began_with(name: str) -> Iterator[str]:
+    """A row, and all rows that its training began with."""
+    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
+    yield name
+    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
+        yield from _began_with(earlier)
 
 
 def _report_file(seed: int) -> str:
