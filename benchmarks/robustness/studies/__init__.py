@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import statistics
 import sys
 import time
@@ -21,13 +20,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jinja2
 import torch
 import yaml
 
 from purify_fast._files import write_text
 from purify_fast._process import end_workers, worker_pool
 from purify_fast.speed import retain_freed_memory
+
+from ...prose import rendered
 
 RESULT, ASKED = "result.json", "job.json"
 
@@ -229,16 +229,8 @@ class Study:
 
 def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:
     """Write ``name.md`` in ``folder``, from its template, which sees these functions by their names, and the values."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["paragraph"] = lambda text: " ".join(text.split())
-    environment.globals |= {function.__name__: function for function in functions}
-    text = environment.get_template(f"{name}.md.jinja").render(values)
-    write_text(folder / f"{name}.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", functions, **values)
+    write_text(folder / f"{name}.md", text)
     return folder / f"{name}.md"
 
 
