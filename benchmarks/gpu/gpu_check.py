@@ -42,6 +42,7 @@ from purify_fast.ops.dispatch import racing, records
 from .. import RESULTS, options
 from ..options import Unfit
 from ..pages import fill, performance
+from ..prose import rendered
 from ..speed import sheets, shipping
 from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
@@ -135,21 +136,9 @@ def table(results: dict[str, dict | None]) -> list[str]:
 
 def page(results: dict[str, dict | None], mark: dict) -> str:
     """The report: the table, the omissions, the failures."""
-    kind = "Rehearsal on a CPU" if mark["dry"] else "GPU check"
-    on = f"{mark['device']}, torch {mark['torch']}, triton {mark['triton']}, Python {mark['python']}"
-    lines = [f"# {kind}", "", f"purify_fast {mark['version']} on {on}; {datetime.date.today().isoformat()}.", ""]
-    lines += table(results)
-    for name, result in results.items():
-        if result is None:
-            continue
-        if result["left_out"]:
-            lines += ["", f"## {name}: left out", "", *(f"- {one}" for one in result["left_out"])]
-        errors = {**result["details"].get("errors", {}), **result["details"].get("failed", {})}
-        if result["traceback"]:
-            errors["section"] = result["traceback"]
-        for what, text in errors.items():
-            lines += ["", f"## {name}: {what} failed", "", "```", text.strip(), "```"]
-    return "\n".join(lines) + "\n"
+    there = {name: result for name, result in results.items() if result is not None}
+    template, today = Path(__file__).with_name("gpu_check.md.jinja"), datetime.date.today().isoformat()
+    return rendered(template, mark=mark, today=today, table=table(results), results=there)
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
