@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, instructions, roofline
-from .options import Unfit
+from .options import Unfit, add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
@@ -22,71 +21,54 @@ from .robustness.truth import run_truth
 from .speed import convolutions, gradient_memory, pipelines, running
 from .speed.ops import registry
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command.
-
-    Attributes:
-        help: one line.
-        run: runs the command. Its result is printed, except a bool, which says whether it succeeded.
-        arguments: adds its options to a parser.
-        check: raises ValueError, FileNotFoundError or ModuleNotFoundError for options that would stop it later.
-    """
-
-    help: str
-    run: Callable[[argparse.Namespace], object]
-    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    check: Callable[[argparse.Namespace], None] = lambda chosen: None
-
-
-def _of(module: ModuleType, help: str, checked: bool = False) -> Command:
-    """The command of a module: its ``main``, its ``arguments`` if it has options, and if ``checked`` its ``check``."""
-    own = {"arguments": module.arguments} if "arguments" in vars(module) else {}
-    return Command(help, module.main, **own, **({"check": module.check} if checked else {}))
-
-
-COMMANDS = {
-    "ops": Command(
-        "the ops against their references", running.ops_command, partial(running.arguments, known=registry("cuda"))
+_ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
+_pipelines = partial(running.arguments, known=list(pipelines.registry()))
+#: The commands, each with a line of help. A module has the function ``main``, whose result is printed, except a bool,
+#: which says whether it succeeded. It may have a function ``arguments`` that adds options to a parser.
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "ops": (_ops, "the ops against their references"),
+    "pipelines": (
+        SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
+        "whole predictions and training steps, against a plain implementation",
     ),
-    "pipelines": Command(
-        "what users run end to end, against a plain implementation",
-        running.pipelines_command,
-        partial(running.arguments, known=pipelines.registry()),
+    "convolutions": (convolutions, "the layers of AToP's generator, ours against PyTorch's"),
+    "evaluation": (contests, "our attacks against the official AutoAttack, by strength and time"),
+    "broken": (run_broken, "the reports on rebuilt defences that were broken, and on honest models"),
+    "truth": (run_truth, "the images that each protocol misses, by exact answers"),
+    "study": (run_study, "studies of robustness, which train and attack models"),
+    "robust_networks": (robust_networks, "train a robust network for the contest of attacks"),
+    "gpu_check": (gpu_check, "the checks that need a GPU, in three resumable commands of nine minutes"),
+    "instructions": (instructions, "the GPU kernels' machine code, counted without a GPU"),
+    "memory": (gradient_memory, "memory of the gradient through a diffusion process"),
+    "diffusion_picture": (diffusion_picture, "an image, noised, denoised step by step and purified"),
+    "roofline": (roofline, "a counted model of the time of an attack's step on an H100"),
+    "ship": (
+        SimpleNamespace(main=fill.ship, arguments=add_device),
+        "let what purify-fast tune found on this machine ship with the package",
     ),
-    "convolutions": _of(convolutions, "the layers of AToP's generator, ours against PyTorch's"),
-    "evaluation": _of(contests, "our attacks against the official AutoAttack: strength and time"),
-    "broken": _of(run_broken, "defences that were broken, and honest models: what reports say of them"),
-    "truth": _of(run_truth, "how many images that fall each protocol misses, against exact answers"),
-    "study": _of(run_study, "what makes a defence robust: trains and attacks models", checked=True),
-    "robust_networks": _of(robust_networks, "train a robust network for the contest of attacks"),
-    "gpu_check": _of(gpu_check, "what only a GPU can tell: three commands of nine minutes, resumably"),
-    "instructions": _of(instructions, "the GPU kernels' machine code, counted without a GPU"),
-    "memory": _of(gradient_memory, "memory of the gradient through a diffusion process"),
-    "diffusion_picture": _of(diffusion_picture, "an image, noised, denoised step by step and purified"),
-    "roofline": _of(roofline, "how long steps should take on an H100: a model, counted"),
-    "ship": Command(
-        "let what purify-fast tune found on this machine ship with the package", fill.ship, fill.ship_arguments
-    ),
-    "zoo": _of(pack_zoo, "pack trained models into the zoo, and write their cards", checked=True),
-    "report": _of(fill, "the tables and pictures again, from the CSV files"),
+    "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
+    "report": (fill, "write the tables and pictures again from the results files"),
 }
+#: Modules whose function ``check`` refuses options that would stop the command later, and the types of its errors.
+CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        command.arguments(commands.add_parser(name, help=command.help))
+    for name, (module, text) in COMMANDS.items():
+        own = commands.add_parser(name, help=text)
+        if hasattr(module, "arguments"):
+            module.arguments(own)
     chosen = parser.parse_args(arguments)
-    command = COMMANDS[chosen.command]
+    module, _ = COMMANDS[chosen.command]
     try:
-        command.check(chosen)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if module in CHECKED:
+            module.check(chosen)
+    except REFUSALS as error:
         parser.error(str(error))
     try:
-        result = command.run(chosen)
+        result = module.main(chosen)
     except Unfit as error:
         parser.error(str(error))
     if isinstance(result, bool):

@@ -53,10 +53,10 @@ def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], te
 
     Args:
         axes: matplotlib's.
-        names: at the left.
-        widths: of the bars.
-        colors: of the bars.
-        texts: at their ends.
+        names: names at the left.
+        widths: widths of the bars.
+        colors: colors of the bars.
+        texts: texts at their ends.
         most: the largest width of all axes that are compared.
     """
     container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
@@ -74,7 +74,7 @@ def title(axes: Any, text: str) -> None:
 
     Args:
         axes: matplotlib's.
-        text: what it says.
+        text: the title.
     """
     axes.set_title(text, fontsize=9.5, loc="left", color=INK, weight="bold")
 
@@ -84,7 +84,7 @@ def save(figure: Any, path: Path) -> None:
 
     Args:
         figure: the figure.
-        path: of the file.
+        path: the file.
     """
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")

@@ -81,7 +81,8 @@ def _cases() -> dict[str, tuple]:
     for method, name in enumerate(METHODS):
         logits = x(4, 8, 1024)
         cases[f"aggregate-{name}-forward"] = (logits, method)
-        if name != "vote":  # has no gradient
+        # A vote has no gradient.
+        if name != "vote":
             cases[f"aggregate-{name}-backward"] = (one(4, 1024), logits, method)
 
     wide, narrow = x(4, 8, 64, 64), x(4, 4, 64, 64)
@@ -121,10 +122,12 @@ def _cases() -> dict[str, tuple]:
         cases[f"stitch-forward{layout}"] = (x(16, 3, 64, 64, last=last), quarters, 4)
         cases[f"stitch-backward{layout}"] = (x(4, 3, 64, 64, last=last), quarters, 4)
 
-    few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]  # one and several chunks
+    # The first are one chunk, the others several.
+    few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]
     for kind, name in enumerate(KINDS):
         cases[f"representation_distance-{name}"] = (few, few, kind)
-        if name in ("abs_cosine", "l2"):  # products and squares
+        # These two have products and squares.
+        if name in ("abs_cosine", "l2"):
             cases[f"representation_distance-{name}-chunks"] = (many, many, kind)
     slopes = one(4, 3, 2)
     cases |= _decoders()
@@ -234,7 +237,8 @@ class Code:
 
     def programs(self) -> int:
         """The number of programs that fit on a multiprocessor of sm_90 at once, by registers and threads."""
-        warp = -(-self.registers * 32 // 256) * 256  # registers are given to warps, 256 at a time
+        # A warp gets registers by 256.
+        warp = -(-self.registers * 32 // 256) * 256
         warps = self.threads // 32
         return min(32, 65536 // warp // warps, 64 // warps)
 

@@ -42,8 +42,9 @@ from purify_fast.ops.dispatch import racing, records
 from .. import RESULTS, options
 from ..options import Unfit
 from ..pages import fill, performance
+from ..prose import rendered
 from ..speed import sheets, shipping
-from ..speed.running import folder
+from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 
 #: Seconds beyond its limit after which a section is killed, on a GPU and in the rehearsal.
@@ -70,55 +71,47 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(pipe, name: str, context: tuple, parent: int) -> None:
-    """Run a section in this process, in a process group with the processes that it starts."""
+def _work(name: str, context: Context, path: Path, parent: int) -> None:
+    """Run a section in this process, which leads a process group, and write its outcome."""
     os.setsid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    out, device, dry, seconds, data = context
-    if dry:
-        _rehearse(out)
-    with (out / "gpu_check" / f"{name}.log").open("w") as log:
+    if context.dry:
+        _rehearse(context.out)
+    with (context.out / "gpu_check" / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        outcome = SECTIONS[name].run(Context(out, device, dry, seconds, lambda *progress: pipe.send(progress), data))
+        outcome = SECTIONS[name].run(dataclasses.replace(context, started=time.monotonic()))
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = Outcome(FAILED, summary, traceback=traceback.format_exc())
-    pipe.send(outcome)
+    write_text(path, json.dumps(dataclasses.asdict(outcome)))
 
 
-def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell, data: Path | None) -> dict:
+def run_section(name: str, context: Context) -> dict:
     """Run a section, and return its outcome, with a traceback; a section that exceeds its time is killed."""
-    began, grace = time.monotonic(), GRACE[dry]
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, name, (out, device, dry, seconds, data), os.getpid()))
+    began, grace = time.monotonic(), GRACE[context.dry]
+    path = context.out / "gpu_check" / f"{name}.outcome"
+    path.unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(name, context, path, os.getpid()))
     process.start()
-    theirs.close()
-    outcome = None
+    assert process.pid is not None
     try:
-        while outcome is None and time.monotonic() - began < seconds + grace:
-            if mine.poll(0.5):
-                message = mine.recv()
-                if isinstance(message, Outcome):
-                    outcome = message
-                else:
-                    tell(*message)
-    except EOFError:
-        process.join()
-        outcome = Outcome(FAILED, f"its process ended with exit status {process.exitcode}")
+        process.join(context.seconds + grace)
+        late = process.is_alive()
     finally:
-        assert process.pid is not None
-        if outcome is not None:
-            process.join(grace)
-        with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
+        # The processes that it started must not outlive it. It may have had no time to lead a group.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # it may have had no time to lead a group
+        process.kill()
         process.join()
-    if outcome is None:
-        outcome = Outcome(FAILED, f"ended {grace:.0f} s after its limit of {seconds:.0f} s")
-    return {"section": name, **dataclasses.asdict(outcome), "seconds": round(time.monotonic() - began, 1)}
+    if path.is_file():
+        outcome = json.loads(path.read_text())
+    else:
+        why = f"its process ended with exit status {process.exitcode}"
+        why = f"ended {grace:.0f} s after its limit of {context.seconds:.0f} s" if late else why
+        outcome = dataclasses.asdict(Outcome(FAILED, why))
+    return {"section": name, **outcome, "seconds": round(time.monotonic() - began, 1)}
 
 
 def done(path: Path, mark: dict) -> dict | None:
@@ -143,21 +136,9 @@ def table(results: dict[str, dict | None]) -> list[str]:
 
 def page(results: dict[str, dict | None], mark: dict) -> str:
     """The report: the table, the omissions, the failures."""
-    kind = "Rehearsal on a CPU" if mark["dry"] else "GPU check"
-    on = f"{mark['device']}, torch {mark['torch']}, triton {mark['triton']}, Python {mark['python']}"
-    lines = [f"# {kind}", "", f"purify_fast {mark['version']} on {on}; {datetime.date.today().isoformat()}.", ""]
-    lines += table(results)
-    for name, result in results.items():
-        if result is None:
-            continue
-        if result["left_out"]:
-            lines += ["", f"## {name}: left out", "", *(f"- {one}" for one in result["left_out"])]
-        errors = {**result["details"].get("errors", {}), **result["details"].get("failed", {})}
-        if result["traceback"]:
-            errors["section"] = result["traceback"]
-        for what, text in errors.items():
-            lines += ["", f"## {name}: {what} failed", "", "```", text.strip(), "```"]
-    return "\n".join(lines) + "\n"
+    there = {name: result for name, result in results.items() if result is not None}
+    template, today = Path(__file__).with_name("gpu_check.md.jinja"), datetime.date.today().isoformat()
+    return rendered(template, mark=mark, today=today, table=table(results), results=there)
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
@@ -214,30 +195,23 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
     results = {name: done(path, mark) for name, path in paths.items()}
     asked = chosen.only or [name for part in chosen.parts or PARTS for name in PARTS[part]]
     wanted = [name for name in SECTIONS if name in asked and (chosen.redo or not complete(results[name]))]
-    with tqdm(total=len(wanted), unit="section", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as progress:
-        for index, name in enumerate(wanted):
-
-            def tell(share: float, what: str, index: int = index, name: str = name) -> None:
-                progress.n = index + max(0.0, min(1.0, share))
-                progress.set_description(f"{name}: {what}"[:60], refresh=True)
-
-            tell(0.0, "")
-            left = total - (time.monotonic() - began) - GRACE[dry]
-            limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
-            if limit < 5:
-                progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
-                continue
-            _begin(name, out, mark, chosen.redo)
-            built = done(paths["extension"], mark)
-            if built and built["details"].get("path"):
-                os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
-            result = {**run_section(name, out, device, dry, limit, tell, chosen.data), "fingerprint": mark}
-            result["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-            write_text(paths[name], json.dumps(result, indent=1) + "\n")
-            results[name] = result
-            write_text(out / "gpu_check.md", page(results, mark))
-        progress.n = len(wanted)
-        progress.set_description("done", refresh=True)
+    for name in (progress := tqdm(wanted, unit="section", file=sys.stderr)):
+        progress.set_description(name)
+        left = total - (time.monotonic() - began) - GRACE[dry]
+        limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
+        if limit < 5:
+            progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
+            continue
+        _begin(name, out, mark, chosen.redo)
+        built = done(paths["extension"], mark)
+        if built and built["details"].get("path"):
+            os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
+        results[name] = run_section(name, Context(out, device, dry, limit, chosen.data)) | {
+            "fingerprint": mark,
+            "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        }
+        write_text(paths[name], json.dumps(results[name], indent=1) + "\n")
+        write_text(out / "gpu_check.md", page(results, mark))
     write_text(out / "gpu_check.md", page(results, mark))
     print("\n".join(table(results)))
     for path in (out / "gpu_check.md", *conclude(out, dry)):
@@ -250,14 +224,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
     which = f"which of {parts}; all in turn by default"
     parser.add_argument("parts", nargs="*", metavar="part", type=options.one_of(PARTS), help=which)
-    parser.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="rehearse every section on the CPU; no numbers",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     only = f"which; all by default: {sections}"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
-    parser.add_argument("--redo", action="store_true", help="also what is done already")
-    parser.add_argument("--seconds", type=options.seconds, help="the limit of each section in place of its own")
+    parser.add_argument("--redo", action="store_true", help="repeat finished sections")
+    parser.add_argument("--seconds", type=options.seconds, help="time limit of each section; its own by default")
     parser.add_argument(
-        "--total", type=options.seconds, help="seconds for all of them; 540 for each of the three by default"
+        "--total", type=options.seconds, help="time limit of all sections; 540 seconds for each command by default"
     )
     parser.add_argument(
         "--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default"
@@ -269,7 +247,8 @@ def main(chosen: argparse.Namespace) -> bool:
     if not chosen.dry and not torch.cuda.is_available():
         raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
     device = torch.device("cpu" if chosen.dry else "cuda")
-    out = (chosen.out or folder(device, chosen.dry)).resolve()  # pytest runs in another folder
+    # The path is absolute, because pytest runs in another folder.
+    out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()
     lacking = records.missing_compiler()
     if lacking is not None and not chosen.dry:
         print(f"WARNING: {lacking}", file=sys.stderr)

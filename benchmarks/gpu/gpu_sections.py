@@ -43,7 +43,7 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import racing, verify
 from purify_fast.ops.dispatch.examples import tile, to
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.registry import use_backend
+from purify_fast.ops.dispatch.registry import Op, use_backend
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
 from purify_fast.speed.graphs.step_graphs import StepGraphs
@@ -91,7 +91,6 @@ class Context:
         device: the checked device.
         dry: whether this rehearses on a CPU, where everything is small and no number means anything.
         seconds: time limit of the section.
-        tell: called with the finished share and its name.
         data: CIFAR-10, as a folder or an ``.npz`` file; None for the current folder.
         started: start time on the monotonic clock.
     """
@@ -100,7 +99,6 @@ class Context:
     device: torch.device
     dry: bool
     seconds: float
-    tell: Callable[[float, str], None]
     data: Path | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -109,7 +107,7 @@ class Context:
         return self.seconds - (time.monotonic() - self.started)
 
     def budget(self) -> Budget:
-        return Budget(self.left, resume=True, failed={}, tell=self.tell)
+        return Budget(self.left, resume=True, failed={})
 
 
 @dataclass
@@ -121,13 +119,13 @@ class Outcome:
     traceback: str = ""
 
 
-def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> Outcome:
+def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
     """Measure the missing parts of a file one by one, and write the file after each part.
 
     Args:
         context: context of the section.
         file: file in the folder of the device.
-        work: for each part's name, as in the column ``part``, the function that measures it.
+        work: for each part's name, as in the column ``part``, the function that measures its row or rows.
 
     Returns:
         The outcome of the parts: a failed part does not stop others, and parts without enough time are left out.
@@ -137,7 +135,8 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict
     there = {row["part"] for row in rows}
 
     def run(part: str) -> None:
-        rows.extend({"part": part, **row, **here} for row in work[part]())
+        made = work[part]()
+        rows.extend({"part": part, **row, **here} for row in (made if isinstance(made, list) else [made]))
         sheets.write_csv(path, rows)
 
     budget = context.budget()
@@ -170,6 +169,11 @@ def _capture(device: torch.device) -> Any:
     return CudaCapture() if device.type == "cuda" else Replays()
 
 
+def _with_kernels(device: torch.device) -> list[Op]:
+    """The ops that have a kernel for a device."""
+    return [op for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
+
+
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3f}"
 
@@ -188,7 +192,7 @@ class _SignStep:
         return {"point": (point.detach() + gradient.sign() / 255).clamp(0, 1)}
 
 
-def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
+def _one_capture(context: Context, images: int, precision: Any) -> dict:
     """Measure the cost of capturing a step, and the time of a step with and without it."""
     torch.manual_seed(0)
     model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
@@ -209,20 +213,15 @@ def _one_capture(context: Context, images: int, precision: Any) -> list[dict]:
     launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
     graph = statistics.median(seconds for _, seconds in replayed)
     saved = whole - graph
-    return [
-        {
-            "images": images,
-            "precision": precision if source is not model or precision == "float32" else "no copy",
-            "captured": loop.replays,
-            "capture_ms": _ms(captured),
-            "eager_host_ms": _ms(launching),
-            "eager_ms": _ms(whole),
-            "graph_ms": _ms(graph),
-            "device_ms": _ms(on_device),
-            "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
-            "refusal": graphs.refusal or "",
-        }
-    ]
+    times = {"capture": captured, "eager_host": launching, "eager": whole, "graph": graph, "device": on_device}
+    return {
+        "images": images,
+        "precision": precision if source is not model or precision == "float32" else "no copy",
+        "captured": loop.replays,
+        **{f"{name}_ms": _ms(seconds) for name, seconds in times.items()},
+        "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
+        "refusal": graphs.refusal or "",
+    }
 
 
 def capture_cost(context: Context) -> Outcome:
@@ -236,16 +235,14 @@ def capture_cost(context: Context) -> Outcome:
     return measured(context, CAPTURE_COST, work)
 
 
-def _one_verdict(context: Context, name: str) -> list[dict]:
-    """The verdict on an op, reached now or before, with its seconds, mostly for compiling."""
-    verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
-    return [{"op": name, **asdict(verdict), "passed": verdict.passed}]
-
-
 def verdicts(context: Context) -> Outcome:
-    """Every kernel against the definition in float64."""
-    names = [name for name, op in REGISTRY.items() if op.kernel(context.device.type) != "reference"]
-    outcome = measured(context, VERDICTS, {name: partial(_one_verdict, context, name) for name in names})
+    """Every kernel against the definition in float64; the seconds are mostly for compiling."""
+
+    def one(op: Op) -> dict:
+        verdict = verify.verdict_of(op, Call(context.device))
+        return {"op": op.name, **asdict(verdict), "passed": verdict.passed}
+
+    outcome = measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
     rows = sheets.rows_of(context.out / VERDICTS)
     wrong = {row["op"]: row["case"] for row in rows if row["passed"] != "True"}
     outcome.summary += f"; {len(wrong)} kernels wrong, {sum(float(row['seconds']) for row in rows):.0f} s"
@@ -314,7 +311,7 @@ def _device_seconds(run: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
-def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> list[dict]:
+def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> dict:
     """Measure a training step: launching, the whole step, and the device's computing time."""
     chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
     job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
@@ -324,35 +321,23 @@ def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> li
     times = [capture.timed(job.run, context.device) for _ in range(runs)]
     launching, whole = (statistics.median(column) for column in zip(*times, strict=True))
     computing = 0.0 if context.dry else _device_seconds(job.run)
-    return [
-        {
-            "pipeline": pipeline,
-            "case": case,
-            "contestant": contestant,
-            "host_ms": _ms(launching),
-            "all_ms": _ms(whole),
-            "device_ms": _ms(computing) if computing else "",
-        }
-    ]
+    times = {"host_ms": _ms(launching), "all_ms": _ms(whole), "device_ms": _ms(computing) if computing else ""}
+    return {"pipeline": pipeline, "case": case, "contestant": contestant, **times}
 
 
 def training_steps(context: Context) -> Outcome:
     """Measure a step of each method's training, host against device."""
-    chosen = [
-        (pipeline, name, contestant)
+    work = {
+        f"{pipeline}, {name}: {contestant}": partial(_one_step, context, pipeline, name, contestant)
         for pipeline in ("arrest_step", "carso_training", "atop_finetune")
         for name, case in pipelines.registry()[pipeline](context.dry).items()
         for contestant in ("ours", "ours, captured")
         if contestant in case.contestants
-    ]
-    work = {
-        f"{pipeline}, {case}: {contestant}": partial(_one_step, context, pipeline, case, contestant)
-        for pipeline, case, contestant in chosen
     }
     return measured(context, STEPS, work)
 
 
-def _one_replay(context: Context, race: racing.Race, copied: float) -> list[dict]:
+def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
     """Replay a kernel, its reference, and the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
@@ -365,31 +350,28 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> list[dict
         "kernel": lambda: op.handle(*arguments),
     }
     if context.dry:
-        del calls["compile"]  # which takes a minute for all of them
+        # Compilation would take a minute.
+        del calls["compile"]
     capture = _capture(context.device)
     with torch.no_grad(), use_backend("reference"):
         replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
         times = dict(zip(calls, racing.fastest(replays, context.device), strict=True))
     share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
-    return [
-        {
-            "op": race.op,
-            "example": race.example.name,
-            "variant": race.example.variant,
-            "dtype": row.dtype,
-            "elements": row.elements,
-            "megabytes": row.megabytes,
-            **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
-            "share_of_copy": f"{share:.3f}" if share else "",
-        }
-    ]
+    about = {"op": race.op, "example": race.example.name, "variant": race.example.variant, "dtype": row.dtype}
+    return {
+        **about,
+        "elements": row.elements,
+        "megabytes": row.megabytes,
+        **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
+        "share_of_copy": f"{share:.3f}" if share else "",
+    }
 
 
 def replays(context: Context) -> Outcome:
     """Measure each kernel on large tensors, in bfloat16 if it is supported, by variant and layout."""
     copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
-    for op in (op for op in REGISTRY.values() if op.kernel(context.device.type) != "reference"):
+    for op in _with_kernels(context.device):
         for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
             if race.size == size:
                 work[race.words()] = partial(_one_replay, context, race, copied)
@@ -409,7 +391,6 @@ def _build(context: Context) -> Path:
     place = ROOT / "build" / "gpu_check" / f"cpu-{platform.python_version()}-{torch.__version__}"
     environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
-    context.tell(0.1, "building")
     subprocess.run(command, cwd=ROOT, env=environ, timeout=context.left, check=True)
     return next(place.glob("purify_fast/_C*.so"))
 
@@ -423,9 +404,7 @@ def tests(context: Context) -> Outcome:
     """Run tests/gpu: small tensors side by side, then large tensors one by one; passed tests are skipped."""
     path = context.out / "gpu_check" / "tests.outcomes"
     cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
-    rounds = [("kernels", "not large", 0.8, cores), ("large tensors", "large", 1.0, 0)]
-    for index, (name, mark, share, workers) in enumerate(rounds):
-        context.tell(index / len(rounds), name)
+    for mark, share, workers in (("not large", 0.8, cores), ("large", 1.0, 0)):
         environ = {
             **os.environ,
             "PURIFY_FAST_TEST_DEVICE": context.device.type,
@@ -451,7 +430,8 @@ def tests(context: Context) -> Outcome:
 def sanitizer(context: Context) -> Outcome:
     """Run compute-sanitizer over every op once; without it, only the ops, which does not check memory."""
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
-    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
+    # Every tensor gets a separate allocation.
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
         timeout = max(1.0, context.left)
@@ -459,7 +439,6 @@ def sanitizer(context: Context) -> Outcome:
         print(done.stdout, done.stderr, sep="\n")
         return done
 
-    context.tell(0.1, "the ops without it")
     alone = run(script)
     alone.check_returncode()
     if context.device.type != "cuda":
@@ -470,15 +449,14 @@ def sanitizer(context: Context) -> Outcome:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
     tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
     # PyTorch may ask the driver for unsupported features: those errors are not the kernels'.
-    kinds = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+    commands = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+    commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in commands.items()}
     clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
-    commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in kinds.items()}
     control = run([*commands["memcheck"], *tiny])
     if control.returncode or clean["memcheck"] not in control.stdout:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": control.stdout})
     said, left_out, state = {}, [], PASSED
-    for index, (kind, command) in enumerate(commands.items()):
-        context.tell(0.3 + 0.3 * index, kind)
+    for kind, command in commands.items():
         try:
             done = run([*command, *script])
         except subprocess.TimeoutExpired as error:
@@ -498,10 +476,9 @@ def races(context: Context) -> Outcome:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     capture = CudaCapture() if device.type == "cuda" else None
-    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
+    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture)
     shipping.take(device, context.out)
-    raced = [racing.known_rows(op, device) for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
-    ratios = [row.ratio for rows in raced for row in rows]
+    ratios = [row.ratio for op in _with_kernels(device) for row in racing.known_rows(op, device)]
     problems = {**tuned.failed, **tuned.wrong}
     summary = (
         f"{len(ratios)} races, {sum(ratio > 1 for ratio in ratios)} won by the kernel, {len(tuned.changes)} calls "

@@ -74,7 +74,8 @@ APART = ("random_transform._owners",)
 
 def instructions(case: str, dtype: str) -> int:
     """The instructions of a thread in all launches of the case, for the elements of its row in `EXECUTED`."""
-    from . import ahead  # needs Triton, which a report does not
+    # This module needs Triton, which a report does not need.
+    from . import ahead
 
     row = next((row for row in EXECUTED if row.case == case), Row(case, dtype, 0, 0, ""))
     total = 0.0

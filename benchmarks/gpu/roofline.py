@@ -37,18 +37,14 @@ from .launches import Replays, served
 
 FILE = "roofline.csv"
 H100 = GPUS["h100"]
-#: The attacks whose step is modelled.
-STEPS = ("APGD-100 ce", "APGD-T 100", "FAB-T 100", "Square")
 #: The batch sizes at which a step is counted, and those for which it is modelled.
 COUNTED, BATCHES = (4, 8), (16, 64, 250)
 #: The numbers of steps with which the operators of a step are counted.
 COUNTED_STEPS = (20, 40)
 SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
-#: A run of each attack, by the beginning of its name in a report.
+#: A run of each modelled attack, by the beginning of its name in a report.
 ATTACKS: dict[str, Callable[..., Tensor]] = {
-    "APGD-10 margin": partial(apgd, loss="margin"),
     "APGD-100 ce": apgd,
-    "APGD-T 100 margin": partial(apgd, loss="margin_targeted", n_target_classes=1),
     "APGD-T 100": partial(apgd, loss="dlr_targeted", n_target_classes=1),
     "FAB-T 100": partial(fab_t, n_target_classes=1),
     "Square": lambda *args, steps, **options: square(*args, n_queries=steps, **options),
@@ -101,7 +97,7 @@ def of_model(name: str, model: nn.Module, x: Tensor) -> Cost:
     """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
 
     Args:
-        name: of the attack.
+        name: name of the attack.
         model: images to logits.
         x: images ``[B, C, H, W]``.
     """
@@ -185,7 +181,7 @@ def write(results: Path) -> Path:
     """
     rows = []
     with served("by rule"):
-        for name in tqdm(STEPS, desc="roofline", unit=" steps"):
+        for name in tqdm(ATTACKS, desc="roofline", unit=" steps"):
             (small, _), (large, captured) = (of_attack(name, size) for size in COUNTED)
             for size in BATCHES:
                 share = (size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])

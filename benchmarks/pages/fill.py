@@ -20,8 +20,9 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
-from .. import RESULTS, options
+from .. import RESULTS
 from ..gpu import instructions, launches, roofline
+from ..kept import machines
 from ..options import Unfit
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -68,28 +69,12 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']})" if row and row["ms"] else "-")
         body.append(line)
     heads = [f"{case}: {shape}" for _, case, shape in cases]
-    machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
-    return [f"{machines}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
-
-
-def contests_table(results: Path) -> list[str]:
-    """Our attacks against the official AutoAttack.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-
-    Raises:
-        FileNotFoundError: no contest has been run.
-    """
-    rows = contests.read(results / "studies")
-    if not rows:
-        raise FileNotFoundError(results / "studies" / contests.FILE)
-    return contests.markdown(rows)
+    return [f"{machines(rows)}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)]
 
 
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    "evaluation": contests_table,
+    "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
     "ops_counted": lambda _: performance.counted(),
@@ -300,29 +285,24 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks report``."""
-    parser.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
-    parser.add_argument("--count", action="store_true", help="also count again what a training step launches")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; benchmarks/results/* by default")
+    parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing: do README and docs agree with the results?"
+        "--check", action="store_true", help="write nothing, and tell whether README and docs agree with the results"
     )
 
 
 def main(chosen: argparse.Namespace) -> bool | None:
     """``python -m benchmarks report``; with --check, tell whether README and docs agree with the results."""
-    for path in chosen.folders:
-        if not any((path / name).exists() for name in (sheets.ROWS, sheets.PIPELINES)):
-            raise Unfit(f"{path} holds neither {sheets.ROWS} nor {sheets.PIPELINES}")
     if chosen.check:
         problems = check(RESULTS)
         print("\n".join(problems) or "README and docs agree with the results files; their local links lead somewhere")
         return not problems
-    for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
-        if (path / sheets.ROWS).exists():
-            sheets.report(path)
-            print(path / sheets.TABLE)
-        if (path / sheets.PIPELINES).exists():
-            sheets.report_pipelines(path)
-            print(path / sheets.PIPELINES_TABLE)
+    try:
+        for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
+            print(*sheets.report(path), sep="\n")
+    except FileNotFoundError as error:
+        raise Unfit(str(error)) from error
     if chosen.count:
         print(launches.write(RESULTS))
     # The pages show only the committed results.
@@ -341,15 +321,10 @@ def publish() -> None:
             print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
 
 
-def ship_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks ship``."""
-    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
-
-
 def ship(chosen: argparse.Namespace) -> Path:
     """``python -m benchmarks ship``."""
     try:
-        path = shipping.take(chosen.device, running.folder(chosen.device, False))
+        path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     except FileNotFoundError as error:
         raise Unfit(str(error)) from error
     publish()

@@ -8,6 +8,7 @@ from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from .. import style
+from ..kept import rows_of
 from ..robustness import contests
 from ..robustness.broken import broken_tables
 from ..robustness.studies import diffusion_table
@@ -94,7 +95,7 @@ def contests_sentence(results: Path) -> list[str]:
     for row in rows:
         theirs = official.get(row["contest"])
         ours = row["contestant"].partition(",")[0] == contests.OURS or row["contestant"] == contests.OURS_RAND
-        # an official row that is not finished has fewer images
+        # An unfinished official row has fewer images.
         if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
             leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
     every = [lead for of_contest in leads.values() for lead in of_contest]
@@ -141,7 +142,7 @@ def broken_sentence(results: Path) -> list[str]:
     Args:
         results: the folder of committed results.
     """
-    rows = broken_tables.read(results)
+    rows = rows_of(results / broken_tables.FILE)
     names = [name for name, entry in broken_tables.ENTRIES.items() if entry.paper]
     said = [broken_tables.verdicts({row["judge"]: row for row in rows if row["model"] == name}) for name in names]
     official, default = ([each[judge] for each in said] for judge in (broken_tables.OFFICIAL, broken_tables.STANDARD))

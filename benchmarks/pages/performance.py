@@ -10,6 +10,7 @@ from pathlib import Path
 
 from purify_fast.ops.dispatch.op import SIZES
 
+from ..prose import rendered
 from ..speed import limits, pipelines, sheets, shipping
 from ..speed.ops import Case, registry
 from ..speed.sheets import table
@@ -101,44 +102,7 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
                 times = [f"{float(row[f'{c}_us']):,.1f}" if row.get(f"{c}_us") else "-" for c in columns]
                 by = served.get((op, direction), "-")
                 body.append([op, direction, _shape(case), least, *times, share, row["GB_per_s"], by, row["device"]])
-    return [
-        "### Ops, called eagerly",
-        "",
-        "Microseconds, one shape per op; `compile` is what `torch.compile` gives already. The limit is that of the "
-        "row's device, where its copy bandwidth was measured. [All shapes](../benchmarks/results/{folder}/ops.md).",
-        "",
-        *table(["op", "direction", "at", "limit", *columns, "of the limit", "GB/s", "served by", "on"], body),
-    ]
-
-
-def lost(rows: list[dict]) -> list[str]:
-    """The cases in which another contestant is faster than our kernels."""
-    lines = sheets.verdicts(rows)
-    columns = ("op", "direction", "behind_eager", "worst_ratio", "worst_row")
-    if body := [[line[name] for name in columns] for line in lines if line["eager_calls"] == "reference"]:
-        where = [
-            "Our kernel is more than 5 % behind the reference or `torch.compile` of it in some row:",
-            "",
-            *table(["op", "direction", "rows behind", "worst ratio", "where"], body),
-        ]
-    else:
-        least = min((line for line in lines if line["worst_ratio"]), key=lambda line: float(line["worst_ratio"]))
-        row = f"{least['op']} {least['direction']}, {least['worst_row']}"
-        where = [
-            "In no row of eager calls is our kernel more than 5 % behind the better of the reference and "
-            f"`torch.compile` of it. The lowest ratio is {least['worst_ratio']}: {row}."
-        ]
-    behind = [line for line in lines if not line["behind_graph"].startswith("0/")]
-    graphs = ", ".join(f"{line['op']} {line['direction']} {line['behind_graph']}" for line in behind)
-    kernels = ", ".join(f"{line['op']} {line['direction']}" for line in lines if line["in_graphs"] != "reference")
-    return [
-        "### Where we lose",
-        "",
-        *where,
-        "",
-        f"In compiled graphs the reference serves {f'but for {kernels}' if kernels else 'always'}; as an opaque op "
-        f"there our kernel would lose in: {graphs or 'none'}.",
-    ]
+    return table(["op", "direction", "at", "limit", *columns, "of the limit", "GB/s", "served by", "on"], body)
 
 
 def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
@@ -160,18 +124,7 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
         cells = [f"{pipeline}: {name}; {ours['shape']}", f"`{case.flops}`" if case else "", ours["GFLOP"]]
         body.append([*cells, f"{best:,.1f}", *times, share, parts, ours["device"]])
     contestants = ["plain", "compiled", "compiled, bfloat16", "ours"]
-    return [
-        "### Pipelines",
-        "",
-        "FLOP that ours computes, by formula and as counted while it ran; the limit is their time at the highest "
-        "bfloat16 matrix rate measured on the device; parts are timed one by one, beside the whole. Bytes are not "
-        "counted: activations are most of them, and the compiler decides which are moved. Of one image, forward: F "
-        "classifier, E the condition's encoders, Q the posterior's, D decoder, G generator, N denoiser; B images, K "
-        "samples, S steps of PGD, T of the diffusion process; 2: with the gradient to the images, 3: to the weights "
-        "too, or with a process computed again. [All contestants](../benchmarks/results/{folder}/pipelines.md).",
-        "",
-        *table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, "of the limit", "its parts", "on"], body),
-    ]
+    return table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, "of the limit", "its parts", "on"], body)
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -189,17 +142,8 @@ def measured_races(raced: dict) -> list[str]:
             if name.endswith(tuple(SIZES)) and who.get("eager") == "reference"
         ]
         body.append([op, *cells, ", ".join(behind) or "-"])
-    return [
-        "### Races of kernel and reference",
-        "",
-        f"By `purify-fast tune` on {raced['machine']['device']}, {raced['date']}: how many times as fast as its "
-        "reference in PyTorch each kernel is, geometric mean, least and most of all variants, layouts, dtypes and "
-        "sizes. Who was ahead serves.",
-        "",
-        *table(
-            ["op", "eager calls", "replayed in a CUDA graph", "inside compiled graphs", "served by the reference"], body
-        ),
-    ]
+    styles = ["eager calls", "replayed in a CUDA graph", "inside compiled graphs"]
+    return table(["op", *styles, "served by the reference"], body)
 
 
 def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -211,16 +155,26 @@ def chapter(folder: Path) -> list[str]:
     """The chapter of a folder of results; empty if nothing was measured."""
     rows, races = _measurements(folder)
     rates, raced = _rates(folder, rows, races), shipping.read(folder)
-    kind = "cpu" if folder.name == "cpu" else "cuda"
-    parts = [measured_ops(kind, rows, rates), lost(rows)] if rows else []
-    parts += [measured_races(raced)] if raced else []
-    parts += [measured_pipelines(races, rates)] if races else []
-    lines = [f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"] if parts else []
-    if parts and (folder / NOTES).exists():
-        parts.append((folder / NOTES).read_text(encoding="utf-8").splitlines())
-    for part in parts:
-        lines += ["", *(line.replace("{folder}", folder.name) for line in part)]
-    return lines
+    if not (rows or races or raced):
+        return []
+    lines, notes = sheets.verdicts(rows), folder / NOTES
+    called = {f"{line['op']} {line['direction']}": line for line in lines}
+    behind = {name: line["behind_graph"] for name, line in called.items() if not line["behind_graph"].startswith("0/")}
+    compared = [line for line in lines if line["worst_ratio"]]
+    text = rendered(
+        Path(__file__).with_name("chapter.md.jinja"),
+        name=folder.name,
+        ops=measured_ops("cpu" if folder.name == "cpu" else "cuda", rows, rates) if rows else [],
+        verdicts=lines,
+        least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
+        in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
+        behind_in_graphs=[" ".join(pair) for pair in behind.items()],
+        raced=raced,
+        races=measured_races(raced) if raced else [],
+        pipelines=measured_pipelines(races, rates) if races else [],
+        notes=notes.read_text(encoding="utf-8") if notes.exists() else "",
+    )
+    return text.splitlines()
 
 
 def folders(results: Path) -> list[Path]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import math
 import time
@@ -52,7 +51,8 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 
-from .. import RESULTS, options, style
+from .. import RESULTS, kept, options, style
+from ..kept import Row
 from ..options import Unfit
 from ..speed import timing
 from . import revisions
@@ -221,10 +221,6 @@ def standard_error(share: float, draws: int) -> float:
     return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
 
-def _of_seed(name: str, seed: int) -> str:
-    return f"{name}, seed {seed}" if seed else name
-
-
 STANDARD_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL: official("standard"),
     OURS: Protocol("standard"),
@@ -236,10 +232,13 @@ RAND_CONTESTANTS: dict[str, Contestant] = {
     SHORT_RAND: Protocol("rand", SHORT_STEPS),
 }
 SEEDS = (0, 1, 2)
-ROBUST_CONTESTANTS: dict[str, Contestant] = {OFFICIAL: official("standard")}
-ROBUST_CONTESTANTS |= {_of_seed(name, seed): Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS} | {
-    STRONG: Protocol("strong")
+ROBUST_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official("standard"),
+    **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
+    STRONG: Protocol("strong"),
 }
+#: The order of the rows of a contest.
+RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
 
 
 class Contest(NamedTuple):
@@ -305,8 +304,8 @@ def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
 def _published(folder: Path | None) -> Subject:
     """An adversarially trained network by others, from the folder ``networks`` beside the images.
 
-    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Of its authors' 200 images
-    at this radius 76.0 % were proved robust, and the best attack left 76.5 %.
+    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Its authors have 200
+    images at this radius. 76.0 % of them were proved robust, and the best attack left 76.5 %.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
@@ -325,9 +324,6 @@ def _published(folder: Path | None) -> Subject:
     images = load_dataset("mnist", folder)
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
 
-
-#: The order of the rows of a contest.
-RANKS = [OFFICIAL, *list(ROBUST_CONTESTANTS)[1:], OFFICIAL_RAND, OURS_RAND, SHORT_RAND]
 
 #: The contests, by name.
 CONTESTS = {
@@ -387,7 +383,7 @@ def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, count, size)]
 
 
-def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counted: bool) -> None:
+def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted: bool) -> None:
     """Run a contestant once, and add the result to its row."""
     torch.manual_seed(0)
     door = CountedModel(subject.model) if counted else None
@@ -404,7 +400,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: dict, counte
         row["gradients"] += door.counts.gradients
 
 
-def is_current(row: dict, contest: Contest) -> bool:
+def is_current(row: Row, contest: Contest) -> bool:
     """Tell whether a row was made with the attacks and weights of the package.
 
     Args:
@@ -424,22 +420,18 @@ def outdated(results: Path) -> list[str]:
     Args:
         results: the folder ``benchmarks/results``.
     """
-    found = []
-    for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust")):
-        for row in read(results / "studies", file):
-            contest = contests.get(row["contest"])
-            if contest is None or not is_current(row, contest):
-                found.append(
-                    f"{file}: {row['contestant']} of the contest {row['contest']!r} was made by other attacks or "
-                    f"weights than the package has; run `python -m benchmarks evaluation{option}`"
-                )
-    return found
+    return [
+        kept.outdated(file, f"{row['contestant']} of the contest {row['contest']!r}", f"evaluation{option}")
+        for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust"))
+        for row in read(results / "studies", file)
+        if row["contest"] not in contests or not is_current(row, contests[row["contest"]])
+    ]
 
 
 def run_contest(
-    name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[dict] = ()
-) -> Iterator[list[dict]]:
-    """Yield the rows of a contest, one for each contestant, again after every run.
+    name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[Row] = ()
+) -> Iterator[Row]:
+    """Let the contestants attack in turn, and yield the row of each after every run.
 
     Args:
         name: name in `CONTESTS` or `ROBUST`.
@@ -449,7 +441,7 @@ def run_contest(
         known: the rows of an interrupted contest. Their runs are repeated only if the model's weights, the images or a
             protocol's attacks have changed.
     """
-    counted, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}
+    counted, before, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
     clean = accuracy(subject, misclassified(subject, subject.x))[0]
     shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean}
@@ -458,21 +450,19 @@ def run_contest(
     for who, attack in contestants.items():
         runs[who] = _runs(name, who, len(subject.x), amount.rounds)
         attacks = {"attacks": attack.code(subject.random, amount)} if isinstance(attack, Protocol) else {}
-        fresh: dict[str, Any] = {"contestant": who, "code": made_of | attacks, "seconds": [], "cpu_seconds": []}
-        if counted:
-            fresh |= {"left": "", "forwards": 0, "gradients": 0}
-        if who not in rows or rows[who].get("code") != fresh["code"]:
-            rows[who] = fresh
+        fresh: Row = {"contestant": who, "code": made_of | attacks, "seconds": [], "cpu_seconds": []}
+        fresh |= {"left": "", "forwards": 0, "gradients": 0} if counted else {}
+        old = before.get(who, {})
+        rows[who] = old if old.get("code") == fresh["code"] else fresh
     for turn in range(max(map(len, runs.values()))):
-        for who, attack in contestants.items():
-            row, parts = rows[who], runs[who]
-            if not len(row["seconds"]) <= turn < len(parts):
-                continue
-            part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
-            _run(attack, part, amount, row, counted)
-            row |= shared
-            print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
-            yield [rows[one] for one in contestants if rows[one]["seconds"]]
+        for who, parts in runs.items():
+            row = rows[who]
+            if len(row["seconds"]) <= turn < len(parts):
+                part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
+                _run(contestants[who], part, amount, row, counted)
+                row |= shared
+                print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
+                yield row
 
 
 def sign_test(one: str, other: str) -> float:
@@ -490,7 +480,7 @@ def sign_test(one: str, other: str) -> float:
     return min(1.0, 2 * tail / 2 ** sum(only))
 
 
-def robust_markdown(rows: list[dict]) -> list[str]:
+def robust_markdown(rows: list[Row]) -> list[str]:
     """The table of the contests on robust networks.
 
     Args:
@@ -512,10 +502,10 @@ def robust_markdown(rows: list[dict]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    return [_machines(rows), "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+    return [f"{kept.machines(rows)}.", "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
 
 
-def picture(rows: list[dict], path: Path) -> bool:
+def picture(rows: list[Row], path: Path) -> bool:
     """Draw the points that each contestant leaves more than AutoAttack, over its passes; False without matplotlib.
 
     Args:
@@ -546,11 +536,7 @@ def picture(rows: list[dict], path: Path) -> bool:
     return True
 
 
-def _machines(rows: list[dict]) -> str:
-    return ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows)) + "."
-
-
-def markdown(rows: list[dict]) -> list[str]:
+def markdown(rows: list[Row]) -> list[str]:
     """The table of all contests.
 
     Args:
@@ -574,51 +560,46 @@ def markdown(rows: list[dict]) -> list[str]:
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
-    return [_machines(rows), "", *markdown_table(head, body)]
+    return [f"{kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks evaluation``."""
     which = f"which contests; all by default: {'; '.join(CONTESTS)}; with --robust: {'; '.join(ROBUST)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
+    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
     parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        type=options.one_of([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]),
-        metavar="NAME",
-        help=f"who attacks; all by default: {'; '.join([*ROBUST_CONTESTANTS, *RAND_CONTESTANTS])}",
-    )
-    parser.add_argument("--images", type=options.at_least_one, help="at most so many images of each contest")
-    parser.add_argument(
-        "--rounds", type=options.at_least_one, default=1, help="how often every contestant runs; 1 by default"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
-    parser.add_argument("--redo", action="store_true", help="also what is done already")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/studies by default")
+    options.add_names(parser, RANKS, "--contestants", "who attacks")
+    parser.add_argument("--images", type=options.at_least_one, help="the most images of a contest; all by default")
+    rounds = "number of runs of every contestant; 1 by default"
+    parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
+    parser.add_argument("--redo", action="store_true", help="repeat finished runs")
+    options.add_out(parser, "/studies")
+
+
+def _beside(row: Row, other: Row) -> bool:
+    """Tell whether another row stays in the file: all rows of a contest have the same amount."""
+    return other["contest"] != row["contest"] or other["amount"] == row["amount"]
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return their table. Every finished run of a contestant is kept and not repeated."""
-    amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds, images=chosen.images)
-    if chosen.quick and chosen.images is None:
-        amount = replace(amount, images=QUICK.images)
+    usual = QUICK if chosen.quick else Amount()
+    amount = replace(usual, rounds=chosen.rounds, images=chosen.images or usual.images)
     # A trial must not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
-    out = chosen.out or (Path("runs/benchmarks") if trial else RESULTS / "studies")
+    out = options.out_of(chosen, trial, "studies")
     contests, file, page, table = CONTESTS, FILE, TABLE, markdown
     if chosen.robust:
         contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
 
+    def key(row: Row) -> tuple[int, int]:
+        return list(contests).index(row["contest"]), RANKS.index(row["contestant"])
+
     for name in chosen.names or contests:
         if name not in contests:
             raise Unfit(f"{name!r} is a contest {'without' if chosen.robust else 'with'} --robust")
-        contestants = {
-            who: attack
-            for who, attack in contests[name].contestants.items()
-            if not chosen.contestants or who in chosen.contestants
-        }
+        contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
         known = [row for row in known if row["amount"] == asdict(amount) and not chosen.redo]
         done = [row for row in known if len(row["seconds"]) >= amount.rounds and is_current(row, contests[name])]
@@ -631,25 +612,15 @@ def main(chosen: argparse.Namespace) -> str:
                 raise
             print(f"{name} is left out: {error}", flush=True)
             continue
-        for rows in run_contest(name, subject, contestants, amount, known):
-            # Read again: another process may have written other rows meanwhile.
-            others = [row for row in read(out, file) if row["contest"] != name or row["contestant"] not in contestants]
-            every = [row for row in others if row["contest"] != name or row["amount"] == asdict(amount)] + rows
-            every.sort(key=lambda row: (list(contests).index(row["contest"]), RANKS.index(row["contestant"])))
-            write_text(out / file, json.dumps(every, indent=1) + "\n")
-            write_text(out / page, "\n".join(table(every)) + "\n")
+        for row in run_contest(name, subject, contestants, amount, known):
+            kept.put(out / file, row, key, partial(_beside, row))
+            write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     if chosen.robust and not trial and chosen.out is None:
         picture(read(out, file), RESULTS.parents[1] / "docs" / "pictures" / "contests.png")
     return (out / page).read_text()
 
 
-def read(out: Path, file: str = FILE) -> list[dict]:
-    """The rows of a results folder; none without a results file.
-
-    Args:
-        out: the folder.
-        file: the name of the results file.
-    """
-    path = out / file
-    return json.loads(path.read_text()) if path.exists() else []
+def read(out: Path, file: str = FILE) -> list[Row]:
+    """The rows of a results folder; none without a results file."""
+    return kept.rows_of(out / file)

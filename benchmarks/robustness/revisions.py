@@ -86,7 +86,7 @@ def added(name: str, random: bool) -> list[str]:
     """The revision of surrogates, for a protocol that may add attacks through a model's surrogates.
 
     Args:
-        name: of the protocol.
+        name: name of the protocol.
         random: whether two predictions of the model differ.
     """
     return [f"surrogates {REVISION}"] if name == "strong" or (name == "standard" and random) else []

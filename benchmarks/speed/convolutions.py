@@ -22,7 +22,7 @@ from purify_fast.ops import REGISTRY
 
 from .. import options
 from ..options import Unfit
-from . import sheets
+from . import sheets, timing
 
 IMAGES, SIDE = 4, 128
 DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_gradient")
@@ -30,11 +30,11 @@ DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_g
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution."""
+    """A convolution; ``side`` is the side of its input images."""
 
     inputs: int
     outputs: int
-    side: int  # of the images that come in
+    side: int
     stride: int = 1
     dilation: int = 1
     kernel: int = 3
@@ -88,17 +88,11 @@ def layers_of_generator() -> dict[Layer, int]:
     return counts
 
 
-def seconds(calls: list[Callable[[], object]], runs: int) -> list[float]:
-    """The median CPU time of each function, called in turn."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in range(runs):
-        for call, own in zip(calls, times, strict=True):
-            began = time.process_time()
-            call()
-            own.append(time.process_time() - began)
-    return [statistics.median(own) for own in times]
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """The CPU time of a call."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
 
 
 def table(layers: dict[Layer, int], runs: int) -> list[str]:
@@ -109,7 +103,12 @@ def table(layers: dict[Layer, int], runs: int) -> list[str]:
         cells = []
         for name, given in layer.arguments().items():
             op = REGISTRY[name]
-            both = seconds([partial(op.reference, *given), partial(op.handle, *given)], runs)
+            clocks = {
+                "theirs": partial(cpu_seconds, partial(op.reference, *given)),
+                "ours": partial(cpu_seconds, partial(op.handle, *given)),
+            }
+            timing.alternated(clocks, 1)
+            both = [statistics.median(times) for times in timing.alternated(clocks, runs).values()]
             total[name] = [before + count * one for before, one in zip(total[name], both, strict=True)]
             cells.append(f"{1e3 * both[0]:.2f} to {1e3 * both[1]:.2f} ms, {layer.flop / both[1] / 1e9:.0f}")
         body.append([layer.name, count, *cells])
@@ -122,7 +121,7 @@ def table(layers: dict[Layer, int], runs: int) -> list[str]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks convolutions``."""
     parser.add_argument(
-        "--runs", type=options.at_least_one, default=15, help="how often every contestant runs; 15 by default"
+        "--runs", type=options.at_least_one, default=15, help="number of runs of every contestant; 15 by default"
     )
 
 

@@ -21,7 +21,7 @@ SIZES = {"cuda": (2 << 30, 8192, 20), "cpu": (256 << 20, 2048, 10)}
 QUICK = (8 << 20, 256, 3)
 
 
-def _times(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
+def times_of(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
     """The times of ``runs`` calls in turn, after a first call of each."""
     for call in calls:
         call()
@@ -34,7 +34,7 @@ def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[floa
         length = min(length, torch.cuda.mem_get_info(device)[0] // 8)
     pairs = [[torch.empty(length // 4, dtype=torch.int32, device=device).random_() for _ in range(2)] for _ in range(2)]
     calls: list[Callable[[], object]] = [lambda source=a, target=b: target.copy_(source) for a, b in pairs]
-    return 2 * pairs[0][0].nbytes, _times(calls, device, runs)
+    return 2 * pairs[0][0].nbytes, times_of(calls, device, runs)
 
 
 def operands(device: torch.device, *shape: int) -> Tensor:
@@ -46,7 +46,7 @@ def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[floa
     """The FLOP of a square product, and times."""
     a, b = (operands(device, rows, rows) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * rows**3, _times([lambda: torch.mm(a, b, out=out)], device, runs)
+    return 2 * rows**3, times_of([lambda: torch.mm(a, b, out=out)], device, runs)
 
 
 @torch.no_grad()

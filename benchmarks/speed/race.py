@@ -21,16 +21,24 @@ from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.counting import counted
 from purify_fast.speed.precision import float32_products
 
-from .limits import operands
+from . import limits
 from .pipelines import Case, registry
 from .timing import allocated, environment, quantile, seconds
 
 
 @dataclass(frozen=True)
 class Effort:
+    """The effort of a race.
+
+    Attributes:
+        runs: number of runs of each contestant.
+        pause: seconds between two runs.
+        matrix: rows of the matrices whose product gives the rate, and 32 times the images of its convolution.
+    """
+
     runs: int = 5
-    pause: float = 0.2  # seconds
-    matrix: int = 4096  # rows of the matrices whose product gives the rate; 32 times its convolution.s images
+    pause: float = 0.2
+    matrix: int = 4096
 
 
 QUICK = Effort(runs=2, pause=0.0, matrix=128)
@@ -38,17 +46,15 @@ QUICK = Effort(runs=2, pause=0.0, matrix=128)
 
 def _matrix_rate(device: torch.device, size: int) -> float:
     """bfloat16 FLOP/s of a large matrix product or a 3 x 3 convolution, whichever is faster: the best of a few runs."""
-    a = operands(device, size, size)
-    out = torch.empty_like(a)
+    product, times = limits.products(device, size, 3)
     channels, side = min(size, 256), 16
-    x = operands(device, max(1, size // 32), channels, side, side)
-    weight = operands(device, channels, channels, 3, 3)
+    x = limits.operands(device, max(1, size // 32), channels, side, side)
+    weight = limits.operands(device, channels, channels, 3, 3)
     x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
     convolved = 2 * 9 * channels**2 * side**2 * len(x)
     with torch.no_grad():
-        products = [seconds([lambda: torch.mm(a, a, out=out)], device) for _ in range(3)]
-        convolutions = [seconds([lambda: torch.conv2d(x, weight, padding=1)], device) for _ in range(3)]
-    return max(2 * size**3 / min(products), convolved / min(convolutions))
+        convolutions = limits.times_of([lambda: torch.conv2d(x, weight, padding=1)], device, 3)
+    return max(product / min(times), convolved / min(convolutions))
 
 
 def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:
@@ -85,7 +91,8 @@ class _Process:
 
     def order(self, command: str) -> None:
         """Send a command, whose answer `answer` awaits."""
-        with contextlib.suppress(OSError):  # it has ended already, as the answer will tell
+        # If the process has ended, the answer says so.
+        with contextlib.suppress(OSError):
             self.pipe.send(command)
 
     def answer(self, command: str, seconds: float = math.inf):
@@ -106,7 +113,8 @@ class _Process:
         return self.answer(command)
 
     def end(self, at_once: bool = False) -> None:
-        with contextlib.suppress(OSError):  # it has ended already
+        # The process may have ended.
+        with contextlib.suppress(OSError):
             self.pipe.send(None)
         if at_once:
             self.process.kill()
@@ -119,7 +127,6 @@ def race(
     case: Case,
     device: torch.device,
     quick: bool,
-    tell=lambda text: None,
     limit: float = math.inf,
 ) -> list[dict]:
     """The rows of a case, one for each contestant; a contestant with a wrong result has no number.
@@ -129,7 +136,8 @@ def race(
     """
     effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
     together = device.type == "cuda"
-    if together:  # no thread of the others' spins
+    if together:
+        # No thread of the other contestants spins.
         effort = replace(effort, pause=0.02)
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
@@ -149,7 +157,6 @@ def race(
         for label in order if together else ():
             prepare(label)
         for label in order:
-            tell(f"{name}: {label}, result")
             if not together and (label in needed or time.monotonic() < end):
                 prepare(label)
             if label not in processes:
@@ -167,18 +174,17 @@ def race(
             times[label] = []
         flops = processes["ours"].ask("flops")
         processes["ours"].ask("parts")
-        for turn in range(effort.runs):
-            tell(f"{name}: round {turn + 1} of {effort.runs}")
+        for _ in range(effort.runs):
             for label, process in processes.items():
                 time.sleep(effort.pause)
                 times[label].append(process.ask("time"))
-                if label == "ours":  # beside the whole they are part of: the machine's speed changes in between
+                # Parts are timed beside the whole, because the machine's speed changes.
+                if label == "ours":
                     for part, spent in process.ask("parts").items():
                         shares.setdefault(part, []).append(spent / times[label][-1])
             time.sleep(effort.pause)
             rates.append(processes["ours"].ask("rate"))
         for label, process in processes.items():
-            tell(f"{name}: {label}, memory")
             most[label] = process.ask("memory")
     finally:
         for process in processes.values():

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from purify_fast.speed import retain_freed_memory
 
-from .. import RESULTS, options
+from .. import options
 from . import limits, pipelines, race, sheets, timing
 from .ops import Case, registry
 
@@ -32,11 +32,6 @@ def device_class(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def folder(device: torch.device, quick: bool) -> Path:
-    """The default folder of results."""
-    return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
-
-
 @dataclass
 class Budget:
     """The time limit of a run, and its resumption: by default an error ends it and nothing is left out.
@@ -45,14 +40,12 @@ class Budget:
         seconds: time limit; work is not begun if it would exceed this by taking as long as the longest work before.
         resume: whether to keep earlier measurements.
         failed: tracebacks by name, if errors are to be collected.
-        tell: called with the finished share and the next name.
     """
 
     seconds: float = math.inf
     resume: bool = False
     failed: dict[str, str] | None = None
     left_out: list[str] = field(default_factory=list)
-    tell: Callable[[float, str], None] = lambda share, name: None
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
         """Run all of ``work``, by name, within the budget."""
@@ -65,7 +58,6 @@ class Budget:
                     self.left_out += [name for name, _ in work[index:]]
                     return
                 progress.set_description(name, refresh=True)
-                self.tell(index / len(work), name)
                 try:
                     run()
                 except Exception:
@@ -79,7 +71,8 @@ def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: boo
     rows = []
     for name in names:
         cases = ops[name]()
-        if quick:  # the first of each variant
+        if quick:
+            # Only the first case of each variant counts.
             cases = list({case.variant: case for case in reversed(cases)}.values())
         rows += [(i, name, c, d, s) for i, c in enumerate(cases) for d in c.directions for s in timing.STYLES]
     return rows
@@ -118,14 +111,16 @@ def run_ops(
     for name in names:
         try:
             backends[name] = timing.backend_of(name, device)
-        except RuntimeError as error:  # the others can be measured all the same
+        except RuntimeError as error:
+            # The other ops can still be measured.
             if budget.failed is None:
                 raise
             budget.failed[name] = str(error)
     names = list(backends)
     bandwidth = limits.read(out).get((timing.environment(device)["device"], limits.COPY))
     work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
-    if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others
+    if budget.seconds < math.inf:
+        # The first case of every op comes first, called eagerly.
         work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
 
     def run(rank: int, *row) -> None:
@@ -156,17 +151,16 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
 
     def run(name: str, label: str) -> None:
         nonlocal kept
-        tell = lambda text: budget.tell(len(done) / (len(done) + len(work)), f"{name} {text}")  # noqa: E731
-        fresh = race.race(name, label, known[name][label], device, quick, tell, share)
+        fresh = race.race(name, label, known[name][label], device, quick, share)
         kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, label)] + fresh
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
         sheets.write_csv(path, kept)
-        sheets.report_pipelines(out)
+        sheets.report(out)
 
     budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
 
 
-def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
     """Add the options of ``python -m benchmarks`` for ops and for pipelines.
 
     Args:
@@ -174,17 +168,14 @@ def arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
         known: names that can be measured.
     """
     which = f"which; all by default: {', '.join(known)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(known), help=which)
-    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda; cpu by default")
-    parser.add_argument(
-        "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
+    options.add_device(parser)
+    options.add_out(parser, "/<device>")
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops; return who serves each of them, and the table's file."""
-    device, out = chosen.device, chosen.out or folder(chosen.device, chosen.quick)
+    device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
     retain_freed_memory()
     run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)
@@ -193,6 +184,6 @@ def ops_command(chosen: argparse.Namespace) -> str:
 
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Race pipelines; return their table."""
-    out = chosen.out or folder(chosen.device, chosen.quick)
+    out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
     run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
     return (out / sheets.PIPELINES_TABLE).read_text()

@@ -19,6 +19,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -45,10 +46,19 @@ LEAST = 0.95
 
 @dataclass(frozen=True)
 class Effort:
+    """The effort of a row.
+
+    Attributes:
+        runs: number of runs of each contestant.
+        seconds: seconds of a run.
+        attempts: number of attempts, of which the steadiest counts.
+        steady: largest ratio of p80 to p20 that needs no other attempt.
+    """
+
     runs: int = 15
-    seconds: float = 3e-3  # of one run of one contestant
-    attempts: int = 3  # at a quiet moment, the steadiest counts
-    steady: float = 1.15  # the largest p80 / p20 that needs no other attempt
+    seconds: float = 3e-3
+    attempts: int = 3
+    steady: float = 1.15
 
 
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
@@ -178,16 +188,25 @@ def quantile(times: list[float], fifths: int) -> float:
     return sorted(times)[fifths * (len(times) - 1) // 5]
 
 
-def _alternate(
-    entries: dict[str, Contestant], repeats: dict[str, int], device: torch.device, effort: Effort
-) -> dict[str, list[float]]:
-    """Times by contestant, one run of each in turn; among several attempts, the one with the least spread."""
+def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """Times of some contestants, which run in turn.
+
+    Args:
+        clocks: for each contestant the function that runs it and returns its time.
+        runs: number of runs of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(runs):
+        for name, clock in clocks.items():
+            times[name].append(clock())
+    return times
+
+
+def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
+    """The times of the attempt with the least spread."""
     best, least = {}, math.inf
     for _ in range(effort.attempts):
-        times: dict[str, list[float]] = {kind: [] for kind in entries}
-        for _ in range(effort.runs):
-            for kind, entry in entries.items():
-                times[kind].append(_clock(entry, repeats[kind], device))
+        times = alternated(clocks, effort.runs)
         spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
         if spread < least:
             best, least = times, spread
@@ -202,7 +221,8 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
-    with device:  # large ones are made where they are used
+    # Large inputs are made where they are used.
+    with device:
         sets = [[tensor.to(device) for tensor in case.inputs()]]
     sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
     if direction == "backward":
@@ -234,13 +254,14 @@ def measure(
     del results
     with entries["eager"].mode(), Launches() as counted:
         entries["eager"].calls[0]()
-    launched = counted.count  # of the reference, where ours is one or a few
-    repeats = {}
+    clocks = {}
     for kind, entry in entries.items():
-        for _ in range(3):  # warm, compiled, and the allocator has its blocks
+        # Then everything is compiled, and the allocator has its blocks.
+        for _ in range(3):
             once = _clock(entry, len(entry.calls), device)
-        repeats[kind] = max(len(entry.calls), math.ceil(effort.seconds / once))
-    times = _alternate(entries, repeats, device, effort)
+        repeats = max(len(entry.calls), math.ceil(effort.seconds / once))
+        clocks[kind] = partial(_clock, entry, repeats, device)
+    times = _steadiest(clocks, effort)
     row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
     median = {}
     for kind in contestants:
@@ -255,7 +276,8 @@ def measure(
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
     row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
     row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
-    row["launches"] = launched
+    # The reference launches these; ours is a few.
+    row["launches"] = counted.count
     row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 

@@ -117,8 +117,8 @@ def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(contests.QUICK, images=12, steps=8, queries=60)
     contest = contests.CONTESTS["plain"]
-    *_, last = contests.run_contest("plain", contest.make(None), contest.contestants, amount)
-    rows = {row["contestant"]: row for row in last}
+    made = contests.run_contest("plain", contest.make(None), contest.contestants, amount)
+    rows = {row["contestant"]: row for row in made}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
 
@@ -161,7 +161,7 @@ def test_rows_of_other_attacks_or_weights_are_found_and_made_again(made_models, 
     lines = contests.outdated(tmp_path)
     for line, protocol in zip(lines, ("standard", "fast"), strict=True):
         assert line.startswith(
-            f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or weights"
+            f"evaluation.json: {protocol} of the contest 'plain' was made by other attacks or models"
         )
     program.main(arguments)
     assert made_models == [False, True, False] and contests.outdated(tmp_path) == []

@@ -192,11 +192,11 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
     monkeypatch.setenv("ERRORS", errors)
     monkeypatch.setenv("HAZARDS", hazards)
     monkeypatch.setattr(gpu_sections, "EVERY_OP", ("-c", "print('every op')"))
-    context = gpu_sections.Context(tmp_path, torch.device("cuda"), False, 60.0, lambda share, what: None)
+    context = gpu_sections.Context(tmp_path, torch.device("cuda"), False, 60.0)
     outcome = gpu_sections.sanitizer(context)
     assert outcome.state == state and not outcome.left_out
     assert (f"racecheck: RACECHECK SUMMARY: {hazards} hazards" in outcome.summary) == (state != "not available")
-    rehearsed = gpu_sections.sanitizer(gpu_sections.Context(tmp_path, CPU, True, 60.0, lambda share, what: None))
+    rehearsed = gpu_sections.sanitizer(gpu_sections.Context(tmp_path, CPU, True, 60.0))
     assert rehearsed.state == "not available" and "needs a CUDA device" in rehearsed.summary
 
 
@@ -304,7 +304,7 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     change, tune = Change("noisy_replay", call, "reference", "cpp", 2.0), gpu_sections.racing.tune
     monkeypatch.setattr(gpu_sections.racing, "tune", lambda *a, **k: replace(tune(*a, **k), changes=[change]))
     out = tmp_path / "cpu"
-    context = gpu_sections.Context(out, CPU, True, 60.0, lambda share, what: None)
+    context = gpu_sections.Context(out, CPU, True, 60.0)
     outcome = gpu_sections.races(context)
     assert outcome.state == "passed" and not outcome.left_out, outcome
     (change,) = json.loads(json.dumps(outcome.details))["changes"]

@@ -133,9 +133,6 @@ def test_committed_results_are_complete():
     assert all(int(r["runs"]) >= 15 and r["verdict"] == timing.verdict(r) for r in rows)
     folder = COMMITTED.parent
     assert (folder / sheets.TABLE).read_text() == sheets.markdown(rows)
-    assert sheets.read_csv(folder / sheets.VERDICTS) == [
-        {k: str(v) for k, v in line.items()} for line in sheets.verdicts(rows)
-    ]
 
 
 def test_what_ships_is_the_committed_verdict():

@@ -1,9 +1,9 @@
-"""An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is known to be there?
+"""An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is there?
 
-For each of some images a random corner of its ball is made adversarial, by a row of its own on what the model's last
-linear layer is given: the row separates the corner from the image and from many points inside of the ball. A short
-attack along the model's own gradients then looks for any point on the corner's side. The share that it finds is its
-power. Random corners look as well: what they find anyway proves nothing.
+A random corner of an image's ball is made adversarial: the features before the model's last linear layer get another
+row, which separates the corner from the image and from many points inside the ball. A short attack along the model's
+own gradients then looks for any point on the corner's side. Its power is the share of corners that it finds. Points
+that random corners reach as well prove nothing.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from purify_fast.attacks import apgd, frozen
 
 #: Raised whenever another result would come out.
 REVISION = 1
-#: Images in which a corner is planted, points inside of each ball, random corners that look for it, and draws that
-#: decide of a random model.
+#: Numbers of images in which a corner is planted, of points inside each ball, of random corners that look for it, and
+#: of draws that judge a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The share of the radius within which the inside points lie, and where between them and the corner the border runs.
+#: The share of the radius within which the inside points lie, and the place of the border between them and the corner.
 NEAR, BORDER = 0.95, 0.9
-#: Steps and random starts of the short attack; the least share that it must find.
+#: Steps and random starts of the short attack, and the least share that it must find.
 STEPS, STARTS, LEAST = 20, 2, 0.8
 
 
 @dataclass
 class Power:
-    """What an attack found of what was planted.
+    """The planted points that an attack found.
 
     Args:
-        planted: how many points.
-        found: how many of them the short attack found.
-        by_chance: how many of them random corners found.
-        reason: why nothing was planted; "" where something was.
+        planted: number of planted points.
+        found: number of points that the short attack found.
+        by_chance: number of points that random corners found.
+        reason: the reason why no point was planted; "" if there are points.
     """
 
     planted: int = 0
@@ -44,12 +44,12 @@ class Power:
 
     @property
     def unreliable(self) -> bool:
-        """Whether attacks miss so much of what is there that what they leave says little."""
+        """Tell whether attacks miss so many points that their results say little."""
         return self.planted > 0 and self.found < LEAST * self.planted
 
 
 class Features(nn.Module):
-    """Images to what the model's last linear layer is given, ``[B, d]``.
+    """Images to the input of the model's last linear layer, ``[B, d]``.
 
     Args:
         model: images to logits.
@@ -90,12 +90,12 @@ def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 class Planted(nn.Module):
-    """Two logits: 0, and on which side of the row of its image a point lies; an image is that of the nearest center.
+    """Two logits: 0, and the side of its image's row on which a point lies. A point belongs to the nearest center.
 
     Args:
         features: images to features.
         centers: the images, ``[N, C, H, W]``.
-        rows: of the images, ``[N, d]``, and their offsets ``[N]``.
+        rows: rows of the images, ``[N, d]``, and their offsets ``[N]``.
     """
 
     def __init__(self, features: Features, centers: Tensor, rows: tuple[Tensor, Tensor]):
@@ -110,14 +110,14 @@ class Planted(nn.Module):
 
 
 def row_of(inside: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """The row that separates a corner from points inside of the ball, and its offset: ridge regression.
+    """The row that separates a corner from points inside the ball, and its offset, by ridge regression.
 
     Args:
         inside: features ``[M, d]``.
         corner: features ``[d]``.
 
     Returns:
-        A row ``[d]`` and an offset [], positive at the corner, and near to 0 there.
+        A row ``[d]`` and an offset []; the score is positive at the corner, and near 0 there.
     """
     points = torch.cat([inside, corner[None]]).double()
     points = points - points.mean(0)
@@ -137,7 +137,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
     Args:
         model: images to logits.
         x: images ``[N, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[N]``; only images that are classified correctly are taken.
+        y: labels, int64 ``[N]``; misclassified images are left out.
         eps: the L-inf radius.
     """
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +171,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # a row that does not separate its own corner says nothing about attacks
+        # A row that does not separate its own corner says nothing about attacks.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

@@ -1,8 +1,8 @@
-"""The parts that adaptive attacks are put together from: about ten times what the protocol ``standard`` spends.
+"""The parts of adaptive attacks, which take about ten times as many gradients as the protocol ``standard``.
 
-On an image that stands, ``standard`` takes some hundreds of gradients. The chains here take some thousands: every wrong
-class from several starts by two losses, more steps, or for a random model more draws for each step. They stop early
-nowhere.
+On an image that withstands, ``standard`` takes some hundreds of gradients. The chains here take some thousands. They
+attack every wrong class from several starts by two losses, with more steps, or for a random model with more draws in
+each step. They never stop early.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from purify_fast.evaluation import AttackSpec
 
 from .entry import Entry, Search
 
-#: Draws that attacks on random models average for each step, and of those whose draws are cheap.
+#: Number of draws that attacks on random models average in each step, and the number for models with cheap draws.
 DRAWS, MANY_DRAWS = 20, 40
 
 
 def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classes: int = 9, **more: Any) -> Search:
-    """Towards one wrong class after the other, by the margin, which does not saturate.
+    """Attack towards one wrong class after the other, by the margin, which does not saturate.
 
     Args:
-        follows: whose gradients it takes, as of `Search`.
-        steps: of each run.
-        restarts: random starts for each class.
-        classes: how many wrong classes, the nearest first.
+        follows: model whose gradients are taken, as in `Search`.
+        steps: number of steps of each run.
+        restarts: number of random starts for each class.
+        classes: number of wrong classes; the nearest comes first.
         more: further options of `APGD`.
     """
     return Search(
@@ -37,73 +37,66 @@ def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classe
 
 
 def away(follows: int = 1, *, steps: int = 200, restarts: int = 5, loss: Any = "ce", **more: Any) -> Search:
-    """Away from the true class, from several random starts.
+    """Attack away from the true class, from several random starts.
 
     Args:
-        follows: whose gradients it takes, as of `Search`.
-        steps: of each run.
-        restarts: random starts.
-        loss: that is raised.
+        follows: model whose gradients are taken, as in `Search`.
+        steps: number of steps of each run.
+        restarts: number of random starts.
+        loss: the loss.
         more: further options of `APGD`.
     """
     return Search(APGD(loss=loss, steps=steps, restarts=restarts, **more), follows)
 
 
 def long(*follow: int, steps: int = 200) -> tuple[Search, ...]:
-    """Every wrong class from two starts and the cross-entropy from five, along each of some gradients.
+    """Attack every wrong class from two starts and the cross-entropy from five, along the gradients of some models.
 
     Args:
-        follow: whose gradients, as of `Search`.
-        steps: of each run.
+        follow: models whose gradients are taken, as in `Search`.
+        steps: number of steps of each run.
     """
     return tuple(part for one in follow for part in (away(one, steps=steps), every_class(one, steps=steps)))
 
 
 def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) -> tuple[Search, ...]:
-    """The same for a random model: fewer runs, each step of which averages over many draws.
+    """Attack a random model by fewer runs, each step of which averages over many draws.
 
     The margin of each draw is divided by the spread of its logits, so that no draw counts more than the others.
 
     Args:
-        follow: whose gradients, as of `Search`.
-        draws: averaged for each step.
-        steps: of each run.
-        classes: how many wrong classes, the nearest first.
+        follow: models whose gradients are taken, as in `Search`.
+        draws: number of draws that each step averages.
+        steps: number of steps of each run.
+        classes: number of wrong classes; the nearest comes first.
     """
-    parts: list[Search] = []
-    for one in follow:
-        parts.append(away(one, steps=2 * steps, restarts=1, loss="scaled_margin", eot_iter=draws))
-        parts.append(every_class(one, steps=steps, restarts=1, classes=classes, eot_iter=draws))
-    return tuple(parts)
+    return tuple(
+        part
+        for one in follow
+        for part in (
+            away(one, steps=2 * steps, restarts=1, loss="scaled_margin", eot_iter=draws),
+            every_class(one, steps=steps, restarts=1, classes=classes, eot_iter=draws),
+        )
+    )
 
 
-#: Of models without anything that hides their gradients.
+#: The chains for models that hide no gradients.
 OWN, OWN_DRAWN = long(0), drawn(0)
 
 
 def chain(entry: Entry) -> tuple[Search, ...]:
-    """The parts of an entry's adaptive attack.
-
-    Args:
-        entry: of the table.
-    """
+    """The parts of an entry's adaptive attack."""
     return entry.chain or (OWN_DRAWN if entry.random else OWN)
 
 
 def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec]:
-    """The adaptive attack of an entry, a row for each part.
+    """The adaptive attack of an entry, with a row for each part.
 
     Args:
-        entry: of the table.
-        followed: what `Build` returned: first what is deployed, whose gradients need no name (None), then the others.
+        entry: the entry.
+        followed: the models that `Build` returned. The first is the deployed model, whose gradients need no name: None.
     """
     return [
-        AttackSpec(
-            part.attack,
-            label=f"part {i + 1}",
-            gradients_from=followed[part.follows],
-            seed=part.seed,
-            survivors_only=True,
-        )
+        AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)
         for i, part in enumerate(chain(entry))
     ]

@@ -1,78 +1,51 @@
-"""The results file of the broken defences, how a result is scored, and the tables that pages take from it."""
+"""The results file of the broken defences, the score of a result, and the tables that pages show."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
-from . import honest as _honest  # noqa: F401 (each fills the table of entries, the first with the defences)
+from ...kept import Row, rows_of
+from . import honest as _honest  # noqa: F401 (each of the two fills the table of entries, the first with the defences)
 from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
 PINTOR, ACTIVE = "indicators", "active"
-#: In the order in which they judge a model.
+#: The judges in the order in which they judge a model.
 JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
 #: The judges that attack and leave images.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
-#: Steps of attacks that leave them open.
+#: Number of steps of attacks that set no number.
 STEPS = 100
-#: A judge has found what there is to find if it leaves at most so much more than the adaptive attack.
-CLOSE = 0.02
+#: A judge finds enough if it leaves at most this share more than the adaptive attack; the last digit is for rounding.
+CLOSE = 0.02 + 1e-9
 
-_TABLE_1 = "table 1"
-#: Where a published figure stands in the paper with the attack, by the entry. Of Athalye et al. the row of the defence
-#: in table 1; Guo et al. have one row for all of their transformations. EMPIR is in section 12 of Tramer et al. Carlini
-#: and Wagner say in their abstract that the attacks succeed with a probability of 100 %.
-SOURCES = {
-    "bit-depth reduction": _TABLE_1,
-    "total variation minimization": _TABLE_1,
-    "JPEG compression": _TABLE_1,
-    "random resizing and padding": _TABLE_1,
-    "thermometer encoding": _TABLE_1,
-    "PixelDefend, by an autoencoder": _TABLE_1,
-    "stochastic activation pruning": _TABLE_1,
-    "cascade adversarial training": _TABLE_1,
-    "EMPIR": "section 12",
-    "defensive distillation": "abstract",
-}
-
-Result = dict[str, Any]
-
-
-def published(name: str) -> str:
-    """The accuracy that the paper with the attack reports, with its setting and its place there; "-" without a place.
-
-    Args:
-        name: of the entry.
-    """
-    figure = ENTRIES[name].published
-    return f"{figure.removesuffix(')')}; {SOURCES[name]})" if name in SOURCES else "-"
+#: The result of a judge on a model.
+Result = Row
 
 
 def left(result: Result, images: int | None = None) -> float:
-    """The share of the first images, or of all, that withstood a judge.
+    """The share of images that withstood a judge.
 
     Args:
-        result: of a judge that attacks.
-        images: how many; None: all that it attacked.
+        result: result of a judge that attacks.
+        images: number of first images that count; None counts all.
     """
     return statistics.fmean(image == "1" for image in result["robust"][:images])
 
 
 def overestimated(each: dict[str, Result], judge: str) -> float | None:
-    """By how much a judge leaves more than the adaptive attack, on the images that both attacked; None without both.
+    """How much more a judge leaves than the adaptive attack, on the images that both attacked; None without both.
 
     Args:
-        each: the results of one model by judge.
-        judge: one of `ATTACKERS`.
+        each: the results of a model by judge.
+        judge: name in `ATTACKERS`.
     """
     if not {judge, ADAPTIVE} <= each.keys():
         return None
@@ -81,20 +54,19 @@ def overestimated(each: dict[str, Result], judge: str) -> float | None:
 
 
 def verdicts(each: dict[str, Result]) -> dict[str, str]:
-    """Of each judge that attacks, whether it found what there is to find, or its report flagged that it did not.
+    """For each judge that attacks, a verdict: did it find what the adaptive attack found, or flag that it did not?
 
     Args:
-        each: the results of one model by judge. The truth is what the adaptive attack left, and never what others did.
+        each: the results of a model by judge. Only the adaptive attack decides what is true.
 
     Returns:
-        "found", "flagged", "missed", or "-" where the judge or the adaptive attack has not judged.
+        "found", "flagged", "missed", or "-" if the judge or the adaptive attack has not judged.
     """
     said = {}
     for judge in ATTACKERS:
         more = overestimated(each, judge)
-        found = more is not None and more <= CLOSE + 1e-9
         flagged = "flagged" if judge in each and each[judge]["unreliable"] else "missed"
-        said[judge] = "-" if more is None else "found" if found else flagged
+        said[judge] = "-" if more is None else "found" if more <= CLOSE else flagged
     return said
 
 
@@ -103,34 +75,33 @@ def _percent(share: float) -> str:
 
 
 def _numbers(each: dict[str, Result]) -> list[str]:
-    """How many images, clean accuracy, what the adaptive attack leaves, and what the other judges do, in percent."""
+    """The number of images, and in percent clean accuracy and what the adaptive attack and the other judges leave."""
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
     for judge in (ADAPTIVE, *ATTACKERS):
-        cell = "-"
-        if judge in each:
-            one = each[judge]
-            fewer = f" (of {len(one['robust'])})" if len(one["robust"]) < len(first["robust"]) else ""
-            cell = _percent(left(one)) + fewer + (f" **{UNRELIABLE}**" if one["unreliable"] else "")
-        row.append(cell)
+        if judge not in each:
+            row.append("-")
+            continue
+        one = each[judge]
+        fewer = f" (of {len(one['robust'])})" if len(one["robust"]) < len(first["robust"]) else ""
+        row.append(_percent(left(one)) + fewer + (f" **{UNRELIABLE}**" if one["unreliable"] else ""))
     return row
 
 
 def _noticed(each: dict[str, Result]) -> list[str]:
-    """Which signs of ``standard``, which indicators, and whether the active test say that attacks fail."""
-    signs = ", ".join(each[STANDARD]["unreliable"]) or "none" if STANDARD in each else "-"
-    indicators = ", ".join(each[PINTOR]["unreliable"]) or "none" if PINTOR in each else "-"
+    """The signs of ``standard``, the indicators and the active test that say that attacks fail."""
+    cells = [", ".join(each[judge]["unreliable"]) or "none" if judge in each else "-" for judge in (STANDARD, PINTOR)]
     test = "-"
     if ACTIVE in each:
         one = each[ACTIVE]
         reason = one.get("reason") or "no planted point can be told apart"
         test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
         test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
-    return [signs, indicators, test]
+    return [*cells, test]
 
 
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
-    """How many of the defences each judge found, flagged and missed, and what AutoAttack overestimates."""
+    """The numbers of defences that each judge found, flagged and missed, and those that AutoAttack overestimates."""
     lines = []
     for judge in ATTACKERS:
         words = [verdicts(each)[judge] for each in broken.values()]
@@ -138,7 +109,7 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
             counts = ", ".join(f"{words.count(word)} {word}" for word in ("found", "flagged", "missed"))
             lines += ["", f"`{judge}` on {asked} defences: {counts}."]
     gaps = {name: overestimated(each, OFFICIAL) for name, each in broken.items()}
-    more = {name: gap for name, gap in gaps.items() if gap is not None and gap > CLOSE + 1e-9}
+    more = {name: gap for name, gap in gaps.items() if gap is not None and gap > CLOSE}
     if more:
         worst = max(more, key=lambda name: more[name])
         lines += [
@@ -150,11 +121,11 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def markdown(results: Sequence[Result]) -> list[str]:
-    """The tables: of the broken defences, of who notices, of the honest models, of those flagged rightly, of the signs.
+    """The tables of broken defences, of the ways to notice failures, of honest and rightly flagged models, of signs.
 
     Args:
-        results: of models and judges, as many as there are. A model that nobody has attacked is left out, and a judge
-            that has not judged a model is a dash.
+        results: the results so far. A model that nobody has attacked is left out. A judge that has not judged a model
+            has a dash.
     """
     every = {name: {one["judge"]: one for one in results if one["model"] == name} for name in ENTRIES}
     every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
@@ -166,26 +137,26 @@ def markdown(results: Sequence[Result]) -> list[str]:
     for name, each in broken.items():
         entry, said = ENTRIES[name], verdicts(each)
         words = [said[STANDARD], said[STRONG]]
-        body.append([f"{name} ({entry.paper})", entry.attack, published(name), *_numbers(each), *words])
+        body.append([f"{name} ({entry.paper})", entry.attack, entry.published, *_numbers(each), *words])
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
     body = [[name, *_noticed(each)] for name, each in every.items()]
     lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
     lines += ["", *_who_notices(every)]
-    for title, chosen in (("honest model", True), ("flagged rightly", False)):
-        some = {
-            name: each for name, each in every.items() if not ENTRIES[name].paper and ENTRIES[name].honest == chosen
-        }
-        if some:
-            why = [] if chosen else ["why"]
-            rows = [[name, *_numbers(each), *([ENTRIES[name].why] if why else [])] for name, each in some.items()]
+    for title, honest, why in (("honest model", True, []), ("flagged rightly", False, ["why"])):
+        rows = [
+            [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]
+            for name, each in every.items()
+            if not ENTRIES[name].paper and ENTRIES[name].honest == honest
+        ]
+        if rows:
             lines += ["", *markdown_table([title, *head, *why], rows)]
     return [*lines, "", *_signs(every)]
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """How many models each way to notice a failed attack flags: defences, overestimated defences and honest models."""
+    """The numbers of models that each way to notice a failed attack flags."""
     body = []
     ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
     flagged = {
@@ -196,7 +167,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         asked = {name for name, each in every.items() if judge in each}
         groups = (
             {name for name in asked if ENTRIES[name].paper},
-            {name for name in asked if ENTRIES[name].paper and (more[name] or 0) > CLOSE + 1e-9},
+            {name for name in asked if ENTRIES[name].paper and (more[name] or 0) > CLOSE},
             {name for name in asked if ENTRIES[name].honest},
             {name for name in asked if ENTRIES[name].why},
         )
@@ -208,7 +179,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """How many models each sign flags, and which ones no other sign of the same report does."""
+    """The numbers of models that each sign flags, and the models that no other sign of the same report flags."""
     results = [(name, one) for name, each in every.items() for one in each.values()]
     flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []
@@ -223,20 +194,10 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
     return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "the only sign of"], body)
 
 
-def read(out: Path) -> list[Result]:
-    """The results of a folder; none where there is no results file.
-
-    Args:
-        out: the folder.
-    """
-    path = out / FILE
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def table(results: Path) -> list[str]:
-    """The tables, from the folder ``benchmarks/results``.
+    """The tables.
 
     Args:
-        results: the folder.
+        results: the folder ``benchmarks/results``.
     """
-    return markdown(read(results))
+    return markdown(rows_of(results / FILE))

@@ -1,4 +1,4 @@
-"""What a result depends on: the code of the model, and the attacks and signs of the judge."""
+"""The code on which a result depends: that of the model, and the attacks and signs of the judge."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import signs
 from purify_fast.evaluation.softening import REVISION as SOFTENING
 
+from ... import kept
 from .. import revisions
 from . import active, adaptive, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR, read
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
-#: Raised whenever results would be counted otherwise.
+#: Raised whenever the same results would be counted otherwise.
 REVISION = 1
 
 
 def code(name: str, judge: str) -> dict[str, str]:
-    """The code that a result is made by, each part as a short hash.
+    """Short hashes of the code that makes a result.
 
     Args:
-        name: of the model.
-        judge: of the results.
+        name: name of the model.
+        judge: name of the judge.
     """
     entry = ENTRIES[name]
     return {"model": _of_model(name), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge)]))}
@@ -53,7 +54,7 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks([(spec, spec.resolved) for spec in specs]), *follows]
-    # where signs fire, the surrogates join
+    # Surrogates attack where signs fire.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
 
 
@@ -66,7 +67,7 @@ def _of_signs() -> list[str]:
 
 @functools.cache
 def _of_model(name: str) -> str:
-    """The source of what builds a model and of all that it calls in this package, and the zoo's weights in it."""
+    """A hash of a model: the sources that build it, all that they call in this package, and the zoo's weights in it."""
     entry = ENTRIES[name]
     found: dict[int, str] = {}
     _collect(entry.build, found)
@@ -83,7 +84,7 @@ def _weights(name: str) -> str:
 
 
 def _collect(thing: Any, found: dict[int, str]) -> None:
-    """Add the source of a function or a class of this package, and of all that it refers to, by identity."""
+    """Add the sources of a function or a class of this package and of everything that it refers to, by identity."""
     if id(thing) in found:
         return
     if isinstance(thing, functools.partial):
@@ -94,7 +95,7 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
         found[id(thing)] = ""
     elif isinstance(thing, type | types.FunctionType) and thing.__module__.startswith(str(__package__)):
         source = inspect.getsource(thing)
-        # the decorator of an entry says what its table shows, and how it is attacked
+        # The decorator of an entry is left out: it holds the words of the table and the attack.
         found[id(thing)] = source[max(source.find("def "), 0) :] if source.startswith("@entry") else source
         functions = [thing] if isinstance(thing, types.FunctionType) else vars(thing).values()
         referred = [one for each in functions if isinstance(each, types.FunctionType) for one in _referred(each)]
@@ -107,7 +108,7 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
 
 
 def _referred(function: types.FunctionType) -> list[Any]:
-    """What a function refers to: variables around it, defaults, and what it names in its module."""
+    """The objects that a function refers to: variables around it, defaults, and names of its module."""
     names, codes = set[str](), [function.__code__]
     while codes:
         now = codes.pop()
@@ -121,14 +122,13 @@ def _referred(function: types.FunctionType) -> list[Any]:
 
 
 def outdated(results: Path) -> list[str]:
-    """Results that other code made than there is, a line for each.
+    """A line for each result that other code made than there is now.
 
     Args:
         results: the folder ``benchmarks/results``.
     """
     return [
-        f"{FILE}: {one['judge']} of {one['model']!r} was made by other attacks, signs or models than there are; run "
-        "`python -m benchmarks broken`"
-        for one in read(results)
+        kept.outdated(FILE, f"{one['judge']} of {one['model']!r}", "broken")
+        for one in kept.rows_of(results / FILE)
         if one["model"] not in ENTRIES or one["code"] != code(one["model"], one["judge"])
     ]

@@ -5,8 +5,9 @@ gradient that the mechanism hides, the same model averaged over noise, or the ou
 an entry says which of them are followed, for how long and by how many draws. An entry without one is attacked along its
 own gradients, averaged over draws if it is random.
 
-``published`` is the accuracy that the cited attack left of the published defence. Figures of Athalye et al. are from
-their table 1, those of others from the text of the cited paper.
+``published`` is the accuracy that the cited attack left of the published defence, with its place in the paper of the
+attack. In table 1 of Athalye et al. the row of Guo et al. is for all of their transformations. Carlini and Wagner say
+in their abstract that the attacks succeed with a probability of 100 %.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from .entry import Build, Function, Step, behind, cross_entropy, entry, layers, 
 Models = tuple[nn.Module, ...]
 ATHALYE, TRAMER, CROCE = "Athalye et al. 2018", "Tramer et al. 2020", "Croce et al. 2022"
 BPDA, EOT = f"BPDA, {ATHALYE}", f"EOT, {ATHALYE}"
-#: What these papers left of the published defences.
-ON_IMAGENET, ON_CIFAR10 = "(ImageNet, L2 0.005)", "(CIFAR-10, 0.031)"
-#: A random model: images that are attacked.
+#: The settings of the published figures, with their place in the papers.
+ON_IMAGENET, ON_CIFAR10 = "(ImageNet, L2 0.005; table 1)", "(CIFAR-10, 0.031; table 1)"
+#: The settings of a random model, of which fewer images are attacked.
 RANDOM: dict[str, Any] = {"random": True, "images": 40}
 GUO, XIE = "Guo et al., ICLR 2018", "Xie et al., ICLR 2018"
 
@@ -115,7 +116,7 @@ ON_CIFAR: dict[str, Any] = {"data": "cifar10", "eps": 8 / 255, "images": 50}
 entry("bit-depth reduction", GUO, BPDA, chain=long(1, 2), published=f"0 {ON_IMAGENET}")(
     purifier(fewer_bits, "digits-standard", staircase)
 )
-# the steps of the minimization have gradients of their own
+# The steps of the minimization are differentiable.
 entry("total variation minimization", GUO, BPDA, chain=drawn(1, 2), published=f"0 {ON_IMAGENET}", **RANDOM)(
     purifier(total_variation, "digits-standard", total_variation)
 )
@@ -137,7 +138,7 @@ entry(
     "random resizing and padding",
     XIE,
     EOT,
-    published="0 (ImageNet, 0.031)",
+    published="0 (ImageNet, 0.031; table 1)",
     **ON_CIFAR | RANDOM,
     chain=drawn(0, draws=10, steps=50, classes=3),
 )(lambda x, y: behind(resized, zoo.load("cifar10-pgd-at-w16")))
@@ -432,7 +433,7 @@ def diversity(x: Tensor, y: Tensor) -> nn.Module:
     "Sen et al., ICLR 2020",
     f"BPDA on the averaged ensemble, {TRAMER}",
     chain=long(1, 2),
-    published=f"1.5 {ON_CIFAR10}",
+    published="1.5 (CIFAR-10, 0.031; section 12)",
 )
 def mixed_precision(x: Tensor, y: Tensor) -> Models:
     full, *others = (train(network(), x, y) for _ in range(3))
@@ -452,7 +453,7 @@ def mixed_precision(x: Tensor, y: Tensor) -> Models:
     "the odds are odd",
     "Roth et al., ICML 2019",
     f"logits of clean images matched under EOT, {TRAMER}",
-    # each draw of what is matched takes 17 copies of an image
+    # Each draw of the matched logits takes 17 copies of an image.
     chain=(
         away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
         every_class(1, steps=50, restarts=1, eot_iter=2),
@@ -538,7 +539,7 @@ def error_correction(x: Tensor, y: Tensor) -> Models:
     data="mnist",
     images=50,
     chain=long(1),
-    published="0 (MNIST, any distance)",
+    published="0 (MNIST, any distance; abstract)",
 )
 def distillation(x: Tensor, y: Tensor) -> Models:
     def hot(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -556,7 +557,7 @@ def distillation(x: Tensor, y: Tensor) -> Models:
     f"PGD, {ATHALYE}",
     eps=0.2,
     chain=long(0, steps=400),
-    published="15 (CIFAR-10, 0.015)",
+    published="15 (CIFAR-10, 0.015; table 1)",
 )
 def cascade(x: Tensor, y: Tensor) -> nn.Module:
     def one_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of models that are judged, and what rebuilt defences are put together from."""
+"""The table of the judged models, and the parts of rebuilt defences."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from purify_fast.attacks import APGD
 from purify_fast.models.classifiers import SmallCNN
 
 Function = Callable[[Tensor], Tensor]
-#: Training images ``[N, C, H, W]`` and labels ``[N]`` to a model; or to what is deployed, and after it the models whose
-#: gradients its adaptive attack follows.
+#: Makes a model from training images ``[N, C, H, W]`` and labels ``[N]``. It may return several: first the deployed
+#: model, then the models whose gradients its adaptive attack follows.
 Build = Callable[[Tensor, Tensor], nn.Module | tuple[nn.Module, ...]]
-#: Of a model, on images and labels.
+#: The loss of a model on images and labels.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-#: A network that is not trained yet, for the digits if nothing else is said.
+#: An untrained network, by default for the digits.
 network = partial(SmallCNN, width=16)
 
 
 class Search(NamedTuple):
-    """One part of an adaptive attack.
+    """A part of an adaptive attack.
 
     Args:
         attack: Auto-PGD with its options.
-        follows: whose gradients it takes: the place among the models that `Build` returns after what is deployed; 0 is
-            what is deployed itself.
-        seed: of its random starts.
+        follows: the place, among the models that `Build` returns, of the model whose gradients are taken; 0 is the
+            deployed model.
     """
 
     attack: APGD
     follows: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,16 @@ class Entry:
 
     Args:
         build: makes it.
-        paper: that published it; "" for a model that is no published defence.
-        attack: the adaptive attack, with its source; "" for a model that is no published defence.
-        chain: the parts of the adaptive attack, one after the other.
-        published: the accuracy in percent that the paper with the attack reports for the published defence in its own
-            setting, and where; "-" where no such figure is known.
-        why: of a model that is no published defence and is flagged rightly, the reason; "" for an honest one.
+        paper: the paper that published the defence; "" for other models.
+        attack: the adaptive attack with its source; "" for other models.
+        chain: the parts of the adaptive attack in their order.
+        published: accuracy in percent that the paper with the attack reports for the published defence in its own
+            setting, and its place there; "-" if no such figure is known.
+        why: the reason why it is flagged rightly; "" for an honest model and for a defence.
         data: "digits", "mnist" or "cifar10".
         eps: the L-inf radius.
         random: whether two predictions differ.
-        images: at most so many are attacked.
+        images: the largest number of attacked images.
     """
 
     build: Build
@@ -70,21 +68,21 @@ class Entry:
 
     @property
     def honest(self) -> bool:
-        """Whether no report may flag it."""
+        """Tell whether no report may flag it."""
         return not (self.paper or self.why)
 
 
-#: By name, in the order of the tables.
+#: The entries by name, in the order of the tables.
 ENTRIES: dict[str, Entry] = {}
 
 
 def entry(name: str, *sources: str, **settings: Any) -> Callable[[Build], Build]:
-    """A decorator that adds what a function builds to the table.
+    """Make a decorator that adds a function's model to the table.
 
     Args:
-        name: of its row.
-        sources: `Entry`'s paper and attack; none for an honest model.
-        settings: its other fields.
+        name: name of the row.
+        sources: paper and attack of the `Entry`; none for an honest model.
+        settings: other fields of the `Entry`.
     """
 
     def add(build: Build) -> Build:

@@ -1,9 +1,9 @@
-"""Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947), on the models of the table.
+"""The indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
-The indicators look at one run of an attack on each image, as their authors' code computes them. The run is PGD on the
-cross-entropy, whose last point is its result. "Transfer failure" is of attacks that were made on another model, and
-none is made here: it is not asked. An indicator counts as fired where it is true of more than a tenth of the images; of
-the one that is a number, unstable predictions, where its mean is above a tenth, the paper's threshold.
+The indicators look at a run of an attack on each image, as their authors' code computes them. The run is PGD on the
+cross-entropy, whose last point is its result. "Transfer failure" is left out, because no attack here was made on
+another model. An indicator fires if it is true for more than a tenth of the images. "Unstable predictions" is a number:
+it fires if its mean is above a tenth, the paper's threshold.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from purify_fast.ops.pgd_step import pgd_step
 
 #: Raised whenever another result would come out.
 REVISION = 1
-#: Images; steps of PGD; the length of each in radii, and in the unconstrained attack in image units.
+#: Number of images, steps of PGD, and the length of a step: in radii, and in image units in the unconstrained attack.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
-#: Random points around each image, the width of their uniform noise, the largest share that passes.
+#: Number of random points around each image, the width of their uniform noise, and the largest share that passes.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: The last steps that the loss is looked at over, and the share of its range that it may still fall by there.
+#: Number of last steps in which the loss is compared, and the share of its range by which it may still change there.
 LAST, FALLS = 10, 0.05
-#: The indicators in the order of the paper, without the transfer.
+#: The indicators in the order of the paper, without that of transfer.
 INDICATORS = (
     "unavailable gradients",
     "unstable predictions",
@@ -34,13 +34,13 @@ INDICATORS = (
 
 
 def losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each image ``[B]``, and whether it is misclassified."""
+    """The cross-entropy of each image ``[B]``, and a mask of misclassified images."""
     logits = model(x)
     return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) != y
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the loss to the images, zero where PyTorch has none; the loss; which images are misclassified."""
+    """The gradient to the images, zero if PyTorch has none; the loss; and a mask of misclassified images."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         loss, wrong = losses(model, leaf, y)
@@ -56,10 +56,10 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
         x: images ``[B, C, H, W]``.
         y: labels, int64 ``[B]``.
         eps: the L-inf radius.
-        length: of a step, in image units.
+        length: length of a step, in image units.
 
     Returns:
-        The losses after each step, from the image itself on, ``[STEPS + 1, B]``; and where the image is misclassified.
+        The losses before and after each step, ``[STEPS + 1, B]``, and the masks of misclassified images.
     """
     point, every, fallen = x, [], []
     for _ in range(STEPS):
@@ -72,10 +72,10 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
 
 
 def still_rising(loss: Tensor) -> Tensor:
-    """Of each image whether the best loss so far, over its range, still rises in the last steps.
+    """Tell for each image whether the best loss so far still rises in the last steps.
 
     Args:
-        loss: after each step, ``[steps, B]``.
+        loss: loss after each step, ``[steps, B]``.
     """
     best = loss.nan_to_num().cummax(0).values
     least, most = loss.nan_to_num().amin(0), best[-1]
@@ -83,7 +83,7 @@ def still_rising(loss: Tensor) -> Tensor:
 
 
 def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """By how much of itself the loss changes with small noise, on average, at most 1."""
+    """The mean relative change of the loss under small noise, at most 1."""
     generator = torch.Generator().manual_seed(0)
     before = losses(model, x, y)[0]
     scale = torch.where(before == 0, torch.ones_like(before), before.abs())
@@ -93,7 +93,7 @@ def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
-    """Each indicator: the share of the images of which it is true, or its mean.
+    """The value of each indicator: the share of images for which it is true, or its mean.
 
     Args:
         model: images to logits.
@@ -117,6 +117,6 @@ def fired(values: dict[str, float]) -> list[str]:
     """The indicators that say that an attack failed.
 
     Args:
-        values: of `indicators`.
+        values: result of `indicators`.
     """
     return [name for name, value in values.items() if value > PASSES]

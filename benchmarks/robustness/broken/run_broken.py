@@ -1,8 +1,7 @@
-"""``python -m benchmarks broken``: what AutoAttack, this package's reports and adaptive attacks say of each model.
+"""``python -m benchmarks broken``: AutoAttack, this package's reports and adaptive attacks judge each model.
 
-Every judge of every model is one result in the results file, which is written as soon as the judge is done and not made
-again: the command can be interrupted at any time. A result has the code that made it, so that it is made again where
-the model, the attacks or the signs are others by now.
+A judge's result on a model is written to the results file at once and not made again, so the command can be interrupted
+at any time. A result names the code that made it. It is made again if the model, the attacks or the signs have changed.
 """
 
 from __future__ import annotations
@@ -10,35 +9,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import math
 import time
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 
-from ... import RESULTS, options
+from ... import options
+from ...kept import put, rows_of
 from ...speed.running import Budget
 from . import active, adaptive, broken_tables, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, read, verdicts
+from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
-#: A defence is trained on at most so many images.
+#: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: Draws that an adaptive attack averages where it does not say how many, and images that `STRONG` judges at most.
+#: Number of draws that an adaptive attack averages if it sets no number, and the most images that `STRONG` judges.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 
 @functools.cache
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
-    """A model and what its adaptive attack follows besides, and the images and labels to attack."""
+    """The deployed model with the others that its adaptive attack follows, and the images and labels to attack."""
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
     torch.manual_seed(0)
@@ -48,12 +45,12 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
 
 
 def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """One result: what a judge leaves of a model, image by image, or what it says of the attacks on it.
+    """The result of a judge on a model: the images that withstand, or its findings on the attacks.
 
     Args:
-        name: of the model, one of `ENTRIES`.
-        judge: one of `JUDGES`.
-        settings: "images", at most so many, and "steps" of the attacks that leave them open, at most so many of others.
+        name: name in `ENTRIES`.
+        judge: name in `JUDGES`.
+        settings: the largest numbers of "images" and of "steps".
         data: the folder of the images.
     """
     entry, (models, x, y) = ENTRIES[name], built(name, data)
@@ -72,7 +69,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
 
 
 def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """What a report says of a model: clean accuracy, which images withstand, and the signs that are unreliable."""
+    """The facts of a report on a model: clean accuracy, the images that withstand, and the signs of a failed attack."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     steps, n = settings["steps"], settings["images"]
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
@@ -94,7 +91,7 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
 
 
 def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
-    """A part of an adaptive attack with at most so many steps, where these are fewer than usual: a trial."""
+    """A part of an adaptive attack with at most this number of steps, if it is a trial's."""
     attack: Any = spec.resolved
     if steps >= broken_tables.STEPS:
         return spec
@@ -105,8 +102,8 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
     """The settings of a judge's result.
 
     Args:
-        name: of the model.
-        judge: one of `JUDGES`.
+        name: name of the model.
+        judge: name of the judge.
         chosen: the options of the command.
     """
     most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
@@ -115,7 +112,7 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
 
 
 def order(work: tuple[str, str]) -> tuple[bool, int, int]:
-    """The place of a result among others: deterministic models of digits come first, and `STRONG` after all others.
+    """The place of a result among others: deterministic models of digits come first, and `STRONG` comes last.
 
     Args:
         work: the model and the judge.
@@ -126,12 +123,12 @@ def order(work: tuple[str, str]) -> tuple[bool, int, int]:
 
 
 def is_asked(name: str, judge: str, results: list[Result]) -> bool:
-    """Whether a judge is to judge a model: `STRONG` only where ``standard`` found what there is, or flagged the model.
+    """Tell whether a judge judges a model: `STRONG` does so only if ``standard`` found enough, or flagged the model.
 
     Args:
-        name: of the model.
-        judge: one of `JUDGES`.
-        results: that are there.
+        name: name of the model.
+        judge: name of the judge.
+        results: the results so far.
     """
     if judge != STRONG:
         return True
@@ -141,40 +138,34 @@ def is_asked(name: str, judge: str, results: list[Result]) -> bool:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks broken``."""
-    parser.add_argument("--only", nargs="+", metavar="NAME", type=options.one_of(ENTRIES), help="these models alone")
-    parser.add_argument(
-        "--judges", nargs="+", choices=JUDGES, default=JUDGES, help="these judges alone; all by default"
-    )
-    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="these judges once more")
-    parser.add_argument("--images", type=options.at_least_one, help="at most so many; all of a model's by default")
-    parser.add_argument("--minutes", type=options.seconds, default=math.inf, help="begin nothing that would end later")
+    options.add_names(parser, ENTRIES, "--only", "which models")
+    options.add_names(parser, JUDGES, "--judges", "who judges")
+    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="judges whose results are made once more")
+    parser.add_argument("--images", type=options.at_least_one, help="the most images of a model; all by default")
+    options.add_minutes(parser)
     parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
-    parser.add_argument("--quick", action="store_true", help="4 images, 2 steps: that it works, no numbers")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results by default")
+    options.add_out(parser, "")
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Judge what is not judged yet, or was judged by other code; the tables."""
-    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
-    kept = {(one["model"], one["judge"]): one for one in read(out)}
+    """Let the judges judge the models that they have not judged yet by this code; return the tables."""
+    out = options.out_of(chosen, chosen.quick, "")
+    kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 
     def is_done(name: str, judge: str) -> bool:
         known = kept.get((name, judge), {})
         as_asked = known.get("settings") == settings_of(name, judge, chosen)
         return as_asked and known.get("code") == code(name, judge) and judge not in chosen.redo
 
-    asked = [(name, judge) for judge in chosen.judges for name in chosen.only or ENTRIES]
+    asked = [(name, judge) for judge in chosen.judges for name in chosen.only]
     work = sorted((at for at in asked if not is_done(*at)), key=order)
 
     def run(name: str, judge: str) -> None:
-        if not is_asked(name, judge, read(out)):
-            return
-        result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
-        # read again: another process may judge other models meanwhile
-        others = [one for one in read(out) if (one["model"], one["judge"]) != (name, judge)]
-        write_text(out / FILE, json.dumps([*others, result], indent=1) + "\n")
+        if is_asked(name, judge, rows_of(out / FILE)):
+            result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
+            put(out / FILE, result, key=itemgetter("model", "judge"))
 
     budget = Budget(seconds=60 * chosen.minutes)
     budget.go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
     left_out = [f"{len(budget.left_out)} results did not fit into the time."] if budget.left_out else []
-    return "\n".join([*broken_tables.markdown(read(out)), *left_out])
+    return "\n".join([*broken_tables.markdown(rows_of(out / FILE)), *left_out])

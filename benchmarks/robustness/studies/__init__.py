@@ -10,24 +10,24 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jinja2
 import torch
 import yaml
 
 from purify_fast._files import write_text
 from purify_fast._process import end_workers, worker_pool
 from purify_fast.speed import retain_freed_memory
+
+from ...prose import rendered
 
 RESULT, ASKED = "result.json", "job.json"
 
@@ -78,7 +78,7 @@ class Job:
         return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
 
     def done(self, root: Path) -> bool:
-        """Whether this job has ended."""
+        """Tell whether this job has ended."""
         return (self.folder(root) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:
@@ -103,20 +103,16 @@ def _run(job: Job, root: Path, share: int) -> None:
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
-    """Raise ValueError if a job cannot be run, or ``root`` holds folders with other settings."""
+    """Raise ValueError if a job cannot be run, or if ``root`` holds folders with other settings."""
     if not jobs:
         raise ValueError("the study has no job")
     if len({job.folder(root) for job in jobs}) < len(jobs):
         raise ValueError("jobs need names of their own")
-    names = {(job.name, job.seed) for job in jobs}
-    for job in jobs:
-        for need, seed in job.needed():
-            if (need, seed) not in names:
-                raise ValueError(f"{job.name} needs {need!r} of seed {seed}, which the study has not")
-    try:
-        TopologicalSorter({(job.name, job.seed): job.needed() for job in jobs}).prepare()
-    except CycleError as error:
-        raise ValueError(f"these jobs need each other: {', '.join(name for name, _ in error.args[1])}") from error
+    needs = {(job.name, job.seed): job.needed() for job in jobs}
+    if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
+        raise ValueError(f"the study has no job for these needs: {sorted(missing)}")
+    # It raises CycleError, a ValueError, for jobs that need each other.
+    TopologicalSorter(needs).prepare()
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
         there = json.loads(path.read_text()) if path.is_file() else now
@@ -233,16 +229,8 @@ class Study:
 
 def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:
     """Write ``name.md`` in ``folder``, from its template, which sees these functions by their names, and the values."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["paragraph"] = lambda text: " ".join(text.split())
-    environment.globals |= {function.__name__: function for function in functions}
-    text = environment.get_template(f"{name}.md.jinja").render(values)
-    write_text(folder / f"{name}.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", functions, **values)
+    write_text(folder / f"{name}.md", text)
     return folder / f"{name}.md"
 
 

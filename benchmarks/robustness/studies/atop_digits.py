@@ -52,7 +52,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     s, digits = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
-    if "start" in s:  # made beside another classifier, of which it saw nothing
+    if "start" in s:
+        # The other row's purifier was trained beside a classifier that it did not see.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])

@@ -69,7 +69,8 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),  # attacks the survivors of ce
+        # This attack follows the cross-entropy's, and attacks its survivors.
+        "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
         auto_attack = AutoAttack(steps=amount.auto_steps, n_queries=amount.queries)
@@ -134,11 +135,9 @@ def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
-    unknown = set(rows) - names
-    if unknown:
+    if unknown := set(rows) - names:
         raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
-    wanted: set[str] = set()
-    more = set(rows)
+    wanted, more = set[str](), set(rows)
     while more:
         wanted |= more
         more = {need for job in jobs if job.name in wanted for need in job.needs} - wanted
@@ -158,9 +157,9 @@ class DigitsStudy(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--seeds", type=at_least_one, default=SEEDS, help=f"trainings of each row; {SEEDS} by default"
+            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; {SEEDS} by default"
         )
-        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and their needs")
+        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the rows that they need")
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
@@ -189,19 +188,20 @@ class DigitsStudy(Study):
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result
 
+        def values(name: str, key: str) -> list[float]:
+            return [result[key] for result in rows[name].values() if key in result]
+
         def mean(name: str, key: str) -> str:
-            values = [result[key] for result in rows[name].values() if key in result]
-            return over_seeds(values) if values else "-"
+            return over_seeds(found) if (found := values(name, key)) else "-"
+
+        def number(name: str, key: str, places: int) -> str:
+            return f"{statistics.fmean(found):,.{places}f}" if (found := values(name, key)) else "-"
 
         def to_base(name: str, key: str) -> str:
             base = "base, L2" if name.endswith("L2") else "base"
             before = rows.get(base, {}) if name != base else {}
             changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
             return over_seeds(changes) if changes else "-"
-
-        def number(name: str, key: str, places: int) -> str:
-            values = [result[key] for result in rows[name].values() if key in result]
-            return f"{statistics.fmean(values):,.{places}f}" if values else "-"
 
         layers: dict[str, list[dict]] = {}
         for result in results:

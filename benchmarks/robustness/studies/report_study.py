@@ -52,9 +52,9 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     return last
 
 
-def train(job: Job, folder: Path, task: Task, images: data.DataSet, epochs: int, batch_size: int = 128) -> dict:
+def train(job: Job, folder: Path, task: Task, images: data.DataSet, epochs: int) -> dict:
     """Train on all of the images; return the last epoch's metrics."""
-    return fit(task, images.x_train, images.y_train, FitConfig(epochs, batch_size, job.seed), folder)
+    return fit(task, images.x_train, images.y_train, FitConfig(epochs, 128, job.seed), folder)
 
 
 class ReportStudy(Study):

@@ -37,9 +37,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         for amount, text in study.amounts.items():
             amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=text)
         options.add_argument(
-            "--workers", type=at_least_one, default=study.workers, help=f"jobs side by side; {study.workers} by default"
+            "--workers",
+            type=at_least_one,
+            default=study.workers,
+            help=f"jobs side by side; {study.workers} by default",
         )
-        options.add_argument("--out", type=Path, help="where the runs are kept; runs/studies/NAME by default")
+        options.add_argument("--out", type=Path, help="folder of the runs; runs/studies/NAME by default")
 
 
 def check(chosen: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""Does any image of an L-inf ball fool a small ReLU network? An exact answer, in float64.
+"""Decides exactly, in float64, whether any image of an L-inf ball fools a small ReLU network.
 
-Three steps decide an image, each for what the one before it left: a bound that holds for the whole ball proves that
-nothing fools the network; a point of the ball that is misclassified proves the contrary; a mixed-integer program per
-class that is left proves one of the two. No attack of the package takes part.
+Three steps decide an image; each begins where the step before left it open. A bound that holds for the whole ball
+proves that nothing fools the network. A misclassified point of the ball proves the contrary. A mixed-integer program
+for each class that is left open proves either. No attack of the package takes part.
 
 The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866), the program that of Tjeng et al. (ICLR
 2019, arXiv 1711.07356), solved by HiGHS.
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: Margins above 0 that are smaller prove nothing, since HiGHS holds constraints up to 1e-6 or less; where one is as
-#: little below 0, a clearer point is sought, for float32.
+#: A smaller margin above 0 proves nothing, because HiGHS holds constraints only up to 1e-6. If a margin is as little
+#: below 0, a clearer point is searched, for float32.
 TOLERANCE = 1e-5
-#: Added to bounds that HiGHS computes, on the safe side.
+#: A bound that HiGHS computes is moved by this to the safe side.
 SLACK = 1e-6
-#: What `scipy.optimize.milp` calls a solution, and the proof that there is none.
+#: Status of `scipy.optimize.milp` for a solution, and for the proof that there is none.
 OPTIMAL, INFEASIBLE = 0, 2
-#: Of the search for a point: random starts, and steps of each.
+#: Numbers of random starts and of their steps in the search for a point.
 STARTS, STEPS = 5, 40
 ROBUST, FALLS, UNDECIDED = "robust", "falls", "undecided"
 BOUND, POINT, MILP = "bound", "point", "milp"
@@ -42,13 +42,13 @@ Box = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Decision:
-    """What is known of one image.
+    """The decision on an image.
 
     Args:
         verdict: `ROBUST`, `FALLS` or `UNDECIDED`.
-        how: `BOUND`, `POINT` or `MILP`: what decided it, or was tried last.
-        seconds: of the processor that it took.
-        point: a misclassified image of the ball, float64, if it falls.
+        how: the step that decided it, or was tried last: `BOUND`, `POINT` or `MILP`.
+        seconds: processor time of the decision.
+        point: a misclassified image of the ball, float64, if there is one.
     """
 
     verdict: str
@@ -58,25 +58,25 @@ class Decision:
 
 
 def margins(layers: Sequence[Affine], x: Tensor, y: int) -> Tensor:
-    """By how much the logit of class ``y`` leads each other one, ``[B, classes - 1]``."""
+    """The lead of the logit of class ``y`` over each other logit, ``[B, classes - 1]``."""
     logits = forward(layers, x)
     others = [k for k in range(logits.shape[1]) if k != y]
     return logits[:, [y]] - logits[:, others]
 
 
 def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], box: Box) -> Tensor:
-    """What linear functions of the last hidden layer are at least over a box, by CROWN's backward pass.
+    """Lower bounds of linear functions of the last hidden layer over a box, by CROWN's backward pass.
 
     Args:
-        layers: the hidden ones.
-        functions: weights and constants, a function a row.
-        bounds: of the hidden units.
-        box: of flat images.
+        layers: the hidden layers.
+        functions: weights and constants, with a row for each function.
+        bounds: bounds of the hidden units.
+        box: a box of flat images.
     """
     weight, constant = functions
     for (low, high), (matrix, bias) in zip(reversed(bounds), reversed(layers), strict=True):
         slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low).clamp(min=1e-300)))
-        # below, an unstable ReLU lies over 0 or over its input, whichever leaves the smaller area
+        # An unstable ReLU lies above 0 and above its input: the lower bound takes what leaves the smaller area.
         below = torch.where((low < 0) & (high > 0), (high > -low).to(slope.dtype), slope)
         shift = torch.where((low < 0) & (high > 0), -low * slope, torch.zeros_like(low))
         constant = constant + weight.clamp(max=0) @ shift
@@ -87,14 +87,14 @@ def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], b
 
 
 def hidden_bounds(layers: Sequence[Affine], box: Box) -> list[Box]:
-    """What each hidden unit is at least and at most before its ReLU, over a box of flat images."""
+    """Bounds of each hidden unit before its ReLU, over a box of flat images."""
     bounds: list[Box] = []
     for i, (weight, bias) in enumerate(layers[:-1]):
         before = layers[:i]
         low = lowest(before, Affine(weight, bias), bounds, box)
         high = -lowest(before, Affine(-weight, -bias), bounds, box)
         if bounds:
-            # neither is the tighter one everywhere
+            # Neither bound is tighter everywhere.
             least, most = (end.relu() for end in bounds[-1])
             middle, radius = weight @ (least + most) / 2 + bias, weight.abs() @ (most - least) / 2
             low, high = torch.maximum(low, middle - radius), torch.minimum(high, middle + radius)
@@ -110,11 +110,11 @@ def lead(layers: Sequence[Affine], y: int) -> Affine:
 
 
 def search(layers: Sequence[Affine], box: Box, y: int) -> Tensor | None:
-    """A misclassified point of the box, by signed steps from random points of it; None where none was found.
+    """Search a misclassified point of the box by signed steps from random points; return None without success.
 
     Args:
-        layers: of the network.
-        box: of flat images.
+        layers: the network's layers.
+        box: a box of flat images.
         y: the right class.
     """
     low, high = box
@@ -133,11 +133,11 @@ def search(layers: Sequence[Affine], box: Box, y: int) -> Tensor | None:
 class Program:
     """The network's hidden layers over a box as linear constraints, in which some variables are 0 or 1.
 
-    Every hidden unit is a - s, a the part above 0 and s that below; of a unit whose sign is not known, a variable lets
-    only one of the two be there. Units that are never above 0 are left out.
+    Every hidden unit is a - s: a is its part above 0, s its part below 0. If its sign is not known, a variable that is
+    0 or 1 allows only one of the two. Units that are never above 0 are left out.
 
     Args:
-        box: of flat images.
+        box: a box of flat images.
     """
 
     def __init__(self, box: Box):
@@ -148,12 +148,12 @@ class Program:
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
-        """The next hidden layer.
+        """Add the next hidden layer.
 
         Args:
-            layer: its weights.
-            low: what its units are at least before their ReLU.
-            high: what they are at most.
+            layer: weights of the layer.
+            low: lower bounds of its units before their ReLU.
+            high: their upper bounds.
         """
         alive = np.flatnonzero(high > 0)
         least, most = low.numpy()[alive], high.numpy()[alive]
@@ -193,10 +193,10 @@ class Program:
         """Minimize a linear function of the last layer, or find where it is small enough.
 
         Args:
-            weight: of the function.
-            seconds: at most.
-            most: any point serves at which the function is at most this; None: the least one is sought.
-            relaxed: whether the variables that are 0 or 1 may lie between: a bound, and fast.
+            weight: weights of the function.
+            seconds: time limit.
+            most: a value; any point serves at which the function is at most this. None minimizes the function.
+            relaxed: whether the variables that are 0 or 1 may lie between, which gives a bound quickly.
 
         Returns:
             The result of `scipy.optimize.milp`.
@@ -214,13 +214,13 @@ class Program:
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:
-    """The program of all hidden layers; where CROWN leaves a unit's sign open, the relaxed program bounds it anew.
+    """The program of all hidden layers; the relaxed program bounds the units whose sign CROWN leaves open.
 
     Args:
-        layers: of the network.
-        bounds: of the hidden units, which are written to.
-        box: of flat images.
-        until: the time, as of ``time.monotonic``, at which it ends with the bounds that there are.
+        layers: the network's layers.
+        bounds: bounds of the hidden units, which are tightened in place.
+        box: a box of flat images.
+        until: time limit on the clock of ``time.monotonic``; the program then keeps the bounds that it has.
     """
     program = Program(box)
     for i, (layer, (low, high)) in enumerate(zip(layers, bounds, strict=False)):
@@ -236,14 +236,14 @@ def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: floa
 
 
 def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: float = 30.0) -> Decision:
-    """Whether any image within ``eps`` of ``x`` and within [0, 1] is classified otherwise than ``y``.
+    """Decide whether any image within ``eps`` of ``x`` and within [0, 1] is classified otherwise than ``y``.
 
     Args:
-        layers: of the network.
+        layers: the network's layers.
         x: an image, which the network classifies as ``y``.
         y: its class.
         eps: the L-inf radius.
-        seconds: of the program, about; an image that takes more is undecided.
+        seconds: about the longest time of the program; an image that takes more is undecided.
     """
     begin, flat = time.process_time(), x.double().flatten()
     box = (flat - eps).clamp(0, 1), (flat + eps).clamp(0, 1)
@@ -262,7 +262,7 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # first any point that fools the network; if the solver's does so by little or not, the one of least margin
+        # Any point that fools the network serves. If the solver's point hardly fools it, minimize the margin.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)
             if found.status == INFEASIBLE:

@@ -1,7 +1,7 @@
 """The small networks whose images are decided exactly: how they are trained, and on what.
 
-All are affine layers with ReLUs between them. Their weights lie in a file beside the results, so that the decisions
-stay those of the networks that are attacked.
+All are affine layers with ReLUs between them. Their weights lie in a file beside the results, so that the attacked
+networks stay the networks that were decided.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: Images that each network learns from, at most, and those that are decided.
+#: The largest number of training images of a network, and the number of images that are decided.
 TRAINING_IMAGES, IMAGES = 10_000, 250
-#: Of TRADES: what the distance of the outputs counts beside the cross-entropy.
+#: The weight of the distance of the outputs in TRADES.
 BETA = 6.0
 
 
@@ -32,10 +32,10 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, tar
     Args:
         model: images to logits.
         x: the middle of the ball.
-        y: labels, whose cross-entropy rises.
+        y: labels; the attack raises their cross-entropy.
         eps: the L-inf radius.
-        steps: how many, of 2.5 eps together.
-        target: probabilities, the distance to which rises instead.
+        steps: number of steps; together they are 2.5 eps long.
+        target: probabilities; the attack raises the distance to these instead.
     """
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     for _ in range(steps):
@@ -47,7 +47,7 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, tar
 
 
 def adversarial(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
-    """The cross-entropy on attacked images (Madry et al., ICLR 2018); of one step, FGSM's."""
+    """The cross-entropy on attacked images (Madry et al., ICLR 2018); one step is FGSM."""
     return cross_entropy(model, attacked(model, x, y, eps, steps), y)
 
 
@@ -74,7 +74,7 @@ def convolution(channels: int, kernel: int, stride: int, side: int, hidden: int)
 
 
 def purified(pixels: int, code: int, hidden: int) -> nn.Sequential:
-    """A purifier before a classifier, as CARSO's pipeline with a latent of 0: a code of the image, an image, its class.
+    """A purifier before a classifier, like CARSO's pipeline with a latent of 0.
 
     The reconstruction is clipped to [0, 1], by two ReLUs, where CARSO has a sigmoid.
     """
@@ -88,14 +88,14 @@ def _complement(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Network:
-    """One of the networks.
+    """A network and its training.
 
     Args:
-        build: makes it, untrained.
+        build: makes the untrained network.
         data: "digits" or "mnist".
-        pool: side of the squares of pixels of which the mean is taken.
-        loss: that it is trained with.
-        epochs: of its training.
+        pool: side of the squares of pixels that are averaged.
+        loss: loss of the training.
+        epochs: number of epochs.
         eps: the L-inf radius at which its images are decided.
     """
 

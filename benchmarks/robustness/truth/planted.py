@@ -1,11 +1,11 @@
 """Networks with a known answer: some hide a counterexample, others have none by construction.
 
-**Hidden.** After SoundnessBench (Zhou et al., arXiv 2412.03154): a random corner of an image's ball is to be
-misclassified by a small margin, while all that PGD finds elsewhere in the ball is to be classified right, over a
-sliding window of what it found in the last steps. The networks are perceptrons of 64 inputs, on digits, where the paper
-has thousands of units and 300 steps in the window; at this size PGD still finds the corner. So a third loss asks that
-points on the way to the corner lead the more, the nearer they are: a gradient then leads away from it. How much more,
-`GAPS`, says how well the corner is hidden.
+**Hidden.** The training follows SoundnessBench (Zhou et al., arXiv 2412.03154). A random corner of an image's ball is
+to be misclassified by a small margin. Everything that PGD finds elsewhere in the ball is to be classified right; a
+sliding window keeps the points that it found in the last steps. The paper's networks have thousands of units and 300
+steps in the window. The networks here are perceptrons of 64 inputs, on digits; at this size PGD still finds the corner.
+So a third loss asks that points on the way to the corner lead more, the nearer they are to it: a gradient then leads
+away from it. The difference, `GAPS`, says how well the corner is hidden.
 
 **Robust.** The logit of a class is minus the mean distance of the pixels to those of a random prototype. It changes by
 at most as much as every pixel does, so an image whose logit leads by m is robust within m / 2.
@@ -29,31 +29,31 @@ from purify_fast.data import load_dataset, to_float
 
 from .exact_networks import perceptron
 
-#: By how much the points nearest to the corner lead more than the image does, in logits; networks for each.
+#: The lead of the points nearest to the corner above that of the image, in logits, and the number of networks for each.
 GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
-#: Images of a network in which a corner is planted, the radius, and the widths of the network.
+#: The number of images of a network in which a corner is planted, the radius, and the widths of the network.
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
-#: By how much a planted corner is misclassified, in logits (SoundnessBench: 0.01).
+#: The margin by which a planted corner is misclassified, in logits (SoundnessBench: 0.01).
 LEAD = 0.01
-#: Points whose pixels are off the corner's by less than this share of the radius, on average, are the corner itself.
+#: A point counts as the corner if its mean distance from it is less than this share of the radius.
 NEAR = 0.03
-#: PGD that a counterexample must be hidden from: steps and random starts; SoundnessBench: 1,000 starts.
+#: Steps and random starts of the PGD that must not find a counterexample; SoundnessBench has 1,000 starts.
 STEPS, STARTS = 50, 100
-#: Networks that are robust by construction, the pixels and classes of each, and the share of the proven radius that is
-#: attacked: float32 rounds.
+#: The number of networks that are robust by construction, the pixels and classes of each, and the attacked share of the
+#: proven radius, which leaves room for rounding in float32.
 CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the networks are trained.
+    """The effort of the training.
 
     Args:
-        updates: of the weights.
-        window: steps whose PGD points are kept.
-        starts: of PGD.
-        others: random points of the ball, and points on the way to the corner, of each image.
-        batch: other images, which the network is to classify under attack.
+        updates: number of updates of the weights.
+        window: number of steps whose PGD points are kept.
+        starts: number of starts of PGD.
+        others: number of random points of each image's ball, and of points on the way to its corner.
+        batch: number of other images that the network is to classify under attack.
     """
 
     updates: int = 1500
@@ -64,11 +64,11 @@ class Effort:
 
 
 class Stack:
-    """Perceptrons of the same widths, each on images of its own.
+    """Perceptrons of the same widths, each for other images.
 
     Args:
-        weights: of each layer, ``[networks, outputs, inputs]``.
-        biases: of each layer, ``[networks, 1, outputs]``.
+        weights: weights of each layer, ``[networks, outputs, inputs]``.
+        biases: biases of each layer, ``[networks, 1, outputs]``.
     """
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor]):
@@ -76,7 +76,7 @@ class Stack:
 
     @classmethod
     def fresh(cls, networks: int, generator: torch.Generator) -> Stack:
-        """Untrained ones."""
+        """Untrained perceptrons."""
         pairs = list(pairwise(WIDTHS))
         weights = [math.sqrt(2 / a) * torch.randn(networks, b, a, generator=generator) for a, b in pairs]
         biases = [torch.zeros(networks, 1, b) for _, b in pairs]
@@ -95,12 +95,12 @@ class Stack:
 
 
 def hinge(x: Tensor) -> Tensor:
-    """What is above 0 of each network's values, their mean, summed over the networks."""
+    """The part of values above 0, averaged over each network and summed over the networks."""
     return x.relu().flatten(1).mean(1).sum()
 
 
 def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
-    """By how much the logits of the classes ``y`` lead the next ones, ``[networks, images]``."""
+    """The lead of the logits of the classes ``y`` over the next logits, ``[networks, images]``."""
     logits = stack(x)
     return -margin(logits.flatten(0, 1), y.flatten()).view(y.shape)
 
@@ -114,18 +114,18 @@ class Ball(NamedTuple):
 
     @classmethod
     def around(cls, x: Tensor, y: Tensor) -> Ball:
-        """That of radius `EPS`, within [0, 1]."""
+        """The ball of radius `EPS`, within [0, 1]."""
         return cls((x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1), y)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
-        """So many random points for each image, ``[networks, count, images, pixels]``, half of them corners."""
+        """Random points for each image, ``[networks, count, images, pixels]``, half of them corners."""
         networks, images, _ = self.low.shape
         share = torch.rand(networks, count, *self.low.shape[1:], generator=generator)
         corner = torch.rand(networks, count, images, 1, generator=generator) < 0.5
         return torch.lerp(self.low[:, None], self.high[:, None], torch.where(corner, share.round(), share))
 
     def attacked(self, stack: Stack, starts: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The points that PGD reaches from each start, and which are misclassified, ``[networks, starts, images]``."""
+        """The points that PGD reaches from each start, and the misclassified ones as ``[networks, starts, images]``."""
         stack, networks = stack.frozen, len(self.low)
         low, high, y = (end.repeat(1, starts, *[1] * (end.dim() - 2)) for end in self)
         point = torch.lerp(low, high, torch.rand(low.shape, generator=generator))
@@ -146,7 +146,7 @@ class Hidden(NamedTuple):
     corner: Tensor
 
     def verdicts(self) -> list[str]:
-        """Of each network's images: "f", a corner is hidden from PGD, "p", PGD finds one, "w", there is none."""
+        """A letter for each image of a network: "f" for a hidden corner, "p" if PGD finds one, "w" for no corner."""
         right = self.stack.frozen(self.x).argmax(2) == self.y
         planted = right & (self.stack.frozen(self.corner).argmax(2) != self.y)
         generator = torch.Generator().manual_seed(1)
@@ -155,7 +155,7 @@ class Hidden(NamedTuple):
         return ["".join("fpw"[i] for i in row) for row in letters.tolist()]
 
     def models(self) -> list[nn.Sequential]:
-        """Each network as a user has it: images ``[B, 1, 8, 8]`` to logits."""
+        """Each network as a module from images ``[B, 1, 8, 8]`` to logits."""
         models = [perceptron(*WIDTHS).eval().requires_grad_(False) for _ in self.x]
         for k, model in enumerate(models):
             linear = [module for module in model if isinstance(module, nn.Linear)]
@@ -166,11 +166,11 @@ class Hidden(NamedTuple):
 
 
 def train(gaps: Tensor, effort: Effort) -> Hidden:
-    """Networks that hide a corner of the balls of some digits.
+    """Train networks that hide a corner of the balls of some digits.
 
     Args:
-        gaps: how well each network hides it, ``[networks]``.
-        effort: how long they are trained.
+        gaps: gap of each network, ``[networks]``.
+        effort: effort of the training.
     """
     generator, networks = torch.Generator().manual_seed(0), len(gaps)
     digits = load_dataset("digits")
@@ -184,7 +184,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
     window: list[Tensor] = []
     for _ in range(effort.updates):
         point, wrong = ball.attacked(stack, effort.starts, 10, generator)
-        # of each image the point that PGD ends at in the first start that succeeds
+        # Keep each image's point from the first start of PGD that succeeds.
         first = wrong.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, point.shape[-1])
         window = [*window, point.gather(1, first)[:, 0]][-effort.window :]
         picked = torch.randint(len(train_x), (networks, effort.batch), generator=generator)
@@ -201,7 +201,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
 
 
 def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy of each network on those of some points that count, summed over the networks."""
+    """The mean cross-entropy of each network on the points that count, summed over the networks."""
     logits = stack(points.flatten(1, 2)).flatten(0, 1)
     loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
     return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()
@@ -210,7 +210,7 @@ def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None
 def _away(
     stack: Stack, ball: Ball, ends: tuple[Tensor, Tensor], gaps: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
-    """How much points with a share of the corner's pixels lead less than the image does plus that share of the gap."""
+    """How much too little the points lead that have a share of the corner's pixels: less than the image and its gap."""
     (x, corner), shape = ends, (len(gaps), count, ball.y.shape[1])
     share = 0.3 + 0.6 * torch.rand(*shape, 1, generator=generator)
     random = torch.lerp(ball.low[:, None], ball.high[:, None], torch.rand(*shape, x.shape[2], generator=generator))
@@ -219,8 +219,8 @@ def _away(
     return hinge(leads(stack, x, ball.y)[:, None] + gaps[:, None, None] * share[..., 0] - ahead)
 
 
-class Constructed(NamedTuple):
-    """A network that is robust by construction on some images ``[B, 1, 5, 5]``, and the radius up to which it is."""
+class Part(NamedTuple):
+    """A network, and the images and the radius at which it is attacked."""
 
     model: nn.Sequential
     x: Tensor
@@ -228,11 +228,11 @@ class Constructed(NamedTuple):
     eps: float
 
 
-def constructed(seed: int) -> Constructed:
-    """One of them.
+def constructed(seed: int) -> Part:
+    """A network that is robust by construction on images ``[B, 1, 5, 5]``, up to a radius.
 
     Args:
-        seed: of the prototypes, and of the images near them.
+        seed: seed of the prototypes and of the images near them.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels, classes = PROTOTYPES
@@ -240,7 +240,7 @@ def constructed(seed: int) -> Constructed:
     y = torch.randperm(classes, generator=generator)[:PLANTED]
     x = (prototypes[y] + 0.2 * (torch.rand(PLANTED, pixels, generator=generator) - 0.5)).clamp(0, 1)
     model = perceptron(pixels, 2 * classes * pixels, classes).eval().requires_grad_(False)
-    # |x - c| is the sum of what x - c and c - x are above 0
+    # |x - c| is the sum of the parts of x - c and c - x above 0.
     one = torch.eye(pixels).repeat(classes, 1)
     model[1].weight.copy_(torch.cat([one, -one]))
     model[1].bias.copy_(torch.cat([-prototypes.flatten(), prototypes.flatten()]))
@@ -248,4 +248,4 @@ def constructed(seed: int) -> Constructed:
     model[3].bias.zero_()
     images = x.view(-1, 1, 5, 5)
     lead = -margin(model(images), y)
-    return Constructed(model, images, y, SHARE * float(lead.min()) / 2)
+    return Part(model, images, y, SHARE * float(lead.min()) / 2)

@@ -1,19 +1,17 @@
 """``python -m benchmarks truth``: how far AutoAttack and this package's protocols are from the truth.
 
-The truth of each subject is one row of the results file: image by image, whether anything in the ball fools the
-network. It does not depend on who attacks, and is found once. Every contestant's row holds what stood, network by
-network; it is made again where the networks or the code of the protocol have changed since. Both are written as soon
-as they are there: the command can be interrupted at any time.
+The truth about a subject is one row of the results file. It says for each image whether any point of the ball fools the
+network. It is found once, because it does not depend on the attacks. A contestant's row holds the images that it left,
+network by network. It is made again if the networks or the attacks of the protocol have changed. Rows are written as
+soon as they are made, so the command can be interrupted at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import EvaluateConfig, evaluate
 
-from ... import RESULTS, options
+from ... import options
 from ...speed import timing
 from ...speed.running import Budget
 from .. import revisions
@@ -34,20 +32,20 @@ from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Amount, Part, Setting, hidden, identity, parts_of
 from .truth_tables import CONTESTANTS, FALLS, FALLS_IN_FLOAT64, FILE, ROBUST, UNDECIDED, WRONG, Row, key, markdown, read
 
-#: Images that are attacked together, as AutoAttack's own default is.
+#: Number of images attacked together, the default of AutoAttack.
 BATCH = 250
 LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
 
 def decided(part: Part, seconds: float) -> Row:
-    """The truth of one network's images: a letter for each, and how it was decided.
+    """Decide the images of a network, and return a letter for each verdict and for each proof.
 
     Args:
-        part: the network.
-        seconds: of the program, about.
+        part: the network and its images.
+        seconds: about the longest time that the program may take for an image.
     """
     layers = affine_layers(part.model, part.x.shape[1:])
-    verdicts, how, spent = "", "", []
+    verdicts, how, spent = "", "", [0.0]
     for x, y, predicted in zip(part.x, part.y.tolist(), part.model(part.x).argmax(1).tolist(), strict=True):
         if predicted != y:
             verdicts, how = verdicts + WRONG, how + "-"
@@ -59,115 +57,87 @@ def decided(part: Part, seconds: float) -> Row:
             letter = FALLS_IN_FLOAT64 if int(part.model(point).argmax()) == y else letter
         verdicts, how = verdicts + letter, how + decision.how[0]
         spent.append(decision.seconds)
-    return {
-        "verdicts": [verdicts],
-        "how": [how],
-        "median_seconds": statistics.median(spent or [0.0]),
-        "longest_seconds": max(spent, default=0.0),
-    }
+    times = {"median_seconds": statistics.median(spent[1:] or spent), "longest_seconds": max(spent)}
+    return {"verdicts": [verdicts], "how": [how], **times}
 
 
-def truth(setting: Setting, name: str) -> Row:
-    """The row of the truth of one subject.
+def write(out: Path, kind: str, row: Row) -> None:
+    """Write a row in the place of the row that has its key.
 
     Args:
-        setting: where everything lies.
-        name: one of `SUBJECTS`.
+        out: the folder.
+        kind: "truth" or "contestants".
+        row: the row.
+    """
+    # Read again: another process may have written other rows meanwhile.
+    results = read(out)
+    others = [one for one in results[kind] if key(one) != key(row)]
+    results[kind] = sorted([*others, row | timing.environment(torch.device("cpu"))], key=key)
+    write_text(out / FILE, json.dumps(results, indent=1) + "\n")
+
+
+def find(setting: Setting, name: str) -> None:
+    """Find the truth about a subject, unless it is known for these networks.
+
+    Args:
+        setting: folders and amounts.
+        name: name in `SUBJECTS`.
     """
     parts, begin = parts_of(setting, name), time.process_time()
+    row = {"subject": name, "networks": identity(parts), "eps": parts[0].eps}
+    if any(row.items() <= known.items() for known in read(setting.out)["truth"]):
+        return
     if name in NETWORKS:
-        found = decided(parts[0], setting.amount.seconds)
+        row |= decided(parts[0], setting.amount.seconds)
     elif name == CONSTRUCTED:
-        found = {"verdicts": [ROBUST * len(part.y) for part in parts]}
+        row |= {"verdicts": [ROBUST * len(part.y) for part in parts]}
     else:
-        first, whole = list(HIDDEN).index(name) * len(parts), hidden(setting)
-        found = {"verdicts": whole.verdicts()[first : first + len(parts)]}
-    row = {"subject": name, "networks": identity(parts), "eps": parts[0].eps, **found}
-    return row | {"cpu_seconds": time.process_time() - begin} | timing.environment(torch.device("cpu"))
+        first = list(HIDDEN).index(name) * len(parts)
+        row |= {"verdicts": hidden(setting).verdicts()[first : first + len(parts)]}
+    write(setting.out, "truth", row | {"cpu_seconds": time.process_time() - begin})
 
 
-def code(parts: Sequence[Part], who: str) -> Row:
-    """What a contestant's row depends on: the networks and images, and the attacks with their revisions."""
-    return {"networks": identity(parts), "attacks": revisions.of_protocol(CONTESTANTS[who][0], random=False)}
-
-
-def contest(parts: Sequence[Part], who: str, seed: int, known: Row | None = None) -> Iterator[Row]:
-    """The row of one contestant, again after every network.
+def attack(setting: Setting, name: str, who: str, seed: int) -> None:
+    """Let a contestant attack the networks of a subject that it has not attacked yet by the same attacks.
 
     Args:
-        parts: the networks.
-        who: one of `CONTESTANTS`.
-        seed: of the evaluation.
-        known: the row as it was left; it goes on where its ``code`` is still the same.
+        setting: folders and amounts.
+        name: name in `SUBJECTS`.
+        who: name in `CONTESTANTS`.
+        seed: seed of the evaluation.
     """
-    now = code(parts, who)
-    row = {"contestant": who, "seed": seed, "code": now, "left": [], "forwards": 0, "gradients": 0, "cpu_seconds": 0.0}
-    if known is not None and known["code"] == now:
-        row |= known
+    parts, protocol = parts_of(setting, name), CONTESTANTS[who][0]
+    code = {"networks": identity(parts), "attacks": revisions.of_protocol(protocol, random=False)}
+    row = {"subject": name, "contestant": who, "seed": seed, "code": code, "left": []}
+    row |= {"forwards": 0, "gradients": 0, "cpu_seconds": 0.0}
+    for known in read(setting.out)["contestants"]:
+        if key(known) == key(row) and known["code"] == code:
+            row = known
+    config = EvaluateConfig(protocol=protocol, seed=seed, batch_size=BATCH)
     for part in parts[len(row["left"]) :]:
         door, begin = CountedModel(part.model), time.process_time()
-        config = EvaluateConfig(protocol=CONTESTANTS[who][0], seed=seed, batch_size=BATCH)
         report = evaluate(door, part.x, part.y, eps=part.eps, config=config, progress=False)
         row["cpu_seconds"] += time.process_time() - begin
         row["left"].append("".join("01"[bool(image)] for image in report.headline.robust))
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients
-        yield row | timing.environment(torch.device("cpu"))
-
-
-def write(out: Path, kind: str, row: Row) -> None:
-    """Put one row in the place of the one that it replaces, into the file as it is now.
-
-    Args:
-        out: the folder.
-        kind: "truth" or "contestants".
-        row: it.
-    """
-    # read again: another process may have written other rows meanwhile
-    results = read(out)
-    others = [one for one in results[kind] if key(one) != key(row)]
-    results[kind] = sorted([*others, row], key=key)
-    write_text(out / FILE, json.dumps(results, indent=1) + "\n")
-
-
-def find(setting: Setting, name: str) -> None:
-    """Find the truth of a subject, where it is not known or its networks are others by now."""
-    known = [row for row in read(setting.out)["truth"] if row["subject"] == name]
-    if not known or known[0]["networks"] != identity(parts_of(setting, name)):
-        write(setting.out, "truth", truth(setting, name))
-
-
-def attack(setting: Setting, name: str, who: str, seed: int) -> None:
-    """Let a contestant attack a subject, where its row is not whole or was made by other code."""
-    wanted = {"subject": name, "contestant": who, "seed": seed}
-    known = [row for row in read(setting.out)["contestants"] if key(row) == key(wanted)]
-    for row in contest(parts_of(setting, name), who, seed, known[0] if known else None):
-        write(setting.out, "contestants", wanted | row)
+        write(setting.out, "contestants", row)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks truth``."""
-    which = f"which networks; all by default: {'; '.join(SUBJECTS)}"
-    parser.add_argument("names", nargs="*", metavar="name", type=options.one_of(SUBJECTS), help=which)
-    parser.add_argument(
-        "--contestants",
-        nargs="*",
-        metavar="NAME",
-        type=options.one_of(CONTESTANTS),
-        default=list(CONTESTANTS),
-        help=f"who attacks; all by default: {'; '.join(CONTESTANTS)}; none: only the truth is found",
-    )
+    options.add_names(parser, SUBJECTS)
+    options.add_names(parser, CONTESTANTS, "--contestants", "who attacks, where nobody only finds the truth")
     parser.add_argument("--data", type=Path, help="folder with mnist.npz, or the official files")
-    parser.add_argument("--minutes", type=options.seconds, help="begin nothing that would probably end later")
-    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/cpu by default")
+    options.add_minutes(parser)
+    options.add_out(parser, "/cpu")
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Find the truth, and let the contestants attack, as far as that is not done; the tables."""
-    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS) / "cpu"
+    """Find the truth, and let the contestants attack, as far as that is not done; return the tables."""
+    out = options.out_of(chosen, chosen.quick, "cpu")
     setting, names = Setting(out, chosen.data, QUICK if chosen.quick else Amount()), []
-    for name in chosen.names or SUBJECTS:
+    for name in chosen.names:
         try:
             parts_of(setting, name)
             names.append(name)
@@ -176,8 +146,8 @@ def main(chosen: argparse.Namespace) -> str:
     work = [(name, partial(find, setting, name)) for name in names]
     for who in chosen.contestants:
         for name in names:
-            # networks that hide something are many: one seed tells enough
+            # One seed is enough for networks that hide a counterexample, because there are many.
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
-    Budget(60 * chosen.minutes if chosen.minutes else math.inf).go(work, "row")
+    Budget(60 * chosen.minutes).go(work, "row")
     return "\n".join(markdown(read(out)))

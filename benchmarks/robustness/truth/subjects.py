@@ -1,4 +1,4 @@
-"""What is attacked: networks with their images and radii, trained once and kept beside the results."""
+"""The attacked networks with their images and radii; they are trained once, and kept beside the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from purify_fast._tensors import weights_fingerprint
 
 from . import planted
 from .exact_networks import IMAGES, NETWORKS
+from .planted import Part
 
 WEIGHTS = "truth_networks.safetensors"
 #: The networks that hide a counterexample, by how well they hide it.
@@ -27,14 +27,14 @@ SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of everything.
+    """The amounts of everything.
 
     Args:
-        images: of each network that is decided exactly.
-        seconds: of the program, after which an image is undecided.
-        hidden: networks of each gap.
-        effort: of their training.
-        constructed: networks that are robust by construction.
+        images: number of images of each network that is decided exactly.
+        seconds: time limit of the program, after which an image is undecided.
+        hidden: number of networks of each gap.
+        effort: effort of their training.
+        constructed: number of networks that are robust by construction.
     """
 
     images: int = IMAGES
@@ -47,23 +47,14 @@ class Amount:
 QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2, batch=4), 1)
 
 
-class Part(NamedTuple):
-    """One network, and the images and the radius at which it is attacked."""
-
-    model: nn.Sequential
-    x: Tensor
-    y: Tensor
-    eps: float
-
-
 @dataclass(frozen=True)
 class Setting:
-    """Where everything lies, and how much of it there is.
+    """Folders and amounts.
 
     Args:
         out: the folder of the results.
         data: the folder of MNIST.
-        amount: how much of everything.
+        amount: the amounts.
     """
 
     out: Path
@@ -87,8 +78,8 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
     """The networks of a subject, which are trained if the results folder does not hold them.
 
     Args:
-        setting: where everything lies.
-        name: one of `SUBJECTS`.
+        setting: folders and amounts.
+        name: name in `SUBJECTS`.
 
     Raises:
         ValueError: the data set of a network is not there.
@@ -106,7 +97,7 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
             setting.keep({shared + key: one for key, one in model.state_dict().items()})
         return [Part(model.eval().requires_grad_(False), x, y, network.eps)]
     if name == CONSTRUCTED:
-        return [Part(*planted.constructed(seed)) for seed in range(amount.constructed)]
+        return [planted.constructed(seed) for seed in range(amount.constructed)]
     first, whole = list(HIDDEN).index(name) * amount.hidden, hidden(setting)
     images = whole.x.unflatten(2, (1, 8, 8))
     every = [Part(*one, planted.EPS) for one in zip(whole.models(), images, whole.y, strict=True)]
@@ -130,7 +121,7 @@ def hidden(setting: Setting) -> planted.Hidden:
 
 
 def identity(parts: Sequence[Part]) -> str:
-    """Tells networks, images and radii from others."""
+    """A text that differs for other networks, images or radii."""
     held = nn.ModuleList(part.model for part in parts)
     for k, part in enumerate(parts):
         held.register_buffer(f"x{k}", part.x)

@@ -1,31 +1,33 @@
-"""The results file of the truth, and the tables and the sentence that pages take from it."""
+"""The results file of the exact decisions, its tables, and the sentence of README."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from purify_fast.evaluation.show.tables import markdown_table
 
+from ... import kept
+from ...kept import Row
 from .. import revisions
 from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
 
 FILE = "truth.json"
-#: Who attacks: the protocol, and from how many seeds the networks that are decided exactly are attacked.
+#: The protocol of each contestant, and the number of seeds with which it attacks the networks that are decided exactly.
 CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
-#: The truth of an image in one letter. One that falls in float64 and not in the model's float32, and one that is
-#: misclassified as it is, count for nobody; nor does a planted one that plain PGD finds.
+#: The letters for the truth about an image. Only images that are robust and images that fall count. An image that falls
+#: in float64 alone does not count, and neither does a misclassified image or a planted one that plain PGD finds.
 ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 
-Row = dict[str, Any]
 Results = dict[str, list[Row]]
 
 
 def read(out: Path) -> Results:
-    """The rows of the truth and of the contestants in a folder; none where there is no results file.
+    """The rows of the truth and of the contestants in a folder; none without a results file.
 
     Args:
         out: the folder.
@@ -35,13 +37,13 @@ def read(out: Path) -> Results:
 
 
 def key(row: Row) -> tuple[int, int, int]:
-    """What tells the rows of one kind apart, in the order of the file."""
+    """The place of a row among the rows of its kind, which no other row has."""
     who = list(CONTESTANTS).index(row["contestant"]) if "contestant" in row else 0
     return SUBJECTS.index(row["subject"]), who, row.get("seed", 0)
 
 
 def outdated(results: Path) -> list[str]:
-    """Rows that other attacks made than the package has, or that are of other networks than the truth, a line for each.
+    """A line for each row that was made by other attacks than the package has, or on other networks than the truth.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -52,15 +54,12 @@ def outdated(results: Path) -> list[str]:
     for row in rows["contestants"]:
         attacks = revisions.of_protocol(CONTESTANTS[row["contestant"]][0], random=False)
         if row["code"] != {"networks": networks[row["subject"]], "attacks": attacks}:
-            found.append(
-                f"{FILE}: {row['contestant']} on {row['subject']!r} was made by other attacks than the package has, or "
-                "on other networks; run `python -m benchmarks truth`"
-            )
+            found.append(kept.outdated(FILE, f"{row['contestant']} on {row['subject']!r}", "truth"))
     return found
 
 
 class Score(NamedTuple):
-    """How many images fall, how many of these a contestant left, and how many robust ones it fooled the network on."""
+    """How many images fall, how many of these a contestant left, and how many robust images it broke."""
 
     falls: int = 0
     missed: int = 0
@@ -68,28 +67,28 @@ class Score(NamedTuple):
 
 
 def score(truths: Iterable[Row], rows: Sequence[Row]) -> Score:
-    """The score of one contestant over some subjects.
+    """The score of a contestant over some subjects.
 
     Args:
-        truths: the rows of the truth.
-        rows: of the contestant, on the same subjects or on some of them.
+        truths: rows of the truth.
+        rows: rows of the contestant on these subjects, or on some of them.
     """
     left = {row["subject"]: "".join(row["left"]) for row in rows}
-    pairs = [
+    pairs = Counter(
         pair
         for truth in truths
         for pair in zip("".join(truth["verdicts"]), left.get(truth["subject"], ""), strict=False)
-    ]
-    counted = [(FALLS, "0"), (FALLS, "1")], [(FALLS, "1")], [(ROBUST, "0")]
-    return Score(*(sum(map(pairs.count, kind)) for kind in counted))
+    )
+    missed = pairs[FALLS, "1"]
+    return Score(pairs[FALLS, "0"] + missed, missed, pairs[ROBUST, "0"])
 
 
 def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
-    """The scores over some subjects, a seed each, of the contestants that have attacked all of them.
+    """For each contestant, a score for each seed with which it has attacked all of the subjects.
 
     Args:
-        results: of `read`.
-        names: of the subjects; those whose truth is not known are left out.
+        results: result of `read`.
+        names: names of subjects; a subject without a known truth is left out.
     """
     truths = [row for row in results["truth"] if row["subject"] in names]
     whole = {row["subject"]: len(row["verdicts"]) for row in truths}
@@ -103,43 +102,46 @@ def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
     return found
 
 
-def _missed(results: Results, names: Iterable[str]) -> list[str]:
-    return [", ".join(str(one.missed) for one in seeds) or "-" for seeds in scores(results, names).values()]
-
-
-def _counts(rows: Iterable[Row], what: str, letters: str) -> list[str]:
-    text = "".join("".join(row.get(what, ())) for row in rows)
+def _counts(rows: Iterable[Row], column: str, letters: str) -> list[str]:
+    """The number of images with each of some letters in a column."""
+    text = "".join("".join(row.get(column, ())) for row in rows)
     return [f"{text.count(letter):,}" for letter in letters]
 
 
+def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[Row], list[str]]]:
+    """For each subject and for all together: a title, the rows of the truth, and the images that contestants missed."""
+    truths = {row["subject"]: row for row in results["truth"] if row["subject"] in names}
+    for title, group in (*((name, [name]) for name in names if name in truths), ("all", list(truths))):
+        every = scores(results, group).values()
+        missed = [", ".join(str(score.missed) for score in seeds) or "-" for seeds in every]
+        yield title, [truths[name] for name in group], missed
+
+
 def markdown(results: Results) -> list[str]:
-    """The tables of the networks that are decided exactly and of those that hide a counterexample.
+    """The table of the networks that are decided exactly, and that of the networks that hide a counterexample.
 
     Args:
-        results: of `read`.
+        results: result of `read`.
     """
-    truths = {row["subject"]: row for row in results["truth"]}
-    exact, hidden = ([name for name in names if name in truths] for names in (NETWORKS, HIDDEN))
     missed = [f"missed by {who}" for who in CONTESTANTS]
     body = []
-    for title, names in (*((name, [name]) for name in exact), ("all", exact)):
-        rows = [truths[name] for name in names]
+    for title, rows, cells in _groups(results, NETWORKS):
         eps = f"{rows[0]['eps']:g}" if title != "all" else ""
         counts = [*_counts(rows, "verdicts", ROBUST + FALLS + UNDECIDED), *_counts(rows, "how", "bpm")]
-        body.append([title, eps, *counts, *_missed(results, names)])
+        body.append([title, eps, *counts, *cells])
     head = ["network", "eps", "robust", "falls", "undecided", "by a bound", "by a point", "by a program", *missed]
     lines = markdown_table(head, body)
     body = []
-    for title, names in (*((name.removeprefix("gap "), [name]) for name in hidden), ("all", hidden)):
-        rows = [truths[name] for name in names]
-        counts = _counts(rows, "verdicts", FALLS + FOUND_BY_PGD)
-        body.append([title, str(sum(len(row["verdicts"]) for row in rows)), *counts, *_missed(results, names)])
+    for title, rows, cells in _groups(results, HIDDEN):
+        count = str(sum(len(row["verdicts"]) for row in rows))
+        body.append([title.removeprefix("gap "), count, *_counts(rows, "verdicts", FALLS + FOUND_BY_PGD), *cells])
     head = ["gap, logits", "networks", "hidden from PGD", "found by PGD", *missed]
-    return [*lines, "", *markdown_table(head, body), "", *_sentences(results, truths)]
+    return [*lines, "", *markdown_table(head, body), "", *_sentences(results)]
 
 
-def _sentences(results: Results, truths: dict[str, Row]) -> list[str]:
-    """Who contradicts the truth, what each contestant costs, and on which machines."""
+def _sentences(results: Results) -> list[str]:
+    """The contradictions of the truth, the costs of each contestant, and the machines."""
+    truths = {row["subject"]: row for row in results["truth"]}
     alone = sum("".join(row["verdicts"]).count(FALLS_IN_FLOAT64) for row in truths.values())
     built = [row for row in results["contestants"] if row["subject"] == CONSTRUCTED]
     false = sum(score([truths[CONSTRUCTED]], [row]).contradicted for row in built)
@@ -152,22 +154,21 @@ def _sentences(results: Results, truths: dict[str, Row]) -> list[str]:
             forwards, gradients = (sum(row[what] for row in own) / images for what in ("forwards", "gradients"))
             costs.append(f"{who} {forwards:,.0f} and {gradients:,.0f}")
     networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
-    machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads" for kind in results.values() for row in kind)
     return [
         f"Images that a contestant has broken although they are proved robust: {wrong}; on {networks} networks that "
         f"are robust by construction: {false}. Images that fall in float64 and not in float32: {alone}.",
         "",
         f"Forward passes and gradients an image on the networks of the first table: {'; '.join(costs)}.",
         "",
-        f"{', '.join(machines)}.",
+        f"{kept.machines(row for kind in results.values() for row in kind)}.",
     ]
 
 
 def table(results: Path) -> list[str]:
-    """The tables, from the folder ``benchmarks/results``.
+    """The tables.
 
     Args:
-        results: the folder.
+        results: the folder ``benchmarks/results``.
 
     Raises:
         FileNotFoundError: nothing has been decided.
@@ -179,7 +180,7 @@ def table(results: Path) -> list[str]:
 
 
 def front(results: Path) -> list[str]:
-    """The sentence of README: how many images that fall each contestant misses.
+    """The sentence of README on the images that fall and are missed by each contestant.
 
     Args:
         results: the folder ``benchmarks/results``.

@@ -45,7 +45,9 @@ class Case:
     """An op at a shape, with its least work: bytes read and written once, and arithmetic.
 
     Attributes:
-        inputs: tensors on torch's default device; the first is what a surrounding graph feeds.
+        inputs: makes tensors on torch's default device; a surrounding graph feeds the first.
+        call: the public function.
+        differentiable: positions of the inputs that get a gradient.
         slack: factor on the usual error by which contestants may differ.
         work: for each direction the bytes and the FLOP, as formulas of ``symbols``, the elements n and their bytes s.
     """
@@ -53,10 +55,10 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     inputs: Callable[[], tuple[Tensor, ...]]
-    call: Callable[..., Tensor | tuple[Tensor, ...]]  # the public function
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Mapping[str, tuple[str, str]]
     variant: str = ""
-    differentiable: tuple[int, ...] = field(default=())  # positions of the inputs that get a gradient
+    differentiable: tuple[int, ...] = ()
     symbols: Mapping[str, int] = field(default_factory=dict)
     slack: float = 1.0
 

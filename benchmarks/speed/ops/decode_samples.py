@@ -15,7 +15,7 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-#: images, samples of each; side of the images
+#: Number of images, number of samples of each, and side of the images.
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
 #: For each side: the preset, its condition and latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}

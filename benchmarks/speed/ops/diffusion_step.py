@@ -26,7 +26,8 @@ def call(x: Tensor, prediction: Tensor, *named: Tensor, noisy: bool) -> Tensor:
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     b, c, *sides = shape
     halves = 2 if variant == "learned" else 1
-    normals = 0 if variant == "noiseless" else 45  # as `philox` counts a normal
+    # `philox` counts a normal as 45 operations.
+    normals = 0 if variant == "noiseless" else 45
     return Case(
         shape,
         dtype,

@@ -17,7 +17,8 @@ KINDS = kinds("quarter", "all")
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     pixels, batch = math.prod(shape), shape[0]
-    threshold = 0.75 if variant == "quarter" else -1.0  # of drifts spread over [0, 1)
+    # The drifts are spread over [0, 1).
+    threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
         shape,
         dtype,

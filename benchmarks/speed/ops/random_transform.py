@@ -8,7 +8,7 @@ from purify_fast.ops import random_transform
 
 from . import Case, kinds, uniform
 
-#: shape, side of a block
+#: Shape, and side of a block.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = kinds("rt2", "rt3", "rt1")
@@ -19,12 +19,13 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, variant: str) -
     b, c, h, w = shape
     num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
-    noise = 0 if variant == "rt1" else 45  # as `philox` counts a normal
+    # `philox` counts a normal as 45 operations.
+    noise = 0 if variant == "rt1" else 45
     return Case(
         shape,
         dtype,
         lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),
-        # bfloat16 is for the generator, which takes it in channels_last.
+        # The generator takes bfloat16 in channels_last.
         lambda x, seed, ids: random_transform(
             x,
             seed,

@@ -10,7 +10,7 @@ from purify_fast.ops import random_transform, stitch
 from . import Case, normal
 
 PASSES = 4
-#: shape of the stitched images, side of a block
+#: Shape of the stitched images, and side of a block.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last"))

@@ -14,15 +14,23 @@ from purify_fast.training import Batch, Task
 
 @dataclass(frozen=True)
 class Job:
-    """A contestant, ready to run in its own process."""
+    """A contestant, ready to run in its own process.
 
-    run: Callable[[], object]  # what is timed
-    result: Callable[[], Tensor]  # what must agree with the first contestant's
-    parts: dict[str, Callable[[], object]] = field(default_factory=dict)  # of `run`, timed on their own
-    times: int = 1  # how often `run` does what the others' do once
+    Attributes:
+        run: the timed function.
+        result: returns numbers that must agree with those of the first contestant.
+        parts: parts of ``run`` by name, which are timed separately.
+        times: how often ``run`` does the work that other contestants do once.
+    """
+
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
+    times: int = 1
 
 
-Make = Callable[[torch.device, bool], Job]  # device, quick
+#: Makes a job for a device, small for a quick run.
+Make = Callable[[torch.device, bool], Job]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from . import Case, Job, columns, optimizer_step, random_batch
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
-TOLERANCE = 0.04  # 0.01 to 0.02 is bfloat16, with the signs that it turns in the attack
-IMAGE = 10  # the refined image's values are about 0.1
+#: bfloat16 alone makes a distance of 0.01 to 0.02, with the signs that it turns in the attack.
+TOLERANCE = 0.04
+#: Factor on the refined image, whose values are about 0.1.
+IMAGE = 10
 
 
 def sizes(quick: bool) -> tuple[int, int, int]:
@@ -59,7 +61,8 @@ def defence(device: torch.device, quick: bool) -> Atop:
     _, side, width = sizes(quick)
     torch.manual_seed(0)
     classifier = torchvision.models.resnet18(num_classes=10).eval()
-    classifier.fc.weight.data *= 10  # else the cross-entropy is about log 10 of every image
+    # Otherwise the cross-entropy would be about log 10 for every image.
+    classifier.fc.weight.data *= 10
     return Atop(classifier, generator(width), (3, side, side), block=side // 8).to(device)
 
 
@@ -150,7 +153,7 @@ class PlainStep:
             if isinstance(layer, Conv2d):
                 # The plain form consists of PyTorch's layers, with the weights that are there.
                 layer.__class__ = nn.Conv2d
-        self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)  # frozen
+        self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)
         self.optimizer = self.adam(self.generator)
         self.g: Callable = self.generator
         self.f: Callable = self.classifier
@@ -205,7 +208,7 @@ class PlainStep:
 
 
 class ReleasedStep(PlainStep):
-    """As released: two passes of the generator, a discriminator that changes nothing, noise and mask from the CPU."""
+    """The released step: two passes of the generator, an idle discriminator, noise and mask from the CPU."""
 
     attention = ReleasedAttention
 

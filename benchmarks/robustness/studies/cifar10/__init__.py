@@ -17,9 +17,9 @@ from .. import Job, Study
 from .job_list import clean_accuracy, jobs
 from .results import GIVEN, STEM, check_budget
 from .study import Budget, budget_of
-from .table import write, write_given
+from .table import write
 
-__all__ = ["Budget", "Cifar10", "budget_of", "clean_accuracy", "jobs", "write", "write_given"]
+__all__ = ["Budget", "Cifar10", "budget_of", "clean_accuracy", "jobs", "write"]
 
 
 class Cifar10(Study):
@@ -40,11 +40,11 @@ class Cifar10(Study):
         parser.add_argument(
             "--base",
             metavar="NAME",
-            help="stand on this classifier of the zoo; only AToP, ARREST and a new standard classifier are trained, "
+            help="use this classifier of the zoo as base; only AToP, ARREST and a new standard classifier are trained, "
             "and have a table of their own",
         )
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto by default")
-        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of what is done")
+        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of finished jobs")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         # Results of another budget would prevent the table, hours later.
@@ -70,6 +70,4 @@ class Cifar10(Study):
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write the table of the study, or of its rows on a given base."""
-        if chosen.base is None:
-            return write(root, folder, self.budget(chosen))
-        return write_given(root, folder, chosen.base, self.budget(chosen))
+        return write(root, folder, self.budget(chosen), chosen.base)

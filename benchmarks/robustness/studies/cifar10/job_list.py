@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -172,7 +173,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if name == study.BEST:
         # With further seeds it is the row that its training took.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
-    model, samples = attacked(job, root, name), (images.x_test, images.y_test)
+    model = attacked(job, root, name)
     torch.manual_seed(job.seed)
     result: dict = {"model": name}
     config, attacks = EvaluateConfig(protocol=protocol), None
@@ -183,18 +184,18 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
         # Each image has several samples and draws: smaller batches need less memory.
         config = EvaluateConfig(steps=job.settings["budget"].carso_steps, max_forward_batch=250)
-    return result | {protocol: _lowest(job, folder, model, name, samples, getattr(counts, protocol), config, attacks)}
+    count = getattr(counts, protocol)
+    samples = images.x_test[:count], images.y_test[:count]
+    return result | {protocol: _lowest(job, folder, model, name, samples, config, attacks)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     """Judge a candidate on held-out training images."""
     counts, name = job.settings["judging"], job.settings["model"]
-    model, samples = attacked(job, root, name), models.held_out(job, counts.held_out)
+    model, (x, y) = attacked(job, root, name), models.held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
-    return {
-        "clean": clean_accuracy(model, *samples),
-        "tried": _lowest(job, folder, model, name, samples, counts.candidates, EvaluateConfig(protocol=counts.tried)),
-    }
+    clean, few, config = clean_accuracy(model, x, y), counts.candidates, EvaluateConfig(protocol=counts.tried)
+    return {"clean": clean, "tried": _lowest(job, folder, model, name, (x[:few], y[:few]), config)}
 
 
 def _lowest(
@@ -203,15 +204,13 @@ def _lowest(
     model: nn.Module,
     name: str,
     samples: tuple[torch.Tensor, torch.Tensor],
-    count: int,
     config: EvaluateConfig,
     attacks: list[AttackSpec] | None = None,
 ) -> dict:
-    """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
-    report = evaluate(
-        model, samples[0][:count], samples[1][:count], eps=study.EPS, attacks=attacks, out=folder, name=name,
-        config=replace(config, seed=job.seed, dataset_name="cifar10"), progress=False,
-    )  # fmt: skip
+    """Evaluate a model on some images, keep the report, and return its lowest accuracy."""
+    config = replace(config, seed=job.seed, dataset_name="cifar10")
+    how: dict[str, Any] = {"attacks": attacks, "out": folder, "name": name, "progress": False}
+    report = evaluate(model, *samples, eps=study.EPS, config=config, **how)
     report.save(folder, model)
     lowest = report.headlines[name]
     return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}

@@ -88,16 +88,8 @@ def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
 
 def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """PGD adversarial training of a fresh classifier."""
-    return ArrestConfig(
-        attack=attack_of(budget, share),
-        distillation_weight=0.0,
-        replay=False,
-        learning_rate=0.1,
-        schedule="one_cycle",
-        ema_decay=budget.ema_decay,
-        awp_gamma=budget.awp_gamma if awp else 0.0,
-        precision="bfloat16",
-    )
+    rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
+    return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
 
 def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
@@ -119,13 +111,7 @@ def loop(job: Job, epochs: int, **more: object) -> FitConfig:
 
 
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
-    """FLOP per image of a training step, counted on a few images.
-
-    Args:
-        task: the task of the training; its weights' gradients are overwritten.
-        images: source of the few images.
-        count: number of images.
-    """
+    """FLOP per image of a training step, counted on a few images; the gradients of the task's weights are lost."""
     x = data.to_float(images.x_train[:count])
     # Late in a run every term of the loss acts.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
@@ -137,11 +123,12 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
 
 
 @torch.no_grad()
-def inference_flops(model: nn.Module, images: data.DataSet) -> float:
-    """FLOP per image of a prediction."""
+def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[str, float]:
+    """A model's parameters and FLOP: those of a prediction and of an image in a training step."""
     with Flops() as counter:
-        model(data.to_float(images.x_test[:2]))
-    return counter.total / 2
+        model.eval()(data.to_float(images.x_test[:2]))
+    flop = {"inference_gflop": counter.total / 2 / 1e9, "training_gflop": training_flop / 1e9}
+    return {"parameters": sum(p.numel() for p in model.parameters()), **flop}
 
 
 def save_whole(defence: Carso | Atop, folder: Path) -> None:
@@ -150,18 +137,10 @@ def save_whole(defence: Carso | Atop, folder: Path) -> None:
     save_classifier(defence.classifier, folder / "classifier")
 
 
-def _costs(task: Task, model: nn.Module, images: data.DataSet) -> dict[str, float]:
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "inference_gflop": inference_flops(model.eval(), images) / 1e9,
-        "training_gflop": training_flops(task, images) / 1e9,
-    }
-
-
 def _fitted(job: Job, folder: Path, task: Task, model: nn.Module, epochs: int, images: data.DataSet) -> dict:
     """Train; return the last epoch's measurements and the cost."""
     last = fit(task, images.x_train, images.y_train, loop(job, epochs), folder, title=job.name)
-    return last | _costs(task, model, images)
+    return last | costs(model, images, training_flops(task, images))
 
 
 def train_standard(job: Job, folder: Path, root: Path) -> dict:
@@ -201,10 +180,10 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 def take_base(job: Job, folder: Path, root: Path) -> dict:
     """Use a given base, by its name in the zoo, in place of the study's own base."""
     model = zoo.load(job.settings["base"]).to(job.settings["device"])
-    images, budget = images_of(job), job.settings["budget"]
-    costs = _costs(ArrestTask(copy.deepcopy(model), adversarial(budget), images.image_shape), model, images)
+    images, config = images_of(job), adversarial(job.settings["budget"])
+    flop = training_flops(ArrestTask(copy.deepcopy(model), config, images.image_shape), images)
     save_classifier(model, folder)
-    return costs
+    return costs(model, images, flop)
 
 
 def take_standard(job: Job, folder: Path, root: Path) -> dict:
@@ -325,13 +304,9 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
     """The costs of the mixture, which is not trained: those of both parts."""
-    model = model_of(job, root, study.MIXED)
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "inference_gflop": inference_flops(model.eval(), images_of(job)) / 1e9,
-        "training_gflop": sum(part["training_gflop"] for part in parts),
-    }
+    flop = 1e9 * sum(part["training_gflop"] for part in parts)
+    return costs(model_of(job, root, study.MIXED), images_of(job), flop)
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
@@ -372,18 +347,14 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """A trained model, by its row, on the job's device."""
-    return _read_model(job, root, name).to(job.settings["device"])
-
-
-def _read_model(job: Job, root: Path, name: str) -> nn.Module:
-    if name == study.MIXED:
-        return Mixed(*(load_classifier(job.folder(root, part)) for part in (study.STANDARD, study.BASE))).eval()
     trained = study.trained_as(name, job.seed)
     folder = job.folder(root, trained)
-    if name in (study.NO_EMA, study.ARREST):
-        return load_classifier(folder / study.LIVE)
-    if name in study.CARSO_ROWS:
-        return load_defence(folder, load_classifier(folder / "classifier"))
-    if trained in study.BEHIND:
-        return load_defence(folder, load_classifier(folder / "classifier"))
-    return load_classifier(folder)
+    if name == study.MIXED:
+        model: nn.Module = Mixed(*(trained_classifier(job, root, part) for part in (study.STANDARD, study.BASE))).eval()
+    elif name in (study.NO_EMA, study.ARREST):
+        model = load_classifier(folder / study.LIVE)
+    elif name in study.CARSO_ROWS or trained in study.BEHIND:
+        model = load_defence(folder, load_classifier(folder / "classifier"))
+    else:
+        model = load_classifier(folder)
+    return model.to(job.settings["device"])

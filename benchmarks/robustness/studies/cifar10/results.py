@@ -64,6 +64,11 @@ class SeedFolders:
         """The rows, among these, whose models a protocol has judged."""
         return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
 
+    def log(self, model: str) -> list[dict[str, Any]]:
+        """The epochs of the training that left a row's model; a classifier taken from elsewhere has no log."""
+        path = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
     def hours(self, model: str, batch_size: int) -> float:
         """The hours of a model's training, from its log: an interrupted training ran in several processes.
 
@@ -72,24 +77,12 @@ class SeedFolders:
             batch_size: number of images of a step.
         """
         seconds = 0.0
-        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (study.trained_as(model, self.seed),):
-            log = folder_of(self.root, name, self.seed) / "log.jsonl"
+        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (model,):
             before = 0
-            # A classifier taken from elsewhere has no log.
-            for epoch in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
+            for epoch in self.log(name):
                 seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
                 before = epoch["step"]
         return seconds / 3600
-
-    def acts_from_step(self, model: str) -> dict[str, int]:
-        """The first step in which each term of a model's loss acted, by its training's log; empty without a log.
-
-        Args:
-            model: its row.
-        """
-        log = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
-        rows = log.read_text().splitlines() if log.is_file() else []
-        return json.loads(rows[-1]).get("acts_from_step", {}) if rows else {}
 
 
 @dataclass(frozen=True)
@@ -255,13 +248,13 @@ def _only(merged: Report, model: str) -> Report:
     )
 
 
-def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> Results:
+def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
     """Collect the results in the jobs' folders.
 
     Args:
         root: folder of the study.
         budget: amounts of everything.
-        names: names of the rows; None for all rows.
+        names: names of the rows.
 
     Raises:
         OtherBudget: a job had other amounts.
@@ -275,7 +268,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)
-        for name in folders.judged([*study.rows(budget), study.BEST] if names is None else names, main):
+        for name in folders.judged(names, main):
             results.lines[name, seed] = _row_line(folders, name, budget)
             results.reports[name, seed] = folders.report(name, main)
     for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
@@ -306,7 +299,7 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
-    if acts := folders.acts_from_step(judged["model"]):
+    if acts := (folders.log(judged["model"]) or [{}])[-1].get("acts_from_step"):
         line["acts_from_step"] = acts
     if name == study.ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}

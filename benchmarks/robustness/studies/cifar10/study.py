@@ -14,11 +14,11 @@ class Training:
     """The amounts of each training. The defaults are for a CPU: attacks take half as many steps as with --full."""
 
     width: int = 16
-    #: of the base that has at least as many parameters as base and purifier together
+    #: Width of the larger base, which has at least as many parameters as base and purifier together.
     large_width: int = 28
-    #: of that base: as much training compute as base and purifier together
+    #: Epochs of the larger base, which takes as much training compute as base and purifier together.
     large_epochs: int = 8
-    #: of the base when it is trained further, so that it has as much training compute as base and purifier together
+    #: Epochs of the longer base, which takes as much training compute as base and purifier together.
     long_epochs: int = 24
     standard_epochs: int = 15
     base_epochs: int = 15
@@ -27,9 +27,9 @@ class Training:
     objective_epochs: int = 5
     pipeline_epochs: int = 2
     generator_epochs: int = 2
-    #: of AToP with the paper's objective: images before its cross-entropy acts, as many as in the authors' two epochs
+    #: Images before the cross-entropy acts in AToP with the paper's objective, as many as in the authors' two epochs.
     atop_delay_images: int = 10_000
-    #: the first of the training images; those behind them decide which candidate is best
+    #: Number of first images for training; the images after them decide which candidate is best.
     train_images: int = 49000
     steps: int = 5
     carso_steps: int = 20
@@ -137,7 +137,7 @@ ATOP_STANDARD = "AToP, paper's objective, on standard"
 PEEL = "CARSO, paper's objective, through PeeL"
 #: AToP attacked as in the training of its notebooks: the attack sees only the classifier.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: Rows that are attacked only as by the method's authors; their place among the protocols.
+#: Rows that only meet the attacks of the method's authors, and the name of these attacks among the protocols.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
@@ -191,9 +191,9 @@ TRIED = {
 }
 
 
-#: Rows trained on a given base, with each seed: those whose training was wrong, and those that they need.
+#: Rows trained on a given base with each seed: rows whose training was wrong, and rows that these need.
 ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
-#: Models of these whose differences are shown.
+#: Pairs of these rows whose differences are shown.
 GIVEN_PAIRS = (
     (GENERATOR, BASE),
     (ATOP, BASE),

@@ -46,9 +46,9 @@ def differences(
     """A line for each pair of judged models: their difference, image by image.
 
     Args:
-        results: of the study.
-        counts: how many images each protocol has.
-        seed: of the trainings.
+        results: results of the study.
+        counts: number of images of each protocol.
+        seed: seed of the trainings.
         pairs: names of rows.
         shared: rows of the first seed that models of all seeds share.
     """
@@ -66,9 +66,9 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     """The rows in which ``strong`` leaves another number than the main protocol of its images; "" if none.
 
     Args:
-        results: of the study.
+        results: results of the study.
         names: names of rows whose models are judged.
-        counts: how many images each protocol has.
+        counts: number of images of each protocol.
     """
     lines = {name: results.lines[name, 0] for name in names}
     more = {name: line["strong_more"] for name, line in lines.items() if "strong_more" in line}
@@ -84,8 +84,8 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     """A sentence for each unfinished part of the study.
 
     Args:
-        results: of the study.
-        budget: how much of everything there is.
+        results: results of the study.
+        budget: amounts of everything.
         elsewhere: rows in the table of a given base, which do not count as missing here.
     """
     counts = budget.judging
@@ -114,58 +114,42 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
 
     Args:
         line: line of the model.
-        counts: how many images each protocol has.
+        counts: number of images of each protocol.
     """
     clean, robust = line["clean"], line[counts.main]
     return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
 
 
-def write_given(root: Path, folder: Path, base: str, budget: Budget) -> Path:
-    """Write ``cifar10_given.md``, its numbers and reports in ``folder``, for all judged rows of `ON_GIVEN`.
-
-    Args:
-        root: folder of the study on the given base.
-        folder: of the results.
-        base: name of the base in the zoo.
-        budget: how much of everything there is.
-
-    Raises:
-        NothingJudged: ``root`` holds no judged model.
-        OtherBudget: ``root`` or ``folder`` has another budget.
-    """
-    results = collect(root, budget, study.ON_GIVEN).over(Results.read(folder, budget, GIVEN))
-    if not results.lines:
-        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    results.save(folder, budget, GIVEN)
-    return write_tables(folder, GIVEN, results, budget, base=base)
-
-
-def write(root: Path, folder: Path, budget: Budget) -> Path:
+def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
     """Write ``cifar10.md``, its numbers, reports and pictures in ``folder``, for all judged models.
 
     Earlier results of the same budget in ``folder`` stay unless ``root`` replaces them: a study can be done in parts,
     on several machines.
 
     Args:
-        root: of the study.
-        folder: of the results.
-        budget: how much of everything there is.
+        root: folder of the study.
+        folder: folder of the results.
+        budget: amounts of everything.
+        base: name in the zoo of a given base, whose rows have a page of their own; None for the whole study.
 
     Raises:
         NothingJudged: ``root`` holds no judged model, or there is no row of the first seed.
         OtherBudget: ``root`` or ``folder`` has another budget.
     """
-    new = collect(root, budget)
-    results = new.over(Results.read(folder, budget))
-    names = results.judged([*study.rows(budget), study.BEST])
+    stem, rows = (STEM, [*study.rows(budget), study.BEST]) if base is None else (GIVEN, study.ON_GIVEN)
+    new = collect(root, budget, rows)
+    results = new.over(Results.read(folder, budget, stem))
+    names = results.judged(rows)
     if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    results.save(folder, budget)
+    results.save(folder, budget, stem)
+    if base is not None:
+        return write_tables(folder, stem, results, budget, base=base)
     reached = {name: reached_by(results.lines[name, 0], budget.judging) for name in names}
-    plot(reached, budget, folder / STEM / "tradeoff.png")
-    picture(reached, folder / STEM / "photos.png")
+    plot(reached, budget, folder / stem / "tradeoff.png")
+    picture(reached, folder / stem / "photos.png")
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
-    return write_tables(folder, STEM, results, budget, given=given)
+    return write_tables(folder, stem, results, budget, given=given)
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
@@ -175,7 +159,7 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
         folder: folder of the page.
         name: name of the page.
         results: results of the study.
-        budget: how much of everything there is.
+        budget: amounts of everything.
         more: ``given``, the names of the rows with a separate table, or ``base``, the name of the given base.
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
@@ -191,9 +175,9 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
     """Draw clean against robust accuracy, with the curve of bases trained at shares of eps.
 
     Args:
-        points: of the models, by row.
-        budget: how much of everything there is.
-        path: of the picture.
+        points: place of each model, by row.
+        budget: amounts of everything.
+        path: file of the picture.
     """
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
@@ -221,8 +205,8 @@ def picture(points: dict[str, Point], path: Path) -> bool:
     """Draw how many of a hundred photos each model still recognizes; False without matplotlib.
 
     Args:
-        points: of the models, by row.
-        path: of the picture.
+        points: place of each model, by row.
+        path: file of the picture.
     """
     bars = [(title, name) for title, name in BARS if name in points]
     figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
