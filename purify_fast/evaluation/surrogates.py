@@ -20,7 +20,8 @@ from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
 from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
-from .identity_backward import IdentityBackward, blocking
+from .identity_backward import REVISION as PASSED_REVISION
+from .identity_backward import PassedThrough, blocking
 from .softening import REVISION, Softening
 
 #: Temperatures of the softened copies, by which a gate's slope is divided. One more copy keeps every value.
@@ -61,18 +62,34 @@ class Softened(_Around):
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._within(Softening(self.temperature), x)
-        return self.model(x) if self.temperature is None else self._within(Softening(self.temperature), x).detach()
-
-    def _within(self, mode: Softening, x: Tensor) -> Tensor:
+        wanted = torch.is_grad_enabled()
+        if self.temperature is None and not wanted:
+            return self.model(x)
         # Tensors that depend on the images are recognized by requires_grad, even if no gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         # The model may take gradients itself. Its own switches are not followed, so gradients are on.
-        with torch.enable_grad(), mode:
+        with torch.enable_grad(), Softening(self.temperature) as mode:
             logits = self.model(leaf)
         mode.let_through([logits])
-        return logits
+        return logits if wanted else logits.detach()
+
+
+class IdentityBackward(_Around):
+    """A model some of whose modules are the identity in the backward pass.
+
+    Args:
+        model: any callable.
+        modules: these modules inside the model.
+    """
+
+    def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
+        super().__init__(model)
+        self.passed, self.revision = nn.ModuleList(modules), PASSED_REVISION
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, ...]`` to logits ``[B, classes]``."""
+        with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
+            return self.model(x)
 
 
 class _WithSameAnswer(_Around):

@@ -114,16 +114,15 @@ class Evidence:
             tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
         return tried
 
-    def left(self, n: int | None = None) -> float | None:
-        """The share of the first n images, or of all, that withstood every attack; None without such an attack."""
-        n = max((row.n for row in self.rows), default=0) if n is None else n
-        robust = self.robust(n) if n else None
-        return None if robust is None else float(robust.mean())
+    @property
+    def images(self) -> int:
+        """The number of all images."""
+        return max((row.n for row in self.rows), default=0)
 
     @property
     def nothing_left(self) -> bool:
         """Tell whether every image has fallen, to the attacks or to the probes."""
-        robust = self.robust(max((row.n for row in self.rows), default=0))
+        robust = self.robust(self.images)
         if robust is None:
             return False
         robust[self.fallen_to_probes(len(robust))] = False
@@ -131,7 +130,7 @@ class Evidence:
 
     def fallen_to_probes(self, n: int) -> list[int]:
         """Numbers of those among the first n images that withstood every attack and fell to a probe."""
-        return [] if self.probes is None else [image for image in self.probes.fallen if image < n]
+        return [] if self.probes is None else [image for image in self.probes.fallen() if image < n]
 
     def blind(self) -> str:
         """The reason why short attacks along the model's gradients could find nothing; empty if they could."""
@@ -184,7 +183,7 @@ def outlook(evidence: Evidence) -> Outlook | None:
     Args:
         evidence: rows and probes of the model.
     """
-    full = max((row.n for row in evidence.rows), default=0)
+    full = evidence.images
     fallen = [(row, mask) for row, mask in evidence.fallen() if row.n == full]
     if not fallen:
         return None
