@@ -93,7 +93,8 @@ class OtherAttack(abc.ABC):
         while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
             judged = judged.model
         if any(one is not judged for one in given):
-            warnings.append(f"{self.name} was made for another model, {type(given[0]).__name__}, and ran on the judged")
+            other = type(given[0]).__name__
+            warnings.append(f"{self.name} was made for another model, {other}, and ran on the judged model")
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images

@@ -180,11 +180,11 @@ def surrogates(
         ball: norm and radius of the attacks.
         absent: dictionary to which reasons for missing copies are written, by name.
     """
+    absent = {} if absent is None else absent
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
         parts = [(name, part) for name, part in parts if isinstance(_gradient(part, x, num_classes), Tensor)]
-        within = [("", model)] if isinstance(model, nn.Module) else [*_inside(model, DEPTH)]
-        blocked = blocking(model, [(name, each) for name, each in within if isinstance(each, nn.Module)], x)
+        blocked = blocking(model, [("", model)] if isinstance(model, nn.Module) else [*_inside(model)], x)
     candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
         candidates.append(("all parts together", Together([part for _, part in parts])))
@@ -210,13 +210,11 @@ def surrogates(
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            if not isinstance(gradient, Tensor):
-                if absent is not None:
-                    absent[name] = gradient
-                continue
             # A copy with the gradients of the model, or of another copy, finds nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
-            if not (copies and any(_same(gradient, other) for other in seen)):
+            if isinstance(gradient, str):
+                absent[name] = gradient
+            elif not (copies and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
                 seen.append(gradient)
     return usable
@@ -270,7 +268,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     if has_classifier(model):
         # A defence's own classifier is a part by contract, whatever else is in the defence.
         parts.append(("classifier", model.classifier))
-    for name, part in _inside(model, DEPTH):
+    for name, part in _inside(model):
         if len(parts) == MOST_PARTS:
             break
         inside = (module for _, other in parts if isinstance(other, nn.Module) for module in other.modules())
@@ -283,11 +281,11 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     return parts
 
 
-def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
-    """Callables inside a model: submodules, attributes of an object, variables around a function."""
+def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
+    """Modules inside a model: submodules, attributes of an object, variables around a function."""
     named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
-        named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < depth)
+        named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH)
     elif inspect.isfunction(model):
         named = inspect.getclosurevars(model).nonlocals.items()
     yield from ((name, value) for name, value in named if isinstance(value, nn.Module))

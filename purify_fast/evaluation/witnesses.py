@@ -245,32 +245,30 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
     right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
     seen: set[tuple[str | None, int]] = set()
     attacks: list[dict[str, Any]] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("clean", "adversarial", "labels", "numbers", "margins")}
+    parts: list[tuple[np.ndarray, ...]] = []
     for row in rows:
-        if not (row.is_attack and row.deployed) or row.examples is None or row.examples.index is None:
+        kept = row.examples
+        if not (row.is_attack and row.deployed) or kept is None or kept.index is None:
             continue
-        fallen = [
-            place
-            for place, number in enumerate(row.examples.index.tolist())
-            if row.examples.fell[place] and right[number] and (row.threat, number) not in seen
-        ]
-        if not fallen:
+        new = np.array([(row.threat, number) not in seen for number in kept.index.tolist()], dtype=bool)
+        fallen = np.flatnonzero(kept.fell & right[kept.index] & new)
+        if len(fallen) == 0:
             continue
-        numbers = row.examples.index[fallen]
+        numbers = kept.index[fallen]
         seen.update((row.threat, number) for number in numbers.tolist())
-        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
         margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
-        found = (row.examples.clean, row.examples.adversarial, row.examples.labels)
-        for name, values in zip(parts, (*(each[fallen] for each in found), numbers, margins[numbers]), strict=True):
-            parts[name].append(values)
+        found = (kept.clean[fallen], kept.adversarial[fallen], kept.labels[fallen])
+        parts.append((*found, numbers, margins[numbers], np.full(len(fallen), len(attacks))))
+        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
     if not attacks:
         return None
-    whole = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    names = ("clean", "adversarial", "labels", "numbers", "margins", "attacks")
+    joined = [torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True)]
+    whole = dict(zip(names, joined, strict=True))
     each, of = torch.unique(whole["numbers"], return_inverse=True)
     first = torch.full((len(each),), len(of)).scatter_reduce(0, of, torch.arange(len(of)), "amin")
-    found_by = torch.repeat_interleave(torch.arange(len(attacks)), torch.tensor([len(n) for n in parts["numbers"]]))
     clean = whole.pop("clean")[first]
-    return Witnesses(clean, of, attacks=found_by, about={**about, "attacks": attacks}, **whole)
+    return Witnesses(clean, of, about={**about, "attacks": attacks}, **whole)
 
 
 # -- tried again ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from .answers import Before, in_parts
 STEPS, SWEEP = 20, 10
 #: The numbers of steps in the sweep over steps.
 ITERATIONS = (1, 3, 10, 30)
+#: The numbers of draws per step, for a random model.
 DRAWS = (1, 4, 16)
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9

@@ -389,13 +389,13 @@ def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     row = "probe: the clean images again, after all attacks"
     if probes.watched_changes:
         share = probes.watched_changes
-        text = f"the logits of {100 * share:.0f} % of the images are others while gradients are recorded"
+        text = f"the logits of {100 * share:.0f} % of the images differ while gradients are recorded"
         return Outcome(_verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded")
     if probes.later_changes > 0:
         share = probes.later_changes
-        text = f"{100 * share:.0f} % of the predictions on clean images are others than before the attacks"
+        text = f"{100 * share:.0f} % of the predictions on clean images differ from those before the attacks"
         return Outcome(_verdict(share > ROUNDED, noted=True), text, row)
     if probes.state_changed:
-        text = "weights, buffers or attributes are others than before the attacks, the predictions are the same"
+        text = "weights, buffers or attributes differ from those before the attacks; the predictions are the same"
         return Outcome("noted", text, row)
     return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)
