@@ -45,25 +45,6 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 
 # slots make a setting that the engine does not have an error
 @dataclass(slots=True)
-class ApgdSettings:
-    """Auto-PGD's settings, by their names in AutoAttack.
-
-    Args:
-        n_restarts: runs of each image.
-        n_iter: gradient steps of a run.
-        eot_iter: draws of a random model averaged per step.
-        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
-        n_target_classes: wrong classes that ``apgd-t`` tries; the other losses have no target.
-    """
-
-    n_restarts: int = 5
-    n_iter: int = 100
-    eot_iter: int = 1
-    rho: float = 0.75
-    n_target_classes: int = 9
-
-
-@dataclass(slots=True)
 class FabSettings:
     """FAB's settings, by their names in AutoAttack.
 
@@ -76,6 +57,22 @@ class FabSettings:
     n_restarts: int = 5
     n_iter: int = 100
     n_target_classes: int = 9
+
+
+@dataclass(slots=True)
+class ApgdSettings(FabSettings):
+    """Auto-PGD's settings, by their names in AutoAttack.
+
+    Args:
+        n_restarts: runs of each image.
+        n_iter: gradient steps of a run.
+        n_target_classes: wrong classes that ``apgd-t`` tries; the other losses have no target.
+        eot_iter: draws of a random model averaged per step.
+        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
+    """
+
+    eot_iter: int = 1
+    rho: float = 0.75
 
 
 @dataclass(slots=True)

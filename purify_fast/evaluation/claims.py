@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from .rows import Row
-
 #: A claim is refuted if, were it true, a number this low would have a smaller chance than this.
 REFUTED = 0.01
 #: The largest number of images that is ever asked for.
@@ -58,33 +56,3 @@ def images_to_decide(left: float, claim: float) -> int | None:
         else:
             least = middle
     return most
-
-
-def answer(claim: float, row: Row) -> str:
-    """Sentences that say whether the images left refute a claim.
-
-    Args:
-        claim: robust accuracy in percent.
-        row: the lowest row.
-    """
-    claimed, left = claim / 100, int(row.robust.sum())
-    chance = chance_of_at_most(left, row.n, claimed)
-    words = f"{100 * chance:.3g} %" if chance >= 1e-6 else "less than 0.0001 %"
-    luck = (
-        f"If it were true, {left} or fewer of {row.n} images would be left with a probability of {words} (exact "
-        "binomial test)."
-    )
-    name, share = f"claim of {claim:g} % robust accuracy", f"{100 * row.accuracy:.1f} %"
-    if chance < REFUTED:
-        return f"{name}: refuted. {luck}"
-    if row.accuracy >= claimed:
-        return (
-            f"{name}: not refuted, and not proved. {share} of {row.n} images are left, which is not below the claim. "
-            f"{luck} Only a stronger attack could refute the claim."
-        )
-    more = images_to_decide(row.accuracy, claimed)
-    many = f"more than {MOST:,}" if more is None else f"about {more:,}"
-    return (
-        f"{name}: not refuted, and not proved. {share} of {row.n} images are left, which is below the claim, but luck "
-        f"may explain it. {luck} With {share} left of {many} images the claim would be refuted."
-    )

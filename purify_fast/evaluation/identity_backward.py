@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..attacks import frozen
 from ..protocols import Classifier
+from .softening import Args, HoldingMode, Rule
 
 #: Raised whenever such a copy would compute something else: kept rows are used again only under the same number.
 REVISION = 1
@@ -24,7 +24,7 @@ REVISION = 1
 OUTSIDE = 0.1
 
 
-class PassedThrough(TorchFunctionMode):
+class PassedThrough(HoldingMode):
     """Within the block, modules keep their output and get the gradient of the identity.
 
     It is a function mode, which is entered again when a step is computed again for its gradient
@@ -38,29 +38,15 @@ class PassedThrough(TorchFunctionMode):
         super().__init__()
         self.modules = list(modules)
         self._given: dict[nn.Module, list[Tensor]] = {}
-        self._entered: list[contextlib.ExitStack] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Rule, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None) -> Any:
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self) -> Self:
-        hooks = contextlib.ExitStack()
+    def held(self, stack: contextlib.ExitStack) -> None:
         # A block inside another block finds the hooks in place.
-        for module in [] if self._entered else self.modules:
-            for handle in (
-                module.register_forward_pre_hook(self._before, prepend=True),
-                module.register_forward_hook(self._after),
-            ):
-                hooks.callback(handle.remove)
-        self._entered.append(hooks)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._entered.pop().close()
+        for module in [] if self._open else self.modules:
+            stack.callback(module.register_forward_pre_hook(self._before, prepend=True).remove)
+            stack.callback(module.register_forward_hook(self._after).remove)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not _takes_images(args):
@@ -74,25 +60,6 @@ class PassedThrough(TorchFunctionMode):
             return None
         x = self._given[module].pop()
         return output.detach() + (x - x.detach()).to(output) if _like(output, x) else None
-
-
-class IdentityBackward(nn.Module):
-    """A model some of whose modules are the identity in the backward pass.
-
-    Args:
-        model: any callable.
-        modules: these modules inside the model.
-    """
-
-    def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
-        super().__init__()
-        self.model, self.passed, self.revision = model, nn.ModuleList(modules), REVISION
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[B, ...]`` to logits ``[B, classes]``."""
-        with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.model(x)
 
 
 def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._tensors import per_image
 from .._validation import read_norm
 from ..attacks.base import ThreatModel
 from ..defences import MajorityVote
@@ -39,6 +40,8 @@ class OtherAttack(abc.ABC):
     package: ClassVar[str]
     #: The base class of its attacks: the first part of its module's name, and its own name.
     base: ClassVar[tuple[str, str]]
+    #: The line of code that makes such an attack, from the name of its class and the radius.
+    code: ClassVar[str]
 
     def __init__(self, attack: Any):
         self.attack = attack
@@ -51,10 +54,9 @@ class OtherAttack(abc.ABC):
         """Tell whether a class is an attack of the package."""
         return any((one.__module__.partition(".")[0], one.__name__) == cls.base for one in kind.__mro__)
 
-    @staticmethod
-    @abc.abstractmethod
-    def line(name: str, eps: float = 8 / 255) -> str:
-        """The line of code that makes such an attack, from the name of its class and the radius."""
+    def line(self, eps: float = 8 / 255) -> str:
+        """The line of code that makes such an attack."""
+        return self.code.format(name=self.kind, eps=eps)
 
     @abc.abstractmethod
     def check(self) -> None:
@@ -67,11 +69,15 @@ class OtherAttack(abc.ABC):
     def check_ball(self, threat: ThreatModel) -> None:
         """Raise ValueError if the attack would search another ball than the report's."""
         norm, eps = self.ball()
-        right = f"write {self.line(self.kind, threat.eps)}"
+        right = self.in_ball(threat)
         if norm is not None and norm != threat.norm:
             raise ValueError(f"{self.name} searches a ball in {norm}, the report's ball is in {threat.norm}: {right}")
         if eps is not None and eps > threat.eps * (1 + ROUNDED):
             raise ValueError(f"{self.name} has eps = {eps:.6g}, the report's eps is {threat.eps:.6g}: {right}")
+
+    def in_ball(self, threat: ThreatModel) -> str:
+        """The advice for an attack that would search another ball."""
+        return f"write {self.line(threat.eps)}"
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
         """Attack images.
@@ -87,7 +93,8 @@ class OtherAttack(abc.ABC):
         while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
             judged = judged.model
         if any(one is not judged for one in given):
-            warnings.append(f"{self.name} was made for another model, {type(given[0]).__name__}, and ran on the judged")
+            other = type(given[0]).__name__
+            warnings.append(f"{self.name} was made for another model, {other}, and ran on the judged model")
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
@@ -95,7 +102,7 @@ class OtherAttack(abc.ABC):
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)
-        return torch.where(inside.view(-1, 1, 1, 1), images.to(x.dtype), x)
+        return torch.where(per_image(inside, x), images.to(x.dtype), x)
 
     @abc.abstractmethod
     def wrapped(self) -> list[Any]:
@@ -110,16 +117,13 @@ class OfTorchattacks(OtherAttack):
     """An attack of torchattacks; a copy of it runs on the judged model."""
 
     package, base = "torchattacks", ("torchattacks", "Attack")
-
-    @staticmethod
-    def line(name: str, eps: float = 8 / 255) -> str:
-        return f"torchattacks.{name}(model, eps={eps:.6g})"
+    code = "torchattacks.{name}(model, eps={eps:.6g})"
 
     def check(self) -> None:
         if self.attack.normalization_used is not None:
             raise ValueError(
                 f"{self.name} normalizes images itself (set_normalization_used), but the judged model takes images in "
-                f"[0, 1]: put the normalization into the model, and write {self.line(self.kind)}"
+                f"[0, 1]: put the normalization into the model, and write {self.line()}"
             )
         if self.attack.targeted and "label" in self.attack.attack_mode:
             raise ValueError(
@@ -152,10 +156,7 @@ class OfFoolbox(OtherAttack):
     """An attack of Foolbox, which gets the model and the radius when it runs."""
 
     package, base = "Foolbox", ("foolbox", "Attack")
-
-    @staticmethod
-    def line(name: str, eps: float = 8 / 255) -> str:
-        return f"foolbox.attacks.{name}()"
+    code = "foolbox.attacks.{name}()"
 
     def check(self) -> None:
         """Check nothing: the attack gets model and radius when it runs."""
@@ -167,13 +168,8 @@ class OfFoolbox(OtherAttack):
             order = getattr(self.attack.distance, "p", None)
         return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
 
-    def check_ball(self, threat: ThreatModel) -> None:
-        norm = self.ball()[0]
-        if norm is not None and norm != threat.norm:
-            raise ValueError(
-                f"{self.name} searches a ball in {norm}, the report's ball is in {threat.norm}: take the attack of "
-                f'that norm, or evaluate(..., norm="{norm}")'
-            )
+    def in_ball(self, threat: ThreatModel) -> str:
+        return f'take the attack of that norm, or evaluate(..., norm="{self.ball()[0]}")'
 
     def wrapped(self) -> list[Any]:
         """No models: the attack gets the model when it runs."""
@@ -192,33 +188,27 @@ class OfArt(OtherAttack):
     """An attack of the Adversarial Robustness Toolbox, whose estimator has the judged model while it runs."""
 
     package, base = "ART", ("art", "EvasionAttack")
-
-    @staticmethod
-    def line(name: str, eps: float = 8 / 255) -> str:
-        estimator = "PyTorchClassifier(model, loss, input_shape, nb_classes, clip_values=(0, 1))"
-        return f"{name}({estimator}, eps={eps:.6g})"
+    code = "{name}(PyTorchClassifier(model, loss, input_shape, nb_classes, clip_values=(0, 1)), eps={eps:.6g})"
 
     def check(self) -> None:
         if self.attack.targeted:
             raise ValueError(f"{self.name} has targeted=True, but it is given the true classes: set targeted=False")
         estimators = self._estimators()
         if not estimators:
-            raise ValueError(f"{self.name} has no PyTorchClassifier as its estimator: write {self.line(self.kind)}")
+            raise ValueError(f"{self.name} has no PyTorchClassifier as its estimator: write {self.line()}")
         for estimator in estimators:
             clip = estimator.clip_values
             changes = [each for each in estimator.preprocessing_operations if not _changes_nothing(each)]
             if changes or (clip is not None and (np.min(clip[0]), np.max(clip[1])) != (0, 1)):
                 raise ValueError(
                     f"{self.name} has an estimator that changes images or takes others than in [0, 1]: put the "
-                    f"preprocessing into the model, and write {self.line(self.kind)}"
+                    f"preprocessing into the model, and write {self.line()}"
                 )
 
     def ball(self) -> tuple[str | None, float | None]:
         eps, order = getattr(self.attack, "eps", None), getattr(self.attack, "norm", None)
         norm = {np.inf: "linf", "inf": "linf", 2: "l2", "2": "l2", 1: "l1", "1": "l1"}.get(order)
-        if not isinstance(eps, (int, float)):
-            return norm, None
-        return norm, float(eps)
+        return norm, float(eps) if isinstance(eps, (int, float)) else None
 
     def _estimators(self) -> list[Any]:
         """The PyTorch classifiers of the attack and of its parts."""
@@ -277,8 +267,8 @@ def of_other_package(given: Any) -> OtherAttack | None:
     for kind in (OfTorchattacks, OfFoolbox, OfArt):
         if isinstance(given, type):
             if kind.descends(given):
-                name = given.__name__
-                raise TypeError(f"{name} is a class of {kind.package}: give an object of it, {kind.line(name)}")
+                line = kind.code.format(name=given.__name__, eps=8 / 255)
+                raise TypeError(f"{given.__name__} is a class of {kind.package}: give an object of it, {line}")
         elif kind.descends(type(given)):
             return kind(given)
     return None

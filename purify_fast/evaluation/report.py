@@ -43,7 +43,7 @@ class Report:
             computes with) and ``processor``.
         findings: findings of the alarms on whether the numbers can be believed.
         outlooks: expected gain of a stronger attack, by model.
-        curves: accuracy over the radius, the steps, K and EOT, by model, for the page; see `curve`.
+        curves: accuracy over the radius, the steps and the draws, by model, for the page; see `curve`.
         threats: each model's threat model, if they are not the same (`merge`).
         witnesses: the images that fell, as the model saw them, if `evaluate` was given ``keep="all"``. `save` writes
             them to a separate file; a report that is read from JSON, or merged, has none.

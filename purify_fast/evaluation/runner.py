@@ -37,9 +37,8 @@ from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms import Evidence, Probes, findings, outlook, probe, signs_of_masking
 from .alarms.answers import PROBED, Before
-from .alarms.probes import AskedBefore, asked_before
+from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
-from .alarms.probes import parts as parts_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .cache import RowCache
 from .config import EvaluateConfig, ProtocolName
@@ -407,7 +406,7 @@ def _help(
     for task in measure.team.tasks():
         if task.attack == PROBES:
             assert before is not None
-            measure.team.give(task, [*_parts(measure, before).values()], measure.progress)
+            measure.team.give(task, _runs(measure, _probes_of(measure, before)), measure.progress)
             continue
         if task.attack == SIGNS:
             act(json.loads(task.images))
@@ -575,7 +574,7 @@ def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[Ro
 # -- whether the numbers can be believed ------------------------------------------------------------------------------
 
 
-def _conclude(report: Report, measure: Measure, before: Before | None, asked: AskedBefore | None) -> None:
+def _conclude(report: Report, measure: Measure, before: Before | None, asked: Probes | None) -> None:
     """Add the alarms' findings, the probes' curves and the outlook to a report, and mark doubtful rows.
 
     Args:
@@ -596,7 +595,7 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
     if before is not None and asked is not None:
         probes = _probes(measure, before, asked, evidence)
         evidence = replace(evidence, probes=probes)
-        count_fallen(report.rows, probes.fallen, float(measure.context.eps))
+        count_fallen(report.rows, probes.fallen(), float(measure.context.eps))
     report.findings = [replace(finding, model=measure.name) for finding in findings(evidence)]
     if evidence.probes is not None:
         report.curves[measure.name] = report.curves.get(measure.name, {}) | evidence.probes.curves()
@@ -616,25 +615,27 @@ def _conclude(report: Report, measure: Measure, before: Before | None, asked: As
             row.doubts = [finding.alarm for finding in doubts]
 
 
-def _parts(measure: Measure, before: Before) -> dict[str, Callable[[], Any]]:
-    """The parts of the probes; each is repeated with fewer images at once when memory runs out."""
-    room, context = measure.subject.room, measure.context
-    model = counted_model(measure.subject.model, measure.progress)
+def _runs(measure: Measure, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
+    """The probes as functions, each of which is repeated with fewer images at once when memory runs out."""
+    subject, context = measure.subject, measure.context
 
-    def make(name: str) -> Any:
-        at_once = room.limit(context.max_forward_batch)
-        told = replace(context, max_forward_batch=at_once, batch_size=measure.subject.batch_size)
-        return parts_of_probes(before, told, model)[name]()
+    def run(probe: Probe) -> Any:
+        at_once = subject.room.limit(context.max_forward_batch)
+        return probe.run(replace(context, max_forward_batch=at_once, batch_size=subject.batch_size))
 
-    names = parts_of_probes(before, context, model)
-    return {name: functools.partial(room.within, functools.partial(make, name)) for name in names}
+    return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+
+
+def _probes_of(measure: Measure, before: Before) -> list[Probe]:
+    """The probes before the attacks, whose passes are counted."""
+    return probes_before(before, counted_model(measure.subject.model, measure.progress))
 
 
 def _settings_of_probes(measure: Measure) -> dict[str, Any]:
     """The settings on which answers to the probes depend, besides the model."""
     context, subject = measure.context, measure.subject
     return {
-        "probes": 7,
+        "probes": 8,
         "data": subject.data,
         "images": PROBED,
         "eps": context.eps,
@@ -647,7 +648,7 @@ def _settings_of_probes(measure: Measure) -> dict[str, Any]:
     }
 
 
-def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> AskedBefore:
+def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> Probes:
     """The probes that come before the attacks; ``later`` has the highest costs of the rows after them."""
     context, subject, progress = measure.context, measure.subject, measure.progress
     passes = cost_of_probes(subject, context)
@@ -655,19 +656,19 @@ def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> Asked
 
     def make() -> dict[str, Any]:
         with progress.row("probes", passes):
-            made = _parts(measure, before)
-            task = Task(PROBES, subject.first, subject.data, b"", [*range(len(made))])
-            values = measure.team.values(task, [*made.values()], progress)
-            measured = dict(zip(made, values, strict=True))
+            probes = _probes_of(measure, before)
+            task = Task(PROBES, subject.first, subject.data, b"", [*range(len(probes))])
+            values = measure.team.values(task, _runs(measure, probes), progress)
+            measured = [*zip(probes, values, strict=True)]
             return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
 
     key = measure.cache.key(_settings_of_probes(measure) | {"before": True}, subject.model)
-    asked = AskedBefore(**measure.cache.values(key, make))
+    asked = Probes(**measure.cache.values(key, make))
     progress.next_row()
     return asked
 
 
-def _probes(measure: Measure, before: Before, asked: AskedBefore, evidence: Evidence) -> Probes:
+def _probes(measure: Measure, before: Before, asked: Probes, evidence: Evidence) -> Probes:
     """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
     context, subject = measure.context, measure.subject
     # Mask of the first images that withstood every attack on the model as it is; all False without an attack.

@@ -17,15 +17,24 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.nn.functional import pad, softsign
+from torch.nn.functional import one_hot, pad, softsign
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._tensors import per_image
 
 #: Raised whenever a softened model would compute something else: kept rows are used again only under the same number.
 REVISION = 2
 #: The slope of a comparison, in units of the size of the compared values: with exact values, and at temperature 1.
 #: It falls with the root of the temperature: ten times lower slopes find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
+
+
+#: A function of PyTorch, or a formula in its place.
+Rule = Callable[..., Any]
+Args = tuple[Any, ...]
+#: Values among which indices were chosen, and the dimension of the choice; or weights of each index, and None.
+Choice = tuple[Tensor, int | None]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -41,7 +50,7 @@ _FLAT = _names(
 )
 #: Functions with steps, of floating-point numbers and of integers, and the same functions without steps. Rounding takes
 #: a remainder away, other code uses the remainder: half of the gradient leaves some to both.
-_STEPS: dict[str, Callable[..., Any]] = {
+_STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
     "rfloordiv": lambda a, b: b / a,
@@ -76,7 +85,7 @@ _ARITHMETIC = _names(
     "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
 )
 #: Functions of counterparts in place of masks.
-_OF_MASKS: dict[str, Callable[..., Any]] = {
+_OF_MASKS: dict[str, Rule] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
     "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
     "and": lambda p, q: p * q,
@@ -114,7 +123,34 @@ _CHOICES: dict[str, tuple[int, int | None]] = {
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 
-class Softening(TorchFunctionMode):
+class HoldingMode(TorchFunctionMode):
+    """A function mode that holds another context open within its block, and can be entered again inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: list[contextlib.ExitStack] = []
+
+    def held(self, stack: contextlib.ExitStack) -> None:
+        """Enter the other context.
+
+        Args:
+            stack: it is closed at the end of the block.
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        stack = contextlib.ExitStack()
+        self.held(stack)
+        self._open.append(stack)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._open.pop().close()
+
+
+class Softening(HoldingMode):
     """Within the block, thresholds, rounding and the like let gradients pass.
 
     Args:
@@ -126,26 +162,16 @@ class Softening(TorchFunctionMode):
         super().__init__()
         self.temperature = temperature
         self.slope = EXACT_SLOPE if temperature is None else SOFT_SLOPE / sqrt(temperature)
-        # For a tensor that is not floating-point: its version when it was made, and its counterpart. For indices of
-        # chosen values: the values and the dimension of the choice. For weights of each index: these and None.
+        # For a tensor that is not floating-point: its version when it was made, and its counterpart, or the `Choice`
+        # of which it holds indices.
         self.beside: Any = WeakTensorKeyDictionary()
-        self._hooks: list[contextlib.ExitStack] = []
 
-    def __enter__(self) -> Self:
+    def held(self, stack: contextlib.ExitStack) -> None:
         # A softened form may need a tensor that the model later overwrites, so a copy is kept.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
-        self._hooks.append(contextlib.ExitStack())
-        self._hooks[-1].enter_context(kept)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+        stack.enter_context(kept)
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._hooks.pop().close()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Rule, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None) -> Any:
         name, kwargs = _plain_name(func), kwargs or {}
         self.let_through(args)
         if name == "set_grad_enabled":
@@ -183,11 +209,10 @@ class Softening(TorchFunctionMode):
                 return self._followed(name, func, hard, args, kwargs)
         return hard
 
-    def _followed(
-        self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
         """The result of a function, with a gradient, or with a counterpart beside it."""
         first: Any = args[0] if args else None
+        call = functools.partial(func, **kwargs)
         if _is_flat(name, *args[1:], **kwargs) and _floating(first):
             return _straight(hard, first)
         if name == "hardtanh" and self.temperature is not None:
@@ -204,7 +229,7 @@ class Softening(TorchFunctionMode):
         elif _goes_in_steps(name, hard, **kwargs):
             return self._stepped(hard, _STEPS[name](*map(self._or_itself, args)))
         elif name in _LOOKUPS and self._index(name, args) is not None:
-            return self._soft(hard, self._looked_up(name, func, hard, args, kwargs))
+            return self._soft(hard, self._looked_up(name, call, hard, args))
         elif name in _CASTS and _floating(first):
             if not (_floating(hard) or hard.dtype == torch.bool):
                 values = hard.dequantize() if hard.is_quantized else hard.to(first.dtype)
@@ -221,8 +246,8 @@ class Softening(TorchFunctionMode):
         elif name in _SHAPES:
             choice, soft = self._kept(first, tuple), self._kept(first, Tensor)
             if choice is not None:
-                self.beside[hard] = hard._version, self._reshaped(name, func, hard, args, kwargs)
-            return hard if soft is None else self._soft(hard, func(soft, *args[1:], **kwargs))
+                self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
+            return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
             # Arithmetic with an infinity, such as the mask of a softmax, has no softened form.
             rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
@@ -328,7 +353,7 @@ class Softening(TorchFunctionMode):
 
     # -- indices ------------------------------------------------------------------------------------------------------
 
-    def _choose(self, name: str, hard: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _choose(self, name: str, hard: Any, args: Args, kwargs: dict[str, Any]) -> None:
         """Record the values from which indices were chosen."""
         at, place = _CHOICES[name]
         source, last = args[0], None if name in ("argmax", "argmin", "max", "min", "median") else -1
@@ -339,7 +364,7 @@ class Softening(TorchFunctionMode):
             index = hard if place is None else hard[place]
             self.beside[index] = index._version, (source, dim % source.dim())
 
-    def _weights(self, index: Tensor, choice: tuple[Tensor, int | None]) -> Tensor:
+    def _weights(self, index: Tensor, choice: Choice) -> Tensor:
         """The weight of each index in a choice, ``[*index.shape, choices]``: larger for values near the chosen."""
         source, dim = choice
         if dim is None:
@@ -347,22 +372,20 @@ class Softening(TorchFunctionMode):
         alone = index.dim() < source.dim()
         chosen = source.gather(dim, index.unsqueeze(dim) if alone else index)
         missed = (source.movedim(dim, -1)[..., None, :] - chosen.movedim(dim, -1)[..., None]).abs()
-        near = 1 / (1 + self.slope * missed / _size(source, source).view(-1, *[1] * (missed.dim() - 1)))
+        near = 1 / (1 + self.slope * missed / per_image(_size(source, source), missed))
         near = near / near.sum(-1, keepdim=True)
         return near.squeeze(-2) if alone else near.movedim(-2, dim)
 
-    def _reshaped(
-        self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, int | None]:
+    def _reshaped(self, name: str, call: Rule, hard: Tensor, args: Args) -> Choice:
         """The choice behind indices whose tensor was reshaped."""
         choice = self._kept(args[0], tuple)
         source, dim = choice
         if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
             return choice
         weights = self._weights(args[0], choice).movedim(-1, 0).contiguous()
-        return torch.vmap(lambda each: func(each, *args[1:], **kwargs), out_dims=-1)(weights), None
+        return torch.vmap(lambda each: call(each, *args[1:]), out_dims=-1)(weights), None
 
-    def _scattered(self, args: tuple[Any, ...], choice: tuple[Tensor, int | None], named: list[Any]) -> Tensor | None:
+    def _scattered(self, args: Args, choice: Choice, named: list[Any]) -> Tensor | None:
         """The softened form of ``x.scatter(dim, index, value)``, for the indices of chosen values."""
         x, at, index, *value = *args, *named
         source, dim = choice
@@ -376,7 +399,7 @@ class Softening(TorchFunctionMode):
         alone = soft is not None and len(value) == 1 and _is_number(value[0])
         return soft * value[0] + (1 - soft) * self._or_itself(x) if alone else None  # type: ignore[operator]
 
-    def _index(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
+    def _index(self, name: str, args: Args) -> Tensor | None:
         """The indices by which a function looks up, if they depend on the images."""
         place = _LOOKUPS[name][1]
         index = args[place] if len(args) > place else None
@@ -386,9 +409,7 @@ class Softening(TorchFunctionMode):
         known = isinstance(index, Tensor) and index.dtype not in masks and self._known(index)
         return cast(Tensor, index) if known else None
 
-    def _looked_up(
-        self, name: str, func: Callable[..., Any], hard: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:
+    def _looked_up(self, name: str, call: Rule, hard: Tensor, args: Args) -> Tensor | None:
         """The softened form of a table's values at indices, or of ``one_hot`` of the indices."""
         (of_table, of_index), index = _LOOKUPS[name], self._index(name, args)
         assert index is not None
@@ -408,13 +429,13 @@ class Softening(TorchFunctionMode):
         above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
         given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
         others = [[*given[:of_index], each, *given[of_index + 1 :]] for each in (above, below)]
-        rise, fall = (func(*other, **({} if name == "one_hot" else kwargs)) for other in others)
+        rise, fall = (one_hot(*other) if name == "one_hot" else call(*other) for other in others)
         soft = self._kept(index, Tensor)
         moved = (soft - soft.detach()) / (above - below).clamp_min(1)
         moved = moved.view(*moved.shape, *[1] * (hard.dim() - moved.dim()))
         return hard + moved * (rise - fall).detach()
 
-    def _set(self, func: Callable[..., Any], x: Tensor, index: Any, value: Any) -> None:
+    def _set(self, func: Rule, x: Tensor, index: Any, value: Any) -> None:
         """The softened form of ``x[mask] = value``."""
         mask, before = self._kept(index, Tensor), x.clone()
         func(x, index, value)
@@ -423,7 +444,7 @@ class Softening(TorchFunctionMode):
             x.copy_(self._soft(x.clone(), mask * value + (1 - mask) * before))
 
 
-def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
+def _not_in_place(func: Rule) -> Rule:
     """The out-of-place form of an in-place operation."""
     name = func.__name__.strip("_")
     name = {f"i{each}": f"bitwise_{each}" for each in ("and", "or")}.get(name, name)
@@ -431,7 +452,7 @@ def _not_in_place(func: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(torch, name, None) or getattr(torch.nn.functional, name)
 
 
-def _plain_name(func: Callable[..., Any]) -> str:
+def _plain_name(func: Rule) -> str:
     """The name of a function without marks of operators, private and logical functions; ends in ``_`` if in place."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
@@ -501,14 +522,14 @@ def _where_useful(own: Tensor, other: Tensor) -> Tensor:
     """A gradient, replaced by another for images where it is zero or not finite."""
     each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
     useless = (each == 0).all(1) | ~each.isfinite().all(1)
-    return torch.where(useless.view(-1, *[1] * (own.dim() - 1)) if own.dim() else useless[0], other, own)
+    return torch.where(per_image(useless, own) if own.dim() else useless[0], other, own)
 
 
 def _size(a: Any, b: Any) -> Tensor:
     """The size of the compared values, for each image or other entry of the first dimension."""
     size = (abs(a) + abs(b)).detach()
     if size.dim() > 1:
-        size = size.flatten(1).mean(1).view(-1, *[1] * (size.dim() - 1))
+        size = per_image(size.flatten(1).mean(1), size)
     return size.clamp_min(torch.finfo(size.dtype).tiny)
 
 

@@ -20,7 +20,8 @@ from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
 from ..contents import attributes
 from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
-from .identity_backward import IdentityBackward, blocking
+from .identity_backward import REVISION as PASSED_REVISION
+from .identity_backward import PassedThrough, blocking
 from .softening import REVISION, Softening
 
 #: Temperatures of the softened copies, by which a gate's slope is divided. One more copy keeps every value.
@@ -61,18 +62,34 @@ class Softened(_Around):
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._within(Softening(self.temperature), x)
-        return self.model(x) if self.temperature is None else self._within(Softening(self.temperature), x).detach()
-
-    def _within(self, mode: Softening, x: Tensor) -> Tensor:
+        wanted = torch.is_grad_enabled()
+        if self.temperature is None and not wanted:
+            return self.model(x)
         # Tensors that depend on the images are recognized by requires_grad, even if no gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         # The model may take gradients itself. Its own switches are not followed, so gradients are on.
-        with torch.enable_grad(), mode:
+        with torch.enable_grad(), Softening(self.temperature) as mode:
             logits = self.model(leaf)
         mode.let_through([logits])
-        return logits
+        return logits if wanted else logits.detach()
+
+
+class IdentityBackward(_Around):
+    """A model some of whose modules are the identity in the backward pass.
+
+    Args:
+        model: any callable.
+        modules: these modules inside the model.
+    """
+
+    def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
+        super().__init__(model)
+        self.passed, self.revision = nn.ModuleList(modules), PASSED_REVISION
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, ...]`` to logits ``[B, classes]``."""
+        with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
+            return self.model(x)
 
 
 class _WithSameAnswer(_Around):
@@ -163,11 +180,11 @@ def surrogates(
         ball: norm and radius of the attacks.
         absent: dictionary to which reasons for missing copies are written, by name.
     """
+    absent = {} if absent is None else absent
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
         parts = [(name, part) for name, part in parts if isinstance(_gradient(part, x, num_classes), Tensor)]
-        within = [("", model)] if isinstance(model, nn.Module) else [*_inside(model, DEPTH)]
-        blocked = blocking(model, [(name, each) for name, each in within if isinstance(each, nn.Module)], x)
+        blocked = blocking(model, [("", model)] if isinstance(model, nn.Module) else [*_inside(model)], x)
     candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
         candidates.append(("all parts together", Together([part for _, part in parts])))
@@ -193,13 +210,11 @@ def surrogates(
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            if not isinstance(gradient, Tensor):
-                if absent is not None:
-                    absent[name] = gradient
-                continue
             # A copy with the gradients of the model, or of another copy, finds nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
-            if not (copies and any(_same(gradient, other) for other in seen)):
+            if isinstance(gradient, str):
+                absent[name] = gradient
+            elif not (copies and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
                 seen.append(gradient)
     return usable
@@ -253,7 +268,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     if has_classifier(model):
         # A defence's own classifier is a part by contract, whatever else is in the defence.
         parts.append(("classifier", model.classifier))
-    for name, part in _inside(model, DEPTH):
+    for name, part in _inside(model):
         if len(parts) == MOST_PARTS:
             break
         inside = (module for _, other in parts if isinstance(other, nn.Module) for module in other.modules())
@@ -266,11 +281,11 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
     return parts
 
 
-def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
-    """Callables inside a model: submodules, attributes of an object, variables around a function."""
+def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
+    """Modules inside a model: submodules, attributes of an object, variables around a function."""
     named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
-        named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < depth)
+        named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH)
     elif inspect.isfunction(model):
         named = inspect.getclosurevars(model).nonlocals.items()
     yield from ((name, value) for name, value in named if isinstance(value, nn.Module))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._sealed import read_sealed, write_sealed
-from .._tensors import digest, weights_fingerprint
+from .._tensors import digest, per_image, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
@@ -28,6 +28,7 @@ from .config import Predict
 from .fingerprint import fingerprint
 from .inputs import LogitsOf, as_classifier
 from .rows import Row
+from .show.text import render
 from .specs import ROUNDING, moved
 from .subject import Subject
 
@@ -94,19 +95,10 @@ class Witnesses:
 
     def summary(self) -> dict[str, Any]:
         """The report's facts about its witnesses: their number, and checksums by which changes are found."""
-        each = [
-            digest(self.clean[self.of[i]], self.adversarial[i], self.labels[i], self.numbers[i], self.attacks[i])[
-                :SHORT
-            ]
-            for i in range(len(self))
-        ]
+        parts = (self.clean[self.of], self.adversarial, self.labels, self.numbers, self.attacks)
+        each = [digest(*witness)[:SHORT] for witness in zip(*parts, strict=True)]
         checksums = {"clean": digest(self.clean), "adversarial": digest(self.adversarial)}
         return {"file": FILE, "count": len(self)} | checksums | {"each": each}
-
-    def balls(self) -> list[ThreatModel]:
-        """The ball of each witness."""
-        balls = [ThreatModel(attack["norm"], attack["eps"]) for attack in self.about["attacks"]]
-        return [balls[number] for number in self.attacks.tolist()]
 
     def outside(self) -> Tensor:
         """Mask of the witnesses that lie outside the ball or [0, 1] by more than rounding, or are NaN; bool ``[W]``.
@@ -135,15 +127,13 @@ class Witnesses:
         steps = ((self.adversarial - clean) / STEP).round()
         rounded = replace(self, adversarial=(clean + STEP * steps).clamp(0, 1))
         usable = ~rounded.outside() & still_wrong(rounded.adversarial)
-        mixed = torch.where(usable.view(-1, 1, 1, 1), rounded.adversarial, self.adversarial)
+        mixed = torch.where(per_image(usable, self.adversarial), rounded.adversarial, self.adversarial)
         return replace(self, adversarial=mixed, about=self.about | {"rounded": int(usable.sum())})
 
     def _packed(self) -> dict[str, Tensor]:
-        eps = torch.tensor([ball.eps for ball in self.balls()])
-        return {
-            "clean": _packed(_levels(self.clean) if self._is_whole() else _planes(self.clean.numpy().view(np.uint32))),
-            **_encoded(self.adversarial.numpy(), self.clean[self.of].numpy(), eps.numpy()),
-        }
+        clean = _levels(self.clean) if self._is_whole() else _planes(self.clean.numpy().view(np.uint32))
+        away = _encoded(self.adversarial.numpy(), self.clean[self.of].numpy(), _radii(self.about, self.attacks))
+        return {"clean": _packed(clean), **away}
 
     def _is_whole(self) -> bool:
         """Tell whether the clean images are multiples of 1/255."""
@@ -173,22 +163,22 @@ class Witnesses:
             content, tensors = read_sealed(path)
             if content.get("format") != FORMAT:
                 raise ValueError(f"it has format {content.get('format')!r}, this version reads {FORMAT}")
-            shape = content["shape"]
+            told, about = {name: tensors[name] for name in TOLD}, content["about"]
             numbers = _unpacked(tensors["clean"])
-            clean = numbers.astype(np.float32) / np.float32(255)
-            if not content["whole"]:
-                clean = _joined(numbers).view(np.float32)
-            clean = clean.reshape(shape)
-            told = {name: tensors[name] for name in TOLD}
-            attacks = content["about"]["attacks"]
-            eps = np.array([attacks[number]["eps"] for number in told["attacks"].tolist()], dtype=np.float32)
-            adversarial = _decoded(tensors, clean[told["of"].numpy()], eps)
+            whole = numbers.astype(np.float32) / np.float32(255)
+            clean = (whole if content["whole"] else _joined(numbers).view(np.float32)).reshape(content["shape"])
+            adversarial = _decoded(tensors, clean[told["of"].numpy()], _radii(about, told["attacks"]))
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=content["about"], **told)
+        return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=about, **told)
 
 
 # -- numbers, packed without loss -------------------------------------------------------------------------------------
+
+
+def _radii(about: Mapping[str, Any], attacks: Tensor) -> np.ndarray:
+    """The radius of each witness's ball, for the place of its attack in the list of attacks."""
+    return np.array([attack["eps"] for attack in about["attacks"]], dtype=np.float32)[attacks.numpy()]
 
 
 def _levels(images: Tensor) -> np.ndarray:
@@ -216,7 +206,7 @@ def _joined(planes: np.ndarray) -> np.ndarray:
 
 def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """The likely values of an attacked image's pixel: the clean value, and both borders of the ball."""
-    radius = eps.astype(np.float32).reshape(-1, *[1] * (clean.ndim - 1))
+    radius = eps.reshape(-1, *[1] * (clean.ndim - 1))
     borders = [np.clip(clean + sign * radius, np.float32(0), np.float32(1)) for sign in (np.float32(1), np.float32(-1))]
     return np.stack([clean, *borders]).view(np.uint32)
 
@@ -255,32 +245,30 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
     right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
     seen: set[tuple[str | None, int]] = set()
     attacks: list[dict[str, Any]] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("clean", "adversarial", "labels", "numbers", "margins")}
+    parts: list[tuple[np.ndarray, ...]] = []
     for row in rows:
-        if not (row.is_attack and row.deployed) or row.examples is None or row.examples.index is None:
+        kept = row.examples
+        if not (row.is_attack and row.deployed) or kept is None or kept.index is None:
             continue
-        fallen = [
-            place
-            for place, number in enumerate(row.examples.index.tolist())
-            if row.examples.fell[place] and right[number] and (row.threat, number) not in seen
-        ]
-        if not fallen:
+        new = np.array([(row.threat, number) not in seen for number in kept.index.tolist()], dtype=bool)
+        fallen = np.flatnonzero(kept.fell & right[kept.index] & new)
+        if len(fallen) == 0:
             continue
-        numbers = row.examples.index[fallen]
+        numbers = kept.index[fallen]
         seen.update((row.threat, number) for number in numbers.tolist())
-        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
         margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
-        found = (row.examples.clean, row.examples.adversarial, row.examples.labels)
-        for name, values in zip(parts, (*(each[fallen] for each in found), numbers, margins[numbers]), strict=True):
-            parts[name].append(values)
+        found = (kept.clean[fallen], kept.adversarial[fallen], kept.labels[fallen])
+        parts.append((*found, numbers, margins[numbers], np.full(len(fallen), len(attacks))))
+        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
     if not attacks:
         return None
-    whole = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    names = ("clean", "adversarial", "labels", "numbers", "margins", "attacks")
+    joined = [torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True)]
+    whole = dict(zip(names, joined, strict=True))
     each, of = torch.unique(whole["numbers"], return_inverse=True)
     first = torch.full((len(each),), len(of)).scatter_reduce(0, of, torch.arange(len(of)), "amin")
-    found_by = torch.repeat_interleave(torch.arange(len(attacks)), torch.tensor([len(n) for n in parts["numbers"]]))
     clean = whole.pop("clean")[first]
-    return Witnesses(clean, of, attacks=found_by, about={**about, "attacks": attacks}, **whole)
+    return Witnesses(clean, of, about={**about, "attacks": attacks}, **whole)
 
 
 # -- tried again ------------------------------------------------------------------------------------------------------
@@ -321,31 +309,13 @@ class CheckedWitnesses:
 
     def to_text(self) -> str:
         """The result, in lines for a terminal."""
-        count, fell = len(self.falls), int(self.falls.sum())
-        lines = [self.model, f"{fell} of {count} witnesses still fall{'s' * (fell == 1)}"]
-        if self.draws > 1:
-            lines[-1] += (
-                f", each judged in {self.draws} fresh draws; {int(self.wrong.sum())} of the {self.draws * count} "
-                "predictions are wrong"
-            )
         told = {
             "no longer falls": ~self.falls,
             "outside of the ball or of [0, 1]": self.outside,
             "changed since the report was saved": self.changed,
         }
-        for what, which in told.items():
-            lines += [f"  {what}: {self._described(place)}" for place in np.flatnonzero(which)[:NAMED]]
-            if (more := int(which.sum()) - NAMED) > 0:
-                lines.append(f"  {what}: {more} more")
-        if not self.outside.any():
-            lines.append("every witness lies in its ball and in [0, 1]")
-        if not self.changed.any():
-            lines.append("no image changed since the report was saved")
-        return "\n".join(lines)
-
-    def _described(self, place: int) -> str:
-        margin = f"margin in the report {self.margins[place]:.2g}"
-        return f"image {self.numbers[place]} ({self.attacks[place]}, {margin})"
+        places = {what: np.flatnonzero(which).tolist() for what, which in told.items()}
+        return render("witnesses.txt.jinja", checked=self, places=places, named=NAMED).strip()
 
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:

@@ -29,8 +29,8 @@ class Accuracy:
         share: the share of the images that are classified correctly, in [0, 1].
         images: how many images.
         reliable: whether the checks of the evaluation found nothing that makes the number doubtful.
-        one_draw: of a random model under attack, whose ``share`` wants every draw right, the share of single draws that
-            are; None where the model predicts the same every time, and of a card that was written before cards had it.
+        one_draw: for a random model under attack, whose ``share`` needs every draw right, the share of single draws
+            that are right; None if the model predicts the same every time, and for a card that lacks it.
     """
 
     share: float
@@ -70,7 +70,7 @@ class Card:
         clean: accuracy on images that are not attacked.
         attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "votes" is the protocol
             "rand" against the majority of ten draws.
-        classifier: the model of the zoo that stands behind the defence; None where the model is a classifier itself.
+        classifier: the model of the zoo that stands behind the defence; None if the model is a classifier itself.
         attacks: a short hash of each protocol's attacks, of their options and revisions, by the name of the protocol. A
             protocol whose hash is missing was run before cards had them.
     """

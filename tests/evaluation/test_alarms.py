@@ -222,7 +222,7 @@ def test_the_outlook_says_what_a_stronger_attack_would_take():
         [*DIRECT, AttackSpec(APGD(steps=20, n_target_classes=None, loss="margin_targeted"), survivors_only=True)],
     )
     assert 0 <= strong.outlooks[0].points <= 0.1 and len(strong.outlooks[0].sentences) >= 3
-    assert "there was one attack only" in outlook.sentences[1]
+    assert "only one attack ran" in outlook.sentences[1]
     assert "What it would take to go lower" in weak.to_markdown()
     # three attacks that each find images of their own leave some unseen
     several = judged(robust(), [AttackSpec(PGD(steps=2, loss=loss), label=loss) for loss in ("ce", "margin", "dlr")])

@@ -14,7 +14,7 @@ import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report, runner
 from purify_fast.evaluation.alarms import Evidence, Probes, findings, outlook
-from purify_fast.evaluation.alarms.signs import ADVICE, ALARMS
+from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.config import check_claim
 from purify_fast.evaluation.rows import count_fallen
@@ -128,7 +128,7 @@ def test_what_fell_to_a_probe_is_not_left():
     for text in forms(Report(rows)):
         assert "of 4 images are still classified correctly after the attack and the probes" in joined(text)
     # of the estimate nothing stands that the probes refute
-    evidence = Evidence(rows[:2], probed(fallen=[0, 2]))
+    evidence = Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 0, 1, 1]))
     expected = outlook(evidence)
     assert expected.sentences[0].startswith(
         "the probes took 2 of the 3 images that the attacks had left of the first 4"
@@ -137,7 +137,7 @@ def test_what_fell_to_a_probe_is_not_left():
     assert expected.points == pytest.approx(2 / 3 * 0.25)
     assert outlook(Evidence(rows[:2], probed())).sentences[0].startswith("by this estimate")
     # a number of 0 cannot be too high, whoever took the rest
-    said = findings(Evidence(rows[:2], probed(further=3, fallen=[0, 1, 2])))
+    said = findings(Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 1, 1, 0])))
     taken = [finding for finding in said if finding.alarm == "missed images"]
     assert taken[0].verdict == "noted" and "no image is left" in taken[0].measured
 
@@ -172,25 +172,25 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
     ],
 )
 def test_attacks_along_no_gradient_have_not_asked_anything(cosine, why, advice):
-    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0], health=MASKED)]
-    evidence = Evidence(rows, probed(cosine=cosine, further=0))
+    rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 7 + [0], health=MASKED)]
+    asked = {"n": 8, "cosine": cosine, "left": [1] * 7 + [0]}
+    evidence = Evidence(rows, probed(**asked, fell=[0] * 8))
     found = {finding.alarm: finding for finding in findings(evidence)}
     assert found["missed images"].verdict == "not asked"
     assert found["gradient health"].verdict == "unreliable" and advice in found["gradient health"].advice
     assert not any("short PGD" in sentence for sentence in outlook(evidence).sentences)
     # a short attack that found images all the same tells
-    more = {f.alarm: f.verdict for f in findings(Evidence(rows, probed(cosine=cosine, further=3)))}
+    more = {f.alarm: f.verdict for f in findings(Evidence(rows, probed(**asked, fell=[1] * 4 + [0] * 4)))}
     assert more["missed images"] == "unreliable"
     # without counted gradients this alone raises the alarm
-    foreign = [rows[0], row("A", [1, 1, 1, 0], health=None)]
+    foreign = [rows[0], row("A", [1] * 7 + [0], health=None)]
     alone = {f.alarm: f for f in findings(Evidence(foreign, probed(cosine=cosine)))}["gradient health"]
     assert (alone.verdict, alone.measured.startswith(why), advice in alone.advice) == ("unreliable", True, True)
 
 
 def test_every_sign_that_can_fail_says_what_to_do():
-    named = {name for name, *_ in ALARMS} - {"better than guessing"}
-    assert named == set(ADVICE)
-    healthy = Evidence([row("clean", kind="clean"), row()], probed(fallen=[]))
+    assert [alarm.name for alarm in ALARMS if alarm.advice is None] == ["better than guessing"]
+    healthy = Evidence([row("clean", kind="clean"), row()], probed())
     assert not any(finding.advice for finding in findings(healthy))
 
 
@@ -211,6 +211,14 @@ def test_advice_names_only_what_was_not_tried(more, protocol, told, silent):
     said = findings(Evidence(rows, protocol=protocol))
     found = next(each for each in said if each.alarm == "missed images")
     assert found.verdict == "unreliable" and told in found.advice and silent not in found.advice
+
+
+@pytest.mark.parametrize(("found", "told"), [("fell", "a short attack finds"), ("copies", "the model's own gradients")])
+def test_the_advice_follows_what_found_the_images(found, told):
+    rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8)]
+    masks = {"fell": [0] * 8, "copies": {}} | {found: [1] * 8 if found == "fell" else {"a copy": [1] * 8}}
+    said = {each.alarm: each for each in findings(Evidence(rows, probed(n=8, left=[1] * 8, cosine=0.5, **masks)))}
+    assert said["missed images"].advice.startswith(told)
 
 
 def test_draws_that_were_made_are_not_advised():

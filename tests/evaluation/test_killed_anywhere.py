@@ -41,8 +41,8 @@ MOMENTS = (
     # the softened copy is attacked in a row of its own
     ("purify_fast.evaluation.surrogates.Softened.forward", 50),
     # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
-    ("purify_fast.evaluation.alarms.probes._Short.robust", 3),
-    ("purify_fast.evaluation.alarms.probes._Short.fallen", 2),
+    ("purify_fast.evaluation.alarms.probes._Short.robust", 2),
+    ("purify_fast.evaluation.alarms.probes._Short.robust", 4),
     ("purify_fast.evaluation.alarms.answers.differences", 1),
     ("purify_fast.evaluation.alarms.answers.sets_seed", 1),
 )

@@ -8,8 +8,7 @@ from torch import nn
 
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import runner
-from purify_fast.evaluation.alarms import signs_of_masking
-from purify_fast.evaluation.alarms.probes import AskedBefore
+from purify_fast.evaluation.alarms import Probes, signs_of_masking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,8 +78,7 @@ def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
 
 
 def asked(n=64, **measured):
-    nothing = {"sweeps": {}, "cosine": 1.0, "without_gradient": 0.0}
-    return AskedBefore(**nothing | {"fell": [0] * n, "copies": {}, "absent": {}} | measured)
+    return Probes(**{"n": n, "steps": [], "cosine": 1.0, "fell": [0] * n} | measured)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     guessing = evaluate(untrained, x, y, **QUIET | {"eps": 1e-4}, name="raw").to_text(color=False)
-    assert "\nthis says little:\n- better than guessing: " in guessing
+    assert "\nthis number says little:\n- better than guessing: " in guessing
     assert (
         "is the model trained" in " ".join(guessing.split())
         and "speaks against" not in guessing

@@ -38,7 +38,7 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     template = text.split("the template '")[1].split("'")[0]
     templates = Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE"
     assert any(f"name: {template}\n" in path.read_text() for path in templates.glob("*.yml"))
-    assert card.training in text and "Lower?" in text and ("objective alone" in text) == card.study_only
+    assert card.training in text and "If you get it lower" in text and ("objective alone" in text) == card.study_only
     assert (f"classifier is {card.classifier}," in text) == (card.classifier is not None)
     assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
 
@@ -90,7 +90,7 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     unreliable = [card for card in map(zoo.card, zoo.list()) if any(not it.reliable for it in card.attacked.values())]
     assert unreliable and all(" ?" in line for card in unreliable for line in out.splitlines() if card.name in line)
     assert cli.main(["zoo", "digits-pgd-at"]) == 0
-    assert "Lower?" in capsys.readouterr().out
+    assert "If you get it lower" in capsys.readouterr().out
     small = ["--images", "10", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
     assert cli.main(["evaluate", "zoo:digits-pgd-at", *small]) == 0
     assert (tmp_path / "runs" / "zoo" / "digits-pgd-at" / "evaluation" / "report.md").is_file()

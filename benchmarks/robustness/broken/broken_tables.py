@@ -183,7 +183,7 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
     results = [(name, one) for name, each in every.items() for one in each.values()]
     flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []
-    for sign, *_ in ALARMS:
+    for sign in (alarm.name for alarm in ALARMS):
         flagged = {name for name, alarms in flags if sign in alarms}
         alone = dict.fromkeys(name for name, alarms in flags if alarms == [sign])
         counts = [

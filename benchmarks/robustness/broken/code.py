@@ -62,7 +62,7 @@ def _of_signs() -> list[str]:
     """The signs and their limits."""
     values = {name: value for name, value in vars(signs).items() if name.isupper()}
     limits = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float)]
-    return [*(name for name, *_ in signs.ALARMS), *sorted(limits)]
+    return [*(alarm.name for alarm in signs.ALARMS), *sorted(limits)]
 
 
 @functools.cache

@@ -114,24 +114,24 @@ class Evidence:
             tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
         return tried
 
-    def left(self, n: int | None = None) -> float | None:
-        """The share of the first n images, or of all, that withstood every attack; None without such an attack."""
-        n = max((row.n for row in self.rows), default=0) if n is None else n
-        robust = self.robust(n) if n else None
-        return None if robust is None else float(robust.mean())
+    @property
+    def images(self) -> int:
+        """The number of all images."""
+        return max((row.n for row in self.rows), default=0)
 
     @property
     def nothing_left(self) -> bool:
         """Tell whether every image has fallen, to the attacks or to the probes."""
-        robust = self.robust(max((row.n for row in self.rows), default=0))
+        robust = self.robust(self.images)
         if robust is None:
             return False
-        robust[self.fallen_to_probes(len(robust))] = False
+        robust[self.fallen_to_probes] = False
         return not robust.any()
 
-    def fallen_to_probes(self, n: int) -> list[int]:
-        """Numbers of those among the first n images that withstood every attack and fell to a probe."""
-        return [] if self.probes is None else [image for image in self.probes.fallen if image < n]
+    @property
+    def fallen_to_probes(self) -> list[int]:
+        """Numbers of the images that withstood every attack and fell to a probe."""
+        return [] if self.probes is None else self.probes.fallen()
 
     def blind(self) -> str:
         """The reason why short attacks along the model's gradients could find nothing; empty if they could."""
@@ -148,15 +148,13 @@ class Evidence:
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Every attack with the images that fell to it, bool ``[n]``; an attack on survivors saw only these."""
-        clean = {row.variant: row.robust for row in self.rows if row.kind == "clean"}
-        left: dict[str, np.ndarray] = {}
-        fallen = []
+        clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
+        right = clean[0] if clean else np.ones(self.images, dtype=bool)
+        left, fallen = right.copy(), []
         for row in self.attacks():
-            right = clean.get(row.variant, np.ones(row.n, dtype=bool))
-            before = left.setdefault(row.variant, right.copy())
-            given = before if row.of_survivors else right
+            given = left if row.of_survivors else right
             fallen.append((row, given[: row.n] & ~row.robust))
-            before[: row.n] &= row.robust
+            left[: row.n] &= row.robust
         return fallen
 
 
@@ -184,7 +182,7 @@ def outlook(evidence: Evidence) -> Outlook | None:
     Args:
         evidence: rows and probes of the model.
     """
-    full = max((row.n for row in evidence.rows), default=0)
+    full = evidence.images
     fallen = [(row, mask) for row, mask in evidence.fallen() if row.n == full]
     if not fallen:
         return None
@@ -195,7 +193,7 @@ def outlook(evidence: Evidence) -> Outlook | None:
     known = [sign for sign in signs if sign is not None]
     points = min(max(points for points, _ in known), float(robust.mean()))
     left = robust.copy()
-    left[evidence.fallen_to_probes(full)] = False
+    left[evidence.fallen_to_probes] = False
     text = (
         f"by this estimate, one more attack of these kinds would take about {100 * points:.1f} points from the "
         f"{100 * robust.mean():.1f} % that are left"
@@ -219,13 +217,13 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
     """The new finds of the last attack, if it repeats an earlier attack: the first of a kind tells nothing."""
     row, mask = fallen[-1]
     if len(fallen) == 1:
-        return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
+        return 0.0, f"only one attack ran ({row.attack}), so nothing tells what another would find"
     gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
     text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
     # The same attack with the same loss, whatever the random starts and numbers of steps.
     kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
     if kinds[-1] not in kinds[:-1]:
-        return 0.0, f"{text}; it was the first of its kind, so this says nothing of another one"
+        return 0.0, f"{text}; it was the first of its kind, so this says nothing about another one"
     return gain / n, text
 
 
@@ -276,7 +274,7 @@ def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
     gain = max(0.0, before - after)
     # A difference of a single image is luck.
     gains = gain * evidence.probes.n >= 1.5
-    means = "further steps still find more" if gains else "further steps find hardly more"
+    means = "further steps still find more" if gains else "further steps find hardly any more"
     return (
         gain * float(robust.mean()) if gains else 0.0,
         f"a short PGD leaves {100 * before:.0f} % after {a:.0f} steps and {100 * after:.0f} % after {b:.0f}: {means}",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from .probes import AskedBefore
+from .probes import Probes
 from .signs import MOST_MISSED, WRONG_GRADIENTS, _surely_above, _surely_more
 
 #: The share of images that may lack a gradient, the same as for a row (`purify_fast.attacks.GradientHealth`).
 MOST_WITHOUT = 0.05
 
 
-def signs_of_masking(asked: AskedBefore, is_random: bool) -> list[str]:
+def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     """The signs, in words, that gradients do not show where a model falls; an honest model has none.
 
     Args:
         asked: measurements made before the attacks.
         is_random: whether the model's predictions differ from call to call.
     """
-    n, signs = len(asked.fell), []
+    n, signs = asked.n, []
     if _surely_above(MOST_WITHOUT, asked.without_gradient, n):
         signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
     elif isinstance(asked.cosine, str):

@@ -1,4 +1,4 @@
-"""Probes of a model besides the attacks: short sweeps on a few images, and whether it answers the same again.
+"""Probes of a model besides the attacks: short attacks on a few images, and whether it answers the same again.
 
 The short attacks come before the attacks of the report and decide how far those search. They run on the gradient copy
 that attacks use, and skip images that have fallen.
@@ -7,10 +7,10 @@ that attacks use, and skip images that have fallen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .answers import Before, in_parts
 STEPS, SWEEP = 20, 10
 #: The numbers of steps in the sweep over steps.
 ITERATIONS = (1, 3, 10, 30)
+#: The numbers of draws per step, for a random model.
 DRAWS = (1, 4, 16)
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9
@@ -37,144 +38,128 @@ USUAL_SURROGATES = 3
 TARGETS, TARGETS_OF_RANDOM = 2, 1
 
 Curve = list[tuple[float, float]]
-#: For each surrogate's name, a mask of the images that fell to its gradients, as 0 and 1.
-Fallen = dict[str, list[int]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probes:
-    """Measurements of the probes; curves are pairs of a setting and the accuracy that is left.
+    """Measurements of the probes, in plain values; curves are pairs of a setting and the accuracy that is left.
+
+    The measurements after ``absent`` are made after the attacks of the report.
 
     Args:
         n: number of images.
         steps: curve over the steps of the attack; images that fell to fewer steps count as fallen.
-        eot: curve over the draws averaged per step; empty for a model that predicts the same every time.
-        samples: curve over the number of samples K of a defence that has samples.
         cosine: cosine between promised and measured changes, or the reason why there is none, in words.
+        without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
+            missing.
+        eot: curve over the draws averaged per step; empty for a model that predicts the same every time.
+        fell: mask of the images that fell to the short attacks along the model's own gradients, as 0 and 1.
+        copies: for each surrogate's name, in the order tried, a mask of the other images that fell to its gradients,
+            as 0 and 1.
+        absent: for each missing surrogate's name, the reason why it is missing.
+        left: mask of the images that withstood every attack of the report.
         batch_changes: share of the predictions that depend on the batch; None: cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
         watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be measured.
         later_changes: share of the predictions on clean images that differ from those before the attacks.
         state_changed: whether weights, buffers or attributes differ from those before the attacks.
         sets_seed: whether the model sets the seed of torch's generator itself.
-        further: number of images that withstood every attack of the report and had fallen to a short attack before;
-            None if none was left.
-        missed: number of the other remaining images that had fallen to the gradients of each surrogate, by its name,
-            in the order in which they were tried.
-        absent: for each missing surrogate's name, the reason why it is missing.
-        fallen: numbers of the images that withstood every attack of the report and fell to a probe within its ball.
     """
 
     n: int
     steps: Curve
     cosine: float | answers.Missing
-    batch_changes: float | None
+    without_gradient: float = 0.0
     eot: Curve = field(default_factory=list)
-    samples: Curve = field(default_factory=list)
+    fell: list[int] = field(default_factory=list)
+    copies: dict[str, list[int]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    left: list[bool] = field(default_factory=list)
+    batch_changes: float | None = 0.0
     varying: float = 0.0
     watched_changes: float | None = 0.0
     later_changes: float = 0.0
     state_changed: bool = False
     sets_seed: bool = False
-    further: int | None = None
-    missed: dict[str, int] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    fallen: list[int] = field(default_factory=list)
+
+    def fallen(self, *masks: Sequence[int]) -> list[int]:
+        """Numbers of the images that withstood every attack of the report, and fell to a probe within its ball.
+
+        Args:
+            *masks: masks of the images that fell to some probes; without any: to all probes.
+        """
+        found = masks or (self.fell, *self.copies.values())
+        return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
     def curves(self) -> dict[str, list[list[float]]]:
         """The curves, by the name of their setting, without empty curves."""
-        named = {"steps": self.steps, "samples K": self.samples, "EOT draws": self.eot}
+        named = {"steps": self.steps, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-@dataclass
-class AskedBefore:
-    """Measurements made before the attacks of the report, in plain values.
+class Probe(NamedTuple):
+    """A measurement by short attacks, which can be made without the others.
 
     Args:
-        sweeps: the curve over the steps, and those over draws and samples if there are any, by their names in `Probes`.
-        cosine: see `Probes`.
-        without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
-            missing.
-        fell: mask of the images that fell to the short attacks along the model's own gradients, as 0 and 1.
-        copies: for each surrogate's name, in the order tried, a mask of the other images that fell to its gradients,
-            as 0 and 1.
-        absent: see `Probes`.
+        kind: "sweep": the curve over the steps, and the images that fall to own and to other gradients; "draws": the
+            accuracy that is left by gradients over some draws.
+        value: number of draws.
+        run: makes the measurement, with the attacks' context.
     """
 
-    sweeps: dict[str, Curve]
-    cosine: float | answers.Missing
-    without_gradient: float
-    fell: list[int]
-    copies: Fallen
-    absent: dict[str, str]
+    kind: Literal["sweep", "draws"]
+    value: int
+    run: Callable[[AttackContext], Any]
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
     """An upper estimate of the images that the probes give to the model, each pass of an image counted."""
-    draws, judges = _draws(subject, context)
+    draws, judges, targets = _effort(subject, context)
     passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
-    passes += (1 + USUAL_SURROGATES) * (_targets(subject) * STEPS * draws + judges)
+    passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
     if subject.is_random:
         passes += SWEEP * sum(DRAWS) + len(DRAWS) * judges
     return passes * min(answers.PROBED, len(subject.x))
 
 
-def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
-    """Draws of each step of a short attack, and draws that judge it."""
-    return (min(4, context.predictions(context.eot_iter)), JUDGES) if subject.is_random else (1, 1)
+def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
+    """The draws of each step of a short attack, the draws that judge it, and the classes that it is led to."""
+    if subject.is_random:
+        return min(4, context.predictions(context.eot_iter)), JUDGES, TARGETS_OF_RANDOM
+    return 1, 1, TARGETS
 
 
-def _targets(subject: Subject) -> int:
-    return TARGETS_OF_RANDOM if subject.is_random else TARGETS
-
-
-def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str, Callable[[], Any]]:
-    """The short attacks, each of which can be made without the others; the longest one first.
+def probes_before(before: Before, model: Classifier) -> list[Probe]:
+    """The probes that come before the attacks of the report; the longest is first.
 
     Args:
         before: the model's answers before the attacks.
-        context: context of the attacks.
         model: the attacked model, which is the subject's own with a counter.
     """
-    subject, x, y = before.subject, before.x, before.y
-    draws, judges = _draws(subject, context)
-    short = _Short(model, x, y, context, draws=draws, judges=judges, targets=_targets(subject))
-    made: dict[str, Callable[[], Any]] = {"sweeps": lambda: _sweeps(short, subject)}
-    if subject.is_random:
-        made |= {f"draws {n}": partial(short.accuracy, eot_iter=n) for n in DRAWS}
-    samples = getattr(subject.single, "samples", None)
-    if isinstance(samples, int) and samples > 1:
-        made["samples"] = lambda: _over_samples(subject.single, samples, short)
-    return made
+    draws = DRAWS if before.subject.is_random else ()
+    return [
+        Probe("sweep", 1, partial(_sweep, before, model)),
+        *(Probe("draws", n, partial(_over_draws, before, model, n)) for n in draws),
+    ]
 
 
-def asked_before(before: Before, context: AttackContext, measured: Mapping[str, Any]) -> AskedBefore:
+def asked_before(before: Before, context: AttackContext, measured: Sequence[tuple[Probe, Any]]) -> Probes:
     """Collect the measurements made before the attacks.
 
     Args:
         before: the model's answers before them.
         context: context of the attacks.
-        measured: results of `parts`.
+        measured: the probes of `probes_before`, each with its measurement.
     """
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
-    steps, fell, copies, absent = measured["sweeps"]
-    sweeps: dict[str, Curve] = {"steps": steps, "samples": measured.get("samples", [])}
-    if subject.is_random:
-        sweeps["eot"] = [(float(n), measured[f"draws {n}"]) for n in DRAWS]
+    ((steps, fell, copies, absent),) = [found for probe, found in measured if probe.kind == "sweep"]
+    eot = [(float(probe.value), found) for probe, found in measured if probe.kind == "draws"]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
-    return AskedBefore(
-        sweeps=sweeps,
-        cosine=cosine,
-        without_gradient=without,
-        fell=fell,
-        copies=copies,
-        absent=absent,
-    )
+    return Probes(len(x), steps, cosine, without, eot=eot, fell=fell, copies=copies, absent=absent)
 
 
-def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequence[bool]) -> Probes:
+def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
     """Ask the model again; to be called after the attacks.
 
     Args:
@@ -184,53 +169,54 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
         left: mask of the first images that withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
-
     # The attacks before were either read from an earlier run, or have drawn random numbers now.
     torch.manual_seed(context.seed)
-
-    def among(fell: Sequence[int]) -> int:
-        return sum(1 for one, stands in zip(fell, left, strict=False) if one and stands)
-
-    probes = Probes(
-        n=len(x),
-        cosine=asked.cosine,
+    return replace(
+        asked,
+        left=[*left],
         batch_changes=answers.batch_changes(subject, x),
-        steps=asked.sweeps["steps"],
-        eot=asked.sweeps.get("eot", []),
-        samples=asked.sweeps["samples"],
+        varying=answers.varying(before.model, x, y) if subject.is_random else 0.0,
+        # These come last: a model that counts its calls has counted the short attacks too.
+        later_changes=before.later_changes(),
+        state_changed=before.state_changed(),
+        watched_changes=answers.watched_changes(subject, before.model, x, _near(context, x)),
+        sets_seed=answers.sets_seed(subject.model, subject.some()),
     )
-    if any(left):
-        probes.further, probes.absent = among(asked.fell), asked.absent
-        probes.missed = {name: among(fell) for name, fell in asked.copies.items()}
-        found = [asked.fell, *asked.copies.values()]
-        probes.fallen = [image for image, stands in enumerate(left) if stands and any(fell[image] for fell in found)]
-    if subject.is_random:
-        probes.varying = answers.varying(before.model, x, y)
-    # This comes last: a model that counts its calls has counted the short attacks too.
-    probes.later_changes = before.later_changes()
-    probes.state_changed = before.state_changed()
-    probes.watched_changes = answers.watched_changes(subject, before.model, x, _near(context, x))
-    probes.sets_seed = answers.sets_seed(subject.model, subject.some())
-    return probes
 
 
-def _sweeps(short: _Short, subject: Subject) -> tuple[Curve, list[int], Fallen, dict[str, str]]:
-    """The curve over the steps, the images that fall to own gradients, and those that fall to surrogates', by name.
+def _sweep(
+    before: Before, model: Classifier, context: AttackContext
+) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str]]:
+    """The curve over the steps, and the images that fall to own and to other gradients: see `Probes`.
 
     Images that fell to fewer steps are not attacked again.
     """
-    right = standing = short.right()
+    short = _Short(before, model, context)
+    right = standing = short.right(short.x, short.y)
     steps: Curve = []
     for count in ITERATIONS:
         standing = short.robust(standing, steps=count)
         steps.append((float(count), _share(standing)))
-    standing = standing & ~short.fallen(standing, None)
+    targeted: dict[str, Any] = {
+        "steps": STEPS,
+        "loss": usable_loss("dlr_targeted", context.num_classes),
+        "n_target_classes": short.targets,
+        "seed": context.seed + 1,
+    }
+    standing = short.robust(standing, **targeted)
     own, copies, absent = right & ~standing, dict[str, list[int]](), dict[str, str]()
     if bool(standing.any()):
-        for name, surrogate in subject.surrogates(ThreatModel(short.context.norm, float(short.context.eps)), absent):
-            fell = short.fallen(standing, surrogate)
-            standing, copies[name] = standing & ~fell, fell.int().tolist()
+        ball = ThreatModel(context.norm, float(context.eps))
+        for name, surrogate in before.subject.surrogates(ball, absent):
+            left = short.robust(standing, gradients_from=surrogate, **targeted)
+            standing, copies[name] = left, (standing & ~left).int().tolist()
     return steps, own.int().tolist(), copies, absent
+
+
+def _over_draws(before: Before, model: Classifier, draws: int, context: AttackContext) -> float:
+    """The share of images that are right after gradients over these draws."""
+    everything = torch.ones(len(before.x), dtype=torch.bool, device=before.x.device)
+    return _share(_Short(before, model, context).robust(everything, eot_iter=draws))
 
 
 def _share(which: Tensor) -> float:
@@ -240,36 +226,29 @@ def _share(which: Tensor) -> float:
 class _Short:
     """Short attacks on the same few images."""
 
-    def __init__(
-        self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, *, draws: int, judges: int, targets: int
-    ):
-        self.model, self.x, self.y, self.context = model, x, y, context
-        self.draws, self.judges, self.targets = draws, judges, targets
+    def __init__(self, before: Before, model: Classifier, context: AttackContext):
+        self.x, self.y, self.model, self.context = before.x, before.y, model, context
+        self.draws, self.judges, self.targets = _effort(before.subject, context)
 
-    def right(self) -> Tensor:
-        """Mask of the images that are right without an attack, bool ``[n]``."""
-        return self._mostly_right(self.x, self.y)
+    def right(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mask of the images that are right in most draws, bool ``[n]``."""
+        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
+        right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
+        return torch.stack(right).float().mean(0) > 0.5
 
-    def robust(self, among: Tensor | None = None, **options: Any) -> Tensor:
+    def robust(self, among: Tensor, **options: Any) -> Tensor:
         """Mask of the images that are right after Auto-PGD on the margin, bool ``[n]``; others count as wrong.
 
         Args:
-            among: mask of the images that are attacked, bool ``[n]``; None for all.
+            among: mask of the images that are attacked, bool ``[n]``.
             **options: further options of `apgd`.
         """
-        torch.manual_seed(self.context.seed)
-        right = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device) if among is None else among.clone()
-        if not bool(right.any()):
-            return right
-        at = right.nonzero()[:, 0]
+        context, robust, at = self.context, among.clone(), among.nonzero()[:, 0]
+        torch.manual_seed(context.seed)
+        if len(at) == 0:
+            return robust
         settings: dict[str, Any] = {"steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
-        right[at] = self._mostly_right(self._attacked(at, **settings), self.y[at])
-        return right
-
-    def _attacked(self, at: Tensor, **options: Any) -> Tensor:
-        """The images at these places, int64, after Auto-PGD."""
-        context = self.context
-        return apgd(
+        attacked = apgd(
             self.model,
             self.x[at],
             self.y[at],
@@ -280,36 +259,10 @@ class _Short:
             precision="auto",
             copies=context.copies,
             max_forward_batch=context.max_forward_batch or context.batch_size,
-            **options,
+            **settings,
         )
-
-    def _mostly_right(self, x: Tensor, y: Tensor) -> Tensor:
-        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
-        right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
-        return torch.stack(right).float().mean(0) > 0.5
-
-    def fallen(self, left: Tensor, gradients_from: Classifier | None) -> Tensor:
-        """Mask of the remaining images that fall to APGD along the model's own or another model's gradients."""
-        torch.manual_seed(self.context.seed)
-        at = left.nonzero()[:, 0]
-        fell = torch.zeros_like(left)
-        if len(at) == 0:
-            return fell
-        attacked = self._attacked(
-            at,
-            steps=STEPS,
-            loss=usable_loss("dlr_targeted", self.context.num_classes),
-            eot_iter=self.draws,
-            n_target_classes=self.targets,
-            gradients_from=gradients_from,
-            seed=self.context.seed + 1,
-        )
-        fell[at] = ~self._mostly_right(attacked, self.y[at])
-        return fell
-
-    def accuracy(self, **options: Any) -> float:
-        """The share of right images."""
-        return _share(self.robust(**options))
+        robust[at] = self.right(attacked, self.y[at])
+        return robust
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:
@@ -322,19 +275,3 @@ def _near(context: AttackContext, x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(context.seed)
     noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
     return (x + each * noise).clamp(0, 1)
-
-
-def _over_samples(model: Any, samples: int, short: _Short) -> Curve:
-    """Accuracy over the number of a defence's samples."""
-    counts = sorted({max(1, samples // 4), max(1, samples // 2), samples})
-    curve: Curve = []
-    try:
-        for count in counts:
-            model.samples = count
-            curve.append((float(count), short.accuracy()))
-    # A defence may not allow another number of samples.
-    except (RuntimeError, ValueError, TypeError, AttributeError):
-        return []
-    finally:
-        model.samples = samples
-    return curve

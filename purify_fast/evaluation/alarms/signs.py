@@ -1,20 +1,20 @@
 """The alarms: signs that an attack was stopped by something else than robustness.
 
-An alarm is a function that returns a verdict, the measurement, and the row or probe that shows it; None if it does not
-apply to a model. To add an alarm, write it here below `alarm`. Alarms are asked in the order of this file.
+An alarm is a function that returns an `Outcome`; None if it does not apply to a model. To add an alarm, write its
+function in this file, below an `Alarm`. Alarms are asked in the order of this file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ..inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..rows import GRADIENT_FREE, Row, followed
+from ..rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
@@ -31,61 +31,21 @@ ROUNDED = 0.02
 #: The least number of images that counts as a difference: one or two of a few images are a large share by luck.
 MORE_THAN_LUCK = 3
 
-#: The name of the model beside its surrogates, and of the probe that shows what gradients of a model found.
-ITSELF, PROBE_OF = "the model itself", "probe: APGD by the gradients of {}"
+#: The name of the model beside its surrogates.
+ITSELF = "the model itself"
 #: Words for gradients that no attack counted.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-
-#: A verdict, the measurement in words, and the row or probe that shows it.
-Outcome = tuple[Verdict, str, str]
-
-
-#: Every alarm: its name, its function, whether this takes the probes too, and the options of its `Finding`.
-ALARMS: list[tuple[str, Callable[..., Outcome | None], bool, dict[str, Any]]] = []
-
-
-def alarm(
-    name: str, of_probes: bool = False, **options: Any
-) -> Callable[[Callable[..., Outcome | None]], Callable[..., Outcome | None]]:
-    """A decorator of a function that judges evidence.
-
-    Args:
-        name: name of the alarm.
-        of_probes: whether it judges measurements of probes alone; without probes it is not asked.
-        options: ``of_answers`` and ``prominent`` of its `Finding`.
-    """
-
-    def add(judge: Callable[..., Outcome | None]) -> Callable[..., Outcome | None]:
-        ALARMS.append((name, judge, of_probes, options))
-        return judge
-
-    return add
-
-
-def findings(evidence: Evidence) -> list[Finding]:
-    """The findings of all alarms, in order.
-
-    A number of 0 cannot be too high, whatever stopped an attack: reasons to doubt it are then only noted, unless the
-    model's answers themselves are inconsistent.
-
-    Args:
-        evidence: rows and probes of one model.
-    """
-    every: list[Finding] = []
-    for name, judge, of_probes, options in ALARMS:
-        if not of_probes or evidence.probes is not None:
-            outcome = judge(evidence, evidence.probes) if of_probes else judge(evidence)
-            every += [] if outcome is None else [Finding(name, *outcome, **options)]
-    doubts = [finding for finding in every if finding.verdict == "unreliable"]
-    every = [replace(each, advice=_advice(each, evidence)) if each in doubts else each for each in every]
-    doubts = [finding for finding in every if finding.verdict == "unreliable"]
-    if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
-        return every
-    remark = "but no image is left that could fall"
-    return [
-        replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
-        for each in every
-    ]
+#: Stronger attacks, in the words of an advice. `Evidence.tried` tells which of them ran.
+EFFORTS = {
+    "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
+    "draws": "average each gradient over more draws (eot_iter=20)",
+    "strong": "run the protocol strong",
+}
+#: The advice if all of these ran.
+WRITTEN_FOR_IT = (
+    "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
+    "(model, x, y), may find more"
+)
 
 
 class Advice(NamedTuple):
@@ -100,34 +60,16 @@ class Advice(NamedTuple):
     look: str
     efforts: tuple[str, ...] = ()
 
+    def written(self, tried: Collection[str]) -> str:
+        """The advice in words, without the efforts that were tried."""
+        left = [EFFORTS[effort] for effort in self.efforts if effort not in tried]
+        return f"{self.look}; {', or '.join(left) or WRITTEN_FOR_IT}" if self.efforts else self.look
 
-#: Stronger attacks, in the words of an advice. `Evidence.tried` tells which of them ran.
-EFFORTS = {
-    "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
-    "draws": "average each gradient over more draws (eot_iter=20)",
-    "strong": "run the protocol strong",
-}
-#: The advice if all of these ran.
-WRITTEN_FOR_IT = (
-    "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
-    "(model, x, y), may find more"
-)
-_OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
-#: Advice for each sign that gives a reason to doubt the number.
-ADVICE = {
-    "finite predictions": Advice(_OVERFLOW),
-    "logits": Advice("return the logits, as they are before a softmax or argmax"),
-    "gradient health": Advice("look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong")),
-    "missed images": Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")),
-    "batch size": Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
-    "noise and seeds": Advice("set no seed in forward", ("draws", "strong")),
-    "same answer again": Advice(
-        "let forward keep no state, and compute the same whether gradients are recorded or not"
-    ),
-}
+
+OVERFLOW = Advice("look for a division by 0, log(0) or an overflow of exp() in forward")
 #: Advice if gradients are missing, by the reason.
 WITHOUT_GRADIENTS = {
-    "not finite": Advice(_OVERFLOW),
+    "not finite": OVERFLOW,
     "no gradient": Advice(
         "the output has no grad_fn: is there a torch.no_grad() or .detach() in forward, or a detour through NumPy? A "
         "diffusion defence that must save memory can use checkpointed_steps",
@@ -135,30 +77,94 @@ WITHOUT_GRADIENTS = {
     ),
     "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
+#: Advice if a short attack along the model's own gradients found more than the attacks of the report.
+SHORT_FOUND_MORE = Advice("a short attack finds what the attacks of the report left", ("strong",))
 
 
-def _advice(finding: Finding, evidence: Evidence) -> str:
-    """The advice for a sign that gives a reason to doubt the number; it names only what was not tried."""
-    advice, tried = _kind_of_advice(finding, evidence), evidence.tried()
-    if not advice.efforts:
-        return advice.look
-    left = [EFFORTS[effort] for effort in advice.efforts if effort not in tried]
-    return f"{advice.look}; {', or '.join(left) or WRITTEN_FOR_IT}"
+class Outcome(NamedTuple):
+    """What an alarm says.
+
+    Args:
+        verdict: see `Finding`.
+        measured: the measurement in words.
+        row: the row or probe that shows it.
+        advice: advice for what was found, in place of the alarm's usual one.
+    """
+
+    verdict: Verdict
+    measured: str
+    row: str = ""
+    advice: Advice | None = None
 
 
-def _kind_of_advice(finding: Finding, evidence: Evidence) -> Advice:
-    if finding.alarm == "missed images" and finding.row == PROBE_OF.format(ITSELF):
-        return Advice("a short attack finds what the attacks of the report left", ("strong",))
-    if finding.alarm != "gradient health":
-        return ADVICE[finding.alarm]
-    cosine = None if evidence.probes is None else evidence.probes.cosine
-    if isinstance(cosine, str):
-        return WITHOUT_GRADIENTS[cosine]
-    counted = evidence.with_counted_gradients()
-    lacking = [row.health for row in counted if row.lacked_gradients and row.health]
-    if not lacking or len(lacking) < len(counted):
-        return ADVICE[finding.alarm]
-    return WITHOUT_GRADIENTS["not finite" if any(health["nonfinite"] for health in lacking) else "zero gradient"]
+#: A function of the evidence, and perhaps of the probes; None if the alarm does not apply to the model.
+Judge = Callable[..., Outcome | None]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A sign that an attack was stopped by something else than robustness; it decorates the function that judges.
+
+    Args:
+        name: name of the alarm.
+        advice: the usual advice; None for an alarm that is only noted.
+        of_probes: whether it judges measurements of probes alone: the function then takes the probes too, and without
+            probes it is not asked.
+        of_answers: see `Finding`.
+        prominent: see `Finding`.
+    """
+
+    name: str
+    advice: Advice | None = None
+    of_probes: bool = False
+    of_answers: bool = False
+    prominent: bool = False
+
+    def __call__(self, judge: Judge) -> Judge:
+        ALARMS[self] = judge
+        return judge
+
+
+#: Every alarm with its function, in the order of this file.
+ALARMS: dict[Alarm, Judge] = {}
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """The findings of all alarms, in order.
+
+    A number of 0 cannot be too high, whatever stopped an attack: reasons to doubt it are then only noted, unless the
+    model's answers themselves are inconsistent.
+
+    Args:
+        evidence: rows and probes of one model.
+    """
+    every: list[Finding] = []
+    tried = evidence.tried()
+    for alarm, judge in ALARMS.items():
+        if alarm.of_probes and evidence.probes is None:
+            continue
+        outcome = judge(evidence, evidence.probes) if alarm.of_probes else judge(evidence)
+        if outcome is None:
+            continue
+        advice = outcome.advice or alarm.advice
+        finding = Finding(
+            alarm.name,
+            outcome.verdict,
+            outcome.measured,
+            outcome.row,
+            of_answers=alarm.of_answers,
+            prominent=alarm.prominent,
+            advice=advice.written(tried) if advice is not None and outcome.verdict == "unreliable" else "",
+        )
+        every.append(finding)
+    doubts = [finding for finding in every if finding.verdict == "unreliable"]
+    if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
+        return every
+    remark = "but no image is left that could fall"
+    return [
+        replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
+        for each in every
+    ]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -178,7 +184,7 @@ def _surely_above(limit: float, share: float, n: int) -> bool:
 # -- of rows and short attacks ----------------------------------------------------------------------------------------
 
 
-@alarm("better than guessing", prominent=True)
+@Alarm("better than guessing", prominent=True)
 def better_than_guessing(evidence: Evidence) -> Outcome | None:
     """Alarm if the model does not classify clean images better than a guess would."""
     clean = next((row for row in evidence.rows if row.kind == "clean"), None)
@@ -190,133 +196,135 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
         f"classes is right for {100 * chance:.1f} %"
     )
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
-        return "passed", text, ""
+        return Outcome("passed", text)
     ask = "is the model trained, do the labels count as its classes do, and does it take images in [0, 1]?"
-    return "noted", f"{text}: {ask}", clean.attack
+    return Outcome("noted", f"{text}: {ask}", clean.attack)
 
 
-@alarm("finite predictions", of_answers=True)
+@Alarm("finite predictions", OVERFLOW, of_answers=True)
 def finite_predictions(evidence: Evidence) -> Outcome:
     """Alarm if a prediction names no class."""
     broken = [row for row in evidence.rows if row.nonfinite_predictions]
     if not broken:
-        return "passed", "every prediction names a class", ""
+        return Outcome("passed", "every prediction names a class")
     worst = max(broken, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval))
     text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
-    return "unreliable", text, worst.attack
+    return Outcome("unreliable", text, worst.attack)
 
 
-@alarm("logits")
+@Alarm("logits", Advice("return the logits, as they are before a softmax or argmax"))
 def logits(evidence: Evidence) -> Outcome | None:
     """Alarm if the model returns the probabilities after a softmax in place of logits."""
     if evidence.probabilities is None:
         return None
     if not evidence.probabilities:
-        return "passed", "the model does not return probabilities", ""
+        return Outcome("passed", "the model does not return probabilities")
     if evidence.one_hot:
-        return "unreliable", f"the model {ONE_HOT}", ""
+        return Outcome("unreliable", f"the model {ONE_HOT}")
     text = (
         "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish where it is sure: "
         f"{INSTEAD_OF_PROBABILITIES}"
     )
-    return "unreliable", text, ""
+    return Outcome("unreliable", text)
 
 
-@alarm("gradient health")
+@Alarm(
+    "gradient health", Advice("look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong"))
+)
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack through the whole model had usable gradients, or the model does not change as they say."""
-    counted = evidence.with_counted_gradients()
-    lacking = [row for row in counted if row.lacked_gradients]
-    verdict, text, row = _of_counted(counted, lacking) if counted else ("not asked", "", "")
-    if verdict == "unreliable":
-        return verdict, text, row
-    if evidence.probes is None:
-        text = f"{text}, and were not compared with finite differences" if counted else NOT_COUNTED
-        return verdict, text, row
-    cosine, probe = evidence.probes.cosine, "probe: small steps in random directions"
+    counted = _of_counted(evidence)
+    cosine = None if evidence.probes is None else evidence.probes.cosine
+    advice = WITHOUT_GRADIENTS[cosine] if isinstance(cosine, str) else counted.advice
+    if counted.verdict == "unreliable":
+        return counted._replace(advice=advice)
+    text, probe = counted.measured, "probe: small steps in random directions"
+    if cosine is None:
+        words = f"{text}, and were not compared with finite differences" if text else NOT_COUNTED
+        return counted._replace(measured=words)
     if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
         # predictions that are not finite are a sign of their own
-        return verdict, text or MISSING[cosine], row
+        return counted._replace(measured=text or MISSING[cosine])
     if isinstance(cosine, str):
-        return "unreliable", MISSING[cosine], probe
+        return Outcome("unreliable", MISSING[cosine], probe, advice)
     told = f"cosine {cosine:.2f} between the changes that gradients promise and those that are measured"
     text = f"{text}; {told}" if text else told
     if cosine < WRONG_GRADIENTS:
-        return "unreliable", text, probe
-    noted = verdict == "noted" or not cosine >= ODD_GRADIENTS
-    return _verdict(False, noted), text, row or (probe if noted else "")
+        return Outcome("unreliable", text, probe)
+    noted = counted.verdict == "noted" or not cosine >= ODD_GRADIENTS
+    return Outcome(_verdict(False, noted), text, counted.row or (probe if noted else ""))
 
 
-def _of_counted(counted: Sequence[Row], lacking: Sequence[Row]) -> Outcome:
-    """The outcome of the gradients that attacks counted.
-
-    Args:
-        counted: attacks along the model's own gradients.
-        lacking: those of them that lacked usable gradients.
-    """
+def _of_counted(evidence: Evidence) -> Outcome:
+    """The outcome of the gradients that attacks along the model's own gradients counted."""
     # Attacks without gradients, or along those of other models, are not among them.
-    along = followed(counted)
+    counted = evidence.with_counted_gradients()
+    if not counted:
+        return Outcome("not asked", "")
+    lacking, along = [row for row in counted if row.lacked_gradients], followed(counted)
     every = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
     if not lacking:
-        return "passed", f"{every} had finite gradients that moved the images", ""
+        return Outcome("passed", f"{every} had finite gradients that moved the images")
     shares = f"not finite / zero / images not moved: {lacking[0].describe_health()}"
     if len(lacking) < len(counted):
         some = f"{len(lacking)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
-        return "noted", some, lacking[0].attack
-    return "unreliable", f"{every} lacked usable ones; {shares}", lacking[0].attack
+        return Outcome("noted", some, lacking[0].attack)
+    finite = not any(row.health["nonfinite"] for row in lacking if row.health)
+    advice = WITHOUT_GRADIENTS["zero gradient" if finite else "not finite"]
+    return Outcome("unreliable", f"{every} lacked usable ones; {shares}", lacking[0].attack, advice)
 
 
-@alarm("missed images")
+@Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if attacks along the model's own gradients leave images that other or shorter attacks break."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
-        return "not asked", evidence.blind() or "nothing but attacks along the model's own gradients was tried", ""
-    verdict, _, row = min(outcomes, key=lambda each: ("unreliable", "noted", "passed").index(each[0]))
-    return verdict, "; ".join(text for said, text, _ in outcomes if said == verdict), row
+        text = evidence.blind() or "nothing but attacks along the model's own gradients was tried"
+        return Outcome("not asked", text)
+    gravest = min(outcomes, key=lambda each: ("unreliable", "noted", "passed").index(each.verdict))
+    same = [each.measured for each in outcomes if each.verdict == gravest.verdict]
+    return gravest._replace(measured="; ".join(same))
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     """Images that fell to attacks without the model's own gradients alone; None unless both kinds of attacks ran."""
     fallen = evidence.fallen()
-    own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
-    others = [(row, mask) for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred]
+    own = [mask for row, mask in fallen if row.own_gradients and row.health is not None]
+    others = {row.attack: mask for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred}
     if not own or not others:
         return None
     full = max(row.n for row, _ in fallen)
 
     def any_of(masks: Iterable[np.ndarray]) -> np.ndarray:
-        found = np.zeros(full, dtype=bool)
-        for mask in masks:
-            found[: len(mask)] |= mask
-        return found
+        return np.logical_or.reduce([np.pad(mask, (0, full - len(mask))) for mask in masks])
 
-    by_own = any_of(mask for _, mask in own)
-    more = {row.attack: mask & ~by_own[: row.n] for row, mask in others}
+    by_own = any_of(own)
+    more = {name: mask & ~by_own[: len(mask)] for name, mask in others.items()}
     count = int(any_of(more.values()).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
     text = (
         f"{count} of {full} images withstood every attack along the model's own gradients and fell to an attack "
         "without them"
     )
-    return _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full), text, best if count else ""
+    verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
+    return Outcome(verdict, text, best if count else "")
 
 
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
     """Images that all attacks left and a short attack before them broke; None if no other gradients were tried."""
     probes = evidence.probes
-    if probes is None:
+    if probes is None or not any(probes.left):
         return None
     reasons: dict[str, list[str]] = {}
     for name, reason in probes.absent.items():
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
-    missed = dict(probes.missed)
+    missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
     # a short attack along the model's own gradients proves nothing where it finds nothing
-    if probes.further:
-        missed = {ITSELF: probes.further} | missed
+    if own := len(probes.fallen(probes.fell)):
+        missed = {ITSELF: own} | missed
     if not missed:
-        return ("noted", absent, "") if absent else None
+        return Outcome("noted", absent) if absent else None
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     text = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
@@ -324,66 +332,70 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         text = f"{gradients} broke none of the first {probes.n} images that the report's attacks had left"
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
-    return verdict, text, PROBE_OF.format(best) if count else ""
+    row = f"probe: APGD by the gradients of {best}" if count else ""
+    return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else None)
 
 
 # -- of probes --------------------------------------------------------------------------------------------------------
 
 
-@alarm("batch size", of_probes=True, of_answers=True)
+@Alarm(
+    "batch size",
+    Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
+    of_probes=True,
+    of_answers=True,
+)
 def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
     """Alarm if an image's class depends on the images beside it."""
     changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
     if changes is None:
-        return "not asked", "the model is random, with no fixed_noise() that fixes it", row
+        return Outcome("not asked", "the model is random, with no fixed_noise() that fixes it", row)
     text = f"{100 * changes:.0f} % of the predictions change with the batch"
-    return _verdict(changes > ROUNDED, noted=changes > 0), text, row
+    return Outcome(_verdict(changes > ROUNDED, noted=changes > 0), text, row)
 
 
-@alarm("noise and seeds", of_probes=True)
+@Alarm("noise and seeds", Advice("set no seed in forward", ("draws", "strong")), of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     """Alarm if the model sets seeds, or an image withstands only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
-        return "unreliable", text, "probe: the generator's state after two seeds"
+        return Outcome("unreliable", text, "probe: the generator's state after two seeds")
     if not probes.eot:
         return None
     (few, by_few), (many, by_many) = probes.eot[0], probes.eot[-1]
-    gain = by_few - by_many
+    gain, n = by_few - by_many, probes.n
     text = (
         f"the class of {100 * probes.varying:.0f} % of the correctly classified images changes from draw to draw; "
         f"gradients over {many:.0f} draws leave {100 * by_many:.0f} %, over {few:.0f} {100 * by_few:.0f} %"
     )
-    strong = _surely_above(DRAWS_UNRELIABLE, gain, probes.n)
-    weaker = _weaker(evidence, by_many, probes.n) if strong else ""
-    verdict = _verdict(strong and not weaker, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
-    return verdict, text + weaker, f"probe: gradients over {many:.0f} draws"
+    strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
+    robust = evidence.robust(n)
+    # Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
+    if strong and robust is not None and robust.mean() < by_many:
+        strong = False
+        text += f"; the attacks of the report leave {100 * robust.mean():.0f} % of the same images, which is less"
+    verdict = _verdict(strong, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
+    return Outcome(verdict, text, f"probe: gradients over {many:.0f} draws")
 
 
-def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
-    """A remark that the attacks of the report left less than a short attack; empty if they did not.
-
-    Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
-    """
-    left = evidence.left(n)
-    if left is None or left >= accuracy:
-        return ""
-    return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
-
-
-@alarm("same answer again", of_probes=True, of_answers=True)
+@Alarm(
+    "same answer again",
+    Advice("let forward keep no state, and compute the same whether gradients are recorded or not"),
+    of_probes=True,
+    of_answers=True,
+)
 def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     """Alarm if the model answers differently when it is asked often, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"
     if probes.watched_changes:
         share = probes.watched_changes
-        text = f"the logits of {100 * share:.0f} % of the images are others while gradients are recorded"
-        return _verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded"
+        text = f"the logits of {100 * share:.0f} % of the images differ while gradients are recorded"
+        return Outcome(_verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded")
     if probes.later_changes > 0:
         share = probes.later_changes
-        text = f"{100 * share:.0f} % of the predictions on clean images are others than before the attacks"
-        return _verdict(share > ROUNDED, noted=True), text, row
+        text = f"{100 * share:.0f} % of the predictions on clean images differ from those before the attacks"
+        return Outcome(_verdict(share > ROUNDED, noted=True), text, row)
     if probes.state_changed:
-        text = "weights, buffers or attributes are others than before the attacks, the predictions are the same"
-        return "noted", text, row
-    return "passed", "the predictions on clean images are the same as before the attacks", row
+        text = "weights, buffers or attributes differ from those before the attacks; the predictions are the same"
+        return Outcome("noted", text, row)
+    return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)

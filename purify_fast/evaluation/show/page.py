@@ -62,7 +62,8 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
     # Compare only attacks on the same images. Attacks on survivors saw fewer.
     most = [row for row in attacks if row.n == max(each.n for each in attacks)]
     whole = [row for row in most if not row.of_survivors]
-    fell: Any = np.stack([~row.robust for row in whole]) if len(whole) > 1 else []
+    fell = [~row.robust for row in whole] if len(whole) > 1 else []
+    alone = np.sum(fell, 0) == 1
     shown, count = pictured_row(evidence)
     examples = None if shown is None else shown.examples
     return {
@@ -73,13 +74,10 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # overlap[a][b]: share of the images fooled by a that b fools too; None if a fools none.
+        # For each attack, the number of images that fell to it, to it and each attack, and to it alone.
         "overlap": [
-            (row.attack, [float(other[one].mean()) if one.any() else None for other in fell])
+            (row.attack, one.sum(), [(one & other).sum() for other in fell], (one & alone).sum())
             for row, one in zip(whole, fell, strict=False)
-        ],
-        "alone": [
-            (row.attack, int((one & (np.sum(fell, 0) == 1)).sum())) for row, one in zip(whole, fell, strict=False)
         ],
         "first": [(row.attack, int(mask.sum())) for row, mask in evidence.fallen() if row.of_survivors],
         "curves": [

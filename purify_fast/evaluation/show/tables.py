@@ -12,7 +12,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from ..rows import Row, attack_names, model_names, one_draw
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
-COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "one draw", "draws", "gradients", "", "seed", "s"]
 #: Number of characters of a line on a terminal.
 TERMINAL = 100
 #: A column on a terminal is not wrapped to fewer characters.
@@ -155,37 +153,41 @@ def warning(row: Row) -> Cell:
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
 
 
-def table_of_rows(rows: Sequence[Row]) -> Table:
-    """The table of all rows."""
-    body: list[list[str | Cell]] = [
-        [
-            row.model,
-            row.attack,
-            row.describe_variant(),
-            draws(row),
-            images(row),
-            percent_always(row),
-            single_predictions(rows, row),
-            str(row.n_eval),
-            row.describe_health(),
-            warning(row),
-            str(row.seed),
-            f"{row.seconds:.1f}",
-        ]
-        for row in rows
-    ]
-    return Table(COLUMNS, body)
+#: The columns of the table of all rows, with the functions that give their cells from all rows and the row.
+_CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
+    "model": lambda rows, row: row.model,
+    "attack": lambda rows, row: row.attack,
+    "variant": lambda rows, row: row.describe_variant(),
+    "EOT": lambda rows, row: draws(row),
+    "n": lambda rows, row: images(row),
+    "accuracy": lambda rows, row: percent_always(row),
+    "one draw": single_predictions,
+    "draws": lambda rows, row: str(row.n_eval),
+    "gradients": lambda rows, row: row.describe_health(),
+    "": lambda rows, row: warning(row),
+    "seed": lambda rows, row: str(row.seed),
+    "s": lambda rows, row: f"{row.seconds:.1f}",
+}
+COLUMNS = [*_CELLS]
+
+
+def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
+    """A table with a line for each row.
+
+    Args:
+        rows: rows of a report.
+        columns: titles of the columns.
+    """
+    return Table([*columns], [[_CELLS[name](rows, row) for name in columns] for row in rows])
 
 
 def short_table(rows: Sequence[Row]) -> Table:
     """The table of one model's rows for a terminal, without the columns that say the same of all."""
-    apart, several = any(not row.deployed for row in rows), any(row.n_eval > 1 for row in rows)
-    columns: list[tuple[str, Callable[[Row], str | Cell]]] = [("attack", lambda row: row.attack)]
-    columns += [("variant", Row.describe_variant)] if apart else []
-    columns += [("images", images), ("accuracy", percent_always)]
-    columns += [("one draw", partial(single_predictions, rows))] if several else []
-    columns += [("gradients", Row.describe_health), ("", warning)]
-    return Table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+    used = {"attack", "n", "accuracy", "gradients", ""}
+    used |= {"variant"} if any(not row.deployed for row in rows) else set()
+    used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
+    head, body = table_of_rows(rows, [name for name in COLUMNS if name in used])
+    return Table(["images" if name == "n" else name for name in head], body)
 
 
 def comparison(rows: Sequence[Row]) -> Table:

@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ... import _templates
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
-from ..claims import answer
+from ..claims import MOST, REFUTED, chance_of_at_most, images_to_decide
 from ..rows import Row, followed
 from .tables import (
     COLUMNS,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 #: `purify_fast.evaluation.Report`, which uses this module.
 Report = Any
 
+#: The macros of `sentences.jinja` that all templates may use; in HTML their texts are escaped.
+SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict", "zero_errors")
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
@@ -45,24 +48,29 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
+def sentence(name: str, *values: Any) -> str:
+    """A macro of the template of sentences as a plain text in one line.
+
+    Args:
+        name: the macro's name.
+        *values: its arguments.
+    """
+    macro = getattr(_environment().get_template("sentences.jinja").module, name)
+    return " ".join(macro(*values).split())
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
-    # Its import takes as long as that of this whole folder.
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("purify_fast.evaluation", "show"),
-        autoescape=jinja2.select_autoescape(["html.jinja"], default=False),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    environment = _templates.environment(__package__)
     functions = (
-        *(about_variants, claim, column_legend, comparison, facts, fill, followed, markdown_table, not_asked, outcome),
-        *(paint, percent, reason, settings_told, short_legend, short_table, table_of_findings, table_of_rows),
+        *(about_variants, chance_of_at_most, column_legend, comparison, facts, fill, followed, images_to_decide),
+        *(markdown_table, not_asked, paint, percent, settings_told, short_table, table_of_findings, table_of_rows),
         *(terminal_table, told_beside, warning, without_probes),
     )
     environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
     environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES, "terminal": TERMINAL}
+    environment.globals |= {"most": MOST, "refuted": REFUTED}
     return environment
 
 
@@ -70,15 +78,6 @@ def fill(text: str, mark: str = "") -> str:
     """Wrap a text to a terminal's width, with a mark before the first line and equal space before the others."""
     indent = " " * len(mark)
     return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def short_legend(rows: Sequence[Row]) -> str:
-    """A line that explains the columns on a terminal."""
-    several = max((row.n_eval for row in rows), default=1)
-    right = f"right in all {several} draws" if several > 1 else "right"
-    authors = any(row.kind == "authors" for row in rows)
-    others = 'rows named "as ..." repeat an evaluation of others; ' if authors else ""
-    return f"accuracy: % {right}; gradients: % not finite / zero / images unmoved; {others}more: the saved report.md"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -94,49 +93,6 @@ def facts(report: Report) -> list[tuple[str, str]]:
 # -- the headline -----------------------------------------------------------------------------------------------------
 
 
-def outcome(report: Report, row: Row) -> str:
-    """The words after a row's percent sign, and the accuracy without an attack by the same criterion."""
-    text = f"of {row.n} image{' is' if row.n == 1 else 's are'} still classified correctly"
-    several = row.n_eval > 1
-    if several:
-        text += f" in all {row.n_eval} draws"
-    if row.kind != "worst":
-        text += f" under {row.attack}"
-    else:
-        count = len(row.settings.get("over", report.attacks_like(row)))
-        text += " after the attack" if count == 1 else f" after all {count} attacks"
-        text += " and the probes" if row.fell_to_probes is not None else ""
-    threat = row.threat or report.threats.get(row.model, report.about.get("threat"))
-    text += f" within {threat}" if threat else ""
-    single = report.one_draw(row)
-    if single is not None:
-        text += f" ({100 * single:.1f} % in one draw)"
-    clean = next((each for each in report.rows if each.model == row.model and each.kind == "clean"), None)
-    if clean is None:
-        return text
-    if clean.n_eval == 1:
-        return f"{text}; without an attack, {100 * clean.accuracy:.1f} %"
-    both = f"{100 * clean.always_right:.1f} % (all {clean.n_eval} draws), {100 * clean.mean:.1f} % (one draw)"
-    return f"{text}; without an attack, {both}"
-
-
-def claim(report: Report, row: Row) -> str:
-    """The sentence on whether a report's lowest row refutes the claim; empty without a claim."""
-    return answer(float(report.about["claim"]), row) if "claim" in report.about else ""
-
-
-def reason(report: Report, row: Row) -> str:
-    """The reason why a row is unreliable; empty if a sign gives the reason or the row is reliable."""
-    told = any((finding.model, finding.verdict) == (row.model, "unreliable") for finding in report.findings)
-    if row.reliable or row.doubts or told:
-        return ""
-    counted = [each for each in report.attacks_like(row) if each.health is not None and each.own_gradients]
-    if not counted:
-        return "no attack whose gradients are counted was run: add PGD() to the attacks, or give probes=True"
-    shares = "; ".join(f"{each.attack}: {each.describe_health()}" for each in counted)
-    return f"gradients not finite / zero / images not moved: {shares}"
-
-
 def told_beside(findings: Sequence[Finding]) -> list[Finding]:
     """The alarms that a reader of the lowest number must know; doubts first."""
     return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
@@ -145,12 +101,12 @@ def told_beside(findings: Sequence[Finding]) -> list[Finding]:
 def without_probes(findings: Sequence[Finding]) -> bool:
     """Tell whether no sign was asked that needs probes."""
     asked = {finding.alarm for finding in findings}
-    return not any(name in asked for name, _, of_probes, _ in ALARMS if of_probes)
+    return not any(alarm.name in asked for alarm in ALARMS if alarm.of_probes)
 
 
 def not_asked(findings: Sequence[Finding]) -> list[str]:
     """The names of the signs that were not asked; without probes, all that need them are among these."""
-    absent = [name for name, _, of_probes, _ in ALARMS if of_probes] if without_probes(findings) else []
+    absent = [alarm.name for alarm in ALARMS if alarm.of_probes] if without_probes(findings) else []
     return [finding.alarm for finding in findings if finding.verdict == "not asked"] + absent
 
 
