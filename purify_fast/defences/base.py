@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .._tensors import dtype_of, first_tensor
+from .._tensors import dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence
@@ -144,6 +144,11 @@ class Defence(StochasticDefence):
             return part(*inputs)
         return self.fast.run(part, *inputs)
 
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Tell whether the defence is accelerated in bfloat16."""
+        return self.fast is not None and self.fast.dtype == torch.bfloat16
+
     # -- speed --------------------------------------------------------------------------------------------------------
 
     def accelerate(
@@ -191,7 +196,36 @@ class Defence(StochasticDefence):
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())
+        parts = self._compiled_parts()
+        fast = Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), parts)
+        self._update_packed(fast)
+        return fast
+
+    def prepare_replay(self) -> None:
+        """Pack a part's weights again where they were packed before, if they have changed (`PreparesReplay`)."""
+        if self.fast is not None:
+            self._update_packed(self.fast)
+
+    def _update_packed(self, fast: Accelerated) -> None:
+        weight = self._weight_to_pack()
+        if fast.dtype != torch.bfloat16 or weight is None:
+            return
+        if fast.packed is None or fast.packed_from != write_stamp(weight):
+            # Leave inference mode, because attacks differentiate through the packed part.
+            with torch.inference_mode(False), torch.no_grad():
+                fast.packed = self._pack(fast.packed)
+            fast.packed_from = write_stamp(weight)
+
+    def _weight_to_pack(self) -> Tensor | None:
+        """A weight of the part that has a faster form in bfloat16, updated with all of its weights; None without one.
+
+        The form has frozen weights, so that there is none in training.
+        """
+        return None
+
+    def _pack(self, before: Any) -> Any:
+        """That form with the weights as they are now, in the memory of ``before``, which captured steps read."""
+        raise NotImplementedError
 
     def _reader(self) -> Representation | None:
         """The reader of the classifier's representation, if the defence is conditioned on it."""

@@ -16,12 +16,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
@@ -39,13 +38,13 @@ from ...speed.folding.inference_copy import (
 )
 from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
-from ...training.moving_average import moving_average
-from ...training.schedules import RunLength, arrest_published, one_cycle
-from ...training.task import Batch, Metrics, Task, check_classifier
+from ...training.schedules import RunLength, arrest_published
+from ...training.task import Batch, Metrics, check_classifier
+from ..base import MethodTask
 from .config import ArrestConfig
 
 
-class ArrestTask(Task):
+class ArrestTask(MethodTask):
     """Trains a classifier by ARREST in `purify_fast.training.fit`, starting from its weights as they are.
 
     Args:
@@ -65,6 +64,9 @@ class ArrestTask(Task):
         ValueError: unknown layers, or layers are needed and not given; ``pooled`` without a map among them.
     """
 
+    name = "arrest"
+    published: ClassVar = {"published": arrest_published}
+
     def __init__(
         self,
         model: nn.Module,
@@ -74,8 +76,8 @@ class ArrestTask(Task):
         teacher: nn.Module | None = None,
         compile: bool = False,
     ):
-        self.classifier, self.config = model, config
-        self.tf32 = config.precision == "tf32"
+        super().__init__(config)
+        self.classifier = model
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
         self.origin = weights_fingerprint(start)
@@ -93,25 +95,21 @@ class ArrestTask(Task):
             self._uses_channels_last = convert_to_channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
             self._view = InferenceCopy(model, image_shape, self.dtype, compile=compile)
-        self._average: AveragedModel | None = None
         self.model: nn.Module = model
-        if config.ema_decay > 0:
-            self._average = moving_average(model, config.ema_decay)
-            # models that are trained together share a checkpoint
-            self.model = nn.ModuleDict({"model": model, "average": self._average})
+        self.keep_average("model", model, config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
+        rate, decay = config.learning_rate, config.weight_decay
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(weights, momentum=config.momentum, **options)
+            self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
-            self.optimizer = torch.optim.AdamW(weights, **options)
+            self.optimizer = self.adamw(weights)
         self._unperturbed: list[tuple[Tensor, Tensor]] = []
 
     @property
     def result(self) -> nn.Module:
         """The trained classifier: the moving average if there is one, else the model."""
-        return self.model if self._average is None else self._average.module
+        return self.model if self.average is None else self.average.module
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -224,26 +222,15 @@ class ArrestTask(Task):
 
     # -- what `fit` asks for ------------------------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """The moving average follows the weights."""
-        if self._average is not None:
-            self._average.update_parameters(self.classifier)
-
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        peak = self.config.learning_rate
-        if self.config.schedule == "published":
-            return arrest_published(epoch, epochs, peak)
-        return one_cycle(progress, peak) if self.config.schedule == "one_cycle" else peak
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
         # name the step itself: a run can then be resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
-        return {"task": "arrest", **settings(self.config), **facts}
+        return {"task": self.name, **settings(self.config), **facts}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.classifier, shape, classes)

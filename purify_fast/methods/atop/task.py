@@ -12,9 +12,8 @@ L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2; in the official 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from ...attacks import fgsm
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
-from ...training.schedules import RunLength, one_cycle
+from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
 from ..base import PurifierTask, noise_of
 from .config import AtopConfig
@@ -149,7 +148,7 @@ def training_loss(
             does not compute.
     """
     config = AtopConfig() if config is None else config
-    if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
+    if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
         raise ValueError(
             f"precision {config.precision!r} must be that of the defence: call accelerate(torch.bfloat16) or "
             "accelerate(None) on it first"
@@ -200,11 +199,6 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
-def computes_in_bfloat16(defence: Atop) -> bool:
-    """Tell whether a defence is accelerated in bfloat16."""
-    return defence.fast is not None and defence.fast.dtype == torch.bfloat16
-
-
 class AtopTask(PurifierTask[Atop]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
@@ -222,21 +216,20 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        # a defence in this precision stays as it is: it may be compiled
-        if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
-            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
-        defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
         trained = [p for p in defence.purifier.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "foreach": True}
-        self._optimizers: dict[str, torch.optim.Optimizer] = {"purifier": torch.optim.Adam(trained, **options)}
+
+        def adam(weights: Iterable[Tensor]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(weights, config.learning_rate, config.betas, foreach=True)
+
+        self._optimizers = {"purifier": adam(trained)}
         if config.gan_grad:
             channels, *size = defence.image_shape
             discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
             self.discriminator = discriminator.to(trained[0].device)
             # models that are trained together share a checkpoint
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
-            self._optimizers["discriminator"] = torch.optim.Adam(discriminator.parameters(), **options)
+            self._optimizers["discriminator"] = adam(discriminator.parameters())
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -289,7 +282,3 @@ class AtopTask(PurifierTask[Atop]):
         if self.discriminator is not None and config.gan_weight > 0:
             acts["deceived"] = 0
         return acts
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        rate = self.config.learning_rate
-        return rate if self.config.schedule == "constant" else one_cycle(progress, rate)

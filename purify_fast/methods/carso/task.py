@@ -19,7 +19,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
-from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
+from ...training.schedules import RunLength, carso_published, carso_v1_published
 from ...training.task import Batch, Metrics
 from ..base import PurifierTask, noise_of
-from .config import CarsoConfig, atom_size
+from .config import CarsoConfig, atom_size, config_in_epoch
 from .defence import Carso
 
 
@@ -123,12 +123,9 @@ def published_step(
     Returns:
         The loss over the batch, and its two terms per image.
     """
-    config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
-    config = config.for_statistics(defence.arguments["std"])
+    config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
-    with torch.no_grad():  # the representation is data to the purifier
-        representation = defence.read(perturbed)
-    condition = defence.encode(representation)
+    condition = defence.condition(perturbed)
     mean, log_variance = defence.posterior(perturbed, condition)
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
@@ -187,7 +184,9 @@ def pipeline_step(
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     with as_trained(defence, batch, config):
-        logits = defence.reconstruction_logits(config.attack.run(defence, batch, graphs=graphs))
+        adversarial = config.attack.run(defence, batch, graphs=graphs)
+        condition = defence.condition(adversarial)
+        logits = defence.decode(defence.prior_latents(len(adversarial), adversarial.device), condition)
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     labels = batch.y.repeat_interleave(config.train_samples)
     targets = batch.x.repeat_interleave(config.train_samples, 0)
@@ -198,12 +197,16 @@ def pipeline_step(
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
         wanted = wanted.repeat_interleave(config.train_samples, 0)
-        options: dict[str, Any] = {"reduction": "batchmean", "log_target": True}
-        name, distance = "divergence", F.kl_div(predictions.float().log_softmax(1), wanted, **options)
+        found = predictions.float().log_softmax(1)
+        name, distance = "divergence", F.kl_div(found, wanted, reduction="batchmean", log_target=True)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
     accuracy = (predictions.detach().argmax(1) == labels).float().mean()
     metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
     return distance + config.reconstruction_weight * reconstruction, metrics
+
+
+#: The loss of a batch, by the target of the training's attacks.
+STEPS = {"classifier": published_step, "pipeline": pipeline_step}
 
 
 def training_loss(
@@ -222,8 +225,7 @@ def training_loss(
         The loss to minimize, and detached metrics.
     """
     config = CarsoConfig() if config is None else config
-    step = published_step if config.attack_target == "classifier" else pipeline_step
-    return step(defence, batch, config, graphs)
+    return STEPS[config.attack_target](defence, batch, config, graphs)
 
 
 class CarsoTask(PurifierTask[Carso]):
@@ -239,38 +241,39 @@ class CarsoTask(PurifierTask[Carso]):
     """
 
     name = "carso"
+    published: ClassVar = {"published": carso_published, "published_v1": carso_v1_published}
     config: CarsoConfig
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
-        else:  # an earlier task may have released it
-            defence.classifier.requires_grad_(False)
         trainable = [p for p in defence.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
-        self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(trainable, **options)
-        else:
-            inner = torch.optim.RAdam(trainable, decoupled_weight_decay=True, **options)
-            self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
+            self.optimizer = self.adamw(trainable)
+            return
+        rate, decay = config.learning_rate, config.weight_decay
+        inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
+        self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return training_loss(self.defence, batch, self.config, self.graphs)
+        return STEPS[self.config.attack_target](self.defence, batch, self.config, self.graphs)
 
     def frozen_attacks(self) -> FrozenAttacks | None:
-        config = self.config.for_statistics(self.defence.arguments["std"])
+        config = self.config
         if config.attack_target != "classifier" or config.adversarial_fraction == 0:
             return None
+        # before the warm-up of eps is over, they would differ
+        facts = self.attack_facts(config.attack)
+        config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
         # in the order of `balanced_batch`
         attacks = tuple(
             FrozenAttack(eps, random, share=config.adversarial_fraction / 4)
             for random in (True, False)
             for eps in (config.attack.eps / 2, config.attack.eps)
         )
-        return FrozenAttacks(attacks, config.attack.norm, self.attack_facts(config.attack))
+        return FrozenAttacks(attacks, config.attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
@@ -299,12 +302,6 @@ class CarsoTask(PurifierTask[Carso]):
             except ValueError as error:
                 raise ValueError(f"drop_last=False keeps a last batch of {images} images: {error}") from error
 
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        peak = self.config.learning_rate
-        if self.config.schedule == "one_cycle":
-            return one_cycle(progress, peak)
-        return (carso_published if self.config.schedule == "published" else carso_v1_published)(epoch, epochs, peak)
-
     def validate(self, batch: Batch) -> Metrics:
         """The training's loss per image, and its metrics.
 
@@ -315,5 +312,5 @@ class CarsoTask(PurifierTask[Carso]):
         # the sum over a batch would count them twice.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
-            loss, metrics = training_loss(self.defence, batch, config, self.graphs)
+            loss, metrics = STEPS[config.attack_target](self.defence, batch, config, self.graphs)
         return {"loss": loss.detach(), **metrics}

@@ -27,57 +27,7 @@ from torch import Tensor, nn
 from ...training.task import Batch
 from .config import DiffusionConfig
 from .process import Process
-from .solvers import denoising
 from .task import DiffusionTask, drawn_for, products_in
-
-
-def consistency_loss(
-    denoiser: nn.Module,
-    average: nn.Module,
-    batch: Batch,
-    *,
-    teacher: nn.Module,
-    process: Process,
-    config: DiffusionConfig,
-) -> Tensor:
-    """The loss of one batch of clean images, float32.
-
-    Args:
-        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction of the shape of x_t.
-        average: the moving average of its weights.
-        batch: the images.
-        teacher: the denoiser whose way back is learned.
-        process: gives the schedule, the predicted quantity, and the units of time.
-        config: gives the intervals, the last time and the precision.
-    """
-    clean, schedule = 2 * batch.x - 1, process.schedule
-    noise, uniform = drawn_for(batch)
-    times = schedule.times(config.last_time, config.intervals)
-    rows, _ = denoising(
-        schedule, times, solver="ddim", prediction=process.prediction, variance="small", eta=0.0, clip=True
-    )
-    rows, told = rows.to(clean), schedule.told(times[:-1], process.told).to(clean)
-    chosen = (uniform.double() * config.intervals).long()
-    kept = schedule.alpha_bar(times[:-1]).to(clean.device)[chosen].view(-1, 1, 1, 1)
-    noised = kept.sqrt().to(clean.dtype) * clean + (1 - kept).sqrt().to(clean.dtype) * noise
-
-    def coefficients(step: Tensor) -> tuple[Tensor, ...]:
-        return rows[step].view(-1, 8, 1, 1, 1).unbind(1)
-
-    def image(network: nn.Module, state: Tensor, step: Tensor) -> Tensor:
-        of_state, of_prediction, *_ = coefficients(step)
-        with products_in(config.precision, clean.device):
-            predicted = network(state, told[step])
-        return of_state * state + of_prediction * predicted.to(clean.dtype)
-
-    with torch.no_grad():
-        of_image, of_state = coefficients(chosen)[3:5]
-        following = of_image * image(teacher, noised, chosen).clamp(-1, 1) + of_state * noised
-        last = chosen == config.intervals - 1
-        # The state at the end is the image, so that its prediction is not asked for and may be of any time.
-        target = image(average, following, (chosen + 1).clamp(max=config.intervals - 1)).clamp(-1, 1)
-        target = torch.where(last.view(-1, 1, 1, 1), following, target)
-    return (image(denoiser, noised, chosen) - target).square().mean()
 
 
 class ConsistencyTask(DiffusionTask):
@@ -107,8 +57,8 @@ class ConsistencyTask(DiffusionTask):
         process: Process | Mapping[str, Any] | None = None,
     ):
         super().__init__(denoiser, config, origin)
-        if process is not None:
-            self.process = Process.of(process)
+        known = self.process if process is None else Process.of(process)
+        self.process = Process(known.schedule, known.prediction, known.times, solver="ddim")
         self.process.schedule.times(config.last_time, config.intervals)
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
@@ -128,6 +78,29 @@ class ConsistencyTask(DiffusionTask):
             denoiser: the denoiser, or the moving average of its weights.
             batch: the images.
         """
-        return consistency_loss(
-            denoiser, self.result, batch, teacher=self.teacher, process=self.process, config=self.config
-        )
+        clean, schedule, intervals = 2 * batch.x - 1, self.process.schedule, self.config.intervals
+        noise, uniform = drawn_for(batch)
+        times = schedule.times(self.config.last_time, intervals)
+        rows, _ = self.process.denoising(times)
+        rows, told = rows.to(clean), schedule.told(times[:-1], self.process.told).to(clean)
+        chosen = (uniform.double() * intervals).long()
+        kept = schedule.alpha_bar(times[:-1]).to(clean.device)[chosen].view(-1, 1, 1, 1)
+        noised = kept.sqrt().to(clean.dtype) * clean + (1 - kept).sqrt().to(clean.dtype) * noise
+
+        def coefficients(step: Tensor) -> tuple[Tensor, ...]:
+            return rows[step].view(-1, 8, 1, 1, 1).unbind(1)
+
+        def image(network: nn.Module, state: Tensor, step: Tensor) -> Tensor:
+            of_state, of_prediction, *_ = coefficients(step)
+            with products_in(self.config.precision, clean.device):
+                predicted = network(state, told[step])
+            return of_state * state + of_prediction * predicted.to(clean.dtype)
+
+        with torch.no_grad():
+            of_image, of_state = coefficients(chosen)[3:5]
+            following = of_image * image(self.teacher, noised, chosen).clamp(-1, 1) + of_state * noised
+            last = chosen == intervals - 1
+            # The state at the end is the image, so that its prediction is not asked for and may be of any time.
+            target = image(self.result, following, (chosen + 1).clamp(max=intervals - 1)).clamp(-1, 1)
+            target = torch.where(last.view(-1, 1, 1, 1), following, target)
+        return (image(denoiser, noised, chosen) - target).square().mean()

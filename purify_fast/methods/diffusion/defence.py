@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of, first_tensor, write_stamp
+from ..._tensors import dtype_of, first_tensor
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, draws_numbers
 from ...defences.base import Defence, refuse_wrapped
@@ -36,12 +36,10 @@ from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
-from ...speed.folding.inference_copy import Accelerated
 from ..base import save_defence
 from .denoiser import Denoiser, description, read_pretrained
 from .guidance import GRADIENTS
-from .process import Process, Table
-from .solvers import learned_variance
+from .process import Process, Table, learned_variance
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -361,48 +359,24 @@ class DiffusionPurifier(Defence):
         return dtype_of(self.denoiser)
 
     @property
-    def _is_frozen(self) -> bool:
-        return not self.training and not any(parameter.requires_grad for parameter in self.denoiser.parameters())
-
-    @property
     def _network(self) -> Denoiser:
         """The predicting network: for an accelerated defence a bfloat16 copy, unless the denoiser is being trained."""
-        if self.fast is not None and self.fast.packed is not None and self._is_frozen:
-            return self.fast.packed
-        return self.denoiser
+        fast = self.fast
+        return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 
     def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
         return (self._predict,)
 
-    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        fast = super()._make_copies(settings)
-        if settings["dtype"] == torch.bfloat16 and self.purifier_dtype == torch.float32 and self._is_frozen:
-            self._pack(fast)
-        return fast
+    def _weight_to_pack(self) -> Tensor | None:
+        frozen = not self.training and not any(weight.requires_grad for weight in self.denoiser.parameters())
+        return first_tensor(self.denoiser) if frozen and self.purifier_dtype == torch.float32 else None
 
-    def _pack(self, fast: Accelerated) -> None:
-        """Copy the denoiser in bfloat16, in the memory of the copy before, which captured steps read."""
-        # Leave inference mode, because attacks differentiate through the copy.
-        with torch.inference_mode(False), torch.no_grad():
-            if fast.packed is None:
-                fast.packed = self.denoiser.bfloat16_copy()
-            else:
-                for copied, tensor in zip(_tensors(fast.packed), _tensors(self.denoiser), strict=True):
-                    copied.copy_(tensor)
-        fast.packed_from = self._stamp
-
-    def prepare_replay(self) -> None:
-        """Make the copy of the denoiser again if its weights have changed (`PreparesReplay`)."""
-        fast = self.fast
-        if fast is None or fast.dtype != torch.bfloat16 or self.purifier_dtype != torch.float32 or not self._is_frozen:
-            return
-        if fast.packed is None or fast.packed_from != self._stamp:
-            self._pack(fast)
-
-    @property
-    def _stamp(self) -> int:
-        # All weights are updated together, so that one of them tells.
-        return write_stamp(first_tensor(self.denoiser))
+    def _pack(self, before: Any) -> Denoiser:
+        if before is None:
+            return self.denoiser.bfloat16_copy()
+        for copied, tensor in zip(_tensors(before), _tensors(self.denoiser), strict=True):
+            copied.copy_(tensor)
+        return before
 
     # -- files --------------------------------------------------------------------------------------------------------
 

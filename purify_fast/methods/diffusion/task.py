@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
@@ -32,10 +31,9 @@ from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.config import settings
-from ...training.moving_average import moving_average
-from ...training.schedules import RunLength, one_cycle
-from ...training.task import Batch, Metrics, Task
-from ..base import PurifierTask, noise_of
+from ...training.schedules import RunLength
+from ...training.task import Batch, Metrics
+from ..base import MethodTask, PurifierTask, noise_of
 from .config import DiffusionConfig
 from .defence import DiffusionPurifier
 from .process import Process
@@ -127,7 +125,7 @@ def purification_loss(
     return loss, metrics
 
 
-class DiffusionTask(Task):
+class DiffusionTask(MethodTask):
     """Trains a denoiser on clean images in `purify_fast.training.fit`.
 
     Args:
@@ -145,18 +143,12 @@ class DiffusionTask(Task):
 
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
         self.refuse(config)
-        self.denoiser, self.config, self.origin = denoiser, config, origin
+        super().__init__(config)
+        self.denoiser, self.origin = denoiser, origin
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
-        self.tf32 = config.precision == "tf32"
-        self.optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
-        self.average: AveragedModel | None = None
+        self.optimizer = self.adamw(denoiser.parameters())
         self.model: nn.Module = denoiser
-        if config.ema_decay > 0:
-            self.average = moving_average(denoiser, config.ema_decay, warm_up=True)
-            # Networks that are trained together share a checkpoint.
-            self.model = nn.ModuleDict({"denoiser": denoiser, "average": self.average})
+        self.keep_average("denoiser", denoiser, config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
         """ValueError if settings select another training.
@@ -186,11 +178,6 @@ class DiffusionTask(Task):
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}
 
-    def after_step(self) -> None:
-        """Update the moving average of the weights."""
-        if self.average is not None:
-            self.average.update_parameters(self.denoiser)
-
     def validate(self, batch: Batch) -> Metrics:
         """The loss of the result.
 
@@ -202,9 +189,6 @@ class DiffusionTask(Task):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"loss": 0}
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
         facts = {"structure": structure_fingerprint(self.denoiser), "origin": self.origin}
@@ -245,23 +229,12 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
         if not config.attack.eps > 0:
             raise ValueError(f"eps must be above 0 to train through the purification, got {config.attack.eps}")
         super().__init__(defence, config, origin)
-        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.denoiser.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            defence.denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
-        self.average: AveragedModel | None = None
-        if config.ema_decay > 0:
-            self.average = moving_average(defence.denoiser, config.ema_decay, warm_up=True)
-            self.model = nn.ModuleDict({"defence": defence, "average": self.average})
+        self.optimizer = self.adamw(defence.denoiser.parameters())
+        self.keep_average("defence", defence.denoiser, config.ema_decay, warm_up=True)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return purification_loss(self.defence, batch, self.config, self.graphs)
-
-    def after_step(self) -> None:
-        """Update the moving average of the weights."""
-        if self.average is not None:
-            self.average.update_parameters(self.defence.denoiser)
 
     def finish(self) -> None:
         """Leave the moving average in the defence, if there is one."""
@@ -271,6 +244,3 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"cross_entropy": 0} | ({"denoising": 0} if self.config.denoising_weight > 0 else {})
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        return one_cycle(progress, self.config.learning_rate)

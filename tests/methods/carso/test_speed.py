@@ -86,7 +86,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     inside = []
     for module in (made.fast.classifier.classifier.conv1, made.fast.reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
-    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.reconstruction_logits(x), made.condition(x)]
+    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
     assert all(output.dtype == torch.float32 for output in outputs)
     assert inside and set(inside) == {torch.bfloat16}
@@ -155,10 +155,10 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
             torch.testing.assert_close(made(x[:n]), whole[:n], rtol=0.05, atol=0.05)
     assert counter.frame_count == graphs == 9  # three parts: with gradients, without, in no_grad
     twin = copy.deepcopy(made)
-    assert twin.fast.regions["_condition"].function.__self__ is twin
+    assert twin.fast.regions["condition"].function.__self__ is twin
     assert twin.fast.classifier.region.function.__self__ is twin.fast.classifier
     made.train()
-    assert made._run_part(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+    assert made._run_part(made.decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
@@ -339,8 +339,8 @@ def test_a_packed_decoder_follows_its_weights(packing):
     assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), made.fixed_noise(3):
         before = made.reconstruct(x)
-        packed = made._packed_decoder(x.device)
-        assert packing == [4] and made.fast.packed is packed
+        packed = made.fast.packed
+        assert packing == [4]
         places = [tensor.data_ptr() for tensor in packed._tensors()]
         made.decoder.stack[-1].bias.add_(0.5)
         made.prepare_replay()
