@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from .._compiler import is_compiled
 from .._tensors import dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
+from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence
+from .voting import majority
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,12 +41,14 @@ class Defence(StochasticDefence):
     It starts in evaluation mode, in which a prediction changes nothing; a training sets training mode itself. Several
     threads may predict at once; ``nn.DataParallel`` is not for it (one process per GPU is).
 
-    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, says in `purifier_dtype` in
-    which precision its purifier computes, and ends its constructor with `_ready`.
+    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, and ``aggregation`` if its
+    samples are not aggregated by logsumexp. It says in `purifier_dtype` in which precision its purifier computes, and
+    ends its constructor with `_ready`.
     """
 
     arguments: dict[str, Any]
     num_classes: int
+    aggregation: str = "lse"
     not_dependencies = frozenset({"bank"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
@@ -121,6 +126,20 @@ class Defence(StochasticDefence):
             # Every call gives the same result.
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """``[B, classes]``, float32, by the defence's aggregation.
+
+        Args:
+            logits: ``[B, K, classes]``.
+        """
+        if logits.shape[1] == 1 and self.aggregation != "lse":
+            return logits[:, 0]
+        if self.aggregation == "vote":
+            return majority(logits.transpose(0, 1))
+        if self.aggregation == "mean_softmax":
+            return aggregate(torch.log_softmax(logits, -1), "lse") - math.log(logits.shape[1])
+        return aggregate(logits, self.aggregation)
 
     def check_images(self, x: Tensor) -> None:
         """ValueError unless ``x`` holds floating-point images of the defence's shape.
@@ -213,7 +232,13 @@ class Defence(StochasticDefence):
         if fast.packed is None or fast.packed_from != write_stamp(weight):
             # Leave inference mode, because attacks differentiate through the packed part.
             with torch.inference_mode(False), torch.no_grad():
-                fast.packed = self._pack(fast.packed)
+                packed = self._pack()
+                if fast.packed is None:
+                    fast.packed = packed
+                else:
+                    # Captured steps read the memory of the form before.
+                    for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
+                        old.copy_(new)
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
@@ -223,8 +248,8 @@ class Defence(StochasticDefence):
         """
         return None
 
-    def _pack(self, before: Any) -> Any:
-        """That form with the weights as they are now, in the memory of ``before``, which captured steps read."""
+    def _pack(self) -> Any:
+        """That form with the weights as they are now; its ``tensors()`` lists all of its tensors."""
         raise NotImplementedError
 
     def _reader(self) -> Representation | None:

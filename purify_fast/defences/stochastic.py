@@ -206,14 +206,6 @@ class StochasticDefence(nn.Module):
         """
         return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """softmax of `forward`, ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return torch.softmax(self.forward(x), 1)
-
 
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
     """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""

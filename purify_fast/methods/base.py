@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
+from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
 from ..training.config import FitConfig, TrainingAttack, settings
 from ..training.moving_average import moving_average
@@ -262,6 +264,73 @@ class PurifierTask(MethodTask, Generic[D]):
         if tuple(shape) != self.defence.image_shape:
             raise ValueError(f"x must have images {list(self.defence.image_shape)}, as the defence, got {list(shape)}")
         check_labels(classes, self.defence.num_classes)
+
+
+def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
+    """The result of a call of a user's module, in evaluation mode.
+
+    Args:
+        argument: the argument that the module was given as, for the message.
+        module: the module.
+        given: what the call gives to it, for the message.
+        call: the call.
+
+    Raises:
+        ValueError: the module does not take that.
+    """
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            return call()
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{argument}: {type(module).__name__} does not run on {given}: {error}") from error
+
+
+def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+    """JSON values from which a module can be made again; for a module of a user's own only the name of its class.
+
+    Args:
+        module: the module.
+        kinds: the package's own classes by the names that are saved.
+    """
+    for name, kind in kinds.items():
+        if type(module) is kind:
+            return {"kind": name, "arguments": module.arguments}
+    return {"kind": type(module).__qualname__, "arguments": None}
+
+
+def rebuilt(
+    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
+) -> nn.Module:
+    """The module of a saved `description`, or the given module if it has that description.
+
+    Args:
+        facts: the description.
+        given: a module of a user's own, or None.
+        kinds: the package's own classes by the names that are saved.
+        folder: where the description was saved, for the message.
+
+    Raises:
+        ValueError: a module is needed and not given, or the given module has another description.
+    """
+    if given is None:
+        if facts["kind"] not in kinds:
+            raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
+        return kinds[facts["kind"]](**facts["arguments"])
+    found = description(given, kinds)
+    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
+        raise ValueError(f"purifier: {folder} holds {dict(facts)}, got {found}")
+    return given
+
+
+def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of predictions, and their accuracy, detached.
+
+    Args:
+        logits: ``[N, classes]``.
+        labels: int64 ``[N]``.
+    """
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:

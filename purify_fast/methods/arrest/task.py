@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -132,16 +132,13 @@ class ArrestTask(MethodTask):
         with contextlib.nullcontext() if self.config.drift_mode == "train" else frozen(self.classifier):
             return self.distance(self.forward(x)[1], of_teacher)
 
-    @property
-    def attacked(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as the attack sees it; `InferenceCopy.refresh` brings an accelerated copy up to date."""
-        return self.classifier if self._view is None else self._view
-
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
+        model = self.classifier
         if self._view is not None:
             self._view.refresh(self.classifier)
-        adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
+            model = self._view
+        adversarial = attack.run(model, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,6 @@ from ..base import save_defence
 from .networks import (
     NETWORKS,
     Decoder,
-    DecoderV1,
     Deconvolution,
     PackedDecoder,
     Plan,
@@ -79,7 +78,7 @@ class Carso(Defence):
     """
 
     draws_for_each_image = True
-    decoder: Decoder | DecoderV1
+    decoder: Decoder
     mean: Tensor
     std: Tensor
 
@@ -288,11 +287,8 @@ class Carso(Defence):
         serves = not self.training and bias.dtype == torch.float32 and kernel_decodes(bias.device)
         return bias if serves else None
 
-    def _pack(self, before: Any) -> PackedDecoder:
-        if before is None:
-            return PackedDecoder(self.decoder)
-        before.refill(self.decoder)
-        return before
+    def _pack(self) -> PackedDecoder:
+        return PackedDecoder(self.decoder)
 
     # -- the published systems, training and files --------------------------------------------------------------------
 

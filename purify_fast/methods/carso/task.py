@@ -19,14 +19,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.pgd import fgsm, pgd, pgd_and_fgsm
+from ...attacks.pgd import fgsm, pgd
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_graphs import StepGraphs
@@ -58,8 +58,7 @@ def balanced_batch(
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    All four attacks share one call, with a radius per image. With a bank, the images that it has are read, and the
-    others are attacked in two calls.
+    Each attack has a radius per image. With a bank, the images that it has are read, and the others are attacked.
 
     Every process lays out its own share of the batch, as the official code does. If the number of processes divides the
     images per attack, `atom_size` of the whole batch, the shares of `purify_fast.data.batches` attack the same images
@@ -85,22 +84,26 @@ def balanced_batch(
     clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
     eps = torch.full((2 * atom,), attack.eps, device=x.device)
     eps[:atom] /= 2
-    options: dict[str, Any] = {"norm": attack.norm, "graphs": graphs}
-    starts: dict[str, Any] = {"steps": attack.steps, "seed": batch.seed}
+    eps = eps.repeat(2)
 
     def make(rows: Tensor | None) -> Tensor:
-        if rows is None:
-            step = attack.step_size(eps)
-            return pgd_and_fgsm(
-                classifier, clean, y, eps=eps.repeat(2), alpha=step, sample_ids=ids, **starts, **options
-            )
-        slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        weak_or_strong = eps[slow]
-        step = attack.step_size(weak_or_strong)
+        slow, fast = slice(2 * atom), slice(2 * atom, None)
+        if rows is not None:
+            slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
         by_pgd = pgd(
-            classifier, clean[slow], y[slow], eps=weak_or_strong, alpha=step, sample_ids=ids[slow], **starts, **options
+            classifier,
+            clean[slow],
+            y[slow],
+            eps=eps[slow],
+            alpha=attack.step_size(eps[slow]),
+            steps=attack.steps,
+            norm=attack.norm,
+            seed=batch.seed,
+            sample_ids=ids[slow],
+            graphs=graphs,
         )
-        return torch.cat([by_pgd, fgsm(classifier, clean[fast], y[fast], eps=eps.repeat(2)[fast], **options)])
+        by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], norm=attack.norm, graphs=graphs)
+        return torch.cat([by_pgd, by_fgsm])
 
     if batch.bank is None:
         adversarial = make(None)

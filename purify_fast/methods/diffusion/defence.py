@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
-from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,12 +31,10 @@ from ..._tensors import dtype_of, first_tensor
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, draws_numbers
 from ...defences.base import Defence, refuse_wrapped
-from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
-from ...ops.aggregate import aggregate
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ..base import save_defence
-from .denoiser import Denoiser, description, read_pretrained
+from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table, learned_variance
 
@@ -115,7 +112,7 @@ class DiffusionPurifier(Defence):
             "aggregation": aggregation,
             "max_forward_batch": max_forward_batch,
             "last_time": last_time,
-            "denoiser": description(denoiser),
+            "denoiser": described_denoiser(denoiser),
         }
         self._ready()
         blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
@@ -145,7 +142,7 @@ class DiffusionPurifier(Defence):
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
-    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
+    def purify(self, x: Tensor, draws: int = 1, visit: Visit | None = None) -> Tensor:
         """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory that ``keep`` allows.
 
         They are in [0, 1], unless the process does not clip.
@@ -153,11 +150,27 @@ class DiffusionPurifier(Defence):
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of sets of K draws, at most 65,536 draws.
+            visit: sees the states on the way, of one part of the rows after the other.
 
         Raises:
             ValueError: images have another shape, or there are more draws.
         """
-        return self._purified(x, draws)
+        self.check_images(x)
+        if draws * self.samples > STEPS:
+            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
+        noisy = not self.noise_is_off
+        count = draws * self.samples if noisy else 1
+        seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
+        images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
+        # There is a row for each draw of each image.
+        rows = images.repeat_interleave(count, 0)
+        names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
+        most = self.max_forward_batch or max(1, len(rows))
+        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
+        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
+        return self._as_images(purified).unflatten(0, (len(x), count))
 
     def purify_with_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Purified images, and the mean square difference of the ways there and back; both differentiable to x.
@@ -185,28 +198,9 @@ class DiffusionPurifier(Defence):
                 parts.append([])
             parts[-1].append((state - noised).square().flatten(1).mean(1))
 
-        purified = self._purified(x, 1, visit)
+        purified = self.purify(x, visit=visit)
         apart = torch.cat([torch.stack(part).mean(0) for part in parts])
         return purified, apart.unflatten(0, purified.shape[:2]).mean(1)
-
-    def _purified(self, x: Tensor, draws: int, visit: Visit | None = None) -> Tensor:
-        """`purify`; ``visit`` sees the states on the way, of one part of the rows after the other."""
-        self.check_images(x)
-        if draws * self.samples > STEPS:
-            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
-        noisy = not self.noise_is_off
-        count = draws * self.samples if noisy else 1
-        seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
-        images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
-        # There is a row for each draw of each image.
-        rows = images.repeat_interleave(count, 0)
-        names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
-        most = self.max_forward_batch or max(1, len(rows))
-        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
-        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
-        return self._as_images(purified).unflatten(0, (len(x), count))
 
     def _as_images(self, state: Tensor) -> Tensor:
         """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may leave [0, 1]."""
@@ -227,8 +221,8 @@ class DiffusionPurifier(Defence):
         network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
-            name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[word : word + 1]}
-            return diffusion_step(x, prediction, row, **name, noisy=noisy and adds_noise)
+            at, noisy_step = self._rows[word : word + 1], noisy and adds_noise
+            return diffusion_step(x, prediction, row, seed=seed, sample_ids=ids, draws=draws, step=at, noisy=noisy_step)
 
         def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
             if self.begins[j]:
@@ -274,20 +268,6 @@ class DiffusionPurifier(Defence):
         with self._autocast(x.device):
             prediction = (network or self._network)(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
-
-    def aggregate(self, logits: Tensor) -> Tensor:
-        """``[B, classes]``, float32, by the defence's aggregation.
-
-        Args:
-            logits: ``[B, K, classes]``.
-        """
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        if self.aggregation == "vote":
-            return majority(logits.transpose(0, 1))
-        if self.aggregation == "mean_softmax":
-            return aggregate(torch.log_softmax(logits, -1), "lse") - log(logits.shape[1])
-        return aggregate(logits, self.aggregation)
 
     def with_process(self, process: Process) -> DiffusionPurifier:
         """A defence that shares this denoiser and classifier and has another process; not accelerated.
@@ -371,12 +351,8 @@ class DiffusionPurifier(Defence):
         frozen = not self.training and not any(weight.requires_grad for weight in self.denoiser.parameters())
         return first_tensor(self.denoiser) if frozen and self.purifier_dtype == torch.float32 else None
 
-    def _pack(self, before: Any) -> Denoiser:
-        if before is None:
-            return self.denoiser.bfloat16_copy()
-        for copied, tensor in zip(_tensors(before), _tensors(self.denoiser), strict=True):
-            copied.copy_(tensor)
-        return before
+    def _pack(self) -> Denoiser:
+        return self.denoiser.bfloat16_copy()
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -401,7 +377,3 @@ class DiffusionPurifier(Defence):
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
 
     save = save_defence
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -34,17 +34,6 @@ DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 
 
-class _LowFrequencies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return low_frequencies(grad)
-
-
 def low_frequencies(image: Tensor) -> Tensor:
     """Remove the higher frequencies of images; the result has their shape and dtype.
 
@@ -77,7 +66,10 @@ class LowFrequencyGradient(nn.Module):
         Args:
             x: images ``[B, C, H, W]``.
         """
-        return self.model(_LowFrequencies.apply(x))
+        seen = x.view_as(x)
+        if seen.requires_grad:
+            seen.register_hook(low_frequencies)
+        return self.model(seen)
 
 
 class _Added(torch.autograd.Function):

@@ -52,14 +52,15 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
         calls.append(eps.tolist())
         return x + 10
 
-    monkeypatch.setattr(module, "pgd_and_fgsm", record)  # the first half by PGD, the second by FGSM
+    for name in ("pgd", "fgsm"):
+        monkeypatch.setattr(module, name, record)
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
     config = CarsoConfig(
         attack=TrainingAttack(eps=0.2, steps=40), adversarial_fraction=fraction, allow_no_adversarial=True
     )
     out = balanced_batch(None, Batch(x, y, torch.arange(size), 0), config)
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
-    assert calls == ([pytest.approx(2 * ([0.1] * atom + [0.2] * atom))] if atom else [])
+    assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else [])
     assert clean + 4 * atom == size
 
 
@@ -140,7 +141,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     from purify_fast import attacks
 
     seen = []
-    for module, name in ((attacks, "pgd"), (losses, "pgd_and_fgsm")):
+    for module, name in ((attacks, "pgd"), (losses, "pgd")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()
