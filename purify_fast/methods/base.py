@@ -192,6 +192,11 @@ class MethodTask(Task):
             self.average = moving_average(module, decay, warm_up)
             self.model = nn.ModuleDict({name: self.model, "average": self.average})
 
+    @property
+    def result(self) -> nn.Module:
+        """The trained model: the moving average of its weights if there is one."""
+        return self.model if self.average is None else self.average.module
+
     def after_step(self) -> None:
         """Update the moving average of the weights."""
         if self.average is not None:

@@ -83,18 +83,18 @@ class ArrestTask(MethodTask):
         self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
-        self._view: InferenceCopy | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
         self._attacks_parts = False
-        self._uses_channels_last = True
         if self.dtype != torch.float32:
-            self._uses_channels_last = convert_to_channels_last(model, image_shape)
+            convert_to_channels_last(model, image_shape)
+        # the classifier as the attack sees it
+        self.attacked = model
         if self.dtype != torch.float32 or compile:
-            self._view = InferenceCopy(model, image_shape, self.dtype, compile=compile)
+            self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
         self.model: nn.Module = model
         self.keep_average("model", model, config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -106,17 +106,11 @@ class ArrestTask(MethodTask):
             self.optimizer = self.adamw(weights)
         self._unperturbed: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def result(self) -> nn.Module:
-        """The trained classifier: the moving average if there is one, else the model."""
-        return self.model if self.average is None else self.average.module
-
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
         with autocast_to(x.device, self.dtype):
-            x = x if self._uses_channels_last else x.contiguous()
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)
@@ -134,11 +128,9 @@ class ArrestTask(MethodTask):
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
-        model = self.classifier
-        if self._view is not None:
-            self._view.refresh(self.classifier)
-            model = self._view
-        adversarial = attack.run(model, batch, graphs=self.graphs if rows is None else None, rows=rows)
+        if isinstance(self.attacked, InferenceCopy):
+            self.attacked.refresh(self.classifier)
+        adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -282,9 +274,8 @@ class Teacher:
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
             raise ValueError(f"pooled is for maps and tokens: {', '.join(layers)} puts out a vector already")
-        self._uses_channels_last = True
         if dtype != torch.float32:
-            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
+            prepare_for_inference(model, image_shape, dtype)
         self._stored: list[Tensor] | None = None
         self._checked = -1
 
@@ -296,7 +287,7 @@ class Teacher:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         with autocast_to(x.device, self.dtype):
-            features = self.reader(x if self._uses_channels_last else x.contiguous())
+            features = self.reader(x)
         return pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:

@@ -185,11 +185,6 @@ class DiffusionTask(MethodTask):
         """
         return denoising_loss(denoiser, batch, self.process, self.config)
 
-    @property
-    def result(self) -> nn.Module:
-        """The trained denoiser: the moving average if there is one, else the given denoiser."""
-        return self.denoiser if self.average is None else self.average.module
-
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}
 
