@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class Defence(StochasticDefence):
     arguments: dict[str, Any]
     num_classes: int
     aggregation: str = "lse"
+    #: The reader of the classifier's representation, for a defence that is conditioned on it.
+    representation: Representation | None = None
+    #: The methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles.
+    compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
@@ -215,8 +219,8 @@ class Defence(StochasticDefence):
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        parts = self._compiled_parts()
-        fast = Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), parts)
+        parts = tuple(getattr(self, name) for name in self.compiled_parts)
+        fast = Accelerated.make(self.classifier, self.image_shape, settings, self.representation, parts)
         self._update_packed(fast)
         return fast
 
@@ -251,14 +255,6 @@ class Defence(StochasticDefence):
     def _pack(self) -> Any:
         """That form with the weights as they are now; its ``tensors()`` lists all of its tensors."""
         raise NotImplementedError
-
-    def _reader(self) -> Representation | None:
-        """The reader of the classifier's representation, if the defence is conditioned on it."""
-        return None
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        """Methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles."""
-        return ()
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 

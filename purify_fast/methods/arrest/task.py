@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
@@ -40,7 +39,7 @@ from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
 from ...training.schedules import RunLength, arrest_published
 from ...training.task import Batch, Metrics, check_classifier
-from ..base import MethodTask
+from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig
 
 
@@ -168,8 +167,8 @@ class ArrestTask(MethodTask):
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""
         logits, features = self.forward(x)
-        cross_entropy = F.cross_entropy(logits.float(), y)
-        metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
+        cross_entropy, accuracy = cross_entropy_of(logits.float(), y)
+        metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
         if self._reader is None:
             return cross_entropy, metrics
         distance = self.distance(features, of_teacher).mean()
@@ -233,8 +232,8 @@ class ArrestTask(MethodTask):
         x = self.config.attack.of_validations().run(self.result, batch, graphs=self.graphs)
         with torch.no_grad():
             logits = self.result(x).float()
-        accuracy = (logits.argmax(1) == batch.y).float().mean()
-        return {"loss": F.cross_entropy(logits, batch.y), "accuracy": accuracy}
+        loss, accuracy = cross_entropy_of(logits, batch.y)
+        return {"loss": loss, "accuracy": accuracy}
 
 
 def pool(features: list[Tensor]) -> list[Tensor]:

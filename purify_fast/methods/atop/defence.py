@@ -11,7 +11,6 @@ this package's addition.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +65,7 @@ class Atop(Defence):
     """
 
     draws_for_each_image = True
+    compiled_parts = ("_refine",)
 
     def __init__(
         self,
@@ -226,9 +226,6 @@ class Atop(Defence):
     def purifier_dtype(self) -> torch.dtype:
         """The precision of the purifier's weights."""
         return dtype_of(self.purifier.module)
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return (self._refine,)
 
     save = save_defence
 

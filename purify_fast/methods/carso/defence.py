@@ -11,7 +11,7 @@ gradient attacks by NaN. The logsumexp taken here makes the same decisions with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +78,8 @@ class Carso(Defence):
     """
 
     draws_for_each_image = True
+    compiled_parts = ("condition", "decode")
+    representation: Representation
     decoder: Decoder
     mean: Tensor
     std: Tensor
@@ -275,12 +277,6 @@ class Carso(Defence):
     def purifier_dtype(self) -> torch.dtype:
         """The precision of the purifier's weights."""
         return dtype_of(self.decoder)
-
-    def _reader(self) -> Representation:
-        return self.representation
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return self.condition, self.decode
 
     def _weight_to_pack(self) -> Tensor | None:
         bias = self.decoder.stack[-1].get_parameter("bias")

@@ -36,7 +36,7 @@ from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ..base import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
-from .process import Process, Table, learned_variance
+from .process import Process, Table
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -77,6 +77,7 @@ class DiffusionPurifier(Defence):
     """
 
     draws_for_each_image = True
+    compiled_parts = ("_predict",)
     _rows: Tensor
 
     def __init__(
@@ -238,7 +239,8 @@ class DiffusionPurifier(Defence):
             weight = weights[j]
             if self.process.learns_variances:
                 share = prediction[:, x.shape[1] :].to(x.dtype)
-                weight = weight * learned_variance(share, *coefficients[j, -2:])
+                log_low, log_high = coefficients[j, -2:]
+                weight = weight * torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
             return following - weight * GRADIENTS[guidance](x, target)
 
         run = partial(
@@ -343,9 +345,6 @@ class DiffusionPurifier(Defence):
         """The predicting network: for an accelerated defence a bfloat16 copy, unless the denoiser is being trained."""
         fast = self.fast
         return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return (self._predict,)
 
     def _weight_to_pack(self) -> Tensor | None:
         frozen = not self.training and not any(weight.requires_grad for weight in self.denoiser.parameters())

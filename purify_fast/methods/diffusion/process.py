@@ -183,11 +183,11 @@ class Process:
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
         alpha, sigma, alpha_s = kept.sqrt(), (1 - kept).sqrt(), kept_s.sqrt()
-        p, q = of_prediction(self.prediction, alpha, sigma)
+        zero, one = torch.zeros_like(t), torch.ones_like(t)
+        p, q = {"noise": (1 / alpha, -sigma / alpha), "x0": (zero, one), "v": (alpha, -sigma)}[self.prediction]
         b, r = 1 - kept / kept_s, self.schedule.rate(t) * (t - s)
         small = b * (1 - kept_s) / (1 - kept)
-        low, high = torch.zeros_like(t), torch.zeros_like(t)
-        noise = torch.zeros_like(t)
+        low = high = noise = zero
         if self.solver == "ddpm":
             image, state = b * alpha_s / sigma.square(), (1 - b).sqrt() * (1 - kept_s) / sigma.square()
             small[-1] = small[-2] if len(t) > 1 else b[-1]
@@ -200,39 +200,13 @@ class Process:
             rest = (1 - kept_s - noise).clamp(min=0).sqrt()
             image, state = alpha_s - rest * alpha / sigma, rest / sigma
         elif self.solver == "one_shot":
-            image, state = torch.ones_like(t), torch.zeros_like(t)
+            image, state = one, zero
         else:
             share = 1.0 if self.solver == "vp_sde" else 0.5
             image, state = share * r * alpha / sigma.square(), 1 + r / 2 - share * r / sigma.square()
             noise = r if self.solver == "vp_sde" else noise
-        deviation = torch.ones_like(t) if self.learns_variances else noise.sqrt()
+        deviation = one.clone() if self.learns_variances else noise.sqrt()
         if self.solver == "ddpm" or self.denoise_last:
             deviation[-1] = 0
         columns = [p, q, torch.full_like(t, 1.0 if self.clip else inf), image, state, deviation, low, high]
         return torch.stack(columns, -1), noise
-
-
-def of_prediction(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q, by which x0 = P x + Q m.
-
-    Args:
-        kind: quantity that m predicts.
-        alpha: factor of the image, any shape.
-        sigma: factor of the noise, the same shape.
-    """
-    if kind == "noise":
-        return 1 / alpha, -sigma / alpha
-    if kind == "x0":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    return alpha, -sigma
-
-
-def learned_variance(share: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
-    """The variance that a denoiser chooses between two, in the shape of its choice; differentiable.
-
-    Args:
-        share: from -1, the lower variance, to 1, the higher one, ``[B, C, H, W]``.
-        log_low: the lower one's logarithm, ``[]``.
-        log_high: the higher one's logarithm, ``[]``.
-    """
-    return torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
