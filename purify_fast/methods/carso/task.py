@@ -87,7 +87,8 @@ def balanced_batch(
     eps = eps.repeat(2)
 
     def make(rows: Tensor | None) -> Tensor:
-        slow, fast = slice(2 * atom), slice(2 * atom, None)
+        slow: slice | Tensor = slice(2 * atom)
+        fast: slice | Tensor = slice(2 * atom, None)
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
         by_pgd = pgd(

@@ -219,6 +219,10 @@ class Denoiser(nn.Module):
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
 
+    def tensors(self) -> list[Tensor]:
+        """All of its weights and buffers."""
+        return [*self.parameters(), *self.buffers()]
+
     def bfloat16_copy(self) -> Denoiser:
         """A frozen copy whose convolutions and linear layers have bfloat16 weights, for an autocast to bfloat16."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
