@@ -240,20 +240,20 @@ class Defence(StochasticDefence):
                 if fast.packed is None:
                     fast.packed = packed
                 else:
-                    # Captured steps read the memory of the form before.
+                    # Captured steps read the memory of the earlier one.
                     for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part that has a faster form in bfloat16, updated with all of its weights; None without one.
+        """A weight that is written whenever those of the packed part are; None if no part may be packed now.
 
-        The form has frozen weights, so that there is none in training.
+        A packed part has frozen weights, so that none is packed in training.
         """
         return None
 
     def _pack(self) -> Any:
-        """That form with the weights as they are now; its ``tensors()`` lists all of its tensors."""
+        """The packed part, with the weights as they are now; its ``tensors()`` lists all of its tensors."""
         raise NotImplementedError
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------

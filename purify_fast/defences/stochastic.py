@@ -301,12 +301,8 @@ class NoisyEnsemble(StochasticDefence):
         """
         copies = x[:, None]
         if not self.noise_is_off:
-            noise = philox(
-                *self.noise(len(x), x.device),
-                x[0].numel(),
-                stream=Stream.TRANSFORM_NOISE,
-                distribution="normal",
-                draws=self.samples,
-            )
+            seed, ids = self.noise(len(x), x.device)
+            stream, count = Stream.TRANSFORM_NOISE, x[0].numel()
+            noise = philox(seed, ids, count, stream=stream, distribution="normal", draws=self.samples)
             copies = torch.clamp(copies + self.sigma * noise.view(-1, self.samples, *x.shape[1:]), 0, 1)
         return self.classifier(copies.flatten(0, 1)).float().unflatten(0, (len(x), -1))

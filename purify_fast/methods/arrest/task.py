@@ -87,7 +87,6 @@ class ArrestTask(MethodTask):
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
-        self._attacks_parts = False
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         # the classifier as the attack sees it
@@ -158,11 +157,7 @@ class ArrestTask(MethodTask):
         Args:
             device: device of the images.
         """
-        if self.graphs is None:
-            return False
-        # An attack on a part of the batch clears the refusal; asking again each time would alternate for ever.
-        self._attacks_parts = self._attacks_parts or self.graphs.refusal is not None
-        return self.graphs.may_replay(device) and not self._attacks_parts
+        return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""

@@ -268,7 +268,7 @@ class CarsoTask(PurifierTask[Carso]):
         config = self.config
         if config.attack_target != "classifier" or config.adversarial_fraction == 0:
             return None
-        # before the warm-up of eps is over, they would differ
+        # this refuses a radius that rises from epoch to epoch
         facts = self.attack_facts(config.attack)
         config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
         # in the order of `balanced_batch`
