@@ -77,14 +77,13 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.loss = weight, (loss.shape, loss.dtype, loss.device)
+        ctx.of_loss = torch.full_like(loss, weight)
         return logits.view_as(logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        shape, dtype, device = ctx.loss
-        return grad, torch.full(shape, ctx.weight, dtype=dtype, device=device), None
+        return grad, ctx.of_loss, None
 
 
 class DeviatedReconstruction(nn.Module):
