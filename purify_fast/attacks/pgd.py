@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count, NormName
+from .._validation import AtLeast0, Count
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
-from .arguments import check_images, check_not_negative
-from .attacked_model import frozen
-from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
+from ..speed.graphs.step_graphs import State, begin_steps
+from .arguments import check_not_negative
+from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import AttackContext, AttackResult, BallAttack, RestartedAttack, as_function
 from .losses import Loss
 from .objective import Objective
@@ -279,65 +278,3 @@ class FGSM(BallAttack):
 
 
 fgsm = as_function("fgsm", FGSM, "Per image the point after the step.")
-
-
-def pgd_and_fgsm(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: Tensor,
-    alpha: float | Tensor,
-    steps: int,
-    norm: NormName = "linf",
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    graphs: StepGraphs | None = None,
-) -> Tensor:
-    """PGD from random starts on the first half of the images, FGSM on the second, sharing the first gradient pass.
-
-    Both raise the cross-entropy.
-
-    The same as one call of `pgd` for the first half and one of `fgsm` for the second, to the bit where the model's
-    arithmetic does not depend on the size of the batch.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[2 B, ...]`` in [0, 1].
-        y: true labels, int64 ``[2 B]``.
-        eps: radius in image units, ``[2 B]``.
-        alpha: PGD's constant step in image units, a number or ``[B]``.
-        steps: PGD's steps.
-        norm: "linf", "l2" or "l1".
-        seed: seed of PGD's random starts.
-        sample_ids: int64 ``[2 B]``, as in `pgd`; the first half is used. None: 0 .. B - 1.
-        graphs: captures the steps, as in `pgd`.
-
-    Returns:
-        The adversarial images, shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor.
-        ValueError: an odd number of images, or as `pgd`.
-    """
-    check_images(x, y, 0.0)
-    ball = ball_around(x, eps, norm)
-    half = len(x) // 2
-    if len(x) != 2 * half:
-        raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
-    if half == 0:
-        return x.clone()
-    x = x.detach().clone()
-    first = slice(half)
-    clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.take(first)
-    step = per_sample("alpha", alpha, clean)
-    objective = Objective(model, graphs=graphs)
-    with frozen(model):
-        begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
-        both = {"point": begin, "x": x, "y": y, "alpha": torch.cat([step, ball.eps[half:]])}
-        moved = ascend(objective, ball, both, steps=1, density=FIRST_DENSITY)["point"]
-        point = moved[:half]
-        if steps > 1:
-            alone = {"point": point, "x": clean, "y": labels, "alpha": step}
-            point = ascend(objective, inner, alone, steps=steps, first=1)["point"]
-    return torch.cat([point, moved[half:]])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .._tensors import dtype_of, first_tensor
+from .._tensors import dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
+from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence
+from .voting import majority
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,12 +41,18 @@ class Defence(StochasticDefence):
     It starts in evaluation mode, in which a prediction changes nothing; a training sets training mode itself. Several
     threads may predict at once; ``nn.DataParallel`` is not for it (one process per GPU is).
 
-    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, says in `purifier_dtype` in
-    which precision its purifier computes, and ends its constructor with `_ready`.
+    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, and ``aggregation`` if its
+    samples are not aggregated by logsumexp. It says in `purifier_dtype` in which precision its purifier computes, and
+    ends its constructor with `_ready`.
     """
 
     arguments: dict[str, Any]
     num_classes: int
+    aggregation: str = "lse"
+    #: The reader of the classifier's representation, for a defence that is conditioned on it.
+    representation: Representation | None = None
+    #: The methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles.
+    compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
@@ -122,6 +131,20 @@ class Defence(StochasticDefence):
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """``[B, classes]``, float32, by the defence's aggregation.
+
+        Args:
+            logits: ``[B, K, classes]``.
+        """
+        if logits.shape[1] == 1 and self.aggregation != "lse":
+            return logits[:, 0]
+        if self.aggregation == "vote":
+            return majority(logits.transpose(0, 1))
+        if self.aggregation == "mean_softmax":
+            return aggregate(torch.log_softmax(logits, -1), "lse") - math.log(logits.shape[1])
+        return aggregate(logits, self.aggregation)
+
     def check_images(self, x: Tensor) -> None:
         """ValueError unless ``x`` holds floating-point images of the defence's shape.
 
@@ -143,6 +166,11 @@ class Defence(StochasticDefence):
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Tell whether the defence is accelerated in bfloat16."""
+        return self.fast is not None and self.fast.dtype == torch.bfloat16
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
@@ -191,15 +219,42 @@ class Defence(StochasticDefence):
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())
+        parts = tuple(getattr(self, name) for name in self.compiled_parts)
+        fast = Accelerated.make(self.classifier, self.image_shape, settings, self.representation, parts)
+        self._update_packed(fast)
+        return fast
 
-    def _reader(self) -> Representation | None:
-        """The reader of the classifier's representation, if the defence is conditioned on it."""
+    def prepare_replay(self) -> None:
+        """Pack a part's weights again where they were packed before, if they have changed (`PreparesReplay`)."""
+        if self.fast is not None:
+            self._update_packed(self.fast)
+
+    def _update_packed(self, fast: Accelerated) -> None:
+        weight = self._weight_to_pack()
+        if fast.dtype != torch.bfloat16 or weight is None:
+            return
+        if fast.packed is None or fast.packed_from != write_stamp(weight):
+            # Leave inference mode, because attacks differentiate through the packed part.
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self._pack()
+                if fast.packed is None:
+                    fast.packed = packed
+                else:
+                    # Captured steps read the memory of the earlier one.
+                    for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
+                        old.copy_(new)
+            fast.packed_from = write_stamp(weight)
+
+    def _weight_to_pack(self) -> Tensor | None:
+        """A weight that is written whenever those of the packed part are; None if no part may be packed now.
+
+        A packed part has frozen weights, so that none is packed in training.
+        """
         return None
 
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        """Methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles."""
-        return ()
+    def _pack(self) -> Any:
+        """The packed part, with the weights as they are now; its ``tensors()`` lists all of its tensors."""
+        raise NotImplementedError
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 

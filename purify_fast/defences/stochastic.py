@@ -206,14 +206,6 @@ class StochasticDefence(nn.Module):
         """
         return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """softmax of `forward`, ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return torch.softmax(self.forward(x), 1)
-
 
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
     """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""
@@ -309,12 +301,8 @@ class NoisyEnsemble(StochasticDefence):
         """
         copies = x[:, None]
         if not self.noise_is_off:
-            noise = philox(
-                *self.noise(len(x), x.device),
-                x[0].numel(),
-                stream=Stream.TRANSFORM_NOISE,
-                distribution="normal",
-                draws=self.samples,
-            )
+            seed, ids = self.noise(len(x), x.device)
+            stream, count = Stream.TRANSFORM_NOISE, x[0].numel()
+            noise = philox(seed, ids, count, stream=stream, distribution="normal", draws=self.samples)
             copies = torch.clamp(copies + self.sigma * noise.view(-1, self.samples, *x.shape[1:]), 0, 1)
         return self.classifier(copies.flatten(0, 1)).float().unflatten(0, (len(x), -1))

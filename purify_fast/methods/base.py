@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
+from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
 from ..training.config import FitConfig, TrainingAttack, settings
+from ..training.moving_average import moving_average
+from ..training.schedules import one_cycle
 from ..training.task import Batch, Task, check_labels
 
 D = TypeVar("D", bound=Defence)
@@ -155,24 +160,80 @@ def _number(value: Any) -> Any:
     return value
 
 
-class PurifierTask(Task, Generic[D]):
-    """Trains the purifier of a defence; its classifier stays as it is, unless a method says otherwise.
+class MethodTask(Task):
+    """A method's training: its precision, its learning rates, and a moving average of the weights.
 
     Args:
-        defence: the defence to train.
-        config: how, a dataclass with a ``precision``.
-        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
+        config: how, a dataclass with ``precision`` and ``learning_rate``, and perhaps a ``schedule``.
     """
 
     #: the method's name in checkpoints
     name: ClassVar[str]
+    #: Learning rates by the schedule's name, functions of the epoch, the number of epochs and the highest rate.
+    published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
+    average: AveragedModel | None = None
+    averaged: nn.Module
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.tf32 = config.precision == "tf32"
+
+    def keep_average(self, name: str, module: nn.Module, decay: float, warm_up: bool = False) -> None:
+        """Let a moving average follow a module from now on, and keep it in checkpoints beside the model.
+
+        Args:
+            name: the model's name there.
+            module: the model, or a part of it.
+            decay: as in `purify_fast.training.moving_average.moving_average`; 0 for no average.
+            warm_up: as there.
+        """
+        self.averaged = module
+        if decay > 0:
+            self.average = moving_average(module, decay, warm_up)
+            self.model = nn.ModuleDict({name: self.model, "average": self.average})
+
+    @property
+    def result(self) -> nn.Module:
+        """The trained model: the moving average of its weights if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def after_step(self) -> None:
+        """Update the moving average of the weights."""
+        if self.average is not None:
+            self.average.update_parameters(self.averaged)
+
+    def adamw(self, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """AdamW with the rate and the weight decay of the settings."""
+        decay = self.config.weight_decay
+        return torch.optim.AdamW(weights, lr=self.config.learning_rate, weight_decay=decay, foreach=True)
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        peak, schedule = self.config.learning_rate, getattr(self.config, "schedule", "one_cycle")
+        if schedule in self.published:
+            return self.published[schedule](epoch, epochs, peak)
+        return peak if schedule == "constant" else one_cycle(progress, peak)
+
+
+class PurifierTask(MethodTask, Generic[D]):
+    """Trains the purifier of a defence; its classifier stays as it is, unless a method says otherwise.
+
+    Args:
+        defence: the defence to train.
+        config: how; the precision decides whether the defence is accelerated.
+        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
+    """
 
     def __init__(self, defence: D, config: Any, origin: str):
-        self.defence, self.config, self.origin = defence, config, origin
+        super().__init__(config)
+        self.defence, self.origin = defence, origin
         self.model = defence
         # the weights at the start: a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
-        self.tf32 = config.precision == "tf32"
+        # a defence in this precision stays as it is: it may be compiled
+        if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
+            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
+        # an earlier task may have released it
+        defence.classifier.requires_grad_(False)
 
     @property
     def result(self) -> D:
@@ -208,6 +269,73 @@ class PurifierTask(Task, Generic[D]):
         if tuple(shape) != self.defence.image_shape:
             raise ValueError(f"x must have images {list(self.defence.image_shape)}, as the defence, got {list(shape)}")
         check_labels(classes, self.defence.num_classes)
+
+
+def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
+    """The result of a call of a user's module, in evaluation mode.
+
+    Args:
+        argument: the argument that the module was given as, for the message.
+        module: the module.
+        given: what the call gives to it, for the message.
+        call: the call.
+
+    Raises:
+        ValueError: the module does not take that.
+    """
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            return call()
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{argument}: {type(module).__name__} does not run on {given}: {error}") from error
+
+
+def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+    """JSON values from which a module can be made again; for a module of a user's own only the name of its class.
+
+    Args:
+        module: the module.
+        kinds: the package's own classes by the names that are saved.
+    """
+    for name, kind in kinds.items():
+        if type(module) is kind:
+            return {"kind": name, "arguments": module.arguments}
+    return {"kind": type(module).__qualname__, "arguments": None}
+
+
+def rebuilt(
+    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
+) -> nn.Module:
+    """The module of a saved `description`, or the given module if it has that description.
+
+    Args:
+        facts: the description.
+        given: a module of a user's own, or None.
+        kinds: the package's own classes by the names that are saved.
+        folder: where the description was saved, for the message.
+
+    Raises:
+        ValueError: a module is needed and not given, or the given module has another description.
+    """
+    if given is None:
+        if facts["kind"] not in kinds:
+            raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
+        return kinds[facts["kind"]](**facts["arguments"])
+    found = description(given, kinds)
+    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
+        raise ValueError(f"purifier: {folder} holds {dict(facts)}, got {found}")
+    return given
+
+
+def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of predictions, and their accuracy, detached.
+
+    Args:
+        logits: ``[N, classes]``.
+        labels: int64 ``[N]``.
+    """
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:

@@ -12,8 +12,8 @@ from .._tensors import weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop
-from .atop.purifier import rebuilt_purifier
-from .base import trained_tensors
+from .atop.purifier import PURIFIERS
+from .base import rebuilt, trained_tensors
 from .carso.defence import Carso
 from .diffusion.defence import DiffusionPurifier
 from .diffusion.denoiser import ALONE, rebuilt_denoiser
@@ -79,10 +79,10 @@ def load_defence(
         )
     defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":
-        purifier = rebuilt_purifier(arguments.pop("purifier"), purifier, str(folder))
+        purifier = rebuilt(arguments.pop("purifier"), purifier, PURIFIERS, folder)
         defence = Atop(classifier, purifier, **arguments)
     elif kind == "DiffusionPurifier":
-        denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, str(folder))
+        denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, folder)
         arguments["process"] = {**arguments["process"], **(process or {})}
         defence = DiffusionPurifier(denoiser, classifier, **arguments)
     else:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, stadv
 from purify_fast.attacks.objective import Objective
-from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
@@ -69,18 +68,11 @@ def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, n
 
 
 @pytest.mark.parametrize("norm", SIZES)
-def test_captured_fgsm_and_the_shared_first_pass(model, batch, graphs, rerun, norm):
+def test_captured_fgsm(model, batch, graphs, rerun, norm):
     x, y = batch
     for recorded in (1, 1, 1):
         assert torch.equal(fgsm(model, x, y, eps=0.1, norm=norm, graphs=graphs), fgsm(model, x, y, eps=0.1, norm=norm))
         assert rerun.recorded == recorded
-    x, y, eps = x[:8], y[:8], torch.linspace(0.5, 1, 8) * SIZES[norm]
-    for recorded in (3, 3, 3):
-        wanted, found = (
-            pgd_and_fgsm(model, x, y, eps=eps, alpha=eps[:4] / 3, steps=5, norm=norm, seed=4, graphs=chosen)
-            for chosen in (None, graphs)
-        )
-        assert torch.equal(wanted, found) and rerun.recorded == recorded
 
 
 #: Attacks of which images leave the batch, their options and by how much the radius is divided.

@@ -9,7 +9,6 @@ from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task
 from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, fgsm, pgd
-from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
@@ -65,17 +64,14 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
         lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, graphs=g),
         lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g),
         lambda g: fgsm(model, x, y, eps=eps, norm=norm, graphs=g),
-        lambda g: pgd_and_fgsm(
-            model, x, y, eps=torch.full((12,), eps, device=DEVICE), alpha=eps / 4, steps=8, norm=norm, graphs=g
-        ),
     ]
     for run in attacks:
         wanted = run(None)
         for _ in range(3):
             close(run(graphs), wanted)
         assert graphs.refusal is None
-    # FGSM, PGD with a falling step and the first of both together are one step, but for the share that l1 moves
-    assert len(graphs) == (4 if norm == "l1" else 3)
+    # FGSM and PGD with a falling step are one step, but for the share that l1 moves
+    assert len(graphs) == (3 if norm == "l1" else 2)
 
 
 def test_new_weights_and_the_last_batch(graphs):

@@ -9,6 +9,7 @@ from small_models import SMALL, smaller
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.recipes import AtopRecipe
+from purify_fast.methods.carso.config import config_in_epoch
 from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
@@ -144,8 +145,8 @@ def test_batches_and_attacks(name):
     assert made.loop().batch_size == batch
     if isinstance(made, CarsoRecipe):
         std = made["data.std"]
-        assert made.config(True).for_statistics(std).attack.eps == pytest.approx(official, abs=1e-7)
-        config = config.for_statistics(std)
+        assert config_in_epoch(made.config(True), std).attack.eps == pytest.approx(official, abs=1e-7)
+        config = config_in_epoch(config, std)
     assert config.attack.eps == pytest.approx(eps)
     if steps is None:
         assert config.attack_method == "fgsm" and config.attack_target == "classifier"

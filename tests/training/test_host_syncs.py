@@ -21,7 +21,6 @@ from small_runs import (
 )
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
-from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.data import crop_flip
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
@@ -81,9 +80,6 @@ def probe(steps: int, run=pgd, model=None, **options) -> Counter:
     model, step = SmallCNN(width=4).eval() if model is None else model(), batch()
     y = model(step.x).argmax(1).detach()
     options = {"eps": EPS, "health": GradientHealth(), **({} if run is fgsm else {"steps": steps}), **options}
-    if run is pgd_and_fgsm:
-        options |= {"eps": torch.full((16,), EPS), "alpha": EPS / 4}
-        del options["health"]
     with HostSyncs() as waits:
         run(model, step.x, y, **options)
     assert waits.dispatched > 30
@@ -96,7 +92,6 @@ ATTACKS = {
     "PGD that keeps the best point of several draws": {"keep_best": True, "eot_iter": 3, "loss": "dlr"},
     "PGD on a defence": {"model": defence, "loss": "margin", "eot_iter": 2, "max_forward_batch": 24},
     "FGSM": {"run": fgsm},
-    "PGD and FGSM": {"run": pgd_and_fgsm},
     "StAdv": {"run": stadv, "keep_best": True},
     "BPDA": {"model": lambda: BpdaModel.of(defence())},
 }

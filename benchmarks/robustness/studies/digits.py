@@ -19,12 +19,12 @@ from purify_fast.attacks import AutoAttack
 from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.evaluation.subject import Variant
-from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
 from ...options import at_least_one
 from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
+from .layer_ranking import rank_layers
 
 EPS = setting.EPS
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")

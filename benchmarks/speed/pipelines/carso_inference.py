@@ -109,11 +109,16 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
         return job
     with torch.no_grad():
         representation = made.read(x)
-        condition = made.encode(representation)
+        condition = made.condition(x)
         reconstructions = torch.sigmoid(made.decode(fixed, condition))
+
+    def encoders() -> Tensor:
+        with made._autocast(device):
+            return made.condition_encoder(representation)
+
     parts = {
         "representation": lambda: made.read(x),
-        "encoders": lambda: made.encode(representation),
+        "encoders": encoders,
         "decoding": lambda: torch.sigmoid(made.decode(fixed, condition)),
         "classifying": lambda: made.classify(reconstructions),
     }

@@ -109,6 +109,10 @@ def ablate(
     attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
     results: dict[str, list[Accuracies]] = {}
+    # each later attack gets the images that withstood the earlier attacks
+    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
+    if what.autoattack:
+        attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
 
     def folder(name: str) -> Path:
         return out / name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
@@ -124,7 +128,7 @@ def ablate(
             eps=attack.eps,
             norm=attack.norm,
             config=EvaluateConfig(steps=what.attack_steps, seed=loop.seed, dataset_name=images.name),
-            attacks=_attacks(what),
+            attacks=attacks,
             out=folder(name),
             name=name,
             progress=progress,
@@ -144,14 +148,6 @@ def ablate(
         standard = load_classifier(folder(STANDARD)).to(images.y_train.device)
         train_and_attack(name, ArrestTask(standard, chosen, images.image_shape), loop.epochs)
     return write(out, results, list(scratch), attack, what)
-
-
-def _attacks(what: AblationConfig) -> list[AttackSpec]:
-    """The attacks of every row; each later attack gets the images that withstood the earlier attacks."""
-    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
-    if what.autoattack:
-        attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
-    return attacks
 
 
 #: Clean and robust accuracy on the same images, in percent, and their standard errors.

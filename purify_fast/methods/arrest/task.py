@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
@@ -39,13 +37,13 @@ from ...speed.folding.inference_copy import (
 )
 from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
-from ...training.moving_average import moving_average
-from ...training.schedules import RunLength, arrest_published, one_cycle
-from ...training.task import Batch, Metrics, Task, check_classifier
+from ...training.schedules import RunLength, arrest_published
+from ...training.task import Batch, Metrics, check_classifier
+from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig
 
 
-class ArrestTask(Task):
+class ArrestTask(MethodTask):
     """Trains a classifier by ARREST in `purify_fast.training.fit`, starting from its weights as they are.
 
     Args:
@@ -65,6 +63,9 @@ class ArrestTask(Task):
         ValueError: unknown layers, or layers are needed and not given; ``pooled`` without a map among them.
     """
 
+    name = "arrest"
+    published: ClassVar = {"published": arrest_published}
+
     def __init__(
         self,
         model: nn.Module,
@@ -74,51 +75,40 @@ class ArrestTask(Task):
         teacher: nn.Module | None = None,
         compile: bool = False,
     ):
-        self.classifier, self.config = model, config
-        self.tf32 = config.precision == "tf32"
+        super().__init__(config)
+        self.classifier = model
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
         self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
-        self._view: InferenceCopy | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
-        self._attacks_parts = False
-        self._uses_channels_last = True
         if self.dtype != torch.float32:
-            self._uses_channels_last = convert_to_channels_last(model, image_shape)
+            convert_to_channels_last(model, image_shape)
+        # the classifier as the attack sees it
+        self.attacked = model
         if self.dtype != torch.float32 or compile:
-            self._view = InferenceCopy(model, image_shape, self.dtype, compile=compile)
-        self._average: AveragedModel | None = None
+            self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
         self.model: nn.Module = model
-        if config.ema_decay > 0:
-            self._average = moving_average(model, config.ema_decay)
-            # models that are trained together share a checkpoint
-            self.model = nn.ModuleDict({"model": model, "average": self._average})
+        self.keep_average("model", model, config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
+        rate, decay = config.learning_rate, config.weight_decay
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(weights, momentum=config.momentum, **options)
+            self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
-            self.optimizer = torch.optim.AdamW(weights, **options)
+            self.optimizer = self.adamw(weights)
         self._unperturbed: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def result(self) -> nn.Module:
-        """The trained classifier: the moving average if there is one, else the model."""
-        return self.model if self._average is None else self._average.module
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
         with autocast_to(x.device, self.dtype):
-            x = x if self._uses_channels_last else x.contiguous()
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)
@@ -134,15 +124,10 @@ class ArrestTask(Task):
         with contextlib.nullcontext() if self.config.drift_mode == "train" else frozen(self.classifier):
             return self.distance(self.forward(x)[1], of_teacher)
 
-    @property
-    def attacked(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as the attack sees it; `InferenceCopy.refresh` brings an accelerated copy up to date."""
-        return self.classifier if self._view is None else self._view
-
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
-        if self._view is not None:
-            self._view.refresh(self.classifier)
+        if isinstance(self.attacked, InferenceCopy):
+            self.attacked.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
@@ -172,17 +157,13 @@ class ArrestTask(Task):
         Args:
             device: device of the images.
         """
-        if self.graphs is None:
-            return False
-        # An attack on a part of the batch clears the refusal; asking again each time would alternate for ever.
-        self._attacks_parts = self._attacks_parts or self.graphs.refusal is not None
-        return self.graphs.may_replay(device) and not self._attacks_parts
+        return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""
         logits, features = self.forward(x)
-        cross_entropy = F.cross_entropy(logits.float(), y)
-        metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
+        cross_entropy, accuracy = cross_entropy_of(logits.float(), y)
+        metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
         if self._reader is None:
             return cross_entropy, metrics
         distance = self.distance(features, of_teacher).mean()
@@ -224,26 +205,15 @@ class ArrestTask(Task):
 
     # -- what `fit` asks for ------------------------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """The moving average follows the weights."""
-        if self._average is not None:
-            self._average.update_parameters(self.classifier)
-
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        peak = self.config.learning_rate
-        if self.config.schedule == "published":
-            return arrest_published(epoch, epochs, peak)
-        return one_cycle(progress, peak) if self.config.schedule == "one_cycle" else peak
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
         # name the step itself: a run can then be resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
-        return {"task": "arrest", **settings(self.config), **facts}
+        return {"task": self.name, **settings(self.config), **facts}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.classifier, shape, classes)
@@ -257,8 +227,8 @@ class ArrestTask(Task):
         x = self.config.attack.of_validations().run(self.result, batch, graphs=self.graphs)
         with torch.no_grad():
             logits = self.result(x).float()
-        accuracy = (logits.argmax(1) == batch.y).float().mean()
-        return {"loss": F.cross_entropy(logits, batch.y), "accuracy": accuracy}
+        loss, accuracy = cross_entropy_of(logits, batch.y)
+        return {"loss": loss, "accuracy": accuracy}
 
 
 def pool(features: list[Tensor]) -> list[Tensor]:
@@ -298,9 +268,8 @@ class Teacher:
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
             raise ValueError(f"pooled is for maps and tokens: {', '.join(layers)} puts out a vector already")
-        self._uses_channels_last = True
         if dtype != torch.float32:
-            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
+            prepare_for_inference(model, image_shape, dtype)
         self._stored: list[Tensor] | None = None
         self._checked = -1
 
@@ -312,7 +281,7 @@ class Teacher:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         with autocast_to(x.device, self.dtype):
-            features = self.reader(x if self._uses_channels_last else x.contiguous())
+            features = self.reader(x)
         return pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:

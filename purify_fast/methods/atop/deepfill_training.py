@@ -85,10 +85,9 @@ def patch_depth(image_size: Sequence[int]) -> int:
     Raises:
         ValueError: images smaller than 3 x 3, of which no layer leaves 2 x 2.
     """
-    depth, (h, w) = 0, image_size
-    while depth < len(WIDTHS) and min(h, w) > 2:
-        depth, h, w = depth + 1, (h + 1) // 2, (w + 1) // 2
-    if depth == 0:
+    # Each layer halves the sides, rounded up.
+    depth = min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
+    if depth < 1:
         raise ValueError(f"image_size must be at least 3 x 3, got {tuple(image_size)}")
     return depth
 

@@ -11,8 +11,7 @@ this package's addition.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from math import gcd, log
+from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,11 +21,10 @@ from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
-from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..base import save_defence
-from .purifier import PURIFIERS, PurifierAdapter, description
+from ..base import description, save_defence
+from .purifier import PURIFIERS, PurifierAdapter
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -67,6 +65,7 @@ class Atop(Defence):
     """
 
     draws_for_each_image = True
+    compiled_parts = ("_refine",)
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Atop(Defence):
             "samples": samples,
             "aggregation": aggregation,
             "shared_mask": self.shared_mask,
-            "purifier": description(purifier),
+            "purifier": description(purifier, PURIFIERS),
         }
         # A purifier of a user's own might flatten its maps by ``view``, which channels_last maps do not allow.
         self.purifier_uses_channels_last = type(purifier) in PURIFIERS.values()
@@ -134,18 +133,6 @@ class Atop(Defence):
         """
         packed, owners = self.draw(x, draws)
         return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
-
-    def aggregate(self, logits: Tensor) -> Tensor:
-        """``[B, classes]``, float32, by the defence's aggregation.
-
-        Args:
-            logits: ``[B, S, classes]``.
-        """
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        if self.aggregation == "mean":
-            return aggregate(logits, "mean")
-        return aggregate(torch.log_softmax(logits, -1), "lse") - log(logits.shape[1])
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
@@ -239,9 +226,6 @@ class Atop(Defence):
     def purifier_dtype(self) -> torch.dtype:
         """The precision of the purifier's weights."""
         return dtype_of(self.purifier.module)
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return (self._refine,)
 
     save = save_defence
 

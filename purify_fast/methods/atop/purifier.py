@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ...models.representation import evaluation_mode
 from ...protocols import HasOriginalLoss
+from ..base import answer_of
 from .generators import DeepFillGenerator, SmallGenerator
 from .masked_autoencoder import MaskedAutoencoder
 
@@ -43,25 +43,6 @@ def build_purifier(
     if name == "masked_autoencoder":
         return MaskedAutoencoder(image_shape, **options)
     return PURIFIERS[name](image_shape[0] + (2 if name == "deepfill" else 0), **options)
-
-
-def description(purifier: nn.Module) -> dict[str, Any]:
-    """The facts that make the purifier again, JSON values; for a module of a user's own only the name of its class."""
-    for name, kind in PURIFIERS.items():
-        if type(purifier) is kind:
-            return {"kind": name, "arguments": purifier.arguments}
-    return {"kind": type(purifier).__qualname__, "arguments": None}
-
-
-def rebuilt_purifier(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
-    """The purifier of a saved `description`, or the given module if its kind is the same; else ValueError."""
-    if given is None:
-        if facts["kind"] not in PURIFIERS:
-            raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
-        return PURIFIERS[facts["kind"]](**facts["arguments"])
-    if description(given) != facts:
-        raise ValueError(f"purifier: {folder} holds {facts}, got {description(given)}")
-    return given
 
 
 class PurifierAdapter(nn.Module):
@@ -102,13 +83,9 @@ class PurifierAdapter(nn.Module):
         packed[1, channels + 1, : (h + 1) // 2] = 1
         name = type(self.module).__name__
         given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
-        try:
-            with evaluation_mode(self.module), torch.no_grad():
-                version = packed._version
-                images = self._run(packed)
-                self._overwrites = packed._version != version
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
+        version = packed._version
+        images = answer_of("purifier", self.module, f"images {given}", lambda: self._run(packed))
+        self._overwrites = packed._version != version
         want = [2, channels, h, w]
         actual = [(list(image.shape), image.dtype) if isinstance(image, Tensor) else type(image) for image in images]
         shaped = all(isinstance(image, Tensor) and list(image.shape) == want for image in images)

@@ -67,8 +67,10 @@ class ReleasedEvaluation(nn.Module):
         mask = torch.zeros_like(x[:, :1])
         if self.hides:
             seed, ids = defence.noise(len(x), x.device)
-            hides = {"block": defence.block, "mask_ratio": 1 / PARTS, "shared_mask": True}
-            drawn, _ = random_transform(x.detach(), seed, ids.expand(len(x)), sigma=0.0, **hides)
+            ids, block = ids.expand(len(x)), defence.block
+            drawn, _ = random_transform(
+                x.detach(), seed, ids, sigma=0.0, block=block, mask_ratio=1 / PARTS, shared_mask=True
+            )
             mask = drawn[:, -1:]
         packed = torch.cat([x * (1 - mask), torch.ones_like(mask), mask], 1)
         images = (defence.stages(packed)[-1] + 1) / 2

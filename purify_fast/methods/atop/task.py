@@ -12,9 +12,8 @@ L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2; in the official 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from torch.nn import functional as F
 from ...attacks import fgsm
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
-from ...training.schedules import RunLength, one_cycle
+from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
-from ..base import PurifierTask, noise_of
+from ..base import PurifierTask, cross_entropy_of, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, hide_free_form, patch_depth
 from .defence import Atop
@@ -82,8 +81,28 @@ class Passes:
     packed: Tensor
 
 
-def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
-    """The transform and the purifier on one batch.
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of the purifier in a step.
+
+    Args:
+        rebuild: the images that are to be rebuilt, ``[B, C, H, W]`` in [0, 1].
+        packed: what the purifier sees: T inputs for these images, and behind them T for the classifier's if those are
+            other images.
+        count: T.
+        owners: the passes of each block, as `Atop.draw` gives them.
+        cls_weight: lambda, 0 while the cross-entropy does not act yet.
+    """
+
+    rebuild: Tensor
+    packed: Tensor
+    count: int
+    owners: Tensor
+    cls_weight: float
+
+
+def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Inputs:
+    """The images of a batch, attacked and transformed.
 
     If the L1 term and the classifier see the same images, one pass serves both; if not, one pass has twice the images.
     While lambda is 0 the inputs of the cross-entropy alone are not computed.
@@ -95,39 +114,60 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         graphs: captures the attack's step, if given.
     """
     weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
-    rebuild = batch.x
-    both = weight > 0 and config.attack_method != "none" and config.reconstruction_target == "clean"
-    if both or config.reconstruction_target == "adversarial":
-        adversarial = attacked(defence, batch, config, graphs)
-        rebuild = rebuild if both else adversarial
+    rebuilds_clean = config.reconstruction_target == "clean"
+    classifies_others = weight > 0 and config.attack_method != "none" and rebuilds_clean
+    adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
+    rebuild = batch.x if rebuilds_clean else adversarial
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     if config.masks == "free_form":
         seen = rebuild.to(defence.purifier_dtype)
         packed, owners = hide_free_form(seen, seed, batch.sample_ids, shared=defence.shared_mask)
     else:
         packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
-    rows = len(packed)
-    if both:  # the same noise and mask
+    count = len(packed)
+    if classifies_others:  # the same noise and mask
         packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
-    images = defence.stages(packed)
-    target = (2 * rebuild - 1).to(images[-1].dtype)
+    return Inputs(rebuild, packed, count, owners, weight)
+
+
+def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, images: tuple[Tensor, ...]) -> Passes:
+    """The losses of the purifier's images.
+
+    Args:
+        defence: the defence whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+        given: the purifier's inputs.
+        images: the purifier's images of every stage.
+    """
+    count, samples = given.count, len(given.owners)
+    target = (2 * given.rebuild - 1).to(images[-1].dtype)
     # sample by sample, with N passes for each of its images
-    samples = len(owners)
-    target = target.repeat_interleave(rows // (samples * len(rebuild)), 0).repeat(samples, 1, 1, 1)
-    reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
+    target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
+    reconstruction = defence.purifier.original_loss([image[:count] for image in images], target).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
-    if weight > 0:
-        purified = defence.join(images[-1][-rows:], owners)  # [S, B, C, H, W]
+    if given.cls_weight > 0:
+        purified = defence.join(images[-1][-count:], given.owners)  # [S, B, C, H, W]
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1
-        logits = defence.classify(purified).flatten(0, 1)
-        labels = batch.y.repeat(len(purified))
-        cross_entropy = F.cross_entropy(logits, labels)
-        loss = loss + weight * cross_entropy
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        cross_entropy, accuracy = cross_entropy_of(defence.classify(purified).flatten(0, 1), batch.y.repeat(samples))
+        loss = loss + given.cls_weight * cross_entropy
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    return Passes(loss, metrics, target, refined=images[-1][:rows], packed=packed[:rows])
+    return Passes(loss, metrics, target, refined=images[-1][:count], packed=given.packed[:count])
+
+
+def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
+    """The attack, the transform and the purifier on one batch.
+
+    Args:
+        defence: the defence whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+        graphs: captures the attack's step, if given.
+    """
+    given = inputs(defence, batch, config, graphs)
+    return losses(defence, batch, config, given, defence.stages(given.packed))
 
 
 def training_loss(
@@ -149,7 +189,7 @@ def training_loss(
             does not compute.
     """
     config = AtopConfig() if config is None else config
-    if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
+    if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
         raise ValueError(
             f"precision {config.precision!r} must be that of the defence: call accelerate(torch.bfloat16) or "
             "accelerate(None) on it first"
@@ -200,11 +240,6 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
-def computes_in_bfloat16(defence: Atop) -> bool:
-    """Tell whether a defence is accelerated in bfloat16."""
-    return defence.fast is not None and defence.fast.dtype == torch.bfloat16
-
-
 class AtopTask(PurifierTask[Atop]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
@@ -222,21 +257,20 @@ class AtopTask(PurifierTask[Atop]):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        # a defence in this precision stays as it is: it may be compiled
-        if (config.precision == "bfloat16") != computes_in_bfloat16(defence):
-            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
-        defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
         trained = [p for p in defence.purifier.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "foreach": True}
-        self._optimizers: dict[str, torch.optim.Optimizer] = {"purifier": torch.optim.Adam(trained, **options)}
+
+        def adam(weights: Iterable[Tensor]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(weights, config.learning_rate, config.betas, foreach=True)
+
+        self._optimizers = {"purifier": adam(trained)}
         if config.gan_grad:
             channels, *size = defence.image_shape
             discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
             self.discriminator = discriminator.to(trained[0].device)
             # models that are trained together share a checkpoint
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
-            self._optimizers["discriminator"] = torch.optim.Adam(discriminator.parameters(), **options)
+            self._optimizers["discriminator"] = adam(discriminator.parameters())
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -289,7 +323,3 @@ class AtopTask(PurifierTask[Atop]):
         if self.discriminator is not None and config.gan_weight > 0:
             acts["deceived"] = 0
         return acts
-
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        rate = self.config.learning_rate
-        return rate if self.config.schedule == "constant" else one_cycle(progress, rate)

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from ...defences.stochastic import WithAggregation as WithAggregation
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
-    from .layer_ranking import rank_layers as rank_layers
     from .networks import Decoder as Decoder
     from .networks import Deconvolution as Deconvolution
     from .networks import PackedDecoder as PackedDecoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -121,14 +121,21 @@ class CarsoConfig:
             return self.kl_delay * epochs, "epochs"
         return self.kl_delay, self.kl_delay_unit
 
-    def for_statistics(self, std: Sequence[float]) -> CarsoConfig:
-        """This config with eps in pixel units.
 
-        Args:
-            std: the standard deviations that normalize the images, one per channel.
-        """
-        scale = len(std) / sum(std) if self.eps_mode == "official_code" else 1.0
-        return replace(self, attack=replace(self.attack, eps=self.attack.eps * scale), eps_mode="paper")
+# A step asks for it, and it changes with the epoch alone.
+@functools.lru_cache(maxsize=8)
+def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
+    """The settings of one epoch, with eps in pixel units.
+
+    Args:
+        config: the settings of the training.
+        std: the standard deviations that normalize the images, one per channel.
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+    """
+    attack = config.attack.at_epoch(epoch, epochs)
+    scale = len(std) / sum(std) if config.eps_mode == "official_code" else 1.0
+    return replace(config, attack=replace(attack, eps=attack.eps * scale), eps_mode="paper")
 
 
 def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:

@@ -11,7 +11,7 @@ gradient attacks by NaN. The logsumexp taken here makes the same decisions with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import write_stamp
+from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import latents
-from ...speed.folding.inference_copy import Accelerated, pad_batch
+from ...speed.folding.inference_copy import pad_batch
 from ..base import save_defence
 from .networks import (
     NETWORKS,
     Decoder,
-    DecoderV1,
     Deconvolution,
     PackedDecoder,
     Plan,
@@ -79,7 +78,9 @@ class Carso(Defence):
     """
 
     draws_for_each_image = True
-    decoder: Decoder | DecoderV1
+    compiled_parts = ("condition", "decode")
+    representation: Representation
+    decoder: Decoder
     mean: Tensor
     std: Tensor
 
@@ -159,30 +160,19 @@ class Carso(Defence):
             x: images ``[B, C, H, W]`` in [0, 1].
             z: latents ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; drawn from the prior if None.
             draws: sets of K latents that are drawn, where they are drawn.
-        """
-        packed = None if z is not None or self.noise_is_off else self._packed_decoder(x.device)
-        if packed is not None:
-            seed, ids = self.noise(x.shape[0], x.device)
-            return packed(self.condition(x), seed, ids.expand(x.shape[0]), draws * self.samples)
-        return torch.sigmoid(self.reconstruction_logits(x, z, draws))
-
-    def reconstruction_logits(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
-        """Reconstructions before the sigmoid, ``[B, draws K, C, H, W]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            z: the latents, as in `reconstruct`.
-            draws: the number of draws, as in `reconstruct`.
 
         Raises:
-            ValueError: latents of another shape.
+            ValueError: images or latents of another shape.
         """
-        condition = self.condition(x)
+        self.check_images(x)
+        condition = self._run_part(self.condition, x)
+        if z is None and self.decodes_in_one_kernel():
+            return self._in_one_kernel(condition, draws)
         if z is None:
             z = self.prior_latents(x.shape[0], x.device, draws)
         elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
-        return self.decode(z.expand(x.shape[0], -1, -1).to(condition.dtype), condition)
+        return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
@@ -192,11 +182,9 @@ class Carso(Defence):
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
-        self.check_images(x)
-        return self._run_part(self._condition, x)
-
-    def _condition(self, x: Tensor) -> Tensor:
-        return self.encode(self.read(x))
+        representation = self.read(x)
+        with self._autocast(x.device):
+            return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def read(self, x: Tensor) -> list[Tensor]:
         """The classifier's representation, layer by layer, as the purifier takes it.
@@ -210,18 +198,9 @@ class Carso(Defence):
         else:
             layers = self.fast.read(x)
             if self.purifier_dtype == torch.float32:
-                # `encode` runs under autocast, so that no cast is needed here.
+                # The encoder runs under autocast, so that no cast is needed here.
                 return layers
         return [layer.to(self.purifier_dtype) for layer in layers]
-
-    def encode(self, representation: Sequence[Tensor]) -> Tensor:
-        """The condition ``[B, cond_dim]``.
-
-        Args:
-            representation: the result of `read`.
-        """
-        with self._autocast(representation[0].device):
-            return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
         """Latents ``[batch, draws K, latent_dim]`` as the current mode draws them; K = 1 without noise.
@@ -242,11 +221,22 @@ class Carso(Defence):
             z: latents ``[B, K, latent_dim]``.
             condition: ``[B, cond_dim]``.
         """
-        return self._run_part(self._decode, z, condition)
-
-    def _decode(self, z: Tensor, condition: Tensor) -> Tensor:
         with self._autocast(z.device):
-            return self.decoder(z, condition).unflatten(0, z.shape[:2]).to(self.purifier_dtype)
+            images = self.decoder(z.to(condition.dtype), condition)
+        return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
+
+    def decodes_in_one_kernel(self) -> bool:
+        """Tell whether a kernel draws the latents and decodes them: never where its weights' gradient may be wanted."""
+        if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
+            return False
+        return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
+
+    def _in_one_kernel(self, condition: Tensor, draws: int) -> Tensor:
+        """The images of the kernel, ``[B, draws K, C, H, W]``."""
+        self.prepare_replay()
+        assert self.fast is not None
+        seed, ids = self.noise(len(condition), condition.device)
+        return self.fast.packed(condition, seed, ids.expand(len(condition)), draws * self.samples)
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x, c), each ``[B, latent_dim]``; training only.
@@ -286,50 +276,15 @@ class Carso(Defence):
     @property
     def purifier_dtype(self) -> torch.dtype:
         """The precision of the purifier's weights."""
-        return self._last_bias.dtype
+        return dtype_of(self.decoder)
 
-    @property
-    def _last_bias(self) -> Tensor:
-        # The last bias is looked at in place of all weights: they share a dtype and are updated together.
-        return self.decoder.stack[-1].get_parameter("bias")
+    def _weight_to_pack(self) -> Tensor | None:
+        bias = self.decoder.stack[-1].get_parameter("bias")
+        serves = not self.training and bias.dtype == torch.float32 and kernel_decodes(bias.device)
+        return bias if serves else None
 
-    def _reader(self) -> Representation:
-        return self.representation
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return self._condition, self._decode
-
-    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        fast = super()._make_copies(settings)
-        if settings["dtype"] == torch.bfloat16 and not self.training and kernel_decodes(self._last_bias.device):
-            self._pack(fast)
-        return fast
-
-    @torch.inference_mode(False)
-    def _pack(self, fast: Accelerated) -> None:
-        # Made outside inference mode, because attacks differentiate through it. Earlier contents are overwritten
-        # where it lies, so that a captured attack step sees the new weights.
-        if fast.packed is None:
-            fast.packed = PackedDecoder(self.decoder)
-        else:
-            fast.packed.refill(self.decoder)
-        fast.packed_from = write_stamp(self._last_bias)
-
-    def prepare_replay(self) -> None:
-        """Pack the decoder's weights where they were packed before, if they have changed (`PreparesReplay`)."""
-        self._packed_decoder(self._last_bias.device)
-
-    def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
-        """The decoder as one op, if a kernel serves it and nobody can ask for the gradient of its weights."""
-        fast, bias = self.fast, self._last_bias
-        if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
-            return None
-        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters())
-        if trained or not kernel_decodes(device):
-            return None
-        if fast.packed is None or fast.packed_from != write_stamp(bias):
-            self._pack(fast)
-        return fast.packed
+    def _pack(self) -> PackedDecoder:
+        return PackedDecoder(self.decoder)
 
     # -- the published systems, training and files --------------------------------------------------------------------
 

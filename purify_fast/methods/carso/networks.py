@@ -105,14 +105,16 @@ class PosteriorEncoder(nn.Module):
 
     def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
         super().__init__()
+        self.image, self.joint, size = self._layers(image_shape, cond_dim, latent_dim)
+        self.mean = nn.Linear(size, latent_dim)
+        self.log_variance = nn.Linear(size, latent_dim)
+
+    def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
+        """The layers of the image, those of image and condition, and the size of their result."""
         channels, h, w = image_shape
-        self.image = nn.Sequential(
-            conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1), nn.Flatten()
-        )
+        first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
-        self.joint = linear_block(size + cond_dim, latent_dim)
-        self.mean = nn.Linear(latent_dim, latent_dim)
-        self.log_variance = nn.Linear(latent_dim, latent_dim)
+        return nn.Sequential(first, second, nn.Flatten()), linear_block(size + cond_dim, latent_dim), latent_dim
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         h = self.joint(torch.cat([self.image(x), condition], 1))
@@ -245,16 +247,18 @@ class Decoder(nn.Module):
     """
 
     runs_in_order = True
-    #: slope of its LeakyReLU
+    #: the slope of LeakyReLU behind the layers of the stack, and whether BatchNorm stands before it
     slope = 0.2
+    normalizes = True
 
     def __init__(
         self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
     ):
         super().__init__()
-        self.latent_dim, self.start = latent_dim, start
-        self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
-        self.stack = deconvolution_stack(start, layers, image_shape)
+        self.latent_dim, self.start = latent_dim, tuple(start)
+        if self.normalizes:
+            self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
+        self.stack = deconvolution_stack(start, layers, image_shape, self.normalizes)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         # the condition's half of the adapter once per image, not once per sample
@@ -293,31 +297,23 @@ class ConditionEncoderV1(nn.Module):
         return self.joint(torch.cat([x.flatten(1) for x in representation], 1))
 
 
-class PosteriorEncoderV1(nn.Module):
+class PosteriorEncoderV1(PosteriorEncoder):
     """Image and condition -> mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
 
     A 4 x 4 convolution with just enough channels to lose no numbers, flattened beside c, two linear blocks and a tanh
     down to ``1.5 latent_dim`` (published: 96 for 64), two linear heads.
     """
 
-    runs_in_order = True
-
-    def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
-        super().__init__()
+    def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
         channels, h, w = image_shape
         if min(h, w) < 4:
             raise ValueError(f"version v1 needs images of at least 4 x 4, got {h} x {w}")
         positions = (h - 3) * (w - 3)
         detail = ceil(channels * h * w / positions)
-        self.image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
+        image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
         size, shared = detail * positions + cond_dim, 3 * latent_dim // 2
-        self.joint = nn.Sequential(*_linear_blocks(size, (size + shared) // 2, shared), nn.Tanh())
-        self.mean = nn.Linear(shared, latent_dim)
-        self.log_variance = nn.Linear(shared, latent_dim)
-
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.joint(torch.cat([self.image(x), condition], 1))
-        return self.mean(h), self.log_variance(h)
+        joint = nn.Sequential(*_linear_blocks(size, (size + shared) // 2, shared), nn.Tanh())
+        return image, joint, shared
 
 
 def decoder_plan_v1(channels: int, inputs: int) -> Plan:
@@ -330,7 +326,7 @@ def decoder_plan_v1(channels: int, inputs: int) -> Plan:
     ]
 
 
-class DecoderV1(nn.Module):
+class DecoderV1(Decoder):
     """Latent and condition, side by side at one pixel -> image logits, by transposed convolutions with bias.
 
     ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. LeakyReLU(0.01) between
@@ -340,16 +336,8 @@ class DecoderV1(nn.Module):
         ValueError: at construction, layers that do not end at image_shape.
     """
 
-    runs_in_order = True
-    #: slope of its LeakyReLU
     slope = 0.01
-
-    def __init__(
-        self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
-    ):
-        super().__init__()
-        self.latent_dim, self.start = latent_dim, tuple(start)
-        self.stack = deconvolution_stack(start, layers, image_shape, batch_norm=False)
+    normalizes = False
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)
@@ -384,12 +372,12 @@ class PackedDecoder(nn.Module):
     bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder | DecoderV1, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, decoder: Decoder, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
             raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
         layers: list[Any] = list(decoder.stack)
-        if isinstance(decoder, Decoder):
+        if decoder.normalizes:
             start = decoder.start
             joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
             shift = decoder.adapter.bias.double().view(start)
@@ -428,21 +416,8 @@ class PackedDecoder(nn.Module):
         layers = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights.layers)
         return Weights(weights.first.contiguous(), layers, weights.biases)
 
-    @torch.no_grad()
-    def refill(self, decoder: Decoder | DecoderV1) -> None:
-        """Copy the weights that a decoder has now into the memory of the old ones.
-
-        Args:
-            decoder: a decoder with the sizes of the copied one, in evaluation mode.
-
-        Raises:
-            ValueError: the decoder is in training mode.
-        """
-        new = PackedDecoder(decoder, self.packed.dtype)
-        for old, value in zip(self._tensors(), new._tensors(), strict=True):
-            old.copy_(value)
-
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All tensors that it computes with."""
         layers = self._layers
         return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
 

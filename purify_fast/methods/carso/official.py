@@ -23,7 +23,7 @@ from ..._validation import check_shapes
 from ...models.foreign import read_weights
 from ...models.layers import Normalize
 from ...protocols import NamesRepresentation
-from .networks import PUBLISHED, Decoder, DecoderV1, Deconvolution, published_decoder
+from .networks import PUBLISHED, Decoder, Deconvolution, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
 #: The tensors of each of `PARTS` by their official names.
@@ -109,9 +109,7 @@ def fill(condition_encoder: nn.Module, decoder: nn.Module, files: dict[Path, dic
             tensor.copy_(tensors[name])
 
 
-def write_official(
-    condition_encoder: nn.Module, decoder: Decoder | DecoderV1, directory: str | Path, stem: str
-) -> None:
+def write_official(condition_encoder: nn.Module, decoder: Decoder, directory: str | Path, stem: str) -> None:
     """Write the three official files, each whole or absent; see `Carso.save_official`."""
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:

@@ -32,11 +32,11 @@ class CarsoRecipe(Recipe):
     def build_classifier(self) -> nn.Module:
         """The system's classifier, with fresh weights; the published ones are not part of this package."""
         channels, *size = self.image_shape
-        options: dict[str, Any] = {"mean": self["data.mean"], "std": self["data.std"], "in_channels": channels}
-        options["num_classes"] = self["data.num_classes"]
-        if self["classifier.name"] == "wide_resnet":
-            return WideResNet(self["classifier.depth"], self["classifier.width"], **options)
-        return FullyConnected(image_size=size, **options)
+        mean, std, classes = self["data.mean"], self["data.std"], self["data.num_classes"]
+        if self["classifier.name"] == "fully_connected":
+            return FullyConnected(channels, classes, mean=mean, std=std, image_size=size)
+        depth, width = self["classifier.depth"], self["classifier.width"]
+        return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
         """The settings of the training.

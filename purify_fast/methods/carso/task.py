@@ -19,24 +19,24 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.pgd import fgsm, pgd, pgd_and_fgsm
+from ...attacks.pgd import fgsm, pgd
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
-from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
+from ...training.schedules import RunLength, carso_published, carso_v1_published
 from ...training.task import Batch, Metrics
 from ..base import PurifierTask, noise_of
-from .config import CarsoConfig, atom_size
+from .config import CarsoConfig, atom_size, config_in_epoch
 from .defence import Carso
 
 
@@ -58,8 +58,7 @@ def balanced_batch(
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    All four attacks share one call, with a radius per image. With a bank, the images that it has are read, and the
-    others are attacked in two calls.
+    Each attack has a radius per image. With a bank, the images that it has are read, and the others are attacked.
 
     Every process lays out its own share of the batch, as the official code does. If the number of processes divides the
     images per attack, `atom_size` of the whole batch, the shares of `purify_fast.data.batches` attack the same images
@@ -85,22 +84,27 @@ def balanced_batch(
     clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
     eps = torch.full((2 * atom,), attack.eps, device=x.device)
     eps[:atom] /= 2
-    options: dict[str, Any] = {"norm": attack.norm, "graphs": graphs}
-    starts: dict[str, Any] = {"steps": attack.steps, "seed": batch.seed}
+    eps = eps.repeat(2)
 
     def make(rows: Tensor | None) -> Tensor:
-        if rows is None:
-            step = attack.step_size(eps)
-            return pgd_and_fgsm(
-                classifier, clean, y, eps=eps.repeat(2), alpha=step, sample_ids=ids, **starts, **options
-            )
-        slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        weak_or_strong = eps[slow]
-        step = attack.step_size(weak_or_strong)
+        slow: slice | Tensor = slice(2 * atom)
+        fast: slice | Tensor = slice(2 * atom, None)
+        if rows is not None:
+            slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
         by_pgd = pgd(
-            classifier, clean[slow], y[slow], eps=weak_or_strong, alpha=step, sample_ids=ids[slow], **starts, **options
+            classifier,
+            clean[slow],
+            y[slow],
+            eps=eps[slow],
+            alpha=attack.step_size(eps[slow]),
+            steps=attack.steps,
+            norm=attack.norm,
+            seed=batch.seed,
+            sample_ids=ids[slow],
+            graphs=graphs,
         )
-        return torch.cat([by_pgd, fgsm(classifier, clean[fast], y[fast], eps=eps.repeat(2)[fast], **options)])
+        by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], norm=attack.norm, graphs=graphs)
+        return torch.cat([by_pgd, by_fgsm])
 
     if batch.bank is None:
         adversarial = make(None)
@@ -123,12 +127,9 @@ def published_step(
     Returns:
         The loss over the batch, and its two terms per image.
     """
-    config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
-    config = config.for_statistics(defence.arguments["std"])
+    config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
-    with torch.no_grad():  # the representation is data to the purifier
-        representation = defence.read(perturbed)
-    condition = defence.encode(representation)
+    condition = defence.condition(perturbed)
     mean, log_variance = defence.posterior(perturbed, condition)
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
@@ -187,7 +188,9 @@ def pipeline_step(
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     with as_trained(defence, batch, config):
-        logits = defence.reconstruction_logits(config.attack.run(defence, batch, graphs=graphs))
+        adversarial = config.attack.run(defence, batch, graphs=graphs)
+        condition = defence.condition(adversarial)
+        logits = defence.decode(defence.prior_latents(len(adversarial), adversarial.device), condition)
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     labels = batch.y.repeat_interleave(config.train_samples)
     targets = batch.x.repeat_interleave(config.train_samples, 0)
@@ -198,12 +201,16 @@ def pipeline_step(
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
         wanted = wanted.repeat_interleave(config.train_samples, 0)
-        options: dict[str, Any] = {"reduction": "batchmean", "log_target": True}
-        name, distance = "divergence", F.kl_div(predictions.float().log_softmax(1), wanted, **options)
+        found = predictions.float().log_softmax(1)
+        name, distance = "divergence", F.kl_div(found, wanted, reduction="batchmean", log_target=True)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
     accuracy = (predictions.detach().argmax(1) == labels).float().mean()
     metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
     return distance + config.reconstruction_weight * reconstruction, metrics
+
+
+#: The loss of a batch, by the target of the training's attacks.
+STEPS = {"classifier": published_step, "pipeline": pipeline_step}
 
 
 def training_loss(
@@ -222,8 +229,7 @@ def training_loss(
         The loss to minimize, and detached metrics.
     """
     config = CarsoConfig() if config is None else config
-    step = published_step if config.attack_target == "classifier" else pipeline_step
-    return step(defence, batch, config, graphs)
+    return STEPS[config.attack_target](defence, batch, config, graphs)
 
 
 class CarsoTask(PurifierTask[Carso]):
@@ -239,38 +245,39 @@ class CarsoTask(PurifierTask[Carso]):
     """
 
     name = "carso"
+    published: ClassVar = {"published": carso_published, "published_v1": carso_v1_published}
     config: CarsoConfig
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
-        else:  # an earlier task may have released it
-            defence.classifier.requires_grad_(False)
         trainable = [p for p in defence.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
-        self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(trainable, **options)
-        else:
-            inner = torch.optim.RAdam(trainable, decoupled_weight_decay=True, **options)
-            self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
+            self.optimizer = self.adamw(trainable)
+            return
+        rate, decay = config.learning_rate, config.weight_decay
+        inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
+        self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return training_loss(self.defence, batch, self.config, self.graphs)
+        return STEPS[self.config.attack_target](self.defence, batch, self.config, self.graphs)
 
     def frozen_attacks(self) -> FrozenAttacks | None:
-        config = self.config.for_statistics(self.defence.arguments["std"])
+        config = self.config
         if config.attack_target != "classifier" or config.adversarial_fraction == 0:
             return None
+        # this refuses a radius that rises from epoch to epoch
+        facts = self.attack_facts(config.attack)
+        config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
         # in the order of `balanced_batch`
         attacks = tuple(
             FrozenAttack(eps, random, share=config.adversarial_fraction / 4)
             for random in (True, False)
             for eps in (config.attack.eps / 2, config.attack.eps)
         )
-        return FrozenAttacks(attacks, config.attack.norm, self.attack_facts(config.attack))
+        return FrozenAttacks(attacks, config.attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
@@ -299,12 +306,6 @@ class CarsoTask(PurifierTask[Carso]):
             except ValueError as error:
                 raise ValueError(f"drop_last=False keeps a last batch of {images} images: {error}") from error
 
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        peak = self.config.learning_rate
-        if self.config.schedule == "one_cycle":
-            return one_cycle(progress, peak)
-        return (carso_published if self.config.schedule == "published" else carso_v1_published)(epoch, epochs, peak)
-
     def validate(self, batch: Batch) -> Metrics:
         """The training's loss per image, and its metrics.
 
@@ -315,5 +316,5 @@ class CarsoTask(PurifierTask[Carso]):
         # the sum over a batch would count them twice.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
-            loss, metrics = training_loss(self.defence, batch, config, self.graphs)
+            loss, metrics = STEPS[config.attack_target](self.defence, batch, config, self.graphs)
         return {"loss": loss.detach(), **metrics}

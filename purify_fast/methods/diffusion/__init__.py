@@ -8,12 +8,12 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import DiffusionConfig as DiffusionConfig
-    from .consistency import ConsistencyTask as ConsistencyTask
     from .defence import DiffusionPurifier as DiffusionPurifier
     from .denoiser import load_denoiser as load_denoiser
     from .denoiser import save_denoiser as save_denoiser
     from .process import Process as Process
     from .schedule import Schedule as Schedule
+    from .task import ConsistencyTask as ConsistencyTask
     from .task import DiffusionTask as DiffusionTask
     from .task import PurificationTask as PurificationTask
 

@@ -16,7 +16,7 @@ class DiffusionConfig:
     Three trainings share these settings. Without an attack the denoiser learns to predict the noise that the diffusion
     added to clean images (paper). With an attack a trained denoiser is fine-tuned inside a purifier, on images that are
     attacked through the whole purification (own; `purify_fast.methods.diffusion.task`). With intervals a trained
-    denoiser is distilled into a denoiser of one evaluation (`purify_fast.methods.diffusion.consistency`).
+    denoiser is distilled into a denoiser of one evaluation (`purify_fast.methods.diffusion.ConsistencyTask`).
 
     Args:
         attack: attack of the second training, with eps above 0; eps 0 selects another training.

@@ -21,27 +21,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
-from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of, first_tensor, write_stamp
+from ..._tensors import dtype_of, first_tensor
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, draws_numbers
 from ...defences.base import Defence, refuse_wrapped
-from ...defences.voting import majority
 from ...models.representation import count_classes, evaluation_mode
-from ...ops.aggregate import aggregate
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
-from ...speed.folding.inference_copy import Accelerated
 from ..base import save_defence
-from .denoiser import Denoiser, description, read_pretrained
+from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
-from .solvers import learned_variance
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -82,6 +77,7 @@ class DiffusionPurifier(Defence):
     """
 
     draws_for_each_image = True
+    compiled_parts = ("_predict",)
     _rows: Tensor
 
     def __init__(
@@ -117,7 +113,7 @@ class DiffusionPurifier(Defence):
             "aggregation": aggregation,
             "max_forward_batch": max_forward_batch,
             "last_time": last_time,
-            "denoiser": description(denoiser),
+            "denoiser": described_denoiser(denoiser),
         }
         self._ready()
         blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
@@ -147,7 +143,7 @@ class DiffusionPurifier(Defence):
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
-    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
+    def purify(self, x: Tensor, draws: int = 1, visit: Visit | None = None) -> Tensor:
         """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory that ``keep`` allows.
 
         They are in [0, 1], unless the process does not clip.
@@ -155,11 +151,27 @@ class DiffusionPurifier(Defence):
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of sets of K draws, at most 65,536 draws.
+            visit: sees the states on the way, of one part of the rows after the other.
 
         Raises:
             ValueError: images have another shape, or there are more draws.
         """
-        return self._purified(x, draws)
+        self.check_images(x)
+        if draws * self.samples > STEPS:
+            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
+        noisy = not self.noise_is_off
+        count = draws * self.samples if noisy else 1
+        seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
+        images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
+        # There is a row for each draw of each image.
+        rows = images.repeat_interleave(count, 0)
+        names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
+        most = self.max_forward_batch or max(1, len(rows))
+        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
+        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
+        return self._as_images(purified).unflatten(0, (len(x), count))
 
     def purify_with_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Purified images, and the mean square difference of the ways there and back; both differentiable to x.
@@ -187,28 +199,9 @@ class DiffusionPurifier(Defence):
                 parts.append([])
             parts[-1].append((state - noised).square().flatten(1).mean(1))
 
-        purified = self._purified(x, 1, visit)
+        purified = self.purify(x, visit=visit)
         apart = torch.cat([torch.stack(part).mean(0) for part in parts])
         return purified, apart.unflatten(0, purified.shape[:2]).mean(1)
-
-    def _purified(self, x: Tensor, draws: int, visit: Visit | None = None) -> Tensor:
-        """`purify`; ``visit`` sees the states on the way, of one part of the rows after the other."""
-        self.check_images(x)
-        if draws * self.samples > STEPS:
-            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
-        noisy = not self.noise_is_off
-        count = draws * self.samples if noisy else 1
-        seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
-        images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
-        # There is a row for each draw of each image.
-        rows = images.repeat_interleave(count, 0)
-        names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
-        most = self.max_forward_batch or max(1, len(rows))
-        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
-        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
-        return self._as_images(purified).unflatten(0, (len(x), count))
 
     def _as_images(self, state: Tensor) -> Tensor:
         """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may leave [0, 1]."""
@@ -229,8 +222,8 @@ class DiffusionPurifier(Defence):
         network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
-            name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[word : word + 1]}
-            return diffusion_step(x, prediction, row, **name, noisy=noisy and adds_noise)
+            at, noisy_step = self._rows[word : word + 1], noisy and adds_noise
+            return diffusion_step(x, prediction, row, seed=seed, sample_ids=ids, draws=draws, step=at, noisy=noisy_step)
 
         def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
             if self.begins[j]:
@@ -246,7 +239,8 @@ class DiffusionPurifier(Defence):
             weight = weights[j]
             if self.process.learns_variances:
                 share = prediction[:, x.shape[1] :].to(x.dtype)
-                weight = weight * learned_variance(share, *coefficients[j, -2:])
+                log_low, log_high = coefficients[j, -2:]
+                weight = weight * torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
             return following - weight * GRADIENTS[guidance](x, target)
 
         run = partial(
@@ -276,20 +270,6 @@ class DiffusionPurifier(Defence):
         with self._autocast(x.device):
             prediction = (network or self._network)(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
-
-    def aggregate(self, logits: Tensor) -> Tensor:
-        """``[B, classes]``, float32, by the defence's aggregation.
-
-        Args:
-            logits: ``[B, K, classes]``.
-        """
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        if self.aggregation == "vote":
-            return majority(logits.transpose(0, 1))
-        if self.aggregation == "mean_softmax":
-            return aggregate(torch.log_softmax(logits, -1), "lse") - log(logits.shape[1])
-        return aggregate(logits, self.aggregation)
 
     def with_process(self, process: Process) -> DiffusionPurifier:
         """A defence that shares this denoiser and classifier and has another process; not accelerated.
@@ -361,48 +341,17 @@ class DiffusionPurifier(Defence):
         return dtype_of(self.denoiser)
 
     @property
-    def _is_frozen(self) -> bool:
-        return not self.training and not any(parameter.requires_grad for parameter in self.denoiser.parameters())
-
-    @property
     def _network(self) -> Denoiser:
         """The predicting network: for an accelerated defence a bfloat16 copy, unless the denoiser is being trained."""
-        if self.fast is not None and self.fast.packed is not None and self._is_frozen:
-            return self.fast.packed
-        return self.denoiser
-
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        return (self._predict,)
-
-    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
-        fast = super()._make_copies(settings)
-        if settings["dtype"] == torch.bfloat16 and self.purifier_dtype == torch.float32 and self._is_frozen:
-            self._pack(fast)
-        return fast
-
-    def _pack(self, fast: Accelerated) -> None:
-        """Copy the denoiser in bfloat16, in the memory of the copy before, which captured steps read."""
-        # Leave inference mode, because attacks differentiate through the copy.
-        with torch.inference_mode(False), torch.no_grad():
-            if fast.packed is None:
-                fast.packed = self.denoiser.bfloat16_copy()
-            else:
-                for copied, tensor in zip(_tensors(fast.packed), _tensors(self.denoiser), strict=True):
-                    copied.copy_(tensor)
-        fast.packed_from = self._stamp
-
-    def prepare_replay(self) -> None:
-        """Make the copy of the denoiser again if its weights have changed (`PreparesReplay`)."""
         fast = self.fast
-        if fast is None or fast.dtype != torch.bfloat16 or self.purifier_dtype != torch.float32 or not self._is_frozen:
-            return
-        if fast.packed is None or fast.packed_from != self._stamp:
-            self._pack(fast)
+        return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 
-    @property
-    def _stamp(self) -> int:
-        # All weights are updated together, so that one of them tells.
-        return write_stamp(first_tensor(self.denoiser))
+    def _weight_to_pack(self) -> Tensor | None:
+        frozen = not self.training and not any(weight.requires_grad for weight in self.denoiser.parameters())
+        return first_tensor(self.denoiser) if frozen and self.purifier_dtype == torch.float32 else None
+
+    def _pack(self) -> Denoiser:
+        return self.denoiser.bfloat16_copy()
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -427,7 +376,3 @@ class DiffusionPurifier(Defence):
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
 
     save = save_defence
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

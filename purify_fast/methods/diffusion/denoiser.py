@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor
 from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
-from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import read_model, save_model
+from ..base import answer_of, description, rebuilt
 
 #: The package's own denoisers, by the name of their class; each keeps its arguments in ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
@@ -34,27 +34,18 @@ def _diffusers_model() -> Any:
     return UNet2DModel
 
 
-def description(denoiser: nn.Module) -> dict[str, Any]:
+def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
     """JSON values from which the denoiser can be made again; for a user's own module only its class's name."""
-    name = type(denoiser).__name__
-    if type(denoiser) is DENOISERS.get(name):
-        return {"kind": name, "arguments": denoiser.arguments}
-    if name == DIFFUSERS:
-        return {"kind": name, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
-    return {"kind": type(denoiser).__qualname__, "arguments": None}
+    if type(denoiser).__name__ == DIFFUSERS:
+        return {"kind": DIFFUSERS, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
+    return description(denoiser, DENOISERS)
 
 
-def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
-    """Make the denoiser of a saved `description`, or return the given denoiser of that kind; else ValueError."""
-    if given is not None:
-        if description(given)["kind"] != facts["kind"]:
-            raise ValueError(f"purifier: {folder} holds a {facts['kind']}, got a {type(given).__qualname__}")
-        return given
-    if facts["kind"] == DIFFUSERS:
+def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
+    """Make the denoiser of a saved description, or return the given denoiser of that kind; else ValueError."""
+    if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
-    if facts["kind"] not in DENOISERS:
-        raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
-    return DENOISERS[facts["kind"]](**facts["arguments"])
+    return rebuilt(facts, given, DENOISERS, folder)
 
 
 def save_denoiser(
@@ -74,7 +65,7 @@ def save_denoiser(
         last_time: last time for which it was trained, as a share of the process.
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
-    save_model(folder, ALONE, arguments | {"denoiser": description(denoiser)}, denoiser.state_dict())
+    save_model(folder, ALONE, arguments | {"denoiser": described_denoiser(denoiser)}, denoiser.state_dict())
 
 
 def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -94,7 +85,7 @@ def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if facts["kind"] not in (ALONE, "DiffusionPurifier"):
         raise ValueError(f"{folder} holds a {facts['kind']}, not a denoiser or a purifier by diffusion")
     arguments = dict(facts["arguments"])
-    denoiser = rebuilt_denoiser(arguments.pop("denoiser"), None, str(folder))
+    denoiser = rebuilt_denoiser(arguments.pop("denoiser"), None, folder)
     denoiser.load_state_dict({name.removeprefix("denoiser.module."): tensor for name, tensor in state.items()})
     return denoiser, arguments
 
@@ -120,35 +111,29 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     if scheduler is None or not (network / "config.json").is_file():
         raise FileNotFoundError(f"{folder} needs config.json and scheduler_config.json, as diffusers' pipelines have")
     process = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))
-    steps = process.get("num_train_timesteps", 1000)
-    kinds = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
-    predictions = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
     # In diffusers "learned" is the variance itself, and "fixed_large_log" a logarithm, of which it takes the root.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
-    beta, predicted = process.get("beta_schedule", "linear"), process.get("prediction_type", "epsilon")
-    variance = process.get("variance_type", "fixed_small")
-    for name, value, known in (
-        ("beta_schedule", beta, kinds),
-        ("prediction_type", predicted, predictions),
-        ("variance_type", variance, variances),
+    found = []
+    for name, default, known in (
+        ("beta_schedule", "linear", {"linear": "linear", "squaredcos_cap_v2": "cosine"}),
+        ("prediction_type", "epsilon", {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}),
+        ("variance_type", "fixed_small", variances),
     ):
-        if value not in known:
+        if (value := process.get(name, default)) not in known:
             raise ValueError(f"{scheduler}: {name} must be one of {', '.join(known)}, got {value!r}")
+        found.append(known[value])
+    kind, prediction, variance = found
     if process.get("trained_betas") is not None or process.get("thresholding") or process.get("rescale_betas_zero_snr"):
         raise ValueError(f"{scheduler}: trained_betas, thresholding and rescale_betas_zero_snr are not supported")
     if (most := process.get("clip_sample_range", 1.0)) != 1 and process.get("clip_sample", True):
         raise ValueError(f"{scheduler}: clip_sample_range must be 1, as images are in [-1, 1], got {most}")
-    scale = steps / 1000
-    schedule: dict[str, Any] = {"kind": kinds[beta], "steps": steps}
-    if beta == "linear":
+    schedule = {"kind": kind, "steps": process.get("num_train_timesteps", 1000)}
+    if kind == "linear":
+        scale = schedule["steps"] / 1000
         schedule["first_beta"] = scale * process.get("beta_start", 1e-4)
         schedule["last_beta"] = scale * process.get("beta_end", 0.02)
-    settings = {
-        "schedule": schedule,
-        "prediction": predictions[predicted],
-        "variance": variances[variance],
-        "clip": bool(process.get("clip_sample", True)),
-    }
+    clip = bool(process.get("clip_sample", True))
+    settings = {"schedule": schedule, "prediction": prediction, "variance": variance, "clip": clip}
     denoiser = _diffusers_model().from_pretrained(str(network), local_files_only=True)
     size = denoiser.config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -178,14 +163,10 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
     averaged = whole["ema"].get("shadow_params", [])
     # The order is that of the trained parameters.
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (averaged, trained)]
-    if shapes[0] != shapes[1]:
-        at = next(
-            (i for i, (one, other) in enumerate(zip(*shapes, strict=False)) if one != other), min(map(len, shapes))
-        )
+    if [tensor.shape for tensor in averaged] != [parameter.shape for parameter in trained]:
         raise ValueError(
-            f"{path}: the moving average has {len(averaged)} tensors, the network trains {len(trained)}; "
-            f"number {at} is the first that differs"
+            f"{path}: the moving average has {len(averaged)} tensors, and their shapes are not those of the "
+            f"{len(trained)} that the network trains"
         )
     with torch.no_grad():
         for parameter, tensor in zip(trained, averaged, strict=True):
@@ -217,13 +198,9 @@ class Denoiser(nn.Module):
         channels, h, w = image_shape
         first = first_tensor(module)
         images = torch.zeros((2, *image_shape), device=first.device, dtype=first.dtype)
-        name = type(module).__name__
-        try:
-            with evaluation_mode(module), torch.no_grad():
-                result = self(images, torch.ones(2, device=first.device, dtype=torch.float64))
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            given = f"images {list(images.shape)} and times [2]"
-            raise ValueError(f"denoiser: {name} does not run on {given}: {error}") from error
+        name, given = type(module).__name__, f"images {list(images.shape)} and times [2]"
+        times = torch.ones(2, device=first.device, dtype=torch.float64)
+        result = answer_of("denoiser", module, given, lambda: self(images, times))
         shapes = [[2, channels, h, w], [2, 2 * channels, h, w]]
         if not isinstance(result, Tensor) or list(result.shape) not in shapes or not result.is_floating_point():
             got = (list(result.shape), result.dtype) if isinstance(result, Tensor) else type(result).__name__
@@ -241,6 +218,10 @@ class Denoiser(nn.Module):
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
+
+    def tensors(self) -> list[Tensor]:
+        """All of its weights and buffers."""
+        return [*self.parameters(), *self.buffers()]
 
     def bfloat16_copy(self) -> Denoiser:
         """A frozen copy whose convolutions and linear layers have bfloat16 weights, for an autocast to bfloat16."""

@@ -34,17 +34,6 @@ DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 
 
-class _LowFrequencies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return low_frequencies(grad)
-
-
 def low_frequencies(image: Tensor) -> Tensor:
     """Remove the higher frequencies of images; the result has their shape and dtype.
 
@@ -77,7 +66,10 @@ class LowFrequencyGradient(nn.Module):
         Args:
             x: images ``[B, C, H, W]``.
         """
-        return self.model(_LowFrequencies.apply(x))
+        seen = x.view_as(x)
+        if seen.requires_grad:
+            seen.register_hook(low_frequencies)
+        return self.model(seen)
 
 
 class _Added(torch.autograd.Function):
@@ -85,14 +77,13 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.loss = weight, (loss.shape, loss.dtype, loss.device)
+        ctx.of_loss = torch.full_like(loss, weight)
         return logits.view_as(logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        shape, dtype, device = ctx.loss
-        return grad, torch.full(shape, ctx.weight, dtype=dtype, device=device), None
+        return grad, ctx.of_loss, None
 
 
 class DeviatedReconstruction(nn.Module):

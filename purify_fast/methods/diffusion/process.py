@@ -2,13 +2,36 @@
 
 A step takes its numbers from a row of a table (`Table`), so that no value is read by the host. A round begins with a
 row that adds noise up to its t*; a row for each step of the solver follows.
+
+The solvers, each as the coefficients of one step from the time t to the earlier s:
+
+    x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
+
+m is the denoiser's prediction at t. With alpha and sigma at t, alpha' and sigma' at s:
+
+    noise   P = 1 / alpha,  Q = -sigma / alpha
+    x0      P = 0,          Q = 1
+    v       P = alpha,      Q = -sigma                      Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4
+
+    ddpm      with b = 1 - alpha^2 / alpha'^2:              Ho et al., arXiv 2006.11239, equation 7
+              A = b alpha' / sigma^2,  B = (1 - b)^(1/2) sigma'^2 / sigma^2,
+              d^2 = b sigma'^2 / sigma^2 (small), b (large), or between them as the denoiser says (learned)
+    ddim      d = eta sigma' / sigma b^(1/2),  e = (sigma'^2 - d^2)^(1/2),    Song et al., arXiv 2010.02502, equation 12
+              A = alpha' - e alpha / sigma,  B = e / sigma
+    vp_sde    with r = beta(t) (t - s):                     Song et al., arXiv 2011.13456, equation 6, by Euler-Maruyama
+              A = r alpha / sigma^2,  B = 1 + r / 2 - r / sigma^2,  d^2 = r
+    ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       equation 13 there, by Euler
+    one_shot  A = 1,  B = 0,  d = 0                         Carlini et al., arXiv 2206.10550, section 3
+
+The score of x_t is (alpha x0 - x) / sigma^2, which gives vp_sde and ode their A and B. DDPM's last step adds no noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from math import inf
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +40,10 @@ from ..._validation import AtLeast0, Share, check_counts, check_types
 from ...ops.diffusion_step import STEPS
 from .guidance import Guidance
 from .schedule import Schedule, Times
-from .solvers import Prediction, Solver, Variance, denoising, noising
+
+Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
+Prediction = Literal["noise", "x0", "v"]
+Variance = Literal["small", "large", "learned"]
 
 
 class Table(NamedTuple):
@@ -132,17 +158,8 @@ class Process:
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
-            steps, variances = denoising(
-                self.schedule,
-                t,
-                solver=self.solver,
-                prediction=self.prediction,
-                variance=self.variance,
-                eta=self.eta,
-                clip=self.clip,
-                denoise_last=self.denoise_last,
-            )
-            forward, told = noising(self.schedule, t[:-1]), self.schedule.told(t[:-1], self.told)
+            steps, variances = self.denoising(t)
+            forward, told = self.schedule.noising(t[:-1]), self.schedule.told(t[:-1], self.told)
             if self.learns_variances:
                 # Each step multiplies it by the variance that the denoiser chooses.
                 variances = torch.ones_like(variances)
@@ -152,3 +169,44 @@ class Process:
             rows.append(Table(steps, forward, told, weights))
             begins += [True] + [False] * len(steps)
         return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
+
+    def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of the steps of a reverse process, and the variances by which guidance moves their means.
+
+        Args:
+            times: float64 ``[n + 1]``, falling.
+
+        Returns:
+            Float64 ``[n, 8]``, as `purify_fast.ops.diffusion_step` takes them, and the variances ``[n]`` of the noise.
+            The last step adds no noise; like DDPM's code, it takes the variance of the step before.
+        """
+        t, s = times[:-1], times[1:]
+        kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
+        alpha, sigma, alpha_s = kept.sqrt(), (1 - kept).sqrt(), kept_s.sqrt()
+        zero, one = torch.zeros_like(t), torch.ones_like(t)
+        p, q = {"noise": (1 / alpha, -sigma / alpha), "x0": (zero, one), "v": (alpha, -sigma)}[self.prediction]
+        b, r = 1 - kept / kept_s, self.schedule.rate(t) * (t - s)
+        small = b * (1 - kept_s) / (1 - kept)
+        low = high = noise = zero
+        if self.solver == "ddpm":
+            image, state = b * alpha_s / sigma.square(), (1 - b).sqrt() * (1 - kept_s) / sigma.square()
+            small[-1] = small[-2] if len(t) > 1 else b[-1]
+            large = torch.cat([b[:-1], small[-1:]])
+            noise = large if self.variance == "large" else small
+            if self.variance == "learned":
+                low, high = small.log(), b.log()
+        elif self.solver == "ddim":
+            noise = self.eta**2 * small
+            rest = (1 - kept_s - noise).clamp(min=0).sqrt()
+            image, state = alpha_s - rest * alpha / sigma, rest / sigma
+        elif self.solver == "one_shot":
+            image, state = one, zero
+        else:
+            share = 1.0 if self.solver == "vp_sde" else 0.5
+            image, state = share * r * alpha / sigma.square(), 1 + r / 2 - share * r / sigma.square()
+            noise = r if self.solver == "vp_sde" else noise
+        deviation = one.clone() if self.learns_variances else noise.sqrt()
+        if self.solver == "ddpm" or self.denoise_last:
+            deviation[-1] = 0
+        columns = [p, q, torch.full_like(t, 1.0 if self.clip else inf), image, state, deviation, low, high]
+        return torch.stack(columns, -1), noise

@@ -27,7 +27,6 @@ from ...attacks import BPDA, PGD, AutoAttack
 from ...evaluation import AttackSpec
 from ...ops.diffusion_step import diffusion_step
 from .schedule import END
-from .solvers import denoising
 
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
@@ -123,8 +122,7 @@ class _Adjoint(torch.autograd.Function):
         # A backward step begins where the forward step ended.
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
-        names = ("solver", "prediction", "variance", "eta", "clip", "denoise_last")
-        rows, _ = denoising(schedule, t, **{name: getattr(process, name) for name in names})
+        rows, _ = process.denoising(t)
         rows, told = rows.to(y), schedule.told(t[:-1], process.told).to(y.device)
         for j in reversed(range(len(rows))):
             word = torch.full_like(seed, j + 1)

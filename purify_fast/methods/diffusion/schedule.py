@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import pi
+from math import inf, pi
 from typing import Annotated, Any, Literal
 
 import torch
@@ -109,6 +109,17 @@ class Schedule:
             low, high = USUAL_STEPS * self.first_beta, USUAL_STEPS * self.last_beta
             return torch.exp(-low * t - 0.5 * (high - low) * t.square())
         return _products(self, t.device)[self._step(t)]
+
+    def noising(self, t: Tensor) -> Tensor:
+        """The coefficients of the forward process, alpha x + sigma z, float64 ``[..., 8]``.
+
+        Args:
+            t: times, any shape.
+        """
+        kept = self.alpha_bar(t)
+        zero = torch.zeros_like(kept)
+        columns = [zero, zero, zero + inf, zero, kept.sqrt(), (1 - kept).sqrt(), zero, zero]
+        return torch.stack(columns, -1)
 
     def rate(self, t: Tensor) -> Tensor:
         """beta(t) of the SDE dx = -beta x / 2 dt + sqrt(beta) dw, whose discrete form has steps of 1 / N; float64.

@@ -1,4 +1,4 @@
-"""The losses of a denoiser's training: on clean images, and through the whole purification.
+"""The losses of a denoiser's training: on clean images, through the whole purification, and by distillation.
 
 On clean images, with x in [-1, 1], t uniform over the schedule's times and z ~ N(0, I), per image,
 
@@ -13,29 +13,42 @@ Through the whole purification, with x' adversarial against the defence itself, 
 
 with exact gradients of both the attack and the loss. To train a purifier by its classifier's cross-entropy is AToP's
 idea (arXiv 2401.16352); ADBM (arXiv 2408.00315) fine-tunes a denoiser on adversarial images too, by another loss.
+
+Distillation makes a denoiser of one evaluation, which gives the end of the way back. The process up to the last time
+is divided into intervals. For an image x in [-1, 1], z ~ N(0, I) and an interval from
+the time t to the earlier s, each interval as often,
+
+    x_t = alpha x + sigma z,   x_s = the teacher's DDIM step from x_t,
+    L = mean (F(x_t, t) - G(x_s, s))^2,   G(x_s, s) = x_s where s ends the process
+
+F is the image that the denoiser predicts, and G the image that the moving average of its weights predicts, without a
+gradient and clipped to [-1, 1]. So all states on one way of the teacher's probability flow are led to the image at
+its end. Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv 2303.01469, algorithm 2; there the intervals are those of
+another schedule, and LPIPS is the distance for large images.
+
+An ordinary denoiser has learned the mean of all images that may have become x_t. So has the velocity of a flow matched
+along straight lines (Lipman et al., ICLR 2023, arXiv 2210.02747) after a single step. Here the result is one image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
-from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.config import settings
-from ...training.moving_average import moving_average
-from ...training.schedules import RunLength, one_cycle
-from ...training.task import Batch, Metrics, Task
-from ..base import PurifierTask, noise_of
+from ...training.schedules import RunLength
+from ...training.task import Batch, Metrics
+from ..base import MethodTask, PurifierTask, answer_of, cross_entropy_of, noise_of
 from .config import DiffusionConfig
 from .defence import DiffusionPurifier
 from .process import Process
@@ -64,9 +77,10 @@ def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
         batch: the images.
     """
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-    use: dict[str, Any] = {"stream": Stream.DIFFUSION_TRAINING}
-    noise = philox(seed, batch.sample_ids, batch.x[0].numel(), distribution="normal", **use).view_as(batch.x)
-    return noise, philox(seed, batch.sample_ids, 1, first_draw=1, **use).flatten()
+    stream = Stream.DIFFUSION_TRAINING
+    noise = philox(seed, batch.sample_ids, batch.x[0].numel(), stream=stream, distribution="normal")
+    uniform = philox(seed, batch.sample_ids, 1, stream=stream, first_draw=1)
+    return noise.view_as(batch.x), uniform.flatten()
 
 
 def products_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -118,8 +132,7 @@ def purification_loss(
         # The loss uses other draws than the attack has seen.
         purified = defence.purify(adversarial)
     logits, labels = defence.classify(purified).flatten(0, 1), batch.y.repeat_interleave(purified.shape[1])
-    cross_entropy = F.cross_entropy(logits, labels)
-    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    cross_entropy, accuracy = cross_entropy_of(logits, labels)
     loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
     if config.denoising_weight > 0:
         denoising = denoising_loss(defence.denoiser, batch, defence.process, config)
@@ -127,7 +140,7 @@ def purification_loss(
     return loss, metrics
 
 
-class DiffusionTask(Task):
+class DiffusionTask(MethodTask):
     """Trains a denoiser on clean images in `purify_fast.training.fit`.
 
     Args:
@@ -145,18 +158,12 @@ class DiffusionTask(Task):
 
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
         self.refuse(config)
-        self.denoiser, self.config, self.origin = denoiser, config, origin
+        super().__init__(config)
+        self.denoiser, self.origin = denoiser, origin
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
-        self.tf32 = config.precision == "tf32"
-        self.optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
-        self.average: AveragedModel | None = None
+        self.optimizer = self.adamw(denoiser.parameters())
         self.model: nn.Module = denoiser
-        if config.ema_decay > 0:
-            self.average = moving_average(denoiser, config.ema_decay, warm_up=True)
-            # Networks that are trained together share a checkpoint.
-            self.model = nn.ModuleDict({"denoiser": denoiser, "average": self.average})
+        self.keep_average("denoiser", denoiser, config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
         """ValueError if settings select another training.
@@ -178,18 +185,8 @@ class DiffusionTask(Task):
         """
         return denoising_loss(denoiser, batch, self.process, self.config)
 
-    @property
-    def result(self) -> nn.Module:
-        """The trained denoiser: the moving average if there is one, else the given denoiser."""
-        return self.denoiser if self.average is None else self.average.module
-
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}
-
-    def after_step(self) -> None:
-        """Update the moving average of the weights."""
-        if self.average is not None:
-            self.average.update_parameters(self.denoiser)
 
     def validate(self, batch: Batch) -> Metrics:
         """The loss of the result.
@@ -203,22 +200,15 @@ class DiffusionTask(Task):
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"loss": 0}
 
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        return one_cycle(progress, self.config.learning_rate)
-
     def describe(self) -> dict[str, Any]:
         facts = {"structure": structure_fingerprint(self.denoiser), "origin": self.origin}
         return {"task": self.name, **settings(self.config), **facts}
 
-    @torch.no_grad()
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         weight = first_tensor(self.denoiser)
         image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
-        with evaluation_mode(self.denoiser):
-            try:
-                predicted = self.denoiser(image, image.new_zeros(1))
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(f"x: the denoiser does not run on images {list(shape)}: {error}") from error
+        given = f"images {list(shape)}"
+        predicted = answer_of("x", self.denoiser, given, lambda: self.denoiser(image, image.new_zeros(1)))
         if predicted.shape != image.shape:
             raise ValueError(
                 f"x: of an image {list(image.shape)} the denoiser must predict as much, got {list(predicted.shape)}"
@@ -245,23 +235,12 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
         if not config.attack.eps > 0:
             raise ValueError(f"eps must be above 0 to train through the purification, got {config.attack.eps}")
         super().__init__(defence, config, origin)
-        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.denoiser.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            defence.denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
-        self.average: AveragedModel | None = None
-        if config.ema_decay > 0:
-            self.average = moving_average(defence.denoiser, config.ema_decay, warm_up=True)
-            self.model = nn.ModuleDict({"defence": defence, "average": self.average})
+        self.optimizer = self.adamw(defence.denoiser.parameters())
+        self.keep_average("defence", defence.denoiser, config.ema_decay, warm_up=True)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return purification_loss(self.defence, batch, self.config, self.graphs)
-
-    def after_step(self) -> None:
-        """Update the moving average of the weights."""
-        if self.average is not None:
-            self.average.update_parameters(self.defence.denoiser)
 
     def finish(self) -> None:
         """Leave the moving average in the defence, if there is one."""
@@ -272,5 +251,78 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"cross_entropy": 0} | ({"denoising": 0} if self.config.denoising_weight > 0 else {})
 
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        return one_cycle(progress, self.config.learning_rate)
+
+class ConsistencyTask(DiffusionTask):
+    """Distills a denoiser into a denoiser of one evaluation in `purify_fast.training.fit`.
+
+    The result is for the solver ``one_shot`` of `purify_fast.methods.diffusion.Process`.
+
+    Args:
+        denoiser: trained denoiser, as `DiffusionTask` takes it. It is trained in place, and a copy of its weights is
+            the teacher.
+        config: settings of the training, with intervals.
+        origin: start of the denoiser; a run is resumed only with the same origin.
+        process: process that the denoiser was trained on, or its fields, for its schedule, predicted quantity and units
+            of time; None: config's.
+
+    Raises:
+        ValueError: config has no intervals, or too many for the schedule.
+    """
+
+    name = "consistency"
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        config: DiffusionConfig,
+        origin: str = "scratch",
+        process: Process | Mapping[str, Any] | None = None,
+    ):
+        super().__init__(denoiser, config, origin)
+        known = self.process if process is None else Process.of(process)
+        self.process = Process(known.schedule, known.prediction, known.times, solver="ddim")
+        self.process.schedule.times(config.last_time, config.intervals)
+        self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
+
+    def refuse(self, config: DiffusionConfig) -> None:
+        """ValueError if settings select another training.
+
+        Args:
+            config: the settings.
+        """
+        if not config.intervals:
+            raise ValueError("intervals must be at least 1 to distill a denoiser, got 0")
+
+    def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
+        """The loss of one batch, float32.
+
+        Args:
+            denoiser: the denoiser, or the moving average of its weights.
+            batch: the images.
+        """
+        clean, schedule, intervals = 2 * batch.x - 1, self.process.schedule, self.config.intervals
+        noise, uniform = drawn_for(batch)
+        times = schedule.times(self.config.last_time, intervals)
+        rows, _ = self.process.denoising(times)
+        rows, told = rows.to(clean), schedule.told(times[:-1], self.process.told).to(clean)
+        chosen = (uniform.double() * intervals).long()
+        kept = schedule.alpha_bar(times[:-1]).to(clean.device)[chosen].view(-1, 1, 1, 1)
+        noised = kept.sqrt().to(clean.dtype) * clean + (1 - kept).sqrt().to(clean.dtype) * noise
+
+        def coefficients(step: Tensor) -> tuple[Tensor, ...]:
+            return rows[step].view(-1, 8, 1, 1, 1).unbind(1)
+
+        def image(network: nn.Module, state: Tensor, step: Tensor) -> Tensor:
+            of_state, of_prediction, *_ = coefficients(step)
+            with products_in(self.config.precision, clean.device):
+                predicted = network(state, told[step])
+            return of_state * state + of_prediction * predicted.to(clean.dtype)
+
+        with torch.no_grad():
+            of_image, of_state = coefficients(chosen)[3:5]
+            following = of_image * image(self.teacher, noised, chosen).clamp(-1, 1) + of_state * noised
+            last = chosen == intervals - 1
+            # The state at the end is the image, so that its prediction is not asked for and may be of any time.
+            target = image(self.result, following, (chosen + 1).clamp(max=intervals - 1)).clamp(-1, 1)
+            target = torch.where(last.view(-1, 1, 1, 1), following, target)
+        return (image(denoiser, noised, chosen) - target).square().mean()

@@ -12,11 +12,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import purify_fast
-from purify_fast.attacks import fgsm, pgd
-from purify_fast.attacks.pgd import pgd_and_fgsm
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
@@ -86,7 +83,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     inside = []
     for module in (made.fast.classifier.classifier.conv1, made.fast.reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
-    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.reconstruction_logits(x), made.condition(x)]
+    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
     assert all(output.dtype == torch.float32 for output in outputs)
     assert inside and set(inside) == {torch.bfloat16}
@@ -155,10 +152,10 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
             torch.testing.assert_close(made(x[:n]), whole[:n], rtol=0.05, atol=0.05)
     assert counter.frame_count == graphs == 9  # three parts: with gradients, without, in no_grad
     twin = copy.deepcopy(made)
-    assert twin.fast.regions["_condition"].function.__self__ is twin
+    assert twin.fast.regions["condition"].function.__self__ is twin
     assert twin.fast.classifier.region.function.__self__ is twin.fast.classifier
     made.train()
-    assert made._run_part(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+    assert made._run_part(made.decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
@@ -282,27 +279,6 @@ def test_the_task_decides_the_precision():
     assert task.describe()["precision"] == "float32"
 
 
-@pytest.mark.usefixtures("one_thread")  # with more, the convolutions' sums depend on the size of the batch
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_attacks_in_one_call_equal_separate_calls_to_the_bit(norm, steps):
-    torch.manual_seed(0)
-    model, x = SmallCNN(3).eval(), images(12)
-    y, ids, eps = torch.arange(12) % 10, torch.arange(12) + 5, torch.linspace(0.02, 0.1, 12)
-    together = pgd_and_fgsm(model, x, y, eps=eps, alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids)
-    one = pgd(model, x[:6], y[:6], eps=eps[:6], alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids[:6])
-    two = fgsm(model, x[6:], y[6:], eps=eps[6:], norm=norm)
-    assert torch.equal(together, torch.cat([one, two]))
-    assert not torch.equal(together[:6], x[:6]) and all(p.requires_grad for p in model.parameters())
-
-
-def test_attacks_in_one_call_need_two_halves():
-    with pytest.raises(ValueError, match="even number"):
-        pgd_and_fgsm(SmallCNN(3), images(3), torch.arange(3), eps=torch.ones(3), alpha=0.1, steps=1)
-    none = pgd_and_fgsm(SmallCNN(3), images(0), torch.arange(0), eps=torch.ones(0), alpha=0.1, steps=1)
-    assert none.shape == (0, *SHAPE)
-
-
 @pytest.fixture
 def packing(monkeypatch):
     """As where a kernel decodes: the op is served by its reference here. Counts its calls."""
@@ -339,13 +315,13 @@ def test_a_packed_decoder_follows_its_weights(packing):
     assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), made.fixed_noise(3):
         before = made.reconstruct(x)
-        packed = made._packed_decoder(x.device)
-        assert packing == [4] and made.fast.packed is packed
-        places = [tensor.data_ptr() for tensor in packed._tensors()]
+        packed = made.fast.packed
+        assert packing == [4]
+        places = [tensor.data_ptr() for tensor in packed.tensors()]
         made.decoder.stack[-1].bias.add_(0.5)
         made.prepare_replay()
         # a captured attack step reads them where they lie
-        assert made.fast.packed is packed and [tensor.data_ptr() for tensor in packed._tensors()] == places
+        assert made.fast.packed is packed and [tensor.data_ptr() for tensor in packed.tensors()] == places
         after = made.reconstruct(x)
     assert relative(after, before) > 0.1
     with torch.no_grad(), made.fixed_noise(3):

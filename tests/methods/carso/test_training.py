@@ -10,6 +10,7 @@ from torch import nn
 import purify_fast
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.carso.config import config_in_epoch
 from purify_fast.methods.carso.task import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
@@ -52,15 +53,23 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
         calls.append(eps.tolist())
         return x + 10
 
-    monkeypatch.setattr(module, "pgd_and_fgsm", record)  # the first half by PGD, the second by FGSM
+    for name in ("pgd", "fgsm"):
+        monkeypatch.setattr(module, name, record)
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
     config = CarsoConfig(
         attack=TrainingAttack(eps=0.2, steps=40), adversarial_fraction=fraction, allow_no_adversarial=True
     )
     out = balanced_batch(None, Batch(x, y, torch.arange(size), 0), config)
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
-    assert calls == ([pytest.approx(2 * ([0.1] * atom + [0.2] * atom))] if atom else [])
+    assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else [])
     assert clean + 4 * atom == size
+
+
+def test_the_settings_of_an_epoch_are_made_once():
+    config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=4, eps_warmup=0.5), eps_mode="official_code")
+    first, second, again = (config_in_epoch(config, (0.5, 0.3), epoch, 8) for epoch in (0, 1, 0))
+    assert first is again and first.eps_mode == "paper"
+    assert [made.attack.eps for made in (first, second)] == pytest.approx([0.2 * share / 0.4 for share in (0.25, 0.5)])
 
 
 def test_without_adversarial_examples_only_if_asked():
@@ -140,7 +149,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     from purify_fast import attacks
 
     seen = []
-    for module, name in ((attacks, "pgd"), (losses, "pgd_and_fgsm")):
+    for module, name in ((attacks, "pgd"), (losses, "pgd")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()

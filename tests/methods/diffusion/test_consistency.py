@@ -17,7 +17,6 @@ from purify_fast.methods.diffusion import (
     Process,
     Schedule,
 )
-from purify_fast.methods.diffusion.consistency import consistency_loss
 from purify_fast.methods.diffusion.denoiser import read_denoiser
 from purify_fast.ops import Stream, philox
 from purify_fast.training import Batch, FitConfig, TrainingAttack, fit, load_classifier
@@ -43,6 +42,13 @@ def batch(n=24, **options):
     return Batch(x, torch.arange(n) % 2, torch.arange(n) + 100, **{"seed": 7, **options})
 
 
+def loss_of(student, average, teacher, given, process=None):
+    """The loss of a batch for three denoisers."""
+    task = ConsistencyTask(student, DiffusionConfig(intervals=INTERVALS, last_time=0.6), process=process)
+    task.teacher, task.average.module = teacher, average
+    return task.loss(student, given)
+
+
 def alpha_and_sigma(schedule, t):
     kept = schedule.alpha_bar(torch.tensor(t, dtype=torch.float64))
     return kept.sqrt(), (1 - kept).sqrt()
@@ -60,8 +66,7 @@ def predicted_image(network, kind, state, schedule, t, told):
 def test_the_loss_by_hand(kind, prediction):
     process, given = Process(Schedule(kind), prediction), batch()
     student, average, teacher = Scaled(0.5), Scaled(0.4), Scaled(0.6)
-    config = DiffusionConfig(intervals=INTERVALS, last_time=0.6)
-    loss = consistency_loss(student, average, given, teacher=teacher, process=process, config=config)
+    loss = loss_of(student, average, teacher, given, process)
     use = {"stream": Stream.DIFFUSION_TRAINING}
     seed, schedule = torch.tensor([7]), process.schedule
     z = philox(seed, given.sample_ids, 64, distribution="normal", **use).view(given.x.shape).double()
@@ -86,14 +91,13 @@ def test_the_loss_by_hand(kind, prediction):
 
 
 def test_a_split_batch_has_the_losses_of_the_whole():
-    whole, networks = batch(), [Scaled(0.5), Scaled(0.4)]
-    given = {"teacher": Scaled(0.6), "process": Process(), "config": DiffusionConfig(intervals=INTERVALS)}
+    whole, networks = batch(), [Scaled(0.5), Scaled(0.4), Scaled(0.6)]
     halves = [
         dataclasses.replace(whole, x=whole.x[rows], y=whole.y[rows], sample_ids=whole.sample_ids[rows])
         for rows in (slice(0, 12), slice(12, 24))
     ]
-    parts = [consistency_loss(*networks, half, **given) for half in halves]
-    torch.testing.assert_close(torch.stack(parts).mean(), consistency_loss(*networks, whole, **given))
+    parts = [loss_of(*networks, half) for half in halves]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss_of(*networks, whole))
     assert not torch.equal(*parts)
 
 

@@ -7,7 +7,6 @@ import torch
 
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.schedule import END
-from purify_fast.methods.diffusion.solvers import denoising, noising
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 T, EPS = torch.tensor, 1e-12
@@ -15,10 +14,10 @@ T, EPS = torch.tensor, 1e-12
 
 def step(schedule, solver, t, s, x, m, z, **options):
     """One step by the table, with the noise z."""
-    chosen = {"prediction": "noise", "variance": "small", "eta": 0.0, "clip": False, **options}
-    rows, _ = denoising(schedule, T([t, s, 0.0], dtype=torch.float64), solver=solver, **chosen)
+    process = Process(schedule, solver=solver, **{"clip": False, **options})
+    rows, _ = process.denoising(T([t, s, 0.0], dtype=torch.float64))
     p, q, c, a, b, d, low, high = rows[0]
-    m, v = (m[:1], m[1:]) if chosen["variance"] == "learned" else (m, None)
+    m, v = (m[:1], m[1:]) if process.variance == "learned" else (m, None)
     if v is not None:
         d = d * torch.exp(((1 + v) / 2 * high + (1 - v) / 2 * low) / 2)
     return a * (p * x + q * m).clamp(-c, c) + b * x + d * z
@@ -127,12 +126,11 @@ def test_every_solver_finds_the_image_that_the_prediction_is_of(solver):
     times = schedule.times(start, 1 if solver == "one_shot" else 200)
     ends = []
     for prediction in ("noise", "x0", "v"):
-        options = {"prediction": prediction, "variance": "small", "eta": 0.0, "clip": False}
-        rows, _ = denoising(schedule, times, solver=solver, **options)
-        alpha, sigma = noising(schedule, times[:1])[0, 4:6]
+        rows, _ = Process(schedule, prediction, solver=solver, clip=False).denoising(times)
+        alpha, sigma = schedule.noising(times[:1])[0, 4:6]
         x = alpha * image + sigma * noise
         for t, (p, q, _, a, b, *_) in zip(times[:-1], rows, strict=True):
-            alpha, sigma = noising(schedule, t)[4:6]
+            alpha, sigma = schedule.noising(t)[4:6]
             z = (x - alpha * image) / sigma
             m = {"noise": z, "x0": image, "v": alpha * z - sigma * image}[prediction]
             x = a * (p * x + q * m) + b * x

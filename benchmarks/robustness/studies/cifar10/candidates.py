@@ -107,8 +107,7 @@ class CandidateTask(CarsoTask):
 
     def _predictions(self, x: Tensor) -> Tensor:
         """Log-probabilities of each sample, [B K, classes]."""
-        reconstructions = torch.sigmoid(self.model.reconstruction_logits(x))
-        return self.model.classify(reconstructions).flatten(0, 1).float().log_softmax(1)
+        return self.model.classify(self.model.reconstruct(x)).flatten(0, 1).float().log_softmax(1)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         if self.loss != "trades":

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._tensors import first_tensor
-from ..._validation import NormName
-from ...attacks import pgd
-from ...models.representation import Representation
+from purify_fast._tensors import first_tensor
+from purify_fast._validation import NormName
+from purify_fast.attacks import pgd
+from purify_fast.models.representation import Representation
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.robustness.studies.layer_ranking import rank_layers
 from purify_fast import data
-from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
 
 
