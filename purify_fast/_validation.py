@@ -17,7 +17,7 @@ Norm = Literal["linf", "l2", "l1"]
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 #: The precision of a training or an evaluation: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16"]
-#: The precision of an attack's gradients: `purify_fast.attacks.engine.gradient_copy`.
+#: The precision of an attack's gradients: `purify_fast.attacks.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
 #: The use of CUDA graphs for steps of attacks: `purify_fast.speed.StepGraphs`.
 CudaGraphs = Literal["auto", "always", "off"]

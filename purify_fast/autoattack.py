@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ._validation import NormName, check_literal, read_norm
-from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
+from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
 from .attacks.attacked_model import TRIED_CALLS, differ
-from .attacks.engine.gradient_copy import GradientCopies
+from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
 from .evaluation.inputs import collect, returning_logits
 from .evaluation.subject import device_of
@@ -253,10 +253,9 @@ class AutoAttack:
                 norm=self.norm,
                 num_classes=classes,
                 seed=seed,
-                batch_size=size,
                 draws_differ=is_random and draws > 1,
                 judge_draws=draws,
-                copies=GradientCopies(),
+                resources=Resources(batch_size=size, copies=GradientCopies()),
             )
             attacked = AttackSequence(model, x, y, context, device)
             left = self._left(attacked)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast import __version__, _library, zoo
-from purify_fast.attacks.engine.gradient_copy import gradient_copy
+from purify_fast.attacks.gradient_copy import gradient_copy
 from purify_fast.cli.installation import facts
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
-from purify_fast.attacks import Attack, AttackContext, frozen
+from purify_fast.attacks import Attack, AttackContext, Resources, frozen
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.row_batches import Judge, has_fallen
+from purify_fast.attacks.gradient_copy import GradientCopies
 from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
@@ -194,11 +194,13 @@ class Protocol:
             eps=subject.eps,
             draws_differ=subject.random,
             eot_iter=amount.draws,
-            batch_size=BATCH,
             judge_draws=JUDGES,
-            max_forward_batch=2 * BATCH if subject.random else None,
             steps=min(amount.steps, self.steps),
-            copies=GradientCopies(),
+            resources=Resources(
+                batch_size=BATCH,
+                max_forward_batch=2 * BATCH if subject.random else None,
+                copies=GradientCopies(),
+            ),
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec, one in self.attacks(subject, amount):

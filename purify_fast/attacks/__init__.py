@@ -3,55 +3,42 @@
 The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, are rows of `purify_fast.evaluation`.
 """
 
-from .apgd import APGD, apgd
-from .attackbench import for_attackbench
-from .attacked_model import frozen
-from .base import Attack, AttackContext, AttackResult
-from .bpda import BPDA, BpdaModel
-from .branch_and_bound import BranchAndBound, branch_and_bound
-from .carlini_wagner import CarliniWagner, carlini_wagner
-from .checkpointed_steps import checkpointed_steps
-from .deepfool import DeepFool, deepfool
-from .fab import FABT, fab_t
-from .heads import AttackersHead
-from .hop_skip_jump import HopSkipJump, hop_skip_jump
-from .original_autoattack import AutoAttack
-from .pgd import FGSM, PGD, LeavingPGD, fgsm, pgd
-from .search import GradientHealth
-from .square import Square, square
-from .stadv import StAdv, stadv
+import types
 
-__all__ = [
-    "APGD",
-    "BPDA",
-    "FABT",
-    "FGSM",
-    "PGD",
-    "Attack",
-    "AttackContext",
-    "AttackResult",
-    "AttackersHead",
-    "AutoAttack",
-    "BpdaModel",
-    "BranchAndBound",
-    "CarliniWagner",
-    "DeepFool",
-    "GradientHealth",
-    "HopSkipJump",
-    "LeavingPGD",
-    "Square",
-    "StAdv",
-    "apgd",
-    "branch_and_bound",
-    "carlini_wagner",
-    "checkpointed_steps",
-    "deepfool",
-    "fab_t",
-    "fgsm",
-    "for_attackbench",
-    "frozen",
-    "hop_skip_jump",
-    "pgd",
-    "square",
-    "stadv",
-]
+from .apgd import APGD as APGD
+from .apgd import apgd as apgd
+from .attackbench import for_attackbench as for_attackbench
+from .attacked_model import frozen as frozen
+from .base import Attack as Attack
+from .base import AttackResult as AttackResult
+from .bpda import BPDA as BPDA
+from .bpda import BpdaModel as BpdaModel
+from .branch_and_bound import BranchAndBound as BranchAndBound
+from .branch_and_bound import branch_and_bound as branch_and_bound
+from .carlini_wagner import CarliniWagner as CarliniWagner
+from .carlini_wagner import carlini_wagner as carlini_wagner
+from .checkpointed_steps import checkpointed_steps as checkpointed_steps
+from .context import AttackContext as AttackContext
+from .context import Resources as Resources
+from .deepfool import DeepFool as DeepFool
+from .deepfool import deepfool as deepfool
+from .fab import FABT as FABT
+from .fab import fab_t as fab_t
+from .heads import AttackersHead as AttackersHead
+from .hop_skip_jump import HopSkipJump as HopSkipJump
+from .hop_skip_jump import hop_skip_jump as hop_skip_jump
+from .original_autoattack import AutoAttack as AutoAttack
+from .pgd import FGSM as FGSM
+from .pgd import PGD as PGD
+from .pgd import LeavingPGD as LeavingPGD
+from .pgd import fgsm as fgsm
+from .pgd import pgd as pgd
+from .search import GradientHealth as GradientHealth
+from .square import Square as Square
+from .square import square as square
+from .stadv import StAdv as StAdv
+from .stadv import stadv as stadv
+
+__all__ = sorted(
+    name for name, value in globals().items() if name[0] != "_" and not isinstance(value, types.ModuleType)
+)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Share
+from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
 from .ball import projected
-from .base import AttackContext, TargetedAttack, as_function
-from .engine.row_batches import ActiveSet, Goals, Rows, RowSearch, nearest_borders, shrinks_after
-from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss
+from .base import USUAL_TARGETS, Decided, EngineAttack, as_function, targets_and_times, times
+from .context import AttackContext
+from .engine.row_batches import ActiveSet, Goals, Rows, RowSearch, cost_of_borders, nearest_borders, waves
+from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Objective
 from .search import better_of, forgiven
 
@@ -38,14 +39,16 @@ FEWER = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(TargetedAttack):
+class APGD(EngineAttack):
     """Auto-PGD; every run begins at another random point, and images leave the attack as soon as they have fallen.
 
     Args:
+        steps: gradient steps of a run; None: as many as the evaluation takes, and 100 without an evaluation.
+        n_target_classes: the number of wrong classes with a run each. They are those with the nearest borders by the
+            model's linear approximation at the image. None, or more than there are: all.
         loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED`, whose losses raise one class each.
             "margin" replaces "dlr" below 3 classes and "dlr_targeted" below 4. Only a targeted loss uses
             ``n_target_classes``.
-        steps: gradient steps of a run; None: as many as the evaluation takes, and 100 without an evaluation.
         rho: a step keeps its length if at least this share of the steps between two checkpoints raised the loss.
         leave_when_fallen: whether an image leaves once a second look of the model itself misclassifies its point; that
             point is then returned. If not, every image is attacked to the end, as long as some draw is right.
@@ -55,43 +58,44 @@ class APGD(TargetedAttack):
     """
 
     kind: ClassVar[str] = "apgd"
+    code_version: ClassVar[str] = "8"
     follows_gradients: ClassVar[bool] = True
 
+    steps: Count | None = None
+    n_target_classes: Count | None = USUAL_TARGETS
     loss: ApgdLoss = "ce"
     rho: Share = 0.75
     leave_when_fallen: bool = True
 
     def name(self, context: AttackContext) -> str:
-        steps, _, loss = self.decided(context)
-        if loss not in TARGETED:
-            return self.full_name(f"APGD-{steps} {loss}", targeted=False)
-        return self.full_name(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"))
+        steps, _, loss, targets = self.decided(context)
+        if targets is None:
+            return f"APGD-{steps} {loss}" + times(self.restarts)
+        margin = "" if loss == "dlr_targeted" else " margin"
+        return f"APGD-T {steps}{margin}" + targets_and_times(self.n_target_classes, self.restarts)
 
-    def targets(self, context: AttackContext) -> int | None:
-        return super().targets(context) if self.decided(context).loss in TARGETED else None
+    def decided(self, context: AttackContext) -> Decided:
+        decided = super().decided(context)
+        return decided if decided.loss in TARGETED else decided._replace(n_target_classes=None)
 
     def cost(self, context: AttackContext) -> int:
-        steps, draws, loss = self.decided(context)
-        runs = self.restarts * (self.targets(context) or 1)
+        steps, draws, loss, targets = self.decided(context)
+        runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
         # The clean image is judged. One more prediction gives the order of the targets or the number of classes.
-        before = context.judges(draws) + (self.cost_of_order(context) if loss in TARGETED else loss in FEWEST_CLASSES)
+        before = context.judges(draws) + (loss in FEWEST_CLASSES)
+        if targets is not None:
+            before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
         return runs * (steps * draws + at_the_end) + before
-
-    def revision(self) -> str:
-        return "8"
 
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
-
-    def leaves(self) -> bool:
-        return self.leave_when_fallen
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         steps = self.decided(context).steps
         goals = self._goals(active, objective)
         by_pace = self.give_up and self.leave_when_fallen
-        for rows in self.waves(active, goals, context):
+        for rows in waves(active, goals, self.restarts, context):
             if active.ball.norm == "l1":
                 run_from_larger(objective, active, rows, steps)
             else:
@@ -101,10 +105,7 @@ class APGD(TargetedAttack):
         """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
         loss = objective.loss
         if loss in FEWEST_CLASSES:
-            classes = active.logits().shape[1]
-            if classes < FEWEST_CLASSES[loss]:
-                least = FEWEST_CLASSES[loss]
-                raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
+            check_classes(loss, active.logits.shape[1])
         return nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
 
 
@@ -171,7 +172,7 @@ class AutoPgd(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             self._look()
-            if self.claims and self.active.leave and shrinks_after(i + 1):
+            if self.claims and self.active.leave and self.shrinks_after(i + 1):
                 self._shrink(i + 1)
                 if len(self.point) == 0:
                     return

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..protocols import Classifier
 from .arguments import check_eps
-from .base import Attack, AttackContext, EngineAttack
+from .base import Attack, EngineAttack
+from .context import AttackContext
 from .sequence import AttackSequence
 
 

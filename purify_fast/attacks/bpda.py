@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._validation import check_literal
 from ..ops.aggregate import aggregate
 from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
-from .base import AttackContext
+from .context import AttackContext
 from .pgd import PGD
 
 #: The methods of `purify_fast.ops.aggregate`.

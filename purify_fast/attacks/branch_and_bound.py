@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import Count
+from .._validation import Count, NormName
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import AttackContext, AttackResult, BallAttack, as_function
+from .base import Attack, AttackResult, as_function
+from .context import AttackContext
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
@@ -49,13 +50,15 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchAndBound(BallAttack):
+class BranchAndBound(Attack):
     """Branch and bound in an L-inf ball, for modules of affine layers with few ReLUs between them.
 
     Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
     `AttackResult.proved` is the number of images of a batch that are proved robust.
 
     Args:
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: "linf", the norm of the attack's own ball, which needs an eps; None: the norm of the evaluation.
         nodes: about the most subproblems of an image; an image that needs more is not proved.
         relus: the most ReLUs of the network.
 
@@ -64,16 +67,16 @@ class BranchAndBound(BallAttack):
     """
 
     kind: ClassVar[str] = "branch_and_bound"
+    code_version: ClassVar[str] = "1"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
 
+    eps: float | None = None
+    norm: NormName | None = None
     nodes: Count = 20_000
     relus: Count = 300
 
     def name(self, context: AttackContext) -> str:
         return "branch and bound"
-
-    def revision(self) -> str:
-        return "1"
 
     def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
         """The network that is searched.
@@ -100,8 +103,8 @@ class BranchAndBound(BallAttack):
             return AttackResult(x.clone())
         x = x.detach().clone()
         with torch.no_grad(), frozen(target):
-            layers = self.layers(target, x, context.max_forward_batch)
-            judge = Judge(target, max_forward_batch=context.max_forward_batch)
+            most = context.resources.max_forward_batch
+            layers, judge = self.layers(target, x, most), Judge(target, max_forward_batch=most)
             active = ActiveSet(x, y, ball, judge, torch.arange(len(x), device=x.device))
             active.judge_clean_images()
             proved = torch.zeros_like(y, dtype=torch.bool)
@@ -182,15 +185,8 @@ class _Search:
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
         none = torch.zeros(len(owner), sum(self.widths), device=device)
         least = torch.full((len(owner),), -torch.inf, dtype=torch.float64, device=device)
-        left = _Nodes(
-            owner,
-            rival,
-            signs=none.to(torch.int8),
-            slopes=none - 1,
-            prices=none,
-            least=least,
-            unit=torch.full_like(owner, -1),
-        )
+        unit = torch.full_like(owner, -1)
+        left = _Nodes(owner, rival, none.to(torch.int8), none - 1, none, least=least, unit=unit)
         made, ended = torch.zeros_like(self.y), torch.zeros_like(self.y, dtype=torch.bool)
         while len(left.owner):
             chosen = self.chosen(left)

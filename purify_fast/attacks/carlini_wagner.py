@@ -16,9 +16,10 @@ import torch
 
 from .._tensors import per_image
 from .._validation import Count
-from .base import AttackContext, EngineAttack, as_function, times
+from .base import EngineAttack, as_function, times
+from .context import AttackContext
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch
-from .engine.row_batches import ActiveSet, has_fallen, shrinks_after
+from .engine.row_batches import ActiveSet, has_fallen, waves
 from .objective import Objective
 
 #: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.
@@ -45,6 +46,7 @@ class CarliniWagner(EngineAttack):
     """
 
     kind: ClassVar[str] = "carlini_wagner"
+    code_version: ClassVar[str] = "2"
     has_pace: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("l2",)
     usual_steps: ClassVar[int | None] = STEPS
@@ -57,16 +59,13 @@ class CarliniWagner(EngineAttack):
         return f"C&W {self.constants} x {self.decided(context).steps}" + times(self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        steps, draws, _ = self.decided(context)
+        steps, draws, *_ = self.decided(context)
         judges = context.judges(draws)
         return self.restarts * ((steps * self.constants + 2) * draws + 2 * judges) + judges
 
-    def revision(self) -> str:
-        return "2"
-
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         steps = self.decided(context).steps * self.constants
-        for rows in self.waves(active, (None,), context, at_image=True):
+        for rows in waves(active, (None,), self.restarts, context, at_image=True):
             _CarliniWagnerSearch(objective, active, rows, steps).run(self.constants)
 
 
@@ -90,10 +89,8 @@ class _CarliniWagnerSearch(NearestSearch):
             self.crossed = torch.zeros_like(self.c, dtype=torch.bool)
             for i in range(each):
                 self._step(i + 1)
-                if shrinks_after(constant * each + i + 1):
-                    self.shrink(constant * each + i + 1)
-                    if len(self.point) == 0:
-                        return
+                if self.ended(constant * each + i + 1):
+                    return
             self.low = torch.where(self.crossed, self.low, self.c)
             self.high = torch.where(self.crossed, self.c, self.high)
             self.c = torch.where(self.high.isfinite(), (self.low + self.high) / 2, FACTOR * self.c)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -156,8 +156,7 @@ def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         before = _generators(device)
         function()
-        pairs = zip(before, _generators(device), strict=True)
-        return not all(a is None or torch.equal(a, cast(Tensor, b)) for a, b in pairs)
+        return not all(map(torch.equal, before, _generators(device)))
 
 
 class _Steps(torch.autograd.Function):
@@ -185,12 +184,8 @@ class _Steps(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 6)
         for i in reversed(range(ctx.steps)):
             to_x, *parts = _gradients_of_step(ctx, i, grad)
-            if to_x is not None:
-                grad = to_x
-            for place, part in enumerate(parts):
-                if part is not None:
-                    before = sums[place]
-                    sums[place] = part if before is None else before + part
+            grad = grad if to_x is None else to_x
+            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, parts, strict=True)]
         return *[None] * 5, grad if ctx.needs_input_grad[5] else None, *sums
 
 
@@ -203,9 +198,9 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
     # A cache of autocast may hold weights that were cast while nothing was recorded.
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
+    draws = [_drawing_from(states, x.device) for states in ctx.generators[i : i + 1]]
     with contextlib.ExitStack() as stack:
-        blocks = torch.enable_grad(), autocast, _drawing_from(ctx.generators[i : i + 1], x.device), *ctx.modes
-        for block in blocks:
+        for block in (torch.enable_grad(), autocast, *draws, *ctx.modes):
             stack.enter_context(block)
         result = ctx.step(leaves[0], ctx.first + i, *leaves[1:])
     if not result.requires_grad:
@@ -244,20 +239,16 @@ def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
         return following.detach()
 
 
-def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The states of the generators that a step on a device may draw from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a step on a device may draw from: the host's, then a GPU's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager
-def _drawing_from(states: Sequence[tuple[Tensor, Tensor | None]], device: torch.device) -> Iterator[None]:
-    """Within the block, the generators draw from the kept state, if there is one; they are restored afterwards."""
-    if not states:
-        yield
-        return
-    cpu, cuda = states[0]
-    with torch.random.fork_rng([device] if cuda is not None else []):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+def _drawing_from(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Within the block, the generators draw from the kept states; they are restored afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, device)
         yield

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from .base import AttackContext, TargetedAttack, as_function
+from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
+from .context import AttackContext
 from .engine.nearest import NearestSearch, border, length_of
-from .engine.row_batches import ActiveSet, has_fallen, likeliest_wrong, shrinks_after
+from .engine.row_batches import ActiveSet, has_fallen, likeliest_wrong, waves
 from .objective import Objective
 
 #: The numbers of the authors' code: the most steps, and the share by which a point goes beyond the sum of the moves.
@@ -26,7 +28,7 @@ STEPS, OVERSHOOT = 50, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(TargetedAttack):
+class DeepFool(EngineAttack):
     """DeepFool: from the image itself in the first run, from a random point in the ball in the others.
 
     Args:
@@ -39,27 +41,28 @@ class DeepFool(TargetedAttack):
     """
 
     kind: ClassVar[str] = "deepfool"
+    code_version: ClassVar[str] = "2"
     has_pace: ClassVar[bool] = False
     usual_steps: ClassVar[int | None] = STEPS
     loss: ClassVar[str] = "margin"
 
+    steps: Count | None = None
+    n_target_classes: Count | None = USUAL_TARGETS
+
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"DeepFool {self.decided(context).steps}")
+        return f"DeepFool {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        steps, draws, _ = self.decided(context)
+        steps, draws, _, targets = self.decided(context)
         judges = context.judges(draws)
         # a prediction of the clean image gives the likeliest classes
-        return self.restarts * ((steps * (self.targets(context) or 1) + 2) * draws + 2 * judges) + judges + 1
-
-    def revision(self) -> str:
-        return "2"
+        return self.restarts * ((steps * (targets or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        classes = likeliest_wrong(active.logits(), active.y, self.n_target_classes)
+        classes = likeliest_wrong(active.logits, active.y, self.n_target_classes)
         # a graph captures a step towards a single class
         objective = replace(objective, graphs=None)
-        for rows in self.waves(active, (None,), context, at_image=True):
+        for rows in waves(active, (None,), self.restarts, context, at_image=True):
             steps = self.decided(context).steps
             search = _DeepFoolSearch(objective, active, rows, steps)
             search.run(torch.stack(classes, 1)[rows.owner])
@@ -88,10 +91,8 @@ class _DeepFoolSearch(NearestSearch):
             self.moved = self.moved + move
             point = torch.add(self.rows.x, self.moved, alpha=1 + OVERSHOOT)
             self.point = point.clamp(self.rows.ball.clip_min, self.rows.ball.clip_max)
-            if shrinks_after(i + 1):
-                self.shrink(i + 1, ends_across=True)
-                if len(self.point) == 0:
-                    return
+            if self.ended(i + 1, ends_across=True):
+                return
         # rows that crossed no border try their last point
         self.nearest = torch.where(per_image(self.distance.isfinite(), self.point), self.nearest, self.point)
         self.finish()

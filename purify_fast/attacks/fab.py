@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from .base import AttackContext, TargetedAttack, as_function
+from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
+from .context import AttackContext
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
-from .engine.row_batches import ActiveSet, Rows, has_fallen, nearest_borders, shrinks_after
+from .engine.row_batches import ActiveSet, Rows, cost_of_borders, has_fallen, nearest_borders, waves
 from .objective import Gradient, Objective
 
 #: The authors' numbers: the steps, the largest weight of the clean image, the overshoot, and the share of its way to
@@ -28,38 +30,42 @@ STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class FABT(TargetedAttack):
+class FABT(EngineAttack):
     """FAB-T: the first run for each target begins at the image itself, the others at a point in the ball.
 
     A point outside the ball is not a success.
 
     Args:
         steps: steps of a run; None: 100, as its authors take, in an evaluation too.
+        n_target_classes: the number of wrong classes with a run each. They are those with the nearest borders by the
+            model's linear approximation at the image. None, or more than there are: all.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "fab"
+    code_version: ClassVar[str] = "7"
     usual_steps: ClassVar[int | None] = STEPS
     loss: ClassVar[str] = "margin_targeted"
 
+    steps: Count | None = None
+    n_target_classes: Count | None = USUAL_TARGETS
+
     def name(self, context: AttackContext) -> str:
-        return self.full_name(f"FAB-T {self.decided(context).steps}")
+        return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
         # at the end a run looks at its last point, and tries and judges the nearest one
-        steps, draws, _ = self.decided(context)
-        runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
-        return runs * ((steps + 2) * draws + judges) + judges + self.cost_of_order(context)
-
-    def revision(self) -> str:
-        return "7"
+        steps, draws, _, targets = self.decided(context)
+        runs, judges = self.restarts * (targets or 1), context.judges(draws)
+        order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
+        return runs * ((steps + 2) * draws + judges) + judges + order
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)
         steps = self.decided(context).steps
-        for rows in self.waves(active, goals, context, at_image=True):
+        for rows in waves(active, goals, self.restarts, context, at_image=True):
             _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 
 
@@ -79,10 +85,8 @@ class _FabSearch(NearestSearch):
             self.note(self.point, across)
             origin = torch.where(per_image(across, self.point), torch.add(self.rows.x, moved, alpha=BACK), self.point)
             self.point = _step(self.rows, origin, self.point, gradient)
-            if shrinks_after(i + 1):
-                self.shrink(i + 1)
-                if len(self.point) == 0:
-                    return
+            if self.ended(i + 1):
+                return
         self.finish()
 
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import Count
+from .._validation import Range
 from ..ops.philox import Stream, philox
 from .ball import philox_key
-from .base import AttackContext, EngineAttack, as_function, times
+from .base import EngineAttack, as_function, times
+from .context import AttackContext
 from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, length_of
 from .engine.row_batches import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
@@ -56,16 +57,12 @@ class HopSkipJump(EngineAttack):
     """
 
     kind: ClassVar[str] = "hop_skip_jump"
+    code_version: ClassVar[str] = "2"
     has_pace: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     loss: ClassVar[str] = "margin"
 
-    n_queries: Count = QUERIES
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_queries < FEWEST_QUERIES:
-            raise ValueError(f"n_queries must be at least {FEWEST_QUERIES}, got {self.n_queries}")
+    n_queries: Annotated[int, Range(FEWEST_QUERIES)] = QUERIES
 
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
@@ -75,19 +72,16 @@ class HopSkipJump(EngineAttack):
         judges = context.judges(self.draws(context))
         return self.restarts * (self.n_queries * self.draws(context) + 2 * judges) + judges
 
-    def revision(self) -> str:
-        return "2"
-
     def settings(self, context: AttackContext) -> dict[str, Any]:
         # where the search begins depends on the images that are attacked together
-        return super().settings(context) | {"batch_size": context.batch_size}
+        return super().settings(context) | {"batch_size": context.resources.batch_size}
 
     @torch.no_grad()
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        decided = active.logits().argmax(1)
+        decided = active.logits.argmax(1)
         # there is no gradient that could be captured
         objective = replace(objective, graphs=None)
-        most = max(FEWEST_ROWS, len(active.x)) if context.batch_size is None else context.batch_size
+        most = context.resources.batch_size or max(FEWEST_ROWS, len(active.x))
         for restart in range(self.restarts):
             left = active.left()
             if len(left) == 0:

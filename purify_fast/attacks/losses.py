@@ -63,8 +63,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
     """
-    if logits.shape[1] < 3:
-        raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[1]}: use 'margin'")
+    check_classes("dlr", logits.shape[1])
     top = logits.topk(3, 1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -77,8 +76,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         y: true labels, int64 ``[B]``.
         target: the class to be raised, int64 ``[B]``.
     """
-    if logits.shape[1] < 4:
-        raise ValueError(f"the dlr_targeted loss needs at least 4 classes, got {logits.shape[1]}: use 'margin'")
+    check_classes("dlr_targeted", logits.shape[1])
     top = logits.topk(4, 1).values
     gap = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
     return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
@@ -94,6 +92,13 @@ TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 
 #: The fewest classes for which a loss is defined, if more than two.
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
+
+
+def check_classes(loss: str, classes: int) -> None:
+    """ValueError if a loss needs more classes than there are."""
+    least = FEWEST_CLASSES.get(loss, 2)
+    if classes < least:
+        raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
 
 
 def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:

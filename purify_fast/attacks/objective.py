@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.graphs.step_graphs import State, StepGraphs, Steps
+from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
 from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
 
@@ -102,11 +102,9 @@ class Objective:
 
     def _at_once(self, images: int) -> tuple[int, int]:
         """The number of images in one forward pass, and of draws of each."""
-        most = self.max_forward_batch
+        most = self.max_forward_batch or max(1, images * self.eot_iter)
         if self.apart:
-            return (images if most is None else _even(images, most)), 1
-        if most is None:
-            return images, self.eot_iter
+            return _even(images, most), 1
         if supports(self.model, SharesDraws):
             # the more draws of an image stand in one pass, the less is computed twice
             draws = min(self.eot_iter, most)
@@ -221,28 +219,13 @@ class Gradients:
     """
 
     def __init__(self, objective: Objective, like: Tensor, y: Tensor):
-        self._objective, self._y = objective, y
-        self._loop: Steps | None = None
-        self._begin(like)
-
-    def now_of(self, like: Tensor, y: Tensor) -> None:
-        """Continue with another batch of such images, and with their labels."""
-        # the old loop occupies its graph
-        self._loop, self._y = None, y
-        self._begin(like)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(len(like), device=like.device)
+        state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
+        self._loop = begin_steps(objective.graphs, GradientStep(objective), state)
 
     def at(self, point: Tensor) -> Gradient:
         """`Objective.gradient` at a point, images ``[B, ...]``."""
-        if self._loop is None:
-            return self._objective.gradient(point, self._y)
         self._loop.put(point=point)
         self._loop.take()
         return Gradient(**self._loop.values("image", "loss", "wrong"))
-
-    def _begin(self, like: Tensor) -> None:
-        if self._objective.graphs is None:
-            return
-        wide = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(len(like), device=like.device)
-        state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-        self._loop = self._objective.graphs.begin(GradientStep(self._objective), state)

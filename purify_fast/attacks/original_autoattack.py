@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from .._validation import Count
+from .._validation import Count, NormName
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import ball_around, projected
-from .base import AttackContext, AttackResult, BallAttack
+from .base import NORMS, Attack, AttackResult
+from .context import AttackContext
+from .engine.row_batches import Judge, has_fallen
 from .objective import Objective
 from .pgd import PGD
 from .search import GradientHealth
@@ -57,10 +58,12 @@ def parts(version: str, classes: int) -> tuple[list[str], str | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoAttack(BallAttack):
+class AutoAttack(Attack):
     """AutoAttack, as a row of an evaluation. It draws from torch's global generator: the caller forks that.
 
     Args:
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
         version: "standard", for a model that predicts the same every time, or "rand", whose gradients are averaged over
             the draws.
         steps: steps of its APGD and FAB; None: 100, as its authors take.
@@ -72,8 +75,11 @@ class AutoAttack(BallAttack):
     """
 
     kind: ClassVar[str] = "autoattack"
+    norms: ClassVar[tuple[str, ...]] = NORMS
     usual_steps: ClassVar[int | None] = STEPS
 
+    eps: float | None = None
+    norm: NormName | None = None
     version: Version = "standard"
     steps: Count | None = None
     n_queries: Count = QUERIES
@@ -123,7 +129,7 @@ class AutoAttack(BallAttack):
         if len(x) == 0:
             return AttackResult(x.clone())
         threat, warnings = self.threat_model(context), list[str]()
-        health = GradientHealth() if context.counts_health else None
+        health = GradientHealth() if context.resources.counts_health else None
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
@@ -132,15 +138,15 @@ class AutoAttack(BallAttack):
             # AutoAttack rounds a little past the ball
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
-                for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, points, y)), strict=True):
-                    for point in (a, b):
-                        health.see_gradient(Objective(target).direction(point, c))
+                cross_entropy = Objective(target, max_forward_batch=context.resources.batch_size)
+                for images in (x, points):
+                    health.see_gradient(cross_entropy.direction(images, y))
         return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """The images that the installed package finds."""
         norm, eps = self.threat_model(context)
-        steps, draws, _ = self.decided(context)
+        steps, draws, *_ = self.decided(context)
         adversary = implementation()(
             target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
         )
@@ -158,23 +164,20 @@ class AutoAttack(BallAttack):
         # the package autoattack prints, has another name for the batch size, and returns only the images
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size})
+        result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
         """The points that succeed; PGD on the margin searches the images of all others."""
-        steps, draws, _ = self.decided(context)
+        steps, draws, *_ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
-        with torch.no_grad():
-            left = [
-                part[target(points[part]).argmax(1) == y[part]]
-                for part in torch.arange(len(x), device=x.device).split(context.batch_size)
-            ]
-        for part in torch.cat(left).split(context.batch_size):
-            alone = replace(context, sample_ids=part, counts_health=False, graphs=None)
+        resources = replace(context.resources, counts_health=False, graphs=None)
+        judge = Judge(target, max_forward_batch=resources.batch_size)
+        left = (~has_fallen(judge.shares(points, y))).nonzero()[:, 0]
+        for part in left.split(resources.batch_size or len(x)):
+            alone = replace(context, sample_ids=part, resources=resources)
             stronger = margin.search(target, x[part], y[part], alone).images
-            with torch.no_grad():
-                wrong = target(stronger).argmax(1) != y[part]
+            wrong = has_fallen(judge.shares(stronger, y[part]))
             points[part[wrong]] = stronger[wrong]
         return points
 

@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count
+from .._validation import AtLeast0, Count, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import State, begin_steps
 from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackContext, AttackResult, BallAttack, RestartedAttack, as_function
+from .base import NORMS, Attack, AttackResult, as_function, cost_of_ascents, times, worst_of_runs
+from .context import AttackContext
 from .losses import Loss
 from .objective import Objective
 from .search import GradientHealth, Search, noted, remembers
@@ -129,10 +130,18 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(RestartedAttack, BallAttack):
-    """Projected gradient ascent on the attack loss.
+class PGD(Attack):
+    """Projected gradient ascent on the attack loss, in several runs; each image keeps the result of its worst run.
 
     Args:
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
+        steps: gradient steps; None: as many as the evaluation takes, and 100 without an evaluation.
+        random_start: whether the first run begins at a random point; every further run does.
+        keep_best: whether a run returns its best point instead of its last: the point that most draws misclassify, then
+            the point of highest mean loss. It takes one more forward pass, or two with several draws.
+        restarts: number of runs.
         alpha: length of a step in image units, a number or ``[B]``; None: it falls geometrically from eps to eps / 100,
             which is stronger than a constant length (`make demo` has both on its base).
         start_std: standard deviation of a normal random start in image units, projected onto the ball; None: the start
@@ -143,14 +152,31 @@ class PGD(RestartedAttack, BallAttack):
     """
 
     kind: ClassVar[str] = "pgd"
+    code_version: ClassVar[str] = "3"
+    norms: ClassVar[tuple[str, ...]] = NORMS
+    #: The first word of the attack's name.
     label: ClassVar[str] = "PGD"
 
+    eps: float | None = None
+    norm: NormName | None = None
+    loss: Loss = "ce"
+    steps: Count | None = None
+    random_start: bool = True
+    keep_best: bool = True
+    restarts: Count = 1
     alpha: float | Tensor | None = None
     start_std: AtLeast0 | None = None
 
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha)
         super().__post_init__()
+
+    def name(self, context: AttackContext) -> str:
+        decided = self.decided(context)
+        return f"{self.label}-{decided.steps} {decided.loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_ascents(self, context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.decided(context).steps
@@ -169,15 +195,13 @@ class PGD(RestartedAttack, BallAttack):
             begin: State = {"point": point, "x": x, "y": y, **search.memory}
             if alpha is not None:
                 begin["alpha"] = alpha
-            last = self.climbed(objective, ball, begin, steps, health)
+            last = self.climb(objective, ball, begin, steps, health)
             search.recall(last, steps)
             return search.result(x, last["point"])
 
-        return self.worst(attack, target, x, y, context)
+        return worst_of_runs(self, attack, (target, x, y), context)
 
-    def climbed(
-        self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None
-    ) -> State:
+    def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
         """The state after the steps of one run, from the one in which it begins."""
         return ascend(objective, ball, begin, steps=steps)
 
@@ -196,6 +220,8 @@ class LeavingPGD(PGD):
         ValueError: a setting that is not allowed; the message names it.
     """
 
+    code_version: ClassVar[str] = "3, leaving 1"
+
     look_every: Count = 20
 
     def __post_init__(self) -> None:
@@ -203,53 +229,38 @@ class LeavingPGD(PGD):
             raise ValueError("keep_best must be True: an image leaves with its best point, got False")
         super().__post_init__()
 
-    def revision(self) -> str:
-        return f"{super().revision()}, leaving 1"
-
-    def climbed(
-        self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None
-    ) -> State:
+    def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
         whole, state = begin, begin
+        # the other tensors have no entry per image
+        dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         for first in range(0, steps, self.look_every):
             end = min(steps, first + self.look_every)
             state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
             # the next loop chooses values again that a loop chooses by itself, such as the length of a step
             state = {name: state[name] for name in begin}
-            whole = {name: _put(name, whole[name], index, value) for name, value in state.items()}
+            whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
             stay = (state["best_score"][0] < 1).nonzero()[:, 0]
             if health is not None:
                 # images that have left take no further gradients
                 health.add(gradients=(len(stay) - len(index)) * (steps - end))
             if not len(stay):
                 break
-            index, state = index[stay], {name: _taken(name, value, stay) for name, value in state.items()}
+            index = index[stay]
+            state |= {name: state[name].index_select(dim, stay) for name, dim in dims.items()}
         return whole
-
-
-def _dim(name: str, value: Tensor) -> int | None:
-    """The dimension of a state's tensor that has an entry per image; None: the tensor is for all images together."""
-    return None if value.dim() == 0 else 1 if name == "best_score" else 0
-
-
-def _taken(name: str, value: Tensor, index: Tensor) -> Tensor:
-    dim = _dim(name, value)
-    return value if dim is None else value.index_select(dim, index)
-
-
-def _put(name: str, whole: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    dim = _dim(name, value)
-    return value if dim is None else whole.index_copy(dim, index, value)
 
 
 pgd = as_function("pgd", PGD, "Per image the last point, or with ``keep_best`` the best.", steps=40, keep_best=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FGSM(BallAttack):
+class FGSM(Attack):
     """One step of length eps from the image itself.
 
     Args:
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
         loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
 
     Raises:
@@ -257,7 +268,11 @@ class FGSM(BallAttack):
     """
 
     kind: ClassVar[str] = "fgsm"
+    code_version: ClassVar[str] = "2"
+    norms: ClassVar[tuple[str, ...]] = NORMS
 
+    eps: float | None = None
+    norm: NormName | None = None
     loss: Loss = "ce"
 
     def name(self, context: AttackContext) -> str:
@@ -266,9 +281,6 @@ class FGSM(BallAttack):
     def cost(self, context: AttackContext) -> int:
         # the gradient's draws, and the clean image, whose prediction health needs
         return self.draws(context) + 1
-
-    def revision(self) -> str:
-        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         step = context.eps if self.eps is None else self.eps

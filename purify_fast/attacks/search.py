@@ -131,9 +131,7 @@ class Search:
         memory: the tensors that a step updates by `noted`; empty if nothing is remembered.
     """
 
-    def __init__(
-        self, objective: Objective, begin: Tensor, y: Tensor, *, keep_best: bool, health: GradientHealth | None
-    ):
+    def __init__(self, objective: Objective, begin: Tensor, y: Tensor, keep_best: bool, health: GradientHealth | None):
         self.objective, self.begin, self.y, self.health = objective, begin, y, health
         self.points = 0
         self.memory: State = {}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..protocols import Classifier
 from .attacked_model import drawn_once_per_call, frozen
-from .base import Attack, AttackContext
+from .base import Attack
+from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
 #: The number of images that test how a model draws.
@@ -36,7 +37,7 @@ class AttackSequence:
     ):
         self.model, self.x, self.y, self.context = model, x, y.to(x.device), context
         self.device = x.device if device is None else device
-        draws, most = context.judges(context.predictions(context.eot_iter)), context.max_forward_batch
+        draws, most = context.judges(context.predictions(context.eot_iter)), context.resources.max_forward_batch
         with frozen(model):
             apart = drawn_once_per_call(model, x[:FEW].to(self.device), draws, most)
             self.judge = Judge(model, draws, most, apart)
@@ -62,8 +63,7 @@ class AttackSequence:
                 self.share[part[better]] = share[better]
 
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
-        return index.split(self.context.batch_size or max(1, len(index))) if len(index) else ()
+        return index.split(self.context.resources.batch_size or max(1, len(index))) if len(index) else ()
 
-    @torch.no_grad()
     def _shares(self, points: Tensor, part: Tensor) -> Tensor:
         return self.judge.shares(points, self.y[part].to(self.device)).to(self.share)

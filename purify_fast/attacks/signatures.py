@@ -5,94 +5,50 @@ from __future__ import annotations
 import difflib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import get_type_hints
 
 #: Columns of a docstring.
 WIDTH = 116
 
 
-class Option(NamedTuple):
-    """An option of a function.
-
-    Args:
-        annotation: the type.
-        text: the entry of the docstring.
-        default: the value that is taken if the caller gives none; ``inspect.Parameter.empty`` if the caller must.
-    """
-
-    annotation: Any
-    text: str
-    default: Any = inspect.Parameter.empty
+def parameters_of(*kinds: type) -> dict[str, inspect.Parameter]:
+    """The fields of dataclasses as keyword parameters, by name; the first class that has a name decides."""
+    found: dict[str, inspect.Parameter] = {}
+    for kind in reversed(kinds):
+        types = get_type_hints(kind)
+        for each in fields(kind):
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            found[each.name] = inspect.Parameter(each.name, keyword, default=each.default, annotation=types[each.name])
+    return found
 
 
-def entries(docstring: str | None) -> dict[str, str]:
-    """The text of each entry in the "Args:" section of a docstring, by name; empty without such a section."""
+def texts_of(*kinds: type) -> dict[str, str]:
+    """The entries in the "Args:" sections of classes, by name; the first class, before its bases, decides."""
     found: dict[str, str] = {}
-    name, lines = "", inspect.cleandoc(docstring or "").splitlines()
-    for line in lines[lines.index("Args:") + 1 :] if "Args:" in lines else ():
-        if not line:
-            break
-        if line.startswith(" " * 5):
-            found[name] += f" {line.strip()}"
-        else:
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-    return found
-
-
-def options_of(kind: type) -> dict[str, Option]:
-    """The fields of a dataclass as options, by name; the entry of a subclass replaces that of its base."""
-    types = get_type_hints(kind)
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        texts |= entries(vars(base).get("__doc__"))
-    found = {}
-    for each in fields(kind):
-        default = each.default if each.default_factory is MISSING else each.default_factory()
+    for each in (base for kind in reversed(kinds) for base in reversed(kind.__mro__)):
         # docstrings are missing under python -OO
-        found[each.name] = Option(types[each.name], texts.get(each.name, ""), default)
+        section = inspect.cleandoc(each.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+        name = ""
+        for line in section.splitlines():
+            if line.startswith(" " * 5):
+                found[name] += f" {line.strip()}"
+            else:
+                name, _, text = line.strip().partition(": ")
+                found[name] = text
     return found
 
 
-def describe(
-    function: Callable[..., Any],
-    options: Mapping[str, Option],
-    returned: Any,
-    summary: str,
-    sections: Mapping[str, Iterable[str]],
-) -> None:
-    """Give a function the signature and the docstring that its options make.
-
-    Args:
-        function: it takes ``**options``; it is changed.
-        options: its parameters in order. Those that it names itself are positional, and the others are keywords.
-        returned: the type of its result.
-        summary: the docstring in front of the parameters.
-        sections: the entries of the sections behind the parameters, by title.
-    """
-    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
-    kinds = {name: inspect.Parameter.POSITIONAL_OR_KEYWORD for name in positional}
-    parameters = [
-        inspect.Parameter(
-            name, kinds.get(name, inspect.Parameter.KEYWORD_ONLY), default=each.default, annotation=each.annotation
-        )
-        for name, each in options.items()
-    ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    function.__annotations__ = {name: each.annotation for name, each in options.items()} | {"return": returned}
+def docstring(summary: str, **sections: Iterable[str]) -> str:
+    """A docstring of a summary and sections, such as ``Args``, each with its entries."""
     blocks = [summary]
-    for title, texts in ({"Args": [f"{name}: {each.text}" for name, each in options.items()]} | dict(sections)).items():
-        blocks.append("\n".join([f"{title}:", *(_entry(text, hanging=title != "Returns") for text in texts)]))
-    function.__doc__ = "\n\n".join(blocks)
-
-
-def _entry(text: str, hanging: bool) -> str:
-    """An entry of a section, indented; its further lines are indented more if it begins with a name."""
-    indent, further = " " * 4, " " * (8 if hanging else 4)
-    lines = textwrap.wrap(text, WIDTH - len(further), break_long_words=False, break_on_hyphens=False)
-    return indent + f"\n{further}".join(lines)
+    for title, texts in sections.items():
+        # the further lines of an entry are indented more if it begins with a name
+        further = " " * (4 if title == "Returns" else 8)
+        entries = (textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=further) for text in texts)
+        blocks.append("\n".join([f"{title}:", *entries]))
+    return "\n\n".join(blocks)
 
 
 def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -23,8 +23,9 @@ from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from .ball import Ball, philox_key, projected
-from .base import AttackContext, EngineAttack, as_function, times
-from .engine.row_batches import ActiveSet, PaceMonitor, RowState, some_of
+from .base import EngineAttack, as_function, times
+from .context import AttackContext
+from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
 from .objective import Objective
 
 #: The authors' own number of queries.
@@ -58,6 +59,7 @@ class Square(EngineAttack):
     """
 
     kind: ClassVar[str] = "square"
+    code_version: ClassVar[str] = "6"
 
     loss: ClassVar[str] = "margin"
 
@@ -66,9 +68,6 @@ class Square(EngineAttack):
     def name(self, context: AttackContext) -> str:
         queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
         return f"Square{queries}" + times(self.restarts)
-
-    def revision(self) -> str:
-        return "6"
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
@@ -90,14 +89,11 @@ class Square(EngineAttack):
 
 
 square = as_function(
-    "square",
-    Square,
-    "Per image the point that made it fall, or the point of the highest margin.",
-    precision="float32",
+    "square", Square, "Per image the point that made it fall, or the point of the highest margin.", precision="float32"
 )
 
 
-class _SquareSearch(RowState):
+class _SquareSearch:
     """One run over the images that are left, whose indices are int64 ``[R]``.
 
     The objective is the margin of the model that judges proposals. The seed is that of the random numbers.
@@ -144,7 +140,8 @@ class _SquareSearch(RowState):
         return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
     def take(self, index: Tensor) -> None:
-        super().take(index)
+        """Continue with some of the rows, by an index int64."""
+        take_rows(self, index)
         self._once_for_all_queries()
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
@@ -167,9 +164,9 @@ class _SquareSearch(RowState):
             if len(self.owner) == 0:
                 return
         self.active.tried.index_fill_(0, self.owner, True)
-        self._offer(slice(None))
+        self._judge(slice(None))
 
-    def _offer(self, rows: slice | Tensor) -> None:
+    def _judge(self, rows: slice | Tensor) -> None:
         """Judge the points of some rows by the model itself, and keep the best."""
         owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
         share, _ = self.active.confirm_successes(owner, points, torch.ones_like(margin))
@@ -225,7 +222,7 @@ class _SquareSearch(RowState):
         if lost is None:
             return
         self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
-        self._offer(lost.nonzero()[:, 0])
+        self._judge(lost.nonzero()[:, 0])
         kept = self.active.rows_to_keep(self.owner, lost)
         if kept is not None:
             self.take(kept)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import AtLeast0, check_types
+from .._validation import AtLeast0, Count, check_types
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import AttackContext, AttackResult, RestartedAttack, ThreatModel, as_function
+from .base import Attack, AttackResult, ThreatModel, as_function, cost_of_ascents, times, worst_of_runs
+from .context import AttackContext
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search
@@ -95,34 +96,47 @@ class _Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StAdv(RestartedAttack):
+class StAdv(Attack):
     """Adam on a flow field, clamped to its bound after every step; the threat model is that bound.
 
     Args:
         loss: "margin", as in the paper, "ce", "scaled_margin" or "dlr". The gradient of "ce" fades if the model is
             sure, and tau outweighs it. "dlr" becomes "margin" below 3 classes.
+        steps: gradient steps; None: as many as the evaluation takes, and 100 without an evaluation.
+        random_start: whether the first run begins with a random flow within the bound instead of no flow; every further
+            run does.
+        keep_best: whether a run returns its best point instead of its last, as `purify_fast.attacks.PGD` does.
+        restarts: number of runs; each image keeps the result of its worst run.
         eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau; 0 is the strongest attack, and leaves ragged edges.
-        random_start: whether the first run begins with a random flow within the bound instead of no flow; every further
-            run does.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "stadv"
-    label: ClassVar[str] = "StAdv"
+    code_version: ClassVar[str] = "3"
 
     loss: Loss = "margin"
+    steps: Count | None = None
+    random_start: bool = False
+    keep_best: bool = True
+    restarts: Count = 1
     eps: float | Tensor = EPS
     rate: AtLeast0 = RATE
     smoothness: AtLeast0 = TAU
-    random_start: bool = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps, None, per_image=True)
         check_types(self)
+
+    def name(self, context: AttackContext) -> str:
+        decided = self.decided(context)
+        return f"StAdv-{decided.steps} {decided.loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_ascents(self, context)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
@@ -158,7 +172,7 @@ class StAdv(RestartedAttack):
                 point = warp(x, flow)
             return search.result(x, point)
 
-        return self.worst(attack, target, x, y, context)
+        return worst_of_runs(self, attack, (target, x, y), context)
 
 
 stadv = as_function(

@@ -95,7 +95,7 @@ class AttackRun:
     ):
         self.attack, self.target, self.folder, self.rule = attack, target, folder, rule
         self.subject, self.context = subject, context
-        most = context.batch_size or len(index)
+        most = context.resources.batch_size or len(index)
         self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
@@ -145,19 +145,15 @@ class AttackRun:
 
         def search() -> AttackResult:
             begin = None if context.begin is None else context.begin[part].to(subject.device)
-            told = dataclasses.replace(
-                context,
-                sample_ids=ids,
-                begin=begin,
-                counts_health=True,
-                max_forward_batch=subject.room.limit(context.max_forward_batch),
-            )
+            most = subject.room.limit(context.resources.max_forward_batch)
+            resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
+            told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
             # The attack gets a copy: changes in place must not hide how far it moved the images.
             return self.attack.search(self.target, x.clone(), y, told)
 
-        graphs, device = context.graphs, subject.device
+        graphs, device = context.resources.graphs, subject.device
         result = subject.room.within(
-            search if graphs is None else functools.partial(graphs.without_if_memory_ends, search, device)
+            search if graphs is None else functools.partial(graphs.retry_without_graphs, search, device)
         )
         if not isinstance(result, AttackResult):
             got = type(result).__name__
@@ -178,7 +174,7 @@ class AttackRun:
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
         """Mask of the attacked images that the model misclassifies, as 0 and 1."""
         subject = self.subject
-        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.max_forward_batch))
+        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.resources.max_forward_batch))
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
-from ..attacks.base import BallAttack
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
@@ -79,8 +78,8 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
 
 def _fits(spec: AttackSpec) -> bool:
     attack = spec.resolved
-    movable = isinstance(attack, BallAttack) and not isinstance(attack, FunctionAttack) and attack.eps is None
-    return movable and spec.variant == "random" and spec.judge is None and spec.max_images is None
+    movable = attack.norms and not isinstance(attack, FunctionAttack) and getattr(attack, "eps", None) is None
+    return bool(movable) and spec.variant == "random" and spec.judge is None and spec.max_images is None
 
 
 @dataclass(frozen=True)

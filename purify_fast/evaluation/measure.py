@@ -220,7 +220,7 @@ class Measure:
             "seed": subject.seed,
             "classes": subject.num_classes,
             # An image's draws depend on the batches.
-            "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
+            "batches": [context.resources.batch_size, context.resources.max_forward_batch] if subject.is_random else [],
             "judges": [context.judge_draws, context.judge_share],
             "attacks": attacks,
             "settings": settings,

@@ -25,11 +25,11 @@ from torch import Tensor
 from .._tensors import digest, text_hash
 from .._validation import NormName, check_folder, read_norm
 from .._version import __version__
-from ..attacks import Attack, AttackContext, AutoAttack, frozen
+from ..attacks import Attack, AttackContext, AutoAttack, Resources, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..attacks.engine.gradient_copy import GradientCopies
+from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
@@ -213,10 +213,12 @@ def evaluate(
             seed=config.seed,
             draws_differ=subject.is_random,
             judge_draws=5,
-            batch_size=in_batch,
-            max_forward_batch=config.max_forward_batch,
-            graphs=StepGraphs(config.cuda_graphs),
-            copies=GradientCopies(),
+            resources=Resources(
+                batch_size=in_batch,
+                max_forward_batch=config.max_forward_batch,
+                graphs=StepGraphs(config.cuda_graphs),
+                copies=GradientCopies(),
+            ),
         )
         context = _knowing(context, config)
         served = None
@@ -231,8 +233,8 @@ def evaluate(
             cache = _kept_rows(RowCache(Path(out), served, revision), subject, others, mark[0])
         if config.batch_size == "auto":
             make_room(subject, others, config.memory, cache)
-            at_once = team.from_first("images at once", lambda: subject.room.limit(context.max_forward_batch))
-            context = replace(context, max_forward_batch=at_once)
+            at_once = team.from_first("images at once", lambda: subject.room.limit(context.resources.max_forward_batch))
+            context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
         progress = progress and team.rank == 0
         shown = Progress(name, progress)
         measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all")
@@ -384,7 +386,7 @@ def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
         "images": subject.data,
         "models": [mark, subject.num_classes, subject.is_random],
         "seed": subject.seed,
-        "batch size": [context.batch_size, context.max_forward_batch],
+        "batch size": [context.resources.batch_size, context.resources.max_forward_batch],
         "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
     }
 
@@ -455,9 +457,10 @@ def _knowing(context: AttackContext, config: EvaluateConfig) -> AttackContext:
     if config.predict == "worst_of":
         return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - SURELY ** (1 / config.n_eval))
     if config.predict == "votes":
-        most = context.max_forward_batch
+        most = context.resources.max_forward_batch
         most = None if most is None else max(1, most // config.n_eval)
-        return replace(context, votes=config.n_eval, max_forward_batch=most)
+        resources = replace(context.resources, max_forward_batch=most)
+        return replace(context, votes=config.n_eval, resources=resources)
     return context
 
 
@@ -620,8 +623,9 @@ def _runs(measure: Measure, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
     subject, context = measure.subject, measure.context
 
     def run(probe: Probe) -> Any:
-        at_once = subject.room.limit(context.max_forward_batch)
-        return probe.run(replace(context, max_forward_batch=at_once, batch_size=subject.batch_size))
+        at_once = subject.room.limit(context.resources.max_forward_batch)
+        resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+        return probe.run(replace(context, resources=resources))
 
     return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
@@ -643,8 +647,8 @@ def _settings_of_probes(measure: Measure) -> dict[str, Any]:
         "seed": subject.seed,
         "eot_iter": context.eot_iter,
         "variant": subject.is_random,
-        "batch_size": context.batch_size,
-        "max_forward_batch": context.max_forward_batch,
+        "batch_size": context.resources.batch_size,
+        "max_forward_batch": context.resources.max_forward_batch,
     }
 
 

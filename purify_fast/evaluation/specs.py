@@ -14,7 +14,7 @@ from torch import Tensor
 from .._validation import NormName, check_literal
 from ..attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ..attacks.base import BallAttack, ThreatModel
+from ..attacks.base import NORMS, ThreatModel
 from ..attacks.bpda import Aggregation
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
@@ -77,17 +77,22 @@ def as_attack(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionAttack(BallAttack):
+class FunctionAttack(Attack):
     """A function as an attack; made by `as_attack`.
 
     Args:
+        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
+        norm: norm of the attack's own ball, which needs an eps; None: the norm of the evaluation.
         function: ``(model, x, y) -> x_adv``.
         row_name: name of the row.
         own_revision: names what the function computes; None: rows are never kept.
     """
 
     kind: ClassVar[str] = "function"
+    norms: ClassVar[tuple[str, ...]] = NORMS
 
+    eps: float | None = None
+    norm: NormName | None = None
     function: AttackFunction | OtherAttack
     row_name: str
     own_revision: str | None = None

@@ -318,7 +318,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     if task.graphs is None or processes()[1] > 1:
         # with several processes no step is repeated: its exchanges would not match those of the others
         return take()
-    return task.graphs.without_if_memory_ends(take, batch.x.device)
+    return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
 def apply_update(task: Task, update: Update) -> Metrics:

@@ -7,7 +7,7 @@ import torch
 from small_models import accuracy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from purify_fast.attacks import GradientHealth, apgd
+from purify_fast.attacks import AttackContext, GradientHealth, Resources, apgd
 from purify_fast.attacks.apgd import AutoPgd, AutoPgdL1, checkpoints
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine import row_batches as engine_rows
@@ -152,7 +152,7 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
-    for rows in engine_rows.waves(active, goals, 1, seed=0, most=90):
+    for rows in engine_rows.waves(active, goals, 1, AttackContext(resources=Resources(batch_size=90))):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
         assert not active.fallen[rows.owner].any()
@@ -168,7 +168,7 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
 
 def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
     """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
-    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.apgd"), "shrinks_after", lambda step: False)
+    monkeypatch.setattr(AutoPgd, "shrinks_after", lambda self, step: False)
     monkeypatch.setattr(ActiveSet, "confirm_successes", lambda self, owner, points, share, run: (share, False))
     monkeypatch.setattr(ActiveSet, "keep_best", lambda self, owner, points, score: None)
     with FakeTensorMode():

@@ -11,6 +11,7 @@ from torch import Tensor
 from purify_fast import attacks
 from purify_fast.attacks import AttackContext
 from purify_fast.attacks.base import run_alone
+from purify_fast.attacks.context import Resources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,13 +34,13 @@ FUNCTIONS = {
 def test_an_editor_sees_every_option(name):
     function, (kind, defaults) = getattr(attacks, name), FUNCTIONS[name]
     seen = inspect.signature(function).parameters
-    context = {field.name: field.default for field in dataclasses.fields(AttackContext)}
+    context = {field.name: field.default for kind in (AttackContext, Resources) for field in dataclasses.fields(kind)}
     own = {field.name: field.default for field in dataclasses.fields(kind)}
     if name != "stadv":
         # the radius and the norm are the context's, and the radius has no default
         own |= {"eps": inspect.Parameter.empty, "norm": context["norm"]}
     # an attack returns its counts; a function adds them to the object that its caller gave
-    del context["counts_health"]
+    del context["counts_health"], context["resources"]
     wanted = {**context, "health": None, **own, **defaults}
     assert list(seen)[:3] == ["model", "x", "y"] and set(seen) == {"model", "x", "y", *wanted}
     for option, default in wanted.items():

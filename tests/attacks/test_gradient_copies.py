@@ -8,7 +8,7 @@ from torch import nn
 
 from purify_fast import Atop, Carso, zoo
 from purify_fast.attacks import apgd
-from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.attacks import gradient_copy as copies
 from purify_fast.data import load_dataset
 from purify_fast.defences import WithAggregation
 from purify_fast.defences.base import Defence

@@ -11,7 +11,7 @@ from benchmarks import __main__ as program
 from benchmarks.robustness import contests
 from benchmarks.robustness.counted_model import CountedModel
 from purify_fast.attacks import APGD, Square
-from purify_fast.attacks.engine.gradient_copy import gradient_copy
+from purify_fast.attacks.gradient_copy import gradient_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

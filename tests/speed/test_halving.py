@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.attacks import gradient_copy as copies
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.folding import halving
 from purify_fast.speed.folding.halving import (

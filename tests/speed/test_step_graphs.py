@@ -143,12 +143,12 @@ def test_memory_that_ends_is_tried_once_more_without_graphs(rerun, caplog):
 
         return attempt
 
-    assert same(graphs.without_if_memory_ends(work(1), cpu), run(None, model, 3))
+    assert same(graphs.retry_without_graphs(work(1), cpu), run(None, model, 3))
     assert len(drawn) == 2 and drawn[0] == drawn[1] and rerun.released == 1
     assert graphs.mode == "off" and len(graphs) == 0 and rerun.recorded == 1
     assert "the CUDA graphs of attacks were given up" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.without_if_memory_ends(work(9), cpu)
+        graphs.retry_without_graphs(work(9), cpu)
     assert len(drawn) == 3
 
 

@@ -47,6 +47,12 @@ class NearestSearch(RowSearch):
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
         self.distance = torch.where(nearer, far, self.distance)
 
+    def ended(self, step: int, ends_across: bool = False) -> bool:
+        """Shrink the batch, if it may shrink after so many steps; tell whether no row is left."""
+        if self.shrinks_after(step):
+            self.shrink(step, ends_across)
+        return len(self.point) == 0
+
     def shrink(self, step: int, ends_across: bool = False) -> None:
         """Let the rows leave whose images have fallen, and the rows that are given up.
 
@@ -68,7 +74,7 @@ class NearestSearch(RowSearch):
             index = lost.nonzero()[:, 0]
             if ends_across:
                 self.active.tried.index_fill_(0, rows.owner[index], True)
-            self._offer(rows.take(index), self.nearest[index])
+            self._try(rows.take(index), self.nearest[index])
         kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
         if kept is not None:
             self.take(kept)
@@ -81,9 +87,9 @@ class NearestSearch(RowSearch):
     def _end(self) -> None:
         """Try the nearest points of all rows; all were searched to the end."""
         self.active.tried.index_fill_(0, self.rows.owner, True)
-        self._offer(self.rows, self.nearest)
+        self._try(self.rows, self.nearest)
 
-    def _offer(self, rows: Rows, nearest: Tensor) -> None:
+    def _try(self, rows: Rows, nearest: Tensor) -> None:
         """Try the nearest points cut off at the ball, and keep the best of them."""
         cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)

@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,10 @@ from torch.nn import functional as F
 from ...protocols import Classifier
 from ..attacked_model import ask
 from ..ball import Ball, projected, sample_in_ball
+from ..context import AttackContext
+from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
-from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 
 #: The number of classes of highest logit whose distance is computed; more if an attack has more targets.
 CANDIDATES = 20
@@ -150,42 +152,38 @@ class Rows:
 
     def take(self, index: Tensor) -> Rows:
         """Some of the rows, by an index int64."""
-        return Rows(*(_taken(getattr(self, field.name), index) for field in fields(self)))
+        values = (getattr(self, field.name) for field in fields(self))
+        taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in values)
+        return Rows(*taken)
 
 
-class RowState:
-    """The state of a search. Every tensor has an entry per row, and so have the `Ball`, `Rows` and `RowState` parts."""
+def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> None:
+    """Continue a search with some of its rows.
 
-    #: The attributes of shape ``[n, R]``; all other tensors are ``[R, ...]``.
-    by_column: ClassVar[tuple[str, ...]] = ()
-
-    def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, by an index int64."""
-        for name, value in vars(self).items():
-            setattr(self, name, value[:, index] if name in self.by_column else _taken(value, index))
-
-
-def _taken(value: Any, index: Tensor) -> Any:
-    """The part of a value that belongs to some rows; the value itself if it has no rows."""
-    if isinstance(value, Tensor):
-        return value[index]
-    if isinstance(value, (Ball, Rows)):
-        return value.take(index)
-    if isinstance(value, RowState):
-        value.take(index)
-    return value
+    Args:
+        state: the search. Every tensor among its attributes has an entry per row, and so have `Ball`, `Rows` and
+            `PaceMonitor`.
+        index: the rows, int64.
+        by_column: the attributes of shape ``[n, R]``; all other tensors are ``[R, ...]``.
+    """
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(state, name, value[:, index] if name in by_column else value[index])
+        elif isinstance(value, (Ball, Rows, PaceMonitor)):
+            setattr(state, name, value.take(index))
 
 
+@dataclass
 class Gains:
     """The distance by which the rows of an attack came nearer to their borders after its first steps.
 
-    Attributes:
+    Args:
         largest: the most that any row gained, in the unit of the loss or distance.
         rows: the number of rows that were searched beyond the first check of their pace.
     """
 
-    def __init__(self) -> None:
-        self.largest, self.rows = 0.0, 0
+    largest: float = 0.0
+    rows: int = 0
 
     def see(self, gained: Tensor) -> None:
         """Remember the largest gain of the rows, ``[R]``; waits for the device."""
@@ -199,7 +197,7 @@ class Gains:
         return missing.isfinite() & (missing > GAINS * self.largest)
 
 
-class PaceMonitor(RowState):
+class PaceMonitor:
     """Watches the distance of each row from its border.
 
     Args:
@@ -260,9 +258,11 @@ class PaceMonitor(RowState):
                 self.gains.rows += len(missing)
         return None
 
-    def take(self, index: Tensor) -> None:
+    def take(self, index: Tensor) -> PaceMonitor:
+        """Continue with some of the rows, by an index int64."""
         self.early = self.early[index] if self.early.dim() else self.early
         self.notes = {check: (at, missing[index]) for check, (at, missing) in self.notes.items()}
+        return self
 
 
 def some_of(lost: Tensor | None) -> Tensor | None:
@@ -304,7 +304,6 @@ class ActiveSet:
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains, self.fell_to = Gains(), dict[str, int]()
         self.health: GradientHealth | None = None
-        self._logits: Tensor | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
         """Judge the clean images first: a misclassified one needs no attack."""
@@ -312,11 +311,10 @@ class ActiveSet:
         self.leave, self.correct = leave, ~fallen
         self.fallen = fallen if leave else torch.zeros_like(fallen)
 
+    @cached_property
     def logits(self) -> Tensor:
-        """One prediction of each clean image, ``[N, classes]``; the model is asked once."""
-        if self._logits is None:
-            self._logits = self.judge.logits(self.x)
-        return self._logits
+        """One prediction of each clean image, ``[N, classes]``."""
+        return self.judge.logits(self.x)
 
     def left(self) -> Tensor:
         """Indices of the images that need another run, int64 ``[n]``; waits for the device.
@@ -407,14 +405,7 @@ Goals = Sequence[Tensor | None]
 
 
 def waves(
-    active: ActiveSet,
-    goals: Goals,
-    restarts: int,
-    *,
-    seed: int,
-    most: int | None = None,
-    at_image: bool = False,
-    begin: Tensor | None = None,
+    active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
 ) -> Iterator[Rows]:
     """The rows of an attack, one wave after the other; a wave has the images that are left by then.
 
@@ -426,15 +417,13 @@ def waves(
         active: the images.
         goals: the target of each run, int64 ``[N]``; None for a run without one.
         restarts: the number of times that all of these runs are taken.
-        seed: the seed of the random starts; each run adds its number.
-        most: the most rows at once; None: `FEWEST_ROWS`, or the number of images if that is larger.
+        context: has the seed of the random starts, to which each run adds its number; the most rows at once, its
+            resources' ``batch_size``; and the points at which the very first run begins unless ``at_image``.
         at_image: whether the first run for each target begins at the images themselves.
-        begin: the points at which the very first run begins unless ``at_image``, ``[N, ...]``; None: random points, as
-            in the other runs.
     """
-    x, y, count = active.x, active.y, len(active.x)
+    x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)
-    most = max(FEWEST_ROWS, count) if most is None else most
+    most = context.resources.batch_size or max(FEWEST_ROWS, count)
     # a row has the number run * count + image
     firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
     is_first, following = True, 0
@@ -454,7 +443,8 @@ def waves(
             if begin is not None and run == 0 and not at_image:
                 clean = projected(clean, begin[images], active.ball.take(images))
             elif not (at_image and run < len(goals)):
-                clean = sample_in_ball(clean, active.ball.take(images), seed=seed + run, sample_ids=active.ids[images])
+                ball, ids = active.ball.take(images), active.ids[images]
+                clean = sample_in_ball(clean, ball, seed=context.seed + run, sample_ids=ids)
             begins.append(clean)
             labels.append(y[images] if goal is None else torch.stack([y, goal], 1)[images])
         ball = active.ball.take(owner)
@@ -479,6 +469,12 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
+def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
+    """The forward passes per image of `nearest_borders`, for a model with so many classes."""
+    searched = min(max(count or classes, CANDIDATES), classes - 1)
+    return 1 + (searched * draws if searched > 1 else 0)
+
+
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
@@ -496,7 +492,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]
-    logits = active.logits()[left]
+    logits = active.logits[left]
     count = min(count or logits.shape[1], logits.shape[1] - 1)
     candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
     goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
@@ -512,12 +508,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     return goals.unbind(1)
 
 
-def shrinks_after(step: int) -> bool:
-    """Tell whether the batch may shrink after so many steps."""
-    return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
-
-
-class RowSearch(RowState):
+class RowSearch:
     """One run of a search by gradients over a batch of rows, which leave it as their images fall.
 
     Args:
@@ -528,17 +519,7 @@ class RowSearch(RowState):
         give_up: whether rows out of reach leave.
     """
 
-    by_column = ("faulty", "score")
-
-    def __init__(
-        self,
-        objective: Objective,
-        active: ActiveSet,
-        rows: Rows,
-        steps: int,
-        *,
-        give_up: bool = False,
-    ):
+    def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
         # the batch may shrink after any of the first steps
@@ -549,10 +530,18 @@ class RowSearch(RowState):
         # faulty: how many gradients of each row were not finite, and how many were zero. counted: how many there were.
         self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
+    @staticmethod
+    def shrinks_after(step: int) -> bool:
+        """Tell whether the batch may shrink after so many steps."""
+        return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
+
     def take(self, index: Tensor) -> None:
-        super().take(index)
+        """Continue with some of the rows, by an index int64."""
+        take_rows(self, index, by_column=("faulty", "score"))
         if len(index):
-            self.gradients.now_of(self.point, self.rows.labels)
+            # the old loop occupies its graph
+            del self.gradients
+            self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 
     def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
         """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""

@@ -232,7 +232,7 @@ class _Short:
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
         """Mask of the images that are right in most draws, bool ``[n]``."""
-        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
+        logits = (in_parts(self.model, self.context.resources.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5
 
@@ -257,8 +257,8 @@ class _Short:
             judge_draws=self.judges,
             sample_ids=at,
             precision="auto",
-            copies=context.copies,
-            max_forward_batch=context.max_forward_batch or context.batch_size,
+            copies=context.resources.copies,
+            max_forward_batch=context.resources.max_forward_batch or context.resources.batch_size,
             **settings,
         )
         robust[at] = self.right(attacked, self.y[at])

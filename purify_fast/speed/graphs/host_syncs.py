@@ -1,4 +1,4 @@
-"""The waits and allocations of a piece of code, as PyTorch dispatches it.
+"""The waits of a piece of code, as PyTorch dispatches it.
 
 On a GPU each of these operators stops the host until the device is done, and none of them can stand in a CUDA graph.
 They are counted on any device. A tensor made of Python numbers counts too: on a GPU it is copied there, which waits.
@@ -33,18 +33,16 @@ class Wait(NamedTuple):
 
 
 class HostSyncs(TorchDispatchMode):
-    """Counts, within a block, the operators that wait for the device, and notes what every operator allocates.
+    """Counts, within a block, the operators that wait for the device, and all operators.
 
     Attributes:
         counts: how often each operator waits, by place.
-        allocated: name of the operator, shape and dtype of each tensor that an operator returned, in their order.
         dispatched: how many operators ran.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[Wait] = Counter()
-        self.allocated: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         self.dispatched = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,9 +51,6 @@ class HostSyncs(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if name in WAITING or _masks(name, args) or _crosses(name, args, result):
             self.counts[Wait(name, *_place())] += 1
-        self.allocated += [
-            (name, tuple(out.shape), out.dtype) for out in tree_leaves(result) if isinstance(out, Tensor)
-        ]
         return result
 
 

@@ -22,7 +22,6 @@ import logging
 import math
 import random
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar
@@ -284,9 +283,8 @@ class StepGraphs:
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self._costs: list[float] = []
-        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._launched: OrderedDict[Hashable, LaunchCost] = OrderedDict()
-        self._refused: OrderedDict[Hashable, LaunchCost] = OrderedDict()
+        self._captured: dict[Hashable, Captured] = {}
+        self._launched: dict[Hashable, LaunchCost] = {}
         self._told: set[str] = set()
 
     def __len__(self) -> int:
@@ -323,7 +321,7 @@ class StepGraphs:
         """
         return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
 
-    def without_if_memory_ends(self, work: Callable[[], Result], device: torch.device) -> Result:
+    def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Do some work. If memory runs out while graphs hold some of it, do the work once more without graphs.
 
         Args:
@@ -362,7 +360,7 @@ class StepGraphs:
             base = weak_key((weak_key(function), shapes, device, numerics(device)))
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
-        refused = self._refused.get(base)
+        refused = self._launched.get(base)
         if refused is not None and refused.steps < refused.retried_after:
             self.refusal = refused.refusal
             return refused
@@ -377,18 +375,15 @@ class StepGraphs:
         if any(isinstance(one, torch.Generator) for one in objects):
             return self._refuse(base, f"{_name(model)} has a generator of its own, which graphs need not follow")
         if key in self._captured:
-            self._captured.move_to_end(key)
-            return self._captured[key]
-        launched = _remember(self._launched, key, self._launched.get(key) or LaunchCost())
+            return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
+        launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
         if self.mode != "always" and not launched.pays(self.cost):
             return launched
         # a graph that is dropped later is captured again only when further launches have paid for it
         del self._launched[key]
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
-            self._captured[key] = captured
-            if len(self._captured) > MOST_GRAPHS:
-                self._captured.popitem(last=False)
+            remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
 
     def _refuse(self, base: Hashable | None, reason: str, retried_after: float = RETRIED_AFTER) -> LaunchCost | None:
@@ -398,7 +393,7 @@ class StepGraphs:
             self._told.add(reason)
             logger.info("an attack runs without a CUDA graph: %s", reason)
         launched = LaunchCost(refusal=reason, retried_after=retried_after)
-        return None if base is None else _remember(self._refused, base, launched)
+        return None if base is None else remember(self._launched, base, launched, REMEMBERED)
 
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
@@ -430,9 +425,7 @@ class StepGraphs:
                 replayed = self._timed(replay, device)
                 self._costs.append(self.capture.now(device) - begun)
                 if self.mode != "always" and eager - replayed < LEAST_SAVING * eager:
-                    logger.debug(
-                        "a replay takes %.3g ms, the step without a graph %.3g ms", replayed * 1e3, eager * 1e3
-                    )
+                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", replayed * 1e3, eager * 1e3)
                     return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
             # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
@@ -480,11 +473,19 @@ def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State)
     return Steps(function, state) if graphs is None else graphs.begin(function, state)
 
 
-def _remember(table: OrderedDict[Hashable, Result], key: Hashable, value: Result) -> Result:
+def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
+    """Make an entry the last one of a table, and return its value.
+
+    Args:
+        table: the entries in the order of their last use.
+        key: the key of the entry.
+        value: the value of the entry.
+        most: the number of entries beyond which the first one goes.
+    """
+    table.pop(key, None)
     table[key] = value
-    table.move_to_end(key)
-    if len(table) > REMEMBERED:
-        table.popitem(last=False)
+    if len(table) > most:
+        del table[next(iter(table))]
     return value
 
 

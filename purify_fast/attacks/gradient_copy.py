@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..._validation import GradientPrecision
-from ...contents import identity_key
-from ...defences.stochastic import StochasticDefence
-from ...protocols import (
+from .._validation import GradientPrecision
+from ..contents import identity_key
+from ..defences.stochastic import StochasticDefence
+from ..protocols import (
     Accelerates,
     Classifier,
     CountsImages,
@@ -32,10 +31,11 @@ from ...protocols import (
     is_purifier,
     supports,
 )
-from ...speed.folding.batchnorm import fold_sequential
-from ...speed.folding.halving import replace_resizing
-from ...speed.folding.inference_copy import Accelerated, InferenceCopy
-from ..attacked_model import gradient_to
+from ..speed.folding.batchnorm import fold_sequential
+from ..speed.folding.halving import replace_resizing
+from ..speed.folding.inference_copy import Accelerated, InferenceCopy
+from ..speed.graphs.step_graphs import remember
+from .attacked_model import gradient_to
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
 FEWEST_WEIGHTS = 250_000
@@ -65,8 +65,8 @@ class GradientCopies:
     def __init__(self) -> None:
         #: The copy of a model, or None where there is none; the identities of the model at that time, which keep its
         #: ids and memory addresses from being given to other objects; and what its tensors contained.
-        self._copies: OrderedDict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = OrderedDict()
-        self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
+        self._copies: dict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = {}
+        self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
         """The object for a wrapper around a copy: ``around`` at first, and the same object while wrapper and copy stay.
@@ -75,9 +75,7 @@ class GradientCopies:
         """
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
-            known = self._around[id(wrapper)] = (wrapper, inner, around)
-            if len(self._around) > WRAPPERS:
-                self._around.popitem(last=False)
+            known = remember(self._around, id(wrapper), (wrapper, inner, around), WRAPPERS)
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
@@ -92,11 +90,8 @@ class GradientCopies:
             # a tensor without a memory of its own, or a setting that cannot be hashed
             return make()
         if known is None or not same:
-            known = self._copies[key] = make(), (model, objects, tensors), values
-            if len(self._copies) > REMEMBERED:
-                self._copies.popitem(last=False)
-        self._copies.move_to_end(key)
-        return known[0]
+            known = make(), (model, objects, tensors), values
+        return remember(self._copies, key, known, REMEMBERED)[0]
 
 
 def gradient_copy(
