@@ -74,6 +74,9 @@ class Evaluate(DataCommand, Purification):
     settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        if self.norm is not None:
+            # the dataclass is frozen
+            object.__setattr__(self, "norm", read_norm(self.norm))
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")

@@ -35,7 +35,7 @@ REFUSED = {
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
     "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N ("
     "PyTorch has no such device)",
-    "train classifier --data imagenette": "imagenette's images differ in size: give --size H W",
+    "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
     "train classifier --data {bars} --model fully_connected --width 3": "has no width to choose",
