@@ -41,6 +41,8 @@ from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
+from .sources import InMemory, Source
+from .task import Task
 
 logger = logging.getLogger("purify_fast")
 
@@ -371,6 +373,36 @@ class BankedStep:
         eps = torch.tensor([one.eps for one in bank.attacks.attacks])[kinds]
         steps, scale = torch.from_numpy(found.steps).to(x.device), torch.from_numpy(found.scale).to(x.device)
         return restored(x, steps, scale, Ball(eps.to(x.device), bank.attacks.norm))
+
+
+def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
+    """Open the bank of a training, with the variants of earlier runs.
+
+    Args:
+        task: the training.
+        source: source of the training's images.
+        bank: its settings.
+
+    Raises:
+        ValueError: the images of the training cannot be kept; the message says why.
+    """
+    attacks = task.frozen_attacks()
+    if attacks is None:
+        raise ValueError(
+            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
+            "this training attacks a model that it changes, or attacks nothing"
+        )
+    if not isinstance(source, InMemory):
+        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
+    if source.config.padding:
+        raise ValueError(
+            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
+            f"{source.config.padding}): train without padding or without a bank"
+        )
+    # the digest includes the labels, because the attacks raise the loss of the labels
+    views = 2 if source.config.flip else 1
+    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
+    return AdversarialBank(bank, attacks, images, source.batch_size)
 
 
 def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
