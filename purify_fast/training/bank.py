@@ -41,8 +41,6 @@ from .._validation import Count, Norm, Positive, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
-from .sources import InMemory, Source
-from .task import Task
 
 logger = logging.getLogger("purify_fast")
 
@@ -176,16 +174,22 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and where the file is.
-        attacks: the attacks on the images.
+        attacks: the attacks on the images; None, of a training without such attacks, is refused.
         images: which images.
         batch_size: images of a step, of all processes together.
 
     Raises:
-        ValueError: fewer variants than attacks, or more bytes than the limit leaves beside the banks in use.
+        ValueError: no attacks, fewer variants than attacks, or more bytes than the limit leaves beside the banks in
+            use.
         OSError: the file cannot be made or locked; on a full disk before any work.
     """
 
-    def __init__(self, config: BankConfig, attacks: FrozenAttacks, images: BankedImages, batch_size: int):
+    def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
+        if attacks is None:
+            raise ValueError(
+                "bank needs a training that attacks a frozen classifier (CARSO or AToP with "
+                "attack_target='classifier'); this training attacks a model that it changes, or attacks nothing"
+            )
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
         self.made = self.read = self.damaged = 0
@@ -373,36 +377,6 @@ class BankedStep:
         eps = torch.tensor([one.eps for one in bank.attacks.attacks])[kinds]
         steps, scale = torch.from_numpy(found.steps).to(x.device), torch.from_numpy(found.scale).to(x.device)
         return restored(x, steps, scale, Ball(eps.to(x.device), bank.attacks.norm))
-
-
-def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
-    """Open the bank of a training, with the variants of earlier runs.
-
-    Args:
-        task: the training.
-        source: source of the training's images.
-        bank: its settings.
-
-    Raises:
-        ValueError: the images of the training cannot be kept; the message says why.
-    """
-    attacks = task.frozen_attacks()
-    if attacks is None:
-        raise ValueError(
-            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
-            "this training attacks a model that it changes, or attacks nothing"
-        )
-    if not isinstance(source, InMemory):
-        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
-    if source.config.padding:
-        raise ValueError(
-            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
-            f"{source.config.padding}): train without padding or without a bank"
-        )
-    # the digest includes the labels, because the attacks raise the loss of the labels
-    views = 2 if source.config.flip else 1
-    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
-    return AdversarialBank(bank, attacks, images, source.batch_size)
 
 
 def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
-from .bank import BankConfig, open_bank
+from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
@@ -79,7 +79,9 @@ class Run:
         bank: BankConfig | None = None,
     ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
-        self.bank = None if bank is None else open_bank(task, source, bank)
+        self.bank: AdversarialBank | None = None
+        if bank is not None:
+            self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:

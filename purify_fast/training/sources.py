@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from .._process import processes
 from .._tensors import digest
 from ..data import StreamedImages, batches, read_ahead
+from .bank import BankedImages
 from .config import FitConfig
 from .task import Task
 
@@ -92,6 +93,17 @@ class InMemory:
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in order[first : self.steps]]):
             yield images, self.y[ids], ids
 
+    def banked_images(self) -> BankedImages:
+        """The images as a bank takes them; ValueError if they differ from epoch to epoch."""
+        if self.config.padding:
+            raise ValueError(
+                f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
+                f"{self.config.padding}): train without padding or without a bank"
+            )
+        # the digest includes the labels, because the attacks raise the loss of the labels
+        views = 2 if self.config.flip else 1
+        return BankedImages(len(self.x), tuple(self.x.shape[1:]), self.description, views)
+
 
 def _cut_off(steps: int, config: FitConfig) -> int:
     """The steps of an epoch, by ``steps_per_epoch``; ValueError if a pass over the data has fewer."""
@@ -156,6 +168,9 @@ class Loader:
                     # check once in an epoch, because it waits for the images' device
                     _check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+
+    def banked_images(self) -> BankedImages:
+        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
 
 
 Source: TypeAlias = InMemory | Loader

@@ -70,8 +70,13 @@ def weights(kind, folder=None, batch=32):
 
 def banked(folder, banks):
     """Train with a bank; the weights, and what this process made and read."""
-    opened, open_bank = [], run.open_bank
-    with mock.patch.object(run, "open_bank", lambda *arguments: opened.append(open_bank(*arguments)) or opened[-1]):
+    opened, kind = [], run.AdversarialBank
+
+    def opening(*arguments):
+        opened.append(kind(*arguments))
+        return opened[-1]
+
+    with mock.patch.object(run, "AdversarialBank", opening):
         task, config = small_task("published"), FitConfig(16, 32, flip=True)
         fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
     return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
