@@ -60,13 +60,22 @@ class ForeignClassifier(nn.Module):
         self.arguments: dict[str, Any] = {"spec": spec, "in_channels": in_channels, "num_classes": num_classes}
         self.repeated = 1
         self.normalize: nn.Module = nn.Identity()
+        if library in LIBRARIES:
+            check_library_name(spec)
+            normalize = Normalize(mean, std, in_channels)
+            self.normalize = normalize
+            self.arguments |= normalize.arguments
         if library == "torchvision":
-            self.model = _torchvision_model(name, num_classes)
+            # importing it takes 1.7 seconds, and most classifiers do not need it
+            from torchvision import models
+
+            self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
             if in_channels not in (1, 3):
                 raise ValueError(f"{spec} takes images of 1 or 3 channels, got {in_channels}")
             self.repeated = 3 // in_channels
         elif library == "timm":
-            self.model = _timm_model(name, in_channels, num_classes)
+            timm = importlib.import_module("timm")
+            self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
         else:
             # a saved classifier names its function, and loading it must not run a file from an arbitrary place
             if spec.rpartition(":")[0].endswith(".py"):
@@ -75,11 +84,10 @@ class ForeignClassifier(nn.Module):
                     "`purify-fast evaluate` takes a function by its file. Name it by its module, such as "
                     f"{Path(spec).stem}:{name}, and start in its folder or put that on PYTHONPATH"
                 )
-            self.model = made_by(spec, fresh=True)
-        if library in LIBRARIES:
-            normalize = Normalize(mean, std, in_channels)
-            self.normalize = normalize
-            self.arguments |= normalize.arguments
+            model = called_by(spec, fresh=True)
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+            self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.normalize(x)
@@ -199,14 +207,6 @@ def check_library_name(spec: str) -> None:
     raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} names all")
 
 
-def _torchvision_model(name: str, num_classes: int) -> nn.Module:
-    # importing it takes 1.7 seconds, and most classifiers do not need it
-    from torchvision import models
-
-    check_library_name(f"torchvision:{name}")
-    return models.get_model(name, weights=None, num_classes=num_classes)
-
-
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
     from torchvision.models import get_model_weights
 
@@ -219,13 +219,6 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
         raise FileNotFoundError(f"{path} is missing: nothing is downloaded here, get it from {entry.url}")
     preset = entry.transforms()
     return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
-
-
-def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    check_library_name(f"timm:{name}")
-    return importlib.import_module("timm").create_model(
-        name, pretrained=False, num_classes=num_classes, in_chans=in_channels
-    )
 
 
 def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
@@ -243,24 +236,6 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
 
 
 # -- modules of the user's own -----------------------------------------------------------------------------------------
-
-
-def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
-    """Call a function or class without arguments and return the module that it makes.
-
-    Args:
-        spec: see `called_by`.
-        fresh: see `called_by`.
-
-    Raises:
-        FileNotFoundError: see `called_by`.
-        ModuleNotFoundError: see `called_by`.
-        ValueError: the result is not a module, or as for `called_by`.
-    """
-    model = called_by(spec, fresh=fresh)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
-    return model
 
 
 def called_by(spec: str, *, fresh: bool = False) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from purify_fast.cli.evaluate import Evaluate
-from purify_fast.models.foreign import made_by
+from purify_fast.models.foreign import called_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,4 +194,4 @@ def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
 def test_a_file_hides_no_other_module(mine):
     (mine / "json.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Identity()\n")
     before = sys.modules["json"]
-    assert isinstance(made_by("code/json.py:make"), torch.nn.Identity) and sys.modules["json"] is before
+    assert isinstance(called_by("code/json.py:make"), torch.nn.Identity) and sys.modules["json"] is before
