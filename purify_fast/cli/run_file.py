@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +15,13 @@ from typing import Any, TypeVar
 import yaml
 
 from .._version import __version__
-from .command import Command, DataCommand
+from .command import Command
 
 C = TypeVar("C")
 
 RUN_FILE = "run.yaml"
+#: The folder of a run's evaluation, in the folder of the run.
+EVALUATION = "evaluation"
 
 
 def number(text: str) -> float:
@@ -52,15 +53,6 @@ def run_file(command: Command) -> str:
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
-
-
-def repeating(command: DataCommand) -> str:
-    """The command line that repeats a command: the words that were typed, and what they leave to the environment."""
-    line, data, root = ["purify-fast", *command.typed], *(getattr(command, of) for of in ("data", "data_root"))
-    given = any(word.split("=")[0].replace("_", "-") == "--data-root" for word in command.typed)
-    # PURIFY_FAST_DATA may be another one, or none, where the line is pasted.
-    looked_for = data != "digits" and not Path(data).exists() and root is not None
-    return shlex.join([*line, "--data-root", str(root)] if looked_for and not given else line)
 
 
 def write_run_file(command: Command, folder: Path) -> None:
@@ -146,3 +138,17 @@ def _as_type(value: Any, kind: Any) -> Any:
         with contextlib.suppress(ValueError):
             return number(value)
     return Path(str(value)) if kind is Path else value
+
+
+def report_file(folder: Path, name: str) -> Path:
+    """A file of a report, whose folder is given, or that of the run which was evaluated.
+
+    Raises:
+        FileNotFoundError: the folder holds no such file.
+    """
+    for path in (folder / name, folder / EVALUATION / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{folder} holds no {name}: give the folder that `purify-fast evaluate` wrote to, which its last line names"
+    )

@@ -114,7 +114,7 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
         ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),
         ("code/my_defence.py:", "a model by name is package.module:function or path/to/file.py:function"),
-        ("torchvision:resnet18", "torchvision:resnet18 has fresh weights, which are not worth an attack"),
+        ("torchvision:resnet18", "torchvision:resnet18 has fresh weights: name a folder, or a function"),
         ("torchvision:resnett18", "torchvision has no classifier 'resnett18'; near: resnet18"),
         ("code/my_defence.py:make", "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say"),
     ],
