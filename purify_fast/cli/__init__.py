@@ -54,14 +54,12 @@ def _read(arguments: list[str]) -> Command:
             return parse(_KINDS[name], arguments[length:])
     # --version prints and exits
     early_options().parse_known_args(arguments)
-    # no command, or no command of this name: the parser of all commands lists them
-    trains = {name.split()[1]: kind for name, kind in _KINDS.items() if name.startswith("train ")}
+    # no command, or no command of this name: the parser of all commands lists them, without their options
+    listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
+    trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence on one; by torchrun on several GPUs or processors."}
     train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
-    top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
-    if arguments in ([], ["-h"], ["--help"]):
-        # leave out their options: reading these takes as long as all the rest
-        top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
+    top = {name: listed.get(name, train) for name in (called.split()[0] for called in _KINDS)}
     described = "Adversarial purification: train, attack and judge defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 

@@ -39,10 +39,6 @@ class _Unread(str):
     """A word that is no number; the configuration that would hold it refuses it, with the option's name."""
 
 
-#: Allowed numbers of an option, where it is not a fraction such as 8/255.
-ALLOWED = {"claim": "a number of percent from 0 to 100, such as 70"}
-
-
 class Refused(Exception):
     """A configuration does not accept its values. It is not a ValueError, which the parser would rephrase."""
 
@@ -72,8 +68,8 @@ def _refuse_words(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, _Unread):
-                allowed = ALLOWED.get(name, "a number or a fraction such as 8/255")
-                raise Refused(f"--{name.replace('_', '-')} must be {allowed}, got {str(one)!r}")
+                option = f"--{name.replace('_', '-')}"
+                raise Refused(f"{option} must be a number or a fraction such as 8/255, got {str(one)!r}")
 
 
 def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:

@@ -31,6 +31,7 @@ from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
+from .checkpoint import CHECKPOINT, GOOD
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
@@ -190,7 +191,7 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
             listener.on_epoch(state)
         run.save()
         if run.config.on_collapse == "back_off" and validated:
-            run.keep_good()
+            run.copy_checkpoint(CHECKPOINT, GOOD)
         if run.step < run.total:
             _end_if_asked(run, stop)
 
@@ -244,9 +245,8 @@ def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
     if (run.config.on_nan == "stop" and not to_good) or rate < BACK_OFF**BACK_OFFS:
         raise error
     if to_good:
-        run.return_to_good()
-    else:
-        run.resume()
+        run.copy_checkpoint(GOOD, CHECKPOINT)
+    run.resume()
     run.rate = rate
     if processes()[0] == 0:
         logger.warning("%s; back to step %d with %g of the learning rate", error, run.step, rate)

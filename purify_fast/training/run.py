@@ -193,16 +193,8 @@ class Run:
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
 
-    def keep_good(self) -> None:
-        """Keep the checkpoint that was just written, to return to it after a collapse."""
-        self._copy(CHECKPOINT, GOOD)
-
-    def return_to_good(self) -> None:
-        """Resume from the checkpoint of the last good validation."""
-        self._copy(GOOD, CHECKPOINT)
-        self.resume()
-
-    def _copy(self, name: str, other: str) -> None:
+    def copy_checkpoint(self, name: str, other: str) -> None:
+        """Copy a checkpoint onto another, by their names in the folder."""
         if self.folder is not None and processes()[0] == 0:
             source, path = self.folder / name, self.folder / other
 

@@ -70,27 +70,25 @@ class InMemory:
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
         rest = n % config.batch_size
-        steps = n // config.batch_size + (rest > 0 and not config.drop_last)
-        if config.batch_size % world:
-            raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
-        if steps == 0:
-            raise ValueError(f"batch_size {config.batch_size} is larger than the {n} training images")
         if not config.drop_last and rest % world:
             raise ValueError(
                 f"drop_last False leaves a last batch of {rest} images, which {world} processes cannot share evenly: "
                 "leave it out (drop_last), or take another batch_size"
             )
-        self.steps = _cut_off(steps, config)
+        self.steps = _cut_off(len(self._order(0)), config)
         self.images = min(n, self.steps * config.batch_size)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
-    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        """The epoch's batches from number ``first`` on, each this process's share."""
+    def _order(self, epoch: int) -> list[Tensor]:
+        """The epoch's batches, as indices."""
         config, shares = self.config, {"rank": self.rank, "world": self.world}
-        order = batches(
+        return batches(
             len(self.ids), config.batch_size, config.seed, epoch, config.drop_last, device=self.device, **shares
         )
-        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in order[first : self.steps]]):
+
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        """The epoch's batches from number ``first`` on, each this process's share."""
+        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
 
     def banked_images(self) -> BankedImages:
