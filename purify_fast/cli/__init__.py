@@ -19,7 +19,7 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._version import __version__
 from .check import Check
-from .command import Command, in_options, usable_device
+from .command import Command, usable_device
 from .evaluate import Evaluate
 from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
@@ -54,14 +54,12 @@ def _read(arguments: list[str]) -> Command:
             return parse(_KINDS[name], arguments[length:])
     # --version prints and exits
     early_options().parse_known_args(arguments)
-    # no command, or no command of this name: the parser of all commands lists them
-    trains = {name.split()[1]: kind for name, kind in _KINDS.items() if name.startswith("train ")}
+    # no command, or no command of this name: the parser of all commands lists them, without their options
+    listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
+    trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence on one; by torchrun on several GPUs or processors."}
     train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
-    top = {name: _KINDS.get(name, train) for name in (called.split()[0] for called in _KINDS)}
-    if arguments in ([], ["-h"], ["--help"]):
-        # leave out their options: reading these takes as long as all the rest
-        top = {name: make_dataclass(name, (), namespace={"__doc__": kind.__doc__}) for name, kind in top.items()}
+    top = {name: listed.get(name, train) for name in (called.split()[0] for called in _KINDS)}
     described = "Adversarial purification: train, attack and judge defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
@@ -99,20 +97,14 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def _bug(error: Exception) -> int:
+def _bug() -> int:
     """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
     traceback.print_exc()
-    # this module loaded the model of the user's own
-    own = sys.modules.get("purify_fast.models.foreign")
-    whose = "package" if own is None else own.raised_in(error)
-    texts = {
-        "own": "this error was raised in the code of your own model, in the lines above.",
-        "called by own": f"this error was raised in purify_fast {__version__}, which the code of your own model "
-        "called, in the lines above. Look at that call first. If it is right, this is an error in purify_fast.",
-        "package": f"this is an error in purify_fast {__version__}, and not of your making.",
-    }
-    please = "Please report it with the lines above, the command line and what `purify-fast info --all` prints."
-    print(f"purify-fast: {texts[whose]}{'' if whose == 'own' else f' {please}'}", file=sys.stderr)
+    print(
+        f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in code of your own. "
+        "Please report it with the lines above, the command line and what `purify-fast info --all` prints.",
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -127,9 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
         that cannot be used; 130 after Ctrl-C; 1, with a traceback, for an error of this package or of the code of a
         model of the user's own.
     """
-    if (own := sys.modules.get("purify_fast.models.foreign")) is not None:
-        # models of an earlier command in this process do not count
-        own.forget_imported()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:
@@ -141,11 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
         rank = _rank()
         # stderr may be a file on a full disk, or closed
         with contextlib.suppress(OSError, ValueError):
-            print(f"purify-fast{f', process {rank}' if rank else ''}: {in_options(str(error))}", file=sys.stderr)
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if not ran_out_of_memory(error):
-            return _bug(error)
+            return _bug()
         where = str(error).splitlines()[0] if str(error) else "of this machine"
         advice = "give a smaller --batch-size; `evaluate` also takes --batch-size auto"
         print(f"purify-fast: not enough memory: {where}; {advice}", file=sys.stderr)

@@ -12,7 +12,7 @@ from .._validation import Count
 from .command import Command, usable_device
 from .evaluate import Evaluate
 from .parsing import parse
-from .run_file import RUN_FILE
+from .run_file import RUN_FILE, report_file
 
 if TYPE_CHECKING:
     from ..data import DataSet
@@ -44,7 +44,7 @@ class Check(Command):
         from ..evaluation.witnesses import check_witnesses, load_witnesses
         from ..speed.precision import float32_products
 
-        folder = self.folder()
+        folder = report_file(self.report, "report.json").parent
         device, whose = usable_device(self.device), self.evaluated(folder)
         witnesses, _ = load_witnesses(folder)
         model, _ = whose.prepared(images_of(witnesses, device))
@@ -52,17 +52,6 @@ class Check(Command):
             checked = check_witnesses(folder, model, batch_size=self.batch_size, seed=self.seed)
         print(checked.to_text())
         return 0 if checked.confirmed else 1
-
-    def folder(self) -> Path:
-        """The folder of the report; FileNotFoundError if there is none."""
-        places = [self.report, self.report / "evaluation"]
-        place = next((place for place in places if (place / "report.json").is_file()), None)
-        if place is None:
-            raise FileNotFoundError(
-                f"there is no report.json in {places[0]} or {places[1]}: give the folder that `purify-fast evaluate` "
-                "wrote to, which its last line names"
-            )
-        return place
 
     def evaluated(self, folder: Path) -> Evaluate:
         """The command that made the report in a folder, or one that attacks the given model."""

@@ -14,21 +14,6 @@ from .._validation import check_types
 if TYPE_CHECKING:
     from ..data import DataSet
 
-#: Arguments in Python, as errors name them, and the options that mean the same.
-OPTIONS = {
-    "give image_size=(H, W)": "give --size H W",
-    "with on_bad_image='skip'": "with --on-bad-image skip",
-    "with follow_links=True": "with --follow-links",
-    "give download=True": "add --download to the command",
-}
-
-
-def in_options(text: str) -> str:
-    """An error in which options of the command line stand in place of arguments in Python."""
-    for argument, option in OPTIONS.items():
-        text = text.replace(argument, option)
-    return text
-
 
 @dataclass(frozen=True)
 class Command(ABC):

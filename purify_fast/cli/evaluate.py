@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from .._files import folder_lock
 from .._validation import Count, Norm, Precision, read_norm
 from ..evaluation.config import EvaluateConfig
 from .command import DataCommand
-from .run_file import ball_of_run, repeating, write_run_file
+from .run_file import EVALUATION, ball_of_run, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 from .train_diffusion import Purification
 
@@ -74,6 +75,9 @@ class Evaluate(DataCommand, Purification):
     settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        if self.norm is not None:
+            # the dataclass is frozen
+            object.__setattr__(self, "norm", read_norm(self.norm))
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
@@ -101,10 +105,10 @@ class Evaluate(DataCommand, Purification):
         if self.out is not None:
             return self.out
         if self.own is not None:
-            return Path("runs/own") / self.title() / "evaluation"
+            return Path("runs/own") / self.title() / EVALUATION
         # the folder of a model of the zoo belongs to the installed package
         place = self.official or self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo
-        return place / "evaluation"
+        return place / EVALUATION
 
     def title(self) -> str:
         """The model's name in the report."""
@@ -200,10 +204,6 @@ class Evaluate(DataCommand, Purification):
             raise ValueError(f"--classifier must be given: {self.folder} holds a denoiser alone")
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
-    def settings_for(self, images: DataSet) -> EvaluateConfig:
-        """The settings, with the name of the data set."""
-        return replace(self.settings, dataset_name=self.settings.dataset_name or images.name)
-
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
         """The held-out images to attack, their labels, and what the report must say of the choice."""
         from ..data import balanced_subset
@@ -252,7 +252,7 @@ class Evaluate(DataCommand, Purification):
                 x,
                 y,
                 eps=eps,
-                config=self.settings_for(images),
+                config=replace(self.settings, dataset_name=self.settings.dataset_name or images.name),
                 norm=read_norm(norm),
                 base=base,
                 out=out,
@@ -262,7 +262,7 @@ class Evaluate(DataCommand, Purification):
             return
         report.notes += notes
         report.about.pop("call")
-        report.about["command"] = repeating(self)
+        report.about["command"] = shlex.join(["purify-fast", *self.typed])
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)

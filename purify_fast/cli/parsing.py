@@ -4,14 +4,13 @@ Values are read as tyro reads them, but for three things:
 
 - Numbers may be fractions: ``--eps 8/255``. A word that is no number is refused by the name of its option.
 - The choice among words is left to the configuration that holds it, whose message names the option and what is
-  allowed. Norms are also taken as other packages write them, ``--norm Linf``.
+  allowed.
 - A configuration that refuses its values is reported in its own words, without the parser's names for its parts.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from functools import wraps
@@ -27,12 +26,10 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from .._validation import Norm, read_norm
 from .._version import __version__
-from . import run_file
 from .command import Command
 from .evaluate import Evaluate
-from .run_file import number
+from .run_file import number, options_of, with_options
 from .training import FollowsRecipe
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
@@ -40,10 +37,6 @@ MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 class _Unread(str):
     """A word that is no number; the configuration that would hold it refuses it, with the option's name."""
-
-
-#: Allowed numbers of an option, where it is not a fraction such as 8/255.
-ALLOWED = {"claim": "a number of percent from 0 to 100, such as 70"}
 
 
 class Refused(Exception):
@@ -75,8 +68,8 @@ def _refuse_words(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, _Unread):
-                allowed = ALLOWED.get(name, "a number or a fraction such as 8/255")
-                raise Refused(f"--{name.replace('_', '-')} must be {allowed}, got {str(one)!r}")
+                option = f"--{name.replace('_', '-')}"
+                raise Refused(f"{option} must be a number or a fraction such as 8/255, got {str(one)!r}")
 
 
 def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -84,17 +77,10 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if get_origin(info.type) is not Literal or not all(isinstance(word, str) for word in allowed):
         return None
 
-    def read(words: list[str]) -> str:
-        if allowed == get_args(Norm):
-            # the configuration refuses an unknown norm in its own words
-            with contextlib.suppress(ValueError):
-                return read_norm(words[0])
-        return words[0]
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(allowed) + "}",
-        instance_from_str=read,
+        instance_from_str=lambda words: words[0],
         is_instance=lambda value: value in allowed,
         str_from_instance=lambda value: [value],
     )
@@ -143,7 +129,7 @@ def early_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe")
-    parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction)
     parser.add_argument("--version", action="version", version=f"purify-fast {__version__}")
     return parser
 
@@ -170,21 +156,20 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         Refused: a configuration does not accept a value.
         SystemExit: a word is no option or value of this command, or ``--help`` was given.
     """
-    prog = f"purify-fast {kind.called}"
-    path = early_options().parse_known_args(arguments)[0].config
-    in_file = {} if path is None else run_file.options_of(path, kind)
-    file_words = run_file.words(in_file, kind)
-    chosen = early_options().parse_known_args(file_words + arguments)[0]
-    default: dict[str, Any] = {}
-    if chosen.recipe not in (None, "None"):
+    early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
+    in_file = {} if early.config is None else options_of(early.config, kind)
+    default, options = kind(), in_file
+    # the recipe gives the defaults of the file, and the file those of the command line
+    chosen = {**in_file, **{name: value for name, value in vars(early).items() if value is not None}}
+    if (recipe := chosen.get("recipe")) not in (None, "None"):
         if issubclass(kind, FollowsRecipe):
-            default = {"default": kind.of_recipe(chosen.recipe, chosen.official_code)}
-        elif kind is Evaluate and "data" not in {*in_file, *_names(arguments)}:
+            default = kind.of_recipe(recipe, bool(chosen.get("official_code")))
+        elif kind is Evaluate and "data" not in given:
             # a published system brings its data set
-            arguments = ["--data", chosen.recipe, *arguments]
-    if file_words:
-        default = {"default": cli(kind, file_words, prog=f"{prog} --config {path}", **default)}
-        _refuse_ignored(default["default"], set(in_file))
-    command = cli(kind, arguments, prog=prog, **default)
-    _refuse_ignored(command, _names(arguments))
+            options = {"data": recipe, **in_file}
+    if options:
+        default = with_options(default, options)
+        _refuse_ignored(default, set(in_file))
+    command = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=default)
+    _refuse_ignored(command, given)
     return command

@@ -49,9 +49,6 @@ class Plan(Command):
             planned = of_evaluation(command, gpu, self.gpus)
         print(planned.to_text())
 
-    def writes(self) -> None:
-        """Nothing."""
-
 
 def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
     """The plan that the words behind ``plan`` describe.

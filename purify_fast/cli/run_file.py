@@ -6,19 +6,22 @@ release of this package wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shlex
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import tyro
 import yaml
 
 from .._version import __version__
-from .command import Command, DataCommand
+from .command import Command
+
+C = TypeVar("C")
 
 RUN_FILE = "run.yaml"
+#: The folder of a run's evaluation, in the folder of the run.
+EVALUATION = "evaluation"
 
 
 def number(text: str) -> float:
@@ -50,23 +53,6 @@ def run_file(command: Command) -> str:
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
-
-
-def repeating(command: DataCommand) -> str:
-    """The command line that repeats a command: the words that were typed, and what they leave to the environment.
-
-    If the options are in a file, or the command was not typed, the line has its folder and every option that is not
-    the default.
-    """
-    if command.typed and not any(word.split("=")[0] == "--config" for word in command.typed):
-        line, data, root = ["purify-fast", *command.typed], *(getattr(command, of) for of in ("data", "data_root"))
-        given = any(word.split("=")[0].replace("_", "-") == "--data-root" for word in command.typed)
-        # PURIFY_FAST_DATA may be another one, or none, where the line is pasted.
-        looked_for = data != "digits" and not Path(data).exists() and root is not None
-        return shlex.join([*line, "--data-root", str(root)] if looked_for and not given else line)
-    usual = values(type(command)())
-    changed = {name: value for name, value in values(command).items() if name == "folder" or value != usual[name]}
-    return shlex.join(["purify-fast", command.called, *words(changed, type(command))])
 
 
 def write_run_file(command: Command, folder: Path) -> None:
@@ -110,7 +96,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a table, or of another command.
+        ValueError: it is not a table, of another command, or holds a name that is no option.
     """
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
@@ -118,22 +104,51 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     command = options.pop("command", name)
     if command != name:
         raise ValueError(f"--config {path} was written by `purify-fast {command}`; this is `purify-fast {name}`")
+    if unknown := options.keys() - values(kind()).keys():
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
+        raise ValueError(f"--config {path} must hold options of `purify-fast {name}` alone, got {named}")
     return options
 
 
-def words(options: dict[str, Any], kind: type) -> list[str]:
-    """Options, as `options_of` returns them, as the words of a command line, so that both are read alike."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    positional = [name for name in options if tyro.conf.Positional in getattr(hints.get(name), "__metadata__", ())]
-    line = [str(options[name]) for name in positional]
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if name in positional:
-            continue
-        if isinstance(value, bool):
-            line.append(f"--{flag}" if value else f"--no-{flag}")
-        elif str(value).startswith("-"):
-            line.append(f"--{flag}={value}")
-        else:
-            line += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return line
+def with_options(config: C, options: dict[str, Any]) -> C:
+    """A command or configuration with options in place of its own, also in the configurations that it holds.
+
+    Args:
+        config: gives the values of all other options.
+        options: the values, as YAML holds them; a number may be a text such as "8/255".
+    """
+    hints, changed = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = with_options(value, options)
+        elif field.name in options:
+            changed[field.name] = _as_type(options[field.name], hints[field.name])
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    """A value of YAML as a field of a type holds it; a value of another type stays for the configuration to refuse."""
+    kinds = typing.get_args(kind)
+    if type(None) in kinds:
+        return None if value in (None, "None") else _as_type(value, kinds[0])
+    if isinstance(value, list):
+        return tuple(_as_type(one, kinds[0]) for one in value) if kinds else tuple(value)
+    if kind is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return number(value)
+    return Path(str(value)) if kind is Path else value
+
+
+def report_file(folder: Path, name: str) -> Path:
+    """A file of a report, whose folder is given, or that of the run which was evaluated.
+
+    Raises:
+        FileNotFoundError: the folder holds no such file.
+    """
+    for path in (folder / name, folder / EVALUATION / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{folder} holds no {name}: give the folder that `purify-fast evaluate` wrote to, which its last line names"
+    )

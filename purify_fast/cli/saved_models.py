@@ -42,11 +42,13 @@ def is_named(classifier: str) -> bool:
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
-def is_of_library(spec: str) -> bool:
-    """Tell whether this names a network of torchvision or timm."""
-    from ..models.foreign import LIBRARIES
+def refuse_fresh_weights(spec: str, instead: str) -> None:
+    """ValueError if this names a network of torchvision or timm, which has fresh weights; ``instead`` is the advice."""
+    from ..models.foreign import LIBRARIES, check_library_name
 
-    return spec.partition(":")[0] in LIBRARIES
+    if spec.partition(":")[0] in LIBRARIES:
+        check_library_name(spec)
+        raise ValueError(f"{spec} has fresh weights: {instead}; `train classifier --model {spec}` trains it")
 
 
 def own_model(spec: str, images: DataSet) -> Classifier:
@@ -59,14 +61,9 @@ def own_model(spec: str, images: DataSet) -> Classifier:
         ModuleNotFoundError: the module is not installed.
         ValueError: the function does not return a model, or the model does not run on the images.
     """
-    from ..models.foreign import called_by, check_library_name
+    from ..models.foreign import called_by
 
-    if is_of_library(spec):
-        check_library_name(spec)
-        raise ValueError(
-            f"{spec} has fresh weights, which are not worth an attack: train it by `train classifier --model {spec}` "
-            "and evaluate that folder, or name a function of yours that loads its weights, as module:function"
-        )
+    refuse_fresh_weights(spec, "name a folder, or a function of yours that loads its weights, as module:function")
     model = called_by(spec)
     if not callable(model) or isinstance(model, type):
         raise ValueError(
@@ -98,7 +95,6 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         FileNotFoundError: the folder or the weights are not there.
         ValueError: they are broken, or do not fit.
     """
-    from ..models.foreign import check_library_name
     from ..training import load_classifier
 
     text = str(classifier)
@@ -111,12 +107,8 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
         refuse_other_images(saved, images, f"the classifier in {classifier}")
         return saved
-    if weights is None and is_of_library(text):
-        check_library_name(text)
-        raise ValueError(
-            f"--classifier {text} has fresh weights: give trained ones with --classifier-weights, or train it first "
-            f"with `train classifier --model {text}`"
-        )
+    if weights is None:
+        refuse_fresh_weights(text, "give trained ones with --classifier-weights")
     return named_classifier(text, weights, images).eval()
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import tyro
 
 from .command import Command
+from .run_file import report_file
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ class ShowReport(Command):
     open: bool = True
 
     def run(self) -> None:
-        pages = [place / "report.html" for place in (self.folder, self.folder / "evaluation")]
-        page = next((path for path in pages if path.is_file()), None)
-        if page is None:
-            raise FileNotFoundError(f"{self.folder} holds no report.html: `purify-fast evaluate` writes one")
+        page = report_file(self.folder, "report.html")
         print(page)
         if self.open:
             webbrowser.open(page.resolve().as_uri())

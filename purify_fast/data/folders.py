@@ -112,7 +112,7 @@ def read_folder(
             text = f"{len(left_out)} of {len(splits[part].files)} images of {folder} cannot be decoded"
             names = "; ".join(list(left_out.values())[:NAMED]) + ("; ..." if len(left_out) > NAMED else "")
             if on_bad_image == "refuse" or not len(images):
-                advice = "replace or remove them, or skip them with on_bad_image='skip'"
+                advice = "replace or remove them, or skip them with on_bad_image='skip' (--on-bad-image skip)"
                 raise ValueError(f"{text}, {advice}: {names}")
             logger.warning("%s and are left out: %s", text, names)
         needed = images.shape.numel()
@@ -194,7 +194,7 @@ def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
         if not target.is_relative_to(root):
             raise ValueError(
                 f"{path} leads out of {folder}, to {target}, by a symbolic link: remove it, or allow it with "
-                "follow_links=True"
+                "follow_links=True (--follow-links)"
             )
 
 

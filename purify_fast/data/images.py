@@ -5,17 +5,13 @@ Augmentation acts on a batch on its device, and is a function of (seed, epoch, s
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from .._validation import check_literal
+from .._validation import Range
 from ..ops.philox import Stream, philox
 from .streaming import StreamedImages
 
-#: The pixels around an image that was padded.
-PaddingMode = Literal["zero", "reflect"]
 #: How many images are counted at a time for their statistics.
 _PART = 8192
 
@@ -65,39 +61,30 @@ def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
 
 
 def crop_flip(
-    x: Tensor,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    padding: int = 4,
-    flip: bool = True,
-    mode: PaddingMode = "zero",
-    epoch: int = 0,
+    x: Tensor, seed: int, sample_ids: Tensor, padding: int = 4, flip: bool = True, *, epoch: int = 0
 ) -> Tensor:
-    """Pad each image, crop it back at a random place, and mirror it with probability 1/2.
+    """Pad each image with zeros, crop it back at a random place, and mirror it with probability 1/2.
 
     Args:
         x: ``[B, C, H, W]``, any dtype.
-        seed: the draws are a function of it; an int, or int64 ``[1]`` on x's device.
+        seed: the draws are a function of it.
         sample_ids: int64 ``[B]`` on x's device, indices in the data set.
-        padding: pixels on each side, 0 for none; below H and W for ``reflect``.
+        padding: pixels on each side, 0 for none.
         flip: whether to mirror left and right.
-        mode: the pixels of the padding, ``zero`` or ``reflect`` (the border pixel is not repeated).
         epoch: gives every epoch its own draws (Philox stream AUGMENTATION, draw index).
 
     Returns:
         A new tensor, shape and dtype of x.
 
     Raises:
-        ValueError: a wrong shape, dtype or mode, or a padding that does not fit.
+        ValueError: a wrong shape or padding.
     """
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
     if sample_ids.shape != (x.shape[0],):
         raise ValueError(f"sample_ids must be [B] = [{x.shape[0]}], got {list(sample_ids.shape)}")
-    check_literal("mode", mode, PaddingMode)
+    Range(0).check("padding", padding)
     b, c, h, w = x.shape
-    if padding < 0 or (mode == "reflect" and padding >= min(h, w)):
-        raise ValueError(f"padding must be at least 0, and below {min(h, w)} for reflect, got {padding}")
     device = x.device
     u = _draws(seed, sample_ids, epoch)
     # u < 1, but its product can round up to the bound
@@ -105,13 +92,12 @@ def crop_flip(
     rows = torch.arange(h, device=device) + shift[:, :1]
     cols = torch.arange(w, device=device).expand(b, w)
     if flip:
-        cols = torch.where(_mirrored(u)[:, None], w - 1 - cols, cols)
+        cols = torch.where(u[:, 2:] < 0.5, w - 1 - cols, cols)
     cols = cols + shift[:, 1:2]
     inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
-    rows, cols = _fold(rows, h, mode), _fold(cols, w, mode)
+    rows, cols = rows.clamp(0, h - 1), cols.clamp(0, w - 1)
     image, channel = torch.arange(b, device=device).view(b, 1, 1, 1), torch.arange(c, device=device).view(1, c, 1, 1)
-    out = x[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
-    return out.masked_fill(~inside, 0) if mode == "zero" else out
+    return x[image, channel, rows[:, None, :, None], cols[:, None, None, :]].masked_fill(~inside, 0)
 
 
 def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
@@ -125,23 +111,11 @@ def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
     Returns:
         bool ``[B]``.
     """
-    return _mirrored(_draws(seed, sample_ids, epoch))
+    return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
 
 
-def _draws(seed: int | Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
+def _draws(seed: int, sample_ids: Tensor, epoch: int) -> Tensor:
     """The numbers of an image's augmentation, uniform ``[B, 3]``: rows, columns, and whether it is mirrored."""
-    if not isinstance(seed, Tensor):
-        # filled on the device: a tensor made of a list would be copied there, which waits for the device
-        seed = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
-    return philox(seed, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
-
-
-def _mirrored(draws: Tensor) -> Tensor:
-    return draws[:, 2] < 0.5
-
-
-def _fold(index: Tensor, size: int, mode: PaddingMode) -> Tensor:
-    if mode == "zero":
-        # pixels outside are set to zero afterwards
-        return index.clamp(0, size - 1)
-    return size - 1 - (size - 1 - index.abs()).abs()
+    # filled on the device: a tensor made of a list would be copied there, which waits for the device
+    key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
+    return philox(key, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: How many batches are read, or being read, while the caller works with one.
 AHEAD = 2
 #: Advice about images that differ in size.
-GIVE_SIZE = "give image_size=(H, W)"
+GIVE_SIZE = "give image_size=(H, W), on the command line --size H W"
 
 
 class StreamedImages:

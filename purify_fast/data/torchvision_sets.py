@@ -67,7 +67,7 @@ def find_official(
     except Exception as error:
         size = "" if name != "imagenette" else f", image_size={image_size}"
         call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
-        how = f'give download=True, or get it with: python -c "{call}"'
+        how = f'give download=True (--download), or get it with: python -c "{call}"'
         if name == "tiny_imagenet":
             how = f"get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
         elif download:

@@ -17,8 +17,8 @@ import sysconfig
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,13 +28,8 @@ from .._validation import check_shapes
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-#: The modules of the user's own that were imported here, by name.
-_imported_names: set[str] = set()
-#: Where this package is, and where Python's library is.
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_LIBRARY = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib"))
-#: Folders of these names hold installed packages, inside Python's library or elsewhere.
-_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+#: Folders of Python's library and of installed packages, and the import system; errors name a place in other code.
+_NOT_OWN = ("<frozen ", *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class ForeignClassifier(nn.Module):
@@ -65,13 +60,22 @@ class ForeignClassifier(nn.Module):
         self.arguments: dict[str, Any] = {"spec": spec, "in_channels": in_channels, "num_classes": num_classes}
         self.repeated = 1
         self.normalize: nn.Module = nn.Identity()
+        if library in LIBRARIES:
+            check_library_name(spec)
+            normalize = Normalize(mean, std, in_channels)
+            self.normalize = normalize
+            self.arguments |= normalize.arguments
         if library == "torchvision":
-            self.model = _torchvision_model(name, num_classes)
+            # importing it takes 1.7 seconds, and most classifiers do not need it
+            from torchvision import models
+
+            self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
             if in_channels not in (1, 3):
                 raise ValueError(f"{spec} takes images of 1 or 3 channels, got {in_channels}")
             self.repeated = 3 // in_channels
         elif library == "timm":
-            self.model = _timm_model(name, in_channels, num_classes)
+            timm = importlib.import_module("timm")
+            self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
         else:
             # a saved classifier names its function, and loading it must not run a file from an arbitrary place
             if spec.rpartition(":")[0].endswith(".py"):
@@ -80,11 +84,10 @@ class ForeignClassifier(nn.Module):
                     "`purify-fast evaluate` takes a function by its file. Name it by its module, such as "
                     f"{Path(spec).stem}:{name}, and start in its folder or put that on PYTHONPATH"
                 )
-            self.model = made_by(spec, fresh=True)
-        if library in LIBRARIES:
-            normalize = Normalize(mean, std, in_channels)
-            self.normalize = normalize
-            self.arguments |= normalize.arguments
+            model = called_by(spec, fresh=True)
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+            self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.normalize(x)
@@ -204,14 +207,6 @@ def check_library_name(spec: str) -> None:
     raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} names all")
 
 
-def _torchvision_model(name: str, num_classes: int) -> nn.Module:
-    # importing it takes 1.7 seconds, and most classifiers do not need it
-    from torchvision import models
-
-    check_library_name(f"torchvision:{name}")
-    return models.get_model(name, weights=None, num_classes=num_classes)
-
-
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
     from torchvision.models import get_model_weights
 
@@ -224,13 +219,6 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
         raise FileNotFoundError(f"{path} is missing: nothing is downloaded here, get it from {entry.url}")
     preset = entry.transforms()
     return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
-
-
-def _timm_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    check_library_name(f"timm:{name}")
-    return importlib.import_module("timm").create_model(
-        name, pretrained=False, num_classes=num_classes, in_chans=in_channels
-    )
 
 
 def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
@@ -248,24 +236,6 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
 
 
 # -- modules of the user's own -----------------------------------------------------------------------------------------
-
-
-def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
-    """Call a function or class without arguments and return the module that it makes.
-
-    Args:
-        spec: see `called_by`.
-        fresh: see `called_by`.
-
-    Raises:
-        FileNotFoundError: see `called_by`.
-        ModuleNotFoundError: see `called_by`.
-        ValueError: the result is not a module, or as for `called_by`.
-    """
-    model = called_by(spec, fresh=fresh)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
-    return model
 
 
 def called_by(spec: str, *, fresh: bool = False) -> Any:
@@ -291,7 +261,6 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = _imported(spec, place)
-    _imported_names.add(module.__name__)
     if name not in vars(module):
         near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)])
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -308,42 +277,6 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
-
-
-def forget_imported() -> None:
-    """Forget the modules that `made_by` imported, so that `raised_in` judges a later error without them."""
-    _imported_names.clear()
-
-
-def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
-    """Tell whose code raised an error: the user's, this package's, or this package's when the user's code called it.
-
-    Frames of Python's library and of installed packages are skipped: their caller asked for what they raise. The
-    innermost of the other frames decides.
-
-    Args:
-        error: the error.
-
-    Returns:
-        "own" if that frame runs the user's code, in whichever file; "called by own" if it runs this package, and the
-        user's code stands above it; "package" for everything else, and if `made_by` imported nothing.
-    """
-    owners = [owner for frame, _ in traceback.walk_tb(error.__traceback__) if (owner := _whose(frame)) is not None]
-    if not _imported_names or "own" not in owners:
-        return "package"
-    return "own" if owners[-1] == "own" else "called by own"
-
-
-def _whose(frame: FrameType) -> Literal["own", "package"] | None:
-    """Tell whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
-    file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
-    if file.startswith(_PACKAGE):
-        return "package"
-    # look at the user's modules before the installed packages, since one may be both
-    if name.partition(".")[0] in {imported.partition(".")[0] for imported in _imported_names}:
-        return "own"
-    passed_over = file.startswith(_LIBRARY) or any(folder in file for folder in _INSTALLED)
-    return "own" if os.path.isabs(file) and not passed_over else None
 
 
 def _imported(spec: str, place: str) -> ModuleType:
@@ -373,13 +306,11 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _told(error: BaseException) -> str:
-    """An error of the user's code in one line, with the innermost line of that code, or else where it was raised."""
-    # leave out this file and Python's import system, whose files are named <frozen ...>: the user knows them
+    """An error of the user's code in one line, with the innermost line of that code."""
     places = [
-        (frame, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if not frame.f_code.co_filename.startswith((__file__, "<frozen "))
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not place.filename.startswith((__file__, *_NOT_OWN))
     ]
-    own = [(frame, line) for frame, line in places if _whose(frame) == "own"]
-    at = "".join(f" ({frame.f_code.co_filename}, line {line})" for frame, line in (own or places)[-1:])
+    at = "".join(f" ({place.filename}, line {place.lineno})" for place in places[-1:])
     return f"{type(error).__name__}: {error}{at}"

@@ -174,16 +174,22 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and where the file is.
-        attacks: the attacks on the images.
+        attacks: the attacks on the images; None, of a training without such attacks, is refused.
         images: which images.
         batch_size: images of a step, of all processes together.
 
     Raises:
-        ValueError: fewer variants than attacks, or more bytes than the limit leaves beside the banks in use.
+        ValueError: no attacks, fewer variants than attacks, or more bytes than the limit leaves beside the banks in
+            use.
         OSError: the file cannot be made or locked; on a full disk before any work.
     """
 
-    def __init__(self, config: BankConfig, attacks: FrozenAttacks, images: BankedImages, batch_size: int):
+    def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
+        if attacks is None:
+            raise ValueError(
+                "bank needs a training that attacks a frozen classifier (CARSO or AToP with "
+                "attack_target='classifier'); this training attacks a model that it changes, or attacks nothing"
+            )
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
         self.made = self.read = self.damaged = 0

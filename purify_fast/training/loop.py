@@ -31,13 +31,14 @@ from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
+from .checkpoint import CHECKPOINT, GOOD
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
-from .run import Run, open_bank
+from .run import Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
-from .task import Batch, Metrics, Task, Update
+from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
@@ -117,7 +118,7 @@ def fit(
     held_out = held_out_source(task, x, y, config, validation)
     if held_out is None and config.on_collapse == "back_off":
         raise ValueError("on_collapse 'back_off' watches the accuracy on held-out images: give a validation_share")
-    run = Run(task, config, source, held_out, folder, bank=None if bank is None else open_bank(task, source, bank))
+    run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
@@ -185,17 +186,12 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
                 _back_off(run, _collapsed(run, state.epoch), to_good=True)
                 continue
             state = replace(state, metrics=run.last)
-        row: dict[str, Any] = {"epoch": state.epoch, "step": run.step, **run.last, "learning_rate": state.learning_rate}
-        row["images_per_second"] = round(state.images_per_second, 1)
-        if run.bank is not None:
-            row["bank"] = run.bank.facts
-        run.rows.append({**row, **({"acts_from_step": run.terms} if run.terms else {})})
-        run.write_log()
+        run.add_row(state.epoch, state.learning_rate, state.images_per_second)
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
         if run.config.on_collapse == "back_off" and validated:
-            run.keep_good()
+            run.copy_checkpoint(CHECKPOINT, GOOD)
         if run.step < run.total:
             _end_if_asked(run, stop)
 
@@ -249,9 +245,8 @@ def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
     if (run.config.on_nan == "stop" and not to_good) or rate < BACK_OFF**BACK_OFFS:
         raise error
     if to_good:
-        run.return_to_good()
-    else:
-        run.resume()
+        run.copy_checkpoint(GOOD, CHECKPOINT)
+    run.resume()
     run.rate = rate
     if processes()[0] == 0:
         logger.warning("%s; back to step %d with %g of the learning rate", error, run.step, rate)
@@ -304,6 +299,8 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 def train_step(task: Task, batch: Batch) -> Metrics:
     """Take a step with all of its updates, with the model in training mode.
 
+    Each update moves its optimizer's weights down the mean gradient over the processes.
+
     Returns:
         The last update's loss and metrics, detached, as means over the processes.
     """
@@ -312,31 +309,21 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     def take() -> Metrics:
         measured: Metrics = {}
         for update in task.updates(batch):
-            measured = apply_update(task, update)
+            optimizer = task.optimizers[update.optimizer]
+            optimizer.zero_grad(set_to_none=True)
+            update.loss.backward()
+            measured = {"loss": update.loss.detach(), **update.metrics}
+            gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
+            average_([*gradients, *measured.values()])
+            task.before_step()
+            optimizer.step()
+            task.after_step()
         return measured
 
     if task.graphs is None or processes()[1] > 1:
         # with several processes no step is repeated: its exchanges would not match those of the others
         return take()
     return task.graphs.retry_without_graphs(take, batch.x.device)
-
-
-def apply_update(task: Task, update: Update) -> Metrics:
-    """Move an optimizer's weights down the mean gradient over the processes.
-
-    Returns:
-        The loss and the metrics, detached, as means over the processes.
-    """
-    optimizer = task.optimizers[update.optimizer]
-    optimizer.zero_grad(set_to_none=True)
-    update.loss.backward()
-    measured = {"loss": update.loss.detach(), **update.metrics}
-    gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
-    average_([*gradients, *measured.values()])
-    task.before_step()
-    optimizer.step()
-    task.after_step()
-    return measured
 
 
 @contextlib.contextmanager

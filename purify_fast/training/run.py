@@ -19,14 +19,14 @@ from torch import Tensor
 from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
-from .bank import AdversarialBank, BankConfig, BankedImages
+from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
 from .loss_watch import Diverged
 from .optimizers import weights_of
 from .schedules import RunLength
-from .sources import InMemory, RawBatch, Source, step_seed
+from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 _ON_FAILURE = ("on_full", "on_nan", "on_collapse")
@@ -50,7 +50,7 @@ class Run:
         source: source of the images. A run whose source is not reproducible is resumed at the end of an epoch only.
         held_out: source of the images to validate with, all of them in every process; None for no validation.
         folder: for its checkpoints; None keeps none.
-        bank: bank of the training's adversarial images; None for no bank.
+        bank: settings of the bank of the training's adversarial images; None for no bank.
 
     Attributes:
         facts: the settings that must be equal for a checkpoint to be resumed.
@@ -76,16 +76,18 @@ class Run:
         held_out: Source | None = None,
         folder: Path | None = None,
         *,
-        bank: AdversarialBank | None = None,
+        bank: BankConfig | None = None,
     ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
-        self.bank = bank
+        self.bank: AdversarialBank | None = None
+        if bank is not None:
+            self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:
             self.facts["validation"] = held_out.description
         if bank is not None:
-            self.facts["bank"] = task.bank = bank.config.facts
+            self.facts["bank"] = task.bank = bank.facts
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.acts_from_step = task.terms(self.length)
         self.total, self.step, self.rate, self.saved_at = self.length.steps, 0, 1.0, time.monotonic()
@@ -191,16 +193,8 @@ class Run:
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
 
-    def keep_good(self) -> None:
-        """Keep the checkpoint that was just written, to return to it after a collapse."""
-        self._copy(CHECKPOINT, GOOD)
-
-    def return_to_good(self) -> None:
-        """Resume from the checkpoint of the last good validation."""
-        self._copy(GOOD, CHECKPOINT)
-        self.resume()
-
-    def _copy(self, name: str, other: str) -> None:
+    def copy_checkpoint(self, name: str, other: str) -> None:
+        """Copy a checkpoint onto another, by their names in the folder."""
         if self.folder is not None and processes()[0] == 0:
             source, path = self.folder / name, self.folder / other
 
@@ -224,6 +218,15 @@ class Run:
         elif processes()[1] == 1:
             # Only this process knows now; the others see it when they look at their losses.
             raise Diverged("the loss or a weight is not finite")
+
+    def add_row(self, epoch: int, learning_rate: float, images_per_second: float) -> None:
+        """Add the epoch that has ended to ``log.jsonl``."""
+        row: dict[str, Any] = {"epoch": epoch, "step": self.step, **self.last, "learning_rate": learning_rate}
+        row["images_per_second"] = round(images_per_second, 1)
+        if self.bank is not None:
+            row["bank"] = self.bank.facts
+        self.rows.append({**row, **({"acts_from_step": self.terms} if self.terms else {})})
+        self.write_log()
 
     def write_log(self) -> None:
         """Write ``log.jsonl`` anew: a kill never leaves half a row."""
@@ -300,36 +303,6 @@ class Run:
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
-
-
-def open_bank(task: Task, source: Source, bank: BankConfig) -> AdversarialBank:
-    """Open the bank of a training, with the variants of earlier runs.
-
-    Args:
-        task: the training.
-        source: source of the training's images.
-        bank: its settings.
-
-    Raises:
-        ValueError: the images of the training cannot be kept; the message says why.
-    """
-    attacks = task.frozen_attacks()
-    if attacks is None:
-        raise ValueError(
-            "bank needs a training that attacks a frozen classifier (CARSO or AToP with attack_target='classifier'); "
-            "this training attacks a model that it changes, or attacks nothing"
-        )
-    if not isinstance(source, InMemory):
-        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
-    if source.config.padding:
-        raise ValueError(
-            f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
-            f"{source.config.padding}): train without padding or without a bank"
-        )
-    # the digest includes the labels, because the attacks raise the loss of the labels
-    views = 2 if source.config.flip else 1
-    images = BankedImages(len(source.x), tuple(source.x.shape[1:]), source.description, views)
-    return AdversarialBank(bank, attacks, images, source.batch_size)
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

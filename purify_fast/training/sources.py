@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from .._process import processes
 from .._tensors import digest
 from ..data import StreamedImages, batches, read_ahead
+from .bank import BankedImages
 from .config import FitConfig
 from .task import Task
 
@@ -69,28 +70,37 @@ class InMemory:
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
         rest = n % config.batch_size
-        steps = n // config.batch_size + (rest > 0 and not config.drop_last)
-        if config.batch_size % world:
-            raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
-        if steps == 0:
-            raise ValueError(f"batch_size {config.batch_size} is larger than the {n} training images")
         if not config.drop_last and rest % world:
             raise ValueError(
                 f"drop_last False leaves a last batch of {rest} images, which {world} processes cannot share evenly: "
                 "leave it out (drop_last), or take another batch_size"
             )
-        self.steps = _cut_off(steps, config)
+        self.steps = _cut_off(len(self._order(0)), config)
         self.images = min(n, self.steps * config.batch_size)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
-    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        """The epoch's batches from number ``first`` on, each this process's share."""
+    def _order(self, epoch: int) -> list[Tensor]:
+        """The epoch's batches, as indices."""
         config, shares = self.config, {"rank": self.rank, "world": self.world}
-        order = batches(
+        return batches(
             len(self.ids), config.batch_size, config.seed, epoch, config.drop_last, device=self.device, **shares
         )
-        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in order[first : self.steps]]):
+
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        """The epoch's batches from number ``first`` on, each this process's share."""
+        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
+
+    def banked_images(self) -> BankedImages:
+        """The images as a bank takes them; ValueError if they differ from epoch to epoch."""
+        if self.config.padding:
+            raise ValueError(
+                f"bank needs images that are the same in every epoch, and these are cropped at random (padding "
+                f"{self.config.padding}): train without padding or without a bank"
+            )
+        # the digest includes the labels, because the attacks raise the loss of the labels
+        views = 2 if self.config.flip else 1
+        return BankedImages(len(self.x), tuple(self.x.shape[1:]), self.description, views)
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
@@ -156,6 +166,9 @@ class Loader:
                     # check once in an epoch, because it waits for the images' device
                     _check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+
+    def banked_images(self) -> BankedImages:
+        raise ValueError("bank needs images in a tensor: a loader's images are not known before they arrive")
 
 
 Source: TypeAlias = InMemory | Loader

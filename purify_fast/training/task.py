@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .._tensors import first_tensor
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.graphs.step_graphs import StepGraphs
-from .bank import BankedStep, FrozenAttacks
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
+
+if TYPE_CHECKING:
+    from .bank import BankedStep, FrozenAttacks
 
 Metrics = dict[str, Tensor]
 

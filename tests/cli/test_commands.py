@@ -90,7 +90,7 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     capsys.readouterr()
     assert cli.main(["train", "classifier", "--data", "cifar10", "--data-root", str(tmp_path / "elsewhere")]) == 2
     said = capsys.readouterr().err
-    assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "add --download to the command" in said
+    assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "give download=True (--download)" in said
 
 
 @pytest.mark.slow

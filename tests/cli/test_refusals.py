@@ -35,7 +35,7 @@ REFUSED = {
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
     "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N ("
     "PyTorch has no such device)",
-    "train classifier --data imagenette": "imagenette's images differ in size: give --size H W",
+    "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
     "train classifier --data {bars} --model fully_connected --width 3": "has no width to choose",
@@ -68,7 +68,7 @@ REFUSED = {
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
             "--purifier gan": "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'",
-            "--batch-size 33": "batch_size 33 is larger than the 32 training images",
+            "--batch-size 33": "batch_size 33 is more than the 32 images: an epoch would have no step",
         }.items()
     },
     "recipe carso/cifar": "recipe must be one of",
@@ -77,7 +77,7 @@ REFUSED = {
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, the model in {saved} was trained on",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
-    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number of percent from 0 to 100, such as 70, got",
+    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: a claim of 70 % is written 70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
     "ablate arrest --angles 30 abc": "--angles must be a number or a fraction such as 8/255, got 'abc'",

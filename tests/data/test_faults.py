@@ -14,7 +14,6 @@ from PIL import Image
 from purify_fast import cli, data
 from purify_fast.cli.show import Info
 from purify_fast.data import StreamedImages
-from purify_fast.models import foreign
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
@@ -216,8 +215,6 @@ def test_an_error_of_the_package_asks_for_a_report_and_too_little_memory_does_no
     def broken(self):
         raise error
 
-    # in one process, such as a notebook, an earlier command's model has no part in it
-    monkeypatch.setattr(foreign, "_imported_names", {"a_model_of_mine"})
     monkeypatch.setattr(Info, "run", broken)
     assert cli.main(["info"]) == status
     printed = capsys.readouterr().err

@@ -15,7 +15,7 @@ from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
 from purify_fast.models import UNet, layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, loop
+from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, run
 from purify_fast.training.config import TrainingAttack
 from purify_fast.training.distributed import from_first
 
@@ -70,8 +70,13 @@ def weights(kind, folder=None, batch=32):
 
 def banked(folder, banks):
     """Train with a bank; the weights, and what this process made and read."""
-    opened, open_bank = [], loop.open_bank
-    with mock.patch.object(loop, "open_bank", lambda *arguments: opened.append(open_bank(*arguments)) or opened[-1]):
+    opened, kind = [], run.AdversarialBank
+
+    def opening(*arguments):
+        opened.append(kind(*arguments))
+        return opened[-1]
+
+    with mock.patch.object(run, "AdversarialBank", opening):
         task, config = small_task("published"), FitConfig(16, 32, flip=True)
         fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
     return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
