@@ -31,6 +31,7 @@ from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
+from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
@@ -44,7 +45,6 @@ from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_
 from .cache import RowCache
 from .config import EvaluateConfig, ProtocolName
 from .curve import Curve, attacks_of_curve, radii_of
-from .fingerprint import fingerprint, fingerprint_or_reason
 from .fitting import images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
@@ -144,12 +144,12 @@ def evaluate(
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the code
-            of the model's classes agree. Rows of models without weights to compare (plain callables), or holding values
-            that cannot be compared, are made anew, with a warning.
+        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the
+            source text of the model's classes agree. Rows of models without weights to compare (plain callables), or
+            holding values that cannot be compared, are made anew, with a warning.
         name: name of the model in the report.
         revision: the user's name for what the model computes: with it, the rows of every model are kept. Change it when
-            code changes that the model's classes import from other files, or the code of a function.
+            code changes that the model's classes reach through an imported module, or the code of a function.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:

@@ -26,15 +26,14 @@ from ..attacks.attacked_model import (
 )
 from ..attacks.base import ThreatModel
 from ..attacks.losses import margin
-from ..contents import class_functions, hidden_modules, used_modules
 from ..defences import Defence, MajorityVote
 from ..defences.voting import undecided
+from ..model_state import class_functions, fingerprint, hidden_modules, used_modules
 from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .config import Predict
-from .fingerprint import fingerprint
 from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
 

@@ -22,10 +22,10 @@ from .._tensors import digest, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
+from ..model_state import fingerprint
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .config import Predict
-from .fingerprint import fingerprint
 from .inputs import LogitsOf, as_classifier
 from .rows import Row
 from .specs import ROUNDING, moved
@@ -53,7 +53,7 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
     Args:
         model: the attacked model.
-        mark: its `purify_fast.evaluation.fingerprint.fingerprint`.
+        mark: its `purify_fast.model_state.fingerprint`.
 
     Returns:
         ``weights`` and ``fingerprint``; None for marks that do not exist, such as the weights of a function.

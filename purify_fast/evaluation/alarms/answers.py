@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...attacks.attacked_model import gradient_to
 from ...attacks.losses import margin
+from ...model_state import fingerprint
 from ...protocols import Classifier, FixedNoise, supports
-from ..fingerprint import fingerprint
 from ..subject import Subject, Variant
 
 #: The reasons why a model's gradients tell nothing.
