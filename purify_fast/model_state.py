@@ -53,8 +53,8 @@ _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 #: Lists with more members are taken for data and not for ensembles, and are not searched for modules.
 _MEMBERS = 1000
-#: The depth to which nested objects are searched for modules; and the depth of nested lists.
-_OBJECTS, _NESTED = 8, 3
+#: The depth to which nested objects and lists are searched for modules.
+_DEPTH = 8
 
 Children = Iterable[tuple[Any, Any]]
 
@@ -362,7 +362,7 @@ class _Values(_Walk):
         if kind in (list, tuple, dict, MappingProxyType):
             return kind.__name__, children(value)
         if isinstance(value, _AROUND):
-            return _name(value), [(name, getattr(value, name)) for name in _INNER if hasattr(value, name)]
+            return _name(value), [(name, getattr(value, name, None)) for name in _INNER]
         if isinstance(value, _NAMED):
             return _name(value), ()
         if isinstance(value, torch.Generator):
@@ -415,7 +415,7 @@ class _Values(_Walk):
             return _name(function), ()
         inside = [*around(function), *defaults(function), *_by_name(vars(function).items())]
         # The methods of dataclasses and named tuples are made from the fields of the class, and have no source.
-        made = function.__code__.co_filename == "<string>" and hasattr(object, function.__name__)
+        made = function.__code__.co_filename == "<string>" and function.__name__ in vars(object)
         if library or made:
             return _name(function), inside
         try:
@@ -534,25 +534,23 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
     if not (isinstance(value, (*_CALLS, *_GROUPS)) or _is_object(value)):
         return
     seen = {id(value)}
-    # each with its name, and how many objects and lists the way to it leads through, itself included
-    waiting = deque([(place, value, int(_is_object(value)), int(isinstance(value, _GROUPS)))])
+    # each with its name, and how many objects and lists lead to it
+    waiting = deque([(place, value, 1)])
     while waiting:
-        outer, value, objects, groups = waiting.popleft()
+        outer, value, depth = waiting.popleft()
         for name, part in _used_parts(outer, value):
             if type(part) in _SIMPLE or isinstance(part, Tensor) or id(part) in seen:
                 continue
             seen.add(id(part))
             if isinstance(part, nn.Module):
                 yield name, part
-            elif _is_object(part):
-                # the object of a method is used, however deep it is
-                depth = 1 if isinstance(value, MethodType) else objects + 1
-                if depth <= _OBJECTS:
-                    waiting.append((name, part, depth, 0))
             elif isinstance(part, _CALLS):
-                waiting.append((name, part, objects, 0))
-            elif isinstance(part, _GROUPS) and groups < _NESTED:
-                waiting.append((name, part, objects, groups + 1))
+                waiting.append((name, part, depth))
+            elif _is_object(part) or isinstance(part, _GROUPS):
+                # the object of a method is used, however deep it is
+                inside = 1 if isinstance(value, MethodType) else depth + 1
+                if inside <= _DEPTH:
+                    waiting.append((name, part, inside))
 
 
 def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:

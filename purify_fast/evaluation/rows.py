@@ -192,19 +192,26 @@ class Row:
         """Tell whether this is a ``worst`` over attacks without any correctly classified image to attack."""
         return self.kind == "worst" and self.attacked == 0
 
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays that `to_dict` leaves out, by name: the margins, the points and the examples."""
+        kept = {} if self.examples is None else vars(self.examples)
+        return {"margins": self.margins, "points": self.points} | kept
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
+        """Plain values; ``robust`` as a string of 0 and 1; without the other arrays."""
         arrays = ("robust", "examples", "margins", "points")
-        values = {name: value for name, value in self.__dict__.items() if name not in arrays}
+        values = {name: value for name, value in vars(self).items() if name not in arrays}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
-        """The inverse of `to_dict`."""
-        derived = ("n", "accuracy", "standard_error")
-        values = {name: value for name, value in values.items() if name not in derived}
-        return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
+    def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
+        """The inverse of `to_dict`, and of `arrays` without empty ones."""
+        derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
+        known = {name: value for name, value in values.items() if name not in derived}
+        known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
+        known |= {name: held.pop(name, None) for name in ("margins", "points")}
+        return cls(**known, examples=Examples(**held) if held else None)
 
     def describe_variant(self) -> str:
         """A word for the judged model: deterministic, random, or a mode of a random model."""

@@ -410,7 +410,7 @@ def check_witnesses(
         if predict is not None and subject.is_random:
             subject = Subject(model, witnesses.adversarial, witnesses.labels, predict=predict, **options)
         judged = subject.judge(witnesses.adversarial, "random", "judge")
-        sentence, same = _compared(about["model"], model_marks(subject.single, fingerprint(subject.model)))
+        sentence, same = _compared(about["model"], model_marks(subject.base_model, fingerprint(subject.model)))
     return CheckedWitnesses(
         numbers=witnesses.numbers.numpy(),
         attacks=[about["attacks"][number]["attack"] for number in witnesses.attacks.tolist()],

@@ -69,7 +69,7 @@ class Before:
 
 def quiet(subject: Subject) -> Variant:
     """The variant in which a model gives the same answer every time, if it has such a variant."""
-    if not (subject.is_random and supports(subject.single, FixedNoise)):
+    if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
     return "fixed" if fault is None or fault.repeats else "random"

@@ -143,9 +143,9 @@ def parts(before: Before, context: AttackContext, model: Classifier) -> dict[str
     made: dict[str, Callable[[], Any]] = {"sweeps": lambda: _sweeps(short, subject)}
     if subject.is_random:
         made |= {f"draws {n}": partial(short.accuracy, eot_iter=n) for n in DRAWS}
-    samples = getattr(subject.single, "samples", None)
+    samples = getattr(subject.base_model, "samples", None)
     if isinstance(samples, int) and samples > 1:
-        made["samples"] = lambda: _over_samples(subject.single, samples, short)
+        made["samples"] = lambda: _over_samples(subject.base_model, samples, short)
     return made
 
 
@@ -210,7 +210,7 @@ def probe(before: Before, context: AttackContext, asked: AskedBefore, left: Sequ
     probes.later_changes = before.later_changes()
     probes.state_changed = before.state_changed()
     probes.watched_changes = answers.watched_changes(subject, before.model, x, _near(context, x))
-    probes.sets_seed = answers.sets_seed(subject.model, subject.some())
+    probes.sets_seed = answers.sets_seed(subject.model, subject.sample_images())
     return probes
 
 
