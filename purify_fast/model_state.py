@@ -48,6 +48,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _NUMBERS = (bool, int, float, complex)
 PLAIN = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _SIMPLE = frozenset(PLAIN)
+_VALUES = (*PLAIN, enum.Enum)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -251,7 +252,7 @@ class _Identities(_Walk):
             return (kind.__qualname__, getattr(value, "training", None)), children(value)
         if isinstance(value, (dict, list, tuple, set, frozenset)):
             return kind.__qualname__, children(value)
-        if isinstance(value, (*PLAIN, enum.Enum)):
+        if isinstance(value, _VALUES):
             return value, ()
         if isinstance(value, slice):
             # before Python 3.12 a slice cannot be hashed

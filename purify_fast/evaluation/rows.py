@@ -313,21 +313,18 @@ def joined(row: Row, following: Row) -> Row:
     if len(shown) == 2 and shown[0].index is not None:
         examples = shown[0].with_following(shown[1])
     both = row.margins is not None and following.margins is not None
+    counts = ("seconds", "unsearched", "may_hold", "proved", "nonfinite_predictions")
     return replace(
         row,
+        **{name: getattr(row, name) + getattr(following, name) for name in counts},
         robust=robust,
         mean=float(shares @ [row.mean, following.mean]),
         worst=float(shares @ [row.worst, following.worst]),
-        seconds=row.seconds + following.seconds,
         health=health,
         reliable=known or not robust.any(),
         attacked=None if row.attacked is None else row.attacked + (following.attacked or 0),
         fell_to=dict(Counter(row.fell_to) + Counter(following.fell_to)),
-        unsearched=row.unsearched + following.unsearched,
-        may_hold=row.may_hold + following.may_hold,
-        proved=row.proved + following.proved,
         warnings=list(dict.fromkeys([*row.warnings, *following.warnings])),
-        nonfinite_predictions=row.nonfinite_predictions + following.nonfinite_predictions,
         examples=examples,
         margins=np.concatenate([row.margins, following.margins]) if both else None,
     )

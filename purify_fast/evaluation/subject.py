@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -258,8 +258,41 @@ class Subject:
         if name not in self._faults:
             # Trials must not change later draws.
             with self._forked_generators():
-                self._faults[name] = find_fault(self.base_model, self.sample_images(), lambda: self.variant(name), name)
+                self._faults[name] = self._find_fault(name)
         return self._faults[name]
+
+    def _find_fault(self, variant: Variant) -> Fault | None:
+        """The first way in which a variant of a random model breaks the promise of its name, or None.
+
+        An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
+        mean something only if the draw is the same in every call, for every place in a batch and for every split of the
+        batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
+        parts of the batch.
+        """
+        call, for_calls, for_blocks, for_batches = ADVICE[variant]
+        model, x = self.base_model, self.sample_images()
+        # Copies of a single image make places in a batch comparable.
+        x = x if len(x) > 1 else torch.cat([x, x])
+        with self.variant(variant):
+            first, again = model(x), model(x)
+            moved = model(x.roll(1, 0)).roll(-1, 0)
+            parts = torch.cat([model(x[:1]), model(x[1:])])
+        with self.variant(variant):
+            anew = model(x)
+        for what, other, tolerance, what_to_do in (
+            ("two calls give different logits", again, SAME_SHAPE, for_calls),
+            ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
+            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
+            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
+        ):
+            count = int(_apart(first, other, tolerance).sum())
+            if count > FEW * len(x):
+                reason = (
+                    f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
+                    f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
+                )
+                return Fault(reason, repeats=other is not again)
+        return None
 
     def judges(self, variant: Variant) -> int:
         """The number of predictions that judge an image."""
@@ -318,41 +351,6 @@ class Subject:
             return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
 
         return self.room.within(predict)
-
-
-def find_fault(
-    model: Classifier, x: Tensor, block: Callable[[], contextlib.AbstractContextManager[Any]], variant: Variant
-) -> Fault | None:
-    """Find the first way in which a variant of a random model breaks the promise of its name; None if there is none.
-
-    An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
-    mean something only if the draw is the same in every call, for every place in a batch and for every split of the
-    batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
-    parts of the batch.
-    """
-    call, for_calls, for_blocks, for_batches = ADVICE[variant]
-    # Copies of a single image make places in a batch comparable.
-    x = x if len(x) > 1 else torch.cat([x, x])
-    with block():
-        first, again = model(x), model(x)
-        moved = model(x.roll(1, 0)).roll(-1, 0)
-        parts = torch.cat([model(x[:1]), model(x[1:])])
-    with block():
-        anew = model(x)
-    for what, other, tolerance, what_to_do in (
-        ("two calls give different logits", again, SAME_SHAPE, for_calls),
-        ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
-        ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
-        ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
-    ):
-        count = int(_apart(first, other, tolerance).sum())
-        if count > FEW * len(x):
-            reason = (
-                f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
-                f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
-            )
-            return Fault(reason, repeats=other is not again)
-    return None
 
 
 def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
