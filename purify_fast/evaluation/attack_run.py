@@ -51,7 +51,7 @@ class AttackedBatch:
     proved: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass
 class AttackRun:
     """The batches of an attack: they are made, kept, read and summed up.
 

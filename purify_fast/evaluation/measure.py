@@ -376,15 +376,7 @@ class Measure:
             rule = None
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield AttackRun(
-                attack=spec.resolved,
-                target=counted,
-                index=index,
-                subject=subject,
-                context=context,
-                folder=folder,
-                rule=rule,
-            )
+            yield AttackRun(spec.resolved, counted, index, subject, context, folder=folder, rule=rule)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], folder: Path | None
