@@ -35,7 +35,7 @@ class CountedModel(nn.Module):
         model: images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
-    #: The counts do not change predictions (`purify_fast.contents`).
+    #: The counts do not change predictions (`purify_fast.model_state`).
     not_dependencies = frozenset({"counts"})
 
     def __init__(self, model: nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import repeat_batch
-from ..contents import hidden_modules
+from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 
 Answer = TypeVar("Answer")
@@ -36,7 +36,7 @@ def frozen(model: Classifier) -> Iterator[None]:
 
     A compiled backward computes weight gradients for every parameter that asks for a gradient, needed or not: about a
     third of an attack's work. Modules that the model holds in a plain list, in an object or in a hook are frozen as its
-    registered modules are (`purify_fast.contents.hidden_modules`).
+    registered modules are (`purify_fast.model_state.hidden_modules`).
 
     Args:
         model: an ``nn.Module``; any other callable is left as it is. A caller that attacks a module's method must

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import GradientPrecision
-from ..contents import identity_key
 from ..defences.stochastic import StochasticDefence
+from ..model_state import identity_key
 from ..protocols import (
     Accelerates,
     Classifier,
@@ -57,7 +57,7 @@ WRAPPERS = 8
 class GradientCopies:
     """The copies of an evaluation's models; each serves as long as its model is the same.
 
-    A model is the same while its `purify_fast.contents.identity_key` is, and every tensor among that has the same
+    A model is the same while its `purify_fast.model_state.identity_key` is, and every tensor among that has the same
     values. The values themselves are remembered for this, as much memory again as the model takes: a tensor that was
     written to through ``.data`` does not count that, and one that was written back, as by ``fixed_noise``, is the same.
     """

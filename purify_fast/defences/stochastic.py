@@ -35,7 +35,7 @@ class StochasticDefence(nn.Module):
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
-    #: Attributes that predictions do not depend on (`purify_fast.contents`): ``_kept_ids`` is memory that is used
+    #: Attributes that predictions do not depend on (`purify_fast.model_state`): ``_kept_ids`` is memory that is used
     #: again, and ``_noise_owner`` names a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 

@@ -124,7 +124,7 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """For a random model: attacks on its deterministic version, tried on the model itself."""
-    if not (subject.is_random and supports(subject.single, DeterministicMode)):
+    if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
         return []
     return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
 
@@ -142,7 +142,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     if _has_several_samples(subject):
-        attacks += [_head(subject.single, head) for head in HEADS]
+        attacks += [_head(subject.base_model, head) for head in HEADS]
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
@@ -157,7 +157,7 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if subject.is_random or ball.norm not in attack.norms:
         return []
     try:
-        attack.layers(subject.single, subject.some())
+        attack.layers(subject.base_model, subject.sample_images())
     except ValueError:
         return []
     return [_left(attack)]
@@ -165,7 +165,7 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
     """The attacks that a model asks for; for other random purifiers Lee and Kim's PGD."""
-    model = subject.single
+    model = subject.base_model
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
     # A purifier with samples is attacked through several heads instead.
@@ -200,10 +200,10 @@ def _whole(spec: AttackSpec) -> AttackSpec:
 
 def _has_several_samples(subject: Subject) -> bool:
     """Tell whether a prediction uses several samples; for a single sample all aggregations are about the same."""
-    if not supports(subject.single, SampleLogits):
+    if not supports(subject.base_model, SampleLogits):
         return False
     with torch.no_grad():
-        return bool(cast(SampleLogits, subject.single).sample_logits(subject.some()[:1]).shape[1] > 1)
+        return bool(cast(SampleLogits, subject.base_model).sample_logits(subject.sample_images()[:1]).shape[1] > 1)
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
@@ -221,17 +221,17 @@ def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if not subject.is_random:
         return [AttackSpec(AutoAttack())]
     quiet: list[AttackSpec] = []
-    if supports(subject.single, FixedNoise):
+    if supports(subject.base_model, FixedNoise):
         quiet = [AttackSpec(AutoAttack(), "fixed")]
-    elif supports(subject.single, DeterministicMode):
+    elif supports(subject.base_model, DeterministicMode):
         quiet = [AttackSpec(AutoAttack(), "deterministic")]
     return [*quiet, AttackSpec(AutoAttack(version="rand"))]
 
 
 def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    if supports(subject.single, AuthorsEvaluation):
-        return list(cast(AuthorsEvaluation, subject.single).authors_attacks(ball.eps))
-    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.single)]
+    if supports(subject.base_model, AuthorsEvaluation):
+        return list(cast(AuthorsEvaluation, subject.base_model).authors_attacks(ball.eps))
+    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:

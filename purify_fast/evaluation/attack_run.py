@@ -12,19 +12,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import Attack, AttackContext, AttackResult, GradientHealth
 from ..attacks.engine.row_batches import Judge, has_fallen
 from ..protocols import Classifier
-from .cache import read_file, write_file
+from .cache import read_file
 from .specs import check_adversarial
 from .stopping import StoppingRule
 from .subject import Subject
 
 #: The counts of `GradientHealth`.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
-#: Name of the file with the points at which an attack begins.
-BEGIN = "begin.safetensors"
 
 
 @dataclass
@@ -52,19 +51,7 @@ class AttackedBatch:
     proved: int = 0
 
 
-def write_begin(folder: Path, points: Tensor) -> None:
-    """Keep the points at which an attack begins, ``[N, C, H, W]``, for other processes."""
-    write_file(folder / BEGIN, {}, {"points": points})
-
-
-def read_begin(folder: Path) -> Tensor:
-    """Read the points of `write_begin`; ValueError if they are missing or damaged."""
-    content = read_file(folder / BEGIN)
-    if content is None:
-        raise ValueError(f"the points at which an attack begins are missing in {folder}")
-    return content[1]["points"]
-
-
+@dataclass
 class AttackRun:
     """The batches of an attack: they are made, kept, read and summed up.
 
@@ -82,21 +69,18 @@ class AttackRun:
         rule: decides after each batch whether the attack stops; None: every batch is made.
     """
 
-    def __init__(
-        self,
-        attack: Attack,
-        target: Classifier,
-        index: Tensor,
-        *,
-        subject: Subject,
-        context: AttackContext,
-        folder: Path | None,
-        rule: StoppingRule | None = None,
-    ):
-        self.attack, self.target, self.folder, self.rule = attack, target, folder, rule
-        self.subject, self.context = subject, context
-        most = context.resources.batch_size or len(index)
-        self.parts = index.split(most if rule is None else min(most, rule.round)) if len(index) else ()
+    attack: Attack
+    target: Classifier
+    index: Tensor
+    subject: Subject
+    context: AttackContext
+    folder: Path | None
+    rule: StoppingRule | None = None
+
+    def __post_init__(self) -> None:
+        most = self.context.resources.batch_size or len(self.index)
+        most = most if self.rule is None else min(most, self.rule.round)
+        self.parts = self.index.split(most) if len(self.index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
         """Numbers of the batches, among these, that are not made yet."""
@@ -104,21 +88,18 @@ class AttackRun:
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
         """Read the batch of the images with these indices, if it was finished and its file is not damaged."""
-        content = None if self.folder is None else read_file(self._path(self.folder, ids))
-        if content is None:
-            return None
-        values, tensors = content
-        return AttackedBatch(tensors["images"], **values)
+        content = read_file(self._path(ids))
+        return None if content is None else AttackedBatch(content[1]["images"], **content[0])
 
     def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
         """Keep the finished batch of the images with these indices."""
-        if self.folder is not None:
-            values = {name: value for name, value in vars(batch).items() if name != "images"}
-            write_file(self._path(self.folder, ids), values, {"images": batch.images})
+        path, values = self._path(ids), dict(vars(batch))
+        images = values.pop("images")
+        if path is not None:
+            write_sealed(path, values, {"images": images})
 
-    @staticmethod
-    def _path(folder: Path, ids: Tensor) -> Path:
-        return folder / f"{digest(ids.cpu())}.safetensors"
+    def _path(self, ids: Tensor) -> Path | None:
+        return None if self.folder is None else self.folder / f"{digest(ids.cpu())}.safetensors"
 
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch, and keep the batch.
@@ -141,7 +122,7 @@ class AttackRun:
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images; with less memory, fewer at once."""
         begin, subject, context = time.perf_counter(), self.subject, self.context
-        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.first))
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.offset))
 
         def search() -> AttackResult:
             begin = None if context.begin is None else context.begin[part].to(subject.device)
@@ -200,7 +181,7 @@ class AttackRun:
             fallen.update(batch.fallen)
             sums.proved += batch.proved
             sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-            if self.rule is not None and self.rule.see([bool(fell) for fell in batch.fell], _no_evidence(batch)):
+            if self.rule is not None and self.rule.record([bool(fell) for fell in batch.fell], _no_evidence(batch)):
                 break
         sums.health, sums.fallen = dict(health), dict(fallen)
         return sums

@@ -23,7 +23,7 @@ from .._tensors import text_hash
 from ..ops import choices_of_bits
 from ..ops.dispatch.registry import forced_backends
 from ..speed.precision import float32_settings
-from .rows import Examples, Row
+from .rows import Row
 
 logger = logging.getLogger("purify_fast")
 
@@ -33,29 +33,15 @@ logger = logging.getLogger("purify_fast")
 #: one attack raises that attack's own version instead, so that the rows of the others are kept.
 PROTOCOL_VERSION = 2
 
-#: Plain values and tensors of a file.
-Content = tuple[dict[str, Any], dict[str, Tensor]]
 
-
-def read_file(path: Path) -> Content | None:
-    """Read a file of `purify_fast._sealed.write_sealed`; None if it is absent or damaged."""
-    if path.exists():
+def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Read values and tensors that `purify_fast._sealed.write_sealed` wrote; None if the file is absent or damaged."""
+    if path is not None and path.exists():
         try:
             return read_sealed(path)
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged: %s. Its content is computed again", path, error)
     return None
-
-
-def write_file(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a file that `read_file` reads.
-
-    Args:
-        path: the file.
-        values: plain values.
-        tensors: tensors by name.
-    """
-    write_sealed(path, values, tensors)
 
 
 def remove_batches(folder: Path | None) -> None:
@@ -121,21 +107,19 @@ class RowCache:
             key: name of the row; None: the row is made and not kept.
             make: makes the row; it gets the folder with the batches that an interrupted run finished, if rows are kept.
         """
-        batches = None if self.folder is None or key is None else self.folder / f"{key}.batches"
-
-        def content() -> Content:
+        path, batches = self._path(key), self._path(key, ".batches")
+        content = read_file(path)
+        self.was_kept = content is not None
+        if content is None:
             row = make(batches)
-            kept = {} if row.examples is None else vars(row.examples)
-            arrays = {name: array for name, array in kept.items() if array is not None}
-            arrays |= {name: each for name in ("margins", "points") if (each := getattr(row, name)) is not None}
-            return row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-        values, tensors = self._content(key, content)
+            if path is not None:
+                arrays = {name: array for name, array in row.arrays().items() if array is not None}
+                write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
+        else:
+            values, tensors = content
+            row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
         # A run that ended after writing the row and before removing its batches has left these.
         remove_batches(batches)
-        row, arrays = Row.from_dict(values), {name: tensor.numpy() for name, tensor in tensors.items()}
-        row.margins, row.points = arrays.pop("margins", None), arrays.pop("points", None)
-        row.examples = Examples(**arrays) if arrays else None
         return row
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -145,14 +129,14 @@ class RowCache:
             key: name of the values; None: they are made and not kept.
             make: makes the values.
         """
-        return self._content(None if key is None else f"{key}.values", lambda: (make(), {}))[0]
+        path = self._path(key, ".values.safetensors")
+        content = read_file(path)
+        if content is not None:
+            return content[0]
+        values = make()
+        if path is not None:
+            write_sealed(path, values, {})
+        return values
 
-    def _content(self, name: str | None, make: Callable[[], Content]) -> Content:
-        path = None if self.folder is None or name is None else self.folder / f"{name}.safetensors"
-        content = None if path is None else read_file(path)
-        self.was_kept = content is not None
-        if content is None:
-            content = make()
-            if path is not None:
-                write_sealed(path, *content)
-        return content
+    def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:
+        return None if self.folder is None or key is None else self.folder / f"{key}{ending}"

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,16 +115,85 @@ class Curve:
             # Images that withstood the report's radius are safe below it; images that fell there have fallen above it.
             safe = left if below else np.zeros_like(left)
             standing = measure.clean("random").robust & ~left if below else left
-            before: tuple[float, Tensor] | None = None
-            for radius in side:
-                at_radius = self.specs_at(radius, measure.context.norm)
-                row = _row(at_radius, radius, measure, Images(standing, safe, before))
+            x, begin = measure.subject.x, None
+            for radius, following in itertools.zip_longest(side, side[1:]):
+                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin)
                 rows.append(row)
                 standing = row.robust & ~safe
-                points = measure.subject.x.clone()
-                points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(points.device)
-                before, row.points = (radius, points), None
+                if following is not None:
+                    # The next radius begins at the best points of this one, moved outward to its ball.
+                    points = x.clone()
+                    points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
+                    begin = x + (points - x) * (following / radius)
+                row.points = None
         return rows
+
+    def _row(
+        self, radius: float, measure: Measure, *, standing: np.ndarray, safe: np.ndarray, begin: Tensor | None
+    ) -> Row:
+        """The row of a radius, with the best points of the images that still stand.
+
+        Args:
+            radius: radius of the ball.
+            measure: makes rows.
+            standing: bool ``[n]``, images that are attacked.
+            safe: bool ``[n]``, images that count as right without an attack.
+            begin: start of the search, ``[n, C, H, W]``; None: the attacks' own starts.
+        """
+        subject, norm = measure.subject, measure.context.norm
+        at_radius = self.specs_at(radius, norm)
+        over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
+        settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
+
+        def make(_: Path | None) -> Row:
+            alive, health, seconds = standing.copy(), Counter[str](), 0.0
+            best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
+            for spec in at_radius:
+                if not alive.any():
+                    break
+                index = torch.from_numpy(alive).nonzero()[:, 0]
+                order = measure.in_order(spec, index, lead.numpy())
+                sums = measure.attack(spec, order, None, begin).sums
+                judged = subject.judge(sums.images[index], "random", "judge", index=index)
+                # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
+                # and still better than no point.
+                margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
+                closer = index[margins < lead[index]]
+                best[closer] = sums.images[closer]
+                lead[index] = torch.minimum(lead[index], margins)
+                alive[index] = judged.right.all(0)
+                health.update(sums.health)
+                seconds += sums.seconds
+            robust = alive | safe
+            share = float(robust.mean())
+            return Row(
+                model=measure.name,
+                attack="",
+                kind="worst",
+                variant="random",
+                robust=robust,
+                mean=share,
+                worst=share,
+                n_eval=n_eval,
+                seed=subject.seed,
+                seconds=seconds,
+                data=subject.data,
+                health=dict(health) if health["gradients"] else None,
+                reliable=GradientHealth(dict(health)).reliable,
+                settings=settings,
+                attacked=int(measure.clean("random").robust.sum()),
+                points=best[torch.from_numpy(alive)].cpu().numpy(),
+            )
+
+        given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
+        given += [] if begin is None else [digest(begin)]
+        details = [measure.settings_of(spec) for spec in at_radius]
+        row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
+        row.threat = ball_name(norm, radius)
+        row.attack = f"worst, {row.threat}"
+        measure.progress.next_row()
+        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
+        return row
 
     def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
         """The curve of a report: radii and accuracies, from the clean images on.
@@ -141,80 +209,3 @@ class Curve:
         at_radius = {row.settings["eps"]: row.accuracy for row in rows if row.kind == "worst" and "eps" in row.settings}
         points = {0.0: named[clean_name("random")], eps: named["worst"]} | at_radius
         return {name: {CURVE: [list(point) for point in sorted(points.items())]}}
-
-
-class Images(NamedTuple):
-    """The images that are attacked at a radius, and their start."""
-
-    #: Bool ``[n]``: images that are attacked.
-    standing: np.ndarray
-    #: Bool ``[n]``: images that count as right without an attack.
-    safe: np.ndarray
-    #: The radius before, and the best points there, ``[n, C, H, W]``; None at the first radius.
-    before: tuple[float, Tensor] | None
-
-
-def _row(at_radius: Sequence[AttackSpec], radius: float, measure: Measure, images: Images) -> Row:
-    """The row of a radius, with the best points of the images that still stand."""
-    standing, safe, before = images
-    subject, norm = measure.subject, measure.context.norm
-    begin = None
-    if before is not None:
-        begin = subject.x + (before[1] - subject.x) * (radius / before[0])
-    over = [row_name(spec, measure.context) for spec in at_radius]
-    settings: dict[str, Any] = {
-        "over": over,
-        "norm": norm,
-        "eps": radius,
-        "n_eval": subject.judges("random"),
-    }
-
-    def make(_: Path | None) -> Row:
-        alive, health, seconds = standing.copy(), Counter[str](), 0.0
-        best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
-        for spec in at_radius:
-            if not alive.any():
-                break
-            index = torch.from_numpy(alive).nonzero()[:, 0]
-            order = measure.in_order(spec, index, lead.numpy())
-            sums = measure.attack(spec, order, None, begin).sums
-            judged = subject.judge(sums.images[index], "random", "judge", index=index)
-            # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
-            # and still better than no point.
-            margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
-            closer = index[margins < lead[index]]
-            best[closer] = sums.images[closer]
-            lead[index] = torch.minimum(lead[index], margins)
-            alive[index] = judged.right.all(0)
-            health.update(sums.health)
-            seconds += sums.seconds
-        robust = alive | safe
-        share = float(robust.mean())
-        return Row(
-            model=measure.name,
-            attack="",
-            kind="worst",
-            variant="random",
-            robust=robust,
-            mean=share,
-            worst=share,
-            n_eval=subject.judges("random"),
-            seed=subject.seed,
-            seconds=seconds,
-            data=subject.data,
-            health=dict(health) if health["gradients"] else None,
-            reliable=GradientHealth(dict(health)).reliable,
-            settings=settings,
-            attacked=int(measure.clean("random").robust.sum()),
-            points=best[torch.from_numpy(alive)].cpu().numpy(),
-        )
-
-    given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
-    given += [] if begin is None else [digest(begin)]
-    details = [measure.settings_of(spec) for spec in at_radius]
-    row = measure.kept(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
-    row.threat = ball_name(norm, radius)
-    row.attack = f"worst, {row.threat}"
-    measure.progress.next_row()
-    measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
-    return row

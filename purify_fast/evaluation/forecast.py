@@ -16,8 +16,8 @@ from ..speed.counting import Cost, counted
 from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
+from .auto_batch import images_together
 from .config import EvaluateConfig
-from .fitting import images_together
 from .report import Report
 from .runner import evaluate
 from .subject import device_of

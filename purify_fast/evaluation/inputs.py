@@ -184,6 +184,11 @@ class LogitsOf(nn.Module):
         self.model = model
         self.eval()
 
+    @property
+    def fingerprinted(self) -> Classifier:
+        """The model that `purify_fast.model_state.fingerprint` asks for weights."""
+        return self.model
+
     def forward(self, x: Tensor) -> Tensor:
         return _logits_in(self.model(x))
 

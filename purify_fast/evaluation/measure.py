@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
-from .attack_run import AttackedBatch, AttackRun, read_begin, write_begin
-from .cache import RowCache, remove_batches
+from .attack_run import AttackedBatch, AttackRun
+from .cache import RowCache, read_file, remove_batches
 from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
@@ -32,11 +33,13 @@ from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
+#: Name of the file with the points at which an attack begins.
+BEGIN = "begin.safetensors"
 #: Number of attacked images kept with each row, for the pictures.
 EXAMPLES = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Outcome:
     """The outcome of an attack, before it is judged.
 
@@ -55,6 +58,7 @@ class Outcome:
     found: dict[str, Any]
 
 
+@dataclass
 class Measure:
     """The rows of a call of `evaluate`.
 
@@ -71,24 +75,18 @@ class Measure:
         attacks: all attacks of the evaluation, in the same order in every process.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        context: AttackContext,
-        name: str,
-        *,
-        cache: RowCache,
-        progress: Progress,
-        team: Team,
-        keep_all: bool = False,
-    ):
-        self.subject, self.context, self.name = subject, context, name
-        self.cache, self.progress, self.team, self.keep_all = cache, progress, team, keep_all
-        self.attacks: list[AttackSpec] = []
-        self._clean: dict[Variant, Row] = {}
-        self._targets: dict[int, CountedModel] = {}
-        # The images of the last attack may be tried on another variant.
-        self._search: Outcome | None = None
+    subject: Subject
+    context: AttackContext
+    name: str
+    cache: RowCache
+    progress: Progress
+    team: Team
+    keep_all: bool = False
+    attacks: list[AttackSpec] = field(default_factory=list, init=False)
+    _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
+    _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
+    # The images of the last attack may be tried on another variant.
+    _search: Outcome | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
         """Continue with other images of the same model."""
@@ -98,7 +96,7 @@ class Measure:
         """The row of the clean images."""
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self.kept(settings, [], lambda _: self._measure_clean(variant))
+            self._clean[variant] = self.load_or_make(settings, [], lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
@@ -117,13 +115,13 @@ class Measure:
         settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         make = functools.partial(self._measure_attack, spec, alive, index, settings)
-        row = self.kept(settings | images, [spec], make)
+        row = self.load_or_make(settings | images, [spec], make)
         # The key does not hold the name: it is the same attack by any name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
         return row
 
-    def tried(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
+    def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
         """The row of a variant's attacked images, judged by the deployed model in fresh draws.
 
         Args:
@@ -154,7 +152,7 @@ class Measure:
             row.seconds = time.perf_counter() - begin
             return row
 
-        row = self.kept(settings | images, [spec], make)
+        row = self.load_or_make(settings | images, [spec], make)
         row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
         return row
 
@@ -170,7 +168,7 @@ class Measure:
             reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
             return index[reached.argsort(stable=True)[: spec.nearest]]
         if spec.until is not None:
-            return nearest_first(index, margins, self.subject.first, self.subject.seed + spec.seed)
+            return nearest_first(index, margins, self.subject.offset, self.subject.seed + spec.seed)
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
@@ -179,7 +177,7 @@ class Measure:
 
     def _most(self, spec: AttackSpec) -> int | None:
         """The largest number of the present images that an attack covers."""
-        return None if spec.max_images is None else max(0, spec.max_images - self.subject.first)
+        return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
         """The settings of an attack, in plain values."""
@@ -204,7 +202,9 @@ class Measure:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
-    def kept(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]) -> Row:
+    def load_or_make(
+        self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]
+    ) -> Row:
         """Read the row of these settings from the cache, or make and keep it.
 
         Args:
@@ -216,7 +216,7 @@ class Measure:
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
             "data": subject.data,
-            "first": subject.first,
+            "first": subject.offset,
             "seed": subject.seed,
             "classes": subject.num_classes,
             # An image's draws depend on the batches.
@@ -287,10 +287,10 @@ class Measure:
                 if team.world > 1 and batches.missing(range(len(batches.parts))):
                     assert shared is not None
                     if begin is not None:
-                        write_begin(shared, begin)
+                        write_sealed(shared / BEGIN, {}, {"points": begin})
                     task = Task(
                         attack=self.attacks.index(spec),
-                        first=self.subject.first,
+                        first=self.subject.offset,
                         data=self.subject.data,
                         images=index.numpy().tobytes(),
                         batches=[],
@@ -312,7 +312,7 @@ class Measure:
         sums.images = sums.images[: self._most(spec)]
         return Outcome(spec, index, sums, settings, found | {"may_end_early": may_end_early})
 
-    def help(self, task: Task) -> None:
+    def work_for_first(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
 
         Args:
@@ -321,7 +321,7 @@ class Measure:
         Raises:
             ValueError: the first process has other images, or keeps batches where this process cannot see them.
         """
-        mine = self.team.taken(task, self.progress)
+        mine = self.team.claimed(task, self.progress)
         first = next(mine, None)
         if first is None:
             return
@@ -333,7 +333,10 @@ class Measure:
         folder = Path(task.folder)
         self.team.check_folder(folder)
         spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
-        begin = read_begin(folder) if task.begins else None
+        content = read_file(folder / BEGIN) if task.begins else None
+        if task.begins and content is None:
+            raise ValueError(f"the points at which an attack begins are missing in {folder}")
+        begin = None if content is None else content[1]["points"]
         with self._run(spec, index, folder, begin, task.draws_differ) as batches:
             for number in itertools.chain([first], mine):
                 batches.make(number)
@@ -362,7 +365,7 @@ class Measure:
         with subject.variant(spec.variant), frozen(target):
             # Every process tries it, since that takes random draws.
             tried = self._draws_differ(spec, target)
-            context = dataclasses.replace(
+            context = replace(
                 self.context,
                 draws_differ=tried if draws_differ is None else draws_differ,
                 gradients_from=spec.gradients_from,
@@ -373,7 +376,7 @@ class Measure:
             rule = None
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield AttackRun(spec.resolved, counted, index, subject=subject, context=context, folder=folder, rule=rule)
+            yield AttackRun(spec.resolved, counted, index, subject, context, folder=folder, rule=rule)
 
     def _measure_attack(
         self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], folder: Path | None
@@ -396,7 +399,6 @@ class Measure:
         self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
     ) -> Row:
         """The row of an attack's images, from the predictions that count; ``given`` marks the images that can fall."""
-        shown = _shown(search.index, judged, given if self.keep_all else None)
         return self._new_row(
             judged,
             right,
@@ -409,62 +411,50 @@ class Measure:
             settings=settings | search.settings,
             attacked=len(search.index),
             **search.found,
-            examples=_examples(self.subject, search.sums.images, *shown, judged, self.keep_all),
+            examples=self._examples(search, judged, given),
             margins=judged.margins,
+        )
+
+    def _examples(self, search: Outcome, judged: Judgement, given: np.ndarray) -> Examples | None:
+        """The images that a row keeps: some or all that fell; if none did, some that withstood the attack."""
+        index, subject = search.index, self.subject
+        wrong = torch.from_numpy(~judged.right.all(0))
+        if self.keep_all:
+            # With a random model, an image that was not attacked may fall by its draws.
+            wrong &= torch.from_numpy(given)
+            others = torch.ones_like(wrong).index_fill(0, index, False)
+            fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
+        else:
+            fallen = index[wrong[index]][:EXAMPLES]
+        shown = fallen if len(fallen) else index[:EXAMPLES]
+        if len(shown) == 0:
+            return None
+        return Examples(
+            clean=subject.x[shown].cpu().numpy(),
+            adversarial=search.sums.images[shown].cpu().numpy(),
+            labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
+            fell=np.full(len(shown), len(fallen) > 0),
+            predicted=judged.classes[shown.numpy()],
+            index=shown.numpy() + subject.offset if self.keep_all else None,
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
         """The target of the attack."""
-        model = self.subject.single
+        model = self.subject.base_model
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
         if spec.gradients_from is not None:
-            return self.subject.of(spec.variant)
+            return self.subject.judged_model(spec.variant)
         if spec.target == CLASSIFIER and has_classifier(model):
             return classifier_of(model)
         if spec.other_model is not None:
             return spec.other_model
         view = spec.resolved.target(model)
-        return self.subject.of(spec.variant) if view is model else view
+        return self.subject.judged_model(spec.variant) if view is model else view
 
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
         """Tell whether the target's predictions vary. Call it within the variant's block."""
         subject = self.subject
         # An aggregation that is infinite everywhere hides differences between draws.
-        hidden = subject.is_random and spec.variant == "random" and not target(subject.some()).isfinite().all()
-        return hidden or subject.draws(target)
-
-
-def _shown(index: Tensor, judged: Judgement, given: np.ndarray | None) -> tuple[Tensor, bool]:
-    """The images that a row keeps, int64, and whether they fell; if none did, some that withstood the attack.
-
-    Args:
-        index: the images that were attacked.
-        judged: the predictions on all images.
-        given: bool ``[n]``, images that can fall, if all fallen images are kept; None: some are kept.
-    """
-    wrong = torch.from_numpy(~judged.right.all(0))
-    if given is None:
-        fallen = index[wrong[index]][:EXAMPLES]
-    else:
-        # With a random model, an image that was not attacked may fall by its draws.
-        wrong &= torch.from_numpy(given)
-        others = torch.ones_like(wrong).index_fill(0, index, False)
-        fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
-    return (fallen, True) if len(fallen) else (index[:EXAMPLES], False)
-
-
-def _examples(
-    subject: Subject, adversarial: Tensor, shown: Tensor, fell: bool, judged: Judgement, numbered: bool
-) -> Examples | None:
-    """The attacked images that are kept, for pictures and as witnesses."""
-    if len(shown) == 0:
-        return None
-    return Examples(
-        clean=subject.x[shown].cpu().numpy(),
-        adversarial=adversarial[shown].cpu().numpy(),
-        labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
-        fell=np.full(len(shown), fell),
-        predicted=judged.classes[shown.numpy()],
-        index=shown.numpy() + subject.first if numbered else None,
-    )
+        hidden = subject.is_random and spec.variant == "random" and not target(subject.sample_images()).isfinite().all()
+        return hidden or subject.answers_vary(target)

@@ -48,7 +48,7 @@ def feasible(
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
-        if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.more:
+        if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.has_more:
             # The attack covers all images.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
@@ -73,7 +73,7 @@ def feasible(
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
     """The attacks, with each attack on the model as it is repeated under fixed noise, if the model has that."""
-    if not supports(subject.single, FixedNoise):
+    if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []
     for spec in specs:
@@ -88,7 +88,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
 
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     """The reason why a model cannot be attacked in this way; None if it can."""
-    model, attack = subject.single, spec.resolved
+    model, attack = subject.base_model, spec.resolved
     rand = isinstance(attack, AutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
     random = "the model is randomised and has no"

@@ -105,7 +105,7 @@ class CountedModel(nn.Module):
         progress: counts the images.
     """
 
-    #: Attributes that a captured step ignores (`purify_fast.contents`).
+    #: Attributes that a captured step ignores (`purify_fast.model_state`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):

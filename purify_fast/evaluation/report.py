@@ -342,10 +342,12 @@ def merge(reports: Iterable[Report]) -> Report:
     merged = Report()
     together = list(reports)
     # A report without a threat model may have the same as the others; a report without a precision has float32.
-    told = ["threat"] if len({report.about.get("threat") for report in together} - {None}) > 1 else []
-    told += ["predict"] if len({report.about.get("predict") for report in together}) > 1 else []
-    told += ["precision"] if len({report.about.get("precision") for report in together}) > 1 else []
-    together = [_named(report, [report.about[what] for what in told if what in report.about]) for report in together]
+    facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
+    facts["threat"].discard(None)
+    differing = [what for what, values in facts.items() if len(values) > 1]
+    together = [
+        _named(report, [report.about[what] for what in differing if what in report.about]) for report in together
+    ]
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings

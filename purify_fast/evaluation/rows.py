@@ -192,19 +192,26 @@ class Row:
         """Tell whether this is a ``worst`` over attacks without any correctly classified image to attack."""
         return self.kind == "worst" and self.attacked == 0
 
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays that `to_dict` leaves out, by name: the margins, the points and the examples."""
+        kept = {} if self.examples is None else vars(self.examples)
+        return {"margins": self.margins, "points": self.points} | kept
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
+        """Plain values; ``robust`` as a string of 0 and 1; without the other arrays."""
         arrays = ("robust", "examples", "margins", "points")
-        values = {name: value for name, value in self.__dict__.items() if name not in arrays}
+        values = {name: value for name, value in vars(self).items() if name not in arrays}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
-        """The inverse of `to_dict`."""
-        derived = ("n", "accuracy", "standard_error")
-        values = {name: value for name, value in values.items() if name not in derived}
-        return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
+    def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
+        """The inverse of `to_dict`, and of `arrays` without empty ones."""
+        derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
+        known = {name: value for name, value in values.items() if name not in derived}
+        known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
+        known |= {name: held.pop(name, None) for name in ("margins", "points")}
+        return cls(**known, examples=Examples(**held) if held else None)
 
     def describe_variant(self) -> str:
         """A word for the judged model: deterministic, random, or a mode of a random model."""
@@ -306,21 +313,18 @@ def joined(row: Row, following: Row) -> Row:
     if len(shown) == 2 and shown[0].index is not None:
         examples = shown[0].with_following(shown[1])
     both = row.margins is not None and following.margins is not None
+    counts = ("seconds", "unsearched", "may_hold", "proved", "nonfinite_predictions")
     return replace(
         row,
+        **{name: getattr(row, name) + getattr(following, name) for name in counts},
         robust=robust,
         mean=float(shares @ [row.mean, following.mean]),
         worst=float(shares @ [row.worst, following.worst]),
-        seconds=row.seconds + following.seconds,
         health=health,
         reliable=known or not robust.any(),
         attacked=None if row.attacked is None else row.attacked + (following.attacked or 0),
         fell_to=dict(Counter(row.fell_to) + Counter(following.fell_to)),
-        unsearched=row.unsearched + following.unsearched,
-        may_hold=row.may_hold + following.may_hold,
-        proved=row.proved + following.proved,
         warnings=list(dict.fromkeys([*row.warnings, *following.warnings])),
-        nonfinite_predictions=row.nonfinite_predictions + following.nonfinite_predictions,
         examples=examples,
         margins=np.concatenate([row.margins, following.margins]) if both else None,
     )

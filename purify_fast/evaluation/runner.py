@@ -31,6 +31,7 @@ from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
+from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
@@ -40,11 +41,10 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
+from .auto_batch import images_together, make_room
 from .cache import RowCache
 from .config import EvaluateConfig, ProtocolName
 from .curve import Curve, attacks_of_curve, radii_of
-from .fingerprint import fingerprint, fingerprint_or_reason
-from .fitting import images_together, make_room
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
@@ -61,7 +61,7 @@ from .witnesses import gathered, model_marks
 logger = logging.getLogger("purify_fast")
 
 #: The largest share of images, among those that an attack takes for fallen, that may be right in all judging draws.
-SURELY = 0.01
+MAX_SURVIVAL = 0.01
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: Number of a data loader's batches that go through all attacks together. With fewer, attacks on the remaining images
@@ -143,12 +143,12 @@ def evaluate(
             `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
             defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
             a note.
-        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the code
-            of the model's classes agree. Rows of models without weights to compare (plain callables), or holding values
-            that cannot be compared, are made anew, with a warning.
+        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the
+            source text of the model's classes agree. Rows of models without weights to compare (plain callables), or
+            holding values that cannot be compared, are made anew, with a warning.
         name: name of the model in the report.
         revision: the user's name for what the model computes: with it, the rows of every model are kept. Change it when
-            code changes that the model's classes import from other files, or the code of a function.
+            code changes that the model's classes reach through an imported module, or the code of a function.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
@@ -190,7 +190,7 @@ def evaluate(
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
-        subject.more = more
+        subject.has_more = more
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
         # Take it after the trial predictions: a model that stores its last input is then always in the same state.
@@ -220,7 +220,7 @@ def evaluate(
                 copies=GradientCopies(),
             ),
         )
-        context = _knowing(context, config)
+        context = _context_for_predict(context, config)
         served = None
         if out is not None or team.world > 1:
             # The choice of kernels must not change during the evaluation.
@@ -230,7 +230,9 @@ def evaluate(
         if out is not None and team.rank == 0:
             if mark[0] is None:
                 logger.warning("out: %s %s: its rows are not kept", name, mark[1])
-            cache = _kept_rows(RowCache(Path(out), served, revision), subject, others, mark[0])
+            cache = RowCache(Path(out), served, revision)
+            cache.know(subject.model, mark[0])
+            _add_marks(cache, others, subject)
         if config.batch_size == "auto":
             make_room(subject, others, config.memory, cache)
             at_once = team.from_first("images at once", lambda: subject.room.limit(context.resources.max_forward_batch))
@@ -238,18 +240,14 @@ def evaluate(
         progress = progress and team.rank == 0
         shown = Progress(name, progress)
         measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all")
-        about_draws = {"random": subject.is_random} | judging
-        witnessed = None if config.keep == "some" else _about_model(subject, mark[0]) | about_draws
-        acting = _Acting(plan, protocol in SEARCHES, measure, stack)
-        return _filled(
-            report,
-            acting,
-            mark=mark[0],
-            before=before,
-            chunks=chunks,
-            radii=radii,
-            witnessed=witnessed,
+        witnessed = None
+        if config.keep == "all":
+            about_model = {"model": model_marks(subject.base_model, mark[0]), "classes": subject.num_classes}
+            witnessed = about_model | {"random": subject.is_random} | judging
+        run = _Evaluation(
+            report, measure, plan, acts=protocol in SEARCHES, radii=radii, before=before, mark=mark[0], stack=stack
         )
+        return run.fill(chunks, witnessed)
 
 
 def _check_moves(eps: float, attacked: bool) -> None:
@@ -259,164 +257,6 @@ def _check_moves(eps: float, attacked: bool) -> None:
             "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
             "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
         )
-
-
-@dataclass
-class _Acting:
-    """The attacks of an evaluation, which search further if signs of masked gradients are found before them.
-
-    Args:
-        plan: the attacks without such signs.
-        acts: whether they search further: true for a protocol, false for a list of attacks.
-        measure: makes rows.
-        stack: keeps models frozen while the evaluation runs.
-    """
-
-    plan: Sequence[AttackSpec]
-    acts: bool
-    measure: Measure
-    stack: contextlib.ExitStack
-
-    def act(self, signs: Sequence[str]) -> list[str]:
-        """Let every search run to its end, if there are signs; return a sentence that says so."""
-        if not (signs and self.acts):
-            return []
-        subject, context, cache = self.measure.subject, self.measure.context, self.measure.cache
-        further = to_the_end(self.plan, subject, ThreatModel(context.norm, float(context.eps)))
-        if further == list(self.plan):
-            return []
-        joined = len(further) - len(self.plan)
-        self.plan = further
-        _know(cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject)
-        rows = f", and {joined} row{'s' * (joined > 1)} along the gradients of other models joined" if joined else ""
-        return [
-            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every search ran on "
-            f"every image and to its end{rows}"
-        ]
-
-
-def _filled(
-    report: Report,
-    acting: _Acting,
-    *,
-    mark: str | None,
-    before: Before | None,
-    chunks: Iterator[tuple[Tensor, Tensor, bool]],
-    radii: Sequence[float],
-    witnessed: dict[str, Any] | None,
-) -> Report:
-    """The report with its rows; processes other than the first get the first one's report."""
-    measure = acting.measure
-    subject, context, team = measure.subject, measure.context, measure.team
-
-    def planned() -> tuple[list[AttackSpec], Curve]:
-        plan, notes = feasible(acting.plan, subject, context, measure.name)
-        report.notes += [note for note in notes if note not in report.notes]
-        curve = Curve(attacks_of_curve(plan, context, radii), radii)
-        measure.attacks = plan + [spec for radius in radii for spec in curve.specs_at(radius, context.norm)]
-        return plan, curve
-
-    plan, curve = planned()
-    if team.world > 1:
-        team.check_same(_what_is_made(measure, mark))
-    if team.rank > 0:
-        return _help(measure, before, chunks, lambda signs: acting.act(signs) and planned())
-    asked = None if before is None else _ask(measure, before, _costs(plan, measure, curve))
-    if asked is not None:
-        signs = signs_of_masking(asked, subject.is_random)
-        told = acting.act(signs)
-        if team.world > 1:
-            images = json.dumps(signs).encode()
-            team.share(Task(SIGNS, subject.first, subject.data, images, []), lambda _: None, measure.progress)
-        report.notes += told
-        plan, curve = planned() if told else (plan, curve)
-    report.rows = _all_rows(plan, measure, chunks, curve)
-    if witnessed is not None:
-        _gather(report, measure, witnessed)
-    report.rows += worst_rows(report.rows)
-    _conclude(report, measure, before, asked)
-    for model, points in curve.points(report.rows, measure.name, float(context.eps)).items():
-        report.curves[model] = report.curves.get(model, {}) | points
-    report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-    report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
-    team.end(report.to_json)
-    return report
-
-
-def _about_model(subject: Subject, mark: str | None) -> dict[str, Any]:
-    """Facts about the model for the witnesses."""
-    return {"model": model_marks(subject.single, mark), "classes": subject.num_classes}
-
-
-def _gather(report: Report, measure: Measure, about: dict[str, Any]) -> None:
-    """Move all fallen images from the rows into the report's witnesses; the rows keep some for pictures."""
-    found = gathered(report.rows, about)
-    if found is not None:
-
-        def still_wrong(images: Tensor) -> Tensor:
-            judge = measure.subject.going_on(images, found.labels, False)
-            return torch.from_numpy(~judge.judge(images, "random", "judge").right.all(0))
-
-        report.witnesses = found.small(still_wrong)
-    for row in report.rows:
-        row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
-
-
-def _kept_rows(cache: RowCache, subject: Subject, others: Sequence[Classifier], mark: str | None) -> RowCache:
-    """The kept rows of a folder, with the marks of the models that they may depend on."""
-    cache.know(subject.model, mark)
-    _know(cache, others, subject)
-    return cache
-
-
-def _know(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
-    """Add the marks of further models to the kept rows."""
-    if cache.folder is None:
-        return
-    for model in others:
-        torch.manual_seed(subject.seed)
-        model(subject.some())
-        cache.know(model, fingerprint(model, cache.revision))
-
-
-def _what_is_made(measure: Measure, mark: str | None) -> dict[str, Any]:
-    """The facts that must be equal in all processes that share an evaluation."""
-    subject, context = measure.subject, measure.context
-    return {
-        "images": subject.data,
-        "models": [mark, subject.num_classes, subject.is_random],
-        "seed": subject.seed,
-        "batch size": [context.resources.batch_size, context.resources.max_forward_batch],
-        "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
-    }
-
-
-def _help(
-    measure: Measure,
-    before: Before | None,
-    chunks: Iterator[tuple[Tensor, Tensor, bool]],
-    act: Callable[[list[str]], object],
-) -> Report:
-    """Make batches, and parts of the probes, for the first process until its report is there.
-
-    Args:
-        measure: makes rows.
-        before: the answers of the model before the attacks.
-        chunks: the images that follow.
-        act: called with the signs that the probes gave.
-    """
-    for task in measure.team.tasks():
-        if task.attack == PROBES:
-            assert before is not None
-            measure.team.give(task, _runs(measure, _probes_of(measure, before)), measure.progress)
-            continue
-        if task.attack == SIGNS:
-            act(json.loads(task.images))
-            continue
-        while measure.subject.first < task.first:
-            measure.turn_to(measure.subject.going_on(*next(chunks)))
-        measure.help(task)
-    return Report.from_json(measure.team.report())
 
 
 def _about(
@@ -448,14 +288,14 @@ def _how_judged(config: EvaluateConfig) -> list[str]:
     return [] if config.predict is None else [sentences[config.predict]]
 
 
-def _knowing(context: AttackContext, config: EvaluateConfig) -> AttackContext:
+def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> AttackContext:
     """The attacks' context for a way to predict.
 
     Against the worst of several draws an image has fallen as soon as fresh draws would hardly all be right. A vote
     averages over its draws itself, so a step takes only as many votes as make up the requested draws.
     """
     if config.predict == "worst_of":
-        return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - SURELY ** (1 / config.n_eval))
+        return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - MAX_SURVIVAL ** (1 / config.n_eval))
     if config.predict == "votes":
         most = context.resources.max_forward_batch
         most = None if most is None else max(1, most // config.n_eval)
@@ -487,7 +327,7 @@ def _freeze_others(
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
-        check_leaves_images(model, subject.some()[:1])
+        check_leaves_images(model, subject.sample_images()[:1])
     return others
 
 
@@ -504,185 +344,294 @@ def _protocol_or_attacks(
     return ("standard" if protocol is None and attacks is None else protocol), given
 
 
-def _all_rows(
-    plan: Sequence[AttackSpec],
-    measure: Measure,
-    chunks: Iterable[tuple[Tensor, Tensor, bool]],
-    curve: Curve,
-) -> list[Row]:
-    """The rows of all images: those of the measure, and those of the chunks that follow."""
-    subject = measure.subject
-    rows, data = _rows(plan, measure, curve), [subject.data]
-    for images, labels, more in chunks:
-        measure.turn_to(measure.subject.going_on(images, labels, more))
-        following = {row.attack: row for row in _rows(plan, measure, curve)}
-        rows = [joined(row, following[row.attack]) if row.attack in following else row for row in rows]
-        data.append(measure.subject.data)
-    if len(data) > 1:
-        for row in rows:
-            row.data = text_hash(" ".join(data)).hexdigest()
-    # Questions about the model are asked on the first images.
-    measure.turn_to(subject)
-    return rows
-
-
-def _costs(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[int | None]:
-    """The most forward passes of single images for each row; None if unknown."""
-    context, n = measure.context, len(measure.subject.y)
-    asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in plan]
-    asked += [(cost, n) for cost in curve.costs(context)]
-    return [None if cost is None else cost * images for cost, images in asked]
-
-
-def _rows(plan: Sequence[AttackSpec], measure: Measure, curve: Curve) -> list[Row]:
-    """The rows of the clean images, one for each variant, those of the attacks in order, and those of the curve.
-
-    The images of an attack on a variant are tried on the deployed model, in a separate row.
-    """
-    variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in plan)]))
-    subject, made = measure.subject, measure.progress.rows
-    n = len(subject.y)
-    # The number of images to come is unknown.
-    measure.progress.costs[made:] = [*_costs(plan, measure, curve), *([None] if subject.more else [])]
-    all_rows = [measure.clean(variant) for variant in variants]
-    # Survivors are tracked for each threat model separately.
-    left: dict[tuple[str, str | None], np.ndarray] = {}
-    # For each variant, the least margin that any attack has reached.
-    margins: dict[tuple[str, str | None], np.ndarray] = {}
-    # The images that every attack on all images left.
-    standing = measure.clean("random").robust.copy()
-    for spec in plan:
-        if spec.max_images is not None and spec.max_images <= subject.first:
-            continue
-        threat = threat_name(spec, measure.context)
-        before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
-        reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
-        rows = [measure.attacked(spec, before[spec.variant], reached)]
-        source = ", kept by an earlier run" if measure.cache.was_kept else ""
-        if spec.variant != "random" and rows[0].is_attack:
-            rows.append(measure.tried(spec, before[spec.variant], before["random"]))
-        for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
-            all_rows.append(row)
-            measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
-            left[name, threat] = before[name].copy()
-            left[name, threat][: row.n] &= row.robust | (not row.is_attack)
-            if row.is_attack and row.margins is not None:
-                known = margins.setdefault((name, threat), np.full(n, np.inf))
-                known[: row.n] = np.fmin(known[: row.n], row.margins)
-            if row.is_attack and row.deployed and threat is None and spec.max_images is None:
-                standing &= row.robust
-    return all_rows + curve.rows(measure, standing)
-
-
-# -- whether the numbers can be believed ------------------------------------------------------------------------------
-
-
-def _conclude(report: Report, measure: Measure, before: Before | None, asked: Probes | None) -> None:
-    """Add the alarms' findings, the probes' curves and the outlook to a report, and mark doubtful rows.
+@dataclass
+class _Evaluation:
+    """The run of an evaluation whose model is frozen and whose settings are checked.
 
     Args:
-        report: report of one model, with all of its rows.
-        measure: made the rows.
-        before: the answers of the model before the attacks, for comparison; None: no further questions.
-        asked: measurements made before the attacks.
+        report: gets the rows and notes.
+        measure: makes rows.
+        asked_for: the attacks, without regard to what the model allows.
+        acts: whether they search further if signs of masked gradients are found before them: true for a protocol, false
+            for a list of attacks.
+        radii: further radii of the curve.
+        before: the answers of the model before the attacks; None: no probes.
+        mark: the model's fingerprint.
+        stack: keeps models frozen while the evaluation runs.
     """
-    rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
-    subject = measure.subject
-    evidence = Evidence(
-        rows,
-        classes=subject.num_classes,
-        probabilities=subject.has_probabilities,
-        one_hot=subject.has_one_hot,
-        protocol=report.about.get("protocol"),
-    )
-    if before is not None and asked is not None:
-        probes = _probes(measure, before, asked, evidence)
-        evidence = replace(evidence, probes=probes)
-        count_fallen(report.rows, probes.fallen(), float(measure.context.eps))
-    report.findings = [replace(finding, model=measure.name) for finding in findings(evidence)]
-    if evidence.probes is not None:
-        report.curves[measure.name] = report.curves.get(measure.name, {}) | evidence.probes.curves()
-    expected = outlook(evidence)
-    if expected is not None:
-        report.outlooks = [replace(expected, model=measure.name)]
-    doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
-    inconsistent = any(finding.of_answers for finding in doubts)
-    # If no attack counted gradients, the probes have followed them.
-    followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
-    for row in report.rows:
-        # At 0 % there is nothing to doubt: nothing stopped the attacks.
-        headline = row.kind == "worst" and row.threat is None and row.deployed
-        row.reliable = row.reliable or (headline and followed)
-        if headline and doubts and (row.accuracy > 0 or inconsistent):
-            row.reliable = False
-            row.doubts = [finding.alarm for finding in doubts]
+
+    report: Report
+    measure: Measure
+    asked_for: Sequence[AttackSpec]
+    acts: bool
+    radii: Sequence[float]
+    before: Before | None
+    mark: str | None
+    stack: contextlib.ExitStack
+
+    def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
+        """The report with its rows; processes other than the first get the first one's report.
+
+        Args:
+            chunks: the images that follow.
+            witnessed: facts about the model for the witnesses; None: not every fallen image is kept.
+        """
+        report, measure = self.report, self.measure
+        context, team, name = measure.context, measure.team, measure.name
+        self.choose_attacks(self.asked_for)
+        if team.world > 1:
+            team.check_same(self.signature())
+        if team.rank > 0:
+            return self.work_for_first(chunks)
+        asked = None if self.before is None else self.ask_before(self.before)
+        report.rows = self.all_rows(chunks)
+        if witnessed is not None:
+            self.gather_witnesses(witnessed)
+        report.rows += worst_rows(report.rows)
+        self.conclude(asked)
+        for model, points in self.curve.points(report.rows, name, float(context.eps)).items():
+            report.curves[model] = report.curves.get(model, {}) | points
+        report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
+        team.end(report.to_json)
+        return report
+
+    def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
+        """Choose those of the attacks that the model allows, and the attacks of the curve."""
+        measure, context = self.measure, self.measure.context
+        self.asked_for = asked_for
+        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
+        self.report.notes += [note for note in notes if note not in self.report.notes]
+        self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
+        at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))
+        measure.attacks = [*self.plan, *at_radii]
+
+    def act_on(self, signs: Sequence[str]) -> None:
+        """Let every search run to its end if there are signs of masked gradients, with a note that says so."""
+        if not (signs and self.acts):
+            return
+        subject, context = self.measure.subject, self.measure.context
+        further = to_the_end(self.asked_for, subject, ThreatModel(context.norm, float(context.eps)))
+        joined = len(further) - len(self.asked_for)
+        if further == list(self.asked_for):
+            return
+        _add_marks(
+            self.measure.cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject
+        )
+        rows = f", and {joined} row{'s' * (joined > 1)} along the gradients of other models joined" if joined else ""
+        self.report.notes.append(
+            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every search ran on "
+            f"every image and to its end{rows}"
+        )
+        self.choose_attacks(further)
+
+    # -- several processes --------------------------------------------------------------------------------------------
+
+    def signature(self) -> dict[str, Any]:
+        """The facts that must be equal in all processes that share an evaluation."""
+        measure, subject, context = self.measure, self.measure.subject, self.measure.context
+        return {
+            "images": subject.data,
+            "models": [self.mark, subject.num_classes, subject.is_random],
+            "seed": subject.seed,
+            "batch size": [context.resources.batch_size, context.resources.max_forward_batch],
+            "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
+        }
+
+    def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
+        """Make batches, and parts of the probes, for the first process until its report is there."""
+        measure = self.measure
+        for task in measure.team.tasks():
+            if task.attack == PROBES:
+                assert self.before is not None
+                measure.team.make_parts(task, self.runs(self.probes(self.before)), measure.progress)
+            elif task.attack == SIGNS:
+                self.act_on(json.loads(task.images))
+            else:
+                while measure.subject.offset < task.first:
+                    measure.turn_to(measure.subject.with_images(*next(chunks)))
+                measure.work_for_first(task)
+        return Report.from_json(measure.team.report())
+
+    # -- the rows -----------------------------------------------------------------------------------------------------
+
+    def all_rows(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> list[Row]:
+        """The rows of all images: those of the measure, and those of the chunks that follow."""
+        measure, subject = self.measure, self.measure.subject
+        rows, data = self.rows(), [subject.data]
+        for part in chunks:
+            measure.turn_to(measure.subject.with_images(*part))
+            following = {row.attack: row for row in self.rows()}
+            rows = [joined(row, following[row.attack]) if row.attack in following else row for row in rows]
+            data.append(measure.subject.data)
+        if len(data) > 1:
+            for row in rows:
+                row.data = text_hash(" ".join(data)).hexdigest()
+        # Questions about the model are asked on the first images.
+        measure.turn_to(subject)
+        return rows
+
+    def costs(self) -> list[int | None]:
+        """The most forward passes of single images for each row; None if unknown."""
+        context, n = self.measure.context, len(self.measure.subject.y)
+        asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
+        asked += [(cost, n) for cost in self.curve.costs(context)]
+        return [None if cost is None else cost * images for cost, images in asked]
+
+    def rows(self) -> list[Row]:
+        """The rows of the clean images, one for each variant, those of the attacks in order, and those of the curve.
+
+        The images of an attack on a variant are tried on the deployed model, in a separate row.
+        """
+        measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
+        variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
+        n = len(subject.y)
+        # The number of images to come is unknown.
+        progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
+        all_rows = [measure.clean(variant) for variant in variants]
+        # Survivors are tracked for each threat model separately.
+        left: dict[tuple[str, str | None], np.ndarray] = {}
+        # For each variant, the least margin that any attack has reached.
+        margins: dict[tuple[str, str | None], np.ndarray] = {}
+        # The images that every attack on all images left.
+        standing = measure.clean("random").robust.copy()
+        for spec in self.plan:
+            if spec.max_images is not None and spec.max_images <= subject.offset:
+                continue
+            threat = threat_name(spec, measure.context)
+            before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
+            reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
+            rows = [measure.attacked(spec, before[spec.variant], reached)]
+            source = ", kept by an earlier run" if measure.cache.was_kept else ""
+            if spec.variant != "random" and rows[0].is_attack:
+                rows.append(measure.retest_on_deployed(spec, before[spec.variant], before["random"]))
+            for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
+                all_rows.append(row)
+                progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
+                left[name, threat] = before[name].copy()
+                left[name, threat][: row.n] &= row.robust | (not row.is_attack)
+                if row.is_attack and row.margins is not None:
+                    known = margins.setdefault((name, threat), np.full(n, np.inf))
+                    known[: row.n] = np.fmin(known[: row.n], row.margins)
+                if row.is_attack and row.deployed and threat is None and spec.max_images is None:
+                    standing &= row.robust
+        return all_rows + self.curve.rows(measure, standing)
+
+    def gather_witnesses(self, about: dict[str, Any]) -> None:
+        """Move all fallen images from the rows into the report's witnesses; the rows keep some for pictures."""
+        report, subject = self.report, self.measure.subject
+        found = gathered(report.rows, about)
+        if found is not None:
+
+            def still_wrong(images: Tensor) -> Tensor:
+                judge = subject.with_images(images, found.labels, False)
+                return torch.from_numpy(~judge.judge(images, "random", "judge").right.all(0))
+
+            report.witnesses = found.small(still_wrong)
+        for row in report.rows:
+            row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
+
+    # -- whether the numbers can be believed --------------------------------------------------------------------------
+
+    def conclude(self, asked: Probes | None) -> None:
+        """Add the alarms' findings, the probes' curves and the outlook to the report, and mark doubtful rows.
+
+        Args:
+            asked: measurements made before the attacks; None: no further questions.
+        """
+        report, subject, name = self.report, self.measure.subject, self.measure.name
+        evidence = Evidence(
+            [row for row in report.rows if row.kind == "clean" or row.is_attack],
+            classes=subject.num_classes,
+            probabilities=subject.has_probabilities,
+            one_hot=subject.has_one_hot,
+            protocol=report.about.get("protocol"),
+        )
+        if self.before is not None and asked is not None:
+            probes = self.all_probes(self.before, asked, evidence)
+            evidence = replace(evidence, probes=probes)
+            count_fallen(report.rows, probes.fallen(), float(self.measure.context.eps))
+            report.curves[name] = report.curves.get(name, {}) | probes.curves()
+        report.findings = [replace(finding, model=name) for finding in findings(evidence)]
+        expected = outlook(evidence)
+        if expected is not None:
+            report.outlooks = [replace(expected, model=name)]
+        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
+        inconsistent = any(finding.of_answers for finding in doubts)
+        # If no attack counted gradients, the probes have followed them.
+        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
+        for row in report.rows:
+            # At 0 % there is nothing to doubt: nothing stopped the attacks.
+            headline = row.kind == "worst" and row.threat is None and row.deployed
+            row.reliable = row.reliable or (headline and followed)
+            if headline and doubts and (row.accuracy > 0 or inconsistent):
+                row.reliable = False
+                row.doubts = [finding.alarm for finding in doubts]
+
+    def probes(self, before: Before) -> list[Probe]:
+        """The probes before the attacks, whose passes are counted."""
+        return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
+
+    def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
+        """The probes as functions, each of which is repeated with fewer images at once when memory runs out."""
+        subject, context = self.measure.subject, self.measure.context
+
+        def run(probe: Probe) -> Any:
+            at_once = subject.room.limit(context.resources.max_forward_batch)
+            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+            return probe.run(replace(context, resources=resources))
+
+        return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+
+    def probes_key(self, more: dict[str, Any]) -> str | None:
+        """The name of kept answers to probes, from the settings on which they depend, and more of these."""
+        context, subject = self.measure.context, self.measure.subject
+        settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
+        settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
+        settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
+
+    def ask_before(self, before: Before) -> Probes:
+        """Ask the probes that come before the attacks, and act on signs of masked gradients."""
+        measure, progress, team = self.measure, self.measure.progress, self.measure.team
+        context, subject = measure.context, measure.subject
+        passes = cost_of_probes(subject, context)
+        progress.costs = [passes, *self.costs()]
+
+        def make() -> dict[str, Any]:
+            with progress.row("probes", passes):
+                probes = self.probes(before)
+                task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
+                values = team.results_of_parts(task, self.runs(probes), progress)
+                measured = [*zip(probes, values, strict=True)]
+                return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
+
+        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
+        progress.next_row()
+        signs = signs_of_masking(asked, subject.is_random)
+        if team.world > 1:
+            images = json.dumps(signs).encode()
+            team.share(Task(SIGNS, subject.offset, subject.data, images, []), lambda _: None, progress)
+        self.act_on(signs)
+        return asked
+
+    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
+        """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
+        context, subject = self.measure.context, self.measure.subject
+        # Mask of the first images that withstood every attack on the model as it is; all False without an attack.
+        n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
+        robust = evidence.robust(n)
+        left = np.zeros(n, dtype=bool) if robust is None else robust
+        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
+        asked_now = functools.partial(probe, before, context, asked, left.tolist())
+        made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
+        return Probes(**made)
 
 
-def _runs(measure: Measure, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-    """The probes as functions, each of which is repeated with fewer images at once when memory runs out."""
-    subject, context = measure.subject, measure.context
-
-    def run(probe: Probe) -> Any:
-        at_once = subject.room.limit(context.resources.max_forward_batch)
-        resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-        return probe.run(replace(context, resources=resources))
-
-    return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
-
-
-def _probes_of(measure: Measure, before: Before) -> list[Probe]:
-    """The probes before the attacks, whose passes are counted."""
-    return probes_before(before, counted_model(measure.subject.model, measure.progress))
-
-
-def _settings_of_probes(measure: Measure) -> dict[str, Any]:
-    """The settings on which answers to the probes depend, besides the model."""
-    context, subject = measure.context, measure.subject
-    return {
-        "probes": 8,
-        "data": subject.data,
-        "images": PROBED,
-        "eps": context.eps,
-        "norm": context.norm,
-        "seed": subject.seed,
-        "eot_iter": context.eot_iter,
-        "variant": subject.is_random,
-        "batch_size": context.resources.batch_size,
-        "max_forward_batch": context.resources.max_forward_batch,
-    }
-
-
-def _ask(measure: Measure, before: Before, later: Sequence[int | None]) -> Probes:
-    """The probes that come before the attacks; ``later`` has the highest costs of the rows after them."""
-    context, subject, progress = measure.context, measure.subject, measure.progress
-    passes = cost_of_probes(subject, context)
-    progress.costs = [passes, *later]
-
-    def make() -> dict[str, Any]:
-        with progress.row("probes", passes):
-            probes = _probes_of(measure, before)
-            task = Task(PROBES, subject.first, subject.data, b"", [*range(len(probes))])
-            values = measure.team.values(task, _runs(measure, probes), progress)
-            measured = [*zip(probes, values, strict=True)]
-            return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
-
-    key = measure.cache.key(_settings_of_probes(measure) | {"before": True}, subject.model)
-    asked = Probes(**measure.cache.values(key, make))
-    progress.next_row()
-    return asked
-
-
-def _probes(measure: Measure, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-    """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
-    context, subject = measure.context, measure.subject
-    # Mask of the first images that withstood every attack on the model as it is; all False without an attack.
-    n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
-    robust = evidence.robust(n)
-    left = np.zeros(n, dtype=bool) if robust is None else robust
-
-    def make() -> dict[str, Any]:
-        return asdict(subject.room.within(lambda: probe(before, context, asked, left.tolist())))
-
-    attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
-    key = measure.cache.key(_settings_of_probes(measure) | attacks, subject.model)
-    return Probes(**measure.cache.values(key, make))
+def _add_marks(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
+    """Add the marks of further models to the kept rows."""
+    if cache.folder is not None:
+        for model in others:
+            torch.manual_seed(subject.seed)
+            model(subject.sample_images())
+            cache.know(model, fingerprint(model, cache.revision))

@@ -82,7 +82,7 @@ class StoppingRule:
             return float(self.unsearched)
         return self.unsearched * (1 - self._error ** (1 / self.misses))
 
-    def see(self, fell: Sequence[bool], no_evidence: int) -> bool:
+    def record(self, fell: Sequence[bool], no_evidence: int) -> bool:
         """Record a round.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -26,15 +26,14 @@ from ..attacks.attacked_model import (
 )
 from ..attacks.base import ThreatModel
 from ..attacks.losses import margin
-from ..contents import class_functions, hidden_modules, used_modules
 from ..defences import Defence, MajorityVote
 from ..defences.voting import undecided
+from ..model_state import class_functions, fingerprint, hidden_modules, used_modules
 from ..protocols import Classifier
 from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .config import Predict
-from .fingerprint import fingerprint
 from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
 
@@ -138,11 +137,11 @@ class Subject:
         predict: rule for these; None: as "worst_of".
 
     Attributes:
-        first: number of its first image among all evaluated images, if these come in parts.
-        more: whether further parts are to come.
+        offset: number of its first image among all evaluated images, if these come in parts.
+        has_more: whether further parts are to come.
         room: number of images that fit into memory in a pass; no limit at first.
         model: the judged model: the model itself, or the vote of its draws.
-        single: the model itself, with its modes and parts.
+        base_model: the model itself, with its modes and parts.
         is_random: whether two predictions of the model on the same images differ.
         draws_once_per_call: whether it draws once for all images of a call, not for each image.
         has_probabilities: whether the model returns probabilities in place of logits.
@@ -168,13 +167,13 @@ class Subject:
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
         self.room = Room(None, self.device)
-        self.data, self.first, self.more = digest(x, y), 0, False
+        self.data, self.offset, self.has_more = digest(x, y), 0, False
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, self.some()[:1])
-        check_leaves_images(self.model, self.some()[:1])
-        one, other = self.model(self.some()), self.model(self.some())
-        self.is_random = differ(one, other) or self.draws(self.model)
-        self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.some(), TRIED_ROWS)
+        self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
+        check_leaves_images(self.model, self.sample_images()[:1])
+        one, other = self.model(self.sample_images()), self.model(self.sample_images())
+        self.is_random = differ(one, other) or self.answers_vary(self.model)
+        self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
         self._faults: dict[Variant, Fault | None] = {}
@@ -183,9 +182,9 @@ class Subject:
             raise ValueError(
                 f"predict={predict!r} is for random models, and this one gives the same answer every time: leave it out"
             )
-        self.single = self.model
+        self.base_model = self.model
         if predict == "votes":
-            self.model, self.n_eval = MajorityVote(self.single, n_eval), 1
+            self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
 
     @property
     def batch_size(self) -> int:
@@ -196,10 +195,10 @@ class Subject:
         bad = (self.y < 0) | (self.y >= self.num_classes)
         if bool(bad.any()):
             wrong = int(bad.int().argmax())
-            place = self.first + wrong
+            place = self.offset + wrong
             raise ValueError(f"y[{place}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes")
 
-    def going_on(self, x: Tensor, y: Tensor, more: bool) -> Subject:
+    def with_images(self, x: Tensor, y: Tensor, more: bool) -> Subject:
         """The same model with the images that follow.
 
         Args:
@@ -212,15 +211,15 @@ class Subject:
         """
         other = copy.copy(self)
         other.x, other.y, other.data = x, y, digest(x, y)
-        other.first, other.more = self.first + len(self.y), more
+        other.offset, other.has_more = self.offset + len(self.y), more
         other._check_labels()
         return other
 
-    def of(self, variant: Variant) -> Classifier:
+    def judged_model(self, variant: Variant) -> Classifier:
         """The model that a variant judges: in a mode without randomness there is nothing to vote on."""
-        return self.model if variant == "random" else self.single
+        return self.model if variant == "random" else self.base_model
 
-    def some(self) -> Tensor:
+    def sample_images(self) -> Tensor:
         """A copy of a few images, to try models on."""
         return self.x[:8].to(self.device, copy=True)
 
@@ -231,16 +230,16 @@ class Subject:
             ball: norm and radius of the attacker.
             absent: dictionary to which reasons for missing models are written, by name.
         """
-        return surrogates(self.single, self.some(), self.num_classes, ball, absent)
+        return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
-    def draws(self, model: Classifier) -> bool:
+    def answers_vary(self, model: Classifier) -> bool:
         """Tell whether predictions of a model vary. Two may agree by chance if it has few to choose from."""
-        one = model(self.some())
-        if differ(one, model(self.some())):
+        one = model(self.sample_images())
+        if differ(one, model(self.sample_images())):
             return True
         # Trials beyond two predictions must not change later draws.
         with self._forked_generators():
-            return any(differ(one, model(self.some())) for _ in range(TRIED_CALLS - 2))
+            return any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2))
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
@@ -249,8 +248,8 @@ class Subject:
         """Within the block, the model is in the variant's mode."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()
-        single: Any = self.single
-        return single.fixed_noise(self.seed) if name == "fixed" else single.deterministic()
+        model: Any = self.base_model
+        return model.fixed_noise(self.seed) if name == "fixed" else model.deterministic()
 
     def fault(self, name: Variant) -> Fault | None:
         """The fault of a variant that the model has; None if there is none, and for the model as it is."""
@@ -259,8 +258,41 @@ class Subject:
         if name not in self._faults:
             # Trials must not change later draws.
             with self._forked_generators():
-                self._faults[name] = find_fault(self.single, self.some(), lambda: self.variant(name), name)
+                self._faults[name] = self._find_fault(name)
         return self._faults[name]
+
+    def _find_fault(self, variant: Variant) -> Fault | None:
+        """The first way in which a variant of a random model breaks the promise of its name, or None.
+
+        An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
+        mean something only if the draw is the same in every call, for every place in a batch and for every split of the
+        batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
+        parts of the batch.
+        """
+        call, for_calls, for_blocks, for_batches = ADVICE[variant]
+        model, x = self.base_model, self.sample_images()
+        # Copies of a single image make places in a batch comparable.
+        x = x if len(x) > 1 else torch.cat([x, x])
+        with self.variant(variant):
+            first, again = model(x), model(x)
+            moved = model(x.roll(1, 0)).roll(-1, 0)
+            parts = torch.cat([model(x[:1]), model(x[1:])])
+        with self.variant(variant):
+            anew = model(x)
+        for what, other, tolerance, what_to_do in (
+            ("two calls give different logits", again, SAME_SHAPE, for_calls),
+            ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
+            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
+            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
+        ):
+            count = int(_apart(first, other, tolerance).sum())
+            if count > FEW * len(x):
+                reason = (
+                    f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
+                    f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
+                )
+                return Fault(reason, repeats=other is not again)
+        return None
 
     def judges(self, variant: Variant) -> int:
         """The number of predictions that judge an image."""
@@ -269,7 +301,7 @@ class Subject:
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
         """Seed the random generators for a phase."""
         # Each part of the images has its own noise.
-        torch.manual_seed(3 * (self.seed + self.first) + PHASES[phase])
+        torch.manual_seed(3 * (self.seed + self.offset) + PHASES[phase])
 
     def reseed_batch(self, number: int) -> None:
         """Seed the random generators for a batch of an attack, whichever process made the batches before.
@@ -277,7 +309,7 @@ class Subject:
         The first batch continues the seed of its attack.
         """
         if number:
-            torch.manual_seed(int(text_hash(f"{self.seed} {self.first} {number}").hexdigest()[:15], 16))
+            torch.manual_seed(int(text_hash(f"{self.seed} {self.offset} {number}").hexdigest()[:15], 16))
 
     def judge(
         self,
@@ -299,67 +331,26 @@ class Subject:
             by: another model, which judges each image once.
             index: indices of these images, int64; None: the first ``len(x)``.
         """
-        return self.room.within(lambda: self._judge(x, variant, phase, by, index))
-
-    def _judge(
-        self,
-        x: Tensor,
-        variant: Variant,
-        phase: Literal["clean", "judge"],
-        by: Classifier | None,
-        index: Tensor | None,
-    ) -> Judgement:
         y = self.y[: len(x)] if index is None else self.y[index]
-        model, draws = (self.of(variant), self.judges(variant)) if by is None else (by, 1)
-        self.reseed(phase)
-        right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
-        with self.variant(variant):
-            for _ in range(draws):
-                parts = x.split(self.batch_size)
-                logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
-                decided, nameless = logits.argmax(1), undecided(logits)
-                leads += -margin(logits.float(), y.to(logits.device)).cpu()
-                nonfinite += int(nameless.sum())
-                right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
-                named.append(decided.masked_fill(nameless, -1).cpu().numpy())
-        all_right = np.stack(right)
-        told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
-        return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
+        model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
 
+        def predict() -> Judgement:
+            self.reseed(phase)
+            right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
+            with self.variant(variant):
+                for _ in range(draws):
+                    parts = x.split(self.batch_size)
+                    logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
+                    decided, nameless = logits.argmax(1), undecided(logits)
+                    leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                    nonfinite += int(nameless.sum())
+                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+            all_right = np.stack(right)
+            first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
+            return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
 
-def find_fault(
-    model: Classifier, x: Tensor, block: Callable[[], contextlib.AbstractContextManager[Any]], variant: Variant
-) -> Fault | None:
-    """Find the first way in which a variant of a random model breaks the promise of its name; None if there is none.
-
-    An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
-    mean something only if the draw is the same in every call, for every place in a batch and for every split of the
-    batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
-    parts of the batch.
-    """
-    call, for_calls, for_blocks, for_batches = ADVICE[variant]
-    # Copies of a single image make places in a batch comparable.
-    x = x if len(x) > 1 else torch.cat([x, x])
-    with block():
-        first, again = model(x), model(x)
-        moved = model(x.roll(1, 0)).roll(-1, 0)
-        parts = torch.cat([model(x[:1]), model(x[1:])])
-    with block():
-        anew = model(x)
-    for what, other, tolerance, what_to_do in (
-        ("two calls give different logits", again, SAME_SHAPE, for_calls),
-        ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
-        ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
-        ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
-    ):
-        count = int(_apart(first, other, tolerance).sum())
-        if count > FEW * len(x):
-            reason = (
-                f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
-                f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
-            )
-            return Fault(reason, repeats=other is not again)
-    return None
+        return self.room.within(predict)
 
 
 def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:

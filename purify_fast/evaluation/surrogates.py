@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attacks import BpdaModel, frozen
 from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
-from ..contents import attributes
+from ..model_state import attributes
 from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough, blocking

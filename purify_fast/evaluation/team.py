@@ -183,14 +183,14 @@ class Team:
         task = task._replace(number=self._tasks)
         self._tasks += 1
         self.store.set(f"task {task.number}", _as_text(tuple(task)))
-        for number in self.taken(task, progress):
+        for number in self.claimed(task, progress):
             make(number)
         for number in task.batches:
             owner = int(self.store.get(f"taken {task.number} {number}"))
             if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
                 progress.count(int(images))
 
-    def values(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
+    def results_of_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
         """The results of some functions, each of which any process may call.
 
         Args:
@@ -224,15 +224,15 @@ class Team:
             self._tasks += 1
             yield Task(*_as_value(text))
 
-    def give(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
-        """Call some of the functions of `values`, for the first process.
+    def make_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
+        """Call some of the functions of `results_of_parts`, for the first process.
 
         Args:
             task: has a number for each.
             parts: the functions.
             progress: counts the images of this process.
         """
-        for part in self.taken(task, progress):
+        for part in self.claimed(task, progress):
             self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
@@ -258,7 +258,7 @@ class Team:
 
     # -- all processes ------------------------------------------------------------------------------------------------
 
-    def taken(self, task: Task, progress: Progress) -> Iterator[int]:
+    def claimed(self, task: Task, progress: Progress) -> Iterator[int]:
         """The batches that this process takes; a batch is finished when the next is asked for.
 
         Args:

@@ -22,10 +22,10 @@ from .._tensors import digest, per_image, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
+from ..model_state import fingerprint
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .config import Predict
-from .fingerprint import fingerprint
 from .inputs import LogitsOf, as_classifier
 from .rows import Row
 from .show.text import render
@@ -54,7 +54,7 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
     Args:
         model: the attacked model.
-        mark: its `purify_fast.evaluation.fingerprint.fingerprint`.
+        mark: its `purify_fast.model_state.fingerprint`.
 
     Returns:
         ``weights`` and ``fingerprint``; None for marks that do not exist, such as the weights of a function.
@@ -380,7 +380,7 @@ def check_witnesses(
         if predict is not None and subject.is_random:
             subject = Subject(model, witnesses.adversarial, witnesses.labels, predict=predict, **options)
         judged = subject.judge(witnesses.adversarial, "random", "judge")
-        sentence, same = _compared(about["model"], model_marks(subject.single, fingerprint(subject.model)))
+        sentence, same = _compared(about["model"], model_marks(subject.base_model, fingerprint(subject.model)))
     return CheckedWitnesses(
         numbers=witnesses.numbers.numpy(),
         attacks=[about["attacks"][number]["attack"] for number in witnesses.attacks.tolist()],

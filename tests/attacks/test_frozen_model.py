@@ -10,7 +10,7 @@ from torch import nn
 
 from purify_fast import zoo
 from purify_fast.attacks import apgd, frozen, pgd
-from purify_fast.contents import hidden_modules
+from purify_fast.model_state import hidden_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from purify_fast import zoo
 from purify_fast.defences import NoisyEnsemble, WithAggregation
-from purify_fast.evaluation.fingerprint import fingerprint
+from purify_fast.model_state import fingerprint
 
 log = logging.getLogger(__name__)
 

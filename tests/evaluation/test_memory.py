@@ -12,7 +12,7 @@ from torch import nn
 from purify_fast.attacks import APGD, PGD
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
-from purify_fast.evaluation import AttackSpec, fitting
+from purify_fast.evaluation import AttackSpec, auto_batch
 from purify_fast.speed.memory import Room, images_that_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,7 +115,7 @@ def test_a_random_model_goes_on_with_the_number_of_the_first_run(tmp_path, monke
     model = Greedy(1000, noise=0.3)
     x, y = images(model)
     found = iter([16, 512, 4])
-    monkeypatch.setattr(fitting, "images_that_fit", lambda *_: next(found))
+    monkeypatch.setattr(auto_batch, "images_that_fit", lambda *_: next(found))
     reports = []
     for made in (True, False, True):
         made_rows.clear()

@@ -15,17 +15,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():
     rule = StoppingRule(0.01, 300, 1000)
-    assert rule.may_hold == 300 and not rule.see([True] * 40, 0)
+    assert rule.may_hold == 300 and not rule.record([True] * 40, 0)
     assert rule.may_hold == rule.unsearched == 260
-    assert not rule.see([False] * 10 + [True] + [False] * 29, 0)
+    assert not rule.record([False] * 10 + [True] + [False] * 29, 0)
     # 29 withstood since the last one fell
     chance = rule.may_hold / rule.unsearched
     assert rule.unsearched == 220 and (1 - chance) ** 29 == pytest.approx(0.05 / 8)
-    stops = rule.see([False] * 40, 0)
+    stops = rule.record([False] * 40, 0)
     assert rule.may_hold == pytest.approx((220 - 40) * (1 - (0.05 / 8) ** (1 / 69))) and not stops
     # where no search moved an image, nothing is known
     blind = StoppingRule(0.01, 300, 1000)
-    assert not any(blind.see([False] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
+    assert not any(blind.record([False] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.1])
@@ -38,7 +38,7 @@ def test_the_bound_holds_in_95_of_100_cases(rate):
         while searched < 400:
             part = fell[searched : searched + rule.round]
             searched += len(part)
-            if rule.see(list(part), 0):
+            if rule.record(list(part), 0):
                 break
         within += fell[searched:].sum() <= np.ceil(rule.may_hold)
     assert within / trials >= 0.95

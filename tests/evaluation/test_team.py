@@ -17,7 +17,7 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import cache, team
+from purify_fast.evaluation import attack_run, team
 from purify_fast.evaluation.attack_run import AttackRun
 from purify_fast.evaluation.measure import Measure
 
@@ -75,8 +75,8 @@ def test_without_a_folder_nothing_is_left(one, tmp_path, monkeypatch):
 
 MOMENTS = {
     "keep": (AttackRun, "keep"),
-    "write": (cache, "write_sealed"),
-    "claim": (team.Team, "taken"),
+    "write": (attack_run, "write_sealed"),
+    "claim": (team.Team, "claimed"),
     "judge": (Measure, "_judged"),
 }
 

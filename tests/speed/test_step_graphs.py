@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purify_fast.contents import identity_key
+from purify_fast.model_state import identity_key
 from purify_fast.speed.graphs import step_graphs
 from purify_fast.speed.graphs.step_graphs import RETRIED_AFTER, State, StepGraphs, begin_steps
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...attacks.attacked_model import gradient_to
 from ...attacks.losses import margin
+from ...model_state import fingerprint
 from ...protocols import Classifier, FixedNoise, supports
-from ..fingerprint import fingerprint
 from ..subject import Subject, Variant
 
 #: The reasons why a model's gradients tell nothing.
@@ -69,7 +69,7 @@ class Before:
 
 def quiet(subject: Subject) -> Variant:
     """The variant in which a model gives the same answer every time, if it has such a variant."""
-    if not (subject.is_random and supports(subject.single, FixedNoise)):
+    if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
     return "fixed" if fault is None or fault.repeats else "random"

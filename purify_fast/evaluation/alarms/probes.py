@@ -180,7 +180,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
         later_changes=before.later_changes(),
         state_changed=before.state_changed(),
         watched_changes=answers.watched_changes(subject, before.model, x, _near(context, x)),
-        sets_seed=answers.sets_seed(subject.model, subject.some()),
+        sets_seed=answers.sets_seed(subject.model, subject.sample_images()),
     )
 
 

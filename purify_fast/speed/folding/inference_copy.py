@@ -284,7 +284,7 @@ class Accelerated:
         packed_from: names the weights that were packed; None if they may have changed since.
     """
 
-    #: A captured step need not look at it (`purify_fast.contents`): it changes with every training step.
+    #: A captured step need not look at it (`purify_fast.model_state`): it changes with every training step.
     not_dependencies = frozenset({"packed_from"})
 
     dtype: torch.dtype

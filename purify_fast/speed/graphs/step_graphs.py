@@ -5,9 +5,9 @@ with the new tensors. Captured, the state is in buffers that stay where they are
 results there. Both run the same function, so that there is one formula of an attack.
 
 A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
-replayed only while everything that its model computes with is the same (`purify_fast.contents.identity_key`). Weights
-that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
-they would without a graph.
+replayed only while everything that its model computes with is the same (`purify_fast.model_state.identity_key`).
+Weights that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go
+on as they would without a graph.
 
 A capture costs as much as a dozen steps, and nobody knows how many steps will follow: batches shrink while images fall.
 So a step is captured once its launches have cost as much as a capture. This is the rule of ski rental. It costs at most
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
-from ...contents import identity_key
+from ...model_state import identity_key
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, PreparesReplay
 from ..memory import retry_when_memory_ends, same_draws_again

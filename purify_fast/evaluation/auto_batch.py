@@ -73,7 +73,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
 
         fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
         # A model that keeps its last input is left as it was found.
-        model(subject.some())
+        model(subject.sample_images())
         images = fitting if images is None else min(images, fitting)
     if images is not None:
         name = cache.key({"images at once": subject.data}, subject.model)
