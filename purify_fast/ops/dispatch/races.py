@@ -27,8 +27,8 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: The choices that replace the files, by type of device: `registry.pin_kernels`.
-PINNED: dict[str, dict[str, Any]] = {}
+#: The kernels whose races replace those of the files while a run is on: `run_kernels.keep_kernels`.
+of_run: dict[str, Any] = {}
 
 
 class Winner(NamedTuple):
@@ -88,8 +88,8 @@ def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
     """The user's and the shipped entry of an op on a device that is here, with where and when it was raced."""
-    if device.type in PINNED:
-        return [(entry, "as the run began") for entry in PINNED[device.type]["races"].get(op.name, [])]
+    if device.type == of_run.get("device") and op.name in of_run["ops"]:
+        return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, own, near = [], read(device), nearest(records.machine(device))
     if op.name in own.get("ops", {}):
         if own["ops"][op.name].get("sources") == op.sources_digest(device.type):
@@ -102,8 +102,8 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
 
 
 def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """The winners among an op's entries, without times, in the form of `PINNED`."""
-    return [{"cells": entry.get("cells", {})} for entry, _ in entries_of(op, device)]
+    """The cells of an op's entries, of which the first that knows a call decides."""
+    return [entry.get("cells", {}) for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:

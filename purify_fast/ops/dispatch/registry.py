@@ -12,10 +12,6 @@ serves only if it was found right on this machine (`verify`).
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
 ``PURIFY_FAST_BACKEND``, which is read once at import, forces one, or several, as ``cpp,triton``: each op takes the
 first that it has for its tensors, and raises an error if it has none. `use_backend` does so for a block.
-
-Kernels differ from their references in the last bits. So what decides who serves is read once, in the first process
-when a run begins (`kernel_choices`), and holds until the run ends (`pin_kernels`), in all of its processes and when it
-is resumed, whatever is raced or verified on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -310,98 +306,3 @@ class Launcher:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def kernel_choices(device: torch.device) -> dict[str, Any]:
-    """The state that decides which backends serve on a device now, as JSON values; ``wrong`` has the wrong kernels.
-
-    Args:
-        device: the device on which a run computes.
-    """
-    with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
-    verdicts = verify.known_verdicts(with_kernel, device) if verify.mode() != "off" else {}
-    # without a GPU its races cannot be read, and no kernel serves
-    here = device.type != "cuda" or torch.cuda.is_available()
-    return {
-        "device": device.type,
-        "forced": list(_forced),
-        "kernels": {name: op.kernel(device.type) for name, op in with_kernel.items()},
-        "wrong": sorted(name for name, verdict in verdicts.items() if not verdict.passed),
-        "races": {name: races.winners(op, device) for name, op in with_kernel.items()} if here else {},
-    }
-
-
-def _changes_bits(op: Op) -> bool:
-    """Tell whether an op's kernel may differ from its reference in any bit."""
-    return not all(example.exact for example in op.examples)
-
-
-def choices_of_bits(choices: dict[str, Any]) -> dict[str, Any]:
-    """The part of `kernel_choices` that can change bits of results: the ops whose kernels may differ from references.
-
-    The list of wrong kernels is left out. A kernel that serves has been verified, and the reference replaces a wrong
-    kernel from its first use on, so that the results of a run do not depend on when the kernel was found to be wrong.
-
-    Args:
-        choices: the value of `kernel_choices`.
-    """
-    names = {name for name in choices["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
-    chosen = {
-        what: {name: one for name, one in choices[what].items() if name in names} for what in ("kernels", "races")
-    }
-    return {what: choices[what] for what in ("device", "forced")} | chosen
-
-
-def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Decide which backends serve in a run that is resumed.
-
-    Args:
-        begun: `kernel_choices` at the run's start; None if it was not recorded, or the run starts now.
-        now: `kernel_choices` of today.
-
-    Returns:
-        The choices to use; the ops that would have other backends today but keep theirs; and sentences about choices
-        that cannot be kept, because the kernels or the device changed.
-    """
-    if begun is None or begun == now:
-        return now, [], []
-    if begun["device"] != now["device"]:
-        return now, [], [f"it began on {begun['device']} and goes on on {now['device']}: the last bits differ"]
-    changes = []
-    if begun["forced"] != now["forced"]:
-        before, here = (", ".join(one["forced"]) or "none" for one in (begun, now))
-        changes.append(f"it began with PURIFY_FAST_BACKEND {before}, and goes on with {here}")
-    bits = {name for name, op in REGISTRY.items() if _changes_bits(op)}
-    newly = {part.partition(" ")[0] for part in set(now["wrong"]) - set(begun["wrong"])}
-    lost = [
-        name
-        for name, kernel in begun["kernels"].items()
-        if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in newly)
-    ]
-    if lost:
-        changes.append(f"the kernels of {', '.join(sorted(lost))} that it began with are not here, or are wrong here")
-    choices = {**now, "races": begun["races"], "wrong": sorted({*begun["wrong"], *now["wrong"]})}
-    names = begun["races"].keys() | now["races"].keys()
-    others = {name for name in names if begun["races"].get(name) != now["races"].get(name)}
-    others |= {part.partition(" ")[0] for part in set(begun["wrong"]) - set(now["wrong"])}
-    return choices, sorted(others & bits), changes
-
-
-@contextlib.contextmanager
-def pin_kernels(choices: dict[str, Any]) -> Iterator[None]:
-    """Use these choices within the block; a kernel is still verified at its first use.
-
-    Args:
-        choices: the value of `kernel_choices`.
-    """
-    kind = choices["device"]
-    before = races.PINNED.get(kind)
-    races.PINNED[kind] = choices
-    forget_choices()
-    try:
-        yield
-    finally:
-        races.PINNED.pop(kind)
-        if before is not None:
-            races.PINNED[kind] = before
-        forget_choices()
