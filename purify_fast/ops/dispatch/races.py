@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,9 +75,9 @@ def forget_files() -> None:
     _warn_stale.cache_clear()
 
 
-def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """The measured machine, by default among those that ship, that is most like this one; None if none is like it."""
-    same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
+def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
+    """The measured machine, among those that ship, that is most like this one; None if none is like it."""
+    same = [one for one in shipped() if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
             if one["machine"].get(what) == facts[what]:

@@ -31,7 +31,7 @@ from ... import _library, kernels
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, SIZES, Backend, Call, Definition
+from .op import BACKENDS, SIZES, Backend, Call, Definition, first_argument
 from .races import Winner
 
 KERNELS = Path(kernels.__path__[0])
@@ -76,6 +76,16 @@ def forced_backends() -> tuple[str, ...]:
 def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
     """The dtype and the number of elements of the second of an op's arguments."""
     return x.dtype, x.numel()
+
+
+def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The fake of an op whose result is as its first argument, and contiguous."""
+    return x.new_empty(x.shape)
+
+
+def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
+    """The fake of an op whose result is as its second argument, and contiguous."""
+    return x.new_empty(x.shape)
 
 
 class Op(Definition):
@@ -185,11 +195,14 @@ def define_op(
     schema: str,
     *,
     reference: Callable,
-    fake: Callable,
+    fake: Callable = like_first,
     examples: list[Example],
     raced: list[Example] | None = None,
     triton: Callable | None = None,
-    **properties,
+    replaces_many: tuple[str, ...] = (),
+    compiler_fuses: tuple[str, ...] = (),
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    differentiable: bool = True,
 ) -> Op:
     """Register ``purify_fast::name``.
 
@@ -197,11 +210,14 @@ def define_op(
         name: name of the op, without the name space.
         schema: its signature, as ``torch.library.define`` takes it.
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
-        fake: shapes and dtypes of the outputs.
+        fake: shapes and dtypes of the outputs; by default those of the first argument, contiguous.
         examples: small inputs, with which kernels are verified and tested.
         raced: a few samples of shapes that users have, with which kernels are raced; the examples by default.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        **properties: other attributes of `Definition`: replaces_many, compiler_fuses, size_key, differentiable.
+        replaces_many: see `Definition`, as for the arguments below.
+        compiler_fuses: those of them that compilers fuse as well.
+        size_key: the dtype and size by which races distinguish calls.
+        differentiable: whether gradients pass through the public function.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -229,7 +245,10 @@ def define_op(
         raced=raced or examples,
         sources=sources,
         launch=triton,
-        **properties,
+        replaces_many=replaces_many,
+        compiler_fuses=compiler_fuses,
+        size_key=size_key,
+        differentiable=differentiable,
     )
     return REGISTRY[name]
 
@@ -238,20 +257,24 @@ def define_backward(
     op: Op,
     schema: str,
     *,
+    reference: Callable,
+    fake: Callable = like_second,
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
     saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
     constants: int = 0,
     changes: dict[str, Any] | None = None,
-    **definition,
 ) -> Op:
     """Register the backward of an op, which is verified, raced and served as the op is.
 
     Args:
         op: the op whose backward it is.
         schema: its signature.
+        reference: its definition, in PyTorch.
+        fake: shapes and dtypes of the gradients; by default those of the second argument, contiguous.
+        size_key: the dtype and size by which races distinguish calls.
         saved: the arguments beside the gradients, from the inputs and the outputs of the op; see `differentiable`.
         constants: how many of the last outputs have no gradient.
         changes: properties of its examples that differ from the op's, as in `examples`.
-        **definition: its reference and the other arguments of `define_op`.
     """
 
     def derived(example: Example) -> Example:
@@ -267,12 +290,14 @@ def define_backward(
     return define_op(
         f"{op.name}_backward",
         schema,
+        reference=reference,
+        fake=fake,
         examples=[derived(example) for example in op.examples],
         raced=[derived(example) for example in op.raced],
         triton=Launcher(op.launch.module, "backward") if isinstance(op.launch, Launcher) else None,
         replaces_many=op.replaces_many,
         compiler_fuses=op.compiler_fuses,
-        **definition,
+        size_key=size_key,
     )
 
 
