@@ -85,6 +85,16 @@ def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
     return numbers.view(ordered.shape).permute([order.index(i) for i in range(x.dim())])
 
 
+def last_channels(x: Tensor) -> bool:
+    """Tell whether ``x`` is dense in channels_last, and only there."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """PyTorch's name of a layout: channels_last, or contiguous."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
 

@@ -23,7 +23,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import REGISTRY, pin_kernels
+from purify_fast.ops import REGISTRY, keep_kernels
 from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
@@ -90,11 +90,11 @@ def served(by: Served) -> Iterator[None]:
         rule = op.serves_unraced("eager")
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
-        entries[name] = [{"cells": cells}]
+        entries[name] = {"races": [cells]}
     # A CPU has kernels for whole functions that a GPU lacks: they would count fewer operators than a GPU launches.
     whole, attention.WHOLE = attention.WHOLE, False
     try:
-        with pin_kernels({"device": "cpu", "races": entries, "wrong": []}):
+        with keep_kernels({"device": "cpu", "ops": entries}):
             yield
     finally:
         attention.WHOLE = whole

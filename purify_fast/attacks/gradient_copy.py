@@ -32,8 +32,7 @@ from ..protocols import (
     supports,
 )
 from ..speed.folding.batchnorm import fold_sequential
-from ..speed.folding.halving import replace_resizing
-from ..speed.folding.inference_copy import Accelerated, InferenceCopy
+from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from .attacked_model import gradient_to
 
@@ -170,7 +169,10 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         return None
     try:
         if supports(model, Accelerates):
-            return _for_gradients(copy.deepcopy(model).accelerate(torch.bfloat16), x.device)  # type: ignore[operator]
+            duplicate = copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
+            # it will never be trained: the purifier's BatchNorms are folded too
+            fold_sequential(duplicate)
+            return cast(Classifier, duplicate)
         if supports(model, SampleLogits) or is_purifier(model):
             return None
         with warnings.catch_warnings():
@@ -179,19 +181,6 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
     except Exception:
         # a user's module may refuse to be copied, folded or run in bfloat16
         return None
-
-
-def _for_gradients(defence: nn.Module, device: torch.device) -> Classifier:
-    """An accelerated copy that will never be trained: the purifier's BatchNorms are folded too."""
-    fold_sequential(defence)
-    if device.type == "cpu":
-        fast = getattr(defence, "fast", None)
-        parts = [defence]
-        if isinstance(fast, Accelerated):
-            parts += [fast.classifier, *([] if fast.reader is None else [fast.reader.model])]
-        for part in parts:
-            replace_resizing(part, torch.bfloat16)
-    return cast(Classifier, defence)
 
 
 def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:

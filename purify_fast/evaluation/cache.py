@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import _library
 from .._sealed import read_sealed, write_sealed
 from .._tensors import text_hash
-from ..ops import choices_of_bits
 from ..ops.dispatch.registry import forced_backends
 from ..speed.precision import float32_settings
 from .rows import Row
@@ -55,7 +54,7 @@ class RowCache:
 
     Args:
         folder: folder of the whole evaluation; None: nothing is kept.
-        served: the kernels that serve the ops, by `purify_fast.ops.kernel_choices`. Kernels and references differ in
+        served: the kernels that serve the ops, by `purify_fast.ops.kernels_now`. Kernels and references differ in
             the last bits, so rows of other kernels do not belong to the same evaluation.
         revision: the user's name for what the model computes, part of what every row depends on.
 
@@ -67,7 +66,7 @@ class RowCache:
 
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
-        self.served, self.revision = {} if served is None else choices_of_bits(served), revision
+        self.served, self.revision = served or {}, revision
         # A model is read only once. It is kept beside its mark, so that no other object gets its id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:

@@ -32,7 +32,7 @@ from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
 from ..model_state import fingerprint, fingerprint_or_reason
-from ..ops import kernel_choices, pin_kernels
+from ..ops import keep_kernels, kernels_now
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
@@ -224,8 +224,8 @@ def evaluate(
         served = None
         if out is not None or team.world > 1:
             # The choice of kernels must not change during the evaluation.
-            served = team.from_first("kernels", lambda: kernel_choices(device))
-            stack.enter_context(pin_kernels(served))
+            served = team.from_first("kernels", lambda: kernels_now(device))
+            stack.enter_context(keep_kernels(served))
         cache = RowCache(None)
         if out is not None and team.rank == 0:
             if mark[0] is None:

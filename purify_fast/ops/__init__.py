@@ -10,11 +10,10 @@ from .convolution import conv2d as conv2d
 from .decode_samples import decode_prior as decode_prior
 from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY
-from .dispatch.registry import choices_of_bits as choices_of_bits
-from .dispatch.registry import kernel_choices as kernel_choices
-from .dispatch.registry import pin_kernels as pin_kernels
-from .dispatch.registry import resume_choices as resume_choices
 from .dispatch.registry import use_backend as use_backend
+from .dispatch.run_kernels import keep_kernels as keep_kernels
+from .dispatch.run_kernels import kernels_now as kernels_now
+from .dispatch.run_kernels import tell_changes as tell_changes
 from .gated_elu import gated_elu as gated_elu
 from .group_norm_silu import group_norm_silu as group_norm_silu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection

@@ -47,7 +47,6 @@ OP = define_op(
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor previous, Tensor alpha, Tensor eps, float momentum, int norm, "
     "float lo, float hi) -> Tensor",
     reference=reference,
-    fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
     examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(_arguments, NORMS, RGB, {}),
     triton=Launcher("apgd_step", "forward"),

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import check_one_device, without_autocast
+from .._tensors import check_one_device, last_channels, without_autocast
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op, wide
-from .gated_elu import last_channels
 
 _SMALLEST_NORM = 1e-4
 

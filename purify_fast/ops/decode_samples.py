@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
+from .._tensors import memory_format, without_autocast
 from ..kernels import decoder_sizes as tiles
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
@@ -139,7 +139,7 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
     """The last map as the op returns it."""
     x = wide(logits)
     x = (torch.sigmoid(x) if squash else x).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.contiguous(memory_format=memory_format(channels_last))
 
 
 def reference(
@@ -175,7 +175,7 @@ def _fake(condition: Tensor, *others: Any) -> Tensor:
     *_, numbers, samples, _, _, channels_last, dtype = others
     channels, *_, h, w = numbers[-6:]
     out = condition.new_empty((condition.shape[0] * samples, channels, h, w), dtype=dtype)
-    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+    return out.contiguous(memory_format=memory_format(channels_last))
 
 
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"

@@ -55,8 +55,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Tensor) -> Tensor:
     """Normals in x's shape and dtype."""
     index, numel = draws * STEPS + step, math.prod(x.shape[1:])
-    kind = {"stream": Stream.DIFFUSION, "distribution": DISTRIBUTIONS.index("normal")}
-    made = drawn(seed, sample_ids, index[:, None], numel, **kind)
+    normals = DISTRIBUTIONS.index("normal")
+    made = drawn(seed, sample_ids, index[:, None], numel, stream=Stream.DIFFUSION, distribution=normals)
     return made.view(x.shape).to(x.dtype)
 
 
@@ -162,7 +162,6 @@ OP = define_op(
     "(Tensor x, Tensor prediction, Tensor coefficients, Tensor seed, Tensor sample_ids, Tensor draws, Tensor step, "
     "bool noisy) -> Tensor",
     reference=reference,
-    fake=lambda x, *_: x.new_empty(x.shape),
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("diffusion_step", "forward"),

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import last_channels
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op, wide
-
-
-def last_channels(x: Tensor) -> bool:
-    """Tell whether ``x`` is dense in channels_last, and only there."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def reference(features: Tensor, dim: int) -> Tensor:
@@ -71,7 +67,6 @@ BACKWARD = define_backward(
     OP,
     "(Tensor grad, Tensor features, int dim) -> Tensor",
     reference=reference_backward,
-    fake=lambda grad, features, dim: features.new_empty(features.shape),
 )
 
 

@@ -44,7 +44,6 @@ OP = define_op(
     "(Tensor x, Tensor x_adv, Tensor drift, Tensor tau, Tensor eps, Tensor seed, Tensor sample_ids, float lo, float hi)"
     " -> Tensor",
     reference=reference,
-    fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
     examples=examples(_arguments, IMAGES, exact=True),
     raced=examples(_arguments, RGB, exact=True),
     triton=Launcher("noisy_replay", "forward"),

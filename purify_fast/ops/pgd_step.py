@@ -160,7 +160,6 @@ OP = define_op(
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int norm, float lo, float hi, float density) "
     "-> Tensor",
     reference=reference,
-    fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
     examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(step_arguments, NORMS, RGB, {}),
     triton=Launcher("pgd_step", "forward"),

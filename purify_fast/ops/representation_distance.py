@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device, per_image
+from .._tensors import check_one_device, last_channels, per_image
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import Launcher, define_backward, define_op, wide
-from .gated_elu import last_channels
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
 LEAST_NORMS = 1e-30

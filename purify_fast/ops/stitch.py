@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device
+from .._tensors import check_one_device, last_channels, memory_format
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import Launcher, define_backward, define_op
@@ -22,8 +22,7 @@ from .random_transform import DTYPES, on_pixels
 
 def layout(images: Tensor) -> torch.memory_format:
     """The memory format of the result: channels_last if the images are channels_last and not contiguous."""
-    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    return memory_format(last_channels(images))
 
 
 def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:

@@ -144,17 +144,13 @@ class Cost(NamedTuple):
         """The cost of ``factor`` calls."""
         return Cost(*(factor * value for value in self))
 
-    def seconds(self, gpu: Gpu, rate: float) -> float:
-        """The time of a GPU.
+    def limit(self, gpu: Gpu, rate: float) -> tuple[str, float]:
+        """The slowest part of a GPU's work, in a word, and its seconds.
 
         Args:
             gpu: the GPU.
             rate: its FLOP in a second, in the precision of the products.
         """
-        return self.limit(gpu, rate)[1]
-
-    def limit(self, gpu: Gpu, rate: float) -> tuple[str, float]:
-        """The slowest part of a GPU's work, in a word, and its seconds; the arguments are those of `seconds`."""
         times = {
             "launching": self.launches * EAGER,
             "moving bytes": self.bytes / gpu.bytes_per_second,

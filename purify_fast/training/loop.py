@@ -14,7 +14,6 @@ import contextlib
 import logging
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +129,7 @@ def fit(
         run.write_log()
         if task.tf32:
             stack.enter_context(float32_products(tf32=True))
-        stack.enter_context(_pinned_kernels(run))
+        stack.enter_context(ops.keep_kernels(from_first(run.kernels)))
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
@@ -143,24 +142,6 @@ def fit(
         for listener in listeners:
             listener.on_end(_state(run, 0, run.last, config.epochs - 1))
         return run.last
-
-
-@contextlib.contextmanager
-def _pinned_kernels(run: Run) -> Iterator[None]:
-    """Within the block, all processes use the kernels that served in the first process when the run began."""
-    now = from_first(lambda: ops.kernel_choices(run.source.device))
-    run.served, pinned, changes = ops.resume_choices(run.served, now)
-    if processes()[0] == 0:
-        if pinned:
-            logger.warning(
-                "this run goes on with the kernels that it began with; today others would serve %s: begin a run in "
-                "another folder for those",
-                ", ".join(pinned),
-            )
-        for sentence in changes:
-            warnings.warn(f"this run will not repeat its results exactly: {sentence}", RuntimeWarning, stacklevel=3)
-    with ops.pin_kernels(run.served):
-        yield
 
 
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:

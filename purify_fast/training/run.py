@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import ops
 from .._files import atomic, with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
@@ -33,7 +34,9 @@ _ON_FAILURE = ("on_full", "on_nan", "on_collapse")
 #: Settings that do not change the result, so that they may differ when a run is resumed.
 _NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
-_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "log", "model", "run")
+_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "kernels", "log", "model", "run")
+#: The kernels with which a run began, and their races.
+KERNELS = "kernels.json"
 
 #: A run whose accuracy falls to less than this share of its best one has collapsed.
 COLLAPSE = 0.5
@@ -63,8 +66,6 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty without one.
         rows: rows of ``log.jsonl``, one for each epoch that has ended.
-        served: the state that decides which kernels serve, by `purify_fast.ops.kernel_choices` at the run's start; None
-            before it.
         rate: factor of the task's learning rate: 1, and less after a divergence from which the run returned.
     """
 
@@ -93,7 +94,6 @@ class Run:
         self.total, self.step, self.rate, self.saved_at = self.length.steps, 0, 1.0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
-        self.served: dict[str, Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -146,7 +146,7 @@ class Run:
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
         progress |= {"best": self.best, "rate": self.rate, "rows": self.rows}
-        return {**weights, "facts": self.facts, "served": self.served, **progress}
+        return {**weights, "facts": self.facts, **progress}
 
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one; all processes take the first process's state.
@@ -166,7 +166,7 @@ class Run:
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name in ("step", "last", "best", "rate", "rows", "served", "counts"):
+        for name in ("step", "last", "best", "rate", "rows", "counts"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
 
@@ -233,6 +233,19 @@ class Run:
         if self.folder is not None and processes()[0] == 0:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
             with_room(lambda: write_text(path, text), path, self.config.on_full)
+
+    def kernels(self) -> dict[str, Any]:
+        """The kernels that serve the run: those that served when it began, which are in a file of its folder."""
+        now = ops.kernels_now(self.source.device)
+        if self.folder is None:
+            return now
+        path = self.folder / KERNELS
+        if self.step > 0 and path.exists():
+            begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            ops.tell_changes(begun, now)
+            return begun
+        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path, self.config.on_full)
+        return now
 
     # -- held-out images
 

@@ -127,9 +127,9 @@ def test_the_time_has_the_signs_wherever_an_evaluation_asks_for_them(monkeypatch
 
 def test_the_time_on_a_gpu_is_the_longest_of_three():
     gpu = GPUS["h100"]
-    assert Cost(1e6, 0, 0).seconds(gpu, gpu.tf32) == pytest.approx(9.0)
-    assert Cost(0, 6e12, 0).seconds(gpu, gpu.tf32) == pytest.approx(2.0)
-    assert Cost(0, 0, 0.6 * 395e12).seconds(gpu, gpu.tf32) == pytest.approx(1.0)
+    assert Cost(1e6, 0, 0).limit(gpu, gpu.tf32)[1] == pytest.approx(9.0)
+    assert Cost(0, 6e12, 0).limit(gpu, gpu.tf32)[1] == pytest.approx(2.0)
+    assert Cost(0, 0, 0.6 * 395e12).limit(gpu, gpu.tf32)[1] == pytest.approx(1.0)
     two = Forecast("a run", Cost(0, 0, 0.6 * 790e12), 1e9, None, "h100", 2, "bfloat16")
     assert two.time == pytest.approx(0.5) and "No such time has been measured" in two.to_text()
     assert re.search(r"time +under a second, limited by products\n", two.to_text())

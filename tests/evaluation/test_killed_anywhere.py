@@ -179,12 +179,12 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
     few(tmp_path)
     count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     device = torch.device("cpu")
-    served = ops.kernel_choices(device)
+    served = ops.kernels_now(device)
     exact, inexact = "stitch", "aggregate"
     for op, more in ((exact, 0), (inexact, count)):
-        other = served["races"] | {op: [{"cells": {"": {"eager": "reference", "graph": "reference"}}}]}
-        assert ops.choices_of_bits(served | {"races": other}) != ops.choices_of_bits(served) or op == exact
-        with ops.pin_kernels(served | {"races": other}):
+        lost = {"kernel": "cpp", "races": [{"": {"eager": "reference", "graph": "reference"}}]}
+        assert (op in served["ops"]) == (op == inexact)
+        with ops.keep_kernels(served | {"ops": served["ops"] | {op: lost}}):
             few(tmp_path)
         assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count + more
 

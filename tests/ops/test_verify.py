@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
-from purify_fast.ops import REGISTRY, kernel_choices, pin_kernels, resume_choices, use_backend
+from purify_fast.ops import REGISTRY, keep_kernels, kernels_now, tell_changes, use_backend
 from purify_fast.ops.dispatch import races, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
@@ -206,10 +206,7 @@ def test_on_a_gpu_calls_of_a_variant_and_dtype_are_verified_by_themselves(make, 
     with pytest.warns(RuntimeWarning, match=f"the cpp kernel of {op.name} bfloat16 is wrong"):
         assert op(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
     assert set(kept(folder)["ops"]) == {f"{op.name} float32", f"{op.name} bfloat16"}
-    assert kernel_choices(CPU)["wrong"] == [f"{op.name} bfloat16"]
     assert not verify.by_op(verify.known_verdicts(REGISTRY, CPU))[op.name].passed
-    with pin_kernels({**kernel_choices(CPU), "wrong": [f"{op.name} float32"]}):
-        assert op.serving(Call(CPU, dtype=torch.float32)) == "reference"
     assert op.serving(Call(CPU, dtype=torch.float32)) == "cpp"
 
 
@@ -464,43 +461,39 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
     assert races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
 
 
-def test_what_the_first_process_knows_holds_in_all_and_no_longer_than_the_run(make):
-    wrong, right = make(lambda x: 3 * x), make(lambda x: x + x)
-    with pytest.warns(RuntimeWarning, match=wrong.name):
-        assert wrong.serving(Call(CPU)) == "reference"
-    found = kernel_choices(CPU)
-    assert found["wrong"] == [wrong.name] and found["kernels"][right.name] == "cpp"
-    assert right.serving(Call(CPU)) == "cpp"
-    with pin_kernels({**found, "wrong": [right.name]}):  # as if it were wrong there
-        assert right.serving(Call(CPU)) == "reference" == wrong.serving(Call(CPU))
-    assert right.serving(Call(CPU)) == "cpp" and wrong.serving(Call(CPU)) == "reference"
-    raced = {**found, "races": {**found["races"], right.name: [whole("reference", "reference")]}}
-    with pin_kernels(raced):  # as if it had lost its race there
-        assert right.serving(Call(CPU)) == "reference"
-    assert right.serving(Call(CPU)) == "cpp"
-    with pin_kernels(found):  # what is not known yet is verified at its first use
-        another = make(lambda x: 3 * x)
-        with pytest.warns(RuntimeWarning, match=another.name):
-            assert not verify.serves(another, Call(CPU))
-
-
-def test_a_resumed_run_is_served_as_it_began(make):
+def test_the_races_of_a_run_hold_as_long_as_it_is_on(make):
     op = make(lambda x: x + x)
-    begun = kernel_choices(CPU)
+    begun = kernels_now(CPU)
+    assert begun["ops"][op.name] == {"kernel": "cpp", "races": [whole("cpp", "cpp")["cells"]]}
+    lost = {"kernel": "cpp", "races": [whole("reference", "reference")["cells"]]}
+    with keep_kernels({**begun, "ops": {**begun["ops"], op.name: lost}}):
+        assert op.serving(Call(CPU)) == "reference"
+    assert op.serving(Call(CPU)) == "cpp"
+    with keep_kernels(begun):  # what is not known yet is verified at its first use
+        wrong = make(lambda x: 3 * x)
+        with pytest.warns(RuntimeWarning, match=wrong.name):
+            assert wrong.serving(Call(CPU)) == "reference"
+
+
+def test_a_resumed_run_is_served_as_it_began(make, caplog):
+    op = make(lambda x: x + x)
+    begun = kernels_now(CPU)
     entry = {"sources": op.sources_digest("cpu"), **whole("reference", "reference")}
     races.write(CPU, {op.name: entry}, {"date": "2026-01-02"})
-    now = json.loads(json.dumps(kernel_choices(CPU)))
-    choices, pinned, changes = resume_choices(begun, now)
-    assert pinned == [op.name] and not changes and op.serving(Call(CPU)) == "reference"
-    with pin_kernels(choices):
+    now = json.loads(json.dumps(kernels_now(CPU)))
+    assert op.serving(Call(CPU)) == "reference"
+    with keep_kernels(begun):
         assert op.serving(Call(CPU)) == "cpp"
-    assert resume_choices(None, now) == resume_choices(now, now) == (now, [], [])
-    missing = {**now, "kernels": {}}
-    assert "are not here, or are wrong here" in resume_choices(begun, missing)[2][0]
-    assert "it began on cuda" in resume_choices({**begun, "device": "cuda"}, now)[2][0]
-    with use_backend("reference"):
-        assert (
-            "PURIFY_FAST_BACKEND none, and goes on with reference" in resume_choices(begun, kernel_choices(CPU))[2][0]
-        )
-    exact = {**now, "races": {**now["races"], "stitch": [whole("reference", "reference")]}}
-    assert resume_choices(now, exact)[1] == []  # its kernel has the reference's bits
+    tell_changes(now, now)
+    assert not caplog.records
+    tell_changes(begun, now)
+    assert f"today others would serve {op.name}:" in caplog.text
+    missing = {**now, "ops": {name: one for name, one in now["ops"].items() if name != op.name}}
+    with pytest.warns(RuntimeWarning, match=f"the kernels of {op.name} are not"):
+        tell_changes(begun, missing)
+    with pytest.warns(RuntimeWarning, match="device was cuda and is cpu"):
+        tell_changes({**begun, "device": "cuda"}, now)
+    with use_backend("reference"), pytest.warns(RuntimeWarning, match=r"forced was \[\] and is \['reference'\]"):
+        tell_changes(begun, kernels_now(CPU))
+    # its kernel has the reference's bits
+    assert "stitch" not in begun["ops"]

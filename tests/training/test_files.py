@@ -120,7 +120,8 @@ from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
 import small_runs as t
 unlimited = resource.RLIM_INFINITY
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited))
+# a checkpoint is larger, the other files of a run are smaller
+resource.setrlimit(resource.RLIMIT_FSIZE, (12000, unlimited))
 # room comes while the run waits
 room = lambda seconds: resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
 _files.time = types.SimpleNamespace(sleep=room)

@@ -1,6 +1,6 @@
 """A run is served by the kernels that it began with, whatever is raced between two parts of it."""
 
-from types import SimpleNamespace
+import json
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ from small_runs import StopAt, Stopped
 from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import REGISTRY
+from purify_fast.ops import REGISTRY, keep_kernels, kernels_now
 from purify_fast.ops.dispatch import races, registry, verify
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.training import FitConfig, fit, loop
-from purify_fast.training.checkpoint import read_tree
+from purify_fast.training import FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
 CPU, SHAPE = torch.device("cpu"), (1, 16, 16)
@@ -50,17 +49,21 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
     (said,) = [record.message for record in caplog.records if "kernels that it began with" in record.message]
     assert "representation_distance" in said
     assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"  # again, after the run
-    served = read_tree(tmp_path / "parts" / "checkpoint.safetensors")["served"]
-    assert served["kernels"]["philox"] == "cpp" and served["device"] == "cpu"
+    begun = json.loads((tmp_path / "parts" / "kernels.json").read_text())
+    assert begun["device"] == "cpu" and begun["ops"][names[0]]["kernel"] == "cpp"
+    # a folder without a checkpoint begins anew, with the kernels of today
+    (tmp_path / "parts" / "checkpoint.safetensors").unlink()
+    (tmp_path / "parts" / "checkpoint.previous.safetensors").unlink()
+    assert all(torch.equal(other[name], value) for name, value in train(tmp_path / "parts").items())
 
 
-def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itself(monkeypatch, kernel_cache):
-    """A kernel that is wrong in the first process serves in none; a right one there says nothing about another GPU."""
+def test_every_process_takes_the_kernels_of_the_first(monkeypatch, kernel_cache):
+    """Each verifies them for itself: a kernel that is right in the first process says nothing about another GPU."""
     verified, real = [], verify._verify
     monkeypatch.setattr(verify, "_verify", lambda part, device: verified.append(part.name) or real(part, device))
-    monkeypatch.setattr(loop, "processes", lambda: (1, 2))
-    monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
-    with loop._pinned_kernels(SimpleNamespace(served=None, source=SimpleNamespace(device=CPU))):
-        assert REGISTRY["stitch"].serving(Call(CPU)) == "reference" and not verified
+    first = kernels_now(CPU)
+    first["ops"]["aggregate"]["races"] = [{"": {"eager": "reference"}}]
+    with keep_kernels(first):
+        assert REGISTRY["aggregate"].serving(Call(CPU)) == "reference" and not verified
         assert REGISTRY["philox"].serving(Call(CPU)) == "cpp" and verified == ["philox"]
-    assert REGISTRY["stitch"].serving(Call(CPU)) == "cpp"
+    assert REGISTRY["aggregate"].serving(Call(CPU)) == "cpp"

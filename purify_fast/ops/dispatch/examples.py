@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
+from ..._tensors import last_channels, memory_format
+
 HALVES = (torch.bfloat16, torch.float16)
-NHWC = torch.channels_last
 #: Samples of an example. The number distinguishes its batch dimensions from its others.
 ROWS = 3
 #: Settings of ops whose examples differ in the shape of images. The last ones have more numbers than one program of the
@@ -95,8 +96,7 @@ def tile(arguments, times: int):
         if dimension is None:
             return tensor
         tiled = tensor.repeat(*(times if d == dimension else 1 for d in range(tensor.dim())))
-        last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=NHWC) and not tensor.is_contiguous()
-        return tiled.contiguous(memory_format=NHWC) if last else tiled
+        return tiled.contiguous(memory_format=memory_format(last_channels(tensor)))
 
     return tree_map_only(Tensor, one, arguments)
 
@@ -123,7 +123,7 @@ def stream(seed: int) -> tuple[Tensor, Tensor]:
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """Images in one of the `LAYOUTS`."""
-    return x.contiguous(memory_format=NHWC) if layout else x
+    return x.contiguous(memory_format=torch.channels_last) if layout else x
 
 
 def properties_of(setting: tuple, properties: Mapping) -> dict:

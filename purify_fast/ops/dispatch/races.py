@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +26,8 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: The choices that replace the files, by type of device: `registry.pin_kernels`.
-PINNED: dict[str, dict[str, Any]] = {}
+#: The kernels whose races replace those of the files while a run is on: `run_kernels.keep_kernels`.
+of_run: dict[str, Any] = {}
 
 
 class Winner(NamedTuple):
@@ -76,9 +75,9 @@ def forget_files() -> None:
     _warn_stale.cache_clear()
 
 
-def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """The measured machine, by default among those that ship, that is most like this one; None if none is like it."""
-    same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
+def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
+    """The measured machine, among those that ship, that is most like this one; None if none is like it."""
+    same = [one for one in shipped() if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
             if one["machine"].get(what) == facts[what]:
@@ -88,8 +87,8 @@ def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
     """The user's and the shipped entry of an op on a device that is here, with where and when it was raced."""
-    if device.type in PINNED:
-        return [(entry, "as the run began") for entry in PINNED[device.type]["races"].get(op.name, [])]
+    if device.type == of_run.get("device") and op.name in of_run["ops"]:
+        return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, own, near = [], read(device), nearest(records.machine(device))
     if op.name in own.get("ops", {}):
         if own["ops"][op.name].get("sources") == op.sources_digest(device.type):
@@ -102,8 +101,8 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
 
 
 def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """The winners among an op's entries, without times, in the form of `PINNED`."""
-    return [{"cells": entry.get("cells", {})} for entry, _ in entries_of(op, device)]
+    """The cells of an op's entries, of which the first that knows a call decides."""
+    return [entry.get("cells", {}) for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:

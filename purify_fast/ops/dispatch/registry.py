@@ -12,10 +12,6 @@ serves only if it was found right on this machine (`verify`).
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
 ``PURIFY_FAST_BACKEND``, which is read once at import, forces one, or several, as ``cpp,triton``: each op takes the
 first that it has for its tensors, and raises an error if it has none. `use_backend` does so for a block.
-
-Kernels differ from their references in the last bits. So what decides who serves is read once, in the first process
-when a run begins (`kernel_choices`), and holds until the run ends (`pin_kernels`), in all of its processes and when it
-is resumed, whatever is raced or verified on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ from ... import _library, kernels
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, SIZES, Backend, Call, Definition
+from .op import BACKENDS, SIZES, Backend, Call, Definition, first_argument
 from .races import Winner
 
 KERNELS = Path(kernels.__path__[0])
@@ -80,6 +76,16 @@ def forced_backends() -> tuple[str, ...]:
 def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
     """The dtype and the number of elements of the second of an op's arguments."""
     return x.dtype, x.numel()
+
+
+def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The fake of an op whose result is as its first argument, and contiguous."""
+    return x.new_empty(x.shape)
+
+
+def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
+    """The fake of an op whose result is as its second argument, and contiguous."""
+    return x.new_empty(x.shape)
 
 
 class Op(Definition):
@@ -189,11 +195,14 @@ def define_op(
     schema: str,
     *,
     reference: Callable,
-    fake: Callable,
+    fake: Callable = like_first,
     examples: list[Example],
     raced: list[Example] | None = None,
     triton: Callable | None = None,
-    **properties,
+    replaces_many: tuple[str, ...] = (),
+    compiler_fuses: tuple[str, ...] = (),
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    differentiable: bool = True,
 ) -> Op:
     """Register ``purify_fast::name``.
 
@@ -201,11 +210,14 @@ def define_op(
         name: name of the op, without the name space.
         schema: its signature, as ``torch.library.define`` takes it.
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
-        fake: shapes and dtypes of the outputs.
+        fake: shapes and dtypes of the outputs; by default those of the first argument, contiguous.
         examples: small inputs, with which kernels are verified and tested.
         raced: a few samples of shapes that users have, with which kernels are raced; the examples by default.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        **properties: other attributes of `Definition`: replaces_many, compiler_fuses, size_key, differentiable.
+        replaces_many: see `Definition`, as for the arguments below.
+        compiler_fuses: those of them that compilers fuse as well.
+        size_key: the dtype and size by which races distinguish calls.
+        differentiable: whether gradients pass through the public function.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -233,7 +245,10 @@ def define_op(
         raced=raced or examples,
         sources=sources,
         launch=triton,
-        **properties,
+        replaces_many=replaces_many,
+        compiler_fuses=compiler_fuses,
+        size_key=size_key,
+        differentiable=differentiable,
     )
     return REGISTRY[name]
 
@@ -242,20 +257,24 @@ def define_backward(
     op: Op,
     schema: str,
     *,
+    reference: Callable,
+    fake: Callable = like_second,
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
     saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
     constants: int = 0,
     changes: dict[str, Any] | None = None,
-    **definition,
 ) -> Op:
     """Register the backward of an op, which is verified, raced and served as the op is.
 
     Args:
         op: the op whose backward it is.
         schema: its signature.
+        reference: its definition, in PyTorch.
+        fake: shapes and dtypes of the gradients; by default those of the second argument, contiguous.
+        size_key: the dtype and size by which races distinguish calls.
         saved: the arguments beside the gradients, from the inputs and the outputs of the op; see `differentiable`.
         constants: how many of the last outputs have no gradient.
         changes: properties of its examples that differ from the op's, as in `examples`.
-        **definition: its reference and the other arguments of `define_op`.
     """
 
     def derived(example: Example) -> Example:
@@ -271,12 +290,14 @@ def define_backward(
     return define_op(
         f"{op.name}_backward",
         schema,
+        reference=reference,
+        fake=fake,
         examples=[derived(example) for example in op.examples],
         raced=[derived(example) for example in op.raced],
         triton=Launcher(op.launch.module, "backward") if isinstance(op.launch, Launcher) else None,
         replaces_many=op.replaces_many,
         compiler_fuses=op.compiler_fuses,
-        **definition,
+        size_key=size_key,
     )
 
 
@@ -310,98 +331,3 @@ class Launcher:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def kernel_choices(device: torch.device) -> dict[str, Any]:
-    """The state that decides which backends serve on a device now, as JSON values; ``wrong`` has the wrong kernels.
-
-    Args:
-        device: the device on which a run computes.
-    """
-    with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
-    verdicts = verify.known_verdicts(with_kernel, device) if verify.mode() != "off" else {}
-    # without a GPU its races cannot be read, and no kernel serves
-    here = device.type != "cuda" or torch.cuda.is_available()
-    return {
-        "device": device.type,
-        "forced": list(_forced),
-        "kernels": {name: op.kernel(device.type) for name, op in with_kernel.items()},
-        "wrong": sorted(name for name, verdict in verdicts.items() if not verdict.passed),
-        "races": {name: races.winners(op, device) for name, op in with_kernel.items()} if here else {},
-    }
-
-
-def _changes_bits(op: Op) -> bool:
-    """Tell whether an op's kernel may differ from its reference in any bit."""
-    return not all(example.exact for example in op.examples)
-
-
-def choices_of_bits(choices: dict[str, Any]) -> dict[str, Any]:
-    """The part of `kernel_choices` that can change bits of results: the ops whose kernels may differ from references.
-
-    The list of wrong kernels is left out. A kernel that serves has been verified, and the reference replaces a wrong
-    kernel from its first use on, so that the results of a run do not depend on when the kernel was found to be wrong.
-
-    Args:
-        choices: the value of `kernel_choices`.
-    """
-    names = {name for name in choices["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
-    chosen = {
-        what: {name: one for name, one in choices[what].items() if name in names} for what in ("kernels", "races")
-    }
-    return {what: choices[what] for what in ("device", "forced")} | chosen
-
-
-def resume_choices(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Decide which backends serve in a run that is resumed.
-
-    Args:
-        begun: `kernel_choices` at the run's start; None if it was not recorded, or the run starts now.
-        now: `kernel_choices` of today.
-
-    Returns:
-        The choices to use; the ops that would have other backends today but keep theirs; and sentences about choices
-        that cannot be kept, because the kernels or the device changed.
-    """
-    if begun is None or begun == now:
-        return now, [], []
-    if begun["device"] != now["device"]:
-        return now, [], [f"it began on {begun['device']} and goes on on {now['device']}: the last bits differ"]
-    changes = []
-    if begun["forced"] != now["forced"]:
-        before, here = (", ".join(one["forced"]) or "none" for one in (begun, now))
-        changes.append(f"it began with PURIFY_FAST_BACKEND {before}, and goes on with {here}")
-    bits = {name for name, op in REGISTRY.items() if _changes_bits(op)}
-    newly = {part.partition(" ")[0] for part in set(now["wrong"]) - set(begun["wrong"])}
-    lost = [
-        name
-        for name, kernel in begun["kernels"].items()
-        if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in newly)
-    ]
-    if lost:
-        changes.append(f"the kernels of {', '.join(sorted(lost))} that it began with are not here, or are wrong here")
-    choices = {**now, "races": begun["races"], "wrong": sorted({*begun["wrong"], *now["wrong"]})}
-    names = begun["races"].keys() | now["races"].keys()
-    others = {name for name in names if begun["races"].get(name) != now["races"].get(name)}
-    others |= {part.partition(" ")[0] for part in set(begun["wrong"]) - set(now["wrong"])}
-    return choices, sorted(others & bits), changes
-
-
-@contextlib.contextmanager
-def pin_kernels(choices: dict[str, Any]) -> Iterator[None]:
-    """Use these choices within the block; a kernel is still verified at its first use.
-
-    Args:
-        choices: the value of `kernel_choices`.
-    """
-    kind = choices["device"]
-    before = races.PINNED.get(kind)
-    races.PINNED[kind] = choices
-    forget_choices()
-    try:
-        yield
-    finally:
-        races.PINNED.pop(kind)
-        if before is not None:
-            races.PINNED[kind] = before
-        forget_choices()

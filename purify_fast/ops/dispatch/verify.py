@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._memory import ran_out_of_memory
-from . import races, records
+from . import records
 from .examples import Example, double, tensors, to
 from .op import Call, Definition
 
@@ -339,8 +339,6 @@ def serves(op: Definition, call: Call) -> bool | None:
     if mode() == "off":
         return True
     device, name = call.device, _part_name(op, _part(call))
-    if name in races.PINNED.get(device.type, {}).get("wrong", ()):
-        return False
     if threading.get_ident() in _verifying:
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):

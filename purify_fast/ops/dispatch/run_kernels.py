@@ -1,0 +1,85 @@
+"""The kernels of a run: those that serve when it begins serve until it ends, in all of its processes.
+
+Kernels differ from their references in the last bits. So the races that choose between them are read once, in the first
+process when a run begins (`kernels_now`), and hold whatever is raced on the machine meanwhile (`keep_kernels`). A
+training writes them into its folder, from which it reads them when it is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import races
+from .registry import REGISTRY, forced_backends, forget_choices
+
+logger = logging.getLogger("purify_fast")
+
+
+def kernels_now(device: torch.device) -> dict[str, Any]:
+    """The kernels that may change bits of results on a device, and their races, as JSON values.
+
+    Verdicts are not part of it. A kernel that serves has been verified, and the reference replaces a wrong kernel from
+    its first use on, so that the results of a run do not depend on when the kernel was found to be wrong.
+
+    Args:
+        device: the device on which a run computes.
+    """
+    # without a GPU its races cannot be read, and no kernel serves
+    here = device.type != "cuda" or torch.cuda.is_available()
+    ops = {
+        name: {"kernel": op.kernel(device.type), "races": races.winners(op, device) if here else []}
+        for name, op in REGISTRY.items()
+        if op.kernel(device.type) != "reference" and not all(example.exact for example in op.examples)
+    }
+    return {"device": device.type, "forced": list(forced_backends()), "ops": ops}
+
+
+@contextlib.contextmanager
+def keep_kernels(kernels: dict[str, Any]) -> Iterator[None]:
+    """Let these races decide within the block; a kernel is still verified at its first use.
+
+    Args:
+        kernels: the value of `kernels_now`.
+    """
+    before, races.of_run = races.of_run, kernels
+    forget_choices()
+    try:
+        yield
+    finally:
+        races.of_run = before
+        forget_choices()
+
+
+def tell_changes(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn if a run that is resumed cannot repeat its results; log the ops that other backends would serve today.
+
+    Args:
+        begun: `kernels_now` when the run began.
+        now: its value today.
+    """
+
+    def differing(what: str) -> str:
+        before, today = ({name: op[what] for name, op in one["ops"].items()} for one in (begun, now))
+        return ", ".join(sorted(name for name in before.keys() | today.keys() if before.get(name) != today.get(name)))
+
+    changes = [
+        f"{what} was {begun[what]} and is {now[what]}" for what in ("device", "forced") if begun[what] != now[what]
+    ]
+    if begun["device"] == now["device"] and (lost := differing("kernel")):
+        changes.append(f"the kernels of {lost} are not those that it began with")
+    if changes:
+        warnings.warn(
+            f"this run will not repeat its results exactly: {'; '.join(changes)}", RuntimeWarning, stacklevel=2
+        )
+    elif raced := differing("races"):
+        logger.warning(
+            "this run goes on with the kernels that it began with; today others would serve %s: begin a run in "
+            "another folder for those",
+            raced,
+        )
