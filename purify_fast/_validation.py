@@ -177,10 +177,11 @@ def check_folder(name: str, path: str | Path | None) -> None:
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
-        if place.is_dir():
-            return
+        # Ask in this order: another process may create the folder between the two questions.
         if place.exists():
-            raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
+            if not place.is_dir():
+                raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
+            return
 
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:

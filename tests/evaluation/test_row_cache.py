@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast._files import folder_lock
+from purify_fast._validation import check_folder
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import cache
@@ -179,3 +181,17 @@ def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="the run's folder must be a folder"), folder_lock(path):
         pass
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("question", ["exists", "is_dir"])
+def test_a_folder_that_another_process_creates_meanwhile_is_accepted(tmp_path, monkeypatch, question):
+    folder, ask = tmp_path / "run", getattr(Path, question)
+
+    def then_created(path, *args, **options):
+        answer = ask(path, *args, **options)
+        folder.mkdir(exist_ok=True)
+        return answer
+
+    monkeypatch.setattr(Path, question, then_created)
+    check_folder("out", folder)
+    assert folder.exists()
