@@ -89,12 +89,12 @@ def check_setuptools(version: str) -> None:
         raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {how(os.environ)}")
 
 
-def sources_digest() -> str:
+def csrc_hash() -> str:
     """The hash of the C++ sources, by the package's own function; importing the package takes torch."""
     spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.sources_digest(ROOT / "csrc")
+    return module.csrc_hash(ROOT / "csrc")
 
 
 def say(line: str) -> None:
@@ -155,7 +155,7 @@ def torch_extension(mode: str) -> dict:
             built.with_name("_build.json").unlink(missing_ok=True)
             super().run()
             if self.compiled:
-                record = {"version": self.distribution.get_version(), **facts, "sources": sources_digest()}
+                record = {"version": self.distribution.get_version(), **facts, "sources": csrc_hash()}
                 part = built.with_name(f"_build.json.{os.getpid()}")
                 part.write_text(json.dumps(record, indent=1) + "\n")
                 part.replace(built.with_name("_build.json"))

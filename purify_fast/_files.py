@@ -238,7 +238,7 @@ def _holder(folder: Path) -> str:
 # -- the sources of the extension --------------------------------------------------------------------------------------
 
 
-def sources_digest(folder: Path) -> str:
+def csrc_hash(folder: Path) -> str:
     """A hash of names and contents of the sources.
 
     Args:
@@ -266,4 +266,4 @@ def is_stale(extension: Path, folder: Path) -> bool:
         record = json.loads(extension.with_name(RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = None
-    return not isinstance(record, dict) or record.get("sources") != sources_digest(folder)
+    return not isinstance(record, dict) or record.get("sources") != csrc_hash(folder)

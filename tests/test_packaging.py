@@ -199,7 +199,7 @@ def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
     for damaged in ("[]", "null", '"sources"', "{"):
         extension.with_name(_files.RECORD).write_text(damaged)
         assert _files.is_stale(extension, csrc)
-    extension.with_name(_files.RECORD).write_text(json.dumps({"sources": _files.sources_digest(csrc)}))
+    extension.with_name(_files.RECORD).write_text(json.dumps({"sources": _files.csrc_hash(csrc)}))
     assert not _files.is_stale(extension, csrc)
     (csrc / "core" / "one.h").write_text("2")
     assert _files.is_stale(extension, csrc)
@@ -245,5 +245,5 @@ def test_a_build_that_fails_leaves_no_record(setup_py, tmp_path, monkeypatch, ca
         build.run()
         assert record.exists() is not fails
         if not fails:
-            assert json.loads(record.read_text())["sources"] == _files.sources_digest(ROOT / "csrc")
+            assert json.loads(record.read_text())["sources"] == _files.csrc_hash(ROOT / "csrc")
     assert "compiling the kernels failed: no such header" in capsys.readouterr().err

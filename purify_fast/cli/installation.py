@@ -116,7 +116,7 @@ def _raced(kind: str) -> str:
         stale = [
             name
             for name, entry in own["ops"].items()
-            if name not in REGISTRY or entry.get("sources") != REGISTRY[name].sources_digest(kind)
+            if name not in REGISTRY or entry.get("sources") != REGISTRY[name].code_hash(kind)
         ]
         told = f"raced on this machine on {own['date']}, {len(own['ops'])} ops, {records.file_of('raced', device)}"
         if stale:

@@ -105,7 +105,7 @@ def test_what_serves_keeps_its_place_where_it_is_level():
     for served in ("cpp", "reference"):
         races.write(
             CPU,
-            {op.name: {"sources": op.sources_digest("cpu"), "cells": {"": {"eager": served}}}},
+            {op.name: {"sources": op.code_hash("cpu"), "cells": {"": {"eager": served}}}},
             {"date": "2026-01-01"},
         )
         for kernel_us in (0.97, 1.03):
@@ -178,7 +178,7 @@ def test_a_real_race_in_small(folder, monkeypatch):
     (path,) = folder.glob("raced-cpu-*.json")
     kept = json.loads(path.read_text())
     entry = kept["ops"]["noisy_replay"]
-    assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu")
+    assert entry["sources"] == REGISTRY["noisy_replay"].code_hash("cpu")
     assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
     assert racing.tune(CPU, ops=["noisy_replay"]).rows == {}
     racing.tune(CPU, ops=["noisy_replay"], again=True)

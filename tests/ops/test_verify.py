@@ -256,7 +256,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         before = kernel.calls
         assert op.serving(Call(CPU)) == "cpp" and kernel.calls == before + 3
         assert kept(folder)["machine"] == records.machine(CPU)
-        assert kept(folder)["ops"][op.name]["sources"] == op.sources_digest("cpu")
+        assert kept(folder)["ops"][op.name]["sources"] == op.code_hash("cpu")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"machine": {}}', '{"machine": 1, "ops": 2}'])
@@ -430,7 +430,7 @@ def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(mak
         races.forget_files()
         return op.wanted(Call(CPU, variant, style=style)).backend
 
-    mine = op.sources_digest("cpu")
+    mine = op.code_hash("cpu")
     assert wanted(mine, "eager") == "reference" and wanted(mine, "graph") == "cpp"
     assert wanted(mine, "eager", "l1") == "cpp" and wanted(mine, "graph", "l1") == "reference"
     assert op.wanted(Call(CPU, style="graph")).why == "raced on this machine, 2026-01-02"
@@ -478,7 +478,7 @@ def test_the_races_of_a_run_hold_as_long_as_it_is_on(make):
 def test_a_resumed_run_is_served_as_it_began(make, caplog):
     op = make(lambda x: x + x)
     begun = kernels_now(CPU)
-    entry = {"sources": op.sources_digest("cpu"), **whole("reference", "reference")}
+    entry = {"sources": op.code_hash("cpu"), **whole("reference", "reference")}
     races.write(CPU, {op.name: entry}, {"date": "2026-01-02"})
     now = json.loads(json.dumps(kernels_now(CPU)))
     assert op.serving(Call(CPU)) == "reference"

@@ -38,7 +38,7 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
         train(tmp_path / "parts", [StopAt(3)])
     names = ("representation_distance", "representation_distance_backward", "pgd_step")
     cells = {"": {"eager": "reference"}}
-    lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "cells": cells} for name in names}
+    lost = {name: {"sources": REGISTRY[name].code_hash("cpu"), "cells": cells} for name in names}
     races.write(CPU, lost, {"date": "2026-01-02"})
     registry.forget_choices()
     other = train(tmp_path / "other")

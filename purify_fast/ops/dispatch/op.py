@@ -107,7 +107,7 @@ class Definition:
         """The backend whose kernel the handle runs on devices of a type; ``reference`` where there is none."""
         return self.available[kind][-1] if kind in self.available else "reference"
 
-    def sources_digest(self, kind: str) -> str:
+    def code_hash(self, kind: str) -> str:
         """A hash of the sources of the kernel on devices of a type: verdicts and races hold for these sources."""
         return files_digest(self.sources.get(kind, ()))
 

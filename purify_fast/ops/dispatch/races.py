@@ -91,7 +91,7 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
         return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, own, near = [], read(device), nearest(records.machine(device))
     if op.name in own.get("ops", {}):
-        if own["ops"][op.name].get("sources") == op.sources_digest(device.type):
+        if own["ops"][op.name].get("sources") == op.code_hash(device.type):
             entries.append((own["ops"][op.name], f"raced on this machine, {own.get('date')}"))
         else:
             _warn_stale(records.file_of("raced", device))

@@ -349,7 +349,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
             served[call.style] = "reference" if served.get(call.style) == "reference" else after
     by_style = {style: [row for row in rows if row.call(device).style == style] for style in ("eager", "graph")}
     return {
-        "sources": op.sources_digest(device.type),
+        "sources": op.code_hash(device.type),
         "cells": dict(sorted(cells.items())),
         "gain": {style: _gain(own) for style, own in by_style.items() if own},
         "rows": [asdict(row) for row in rows],
@@ -359,7 +359,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
 def known_rows(op: Op, device: torch.device) -> list[Row]:
     """The rows that the user's file has of the op's kernel as it is now."""
     entry = races.read(device).get("ops", {}).get(op.name, {})
-    mine = entry.get("sources") == op.sources_digest(device.type)
+    mine = entry.get("sources") == op.code_hash(device.type)
     try:
         return [Row(**row) for row in entry.get("rows", [])] if mine else []
     except TypeError:  # a version whose rows have other fields wrote it
@@ -371,7 +371,7 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
     They decide nothing until all races are run, and a run that was killed goes on with them.
     """
-    digest, entry = op.sources_digest(device.type), races.read(device).get("ops", {}).get(op.name, {})
+    digest, entry = op.code_hash(device.type), races.read(device).get("ops", {}).get(op.name, {})
     every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
     own = entry if entry.get("sources") == digest else {}
     races.write(device, {op.name: {**own, "sources": digest, "rows": [asdict(row) for row in every]}}, facts)

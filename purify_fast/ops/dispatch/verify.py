@@ -230,7 +230,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
     return Verdict(
         **asdict(worst),
         backend=op.kernel(device.type),
-        sources=op.sources_digest(device.type),
+        sources=op.code_hash(device.type),
         status=status,
         seconds=round(time.perf_counter() - began, 3),
         date=datetime.datetime.now().isoformat(timespec="seconds"),
@@ -267,7 +267,7 @@ def _warn_unwritable(path: str) -> None:
 
 def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
     """Tell whether a verdict holds for the op's kernel as it is now."""
-    return verdict.sources == op.sources_digest(device.type) and verdict.backend == op.kernel(device.type)
+    return verdict.sources == op.code_hash(device.type) and verdict.backend == op.kernel(device.type)
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
