@@ -447,10 +447,11 @@ class Measure:
             return self.subject.judged_model(spec.variant)
         if spec.target == CLASSIFIER and has_classifier(model):
             return classifier_of(model)
-        if spec.other_model is not None:
-            return spec.other_model
+        if callable(spec.target):
+            return spec.target
+        model = model if spec.judge is None else spec.judge
         view = spec.resolved.target(model)
-        return self.subject.judged_model(spec.variant) if view is model else view
+        return self.subject.judged_model(spec.variant) if spec.judge is None and view is model else view
 
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
         """Tell whether the target's predictions vary. Call it within the variant's block."""

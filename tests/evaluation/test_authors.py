@@ -6,7 +6,7 @@ from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
-from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.attack_lists import AS_A_CLASSIFIER
 from purify_fast.evaluation.show.page import html_page
@@ -47,6 +47,30 @@ def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
     assert judged.health["gradients"] == 12 and judged.settings["judge"] == "Opposite"
     strong = evaluate(model, x, y, **QUIET | {"eps": 1.0}, attacks=[row])
     assert strong.row("as somebody").accuracy == 0
+
+
+class Detached(nn.Module):
+    """A purifier without a gradient, before a classifier."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def purify(self, x):
+        return x.detach()
+
+    def forward(self, x):
+        return self.classifier(self.purify(x)) + 0 * x.sum()
+
+
+def test_bpda_replaces_the_gradient_of_the_judges_purifier(trio):
+    model, x, y = trio
+    judge = Detached(model)
+    rows = [AttackSpec(kind(steps=5), label=f"as {kind.kind}", judge=judge) for kind in (PGD, BPDA)]
+    report = evaluate(Detached(model), x, y, **QUIET | {"eps": 0.5}, attacks=rows)
+    exact, straight = report.row("as pgd"), report.row("as bpda")
+    assert exact.health["zero"] == exact.health["gradients"] and exact.accuracy > 0
+    assert straight.health["zero"] == 0 and straight.accuracy == 0
 
 
 def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
