@@ -24,6 +24,7 @@ from .. import RESULTS
 from ..gpu import instructions, launches, roofline
 from ..kept import machines
 from ..options import Unfit
+from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
@@ -109,8 +110,8 @@ def table(name: str, results: Path) -> str | None:
     """
     try:
         if name in TABLES:
-            return "\n".join(TABLES[name](results))
-        return (results / "studies" / f"{name}.md").read_text().strip()
+            return wrapped("\n".join(TABLES[name](results)))
+        return wrapped((results / "studies" / f"{name}.md").read_text().strip())
     except FileNotFoundError:
         return None
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pages import fill
+from benchmarks.prose import WIDTH, wrapped
 from benchmarks.robustness import contests
 from purify_fast.attacks import APGD
 
@@ -36,6 +37,23 @@ def test_tables_are_filled_from_the_studies_files(tmp_path):
     for _ in "12":
         assert fill.fill(page, tmp_path) == ["two"]
         assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
+
+
+def test_long_lines_are_broken_where_nothing_changes_its_meaning():
+    words = "word " * 40
+    text = f"- {words}\n\n| {words} |\n```\n{words}\n```\n## {words}\n{'x' * 115} - {words}"
+    broken = wrapped(text)
+    assert broken.split("\n")[0].startswith("- word") and broken.split("\n")[1].startswith("  word")
+    assert all(line in broken.split("\n") for line in (f"| {words} |", words, f"## {words}"))
+    assert broken.split() == text.split() and not re.search(r"^- (?!word word)", broken, re.M)
+    assert wrapped(broken) == broken
+
+
+@pytest.mark.parametrize("page", fill.every_page(), ids=lambda page: page.name)
+def test_no_line_of_prose_is_long(page):
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(), flags=re.S)
+    long = [line for line in text.split("\n") if len(line) > WIDTH and not re.match(r"\||!\[|\[!\[", line)]
+    assert not long
 
 
 def test_values_are_read_from_the_studies():
