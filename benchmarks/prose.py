@@ -35,7 +35,7 @@ def wrapped(text: str) -> str:
 
 
 def rendered(template: Path, functions: Sequence[Callable] = (), **values: Any) -> str:
-    """Fill a template; more than one blank line in a row becomes one, and long lines of prose are broken.
+    """Fill a template; more than one blank line in a row becomes one.
 
     Args:
         template: the file of the template.
@@ -51,4 +51,4 @@ def rendered(template: Path, functions: Sequence[Callable] = (), **values: Any) 
     environment.filters["paragraph"] = lambda text: " ".join(text.split())
     environment.globals |= {function.__name__: function for function in functions}
     text = environment.get_template(template.name).render(values)
-    return wrapped(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

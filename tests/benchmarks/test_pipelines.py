@@ -32,7 +32,9 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         result = job.result().double()
         truth = result if truth is None else truth
         assert torch.isfinite(result).all()
-        assert (result - truth).norm() <= chosen.tolerance * truth.norm()
+        near = (result - truth).norm() <= chosen.tolerance * truth.norm()
+        # Another gradient than the plain form's, which the table says, must differ.
+        assert near == contestant.compared, label
         # what counts must not refuse to attack a model
         assert label != "ours" or counted(job.run)[2] > 0
         job.run()
