@@ -172,22 +172,23 @@ def said(results: Path) -> list[str]:
         results: the folder ``benchmarks/results``.
     """
     rows, lines = rows_of(results / "studies"), []
-    for name in dict.fromkeys(row["model"] for row in rows if row["group"] == "fixed"):
-        one = Found([row for row in rows if row["model"] == name and row["process"] is None])
-        exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
-        if exact is None:
-            continue
-        text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
-        if weakest is not None:
-            text += f", the weakest of its authors' attacks leaves {share(weakest)} %"
-        chain = one.chain()
-        if chain is not None:
-            text += f"; after `strong` {share(chain)} % of {len(chain)} images are right in every draw"
-        lines.append(f"{text}.")
-    for part in settings_of("diffusion")["data_sets"].values():
+    for dataset, part in settings_of("diffusion")["data_sets"].items():
+        for name in part["purifiers"]:
+            one = Found([row for row in rows if row["model"] == name and row["process"] is None])
+            exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
+            if exact is None:
+                continue
+            text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
+            if weakest is not None:
+                text += f". The weakest of its authors' attacks leaves {share(weakest)} % of {len(weakest)} images"
+            chain = one.chain()
+            if chain is not None:
+                text += f". After `strong` {share(chain)} % of {len(chain)} images are right in every draw"
+            lines.append(f"{text}.")
         kept = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
         if kept is not None:
             lines.append(
-                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: {share(kept)} %."
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: {share(kept)} % of "
+                f"{len(kept)} images of {dataset}."
             )
     return lines or [f"Not run yet: {COMMAND} writes the numbers."]
