@@ -133,8 +133,8 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """The table of who serves each op, and how far ahead or behind our kernel is."""
-    head = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
+    """The table of the implementation that runs each op, and of how much faster or slower our kernel is."""
+    head = ["op", "direction", "eager calls", "in graphs", "slower, eager", "slower, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
 
