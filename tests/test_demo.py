@@ -38,11 +38,11 @@ def test_carsos_sentences_follow_the_numbers():
         return result
 
     text = sentences("CARSO", reports((3, 2), (7, 1), False), Budget())
-    assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text
-    assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
-    assert "-12.5 ± 11.7 points (n = 8, paired), no significant difference from its base" in text
+    assert "seems to withstand 87.5 ± 11.7 % of 8 images" in text and "unreliable" in text
+    assert "87.5 ± 11.7 %: +50.0 ± 17.7 points against its base (n = 8, paired), significantly better." in text
+    assert "12.5 ± 11.7 %: -12.5 ± 11.7 points against its base (n = 8, paired), not significant." in text
     text = sentences("CARSO", reports((8, 8), (0, 0), True), Budget())
-    assert "worse than its base" in text and "believable" in text
+    assert "against its base (n = 8, paired), significantly worse." in text and "believable" in text
 
 
 def test_atops_sentences_follow_the_numbers():
@@ -51,27 +51,30 @@ def test_atops_sentences_follow_the_numbers():
         name: report(name, **{methods.ALONE: alone, methods.ADAPTIVE: adaptive}) for name, (alone, adaptive) in rows
     }
     before, objective, pipeline, _ = sentences("AToP", reports, Budget()).splitlines()
-    assert "25.0 ± 15.3 % when only its classifier is attacked, 12.5 ± 11.7 % when all of it is" in before
-    assert "100.0 ± 0.0 % when only" in objective
-    assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in objective
-    assert "+0.0 ± 0.0 points (n = 8, paired), no significant difference from before" in objective
-    assert "62.5 ± 17.1 % when only" in pipeline
-    assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in pipeline
+    assert "25.0 ± 15.3 % when only its classifier is attacked, and 12.5 ± 11.7 % when the whole defence" in before
+    better = "+75.0 ± 15.3 points against the purifier before AToP (n = 8, paired), significantly better."
+    same = "+0.0 ± 0.0 points against the purifier before AToP (n = 8, paired), not significant."
+    assert f"only its classifier is attacked, it withstands 100.0 ± 0.0 %: {better}" in objective
+    assert f"the whole defence is attacked, it withstands 12.5 ± 11.7 %: {same}" in objective
+    assert "only its classifier is attacked, it withstands 62.5 ± 17.1 %: " in pipeline
+    assert f"the whole defence is attacked, it withstands 87.5 ± 11.7 %: {better}" in pipeline
 
 
 def test_arrests_sentences_follow_the_numbers():
     rows = zip(COMPARED, ((0, 0), (4, 3), (5, 2), (6, 6), (6, 4)), strict=True)
     reports = {name: report(name, worst=worst, **{AUTOATTACK: auto}) for name, (worst, auto) in rows}
     scratch, finetuned, whole, carso_on_it, _ = sentences("ARREST", reports, Budget()).splitlines()
-    assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
-    assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), no significant difference from base (PGD-AT)" in finetuned
-    assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
-    assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
+    assert "Under PGD it withstands 50.0 ± 17.7 %. Under AutoAttack it withstands 37.5 ± 17.1 %. On" in scratch
+    assert "25.0 ± 15.3 %: -12.5 ± 11.7 points against the base (n = 8, paired), not significant." in finetuned
+    assert "75.0 ± 15.3 %: +37.5 ± 17.1 points against the base (n = 8, paired), significantly better." in whole
+    assert "of the clean images: +0.0 ± 0.0 points against ARREST" in carso_on_it
+    assert "Under AutoAttack it withstands 50.0 ± 17.7 %: -25.0 ± 15.3 points against ARREST" in carso_on_it
     # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
     lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
-    text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
-    assert all(f"{text} (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)" in each for each in lines[:4])
+    parts = ("87.5 ± 11.7 % of the clean images", "Under PGD it withstands 25.0 ± 15.3 %.")
+    parts += ("Under AutoAttack it withstands 50.0 ± 25.0 %", "On the 4 images of AutoAttack")
+    assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):

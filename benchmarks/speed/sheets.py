@@ -133,8 +133,8 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """The table of who serves each op, and how far ahead or behind our kernel is."""
-    head = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
+    """The table of the implementation that runs each op, and of how much faster or slower our kernel is."""
+    head = ["op", "direction", "eager calls", "in graphs", "slower, eager", "slower, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
 
@@ -174,21 +174,21 @@ def report(folder: Path) -> list[Path]:
     return pages
 
 
-def ops_sentence(path: Path) -> str:
-    """A sentence comparing the C++ kernels with the compiler and the uncompiled reference, over all eager rows.
+def ops_speedups(path: Path) -> tuple[int, float, float]:
+    """The number of eager rows, and the geometric means of the C++ kernels' speedups in them.
 
     Args:
         path: the rows, ops.csv of a CPU; at least one of them was called from Python.
+
+    Returns:
+        The number, and the speedups over the compiler and over the uncompiled reference.
     """
     rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
     compiled, eager = (
         statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
         for kind in ("compile", "eager")
     )
-    return (
-        f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
-        f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
-    )
+    return len(rows), compiled, eager
 
 
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

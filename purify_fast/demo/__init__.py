@@ -47,7 +47,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     workspace = Workspace(out.with_name(out.name + "-quick") if quick else out, QUICK if quick else Budget(), seed)
     budget, images = workspace.budget, digits()
     if quick:
-        print("QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing.")
+        print("QUICK RUN: the models are hardly trained and hardly attacked. These numbers mean nothing.")
     print(f"digits: {len(images.x_train)} images to train on, {budget.images} held out to attack, L-inf eps {EPS}")
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
@@ -64,7 +64,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     page = render(__package__, "report.md.jinja", percent=percent, **values)
     write_text(workspace.out / "report.md", page)
     folders = " and ".join(map(_folder, METHODS))
-    print(f"written: {workspace.out}/report.md; report.html and report.json in {folders} there")
+    print(f"written: {workspace.out}/report.md; {folders} beside it contain report.html and report.json")
     return reports
 
 
@@ -157,11 +157,13 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference between two models under one attack, and its significance."""
+    """The paired difference between two models under one attack; it is significant beyond two standard errors."""
     paired = report.paired(other, row)
+    points = f"{100 * paired.difference:+.1f} ± {100 * paired.standard_error:.1f} points"
+    verdict = "significantly better" if paired.difference > 0 else "significantly worse"
     if abs(paired.difference) <= 2 * paired.standard_error:
-        return f"{paired}, no significant difference from {what} (within two standard errors)"
-    return f"{paired}, {'better' if paired.difference > 0 else 'worse'} than {what} (by more than two standard errors)"
+        verdict = "not significant"
+    return f"{points} against {what} (n = {paired.n}, paired), {verdict}"
 
 
 def _tradeoff(report: Report) -> Tradeoff:

@@ -180,7 +180,7 @@ def table(results: Path) -> list[str]:
 
 
 def front(results: Path) -> list[str]:
-    """The sentence of README on the images that fall and are missed by each contestant.
+    """The lines of README's table on the images that fall and are missed by each contestant.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -199,7 +199,8 @@ def front(results: Path) -> list[str]:
     shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
     falls, planted = (every["standard"][0].falls for every in (exact, hidden))
     return [
-        f"For {decided:,} images of {len(NETWORKS)} small networks the truth is known exactly. {falls:,} of them fall, "
-        f"and from the worst seed the attacks miss: {missed}. {planted} counterexamples were hidden from PGD by "
-        f"training, and the attacks find: {shares}."
+        f"| {decided:,} images of {len(NETWORKS)} small networks, for which it is proved whether an adversarial "
+        f"example exists | It exists for {falls:,} images. An attack with its worst seed misses so many of them: "
+        f"{missed}. |\n"
+        f"| {planted} adversarial examples that training has hidden from PGD | The attacks find: {shares}. |"
     ]
