@@ -504,7 +504,8 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+    head += ["gradients an image", "CPU seconds"]
+    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
 def picture(rows: list[Row], path: Path) -> bool:
