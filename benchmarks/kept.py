@@ -42,7 +42,8 @@ def machines(rows: Iterable[Row]) -> str:
     Args:
         rows: rows with a ``device`` and its ``threads``.
     """
-    return ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
+    each = (f"{row['device']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}" for row in rows)
+    return "; ".join(dict.fromkeys(each))
 
 
 def outdated(file: str, words: str, command: str) -> str:

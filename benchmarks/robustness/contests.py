@@ -504,7 +504,8 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    return [f"{kept.machines(rows)}.", "", *markdown_table([*head, "gradients an image", "CPU seconds"], body)]
+    head += ["gradients an image", "CPU seconds"]
+    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
 def picture(rows: list[Row], path: Path) -> bool:
@@ -562,7 +563,7 @@ def markdown(rows: list[Row]) -> list[str]:
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
-    return [f"{kept.machines(rows)}.", "", *markdown_table(head, body)]
+    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -150,7 +150,8 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     assert ["signs of `standard`", "1 of 2", "1 of 1", "0 of 1", "0 of 0", "EMPIR"] in rows
     assert ["active test", "0 of 2", "0 of 1", "0 of 1", "0 of 0", "-"] in rows
     assert ["batch size", "1", "0", "0", "EMPIR"] in rows and ["missed images", "0", "0", "0", "-"] in rows
-    assert ["AutoAttack leaves more than 2 points too much of 1 of them, at most 75 points (EMPIR)."] in rows
+    more = "AutoAttack overestimates the robust accuracy of 1 of them by more than 2 points"
+    assert [f"{more}, and of EMPIR by most, 75 points."] in rows
 
 
 def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):

@@ -210,7 +210,7 @@ def test_the_tables_count_what_was_missed(tmp_path):
     assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-"]
     assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2"]
     assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
-    assert "proved robust: 7;" in text and "not in float32: 1." in text
+    assert "proved robust: 7 on" in text and "not in float32: 1." in text
     with pytest.raises(FileNotFoundError):
         truth_tables.front(tmp_path)
     (tmp_path / "cpu" / truth_tables.FILE).write_text(json.dumps(rows()))

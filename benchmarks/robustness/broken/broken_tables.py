@@ -94,7 +94,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
     test = "-"
     if ACTIVE in each:
         one = each[ACTIVE]
-        reason = one.get("reason") or "no planted point can be told apart"
+        reason = one.get("reason") or "no extra output separates its corner"
         test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
         test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
     return [*cells, test]
@@ -106,16 +106,19 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
     for judge in ATTACKERS:
         words = [verdicts(each)[judge] for each in broken.values()]
         if asked := len(words) - words.count("-"):
-            counts = ", ".join(f"{words.count(word)} {word}" for word in ("found", "flagged", "missed"))
-            lines += ["", f"`{judge}` on {asked} defences: {counts}."]
+            found, flagged, missed = map(words.count, ("found", "flagged", "missed"))
+            lines += [
+                "",
+                f"`{judge}` judged {asked} defences: it found {found}, flagged {flagged} and missed {missed}.",
+            ]
     gaps = {name: overestimated(each, OFFICIAL) for name, each in broken.items()}
     more = {name: gap for name, gap in gaps.items() if gap is not None and gap > CLOSE}
     if more:
         worst = max(more, key=lambda name: more[name])
         lines += [
             "",
-            f"AutoAttack leaves more than 2 points too much of {len(more)} of them, at most "
-            f"{_percent(more[worst])} points ({worst}).",
+            f"AutoAttack overestimates the robust accuracy of {len(more)} of them by more than 2 points, "
+            f"and of {worst} by most, {_percent(more[worst])} points.",
         ]
     return lines
 
@@ -142,9 +145,11 @@ def markdown(results: Sequence[Result]) -> list[str]:
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
     body = [[name, *_noticed(each)] for name, each in every.items()]
+    lines += ["", "What each method says of each model:"]
     lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
+    lines += ["", "How many models each method flags, and which models only this method flags:"]
     lines += ["", *_who_notices(every)]
-    for title, honest, why in (("honest model", True, []), ("flagged rightly", False, ["why"])):
+    for title, honest, why in (("honest model", True, []), ("model flagged rightly", False, ["why"])):
         rows = [
             [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]
             for name, each in every.items()
@@ -152,6 +157,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
         ]
         if rows:
             lines += ["", *markdown_table([title, *head, *why], rows)]
+    lines += ["", "How many models each sign flags, in reports of `standard` and `strong`:"]
     return [*lines, "", *_signs(every)]
 
 
@@ -175,7 +181,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         others = set[str]().union(*(names for other, names in flagged.items() if other != judge))
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - others) or "-"])
     groups_told = ["defences", "those that AutoAttack overestimates", "honest models", "models flagged rightly"]
-    return markdown_table(["who notices", *groups_told, "alone"], body)
+    return markdown_table(["method", *groups_told, "only by this method"], body)
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
@@ -191,7 +197,7 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
             for test in (lambda entry: entry.paper, lambda entry: entry.honest, lambda entry: entry.why)
         ]
         body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
-    return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "the only sign of"], body)
+    return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "only by this sign"], body)
 
 
 def table(results: Path) -> list[str]:

@@ -16,12 +16,14 @@ def robust() -> nn.Module:
     return zoo.load("digits-pgd-at")
 
 
-@entry("labels that count from 1", why="the class that a label means is not the one that the network means", eps=0.2)
+@entry("labels that count from 1", why="the labels and the logits number the classes differently", eps=0.2)
 def shifted_labels(x: Tensor, y: Tensor) -> nn.Module:
     return nn.Sequential(robust(), Step(lambda logits: logits.roll(1, 1))).eval()
 
 
-@entry("division by an empty sum", why="an image without a bright pixel is divided by 0, and no class wins", eps=0.2)
+@entry(
+    "division by an empty sum", why="an image without a bright pixel is divided by 0, so its logits are NaN", eps=0.2
+)
 def empty_sum(x: Tensor, y: Tensor) -> nn.Module:
     def brightness(x: Tensor) -> Tensor:
         bright = (x > 0.9).float()
@@ -31,7 +33,9 @@ def empty_sum(x: Tensor, y: Tensor) -> nn.Module:
 
 
 @entry(
-    "probabilities in place of logits", why="a softmax at the end takes the gradient of images that are sure", eps=0.2
+    "probabilities in place of logits",
+    why="where the model is sure, the gradient of its softmax is almost zero",
+    eps=0.2,
 )
 def probabilities(x: Tensor, y: Tensor) -> nn.Module:
     return nn.Sequential(robust(), nn.Softmax(1)).eval()
@@ -42,7 +46,7 @@ def statistics_of_the_batch(x: Tensor, y: Tensor) -> nn.Module:
     return nn.Sequential(robust(), Step(lambda logits: logits - 0.7 * logits.mean(0, keepdim=True))).eval()
 
 
-@entry("a seed in forward", why="the noise is always the same, so averaging over draws averages nothing", eps=0.2)
+@entry("a seed in forward", why="the noise is always the same, so averaging over draws changes nothing", eps=0.2)
 def seed_in_forward(x: Tensor, y: Tensor) -> nn.Module:
     def same_noise(x: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -51,7 +55,11 @@ def seed_in_forward(x: Tensor, y: Tensor) -> nn.Module:
     return behind(same_noise, robust())
 
 
-@entry("other logits under gradients", why="attacks see another function than the one that is deployed", eps=0.2)
+@entry(
+    "other logits under gradients",
+    why="attacks follow the gradients of another function than the deployed one",
+    eps=0.2,
+)
 def other_under_gradients(x: Tensor, y: Tensor) -> nn.Module:
     def watched(logits: Tensor) -> Tensor:
         return logits + 0.15 * logits.flip(1).detach() if logits.requires_grad else logits
@@ -61,7 +69,7 @@ def other_under_gradients(x: Tensor, y: Tensor) -> nn.Module:
 
 @entry(
     "ripples before the network",
-    why="the slope of the ripples hides where the network leads",
+    why="the gradient of the ripples hides the gradient of the network",
     eps=0.2,
     chain=long(1, 0),
 )

@@ -155,12 +155,13 @@ def _sentences(results: Results) -> list[str]:
             costs.append(f"{who} {forwards:,.0f} and {gradients:,.0f}")
     networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
     return [
-        f"Images that a contestant has broken although they are proved robust: {wrong}; on {networks} networks that "
-        f"are robust by construction: {false}. Images that fall in float64 and not in float32: {alone}.",
+        f"Images that a contestant has broken although they are proved robust: {wrong} on the networks of the first "
+        f"table, and {false} on {networks} networks that are robust by construction. Images that fall in float64 and "
+        f"not in float32: {alone}.",
         "",
-        f"Forward passes and gradients an image on the networks of the first table: {'; '.join(costs)}.",
+        f"Forward passes and gradients for each image of the first table: {'; '.join(costs)}.",
         "",
-        f"{kept.machines(row for kind in results.values() for row in kind)}.",
+        f"Measured on: {kept.machines(row for kind in results.values() for row in kind)}.",
     ]
 
 
