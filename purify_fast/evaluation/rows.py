@@ -14,11 +14,11 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
-#: Words for the modes of a random model in which it is not deployed.
+#: The report's words for the modes in which a random model is not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: Name of the accuracy over the radius, after every attack, among a report's curves.
+#: The key of the accuracy over the radius after all attacks, among the curves of a report.
 CURVE = "eps, every attack"
-#: The fields of a row that say what its attack left.
+#: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
@@ -280,7 +280,8 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     whole = [each.mean for each in mine if not each.of_survivors]
     if whole or not mine:
         return min(whole) if worst and whole else None
-    # A row's mean counts standing images as 1, its fallen images by the share of right draws, and the rest as 0.
+    # The mean of a row counts images that withstood as 1, images that fell to this attack by their share of right
+    # draws, and all others as 0. So mean minus accuracy is the part of the images that fell to this attack.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
 
@@ -387,8 +388,8 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
     accuracy = float(robust.mean())
     first = group[0]
     attacked = [row for row in group if row.attacked]
-    # Transferred images say nothing about this model's gradients. A single own attack with usable gradients is enough:
-    # the other attacks can only lower the number.
+    # The row is reliable if one attack along the model's own gradients found them usable: further attacks can only
+    # lower the number. Transferred images do not count, since they say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
     return Row(
         model=first.model,
@@ -402,7 +403,7 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
-        # If there was nothing to attack, or nothing is left, missing gradients do not matter.
+        # Missing gradients do not matter if no image was attacked, or if no image is left.
         reliable=not attacked or had_gradients or not robust.any(),
         settings={"over": [row.attack for row in group]},
         deterministic=first.deterministic,
