@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, frozen
 
-#: Raised whenever another result would come out.
+#: Increase this number whenever a change here gives another result; kept results with an older number are then made
+#: again.
 REVISION = 1
-#: Numbers of images in which a corner is planted, of points inside each ball, of random corners that look for it, and
-#: of draws that judge a random model.
+#: PLANTED images get a planted corner, and INSIDE points are taken in the ball of each. LOOKING random corners test if
+#: chance alone finds the planted corner. DRAWS predictions judge a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The share of the radius within which the inside points lie, and the place of the border between them and the corner.
+#: The points inside the ball lie within NEAR times the radius. The border is put at BORDER of the way from the score of
+#: these points to the score of the corner.
 NEAR, BORDER = 0.95, 0.9
-#: Steps and random starts of the short attack, and the least share that it must find.
+#: The short attack takes STEPS steps from STARTS random starts. If it finds less than the share LEAST of the planted
+#: corners, attacks on the model count as unreliable.
 STEPS, STARTS, LEAST = 20, 2, 0.8
 
 
@@ -171,7 +174,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # A row that does not separate its own corner says nothing about attacks.
+        # Count only corners that the added row really separates from the image, since no attack could find the others.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

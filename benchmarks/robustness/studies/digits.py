@@ -69,7 +69,7 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # This attack follows the cross-entropy's, and attacks its survivors.
+        # The attack with DLR runs last, on the survivors of the attack with cross-entropy, so its row counts both.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -136,7 +136,7 @@ def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
         return jobs
     names = {job.name for job in jobs}
     if unknown := set(rows) - names:
-        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        raise ValueError(f"--rows has no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     wanted, more = set[str](), set(rows)
     while more:
         wanted |= more

@@ -72,8 +72,9 @@ def rank_layers(
         ValueError: unknown layers, or fewer than 4 images.
     """
     if len(x) < 4:
-        raise ValueError(f"x must hold at least 4 images, got {len(x)}")
-    classifier = copy.deepcopy(classifier).eval()  # the hooks are to stay off the caller's
+        raise ValueError(f"x must have at least 4 images, got {len(x)}")
+    # Copy the classifier, so that no hooks stay on the caller's.
+    classifier = copy.deepcopy(classifier).eval()
     read = Representation(classifier, tuple(layers), tuple(x.shape[1:]))  # type: ignore[arg-type]
     dtype = first_tensor(classifier).dtype
     attacked = pgd(classifier, x, y, eps=eps, norm=norm, steps=steps, seed=seed)
@@ -99,7 +100,7 @@ def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0
     out = torch.empty_like(targets)
     for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         mean, std = clean[fit].mean(0), clean[fit].std(0)
-        # a pixel that is always black has no scale
+        # Limit the scale from below: a pixel that is always black has a standard deviation of 0.
         std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)
         a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
         centre = targets[fit].mean(0)

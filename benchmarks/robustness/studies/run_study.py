@@ -67,7 +67,7 @@ def main(chosen: argparse.Namespace) -> str:
     study = STUDIES[chosen.name]
     root, results = places(chosen)
     if chosen.so_far:
-        # The study may be running: its jobs' folders are only read.
+        # Take no lock, since the study may be running: this only reads the folders of its jobs.
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)
