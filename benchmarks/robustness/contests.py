@@ -84,7 +84,7 @@ class Amount:
 
     Args:
         images: largest number of images; None: all images of the contest.
-        steps: steps of an attack that takes more, or sets no number.
+        steps: largest number of steps of an attack, which an attack without a number takes.
         queries: queries of Square.
         draws: draws that the attacks on a random model average.
         rounds: number of runs of every contestant; the shortest time counts.

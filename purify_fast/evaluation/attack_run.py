@@ -160,7 +160,7 @@ class AttackRun:
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All images, attacked at the places of the index, with sums over the batches up to the last that was made.
+        """All images, with the attacked images at the positions in ``index``, and sums over the batches that were made.
 
         Args:
             share: makes batches, given by number, in several processes; None: this process makes all.

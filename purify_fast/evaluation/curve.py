@@ -130,8 +130,8 @@ class Curve:
                 rows.append(row)
                 standing = row.robust & ~safe
                 if following is not None:
-                    # Start the next radius at the best points of this one, moved away from the clean images in
-                    # proportion to the radius.
+                    # Start the next radius at the best points of this radius, with their distances from the clean
+                    # images scaled to the next radius.
                     points = x.clone()
                     points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
                     begin = x + (points - x) * (following / radius)

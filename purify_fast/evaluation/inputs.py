@@ -23,7 +23,7 @@ INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
 )
 
-#: What is wrong with a model that returns one-hot rows, and what to do. Errors and reports use this text.
+#: The words about a model that returns one-hot rows: the problem, and what to do. Errors and reports use them.
 ONE_HOT = (
     "returns one-hot rows, a single 1 among zeros. They name a class and have no gradient: return the logits [B, "
     "classes] from which the class is chosen"

@@ -75,7 +75,7 @@ def feasible(
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """The attacks, with each attack on the model as it is repeated under fixed noise, if the model has that."""
+    """The attacks; each attack on the deployed model is repeated under fixed noise if the model has ``fixed_noise``."""
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []

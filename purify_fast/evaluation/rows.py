@@ -16,7 +16,7 @@ from ..attacks import GradientHealth
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
 #: The report's words for the modes in which a random model is not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: The key of the accuracy over the radius after all attacks, among the curves of a report.
+#: The name of the curve, among a report's curves, that shows the accuracy over the radius after all attacks.
 CURVE = "eps, every attack"
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
@@ -80,8 +80,8 @@ class Row:
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None if none were counted.
         reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
             lower. For a ``worst`` row also: no sign makes it doubtful.
-        settings: what was asked, in plain values: the options of the attack, and its use; of a row over several attacks
-            their names.
+        settings: the options of the attack and of its use, in plain values; for a row over several attacks the names of
+            these attacks.
         deterministic: whether two predictions of the model agree; None if unknown.
         attacked: number of images that the attack was given; None in a clean row.
         fell_to: number of images that fell to each target and restart, by its name, if there are several.
@@ -101,7 +101,7 @@ class Row:
         examples: some attacked images, for the pictures.
         margins: lead of the true logit over the next on the attacked images, float32 ``[n]``, the mean over the draws;
             negative for misclassified images. None in a clean or ``worst`` row.
-        points: while a curve over the radius is made, the best points of the images that stand; then None.
+        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
     model: str
@@ -281,7 +281,7 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     if whole or not mine:
         return min(whole) if worst and whole else None
     # The mean of a row counts images that withstood as 1, images that fell to this attack by their share of right
-    # draws, and all others as 0. So mean minus accuracy is the part of the images that fell to this attack.
+    # draws, and all others as 0. So mean minus accuracy is what the images that fell to this attack add to the mean.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
 

@@ -60,8 +60,8 @@ from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 
-#: Against the worst of several draws an attack counts an image as fallen early, if all judging draws would still be
-#: right with at most this probability.
+#: With predict="worst_of" an attack takes an image for fallen as soon as ``n_eval`` fresh draws would all be right with
+#: at most this probability.
 MAX_SURVIVAL = 0.01
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -52,8 +52,8 @@ _FLAT = _names(
     "fake_quantize_per_channel_affine"
 )
 #: Functions whose result has steps, for floating-point numbers or for integers. Each has a smooth formula, whose
-#: gradient is used. The formula for a remainder has half the gradient of the identity: some code subtracts the
-#: remainder to round, other code uses the remainder itself, and both keep a part of the gradient.
+#: gradient is used. The formulas for remainders have half of the identity's gradient. Rounding by subtracting a
+#: remainder then keeps half of the gradient, and so does code that uses the remainder itself.
 _STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -125,7 +125,7 @@ _CHOICES: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(("max", "min", "median", "sort"), (1, 1)),
     **dict.fromkeys(("kthvalue", "topk"), (2, 1)),
 }
-#: Functions that may keep a part of chosen indices, along the dimension of the choice.
+#: Functions that may select some of the chosen indices, along the dimension of the choice.
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 

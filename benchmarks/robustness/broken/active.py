@@ -1,9 +1,9 @@
 """An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is there?
 
-A random corner of an image's ball is made adversarial: the features before the model's last linear layer get another
-row, which separates the corner from the image and from many points inside the ball. A short attack along the model's
-own gradients then looks for any point on the corner's side. Its power is the share of corners that it finds. Points
-that random corners reach as well prove nothing.
+A random corner of an image's ball is made adversarial: the model's last linear layer gets another row of weights, which
+separates the corner from the image and from many points inside the ball. A short attack along the model's own gradients
+then looks for any point on the corner's side. The power of the attack is the share of corners that it finds. A corner
+whose side random corners reach too proves nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 class Planted(nn.Module):
-    """Two logits: 0, and the side of its image's row on which a point lies. A point belongs to the nearest center.
+    """Two logits of a point: 0, and its score by the row of weights of its image, which is the nearest center.
 
     Args:
         features: images to features.

@@ -104,8 +104,7 @@ class CarsoResnet18(ReportStudy):
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == CLASSIFIER:
-            # Give the classifier the same precision as the defences, so that the attacked function is also the
-            # predicting function.
+            # Give all models the same precision, so that the function that is attacked is the function that predicts.
             return InferenceCopy(classifier(), (3, 32, 32))
         return load_defence(job.folder(root, name), classifier()).accelerate()
 

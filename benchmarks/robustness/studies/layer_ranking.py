@@ -6,8 +6,8 @@ The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with 
     image = share of the clean images' variance explained in the same way
     drift = E |f(x~) - f(x)| / E |f(x) - f(x')|,  x' another image: 0 untouched, 1 as far as a stranger
 
-Fitted on clean features, since an attack on the true label writes that label into the image: a probe fitted on attacked
-features reads it there and is almost always right.
+The probe is fitted on clean features. An attack on the true label writes that label into the image, so a probe fitted
+on attacked features would read the label there, and would almost always be right.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LayerScore:
         layer: the module's path.
         probe: accuracy of a linear probe, a share.
         image: share of the images' variance that is explained.
-        drift: how far the attack moves the features, 1 being as far as another image's.
-        features: how many there are.
+        drift: distance by which the attack moves the features, as a multiple of the distance to another image's.
+        features: number of features.
     """
 
     layer: str

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: A smaller positive margin is no proof, because HiGHS satisfies constraints only up to 1e-6. For a negative margin
-#: that is as small, a clearer point is searched, which fools the network in float32 too.
+#: A positive margin below this is no proof, because HiGHS satisfies constraints only up to 1e-6. For a negative margin
+#: of less than this size a clearer point is searched, which fools the network in float32 too.
 TOLERANCE = 1e-5
 #: A bound that HiGHS computes is loosened by this amount, to be safe from rounding.
 SLACK = 1e-6

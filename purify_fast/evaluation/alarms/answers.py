@@ -65,8 +65,8 @@ class Before:
 
     def state_changed(self) -> bool:
         """Tell whether weights, buffers or attributes differ from those before."""
-        # A model may store its last input, which is a part of its fingerprint. So it is shown the same input as before
-        # its first fingerprint.
+        # Show the model the same input as before its first fingerprint: a model may store its last input, which is a
+        # part of the fingerprint.
         self.predictions()
         return self.mark != fingerprint(self.subject.model)
 

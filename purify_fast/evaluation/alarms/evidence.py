@@ -147,7 +147,7 @@ class Evidence:
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Every attack with the images that fell to it, bool ``[n]``; an attack on survivors saw only these."""
+        """Every attack with a mask of the images that fell to it, bool ``[n]``, among the images that it was given."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []

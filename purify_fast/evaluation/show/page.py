@@ -98,7 +98,7 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
     if not points:
         return []
     settings, accuracies = np.array(points).T
-    # Settings that grow by factors, such as steps, have a logarithmic axis.
+    # Use a logarithmic axis for settings that grow by factors, such as steps.
     scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
     errors = np.sqrt(accuracies * (1 - accuracies) / images)
