@@ -164,7 +164,7 @@ class AttackRun:
 
         Args:
             share: makes batches, given by number, in several processes; None: this process makes all.
-            at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
+            at_once: number of batches that are shared before the rule decides; without a rule, all are. A batch made
                 beyond the point where the rule stops is left out, so that rows equal those of one process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)

@@ -206,7 +206,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
-        """The inverse of `to_dict`, and of `arrays` without empty ones."""
+        """The inverse of `to_dict`, and of `arrays` without empty arrays."""
         derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
@@ -221,7 +221,7 @@ class Row:
         return words[self.deterministic]
 
     def results(self) -> dict[str, Any]:
-        """The results of the attack for the reader, without empty ones."""
+        """The results of the attack for the reader, without empty results."""
         values = {name: getattr(self, name) for name in RESULTS}
         return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 

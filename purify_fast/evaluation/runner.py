@@ -378,7 +378,7 @@ class _Evaluation:
     stack: contextlib.ExitStack
 
     def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
-        """The report with its rows; processes other than the first get the first one's report.
+        """The report with its rows; all other processes get the report of the first process.
 
         Args:
             chunks: the images that follow.

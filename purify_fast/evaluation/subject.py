@@ -133,7 +133,7 @@ class Subject:
         x: images, float32 in [0, 1].
         y: labels, int64.
         batch_size: most images in a prediction.
-        n_eval: number of predictions of a random model on each image; with "votes", of draws in its one prediction.
+        n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
         seed: seed of everything random.
         predict: rule by which these predictions decide; None: as "worst_of".
 
@@ -209,7 +209,7 @@ class Subject:
         Args:
             x: images, float32 in [0, 1].
             y: labels, int64.
-            more: whether further ones are to come.
+            more: whether further images are to come.
 
         Raises:
             ValueError: a label that the model has no class for.
@@ -471,6 +471,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """The mark of a copied classifier: its fingerprint, or without one its tensors."""
+    """The mark of a copied classifier: its fingerprint, or its tensors if it has no fingerprint."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

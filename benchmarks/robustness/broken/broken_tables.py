@@ -102,7 +102,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
 
 
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
-    """The numbers of defences that each judge found, flagged and missed, and those that AutoAttack overestimates."""
+    """How many defences each judge found, flagged and missed, and the defences that AutoAttack overestimates."""
     lines = []
     for judge in ATTACKERS:
         words = [verdicts(each)[judge] for each in broken.values()]

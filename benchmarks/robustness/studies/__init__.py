@@ -1,7 +1,7 @@
 """Studies of what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
 
 A study is a list of jobs that train and attack a model each. Jobs run side by side; a finished job leaves
-``result.json`` and is not run again, so a stopped study can be resumed. A job's settings stand in ``job.json`` beside
+``result.json`` and is not run again, so a stopped study can be resumed. A job's settings are in ``job.json`` beside
 it: a folder that was begun with other settings is refused.
 """
 

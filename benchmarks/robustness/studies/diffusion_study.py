@@ -154,7 +154,7 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
 
 
 def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The chain's end: `strong` on those of the first images that PGD left right in every draw."""
+    """The end of the chain: `strong` on the first images, without the images that any draw after PGD got wrong."""
     budget = job.settings["budget"]
     draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
     few = min(len(x), budget.strong_images)

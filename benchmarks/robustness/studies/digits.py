@@ -131,7 +131,7 @@ def count(model: nn.Module) -> int:
 
 
 def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """All jobs, or those of some rows with the rows that they need; ValueError for an unknown row."""
+    """All jobs, or the jobs of some rows and of the rows that these need; ValueError for an unknown row."""
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
@@ -165,7 +165,7 @@ class DigitsStudy(Study):
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """The jobs of all rows, or of some with those that they need; rows with all seeds come first."""
+        """The jobs of all rows, or of some rows and the rows that these need; rows with all seeds come first."""
         table, jobs = settings_of(self.name), []
         more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
         for part, seeds in (("rows", chosen.seeds), ("ablations", more)):

@@ -62,7 +62,7 @@ def check(chosen: argparse.Namespace) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; those of other
+    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; tables of other
     budgets or widths, of some rows or of fewer seeds go to the runs' folder."""
     study = STUDIES[chosen.name]
     root, results = places(chosen)

@@ -94,7 +94,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
 
     Args:
         subject: the model with its images.
-        x: the images that are asked, the first of the subject's.
+        x: the first of the subject's images, which are predicted.
 
     Returns:
         The largest of the shares; None if it cannot be measured: for a random model whose noise cannot be fixed.

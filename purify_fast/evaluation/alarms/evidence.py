@@ -229,7 +229,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
 
 
 def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
-    """Estimate the unseen from images that only one of several attacks found: many of these mean more are unseen.
+    """Estimate how many more images would fall, from the images that only one attack found: many mean that more remain.
 
     The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)). Here f1 images were found by exactly one
     attack, and f2 by exactly two.

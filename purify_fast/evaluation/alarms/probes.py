@@ -167,7 +167,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
     Args:
         before: its answers before them.
         context: context of the attacks.
-        asked: what was measured before them.
+        asked: measurements made before the attacks.
         left: mask of the first images that withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
@@ -271,7 +271,7 @@ class _Short:
 def _near(context: AttackContext, x: Tensor) -> Tensor:
     """The images with noise of half the radius at most, where a model may behave differently than on clean images.
 
-    Clean images have few values: a defence can tell them from attacked ones.
+    Clean images have few different values, so a defence can tell them from attacked images.
     """
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps

@@ -1,7 +1,7 @@
 """The alarms: signs that an attack was stopped by something else than robustness.
 
 An alarm is a function that returns an `Outcome`; None if it does not apply to a model. To add an alarm, write its
-function in this file, below an `Alarm`. Alarms are asked in the order of this file.
+function in this file, below an `Alarm`. Alarms are evaluated in the order of this file.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Alarm:
         name: name of the alarm.
         advice: the usual advice; None for an alarm that is only noted.
         of_probes: whether it judges measurements of probes alone: the function then takes the probes too, and without
-            probes it is not asked.
+            probes the alarm is left out.
         of_answers: see `Finding`.
         prominent: see `Finding`.
     """

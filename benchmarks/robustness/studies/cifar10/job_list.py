@@ -82,8 +82,8 @@ def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
 def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     """The jobs that judge the models of a seed.
 
-    All models are judged by the protocol that compares them; those of the first seed by further ones, on fewer images,
-    and its candidates on held-out training images.
+    All models are judged by the protocol that compares models. The models of the first seed are also judged by further
+    protocols, on fewer images, and the candidates of the first seed on held-out training images.
     """
     counts = budget.judging
 

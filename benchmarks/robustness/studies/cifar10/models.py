@@ -124,7 +124,7 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
 
 @torch.no_grad()
 def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[str, float]:
-    """A model's parameters and FLOP: those of a prediction and of an image in a training step."""
+    """A model's parameters, and its FLOP for a prediction and for an image in a training step."""
     with Flops() as counter:
         model.eval()(data.to_float(images.x_test[:2]))
     flop = {"inference_gflop": counter.total / 2 / 1e9, "training_gflop": training_flop / 1e9}
@@ -303,7 +303,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """The costs of the mixture, which is not trained: those of both parts."""
+    """The costs of the mixture, which is not trained: its training counts as that of both parts."""
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     flop = 1e9 * sum(part["training_gflop"] for part in parts)
     return costs(model_of(job, root, study.MIXED), images_of(job), flop)

@@ -79,7 +79,7 @@ class Judging:
 
     @property
     def main(self) -> str:
-        """The protocol that compares models: the strongest among those with most images."""
+        """The protocol that compares models: the strongest of the protocols with most images."""
         counts = self.protocols()
         return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
 
