@@ -132,7 +132,7 @@ class Report:
                 "attack is row('clean').accuracy"
             )
         if len(rows) > 1:
-            raise ValueError(f"the report must have one model, got {', '.join(self.headlines)}: use headlines")
+            raise ValueError(f"headline needs a report on one model, got {', '.join(self.headlines)}: use headlines")
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:

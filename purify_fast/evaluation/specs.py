@@ -66,7 +66,7 @@ def as_attack(
     if other is not None:
         return FunctionAttack(function=other, row_name=name or other.name, eps=eps, norm=norm, own_revision=revision)
     if isinstance(given, type) and issubclass(given, Attack):
-        raise TypeError(f"{given.__name__} is a class of attacks: write {given.__name__}()")
+        raise TypeError(f"an attack must be an object, got the class {given.__name__}: write {given.__name__}()")
     if not callable(given):
         raise TypeError(
             "an attack must be an object of purify_fast.attacks, such as PGD(), an attack of torchattacks, Foolbox or "
@@ -180,7 +180,10 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
         )
     images = images.detach()
     if not bool(images.isfinite().all()):
-        raise ValueError(f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite")
+        raise ValueError(
+            f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite: all values "
+            "must be numbers in [0, 1]"
+        )
     beyond = float(torch.maximum(-images.amin(), images.amax() - 1)) if images.numel() else 0.0
     if beyond > ROUNDING:
         raise ValueError(

@@ -159,7 +159,10 @@ class Witnesses:
         """
         path = folder / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: this file holds the witnesses that the report names")
+            raise FileNotFoundError(
+                f"{path}, which holds the witnesses of the report, is missing: restore the file, or evaluate and save "
+                "the report again"
+            )
         try:
             content, tensors = read_sealed(path)
             if content.get("format") != FORMAT:
@@ -170,7 +173,9 @@ class Witnesses:
             clean = (whole if content["whole"] else _joined(numbers).view(np.float32)).reshape(content["shape"])
             adversarial = _decoded(tensors, clean[told["of"].numpy()], _radii(about, told["attacks"]))
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read: {error}. Restore the file, or evaluate and save the report again"
+            ) from error
         return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=about, **told)
 
 
@@ -336,7 +341,9 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("witnesses")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(
+            f"{path} is damaged: {error}. Restore the file, or evaluate and save the report again"
+        ) from error
     if named is None:
         raise ValueError(f'{path} names no witnesses: evaluate with keep="all" (--keep all) and save the report again')
     witnesses = Witnesses.load(folder)

@@ -60,7 +60,11 @@ def trio():
             r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: giv"
             r"e \(x \+ 1\) / 2 as the images, and lambda x: model\(2 \* x - 1\) as the model",
         ),
-        (lambda x, y: (5 * x - 2, y), ValueError, r"values from -2 to 3; normalized images .* give x \* std \+ mean"),
+        (
+            lambda x, y: (5 * x - 2, y),
+            ValueError,
+            r"values from -2 to 3; if the images are normalized, .* x \* std \+ mean",
+        ),
         (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are"),
         (
@@ -80,13 +84,13 @@ def trio():
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
         (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
         (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
-        (lambda x, y: ([], None), ValueError, "no batch: a generator can be read only once"),
+        (lambda x, y: ([], None), ValueError, "at least one batch, got none: a generator can be read only once"),
         (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got Tensor"),
         (lambda x, y: ([(x, y), (x, y, y, y)], None), TypeError, "batch 1 must be .*, got 4 values"),
         (lambda x, y: ([(x, [1])], None), TypeError, "batch 0 must have tensors .*, got Tensor and list"),
-        (lambda x, y: ([(x, y[:3])], None), ValueError, r"got torch.float32 \[10, 3, 6, 7\] and \[3\]"),
+        (lambda x, y: ([(x, y[:3])], None), ValueError, r"got images torch.float32 \[10, 3, 6, 7\] and labels \[3\]"),
         (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 must .* got .*\[10, 1, 6, 7\]"),
-        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got torch.float64"),
+        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got images torch.float64"),
     ],
 )
 def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
@@ -160,7 +164,7 @@ def test_a_device_is_refused(trio):
 
 
 def test_a_setting_outside_the_config_is_refused_with_the_call_that_is_meant(trio):
-    with pytest.raises(TypeError, match=r"^steps is a setting: .*config=EvaluateConfig\(steps=3, seed=1\)\)$"):
+    with pytest.raises(TypeError, match=r"^steps is a setting, .*config=EvaluateConfig\(steps=3, seed=1\)\)$"):
         purify_fast.evaluate(*trio, eps=0.1, seed=1, steps=3)
 
 

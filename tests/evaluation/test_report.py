@@ -50,7 +50,7 @@ def test_other_threat_models_have_headlines_of_their_own():
     assert lines[2].startswith("- **m: 75.0") and lines[3].startswith("- m, L2 0.5: 0.0")
     with pytest.raises(ValueError, match=r"attack on the deployed model, .* has none: .*row\('clean'\)"):
         _ = Report([lower]).headline
-    with pytest.raises(ValueError, match=r"must have one model, got m, n: use headlines"):
+    with pytest.raises(ValueError, match=r"needs a report on one model, got m, n: use headlines"):
         _ = Report([mine, row(model="n")]).headline
 
 

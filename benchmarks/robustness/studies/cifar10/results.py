@@ -211,7 +211,9 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
     amounts = folder / stem / BUDGET
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
     if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
-        raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
+        raise OtherBudget(
+            f"{folder} holds results of another budget, which would be lost: first move these results away"
+        )
 
 
 @functools.cache
