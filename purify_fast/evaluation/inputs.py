@@ -90,7 +90,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
-        raise ValueError(f"y must be integers [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:

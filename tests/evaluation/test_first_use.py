@@ -44,7 +44,7 @@ def trio():
         (lambda x, y: (2 * x.double().numpy(), y), ValueError, r"x must be in \[0, 1\].*, got values from 0.* to 2"),
         (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
         (lambda x, y: (x.numpy().astype(object), y), TypeError, r"x must be a torch.Tensor or a NumPy array, got nu"),
-        (lambda x, y: (x, y > 1), ValueError, r"y must be integers \[N\] = \[10\], got torch.bool \[10\]"),
+        (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
         (
             lambda x, y: (x[:, :1], y),
             ValueError,
@@ -78,9 +78,9 @@ def trio():
         (
             lambda x, y: (x, y.float()),
             ValueError,
-            r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$",
+            r"y must be integer labels \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$",
         ),
-        (lambda x, y: (x, y + 0.5), ValueError, r"y must be integers \[N\] = \[10\], got torch.float32 \[10\]$"),
+        (lambda x, y: (x, y + 0.5), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.float32 \[10\]$"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
         (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
         (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
