@@ -40,11 +40,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ._compiler import is_compiled, outside_graphs
 from ._tensors import digest, text_hash
 
-#: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
+#: The attributes that every module has. Only the mode, the tensors, the submodules and the hooks among them count.
 BARE = frozenset(vars(nn.Module()))
 #: The dictionaries of hooks that run with a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Plain values, which have nothing inside.
+#: Types of plain values, which contain no other values.
 _NUMBERS = (bool, int, float, complex)
 PLAIN = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _SIMPLE = frozenset(PLAIN)
@@ -52,9 +52,9 @@ _VALUES = (*PLAIN, enum.Enum)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: Lists with more members are taken for data and not for ensembles, and are not searched for modules.
+#: Only this many members of a list or dict are searched for modules. A longer list usually holds data, not an ensemble.
 _MEMBERS = 1000
-#: The depth to which nested objects and lists are searched for modules.
+#: Nested objects and lists are searched for modules down to this depth.
 _DEPTH = 8
 
 Children = Iterable[tuple[Any, Any]]
@@ -113,7 +113,7 @@ def not_dependencies(kind: type) -> frozenset[str]:
 
 
 def around(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables around a function, but for those without a value yet."""
+    """The variables around a function that have a value already."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -158,7 +158,7 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 
 class _Walk:
-    """A walk through everything inside a value. Its values are equal for two values that are alike, and for no others.
+    """A walk through everything inside a value. Two walks have equal ``values`` only if the values walked are alike.
 
     Attributes:
         values: plain values, the marks that `open` gives, and names.
@@ -168,9 +168,10 @@ class _Walk:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.path: list[tuple[Any, Any]] = []
-        # A value inside itself, or at several places, counts by its number: a model may switch between equal parts.
+        # The number of each visited value, by its id. A value that is met again counts by this number, since it matters
+        # whether two places hold the same object or two equal objects.
         self._numbers: dict[int, int] = {}
-        # The id of a value is unique only while the value exists.
+        # Keep every visited value alive, since an id is unique only while its value exists.
         self._alive: list[Any] = []
 
     def open(self, value: Any) -> tuple[Any, Children]:
@@ -193,7 +194,7 @@ class _Walk:
             for name, part in inside:
                 self.path.append((value, name))
                 for each in (name, part):
-                    # most are plain
+                    # Most values are plain: skip the call for them, to save time.
                     if type(each) in _SIMPLE:
                         self.values.append(each)
                     else:
@@ -203,7 +204,7 @@ class _Walk:
 
 def _is_simple(value: tuple[Any, ...]) -> bool:
     """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
-    # a loop and not a generator: most values of a model are such tuples
+    # Use a loop, which is faster than a generator: most values of a model are such tuples.
     for part in value:  # noqa: SIM110
         if type(part) not in _SIMPLE:
             return False
@@ -223,9 +224,9 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
             depend on.
 
     Returns:
-        The values, which can be hashed: tensors by their addresses. The objects that stand among them by their
-        identity: who keeps the values keeps these too, so that no other object is taken for one of them. The tensors,
-        each once, in the order of the values.
+        The values, which can be hashed; tensors count by their addresses. Then the objects that count by their
+        identity: keep them as long as the values, so that no new object gets the same identity. Then the tensors, each
+        once, in the order of the values.
 
     Raises:
         TypeError: a tensor of a special class, such as the part of a sharded weight, whose memory is elsewhere.
@@ -245,7 +246,10 @@ class _Identities(_Walk):
         kind = type(value)
         if isinstance(value, Tensor):
             if kind not in _TENSORS:
-                raise TypeError(f"a tensor of type {kind.__name__} does not say where its memory is")
+                raise TypeError(
+                    f"a tensor of type {kind.__name__} does not say where its memory is: only tensors, parameters and "
+                    "buffers of PyTorch's own classes are allowed"
+                )
             self.tensors.append(value)
             return (value.data_ptr(), value.shape, value.dtype, value.device), ()
         if isinstance(value, nn.Module) or _is_settings(kind):  # type: ignore[arg-type]  # mypy takes no class for hashable
@@ -255,7 +259,7 @@ class _Identities(_Walk):
         if isinstance(value, _VALUES):
             return value, ()
         if isinstance(value, slice):
-            # before Python 3.12 a slice cannot be hashed
+            # Take a slice apart, since a slice cannot be hashed before Python 3.12.
             return ("slice", value.start, value.stop, value.step), ()
         self.objects.append(value)
         return id(value), ()
@@ -276,27 +280,28 @@ def _is_settings(kind: type) -> bool:
 
 # -- the key by value -------------------------------------------------------------------------------------------------
 
-#: Types told apart by name: descriptors and operators in C, and objects on which no prediction depends.
+#: Types whose values count by their name: descriptors and operators written in C, and objects on which no prediction
+#: depends.
 _IN_C = (types.GetSetDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _NAMED = (*_IN_C, ModuleType, logging.Logger, type(threading.Lock()), type(threading.RLock()))
-#: Types around functions, and the names of what they hold.
+#: Types that wrap a function, and the attributes in which they keep the function and its object.
 _AROUND = (MethodType, property, staticmethod, classmethod, functools.cached_property)
 _INNER = ("__func__", "__self__", "fget", "fset", "fdel", "func")
-#: Types with a state that no value shows.
+#: Generators of random numbers that do not show their seed, and compiled scripts. Neither can be compared.
 _DRAWS = (random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
 _INCOMPARABLE = (*_DRAWS, torch.jit.ScriptModule, torch.jit.ScriptFunction)
-#: Attributes of a class that it does not compute with.
+#: Attributes of a class that do not change what the class computes.
 _NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
 #: Attributes that PyTorch adds to a module that it compiled or traced.
 _ADDED = frozenset({"_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
-#: Packages whose code counts by their version, or by this package's own.
+#: Packages whose functions and classes count only by their name, without their code.
 _LIBRARIES = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
     """Hash all that a module computes with: its weights, attributes, hooks and parts, and the code of its classes.
 
-    An edited defence must not be given the rows of the defence before. Attributes count by value, private ones too:
+    An edited defence must not get kept rows of the earlier defence. Attributes count by value, private ones too:
     tensors and arrays with their contents, and modules, functions and objects that are held anywhere inside them with
     all that these hold. A class names in ``not_dependencies`` the attributes that its predictions do not depend on. The
     seed of a torch.Generator counts, its state does not.
@@ -324,7 +329,7 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
 def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
     """The `fingerprint` of a model, or None and the reason, as the end of a sentence that begins with its name."""
     inner: Any = getattr(model, "fingerprinted", model)
-    reason = "is a function, of which no weights can be compared"
+    reason = "is a function, whose weights cannot be compared"
     if isinstance(inner, nn.Module):
         walk = _Values()
         try:
@@ -333,7 +338,7 @@ def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[s
         except _CannotCompareError as error:
             reason = f"holds {error}, which cannot be compared by its value"
         except RecursionError:
-            reason = "holds objects in one another, too deep to be compared"
+            reason = "holds objects that are nested too deep to be compared"
     if revision is None:
         return None, reason
     named = inner if isinstance(inner, FunctionType) else type(inner)
@@ -415,7 +420,8 @@ class _Values(_Walk):
         if library and _is_found_by_name(function):
             return _name(function), ()
         inside = [*around(function), *defaults(function), *_by_name(vars(function).items())]
-        # The methods of dataclasses and named tuples are made from the fields of the class, and have no source.
+        # The methods that Python generates for dataclasses and named tuples have no source text. They follow from the
+        # fields of the class, so their name is enough.
         made = function.__code__.co_filename == "<string>" and function.__name__ in vars(object)
         if library or made:
             return _name(function), inside
@@ -423,7 +429,7 @@ class _Values(_Walk):
             text = inspect.getsource(function.__code__)
         except (OSError, TypeError, SyntaxError, tokenize.TokenError) as error:
             raise self._cannot_compare(function) from error
-        # Several lambdas may stand in one line; before Python 3.11 their columns are not known.
+        # Tell several lambdas in one line apart by their columns, which are not known before Python 3.11.
         columns = [position[2:] for position in getattr(function.__code__, "co_positions", list)()]
         mark = _name(function), text, columns if function.__name__ == "<lambda>" else None
         return mark, [*inside, *read_globals(function)]
@@ -433,19 +439,20 @@ class _Values(_Walk):
         kind = type(value)
         try:
             reduced: Any = (copyreg.dispatch_table.get(kind) or (lambda value: value.__reduce_ex__(4)))(value)
-        # An object's own code may raise anything.
+        # Catch every error, since an object's own code may raise anything.
         except Exception as error:
             raise self._cannot_compare(value) from error
         if isinstance(reduced, str):
-            # The value is a global; a wrapper around a function has its name too.
+            # A text means that the value is a global variable of this name. Add what it wraps, since a wrapper around a
+            # function has the same name.
             reduced = _name(value), getattr(value, "__wrapped__", None)
         make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
         inside = [("class", kind), ("maker", make), ("arguments", arguments)]
         left_out = not_dependencies(kind) | _computed_once(kind)
-        # Objects with slots have two dictionaries of state.
+        # The state of an object with slots is a pair of dictionaries.
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             inside += _by_name(part.items(), left_out) if isinstance(part, dict) else [("state", part)]
-        # The parts are elements of a list, and entries of a dictionary.
+        # The remaining parts are the elements of a kind of list, and the entries of a kind of dictionary.
         inside += [("members", None if each is None else list(each)) for each in members[:2]]
         return inside if _is_library(_package(kind)) else [*inside, *_by_name(attributes(value), left_out)]
 
@@ -511,7 +518,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # most tuples are sizes, such as those of a kernel
+                # Skip plain values and tuples of them, such as the size of a kernel, to save time.
                 if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
@@ -526,7 +533,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules that a value holds or uses, once each, with the name by which it uses them.
 
-    Everything is looked through once: the ways through functions that call each other are too many to walk.
+    Every value is visited once, because functions that call each other have too many paths to walk all of them.
 
     Args:
         value: a function, a method, a partial function, or an object, a list, tuple, set or dict with such inside.
@@ -535,7 +542,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
     if not (isinstance(value, (*_CALLS, *_GROUPS)) or _is_object(value)):
         return
     seen = {id(value)}
-    # each with its name, and how many objects and lists lead to it
+    # Each entry is a name, a value, and how many nested objects and lists lead to the value.
     waiting = deque([(place, value, 1)])
     while waiting:
         outer, value, depth = waiting.popleft()
@@ -548,7 +555,8 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
             elif isinstance(part, _CALLS):
                 waiting.append((name, part, depth))
             elif _is_object(part) or isinstance(part, _GROUPS):
-                # the object of a method is used, however deep it is
+                # A method uses its object, so the object is searched however deep it is, and the depth is counted from
+                # there.
                 inside = 1 if isinstance(value, MethodType) else depth + 1
                 if inside <= _DEPTH:
                     waiting.append((name, part, inside))
@@ -564,8 +572,8 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes_read = {name for code in code_and_inner(value.__code__) for name in code.co_names}
         for name, part in children(value):
             calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
-            # If the function calls the object or one of its methods, all its attributes count; otherwise only those
-            # that the function names.
+            # If the function calls the object or one of its methods, all attributes of the object count. Otherwise only
+            # those attributes count that the function names.
             if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
                 yield name, part
             else:
@@ -585,7 +593,7 @@ def _is_object(value: Any) -> bool:
 
 
 def class_functions(model: nn.Module) -> list[FunctionType]:
-    """The methods that a prediction of a module and of its parts may call, but for those of PyTorch.
+    """The methods that a prediction of a module and of its parts may call, without those of PyTorch.
 
     Args:
         model: any module.
@@ -598,7 +606,8 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
     called: list[FunctionType] = []
-    # methods call each other by name; a training step, which no prediction calls, uses other modules
+    # Collect the methods that can be reached by name from forward. Methods that only training calls are left out, since
+    # they may use other modules.
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):

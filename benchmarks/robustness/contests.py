@@ -59,22 +59,22 @@ from . import revisions
 from .counted_model import CountedModel
 from .studies import carso_resnet18
 
-#: The results, as data and as the table that a page shows.
+#: The results file, and the table that a page shows.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: Number of steps of a shorter run against a random model, and of draws in each step.
+#: How many steps the shorter run of rand against a random model takes, and the name of this run.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: Number of draws that judge the images of a random model, and of draws that attacks average.
+#: JUDGES draws judge each image of a random model. Attacks average DRAWS draws in each step.
 JUDGES, DRAWS = 20, 20
-#: Number of images attacked together, the official implementation's default.
+#: How many images are attacked together, as by default in the official implementation.
 BATCH = 250
-#: Number of images in a part for slow contestants of a robust contest, so that stopped runs can resume. The others
-#: attack all images in one run: the stopping rule decides by all of them where it goes on.
+#: Slow contestants of a robust contest attack parts of this many images, so that a stopped run can resume. The others
+#: attack all images in one run, since their stopping rule decides by all images when to stop.
 PARTS = {OFFICIAL: 50, STRONG: 50}
-#: Number of images of a robust contest that the protocol strong attacks.
+#: The protocol strong attacks only this many images of a robust contest.
 STRONG_IMAGES = 100
 
 
@@ -84,7 +84,7 @@ class Amount:
 
     Args:
         images: largest number of images; None: all images of the contest.
-        steps: steps of an attack that takes more, or sets no number.
+        steps: largest number of steps of an attack, which an attack without a number takes.
         queries: queries of Square.
         draws: draws that the attacks on a random model average.
         rounds: number of runs of every contestant; the shortest time counts.
@@ -167,7 +167,7 @@ class Protocol:
         listed = []
         for spec in protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps)):
             if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
-                raise ValueError(f"the contests run attacks on the model as it is, and {self.name} has {spec}")
+                raise ValueError(f"the protocol {self.name} must only have attacks on the deployed model, got {spec}")
             given = {name: getattr(spec.resolved, name, None) for name in most}
             less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
             listed.append((spec, replace(spec.resolved, **less)))
@@ -263,7 +263,7 @@ def _of_zoo(name: str, random: bool = False) -> nn.Module:
     """A model of the zoo, without its noise unless it is to be random."""
     model = zoo.load(name)
     if isinstance(model, StochasticDefence) and not random:
-        # AutoAttack's standard version is for deterministic models.
+        # Remove the noise, since AutoAttack's standard version is for deterministic models.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
@@ -311,7 +311,7 @@ def _published(folder: Path | None) -> Subject:
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: alpha-beta-CROWN distributes it")
+        raise FileNotFoundError(f"{path} is missing: copy it from alpha-beta-CROWN, which distributes this network")
     model = nn.Sequential(
         nn.Conv2d(1, 16, 4, 2, 1),
         nn.ReLU(),
@@ -333,11 +333,13 @@ CONTESTS = {
     "digits, ARREST": _digits("digits-arrest"),
     "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
     "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # Each step has 20 draws of eight samples: a fifth of the images take the official attack several minutes.
+    # Take only 100 images: each step has 20 draws of eight samples, so that the official attack takes several minutes
+    # even for a fifth of all images.
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
-#: Robust networks. Some names are followed by the first and the last image.
+#: The contests on robust networks. If a contest has only a part of the images, its name ends with the first and the
+#: last image.
 ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
 ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
 ROBUST |= {
@@ -392,7 +394,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
     begin, work = time.perf_counter(), time.process_time()
     wrong = attack(subject if door is None else replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    # Other load on the machine affects this time less.
+    # Measure processor time too, since other load on the machine affects it less.
     row["cpu_seconds"].append(time.process_time() - work)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
@@ -559,7 +561,7 @@ def markdown(rows: list[Row]) -> list[str]:
         else:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             if row["device"] != first["device"]:
-                # Times of two machines say nothing about the attacks.
+                # Do not compare times of two machines, since they say nothing about the attacks.
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
@@ -589,7 +591,7 @@ def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return their table. Every finished run of a contestant is kept and not repeated."""
     usual = QUICK if chosen.quick else Amount()
     amount = replace(usual, rounds=chosen.rounds, images=chosen.images or usual.images)
-    # A trial must not replace results that took days.
+    # Write a trial to another folder, so that it does not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
     out = options.out_of(chosen, trial, "studies")
     contests, file, page, table = CONTESTS, FILE, TABLE, markdown
@@ -601,7 +603,11 @@ def main(chosen: argparse.Namespace) -> str:
 
     for name in chosen.names or contests:
         if name not in contests:
-            raise Unfit(f"{name!r} is a contest {'without' if chosen.robust else 'with'} --robust")
+            raise Unfit(
+                f"{name!r} is not a contest of --robust: leave --robust out"
+                if chosen.robust
+                else f"{name!r} is a contest of --robust: add --robust"
+            )
         contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
         known = [row for row in known if row["amount"] == asdict(amount) and not chosen.redo]

@@ -35,7 +35,7 @@ class CountedModel(nn.Module):
         model: images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
-    #: The counts do not change predictions (`purify_fast.model_state`).
+    #: The counts do not change predictions, so fingerprints and captured steps ignore them (`purify_fast.model_state`).
     not_dependencies = frozenset({"counts"})
 
     def __init__(self, model: nn.Module):
@@ -46,7 +46,8 @@ class CountedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.forwards += len(x)
         if x.requires_grad:
-            # Use a tensor of this pass: a hook on the attack's own tensor would remain, and count other passes again.
+            # Put the hook on a new tensor of this pass. On the attack's own tensor it would remain, and count later
+            # passes again.
             x = x.view_as(x)
             x.register_hook(self.counts.count_gradient)
         return self.model(x)

@@ -1,9 +1,9 @@
 """Packs trained models into `purify_fast.zoo`, each with a card of what this package's evaluation left of it.
 
-FOLDER is what a training wrote: a saved classifier or defence. Without it the model is in the zoo already, and only its
-card is written again. What the model is stands in its card; a new one brings a ``card.json`` in FOLDER, of which the
-numbers are replaced. The classifier behind a defence is a model of the zoo as well, which defences share. An evaluation
-that was interrupted goes on where it was.
+FOLDER is the folder that a training wrote, with a saved classifier or defence. Without a folder the model must be in
+the zoo already, and only its card is written again. The card describes the model. For a new model put a ``card.json``
+into FOLDER; its numbers are replaced by those of the evaluation. The classifier behind a defence is a model of the zoo
+too, and several defences share it. An interrupted evaluation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
-#: The largest model, and all of them together, in bytes.
+#: The largest size of a model, and of all models of the zoo together, in bytes.
 LARGEST, ALL = 3_000_000, 20_000_000
-#: The protocols that a card has a number of, and the share of the images that each one attacks.
+#: The protocols whose accuracies a card shows, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
-#: Those of a purifier by diffusion, which predicts at random; "votes" attacks and judges a majority of `VOTES` draws.
+#: The protocols for a purifier by diffusion, which predicts at random. "votes" attacks and judges the majority of
+#: `VOTES` draws.
 DIFFUSION_PROTOCOLS = {"rand": 1.0, "strong": 0.25, "votes": 0.25}
 VOTES = 10
-#: Images that the first of these attacks, if the command does not say another number.
+#: How many images a protocol with the share 1 attacks, if the command gives no other number.
 IMAGES = 200
-#: Test images of clean accuracy, at most.
+#: Clean accuracy is measured on at most this many test images.
 CLEAN = 10_000
-#: What stands in the table beside a number that other attacks made than the package has.
+#: The mark of a number that was made by other attacks than the package has now, in the table.
 OLDER = "†"
-#: How a card calls the method of a `DiffusionPurifier`.
+#: The name of the method of a `DiffusionPurifier` in its card.
 DIFFUSION = "diffusion"
 
 
@@ -56,31 +57,34 @@ def size_of(folder: Path) -> int:
 
 
 def card_of(name: str, source: Path) -> Card:
-    """What is known of a model before it is judged.
+    """The card of a model before the model is judged.
 
     Raises:
-        Unfit: no card says what it is.
+        Unfit: there is no card that describes the model.
     """
     for folder in (MODELS / name, source):
         if (folder / FILE).is_file():
             return replace(read_card(folder), name=name)
-    raise Unfit(f"there is no model {name!r}: there are {', '.join(packed.list())}; a new one brings a {FILE}")
+    raise Unfit(
+        f"there is no model {name!r} in the zoo: there are {', '.join(packed.list())}. For a new model give "
+        f"NAME=FOLDER, and put a {FILE} into FOLDER"
+    )
 
 
 def prepare(source: Path, out: Path) -> Path:
-    """Write a model as the zoo keeps it, and return the folder; it stays beside the reports that are on it.
+    """Write a model in the form of the zoo, and return its folder, which stays beside the reports on the model.
 
-    One that is too large in float32 is stored in bfloat16. It is judged as it is stored.
+    A model that is too large in float32 is stored in bfloat16. It is judged in the form in which it is stored.
 
     Args:
         source: the folder that a training wrote.
-        out: where to.
+        out: the folder to write to.
 
     Raises:
-        Unfit: both are one folder.
+        Unfit: both are the same folder.
     """
     if source.resolve() == out.resolve():
-        raise Unfit(f"{source} is where the model is put before it is packed: give the folder of a training")
+        raise Unfit(f"source and output are the same folder, {source}: as source give the folder that a training wrote")
     out.mkdir(parents=True, exist_ok=True)
     if size_of(source) <= LARGEST:
         shutil.copyfile(source / MODEL, out / MODEL)
@@ -93,8 +97,8 @@ def store_in_bfloat16(source: Path, out: Path) -> None:
     """Write a saved model again, with its weights in bfloat16.
 
     Args:
-        source: the folder that it is in.
-        out: where to.
+        source: the folder of the model.
+        out: the folder to write to.
     """
     facts, state = read_model(source)
     extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
@@ -103,7 +107,7 @@ def store_in_bfloat16(source: Path, out: Path) -> None:
 
 
 def check_sizes(sources: dict[str, Path], models: Path) -> None:
-    """That the zoo stays small; Unfit otherwise.
+    """Check that the zoo stays small; raise Unfit otherwise.
 
     Args:
         sources: the folders of the models as they are to be packed, by name.
@@ -113,18 +117,18 @@ def check_sizes(sources: dict[str, Path], models: Path) -> None:
     for source in sources.values():
         size = size_of(source)
         if size > LARGEST:
-            raise Unfit(f"{source} has {size:,} bytes: a model of the zoo has at most {LARGEST:,}")
+            raise Unfit(f"the model in {source} has {size:,} bytes, but a model of the zoo has at most {LARGEST:,}")
         total += size
     if total > ALL:
-        raise Unfit(f"the zoo would have {total:,} bytes: at most {ALL:,} are allowed")
+        raise Unfit(f"the zoo would have {total:,} bytes, but at most {ALL:,} are allowed: pack fewer models")
 
 
 def pack(source: Path, card: Card, models: Path) -> None:
     """Put a model and its card into the zoo.
 
     Args:
-        source: the folder that `prepare` wrote, or the one in the zoo.
-        card: what is known of the model.
+        source: the folder that `prepare` wrote, or the model's folder in the zoo.
+        card: the card of the model.
         models: the zoo's folder.
     """
     folder = models / card.name
@@ -139,7 +143,7 @@ def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
 
     Args:
         model: images to logits.
-        data: whose test images are classified.
+        data: data set with the test images.
     """
     x = data.x_test[:CLEAN]
     torch.manual_seed(0)
@@ -150,8 +154,8 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
     """A model in evaluation mode; a defence with its classifier.
 
     Args:
-        card: of the model.
-        folders: of the models that are being packed, by name.
+        card: the card of the model.
+        folders: folders of the models that are being packed, by name.
         models: the zoo's folder.
 
     Raises:
@@ -166,7 +170,10 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
     except ValueError as error:
         raise Unfit(str(error)) from error
     if model.own_classifier:
-        raise Unfit(f"{folder} has a classifier that was trained with its purifier: the zoo cannot share it")
+        raise Unfit(
+            f"{folder} has a classifier that was trained together with its purifier, but defences of the zoo share "
+            "their classifiers: give a defence with a classifier of the zoo"
+        )
     return model
 
 
@@ -174,7 +181,7 @@ def protocols_of(card: Card) -> dict[str, float]:
     """The protocols that judge a model, and the share of the images that each one attacks.
 
     Args:
-        card: what is known of the model.
+        card: the card of the model.
     """
     return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
 
@@ -183,7 +190,7 @@ def attacks_of(card: Card, protocol: str) -> str:
     """A short hash of the attacks that judge a model by a protocol.
 
     Args:
-        card: what is known of it.
+        card: the card of the model.
         protocol: one of `protocols_of`.
     """
     random, name = card.method not in ("classifier", "ARREST"), "rand" if protocol == "votes" else protocol
@@ -194,11 +201,11 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
     """Evaluate a model, and return its card.
 
     Args:
-        card: what is known of it.
-        model: in evaluation mode.
-        images: how many held-out images are attacked; `protocols_of` has the share of each protocol.
-        data: the data set that it was trained on.
-        out: where the reports are kept, so that an interrupted evaluation goes on.
+        card: the card of the model.
+        model: the model, in evaluation mode.
+        images: number of held-out images; `protocols_of` has the share that each protocol attacks.
+        data: the data set on which the model was trained.
+        out: folder of the reports, by which an interrupted evaluation continues.
     """
     name, attacked = card.name, {}
     for protocol, share in protocols_of(card).items():
@@ -287,15 +294,15 @@ def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
     for name, source in sources_of(chosen, models).items():
         card = card_of(name, source)
         if not (source / MODEL).is_file():
-            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
+            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER, with the folder that a training wrote")
         load_dataset(card.data, chosen.data)
 
 
 def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
-    """Pack and judge models; their cards.
+    """Pack and judge models, and return their cards.
 
     Args:
-        chosen: what `check` found good.
+        chosen: the options, which `check` has checked.
         models: the zoo's folder.
 
     Raises:
@@ -310,14 +317,14 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     check_sizes(folders, models)
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
-        # what stays in the zoo must fit a classifier that is packed anew
+        # Load the defences that stay in the zoo, to check that they fit a classifier that is packed anew.
         if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
             loaded(card, folders, models)
     judged = [
         judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
         for name, card in cards.items()
     ]
-    # all at once, so that a defence and its classifier never differ for long
+    # Pack all models in one go at the end, so that a defence and its classifier do not differ for long.
     for card in judged:
         pack(folders[card.name], card, models)
     return "\n".join(map(str, judged))

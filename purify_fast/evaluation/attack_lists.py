@@ -32,22 +32,25 @@ from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
 from .surrogates import WithoutNoise
 
-#: Row name of "authors" for a model that does not define its authors' evaluation.
+#: The row of the protocol "authors" for a model that does not say how its own authors evaluate it.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
-#: Steps of the first attack of "fast" and "standard": most images fall in the first few.
+#: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
-#: Steps of the search of "fast" on many images. 100 steps found one more image in 500, and cost a fifth more.
+#: Steps of the targeted search of "fast" on many images. 100 steps broke only one image in 500 more, and cost a fifth
+#: more.
 FAST_STEPS = 60
-#: The share of all images that may still fall among those that an attack of "fast" or "standard" does not search.
+#: An attack of "fast" or "standard" stops when at most this share of all images can still fall among the images that it
+#: has not searched.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: How many images nearest to falling are searched again: by FAB-T of "standard", by the further attacks of "fast", and
-#: by the costly attacks of both. These images decide the accuracy.
+#: How many of the images nearest to falling are searched again, since they decide the accuracy: NEAREST by FAB-T of
+#: "standard", FAST_NEAREST by the further attacks of "fast", FEWEST_NEAREST by the most costly attacks of both.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
-#: Queries of Square when it searches many images.
+#: Queries of Square per image when it searches many images.
 SHORT_QUERIES = 1000
-#: Draws that "rand" averages per step, as AutoAttack's version of that name.
+#: How many draws "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
-#: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
+#: How many further random starts "strong" makes. Each one has a row of its own, so that a report shows how many images
+#: the last one still broke.
 RESTARTS = 2
 
 
@@ -70,7 +73,7 @@ def protocol_attacks(
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
-    # Evaluations by others have no such row.
+    # The protocol "authors" repeats an evaluation of others, which has no transfer from a base.
     if base is not None and name != "authors":
         attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
@@ -84,7 +87,7 @@ def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
 
 
 def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
-    """An attack on the images that earlier attacks left."""
+    """An attack on the images that withstood all earlier attacks."""
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
@@ -116,7 +119,7 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
         _nearest(FABT(give_up=True), NEAREST),
-        # The images that decide the number are searched from many starts.
+        # Search the images nearest to falling from many starts, since they decide the accuracy.
         *(_nearest(attack, FEWEST_NEAREST) for attack in (every, again, FABT(n_target_classes=None))),
         _nearest(Square(give_up=True), FEWEST_NEAREST),
     ]
@@ -135,7 +138,7 @@ def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    # Every search runs to its end, so images that the other protocols skip are searched here.
+    # Unlike in the other protocols, every attack here searches all images, and ends only after its last step.
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
@@ -168,7 +171,7 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
     model = subject.base_model
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
-    # A purifier with samples is attacked through several heads instead.
+    # A purifier with several samples is attacked through different aggregations of the samples instead.
     bare = is_purifier(model) and not supports(model, SampleLogits)
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
@@ -207,7 +210,7 @@ def _has_several_samples(subject: Subject) -> bool:
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
-    """An attacker's own aggregation of the samples; the defence judges by its own."""
+    """An attack through another aggregation of the samples; the defence judges by its own aggregation."""
     seen = AttackersHead(cast(SampleLogits, model), head)
     return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
 
@@ -255,7 +258,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: Protocols whose searches run to their end if signs of masked gradients are found before them.
+#: The protocols that let every search run to its end if the probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: Every protocol by its name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {

@@ -1,4 +1,4 @@
-"""An attack on the images of a row, batch by batch. A batch needs no other batch, and is kept when it is made."""
+"""An attack on the images of a row, batch by batch. Each batch is independent of the others, and kept when finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .specs import check_adversarial
 from .stopping import StoppingRule
 from .subject import Subject
 
-#: The counts of `GradientHealth`.
+#: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
@@ -129,7 +129,8 @@ class AttackRun:
             most = subject.room.limit(context.resources.max_forward_batch)
             resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
             told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
-            # The attack gets a copy: changes in place must not hide how far it moved the images.
+            # Give the attack a copy. If it changed the images in place, the check of how far it moved them would see no
+            # change.
             return self.attack.search(self.target, x.clone(), y, told)
 
         graphs, device = context.resources.graphs, subject.device
@@ -142,7 +143,7 @@ class AttackRun:
         check_adversarial(self.attack.name(context), result.images, x, self.attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
-            # Once the images are on the host, the device has finished its work.
+            # Copying to the host waits until the device has finished, so that the time measured below is complete.
             images=result.images.detach().cpu(),
             health={name: health.count(name) for name in COUNTS},
             seconds=time.perf_counter() - begin,
@@ -159,11 +160,11 @@ class AttackRun:
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All images, attacked at the places of the index, with sums over the batches up to the last that was made.
+        """All images, with the attacked images at the positions in ``index``, and sums over the batches that were made.
 
         Args:
             share: makes batches, given by number, in several processes; None: this process makes all.
-            at_once: number of batches that are shared before the rule is asked; without a rule, all are. A batch made
+            at_once: number of batches that are shared before the rule decides; without a rule, all are. A batch made
                 beyond the point where the rule stops is left out, so that rows equal those of one process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)

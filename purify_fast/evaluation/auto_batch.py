@@ -23,7 +23,7 @@ from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-#: Assumed number of tensors of the images' size that an attack remembers.
+#: An attack is assumed to keep this many tensors of the size of the attacked images in memory.
 REMEMBERED = 16
 
 
@@ -44,7 +44,10 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
     if isinstance(batch_size, str):
         raise ValueError(f'batch_size must be a number or "auto", got {batch_size!r}')
     if memory is not None:
-        raise ValueError(f'memory needs batch_size="auto", and batch_size is {batch_size}')
+        raise ValueError(
+            f'memory={memory!r} needs batch_size="auto", got batch_size={batch_size}: give batch_size="auto", or leave '
+            "memory out"
+        )
     check_at_least_one(batch_size=batch_size)
     return batch_size
 
@@ -60,7 +63,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             it.
     """
     device = subject.device
-    # All images that an attack remembers are in memory at once.
+    # An attack keeps tensors for all images of a batch, however few of them go through the model at once.
     remembered = REMEMBERED * subject.x[: subject.batch_size].nbytes
     images = subject.room.images
     for model in models:
@@ -72,7 +75,8 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             return objective.gradient(x.to(device), y.to(device))
 
         fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
-        # A model that keeps its last input is left as it was found.
+        # A model may keep its last input, which is a part of its fingerprint. Show it the sample images again, so that
+        # this measurement leaves no trace.
         model(subject.sample_images())
         images = fitting if images is None else min(images, fitting)
     if images is not None:

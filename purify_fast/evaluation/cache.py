@@ -26,10 +26,11 @@ from .rows import Row
 
 logger = logging.getLogger("purify_fast")
 
-#: Raised by one whenever a row of the same settings, weights and data would come out differently than before: another
-#: way to choose the attacked images, to seed, to judge or to count, or an op whose definition changed. Edited comments,
-#: docstrings, labels, pictures and tables, and faster kernels of the same function, leave it as it is. A change within
-#: one attack raises that attack's own version instead, so that the rows of the others are kept.
+#: Increase this number by one whenever the same settings, weights and data would give other rows than before. Kept rows
+#: with an older number are then made again. Such a change is another way to choose the attacked images, to seed, to
+#: judge or to count, or another definition of an op. Leave the number as it is for edited comments, docstrings, labels,
+#: pictures and tables, and for faster kernels of the same function. For a change within one attack increase that
+#: attack's own version instead, so that the rows of the other attacks are kept.
 PROTOCOL_VERSION = 2
 
 
@@ -54,8 +55,8 @@ class RowCache:
 
     Args:
         folder: folder of the whole evaluation; None: nothing is kept.
-        served: the kernels that serve the ops, by `purify_fast.ops.kernels_now`. Kernels and references differ in
-            the last bits, so rows of other kernels do not belong to the same evaluation.
+        served: the kernels that run the ops, by `purify_fast.ops.kernels_now`. Kernels and references differ in the
+            last bits, so rows of other kernels do not belong to the same evaluation.
         revision: the user's name for what the model computes, part of what every row depends on.
 
     Attributes:
@@ -67,7 +68,8 @@ class RowCache:
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served or {}, revision
-        # A model is read only once. It is kept beside its mark, so that no other object gets its id.
+        # The fingerprint of each model, by the id of the model. The model itself is kept beside its fingerprint, so
+        # that no other object can get the same id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ class RowCache:
         marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
         if self.folder is None or None in marks:
             return None
-        # A block of `use_backend` overrides the environment variable.
+        # The name needs both settings, because a block of `use_backend` overrides the environment variable.
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
         whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
@@ -117,7 +119,7 @@ class RowCache:
         else:
             values, tensors = content
             row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
-        # A run that ended after writing the row and before removing its batches has left these.
+        # Remove the batches in any case: a run that was interrupted after it wrote the row has not removed them.
         remove_batches(batches)
         return row
 

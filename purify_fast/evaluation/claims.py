@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-#: A claim is refuted if, were it true, a number this low would have a smaller chance than this.
+#: A claim is refuted if an accuracy as low as the measured one would have a smaller probability than this, given that
+#: the claim is true.
 REFUTED = 0.01
-#: The largest number of images that is ever asked for.
+#: A report never asks for more images than this to decide about a claim.
 MOST = 10**6
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from .._validation import Count, CudaGraphs, CudnnBenchmark, check_number, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
-#: The rule for several predictions of a random model: an image is right if all of them are, or if their majority is.
+#: How the predictions of a random model on an image decide: the image is right if all of them are right (worst_of), or
+#: if their majority is right (votes).
 Predict = Literal["worst_of", "votes"]
 BatchSize = int | Literal["auto"]
 
-#: Number of images attacked together by default.
+#: The default number of images that are attacked together.
 USUAL_BATCH = 250
 
 
@@ -102,7 +103,7 @@ class EvaluateConfig:
         check_claim(self.claim)
         for radius in self.curve:
             check_number("each of curve", radius)
-        # A frozen dataclass refuses a plain assignment.
+        # A frozen dataclass refuses a plain assignment to an attribute.
         object.__setattr__(self, "curve", tuple(self.curve))
         check_types(self)
 
@@ -135,11 +136,13 @@ def check_claim(claim: Any) -> None:
     if claim is None:
         return
     if isinstance(claim, bool) or not isinstance(claim, (int, float)):
-        raise TypeError(f"claim must be a number of percent from 0 to 100, got {claim!r}: such as claim=70")
+        raise TypeError(
+            f"claim must be a number of percent from 0 to 100, got {claim!r}: give a number, such as claim=70"
+        )
     if not 0 <= claim <= 100:
         raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give percent of robust accuracy, such as 70")
     if 0 < claim <= 1:
         raise ValueError(
-            f"claim must be in percent, got {claim!r}: a claim of {100 * claim:g} % is written {100 * claim:g}. Claims "
-            "above 0 and up to 1 % are not tested"
+            f"claim must be in percent, got {claim!r}: write a claim of {100 * claim:g} % as claim={100 * claim:g}. "
+            "Claims above 0 % and up to 1 % cannot be tested"
         )

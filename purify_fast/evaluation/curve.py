@@ -24,7 +24,8 @@ from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
 from .specs import AttackSpec, FunctionAttack
 
-#: Raised whenever a row of a radius would come out differently: kept rows are used again by this number.
+#: Increase this number whenever a change here gives another row for the same radius; kept rows with an older number are
+#: then made again.
 REVISION = 1
 
 
@@ -40,13 +41,16 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         ValueError: a radius is not above 0, or too large, or a report would call several radii by the same name.
     """
     for radius in curve:
-        # This form of the comparison refuses NaN too.
+        # Written this way, the comparison refuses NaN too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
     radii = sorted({float(eps), *map(float, curve)})
     for one, other in itertools.pairwise(radii):
         if short(one) == short(other):
-            raise ValueError(f"curve must be radii of different names, got {one} and {other}, both named {short(one)}")
+            raise ValueError(
+                f"curve must have radii of different names, got {one} and {other}, which a report both calls "
+                f"{short(one)}: leave one of them out"
+            )
     radii.remove(float(eps))
     return radii
 
@@ -65,13 +69,17 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
         raise ValueError(
-            "curve needs an attack of purify_fast.attacks without an eps of its own, on all images, on the model as it "
-            "is deployed: the protocols fast, standard, rand and strong have some"
+            "curve needs an attack of purify_fast.attacks that has no eps of its own and attacks all images on the "
+            "deployed model, and the given attacks have none: add one, such as APGD(), or give the protocol fast, "
+            "standard, rand or strong"
         )
     names = {ball_name(context.norm, radius) for radius in radii}
     for spec in plan:
         if (threat := threat_name(spec, context)) in names:
-            raise ValueError(f"curve must leave out {threat}, which {row_name(spec, context)} has as its own ball")
+            raise ValueError(
+                f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this ball: "
+                "leave that radius out"
+            )
     return chosen
 
 
@@ -112,7 +120,8 @@ class Curve:
         eps, rows = float(measure.context.eps), []
         for side in ([r for r in self.radii if r < eps], [r for r in self.radii if r > eps]):
             below = bool(side) and side[0] < eps
-            # Images that withstood the report's radius are safe below it; images that fell there have fallen above it.
+            # An image that withstood the report's radius counts as right at every smaller radius. An image that fell
+            # there counts as fallen at every larger radius.
             safe = left if below else np.zeros_like(left)
             standing = measure.clean("random").robust & ~left if below else left
             x, begin = measure.subject.x, None
@@ -121,7 +130,8 @@ class Curve:
                 rows.append(row)
                 standing = row.robust & ~safe
                 if following is not None:
-                    # The next radius begins at the best points of this one, moved outward to its ball.
+                    # Start the next radius at the best points of this radius, with their distances from the clean
+                    # images scaled to the next radius.
                     points = x.clone()
                     points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
                     begin = x + (points - x) * (following / radius)
@@ -155,8 +165,9 @@ class Curve:
                 order = measure.in_order(spec, index, lead.numpy())
                 sums = measure.attack(spec, order, None, begin).sums
                 judged = subject.judge(sums.images[index], "random", "judge", index=index)
-                # The point of the smallest lead is nearest to falling. A lead of NaN counts as larger than any number,
-                # and still better than no point.
+                # For each image keep the point at which the true class leads least, since it is nearest to falling.
+                # Replace a lead of NaN by the largest number: such a point is kept only while the image has no other
+                # point.
                 margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
                 closer = index[margins < lead[index]]
                 best[closer] = sums.images[closer]

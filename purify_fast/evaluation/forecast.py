@@ -22,7 +22,7 @@ from .report import Report
 from .runner import evaluate
 from .subject import device_of
 
-#: Number of images on which the work for the device is counted.
+#: The work of the device is counted on this many images.
 COUNTED = 8
 
 
@@ -64,7 +64,8 @@ def forecast(
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
     peaks: list[int] = []
-    # The signs have a bounded number of images, so they are not counted.
+    # Leave the signs of a failed attack out: they use a limited number of images, so their work does not grow with the
+    # number of all images.
     counts = counted(lambda: peaks.append(peak_memory(lambda: some(few), device_of(model, x))))
     cost = Cost(counts.launches * math.ceil(len(x) / batch), *(value * len(x) / few for value in counts[1:]))
     memory = peaks[0] * min(batch, len(x)) / few
@@ -86,7 +87,7 @@ def forecast(
         began = time.perf_counter()
         asked = some(few, alone)
         signs = time.perf_counter() - began - _of_attacks(asked)
-    # Beyond the first few images, neither the signs nor the work before the attacks grow with their number.
+    # The signs, and the work before the attacks, use at most PROBED images, so their time grows only up to that number.
     whole = _of_attacks(report) * len(x) / count + max(0.0, signs) * min(PROBED, len(x)) / few
     return Forecast(what, cost, resident_memory() + memory, whole)
 

@@ -1,8 +1,8 @@
 """BPDA without naming modules: modules inside a model that have no gradient get the identity's gradient.
 
-A detour through NumPy, a compression, a floor division or a user's own function passes no gradient on. If a module
-around it returns about its input, of the same shape and range, it is differentiated as the identity (BPDA, Athalye,
-Carlini & Wagner, ICML 2018, section 4) wherever its own gradient is missing, zero or not finite.
+A detour through NumPy, a compression, a floor division or a user's own function passes no gradient on. If the module
+around it returns approximately its input, with the same shape and range, the module is differentiated as the identity
+(BPDA, Athalye, Carlini & Wagner, ICML 2018, section 4) wherever its own gradient is missing, zero or not finite.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ..attacks import frozen
 from ..protocols import Classifier
 from .softening import Args, HoldingMode, Rule
 
-#: Raised whenever such a copy would compute something else: kept rows are used again only under the same number.
+#: Increase this number whenever such a copy of a model would compute something else; kept rows with an older number are
+#: then made again.
 REVISION = 1
-#: The share of its input's range by which a module's output may lie outside of this range.
+#: A module is replaced by the identity only if its output leaves the range of its input by at most this share of the
+#: range.
 OUTSIDE = 0.1
 
 
@@ -43,7 +45,7 @@ class PassedThrough(HoldingMode):
         return func(*args, **(kwargs or {}))
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        # A block inside another block finds the hooks in place.
+        # If this block is inside another block of the same object, the hooks are there already.
         for module in [] if self._open else self.modules:
             stack.callback(module.register_forward_pre_hook(self._before, prepend=True).remove)
             stack.callback(module.register_forward_hook(self._after).remove)
@@ -52,7 +54,7 @@ class PassedThrough(HoldingMode):
         if not _takes_images(args):
             return None
         self._given.setdefault(module, []).append(args[0])
-        # NumPy refuses tensors that require gradients.
+        # The module may convert its input to NumPy, which refuses tensors that require gradients.
         return args[0].detach(), *args[1:]
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -71,7 +73,8 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         x: a few images ``[B, C, H, W]``.
 
     Returns:
-        By name the innermost modules, and the outermost modules if they differ; empty if there are none.
+        Groups of modules by name: the innermost modules, and the outermost modules if those differ; empty if there are
+        no such modules.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from ..defences.base import Defence
 from ..protocols import Classifier
 
-#: Dtypes of labels.
+#: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Words of PyTorch's errors about images of a shape that a model does not take.
+#: Phrases by which PyTorch's errors about a wrong shape of the images are recognized.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
-#: The most members of a tuple that an error describes.
+#: An error describes at most this many members of a tuple.
 MEMBERS = 4
-#: Advice on a model that returns probabilities.
+#: Advice for a model that returns probabilities in place of logits.
 INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
 )
 
-#: Words for a model that returns one-hot rows.
+#: The words about a model that returns one-hot rows: the problem, and what to do. Errors and reports use them.
 ONE_HOT = (
     "returns one-hot rows, a single 1 among zeros. They name a class and have no gradient: return the logits [B, "
     "classes] from which the class is chosen"
@@ -54,13 +54,15 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     for batch, batch_labels in _read(x):
         if sum(map(len, images)) >= least:
             part = collect(torch.cat(images), torch.cat(labels))
-            # The batches must not stay in memory while the part is attacked.
+            # Drop the batches, so that they do not stay in memory while the part is attacked.
             images, labels = [], []
             yield *part, True
         images.append(batch)
         labels.append(batch_labels)
     if not images:
-        raise ValueError("the iterable has no batch: a generator can be read only once")
+        raise ValueError(
+            "x must yield at least one batch, got none: a generator can be read only once, so make a new one"
+        )
     yield *collect(torch.cat(images), torch.cat(labels)), False
 
 
@@ -88,13 +90,13 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
-        raise ValueError(f"y must be integers [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
         return x.float() / 255, y.to(torch.int64)
     if not x.is_floating_point():
-        raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: x.byte() makes uint8, if it is in 0..255")
+        raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: if x is in 0..255, give x.byte()")
     x = x.float()
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be in [0, 1] and free of NaN, got {_range(x)}")
@@ -105,15 +107,16 @@ def _of_array(value: Any) -> Any:
     """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    # PyTorch refuses other byte orders and negative strides, and warns of read-only arrays.
+    # Copy the array where PyTorch needs it: PyTorch refuses other byte orders and negative strides, and warns of
+    # read-only arrays.
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _as_tensor(name: str, value: Any) -> str:
     """The line of code that makes a tensor of the input; empty if there is none."""
     if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
-        return f": torch.stack({name}) makes one of them"
-    return f": torch.as_tensor({name}) makes one of it" if isinstance(value, (list, tuple)) else ""
+        return f": torch.stack({name}) makes a tensor of the list"
+    return f": torch.as_tensor({name}) makes a tensor of the list" if isinstance(value, (list, tuple)) else ""
 
 
 def _as_labels(x: Tensor, y: Tensor) -> str:
@@ -142,8 +145,8 @@ def _range(x: Tensor) -> str:
         )
     elif least < 0:
         advice = (
-            "; normalized images are wanted as they were before: give x * std + mean, and let the model normalize "
-            "them: lambda x: model((x - mean) / std)"
+            "; if the images are normalized, give them as they were before, x * std + mean, and let the model "
+            "normalize them: lambda x: model((x - mean) / std)"
         )
     return f"values from {least:.3g} to {most:.3g}{advice}"
 
@@ -151,7 +154,10 @@ def _range(x: Tensor) -> str:
 def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Read the batches of an iterable, which may not differ in dtype or in the size of their images."""
     if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
-        raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}")
+        raise TypeError(
+            f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}: give y too, "
+            "or a DataLoader as x"
+        )
     first: tuple[torch.dtype, list[int]] | None = None
     for i, batch in enumerate(batches):
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -166,8 +172,9 @@ def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
         first = first or kind
         if x.dim() != 4 or y.shape != (len(x),) or kind != first:
             raise ValueError(
-                f"batch {i} must have images [B, C, H, W], of the dtype and size of the first {first}, and labels [B], "
-                f"got {x.dtype} {list(x.shape)} and {list(y.shape)}"
+                f"batch {i} must have images [B, C, H, W] with the dtype and the [C, H, W] of the first batch, "
+                f"{first[0]} {first[1]}, and labels [B], got images {x.dtype} {list(x.shape)} and labels "
+                f"{list(y.shape)}"
             )
         yield x, y
 
@@ -203,9 +210,9 @@ def as_classifier(model: Any) -> Classifier:
         TypeError: model is not callable, or a class in place of its instance.
     """
     if isinstance(model, type):
-        raise TypeError(f"the model is the class {model.__name__}: give an object of it, such as {model.__name__}()")
+        raise TypeError(f"the model must be an object, got the class {model.__name__}: give {model.__name__}(...)")
     if not callable(model):
-        raise TypeError(f"the model must be callable, images to logits, got {type(model).__name__}")
+        raise TypeError(f"the model must be a callable from images to logits, got {type(model).__name__}")
     return model
 
 
@@ -244,10 +251,10 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     if not logits.is_floating_point():
         what = f"{logits.dtype} {list(logits.shape)}"
         if are_one_hot(logits):
-            raise ValueError(f"the model {ONE_HOT}. It returned {what}, and floating point is needed")
+            raise ValueError(f"the model {ONE_HOT}. The logits must be floating point, got {what}")
         raise ValueError(
-            f"the model must return logits in floating point, got {what}: output.float() converts them, if they are "
-            "scores that rise with the class's chance"
+            f"the model must return logits in floating point, got {what}: if they are scores, larger for a more likely "
+            "class, return output.float()"
         )
     return model, logits.shape[1]
 
@@ -300,13 +307,14 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
     try:
         return model(some)
     except Exception as error:
-        # Usually only images of shape [N, H, W, C] have this size.
+        # A last dimension of 1, 3 or 4 usually means images [N, H, W, C]. For other shapes, explain only PyTorch's
+        # errors about shapes.
         if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
             if not isinstance(error, RuntimeError) or not any(text in str(error) for text in SHAPE_ERRORS):
                 raise
             given = list(some.shape[1:])
             raise ValueError(
-                f"x has images [C, H, W] = {given}, which the model does not take{_wanted(model, given)} "
+                f"x has images [C, H, W] = {given}, which the model does not accept{_wanted(model, given)} "
                 f"(PyTorch says: {str(error).splitlines()[0]})"
             ) from error
         raise ValueError(
@@ -322,7 +330,7 @@ def are_probabilities(logits: Tensor) -> bool:
     Args:
         logits: output of a model, ``[B, classes]``.
     """
-    # The sum has many rounded terms, and half precision rounds to three or four digits.
+    # Allow for rounding: the sum has many rounded terms, and half precision keeps only three or four digits.
     room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
     inside = (values >= 0) & (values <= 1 + room)
@@ -333,8 +341,8 @@ def _logits_in(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            "the model must return a torch.Tensor of logits [B, classes], or an object or mapping with them as "
-            f"logits, got {_described(output)}{_instead_of(output)}"
+            "the model must return a torch.Tensor of logits [B, classes], or an object or mapping that holds such a "
+            f"tensor under the name logits, got {_described(output)}{_instead_of(output)}"
         )
     return logits
 

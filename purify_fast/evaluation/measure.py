@@ -33,7 +33,7 @@ from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
-#: Name of the file with the points at which an attack begins.
+#: The file with the points at which an attack begins, for the processes that share the attack.
 BEGIN = "begin.safetensors"
 #: Number of attacked images kept with each row, for the pictures.
 EXAMPLES = 8
@@ -85,7 +85,7 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The images of the last attack may be tried on another variant.
+    # The outcome of the last attack on a variant, so that its images can be tried on the deployed model too.
     _search: Outcome | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
@@ -109,14 +109,14 @@ class Measure:
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
-            # The authors' model may be right where the defence is wrong.
+            # Attack all images: the judge, which is the authors' model, may be right where the defence is wrong.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         make = functools.partial(self._measure_attack, spec, alive, index, settings)
         row = self.load_or_make(settings | images, [spec], make)
-        # The key does not hold the name: it is the same attack by any name.
+        # The key of a kept row does not contain its name, so the row may have been kept under another name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
         return row
@@ -139,13 +139,14 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
 
         def make(folder: Path | None) -> Row:
-            # If the attack's row was read from an earlier run, its images are not in memory.
+            # If the attack's row was read from an earlier run, its images are not in memory, and the attack must run
+            # again.
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
-            # Only an image that was attacked can fall.
+            # Count only attacked images as fallen, even if fresh draws of a random model misclassify others.
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
             row.attacked = int((alive & standing).sum())
             row.transferred = True
@@ -184,7 +185,7 @@ class Measure:
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         optional = {
-            # BPDA has an aggregation of its own among its options.
+            # This is not BPDA's own option of the same name, which is among the settings of the attack.
             "aggregation": spec.aggregation,
             "seed": spec.seed or None,
             "gradients_from": None if spec.gradients_from is None else on,
@@ -219,23 +220,23 @@ class Measure:
             "first": subject.offset,
             "seed": subject.seed,
             "classes": subject.num_classes,
-            # An image's draws depend on the batches.
+            # The draws of a random model for an image depend on how the images are divided into batches.
             "batches": [context.resources.batch_size, context.resources.max_forward_batch] if subject.is_random else [],
             "judges": [context.judge_draws, context.judge_share],
             "attacks": attacks,
             "settings": settings,
             "keep": self.keep_all and bool(specs),
         }
-        # Rows of an attack without a revision are not kept.
+        # Do not keep the rows of an attack without a revision, since nothing would show that the attack has changed.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
         key = self.cache.key(whole, *models) if named else None
         row = self.cache.row(key, make)
-        # These do not belong to the key.
+        # These fields are not a part of the key, so they are set for a row that was kept too.
         row.model = self.name
         row.threat = threat_name(specs[0], context) if specs else None
         row.deterministic = not self.subject.is_random
-        # If no image survived, missing gradients do not matter.
+        # If no image withstood the attack, missing gradients do not matter.
         row.reliable = row.reliable or not row.robust.any()
         return row
 
@@ -278,7 +279,7 @@ class Measure:
         shared = team.folder(folder, self.cache.folder)
         with self._run(spec, index, shared, begin) as batches:
             context = batches.context
-            # A deterministic target needs one draw.
+            # Record the number of draws that the attack took, which is 1 for a deterministic target.
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             may_end_early = attack.may_end_early(context)
             cost = attack.cost(context)
@@ -327,7 +328,7 @@ class Measure:
             return
         if task.data != self.subject.data:
             raise ValueError(
-                f"process {self.team.rank} has other images than the first from number {task.first} on: all processes "
+                f"process {self.team.rank} has other images than process 0 from image {task.first} on: all processes "
                 "of a group must read the same images in the same order"
             )
         folder = Path(task.folder)
@@ -335,7 +336,10 @@ class Measure:
         spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
         content = read_file(folder / BEGIN) if task.begins else None
         if task.begins and content is None:
-            raise ValueError(f"the points at which an attack begins are missing in {folder}")
+            raise ValueError(
+                f"{folder / BEGIN} is missing or damaged: process 0 writes the points at which the attack begins to "
+                "this file. Start all processes again"
+            )
         begin = None if content is None else content[1]["points"]
         with self._run(spec, index, folder, begin, task.draws_differ) as batches:
             for number in itertools.chain([first], mine):
@@ -363,7 +367,8 @@ class Measure:
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
-            # Every process tries it, since that takes random draws.
+            # Make this trial in every process, even if its result is given: it takes random draws, and afterwards all
+            # processes must draw alike.
             tried = self._draws_differ(spec, target)
             context = replace(
                 self.context,
@@ -385,12 +390,12 @@ class Measure:
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
-        # Images that were not attacked because earlier attacks broke them count as lost.
+        # Images that earlier attacks broke were not attacked again. They count as fallen.
         row = self._judged(search, settings, judged, judged.right & alive, alive)
         health = search.sums.health
         row.health = health if health["gradients"] else None
         target = spec.other_model if spec.target is None else spec.target
-        # Another aggregation of the same samples does not make another model.
+        # Another aggregation of the same samples does not count as another model.
         row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
@@ -420,7 +425,8 @@ class Measure:
         index, subject = search.index, self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
-            # With a random model, an image that was not attacked may fall by its draws.
+            # Keep only images that the attack was given, since fresh draws of a random model may misclassify others
+            # too.
             wrong &= torch.from_numpy(given)
             others = torch.ones_like(wrong).index_fill(0, index, False)
             fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
@@ -456,6 +462,7 @@ class Measure:
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
         """Tell whether the target's predictions vary. Call it within the variant's block."""
         subject = self.subject
-        # An aggregation that is infinite everywhere hides differences between draws.
+        # Infinite logits, as some aggregations give them, hide differences between draws. A random model then counts as
+        # varying.
         hidden = subject.is_random and spec.variant == "random" and not target(subject.sample_images()).isfinite().all()
         return hidden or subject.answers_vary(target)

@@ -16,7 +16,7 @@ logger = logging.getLogger("purify_fast")
 
 ALONE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
-#: The radii of most published numbers, by data set and norm.
+#: The radii at which most published numbers were measured, by data set and norm.
 USUAL_RADII: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {"linf": (0.3,), "l2": (2.0, 1.5), "l1": (10.0,)},
     "fashion_mnist": {"linf": (0.1,), "l2": (1.5,)},
@@ -32,7 +32,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
-    """The attacks this model allows, with notes on the others; a deterministic model is its own every variant.
+    """The attacks that this model allows, with notes on the others. A deterministic model has only one variant.
 
     A variant that is not what its name promises is not attacked, since its number would mean nothing.
 
@@ -49,7 +49,7 @@ def feasible(
     plan: list[AttackSpec] = []
     for spec in specs:
         if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.has_more:
-            # The attack covers all images.
+            # The limit covers all images, so remove it from the attack and from its name.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
         if obstacle is None and (fault := subject.fault(spec.variant)) is not None:
@@ -61,18 +61,21 @@ def feasible(
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-        # The same attack on the same model and images adds nothing.
+        # Leave out an attack that is in the plan already, since it would find nothing new.
         if spec not in plan:
             plan.append(spec)
     names = [row_name(spec, context) for spec in plan]
     double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:
-        raise ValueError(f"attacks need labels of their own, these share one: {', '.join(double)}")
+        raise ValueError(
+            f"attacks must have different labels, got several named {', '.join(double)}: give each of them its own "
+            "AttackSpec(..., label=...)"
+        )
     return plan, notes
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """The attacks, with each attack on the model as it is repeated under fixed noise, if the model has that."""
+    """The attacks; each attack on the deployed model is repeated under fixed noise if the model has ``fixed_noise``."""
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []
@@ -136,14 +139,14 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
     """The row's name, for random and deterministic models."""
     name = _own_name(spec, context) if spec.label is None else spec.label
-    # A label may say so already.
+    # The user's label may contain these words already.
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    # Without noise, or with fixed noise, a model answers the same every time.
+    # Without noise, or with fixed noise, a model answers the same every time, so the name must not mention draws.
     own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
     name = spec.resolved.name(own)
     if spec.aggregation is not None:

@@ -22,7 +22,7 @@ from ..defences import MajorityVote
 from .inputs import LogitsOf
 from .progress import CountedModel
 
-#: The rounding error by which an attack's own radius may exceed the report's.
+#: An attack's own radius may exceed the report's radius by this share, to allow for rounding.
 ROUNDED = 1e-5
 
 
@@ -38,7 +38,7 @@ class OtherAttack(abc.ABC):
 
     #: The package's name in reports.
     package: ClassVar[str]
-    #: The base class of its attacks: the first part of its module's name, and its own name.
+    #: The base class of the package's attacks: the first part of its module's name, and the name of the class.
     base: ClassVar[tuple[str, str]]
     #: The line of code that makes such an attack, from the name of its class and the radius.
     code: ClassVar[str]
@@ -71,9 +71,9 @@ class OtherAttack(abc.ABC):
         norm, eps = self.ball()
         right = self.in_ball(threat)
         if norm is not None and norm != threat.norm:
-            raise ValueError(f"{self.name} searches a ball in {norm}, the report's ball is in {threat.norm}: {right}")
+            raise ValueError(f"{self.name} searches a ball in {norm}, but the report's norm is {threat.norm}: {right}")
         if eps is not None and eps > threat.eps * (1 + ROUNDED):
-            raise ValueError(f"{self.name} has eps = {eps:.6g}, the report's eps is {threat.eps:.6g}: {right}")
+            raise ValueError(f"{self.name} has eps = {eps:.6g}, but the report's eps is {threat.eps:.6g}: {right}")
 
     def in_ball(self, threat: ThreatModel) -> str:
         """The advice for an attack that would search another ball."""
@@ -98,7 +98,8 @@ class OtherAttack(abc.ABC):
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
-        # An attack that looks for the nearest point at any distance finds nothing if that lies outside the ball.
+        # This attack looks for the nearest adversarial image at any distance. If that image lies outside the ball, the
+        # attack has failed, and the clean image takes its place.
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)
@@ -127,8 +128,8 @@ class OfTorchattacks(OtherAttack):
             )
         if self.attack.targeted and "label" in self.attack.attack_mode:
             raise ValueError(
-                f"{self.name} takes labels for targets ({self.attack.attack_mode}), but it is given the true classes: "
-                "call set_mode_default() or set_mode_targeted_random()"
+                f"{self.name} takes labels as targets ({self.attack.attack_mode}), but evaluate gives it the true "
+                "classes: call set_mode_default() or set_mode_targeted_random()"
             )
 
     def ball(self) -> tuple[str | None, float | None]:
@@ -146,7 +147,7 @@ class OfTorchattacks(OtherAttack):
         return [each.model for each in self._all()]
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        # Every reference to the model that the attack was made for becomes a reference to the judged model.
+        # Copy the attack, with the judged model in place of every model that the attack was made for.
         mine = copy.deepcopy(self.attack, {id(each): model for each in self.wrapped()})
         mine.set_device(x.device)
         return mine(x, y)
@@ -164,7 +165,7 @@ class OfFoolbox(OtherAttack):
     def ball(self) -> tuple[str | None, float | None]:
         order: Any = None
         with contextlib.suppress(ValueError):
-            # If the user chooses the distance when the attack runs, it has no distance before.
+            # An attack whose distance is chosen only when it runs raises ValueError here.
             order = getattr(self.attack.distance, "p", None)
         return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
 
@@ -192,17 +193,19 @@ class OfArt(OtherAttack):
 
     def check(self) -> None:
         if self.attack.targeted:
-            raise ValueError(f"{self.name} has targeted=True, but it is given the true classes: set targeted=False")
+            raise ValueError(
+                f"{self.name} has targeted=True, but evaluate gives it the true classes: set targeted=False"
+            )
         estimators = self._estimators()
         if not estimators:
-            raise ValueError(f"{self.name} has no PyTorchClassifier as its estimator: write {self.line()}")
+            raise ValueError(f"{self.name} must have a PyTorchClassifier as its estimator: write {self.line()}")
         for estimator in estimators:
             clip = estimator.clip_values
             changes = [each for each in estimator.preprocessing_operations if not _changes_nothing(each)]
             if changes or (clip is not None and (np.min(clip[0]), np.max(clip[1])) != (0, 1)):
                 raise ValueError(
-                    f"{self.name} has an estimator that changes images or takes others than in [0, 1]: put the "
-                    f"preprocessing into the model, and write {self.line()}"
+                    f"{self.name} has an estimator that preprocesses images, or clips them to a range other than "
+                    f"[0, 1]: put the preprocessing into the model, and write {self.line()}"
                 )
 
     def ball(self) -> tuple[str | None, float | None]:
@@ -268,7 +271,9 @@ def of_other_package(given: Any) -> OtherAttack | None:
         if isinstance(given, type):
             if kind.descends(given):
                 line = kind.code.format(name=given.__name__, eps=8 / 255)
-                raise TypeError(f"{given.__name__} is a class of {kind.package}: give an object of it, {line}")
+                raise TypeError(
+                    f"{given.__name__} is a class of {kind.package}, not an attack: give an object, such as {line}"
+                )
         elif kind.descends(type(given)):
             return kind(given)
     return None

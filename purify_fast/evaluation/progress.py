@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: Least number of seconds between two lines of a log.
+#: The shortest time between two lines of a log, in seconds.
 LINE_EVERY = 30.0
 
 
@@ -98,14 +98,14 @@ class Progress:
 class CountedModel(nn.Module):
     """A module around any callable that counts the images of its forward passes. AutoAttack needs a module.
 
-    The same object serves a model for a whole evaluation, because a captured step belongs to one module.
+    The same object is used for a model during a whole evaluation, because a captured step belongs to one module.
 
     Args:
         model: the callable.
         progress: counts the images.
     """
 
-    #: Attributes that a captured step ignores (`purify_fast.model_state`).
+    #: Attributes that do not change the computation, so that a captured step ignores them (`purify_fast.model_state`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):

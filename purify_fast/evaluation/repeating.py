@@ -10,9 +10,9 @@ import torch
 
 from ..ops.dispatch.records import processor
 
-#: Arguments that do not change a report.
+#: Arguments of `evaluate` that do not change its report, so that the written call leaves them out.
 WITHOUT = ("progress", "out")
-#: An argument of more characters is written by its name alone.
+#: If the text of an argument has more characters, the call names only the argument.
 LONGEST = 300
 
 
@@ -34,7 +34,7 @@ def _as_text(name: str, value: Any) -> str:
     if callable(value) or isinstance(value, (torch.Tensor, Mapping)):
         return name
     text = repr(value)
-    # The default text of an object contains its address.
+    # The default text of an object contains its address in angle brackets, which nobody can run again.
     return name if len(text) > LONGEST or "<" in text or "tensor(" in text or "\n" in text else text
 
 

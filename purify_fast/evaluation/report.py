@@ -85,7 +85,9 @@ class Report:
         rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
         if len(rows) != 1:
             have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
-            raise KeyError(f"{len(rows)} rows are {attack!r} (model {model!r}); there are {have}")
+            raise KeyError(
+                f"attack={attack!r} and model={model!r} must name one row, got {len(rows)} rows; there are {have}"
+            )
         return rows[0]
 
     @property
@@ -125,9 +127,12 @@ class Report:
         """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
         rows = list(self.headlines.values())
         if not rows:
-            raise ValueError("the report has no attack on the model as it is: its accuracy is that of row('clean')")
+            raise ValueError(
+                "headline needs an attack on the deployed model, and the report has none: the accuracy without an "
+                "attack is row('clean').accuracy"
+            )
         if len(rows) > 1:
-            raise ValueError(f"the report must have one model, got {', '.join(self.headlines)}: use headlines")
+            raise ValueError(f"headline needs a report on one model, got {', '.join(self.headlines)}: use headlines")
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
@@ -166,7 +171,10 @@ class Report:
         """
         known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
         if len(known) != 1:
-            raise ValueError(f"one model with a curve is needed, there are {len(known)}: give curve= to evaluate")
+            raise ValueError(
+                f"curve needs a report on one model with a curve, got {len(known)} such models: for a first curve give "
+                "EvaluateConfig(curve=...) to evaluate; for several models use curves"
+            )
         return known[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
@@ -187,13 +195,16 @@ class Report:
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
-            raise ValueError(f"{mine.model} and {theirs.model} were evaluated on different images: no pairs")
+            raise ValueError(
+                f"paired needs rows on the same images, but {mine.model} and {theirs.model} were evaluated on "
+                "different images"
+            )
         within = self._threat_of(mine), other._threat_of(theirs)
-        # If a report does not name its threat model, trust the caller.
+        # A report that does not name its threat model is assumed to have that of the other report.
         if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
             raise ValueError(
-                f"{mine.model} was attacked within {within[0]}, {theirs.model} within {within[1]}: only rows of the "
-                "same threat model are paired"
+                f"paired needs rows of the same threat model, but {mine.model} was attacked within {within[0]}, and "
+                f"{theirs.model} within {within[1]}"
             )
         n = min(mine.n, theirs.n)
         d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
@@ -225,7 +236,10 @@ class Report:
         """The inverse of `to_json`; ValueError for another format."""
         content = json.loads(text)
         if content.get("format") != FORMAT:
-            raise ValueError(f"the report has format {content.get('format')!r}, this version reads {FORMAT}")
+            raise ValueError(
+                f"the report has format {content.get('format')!r}, but this version of purify_fast reads format "
+                f"{FORMAT}: evaluate the model again"
+            )
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
@@ -251,7 +265,10 @@ class Report:
             ValueError: one defence for several models.
         """
         if callable(defence) and len(self.models) > 1:
-            raise ValueError(f"the report has several models, {self.models}: give a mapping from their names")
+            raise ValueError(
+                "defence must be a mapping from the names of the models, got one defence for several models: "
+                f"{', '.join(self.models)}"
+            )
         return html_page(self, defence)
 
     @property
@@ -290,9 +307,11 @@ class Report:
         place.mkdir()
         for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
             path.replace(place / path.name)
-        note = f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}"
+        note = (
+            f"the report that was in this folder before, on {', '.join(words) or 'something else'}, is now in {place}"
+        )
         self.notes.append(note)
-        # A warning is seen on a terminal, where the report may be printed already.
+        # Log the note too: the report, with its notes, may have been printed already.
         logger.warning(note)
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
@@ -315,7 +334,8 @@ class Report:
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
-        # The file is written before the report that names it.
+        # Write the witnesses before the report that names their file, so that an interrupted call leaves no report
+        # without them.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
         else:
@@ -323,7 +343,7 @@ class Report:
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
-        # The page is last: a defence that fails on the pictures then loses nothing else.
+        # Write the page last: if the defence raises an error on the pictures, the other files are there already.
         write_text(folder / "report.html", self.to_html(defence))
 
 
@@ -341,7 +361,8 @@ def merge(reports: Iterable[Report]) -> Report:
     """
     merged = Report()
     together = list(reports)
-    # A report without a threat model may have the same as the others; a report without a precision has float32.
+    # A report that does not name its threat model is assumed to have that of the others. A report that does not name
+    # its precision has float32.
     facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
@@ -365,12 +386,15 @@ def merge(reports: Iterable[Report]) -> Report:
     names = [(row.model, row.attack) for row in merged.rows]
     double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
     if double:
-        raise ValueError(f"rows must differ in model or attack, these do not: {', '.join(double)}")
+        raise ValueError(
+            f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
+            "different names by evaluate(..., name=...)"
+        )
     return merged
 
 
 def _options_of_report(folder: Path) -> list[Path]:
-    """The file with the options of the command that made a report, if it lies beside it; a training's is another."""
+    """The file with the options of the command that made a report, if it is there; those of a training do not count."""
     path = folder / OPTIONS
     try:
         written = path.read_text(encoding="utf-8")

@@ -14,11 +14,11 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
-#: Words for the modes of a random model in which it is not deployed.
+#: The report's words for the modes in which a random model is not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: Name of the accuracy over the radius, after every attack, among a report's curves.
+#: The name of the curve, among a report's curves, that shows the accuracy over the radius after all attacks.
 CURVE = "eps, every attack"
-#: The fields of a row that say what its attack left.
+#: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
@@ -80,8 +80,8 @@ class Row:
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None if none were counted.
         reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
             lower. For a ``worst`` row also: no sign makes it doubtful.
-        settings: what was asked, in plain values: the options of the attack, and its use; of a row over several attacks
-            their names.
+        settings: the options of the attack and of its use, in plain values; for a row over several attacks the names of
+            these attacks.
         deterministic: whether two predictions of the model agree; None if unknown.
         attacked: number of images that the attack was given; None in a clean row.
         fell_to: number of images that fell to each target and restart, by its name, if there are several.
@@ -101,7 +101,7 @@ class Row:
         examples: some attacked images, for the pictures.
         margins: lead of the true logit over the next on the attacked images, float32 ``[n]``, the mean over the draws;
             negative for misclassified images. None in a clean or ``worst`` row.
-        points: while a curve over the radius is made, the best points of the images that stand; then None.
+        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
     model: str
@@ -206,7 +206,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
-        """The inverse of `to_dict`, and of `arrays` without empty ones."""
+        """The inverse of `to_dict`, and of `arrays` without empty arrays."""
         derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
@@ -221,7 +221,7 @@ class Row:
         return words[self.deterministic]
 
     def results(self) -> dict[str, Any]:
-        """The results of the attack for the reader, without empty ones."""
+        """The results of the attack for the reader, without empty results."""
         values = {name: getattr(self, name) for name in RESULTS}
         return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 
@@ -280,7 +280,8 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     whole = [each.mean for each in mine if not each.of_survivors]
     if whole or not mine:
         return min(whole) if worst and whole else None
-    # A row's mean counts standing images as 1, its fallen images by the share of right draws, and the rest as 0.
+    # The mean of a row counts images that withstood as 1, images that fell to this attack by their share of right
+    # draws, and all others as 0. So mean minus accuracy is what the images that fell to this attack add to the mean.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
 
@@ -387,8 +388,8 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
     accuracy = float(robust.mean())
     first = group[0]
     attacked = [row for row in group if row.attacked]
-    # Transferred images say nothing about this model's gradients. A single own attack with usable gradients is enough:
-    # the other attacks can only lower the number.
+    # The row is reliable if one attack along the model's own gradients found them usable: further attacks can only
+    # lower the number. Transferred images do not count, since they say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
     return Row(
         model=first.model,
@@ -402,7 +403,7 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
-        # If there was nothing to attack, or nothing is left, missing gradients do not matter.
+        # Missing gradients do not matter if no image was attacked, or if no image is left.
         reliable=not attacked or had_gradients or not robust.any(),
         settings={"over": [row.attack for row in group]},
         deterministic=first.deterministic,

@@ -60,12 +60,13 @@ from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 
-#: The largest share of images, among those that an attack takes for fallen, that may be right in all judging draws.
+#: With predict="worst_of" an attack takes an image for fallen as soon as ``n_eval`` fresh draws would all be right with
+#: at most this probability.
 MAX_SURVIVAL = 0.01
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: Number of a data loader's batches that go through all attacks together. With fewer, attacks on the remaining images
-#: would have small batches.
+#: A data loader is read in parts of this many batches, and each part goes through all attacks. Smaller parts would
+#: leave too few images to fill the batches of later attacks.
 CHUNK = 4
 
 
@@ -81,12 +82,15 @@ def called_by_people(function: F) -> F:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             raise TypeError(
-                f"evaluate takes no device, got device={kwargs['device']!r}: it computes on the model's own device. "
-                "Move the model first, as in model.to('cuda'); the images follow it"
+                f"evaluate takes no device, got device={kwargs['device']!r}: the model stays on its own device. "
+                "Move the model first, as in model.to('cuda'); the images follow the model"
             )
         if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
             words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
-            raise TypeError(f"{settings[0]} is a setting: give evaluate(..., config=EvaluateConfig({words}))")
+            raise TypeError(
+                f"{settings[0]} is a setting, not an argument of evaluate: give evaluate(..., "
+                f"config=EvaluateConfig({words}))"
+            )
         try:
             report = function(*args, **kwargs)
             report.about["call"] = written_call(function, args, kwargs)
@@ -94,9 +98,9 @@ def called_by_people(function: F) -> F:
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or error.args:
                 raise
-            advice = ", and nothing is kept: with out=FOLDER, calling it again would go on from there"
+            advice = ", and nothing is kept: with out=FOLDER, finished rows are kept for the next call"
             if (out := kwargs.get("out")) is not None:
-                advice = f"; what it has finished and can keep is in {out}: call it again to go on from there"
+                advice = f"; the finished rows that can be kept are in {out}: call evaluate again to continue"
             raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
 
     return wrapper  # type: ignore[return-value]
@@ -193,7 +197,8 @@ def evaluate(
         subject.has_more = more
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
-        # Take it after the trial predictions: a model that stores its last input is then always in the same state.
+        # Take the fingerprint after the trial predictions: a model that stores its last input has then always stored
+        # the same input.
         mark = fingerprint_or_reason(subject.model, revision)
         report.about |= {} if mark[0] is None else {"model": mark[0]}
         report.notes += _how_judged(config) + _first_notes(model, subject, name, protocol)
@@ -223,13 +228,15 @@ def evaluate(
         context = _context_for_predict(context, config)
         served = None
         if out is not None or team.world > 1:
-            # The choice of kernels must not change during the evaluation.
+            # Choose the kernels once for the whole evaluation, since kernels differ in the last bits.
             served = team.from_first("kernels", lambda: kernels_now(device))
             stack.enter_context(keep_kernels(served))
         cache = RowCache(None)
         if out is not None and team.rank == 0:
             if mark[0] is None:
-                logger.warning("out: %s %s: its rows are not kept", name, mark[1])
+                logger.warning(
+                    "out: the rows of %s are not kept: %s %s. Give a revision to keep them", name, name, mark[1]
+                )
             cache = RowCache(Path(out), served, revision)
             cache.know(subject.model, mark[0])
             _add_marks(cache, others, subject)
@@ -311,11 +318,12 @@ def _first_notes(model: Classifier, subject: Subject, name: str, protocol: Proto
         logger.warning(note)
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
-        logger.warning("%s %s. Its number will be marked", name, kind)
+        logger.warning("%s %s. The report will mark its accuracy", name, kind)
     if subject.draws_once_per_call:
         notes.append(
-            f"{name} draws its randomness once per call, for all images of a batch, so each draw is a call of its own: "
-            "a step or a judgement by 20 draws takes 20 calls; of other random models they stand in one batch"
+            f"{name} draws its randomness once per call, for all images of a batch, so each draw needs a separate "
+            "call: a step or a judgement by 20 draws takes 20 calls. Other random models compute several draws in one "
+            "call"
         )
     return notes + notes_of_protocol(protocol, model)
 
@@ -336,10 +344,10 @@ def _protocol_or_attacks(
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
     """The protocol, which chooses attacks by the model, or None and the listed attacks."""
     if protocol is not None and attacks is not None:
-        raise ValueError("give a protocol or a list of attacks, not both")
+        raise ValueError(f"give protocol or attacks, not both, got protocol={protocol!r} and a list of attacks")
     given = [] if attacks is None else as_specs(attacks)
     if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # If the package is missing, no work begins.
+        # Raise the error of a missing package now, before any work.
         implementation()
     return ("standard" if protocol is None and attacks is None else protocol), given
 
@@ -370,7 +378,7 @@ class _Evaluation:
     stack: contextlib.ExitStack
 
     def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
-        """The report with its rows; processes other than the first get the first one's report.
+        """The report with its rows; all other processes get the report of the first process.
 
         Args:
             chunks: the images that follow.
@@ -467,7 +475,7 @@ class _Evaluation:
         if len(data) > 1:
             for row in rows:
                 row.data = text_hash(" ".join(data)).hexdigest()
-        # Questions about the model are asked on the first images.
+        # The probes after the attacks use the first images, so return to these.
         measure.turn_to(subject)
         return rows
 
@@ -486,14 +494,14 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        # The number of images to come is unknown.
+        # If more parts follow, the remaining cost is unknown, since nobody knows the number of their images.
         progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
         all_rows = [measure.clean(variant) for variant in variants]
         # Survivors are tracked for each threat model separately.
         left: dict[tuple[str, str | None], np.ndarray] = {}
-        # For each variant, the least margin that any attack has reached.
+        # For each variant and threat model, the least margin that any attack has reached on each image.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that every attack on all images left.
+        # The images that withstood all attacks so far, counting only attacks on all images and on the deployed model.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
             if spec.max_images is not None and spec.max_images <= subject.offset:
@@ -558,10 +566,11 @@ class _Evaluation:
             report.outlooks = [replace(expected, model=name)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
-        # If no attack counted gradients, the probes have followed them.
+        # If no attack counted gradients, the row still counts as reliable where the probes followed the model's
+        # gradients.
         followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
         for row in report.rows:
-            # At 0 % there is nothing to doubt: nothing stopped the attacks.
+            # An accuracy of 0 % cannot be too high, so at 0 % only inconsistent answers are a reason for doubt.
             headline = row.kind == "worst" and row.threat is None and row.deployed
             row.reliable = row.reliable or (headline and followed)
             if headline and doubts and (row.accuracy > 0 or inconsistent):
@@ -618,7 +627,8 @@ class _Evaluation:
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
         """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
         context, subject = self.measure.context, self.measure.subject
-        # Mask of the first images that withstood every attack on the model as it is; all False without an attack.
+        # Mask of the first images that withstood every attack on the deployed model. It is all False if there was no
+        # such attack.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
         robust = evidence.robust(n)
         left = np.zeros(n, dtype=bool) if robust is None else robust

@@ -23,17 +23,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._tensors import per_image
 
-#: Raised whenever a softened model would compute something else: kept rows are used again only under the same number.
+#: Increase this number whenever a softened model would compute something else; kept rows with an older number are then
+#: made again.
 REVISION = 2
-#: The slope of a comparison, in units of the size of the compared values: with exact values, and at temperature 1.
-#: It falls with the root of the temperature: ten times lower slopes find little.
+#: The slope of a softened comparison, for a difference divided by the size of the compared values: EXACT_SLOPE if all
+#: values stay exact, SOFT_SLOPE at temperature 1. A larger slope is closer to a hard threshold. The slope falls with
+#: the root of the temperature. Attacks with slopes ten times lower find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
 
-#: A function of PyTorch, or a formula in its place.
+#: A function of PyTorch, or a formula that replaces it.
 Rule = Callable[..., Any]
 Args = tuple[Any, ...]
-#: Values among which indices were chosen, and the dimension of the choice; or weights of each index, and None.
+#: The origin of a tensor of indices: the values among which they were chosen and the dimension of the choice, or a
+#: weight for each possible index and None.
 Choice = tuple[Tensor, int | None]
 
 
@@ -41,15 +44,16 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Functions whose first argument is divided by the temperature: they saturate.
+#: Functions that saturate. Their first argument is divided by the temperature.
 _SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions with a gradient of zero, everywhere or outside of a range; the identity's gradient takes its place.
+#: Functions whose gradient is zero, everywhere or outside of a range. The gradient of the identity replaces it.
 _FLAT = _names(
     "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
     "fake_quantize_per_channel_affine"
 )
-#: Functions with steps, of floating-point numbers and of integers, and the same functions without steps. Rounding takes
-#: a remainder away, other code uses the remainder: half of the gradient leaves some to both.
+#: Functions whose result has steps, for floating-point numbers or for integers. Each has a smooth formula, whose
+#: gradient is used. The formulas for remainders have half of the identity's gradient. Rounding by subtracting a
+#: remainder then keeps half of the gradient, and so does code that uses the remainder itself.
 _STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -63,28 +67,28 @@ _STEPS: dict[str, Rule] = {
     "and": lambda *each: sum(value for value in each if _follows(value)),
     "or": lambda *each: sum(value for value in each if _follows(value)),
 }
-#: All of these, and functions that are flat only with some arguments, as `_is_flat` tells.
+#: All saturating and flat functions, and functions that are flat only with some arguments (see `_is_flat`).
 _SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
-#: Comparisons: True if the first argument is to be larger.
+#: Comparisons: 1 if a larger first argument makes the comparison true, -1 if a smaller first argument does.
 _COMPARISONS = {
     **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
     **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
 }
-#: Functions that only change a type; from a floating-point type to others they round.
+#: Functions that only change the type. From a floating-point type to another type they round.
 _CASTS = _names(
     "to type type_as float double half bfloat16 bool byte char short int long quantize_per_tensor "
     "quantize_per_channel dequantize"
 )
-#: Functions that treat the counterpart of their first argument like the argument.
+#: Functions that only select or rearrange values, so the counterpart of the first argument is treated in the same way.
 _SHAPES = _names(
     "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute "
     "transpose t movedim repeat tile select narrow flip roll contiguous clone getitem"
 )
-#: Functions that are computed with the counterparts in place of all arguments that have one.
+#: Functions that are computed once more, with counterparts in place of all arguments that have a counterpart.
 _ARITHMETIC = _names(
     "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
 )
-#: Functions of counterparts in place of masks.
+#: Formulas for functions of masks, in which counterparts replace the masks.
 _OF_MASKS: dict[str, Rule] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
     "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
@@ -94,11 +98,11 @@ _OF_MASKS: dict[str, Rule] = {
     "any": torch.amax,
     "all": torch.amin,
 }
-#: Functions that look rows up in a table, and where their table and their indices stand.
+#: Functions that look values up in a table, with the positions of the table and of the indices among their arguments.
 _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
-#: Functions that accept counterparts as arguments and have an in-place form.
+#: Functions that accept counterparts as arguments and also exist in place, such as ``add_``.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
-#: Aliases of the same functions, in the names that a `Softening` uses.
+#: PyTorch's other names of the same functions, each with the name that `Softening` uses.
 _SPELLINGS = {
     "invert": "not",
     "clip": "clamp",
@@ -111,15 +115,17 @@ _SPELLINGS = {
     "irshift": "rshift_",
     "ilshift": "lshift_",
 }
-#: Errors of a formula on values that it was not written for; the values then stay unchanged.
+#: Errors that a formula may raise on arguments for which it was not written. The result of the function then stays
+#: unchanged.
 _UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-#: For each function that chooses among values: its argument for the dimension, and the place of indices in its result.
+#: For each function that chooses among values: the position of its argument ``dim``, and the position of the indices in
+#: its result (None: the result is the indices).
 _CHOICES: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(("argmax", "argmin", "argsort"), (1, None)),
     **dict.fromkeys(("max", "min", "median", "sort"), (1, 1)),
     **dict.fromkeys(("kthvalue", "topk"), (2, 1)),
 }
-#: Functions that keep some of a choice's indices, along the dimension of the choice.
+#: Functions that may select some of the chosen indices, along the dimension of the choice.
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 
@@ -162,12 +168,12 @@ class Softening(HoldingMode):
         super().__init__()
         self.temperature = temperature
         self.slope = EXACT_SLOPE if temperature is None else SOFT_SLOPE / sqrt(temperature)
-        # For a tensor that is not floating-point: its version when it was made, and its counterpart, or the `Choice`
-        # of which it holds indices.
+        # For each tensor that is not floating-point: its version when the entry was made, and its counterpart or the
+        # `Choice` behind its indices.
         self.beside: Any = WeakTensorKeyDictionary()
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        # A softened form may need a tensor that the model later overwrites, so a copy is kept.
+        # Keep copies for the backward pass, since a softened form may need a tensor that the model later overwrites.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
         stack.enter_context(kept)
 
@@ -175,7 +181,7 @@ class Softening(HoldingMode):
         name, kwargs = _plain_name(func), kwargs or {}
         self.let_through(args)
         if name == "set_grad_enabled":
-            # This is a no_grad block inside the model; code outside decides whether there are gradients at all.
+            # Ignore no_grad blocks inside the model. Only code outside the model decides whether there are gradients.
             return None
         first: Any = args[0] if args else None
         if name == "detach" or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -192,7 +198,8 @@ class Softening(HoldingMode):
                 name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set())
                 or _goes_in_steps(name[:-1], first, **kwargs)
             ):
-                # An in-place operation changes its argument, which the model continues to use.
+                # Compute the operation out of place and copy the result into the argument, which the model continues to
+                # use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
                 after = self.__torch_function__(_not_in_place(func), types, (before, *args[1:]), kwargs)
@@ -249,10 +256,11 @@ class Softening(HoldingMode):
                 self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
             return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
-            # Arithmetic with an infinity, such as the mask of a softmax, has no softened form.
+            # The condition above leaves out arithmetic with an infinity, such as the mask of a softmax, since it has no
+            # softened form.
             rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
             if name == "where" and _floating(first):
-                # This is x.where(mask, other).
+                # This is x.where(mask, other): put the mask first, as in torch.where.
                 args = (args[1], first, *args[2:])
             return hard if rule is None else self._soft(hard, rule(*map(self._or_itself, args), **kwargs))
         return hard
@@ -290,7 +298,7 @@ class Softening(HoldingMode):
             return type(value)(map(self._or_itself, value))
         soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
         if choice is not None:
-            # The mean of the indices by their weights.
+            # Keep the index as the value, with the gradient of the weighted mean of all possible indices.
             weights = self._weights(value, choice)
             return _straight(value.to(weights.dtype), weights @ torch.arange(weights.shape[-1]).to(weights))
         if soft is None and isinstance(value, Tensor) and value.dtype == torch.bool:
@@ -323,7 +331,7 @@ class Softening(HoldingMode):
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None
-        # Its gradient vanishes nowhere; a sigmoid's does far from the threshold.
+        # Use softsign, whose gradient vanishes nowhere. The gradient of a sigmoid vanishes far from the threshold.
         return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
 
     def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
@@ -422,9 +430,9 @@ class Softening(HoldingMode):
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
             found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
-            # A table of the images' own values has a gradient already.
+            # A table that depends on the images has a gradient already, so add only the gradient of the choice.
             return hard + (found - found.detach()) if table.requires_grad else found
-        # A number with steps interpolates between the values at the next steps.
+        # For an index that was rounded, use the slope between the values at the next lower and the next higher index.
         least, most, whole = *index.aminmax(), index.long()
         above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
         given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
@@ -489,7 +497,7 @@ def _let_through(node: Any, always: bool) -> None:
     """
     function = node._forward_cls
     if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
-        # `apply` of a node looks up the function's backward in its class.
+        # The backward pass looks up the function's backward in this class, so another class gives another gradient.
         node._forward_cls = _with_gradient(function, always)
 
 
@@ -513,7 +521,7 @@ def _with_gradient(function: Any, always: bool) -> type:
                 break
         return tuple(every)
 
-    # A function with a `vjp` may have no `backward`.
+    # Replace the method that the function has: `vjp` or `backward`.
     named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
     return type(function.__name__, (function,), named)
 

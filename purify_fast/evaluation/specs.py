@@ -22,9 +22,10 @@ from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
-#: The rounding error allowed in a value of a float32 image in [0, 1]: two sums of numbers up to 2, with some margin.
+#: The rounding error that is allowed in a value of a float32 image in [0, 1]. It is more than two additions of numbers
+#: up to 2 can cause.
 ROUNDING = 2.0**-21
-#: The target that stands for the defence's own classifier.
+#: The value of `AttackSpec.target` that means the defence's own classifier.
 CLASSIFIER = "classifier"
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
 
@@ -65,11 +66,11 @@ def as_attack(
     if other is not None:
         return FunctionAttack(function=other, row_name=name or other.name, eps=eps, norm=norm, own_revision=revision)
     if isinstance(given, type) and issubclass(given, Attack):
-        raise TypeError(f"{given.__name__} is a class of attacks: write {given.__name__}()")
+        raise TypeError(f"an attack must be an object, got the class {given.__name__}: write {given.__name__}()")
     if not callable(given):
         raise TypeError(
-            "an attack is one of purify_fast.attacks, such as PGD(), one of torchattacks, Foolbox or ART, an "
-            f"AttackSpec or a function (model, x, y) -> x_adv, got {given!r}"
+            "an attack must be an object of purify_fast.attacks, such as PGD(), an attack of torchattacks, Foolbox or "
+            f"ART, an AttackSpec, or a function (model, x, y) -> x_adv, got {given!r}"
         )
     if name is None:
         name = getattr(function, "__name__", type(function).__name__)
@@ -99,7 +100,7 @@ class FunctionAttack(Attack):
 
     def __post_init__(self) -> None:
         if not self.row_name:
-            raise ValueError("the name of an attack must not be empty")
+            raise ValueError(f"the name of an attack must not be empty, got {self.row_name!r}")
         super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
@@ -147,7 +148,7 @@ class FunctionAttack(Attack):
             TypeError: the result is not a tensor.
             ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
         """
-        # Attacks of other packages may switch modes and gradients.
+        # The block restores the modes and gradients, which attacks of other packages may switch.
         threat, warnings = self.threat_model(context), list[str]()
         with torch.enable_grad(), frozen(target):
             if isinstance(self.function, OtherAttack):
@@ -155,7 +156,7 @@ class FunctionAttack(Attack):
             else:
                 images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
-        # Values that rounding left outside are put back to the border.
+        # Rounding may have left values slightly outside the ball or [0, 1]. Move them back to the border.
         inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
         return AttackResult(inside, warnings=warnings)
 
@@ -179,7 +180,10 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
         )
     images = images.detach()
     if not bool(images.isfinite().all()):
-        raise ValueError(f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite")
+        raise ValueError(
+            f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite: all values "
+            "must be numbers in [0, 1]"
+        )
     beyond = float(torch.maximum(-images.amin(), images.amax() - 1)) if images.numel() else 0.0
     if beyond > ROUNDING:
         raise ValueError(
@@ -210,7 +214,7 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
     if order is None:
         return None
     lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
-    # The norm of an image in which every value is off by the allowed rounding error.
+    # Allow as much as the norm of an image whose values all have the allowed rounding error.
     count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm] if len(x) else 1.0
     return lengths, threat.eps * (1 + 1e-5) + ROUNDING * count
 
@@ -282,26 +286,34 @@ class AttackSpec:
         options = ("target", "aggregation", "gradients_from")
         given = [option for option in options if getattr(self, option) is not None]
         if len(given) > 1:
-            raise ValueError(f"an attack has one of {', '.join(options)}, got {' and '.join(given)}")
+            raise ValueError(f"an attack takes at most one of {', '.join(options)}, got {' and '.join(given)}")
         if self.aggregation is not None:
             check_literal("aggregation", self.aggregation, Aggregation)
         if self.gradients_from is not None and not self.resolved.follows_gradients:
-            raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
+            raise ValueError(
+                "gradients_from needs an attack that can follow the gradients of another model, such as APGD, got "
+                f"{self.resolved.kind}"
+            )
         if self.judge is not None:
             if not callable(self.judge):
-                raise TypeError(f"judge must be a model, got {self.judge!r}")
+                raise TypeError(f"judge must be a model, a callable from images to logits, got {self.judge!r}")
             if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
                 raise ValueError(
-                    f"a judge is attacked itself, or judges attacks on the target {CLASSIFIER!r}: it allows no "
-                    "other target, no aggregation, no gradients_from and no survivors_only"
+                    f"with a judge, the attack is on the judge itself or on the target {CLASSIFIER!r}: leave out any "
+                    "other target, aggregation, gradients_from and survivors_only"
                 )
             if not (self.label or "").startswith("as "):
-                raise ValueError(f"with a judge the label says whose evaluation it is: 'as ...', got {self.label!r}")
+                raise ValueError(
+                    "with a judge, label must begin with 'as ' and say whose evaluation the row repeats, got "
+                    f"{self.label!r}"
+                )
         if isinstance(self.attack, BPDA):
             if self.target is not None:
-                raise ValueError("BPDA attacks the defence's own purifier: it takes no target")
+                raise ValueError(
+                    f"target must be None for BPDA, which attacks the defence's own purifier, got {self.target!r}"
+                )
             if self.aggregation is not None:
-                raise ValueError(f"BPDA has this option itself: BPDA(aggregation={self.aggregation!r})")
+                raise ValueError(f"give aggregation to BPDA itself: BPDA(aggregation={self.aggregation!r})")
 
     @property
     def resolved(self) -> Attack:
@@ -319,7 +331,7 @@ class AttackSpec:
 def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
     """Make `AttackSpec` of a list of attacks and functions; TypeError if it is not a list of these."""
     if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
-        raise TypeError(f"attacks must be a list, got {attacks!r}")
+        raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
     specs = []
     for i, attack in enumerate(attacks):
         try:

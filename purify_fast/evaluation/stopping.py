@@ -26,14 +26,17 @@ from ..attacks.ball import philox_key
 from ..ops.philox import Stream, philox
 from .rows import Row
 
-#: Raised whenever the same attack would search other images; kept rows depend on it.
+#: Increase this number whenever a change here lets the same attack search other images; kept rows with an older number
+#: are then made again.
 REVISION = 1
-#: The confidence of the bound, over all rounds together.
+#: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
-#: Most rounds of an attack, and least images in a round: a smaller batch takes a processor hardly less time.
+#: An attack has at most ROUNDS rounds, of at least SMALLEST images each, since a smaller batch takes a processor hardly
+#: less time.
 ROUNDS, SMALLEST = 8, 32
-#: An image's place in the order is that of its margin, or of its lot if that comes first. Lots are spread over four
-#: times as many places, so that about one image in five of the first round is drawn by lot.
+#: Images are ordered by their margin, but a random lot may put an image further forward. The lots are spread over
+#: BY_LOT times as many positions as there are images, so that about one image in five of the first round is there by
+#: lot.
 BY_LOT = 4
 
 
@@ -66,12 +69,12 @@ class StoppingRule:
 
     Attributes:
         unsearched: number of images that the attack has not searched.
-        misses: number of images in a row, up to the last searched image, that withstood it.
+        misses: number of images, counted back from the last searched image, that withstood without a fall between.
     """
 
     def __init__(self, share: float, images: int, total: int):
         self.allowed, self.unsearched, self.misses = share * total, images, 0
-        #: Number of images in a round.
+        #: The number of images in a round.
         self.round = max(SMALLEST, math.ceil(images / ROUNDS))
         self._error = (1 - CONFIDENCE) / max(1, math.ceil(images / self.round))
 

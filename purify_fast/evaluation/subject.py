@@ -40,15 +40,16 @@ from .surrogates import surrogates
 logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
-#: Each phase of an evaluation has its own seed, so that no attack has seen the draws that judge it.
+#: Each phase of an evaluation draws from a seed of its own, so that no attack has seen the draws that judge it.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
-#: Rounding may change an image's logits by these shares of their spread (largest minus smallest): between batches of
-#: one shape, and between batches of different shapes, for which libraries choose other algorithms.
+#: Rounding may change an image's logits by at most these shares of their spread (largest minus smallest): SAME_SHAPE
+#: between batches of one shape, OTHER_SHAPE between batches of different shapes, for which libraries choose other
+#: algorithms.
 SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
-#: The share of the images that may differ by more: an image at the edge of a rounding step says nothing about the
-#: noise.
+#: A variant is refused only if the logits of more than this share of the images differ by more than rounding. Single
+#: images may differ, since rounding inside the model may move a value across a step.
 FEW = 0.25
-#: The most modules that a note names.
+#: A note names at most this many modules.
 _NAMED = 3
 
 
@@ -65,8 +66,8 @@ class Fault:
     repeats: bool
 
 
-#: For each variant: how it is entered, and what to do if two calls in a block differ, if two blocks of the same seed
-#: differ, or if the logits of an image depend on the batch.
+#: For each variant: the context manager that enters it, and the advice if two calls in a block differ, if two blocks
+#: with the same seed differ, or if the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -132,9 +133,9 @@ class Subject:
         x: images, float32 in [0, 1].
         y: labels, int64.
         batch_size: most images in a prediction.
-        n_eval: number of predictions of a random model on each image; with "votes", of draws in its one prediction.
+        n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
         seed: seed of everything random.
-        predict: rule for these; None: as "worst_of".
+        predict: rule by which these predictions decide; None: as "worst_of".
 
     Attributes:
         offset: number of its first image among all evaluated images, if these come in parts.
@@ -145,7 +146,7 @@ class Subject:
         is_random: whether two predictions of the model on the same images differ.
         draws_once_per_call: whether it draws once for all images of a call, not for each image.
         has_probabilities: whether the model returns probabilities in place of logits.
-        has_one_hot: whether these are all 0 or 1.
+        has_one_hot: whether these probabilities are all 0 or 1.
 
     Raises:
         ValueError: a label has no class in the model, the model writes to its input, or ``predict`` is given for a
@@ -180,7 +181,8 @@ class Subject:
         self._check_labels()
         if predict is not None and not self.is_random:
             raise ValueError(
-                f"predict={predict!r} is for random models, and this one gives the same answer every time: leave it out"
+                f"predict={predict!r} needs a random model, but this model gives the same answer every time: leave "
+                "predict out"
             )
         self.base_model = self.model
         if predict == "votes":
@@ -196,7 +198,10 @@ class Subject:
         if bool(bad.any()):
             wrong = int(bad.int().argmax())
             place = self.offset + wrong
-            raise ValueError(f"y[{place}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes")
+            raise ValueError(
+                f"y[{place}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes: labels must be "
+                f"from 0 to {self.num_classes - 1}"
+            )
 
     def with_images(self, x: Tensor, y: Tensor, more: bool) -> Subject:
         """The same model with the images that follow.
@@ -204,7 +209,7 @@ class Subject:
         Args:
             x: images, float32 in [0, 1].
             y: labels, int64.
-            more: whether further ones are to come.
+            more: whether further images are to come.
 
         Raises:
             ValueError: a label that the model has no class for.
@@ -237,7 +242,7 @@ class Subject:
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True
-        # Trials beyond two predictions must not change later draws.
+        # Restore the generators afterwards, so that later draws do not depend on how many trials were made.
         with self._forked_generators():
             return any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2))
 
@@ -256,7 +261,7 @@ class Subject:
         if name == "random" or not self.is_random:
             return None
         if name not in self._faults:
-            # Trials must not change later draws.
+            # Restore the generators afterwards, so that the trials do not change later draws.
             with self._forked_generators():
                 self._faults[name] = self._find_fault(name)
         return self._faults[name]
@@ -271,7 +276,7 @@ class Subject:
         """
         call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
-        # Copies of a single image make places in a batch comparable.
+        # The test needs two positions in a batch, so double a single image.
         x = x if len(x) > 1 else torch.cat([x, x])
         with self.variant(variant):
             first, again = model(x), model(x)
@@ -288,8 +293,8 @@ class Subject:
             count = int(_apart(first, other, tolerance).sum())
             if count > FEW * len(x):
                 reason = (
-                    f"within a block of {call}, {what} (of {count} of {len(x)} images by more than "
-                    f"{100 * tolerance:.0f} % of their spread), so its number would mean nothing: {what_to_do}"
+                    f"within a block of {call}, {what} (for {count} of {len(x)} images by more than "
+                    f"{100 * tolerance:.0f} % of their spread), so an accuracy in it would mean nothing: {what_to_do}"
                 )
                 return Fault(reason, repeats=other is not again)
         return None
@@ -300,7 +305,7 @@ class Subject:
 
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
         """Seed the random generators for a phase."""
-        # Each part of the images has its own noise.
+        # Add the offset, so that each part of the images has noise of its own.
         torch.manual_seed(3 * (self.seed + self.offset) + PHASES[phase])
 
     def reseed_batch(self, number: int) -> None:
@@ -379,19 +384,19 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
     if not isinstance(model, nn.Module):
         training = _in_training_mode(used_modules(model))
         advice = "give a module in place of the function"
-        return [_note_of_modes(f"{name} is a function, and what it uses", training, advice)] if training else []
+        return [_note_of_modes(f"{name} is a function that uses modules", training, advice)] if training else []
     hidden = hidden_modules(model)
     switched = {id(part) for whole in (model, *(module for _, module in hidden)) for part in whole.modules()}
     others = (used for used in used_modules(class_functions(model)) if id(used[1]) not in switched)
     training, notes = _in_training_mode(others), []
     if training:
         advice = "make them attributes of the module that uses them"
-        notes.append(_note_of_modes(f"what {name} uses besides its own modules", training, advice))
+        notes.append(_note_of_modes(f"{name} uses modules, besides its own parts,", training, advice))
     if hidden:
         places = _listed([f"{place} ({type(module).__name__})" for place, module in hidden])
         notes.append(
             f"{name} holds modules that PyTorch does not know of: {places}. Here they were in evaluation mode, as the "
-            "rest of the model. But to(), parameters() and state_dict() leave them out: hold them as attributes, or in "
+            "rest of the model. But to(), parameters() and state_dict() leave them out: keep them as attributes, or in "
             "nn.ModuleList or nn.ModuleDict"
         )
     return notes
@@ -399,7 +404,7 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
 
 def _note_of_modes(what: str, modules: list[str], advice: str) -> str:
     return (
-        f"{what} is in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If that "
+        f"{what} in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If that "
         f"is not meant, call .eval() on these modules before, or {advice}"
     )
 
@@ -447,12 +452,12 @@ def refresh_stale_copies(*models: object) -> None:
             continue
         if _contents(defence.fast) != _contents(defence.uncompiled_copies()):
             logger.warning(
-                "%s is accelerated, and its classifier was changed since: its fast copies were made again, as its "
-                "refresh() does, from the classifier as it is now",
+                "the classifier of %s was changed after accelerate(): the fast copies were made again from the "
+                "classifier as it is now, as refresh() does",
                 type(defence).__name__,
             )
             defence.refresh()
-        # Weights packed for a kernel are packed again at their next use, which takes a moment.
+        # Weights that were packed for a kernel may be outdated too. Let them be packed again at their next use.
         elif defence.fast.packed is not None:
             defence.fast.packed_from = None
 
@@ -466,6 +471,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """The mark of a copied classifier: its fingerprint, or without one its tensors."""
+    """The mark of a copied classifier: its fingerprint, or its tensors if it has no fingerprint."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

@@ -24,17 +24,19 @@ from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough, blocking
 from .softening import REVISION, Softening
 
-#: Temperatures of the softened copies, by which a gate's slope is divided. One more copy keeps every value.
+#: The temperatures of the softened copies, by which the slopes of gates are divided: a larger temperature makes a copy
+#: softer. One more copy keeps all values and changes only the gradients.
 TEMPERATURES = (10.0, 100.0)
-#: The most parts that are attacked alone; a model's modules are tried from the outside in.
+#: At most this many parts of a model are attacked alone. Modules are tried from the outside in.
 MOST_PARTS = 4
-#: The depth in a model to which parts are looked for.
+#: Parts are looked for down to this depth of nested modules.
 DEPTH = 2
-#: Gradients are the same if those of each image differ by no more than this share of its largest.
+#: Two gradients are the same if, for each image, their values differ by at most this share of the largest value.
 ROUNDING = 1e-4
-#: The most characters of the reason why there is no such copy.
+#: The reason why a surrogate is missing is cut off after this many characters.
 REASON = 160
-#: Gradients are compared at corners of the ball too: points this number of radii away, projected onto it.
+#: Gradients are also compared at corners of the ball: points this many radii away from the images, projected onto the
+#: ball.
 FAR = 100.0
 
 
@@ -58,16 +60,19 @@ class Softened(_Around):
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        # Kept rows are told apart by this object's contents, not by this package's code.
+        # A fingerprint covers the attributes of this object, but not this package's code. The revision tells kept rows
+        # of older code apart.
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled()
         if self.temperature is None and not wanted:
             return self.model(x)
-        # Tensors that depend on the images are recognized by requires_grad, even if no gradient is wanted.
+        # Softening recognizes tensors that depend on the images by requires_grad, so the images need it even if no
+        # gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
-        # The model may take gradients itself. Its own switches are not followed, so gradients are on.
+        # Enable gradients for the whole call, since the model may compute gradients itself and Softening ignores its
+        # own switches.
         with torch.enable_grad(), Softening(self.temperature) as mode:
             logits = self.model(leaf)
         mode.let_through([logits])
@@ -160,7 +165,7 @@ class Together(nn.Module):
     def __init__(self, parts: Sequence[Classifier]):
         super().__init__()
         self.parts = list(parts)
-        # The parts are registered, so that their weights are found.
+        # Register the parts as modules too, so that PyTorch finds their weights.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.eval()
 
@@ -204,13 +209,14 @@ def surrogates(
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
-    # A model may be hard to differentiate only away from the images.
+    # Compare gradients far from the images too, since a model may hide its gradients only there.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            # A copy with the gradients of the model, or of another copy, finds nothing new.
+            # Leave out a copy that has the same gradients as the model or as another copy, since it would find nothing
+            # new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
                 absent[name] = gradient
@@ -232,12 +238,12 @@ def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
     # A user's model may raise anything on inputs that it was not written for.
     try:
         with torch.enable_grad():
-            # A random model draws the same as its copies.
+            # Use a fixed seed, so that a random model and its copies draw the same noise.
             torch.manual_seed(0)
             leaf = x.detach().clone().requires_grad_()
             logits = model(leaf)
             with torch.no_grad():
-                # Attacks judge points without gradients.
+                # Attacks also predict without gradients, so try that too.
                 model(x)
             if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
                 return f"it gives no logits of {num_classes} classes"

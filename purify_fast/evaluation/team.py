@@ -33,14 +33,15 @@ from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
 
-LONGEST = 0.5  # seconds between two looks into the store, at most
-GOODBYE = 10.0  # seconds that the first process waits for the others at the end
-VISIBLE = 60.0  # seconds in which what another machine wrote is to be seen
+LONGEST = 0.5  # longest pause between two looks into the store, in seconds
+GOODBYE = 10.0  # longest time that the first process waits for the others at the end, in seconds
+VISIBLE = 60.0  # longest time until a folder made by another machine becomes visible here, in seconds
 
-_AGAIN = "Start the same again to go on from the batches that are finished, with as many processes as there are then"
+_AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
 
 
-#: Codes in place of an attack's number: for the probes, and for the signs that these gave.
+#: Values of `Task.attack` for tasks that are not an attack: PROBES for the parts of the probes, SIGNS for the signs
+#: that the probes found.
 PROBES, SIGNS = -1, -2
 
 
@@ -91,7 +92,8 @@ class Team:
         if self.world > 1:
             Team._evaluations += 1
             name = f"purify_fast evaluation {Team._evaluations}"
-            # PyTorch's public functions for the store belong to the group's creator, which may not be this package.
+            # PyTorch's public functions give the store only to the code that created the group, which may not be this
+            # package.
             store = dist.distributed_c10d._get_default_store()
             self.store, self.signs = PrefixStore(name, store), Heartbeat(store.clone(), f"{name} alive")
 
@@ -99,7 +101,7 @@ class Team:
         if self.world > 1:
             self.signs.start()
         if self.rank > 0:
-            # Only the first process logs.
+            # Silence this process, so that every message is logged once, by the first process.
             logger.addFilter(_nothing)
         return self
 
@@ -108,7 +110,7 @@ class Team:
             return
         try:
             if error is not None and not isinstance(error, (dist.DistError, ProcessLost)):
-                # The error of this process is raised even if the others cannot be told.
+                # Raise the error of this process even if the store does not answer, so that the others cannot be told.
                 with contextlib.suppress(dist.DistError):
                     self._fail(error)
         finally:
@@ -119,7 +121,7 @@ class Team:
         if isinstance(error, dist.DistError):
             raise ProcessLost(
                 f"process {self.rank} of {self.world} cannot reach the store of the process group "
-                f"({str(error).splitlines()[0]}): the process or the machine that has it ended. {_AGAIN}"
+                f"({str(error).splitlines()[0]}): the process or machine that keeps the store has ended. {_AGAIN}"
             ) from error
 
     # -- agreement of all processes -----------------------------------------------------------------------------------
@@ -151,8 +153,8 @@ class Team:
         different = [name for name, value in call.items() if value != first[name]]
         if different:
             raise ValueError(
-                f"process {self.rank} evaluates something else than the first ({', '.join(different)} differ): all "
-                "processes of a group call evaluate alike, and share the work; with together=False each works alone"
+                f"process {self.rank} evaluates something else than process 0 ({', '.join(different)} differ): give "
+                "evaluate the same arguments in all processes of a group, or together=False, to let each work alone"
             )
 
     # -- the first process --------------------------------------------------------------------------------------------
@@ -250,10 +252,10 @@ class Team:
         while not folder.is_dir():
             if time.monotonic() > end:
                 raise ValueError(
-                    f"process {self.rank}, on {socket.gethostname()}, does not see {folder}, where the first one looks "
-                    "for its batches: give out=FOLDER (--out), one that all machines share"
+                    f"process {self.rank} on {socket.gethostname()} does not see {folder}, in which process 0 expects "
+                    "the finished batches: give out=FOLDER (--out), a folder that all machines share"
                 )
-            # Nobody looks for a batch that others have made already.
+            # Wait: a folder on another machine may become visible only after some time.
             time.sleep(LONGEST)
 
     # -- all processes ------------------------------------------------------------------------------------------------
@@ -269,7 +271,9 @@ class Team:
             if self.store.check(["failed"]):
                 raise _as_value(self.store.get("failed"))
             if self.store.check([f"lost {self.rank}"]):
-                raise ProcessLost(f"process {self.rank} gave no sign of life, and the first one went on without it")
+                raise ProcessLost(
+                    f"process {self.rank} gave no sign of life for too long, so process 0 went on without it"
+                )
             own, place = str(self.rank).encode(), f"{task.number} {number}"
             if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
                 before = progress.images
@@ -291,12 +295,14 @@ class Team:
             if self.signs.is_silent(owner):
                 if self.rank > 0:
                     raise ProcessLost(
-                        f"process {self.rank} of {self.world} had no sign of life of the first. It died, was stopped, "
-                        f"cannot be reached, or evaluates nothing. {_AGAIN}"
+                        f"process {self.rank} of {self.world} got no sign of life from process 0, which died, was "
+                        f"stopped, cannot be reached, or evaluates nothing. {_AGAIN}"
                     )
                 if self.store.compare_set(f"lost {owner}", "", "yes"):
                     silence = _distributed.SILENCE
-                    logger.warning("process %d gave no sign of life for %g s: go on without it", owner, silence)
+                    logger.warning(
+                        "process %d gave no sign of life for %g s: the evaluation goes on without it", owner, silence
+                    )
                 return None
             time.sleep(pause)
             pause = min(LONGEST, 1.5 * pause)
@@ -325,7 +331,8 @@ class Team:
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
-        # a process that began a moment ago is known by its sign alone
+        # Read the signs of life once more: a process that has only just started has given nothing else yet, and must be
+        # waited for too.
         self.signs.give_and_read()
         for other in range(1, self.world):
             here = other in self.signs.signs and not self.store.check([f"lost {other}"])

@@ -32,20 +32,21 @@ from .show.text import render
 from .specs import ROUNDING, moved
 from .subject import Subject
 
-#: The file beside ``report.json``. It is moved with the report's other files, whose names begin alike.
+#: The file with the witnesses, beside ``report.json``. Its name begins like those of the report's other files, so that
+#: it is moved together with them.
 FILE = "report.witnesses.safetensors"
 FORMAT = 1
-#: The texts about each witness in the file.
+#: The names of the tensors in the file that describe each witness.
 TOLD = ("of", "labels", "numbers", "margins", "attacks")
-#: Number of characters of a witness's checksum.
+#: The length of a witness's checksum, in characters.
 SHORT = 12
-#: The most images that a text names.
+#: A text names at most this many images.
 NAMED = 10
-#: The most bytes of a pixel's value in the file, on average: 1,000 images of CIFAR-10 take 10 MB at most. If images
-#: would take more, their changes are rounded to multiples of this step, provided the model still gets them wrong and
-#: they stay in the ball.
+#: The largest size of the file, in bytes per value of a pixel on average: 1,000 images of CIFAR-10 take at most 10 MB.
+#: If the file would be larger, the changes of images are rounded to multiples of STEP, provided that the model still
+#: gets the images wrong and they stay in the ball.
 MOST_BYTES, STEP = 3.0, 2.0**-16
-#: The level of compression: beyond this, time grows and files do not shrink.
+#: The level of compression. Higher levels take more time and do not make files smaller.
 LEVEL = 6
 
 
@@ -158,18 +159,23 @@ class Witnesses:
         """
         path = folder / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the report names witnesses, and this file holds them")
+            raise FileNotFoundError(
+                f"{path}, which holds the witnesses of the report, is missing: restore the file, or evaluate and save "
+                "the report again"
+            )
         try:
             content, tensors = read_sealed(path)
             if content.get("format") != FORMAT:
-                raise ValueError(f"it has format {content.get('format')!r}, this version reads {FORMAT}")
+                raise ValueError(f"the format is {content.get('format')!r}, but this version reads format {FORMAT}")
             told, about = {name: tensors[name] for name in TOLD}, content["about"]
             numbers = _unpacked(tensors["clean"])
             whole = numbers.astype(np.float32) / np.float32(255)
             clean = (whole if content["whole"] else _joined(numbers).view(np.float32)).reshape(content["shape"])
             adversarial = _decoded(tensors, clean[told["of"].numpy()], _radii(about, told["attacks"]))
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read: {error}. Restore the file, or evaluate and save the report again"
+            ) from error
         return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=about, **told)
 
 
@@ -216,7 +222,7 @@ def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dic
     away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
     choice = np.abs(away.astype(np.int64)).argmin(0)
     nearest = np.take_along_axis(away, choice[None], 0)[0]
-    # Small numbers of either sign become small unsigned numbers.
+    # Map small numbers of either sign to small unsigned numbers, which compress well.
     unsigned = ((nearest << 1) ^ (nearest >> 31)).view(np.uint32)
     return {"choice": _packed(choice.astype(np.uint8)), "away": _packed(_planes(unsigned))}
 
@@ -335,13 +341,18 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("witnesses")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(
+            f"{path} is damaged: {error}. Restore the file, or evaluate and save the report again"
+        ) from error
     if named is None:
         raise ValueError(f'{path} names no witnesses: evaluate with keep="all" (--keep all) and save the report again')
     witnesses = Witnesses.load(folder)
     each = witnesses.summary()["each"]
     if len(each) != len(named["each"]):
-        raise ValueError(f"{folder / FILE} holds {len(each)} witnesses, but {path} names {len(named['each'])}")
+        raise ValueError(
+            f"{folder / FILE} holds {len(each)} witnesses, but {path} names {len(named['each'])}: the files are of "
+            "different reports"
+        )
     return witnesses, [one != other for one, other in zip(each, named["each"], strict=True)]
 
 

@@ -214,7 +214,7 @@ def test_mistakes(made_models, capsys):
         (["digits"], "there is no 'digits'; there are plain; noisy"),
         (["--images", "0"], "argument --images: must be at least 1, got 0"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
-        (["robust"], "'robust' is a contest with --robust"),
+        (["robust"], "'robust' is a contest of --robust: add --robust"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])

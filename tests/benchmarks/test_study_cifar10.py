@@ -299,7 +299,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     job = next(job for job in cifar10.jobs("nowhere", longer) if job.name == names.BASE)
     (studies.folder_of(other, names.BASE, 1) / studies.ASKED).write_text(json.dumps(job.asked()))
     for place in (results, tmp_path / "nothing there yet"):
-        with pytest.raises(results_of_study.OtherBudget, match="PGD-AT-1 is of another budget"):
+        with pytest.raises(results_of_study.OtherBudget, match="PGD-AT-1 has another budget"):
             cifar10.write(other, place, BUDGET)
     assert (results / "cifar10.md").read_text() == page and not (tmp_path / "nothing there yet").exists()
 
@@ -324,5 +324,5 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     page = cifar10.write(other, results, BUDGET).read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["model", "---", names.BASE, names.LARGE]
-    told = "CARSO, paper's objective, seed 0: left out, for what it began with was trained anew"
+    told = "CARSO, paper's objective, seed 0: left out, because the model that it began with was trained anew"
     assert told in capsys.readouterr().err

@@ -57,8 +57,8 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["digits-best"], "there is no model 'digits-best': there are cifar10-arrest-w16"),
-        (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER"),
+        (["digits-best"], "there is no model 'digits-best' in the zoo: there are cifar10-arrest-w16"),
+        (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER, with"),
         (["digits-standard", "--images", "0"], "argument --images: must be at least 1, got 0"),
         (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
     ],

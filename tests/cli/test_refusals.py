@@ -78,7 +78,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
-    "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: a claim of 70 % is written 70",
+    "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
     "ablate arrest --angles 30 abc": "--angles must be a number or a fraction such as 8/255, got 'abc'",
     "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",

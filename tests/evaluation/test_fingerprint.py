@@ -76,7 +76,9 @@ def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, where, 
     for _ in "12":
         evaluate(model, *images, **QUIET, out=tmp_path, name="mine")
     assert len(made_rows) == 4 and not list((tmp_path / "rows").iterdir())
-    assert f"out: mine holds {where}, which cannot be compared by its value: its rows are not kept" in caplog.text
+    assert (
+        f"out: the rows of mine are not kept: mine holds {where}, which cannot be compared by its value." in caplog.text
+    )
 
 
 def test_objects_inside_each_other_without_end_are_no_trouble():
@@ -91,7 +93,7 @@ def test_objects_inside_each_other_without_end_are_no_trouble():
     model.itself = [model]
     assert fingerprint(model) is not None
     model.held = chain(100_000)
-    assert fingerprint_or_reason(model) == (None, "holds objects in one another, too deep to be compared")
+    assert fingerprint_or_reason(model) == (None, "holds objects that are nested too deep to be compared")
 
 
 # -- what is no difference ----------------------------------------------------------------------------------------

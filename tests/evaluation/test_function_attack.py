@@ -137,11 +137,11 @@ def test_rounding_is_allowed_and_no_more(norm, order):
 @pytest.mark.parametrize(
     ("attacks", "message"),
     [
-        (["pgd"], r"attacks\[0\]: an attack is one of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
+        (["pgd"], r"attacks\[0\]: an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
         ("pgd", "attacks must be a list, got 'pgd'"),
         (PGD(), "attacks must be a list, got PGD"),
         ([PGD(), None], r"attacks\[1\]: .* got None"),
-        ([PGD], r"attacks\[0\]: PGD is a class of attacks: write PGD\(\)"),
+        ([PGD], r"attacks\[0\]: an attack must be an object, got the class PGD: write PGD\(\)"),
     ],
 )
 def test_what_is_no_attack_is_told(attacked, attacks, message):
@@ -150,7 +150,7 @@ def test_what_is_no_attack_is_told(attacked, attacks, message):
         evaluate(model, x, y, attacks=attacks, **QUIET)
 
 
-NOT_WITH_A_JUDGE = "a judge is attacked itself, or judges attacks on the target 'classifier'"
+NOT_WITH_A_JUDGE = "with a judge, the attack is on the judge itself or on the target 'classifier'"
 JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
 
 
@@ -163,13 +163,13 @@ JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
         (PGD, {"aggregation": "max"}, ValueError, "aggregation must be one of"),
         (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "one of .*, got target and aggregation"),
         (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
-        (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "the attack fgsm cannot follow the gradients of another"),
+        (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "gradients_from needs an attack .* got fgsm"),
         (APGD, {"gradients_from": nn.Flatten(), "target": "classifier"}, ValueError, "got target and gradients_from"),
         (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
         (PGD, JUDGE | {"aggregation": "lse"}, ValueError, NOT_WITH_A_JUDGE),
         (PGD, JUDGE | {"survivors_only": True}, ValueError, NOT_WITH_A_JUDGE),
-        (PGD, {"judge": nn.Flatten()}, ValueError, r"the label says whose evaluation it is: 'as \.\.\.', got None"),
-        (PGD, {"judge": "me"}, TypeError, "judge must be a model, got 'me'"),
+        (PGD, {"judge": nn.Flatten()}, ValueError, r"with a judge, label must begin with 'as ' .* got None"),
+        (PGD, {"judge": "me"}, TypeError, "judge must be a model, .* got 'me'"),
     ],
 )
 def test_errors_of_a_spec(attack, options, error, message):

@@ -128,7 +128,7 @@ def test_wrong_use_is_refused_with_the_line_to_write(defended):
     ):
         with pytest.raises(TypeError, match=rf"attacks\[0\]: .* is a class of .*{line}"):
             judged(attacks=[given])
-    with pytest.raises(ValueError, match=r"torchattacks PGD has eps = 0.1, the report's eps is 0.05.*eps=0.05\)"):
+    with pytest.raises(ValueError, match=r"torchattacks PGD has eps = 0.1, but the report's eps is 0.05.*eps=0.05\)"):
         judged(attacks=[torchattacks.PGD(defence, eps=0.1)])
     with pytest.raises(ValueError, match="torchattacks PGDL2 searches a ball in l2"):
         judged(attacks=[torchattacks.PGDL2(defence, eps=EPS)])

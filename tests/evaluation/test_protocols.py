@@ -283,7 +283,7 @@ def test_models_that_return_other_things_than_logits():
         (
             lambda z: (net(z), z),
             TypeError,
-            r"a torch.Tensor of logits \[B, classes\], or an object or mapping with them as logits, got a tuple of "
+            r"a torch.Tensor of logits \[B, classes\], or an object or mapping .* the name logits, got a tuple of "
             r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
             r"0, give lambda x: model\(x\)\[0\]",
         ),
@@ -292,12 +292,12 @@ def test_models_that_return_other_things_than_logits():
             TypeError,
             r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
-        (lambda z: None, TypeError, "as logits, got NoneType$"),
+        (lambda z: None, TypeError, "the name logits, got NoneType$"),
         (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
-        (nn.Linear, TypeError, r"the model is the class Linear: give an object of it, such as Linear\(\)"),
-        ("resnet18", TypeError, "the model must be callable, images to logits, got str"),
+        (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
+        ("resnet18", TypeError, "the model must be a callable from images to logits, got str"),
     ):
         with pytest.raises(error, match=message):
             evaluate(model, x[:4], y[:4], attacks=[PGD(steps=1)], **QUIET)

@@ -34,7 +34,7 @@ def test_headline_is_the_lowest_success_counts():
     assert Report([high, low, unreliable]).headline is unreliable
     tie = row(attack="tie", robust=[0, 1, 0, 0], reliable=False)
     assert Report([tie, low]).headline is low and Report([low, tie]).headline is low
-    with pytest.raises(ValueError, match="no attack on the model"):
+    with pytest.raises(ValueError, match="needs an attack on the deployed model"):
         _ = Report([clean]).headline
 
 
@@ -48,9 +48,9 @@ def test_other_threat_models_have_headlines_of_their_own():
     assert report.attacks == ["clean", "mine", "worst", "lower", "low"]
     lines = report.to_markdown().split("\n")
     assert lines[2].startswith("- **m: 75.0") and lines[3].startswith("- m, L2 0.5: 0.0")
-    with pytest.raises(ValueError, match=r"no attack on the model as it is: .*row\('clean'\)"):
+    with pytest.raises(ValueError, match=r"attack on the deployed model, .* has none: .*row\('clean'\)"):
         _ = Report([lower]).headline
-    with pytest.raises(ValueError, match=r"must have one model, got m, n: use headlines"):
+    with pytest.raises(ValueError, match=r"needs a report on one model, got m, n: use headlines"):
         _ = Report([mine, row(model="n")]).headline
 
 
@@ -191,10 +191,10 @@ def test_rows_of_different_threat_models_are_not_paired():
     a = Report([row("a"), clean, other], about=about("L-inf 0.05"))
     b = Report([row("b", robust=[1, 0, 0, 0]), clean, other], about=about("L-inf 0.15"))
     with pytest.raises(
-        ValueError, match=r"a was attacked within L-inf 0.05, b within L-inf 0.15: only rows of the same"
+        ValueError, match=r"same threat model, but a was attacked within L-inf 0.05, and b within L-inf 0.15"
     ):
         a.paired(b, "PGD")
-    with pytest.raises(ValueError, match=r"a was attacked within L-inf 0.05, m within L2 0.5"):
+    with pytest.raises(ValueError, match=r"a was attacked within L-inf 0.05, and m within L2 0.5"):
         a.paired(a, "PGD", "weak")
     # clean images, and rows that are within the same other threat model
     assert a.paired(b, "clean").difference == a.paired(b, "weak").difference == 0
@@ -283,7 +283,7 @@ def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, 
     place = tmp_path / "earlier, L-inf 8_255"
     assert {path.name for path in place.iterdir()} >= {"run.yaml", "report.json", "report.witnesses.safetensors"}
     assert not (tmp_path / "run.yaml").exists()
-    assert caplog.messages == [f"the report that was here before, on L-inf 8/255, is in {place}"]
+    assert caplog.messages == [f"the report that was in this folder before, on L-inf 8/255, is now in {place}"]
     # the options of a training are no report's
     (tmp_path / "run.yaml").write_text("command: train carso\n")
     Report([row(seed=5)], about=about()).save(tmp_path)

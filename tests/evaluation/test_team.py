@@ -115,7 +115,7 @@ def test_a_killed_process_costs_its_batch(one, tmp_path, kind, victim, number, m
     if victim == 1:
         assert done.codes[0] == 0 and done.results[0] == one[kind], done.errors
         return
-    assert done.codes == [-signal.SIGKILL, 1] and "no sign of life of the first" in done.errors[1], done
+    assert done.codes == [-signal.SIGKILL, 1] and "no sign of life from process 0" in done.errors[1], done
     done = together(tmp_path, 3, lambda: report(kind, tmp_path / "out"))
     assert done.codes == [0] * 3 and done.results[0] == one[kind], done.errors
 
@@ -189,7 +189,7 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
     assert done.results[0] == done.results[1]
     failed, different, unseen = done.results[0]
     assert failed == "process 1 has no memory"
-    assert "process 1 evaluates something else than the first (seed" in different
+    assert "process 1 evaluates something else than process 0 (seed" in different
     assert "does not see" in unseen and "give out=FOLDER" in unseen
 
 

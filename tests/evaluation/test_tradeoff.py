@@ -213,7 +213,7 @@ def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
     ("points", "message"),
     [
         ({}, "points must name at least one model"),
-        ({"a": (90,)}, r"points\['a'\] must be .* or these and two standard errors, got \(90,\)"),
+        ({"a": (90,)}, r"points\['a'\] must be .* or \(.*standard error\), got \(90,\)"),
         ({"a": (90, 50, 1)}, r"points\['a'\] must be"),
         ({"a": (90, 101)}, r"points\['a'\]: robust accuracy must be .*, got 101"),
         ({"a": (90, 50, 1, -1)}, r"points\['a'\]: standard errors must be finite and not negative, got \(1, -1\)"),

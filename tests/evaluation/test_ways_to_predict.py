@@ -67,7 +67,10 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
 
 def test_what_is_refused():
     x, y = (part[:4] for part in digits()[2:])
-    for model, predict, message in ((standard(), "votes", "random models"), (coin, "mean", "predict")):
+    for model, predict, message in (
+        (standard(), "votes", "predict='votes' needs a random model"),
+        (coin, "mean", "predict"),
+    ):
         with pytest.raises(ValueError, match=message):
             evaluate(model, x, y, eps=0.1, attacks=[], predict=predict, progress=False)
     with pytest.raises(ValueError, match="draws"):

@@ -1,9 +1,9 @@
 """An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is there?
 
-A random corner of an image's ball is made adversarial: the features before the model's last linear layer get another
-row, which separates the corner from the image and from many points inside the ball. A short attack along the model's
-own gradients then looks for any point on the corner's side. Its power is the share of corners that it finds. Points
-that random corners reach as well prove nothing.
+A random corner of an image's ball is made adversarial: the model's last linear layer gets another row of weights, which
+separates the corner from the image and from many points inside the ball. A short attack along the model's own gradients
+then looks for any point on the corner's side. The power of the attack is the share of corners that it finds. A corner
+whose side random corners reach too proves nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, frozen
 
-#: Raised whenever another result would come out.
+#: Increase this number whenever a change here gives another result; kept results with an older number are then made
+#: again.
 REVISION = 1
-#: Numbers of images in which a corner is planted, of points inside each ball, of random corners that look for it, and
-#: of draws that judge a random model.
+#: PLANTED images get a planted corner, and INSIDE points are taken in the ball of each. LOOKING random corners test if
+#: chance alone finds the planted corner. DRAWS predictions judge a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The share of the radius within which the inside points lie, and the place of the border between them and the corner.
+#: The points inside the ball lie within NEAR times the radius. The border is put at BORDER of the way from the score of
+#: these points to the score of the corner.
 NEAR, BORDER = 0.95, 0.9
-#: Steps and random starts of the short attack, and the least share that it must find.
+#: The short attack takes STEPS steps from STARTS random starts. If it finds less than the share LEAST of the planted
+#: corners, attacks on the model count as unreliable.
 STEPS, STARTS, LEAST = 20, 2, 0.8
 
 
@@ -90,7 +93,7 @@ def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 class Planted(nn.Module):
-    """Two logits: 0, and the side of its image's row on which a point lies. A point belongs to the nearest center.
+    """Two logits of a point: 0, and its score by the row of weights of its image, which is the nearest center.
 
     Args:
         features: images to features.
@@ -171,7 +174,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # A row that does not separate its own corner says nothing about attacks.
+        # Count only corners that the added row really separates from the image, since no attack could find the others.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

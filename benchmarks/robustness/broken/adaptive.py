@@ -17,7 +17,8 @@ from purify_fast.evaluation import AttackSpec
 
 from .entry import Entry, Search
 
-#: Number of draws that attacks on random models average in each step, and the number for models with cheap draws.
+#: How many draws attacks on random models average in each step: DRAWS usually, MANY_DRAWS for models whose draws are
+#: cheap.
 DRAWS, MANY_DRAWS = 20, 40
 
 
@@ -80,7 +81,7 @@ def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) 
     )
 
 
-#: The chains for models that hide no gradients.
+#: The chains of attacks for models that hide no gradients, deterministic and random.
 OWN, OWN_DRAWN = long(0), drawn(0)
 
 

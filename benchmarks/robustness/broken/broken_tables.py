@@ -19,11 +19,12 @@ ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "st
 PINTOR, ACTIVE = "indicators", "active"
 #: The judges in the order in which they judge a model.
 JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
-#: The judges that attack and leave images.
+#: The judges that attack images, without the adaptive attack.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
-#: Number of steps of attacks that set no number.
+#: How many steps an attack takes that sets no number itself.
 STEPS = 100
-#: A judge finds enough if it leaves at most this share more than the adaptive attack; the last digit is for rounding.
+#: A judge finds enough if it leaves at most this share of the images more than the adaptive attack. The tiny second
+#: term allows for rounding.
 CLOSE = 0.02 + 1e-9
 
 #: The result of a judge on a model.
@@ -101,7 +102,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
 
 
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
-    """The numbers of defences that each judge found, flagged and missed, and those that AutoAttack overestimates."""
+    """How many defences each judge found, flagged and missed, and the defences that AutoAttack overestimates."""
     lines = []
     for judge in ATTACKERS:
         words = [verdicts(each)[judge] for each in broken.values()]

@@ -23,7 +23,8 @@ from . import active, adaptive, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
-#: Raised whenever the same results would be counted otherwise.
+#: Increase this number whenever a change here gives other figures for the same attacks; kept results with an older
+#: number are then made again.
 REVISION = 1
 
 
@@ -54,7 +55,8 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks([(spec, spec.resolved) for spec in specs]), *follows]
-    # Surrogates attack where signs fire.
+    # The protocols also attack surrogates if they find signs of masked gradients, so the revision of surrogates and the
+    # limits of the signs count.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
 
 
@@ -95,7 +97,8 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
         found[id(thing)] = ""
     elif isinstance(thing, type | types.FunctionType) and thing.__module__.startswith(str(__package__)):
         source = inspect.getsource(thing)
-        # The decorator of an entry is left out: it holds the words of the table and the attack.
+        # Leave the decorator of an entry out: it holds the words of the table and the attack, which do not change the
+        # model.
         found[id(thing)] = source[max(source.find("def "), 0) :] if source.startswith("@entry") else source
         functions = [thing] if isinstance(thing, types.FunctionType) else vars(thing).values()
         referred = [one for each in functions if isinstance(each, types.FunctionType) for one in _referred(each)]

@@ -2,8 +2,8 @@
 
 A function builds what is deployed and what its adaptive attack follows in its place: the same forward pass with the
 gradient that the mechanism hides, the same model averaged over noise, or the output before it saturates. The `chain` of
-an entry says which of them are followed, for how long and by how many draws. An entry without one is attacked along its
-own gradients, averaged over draws if it is random.
+an entry says which of them are followed, for how long and by how many draws. An entry without a chain is attacked along
+its own gradients, averaged over draws if it is random.
 
 ``published`` is the accuracy that the cited attack left of the published defence, with its place in the paper of the
 attack. In table 1 of Athalye et al. the row of Guo et al. is for all of their transformations. Carlini and Wagner say
@@ -31,9 +31,9 @@ from .entry import Build, Function, Step, behind, cross_entropy, entry, layers, 
 Models = tuple[nn.Module, ...]
 ATHALYE, TRAMER, CROCE = "Athalye et al. 2018", "Tramer et al. 2020", "Croce et al. 2022"
 BPDA, EOT = f"BPDA, {ATHALYE}", f"EOT, {ATHALYE}"
-#: The settings of the published figures, with their place in the papers.
+#: The data set, norm and radius of published figures, with their table in the paper of the attack.
 ON_IMAGENET, ON_CIFAR10 = "(ImageNet, L2 0.005; table 1)", "(CIFAR-10, 0.031; table 1)"
-#: The settings of a random model, of which fewer images are attacked.
+#: The settings of a random model. Fewer images are attacked, since each step takes several draws.
 RANDOM: dict[str, Any] = {"random": True, "images": 40}
 GUO, XIE = "Guo et al., ICLR 2018", "Xie et al., ICLR 2018"
 
@@ -116,7 +116,7 @@ ON_CIFAR: dict[str, Any] = {"data": "cifar10", "eps": 8 / 255, "images": 50}
 entry("bit-depth reduction", GUO, BPDA, chain=long(1, 2), published=f"0 {ON_IMAGENET}")(
     purifier(fewer_bits, "digits-standard", staircase)
 )
-# The steps of the minimization are differentiable.
+# The steps of the minimization are differentiable, so the adaptive attack also follows their exact gradient.
 entry("total variation minimization", GUO, BPDA, chain=drawn(1, 2), published=f"0 {ON_IMAGENET}", **RANDOM)(
     purifier(total_variation, "digits-standard", total_variation)
 )
@@ -453,7 +453,7 @@ def mixed_precision(x: Tensor, y: Tensor) -> Models:
     "the odds are odd",
     "Roth et al., ICML 2019",
     f"logits of clean images matched under EOT, {TRAMER}",
-    # Each draw of the matched logits takes 17 copies of an image.
+    # Each draw of the matched logits takes 17 copies of an image, so the steps average only a few draws.
     chain=(
         away(1, steps=50, restarts=2, loss="margin", eot_iter=2),
         every_class(1, steps=50, restarts=1, eot_iter=2),

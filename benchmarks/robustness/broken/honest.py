@@ -16,7 +16,7 @@ from .defences import ON_CIFAR, RANDOM, Averaged
 from .entry import entry, network, signed_step, train
 
 ON_MNIST = {"data": "mnist", "eps": 0.3, "images": 50}
-#: Models of the zoo by name, with the fields of `Entry` that are not as usual.
+#: Models of the zoo by name, with the fields of `Entry` that differ from the defaults.
 ZOO: dict[str, dict[str, Any]] = {
     "digits-standard": {"eps": 0.03},
     "digits-pgd-at": {"eps": 0.2},
@@ -29,7 +29,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "cifar10-trades-w16": ON_CIFAR,
     "cifar10-arrest-w16": ON_CIFAR,
 }
-#: The chain of the networks of CIFAR-10, whose every gradient costs a millisecond.
+#: A shorter chain of attacks for the networks of CIFAR-10, since each of their gradients costs a millisecond.
 SHORTER = (away(0, steps=100, restarts=2), every_class(0, steps=100, restarts=1))
 for model_name, settings in ZOO.items():
     shorter = {"chain": SHORTER} if settings.get("data") == "cifar10" else {}

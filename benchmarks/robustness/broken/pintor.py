@@ -15,15 +15,18 @@ from torch.nn import functional as F
 from purify_fast.attacks import frozen
 from purify_fast.ops.pgd_step import pgd_step
 
-#: Raised whenever another result would come out.
+#: Increase this number whenever a change here gives another result; kept results with an older number are then made
+#: again.
 REVISION = 1
-#: Number of images, steps of PGD, and the length of a step: in radii, and in image units in the unconstrained attack.
+#: IMAGES images are attacked by STEPS steps of PGD. The length of a step is LENGTH in radii, and UNCONSTRAINED in image
+#: units for the attack without a ball.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
-#: Number of random points around each image, the width of their uniform noise, and the largest share that passes.
+#: The loss is compared at POINTS random points around each image, with uniform noise of width WIDTH in image units. An
+#: indicator fires if its value is above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: Number of last steps in which the loss is compared, and the share of its range by which it may still change there.
+#: A loss still rises if it rose in the last LAST steps by more than FALLS times its range.
 LAST, FALLS = 10, 0.05
-#: The indicators in the order of the paper, without that of transfer.
+#: The indicators in the order of the paper, without "transfer failure".
 INDICATORS = (
     "unavailable gradients",
     "unstable predictions",

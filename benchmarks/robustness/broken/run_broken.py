@@ -27,9 +27,9 @@ from . import active, adaptive, broken_tables, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
-#: The largest number of images on which a defence is trained.
+#: A defence is trained on at most this many images.
 TRAINING_IMAGES = 6_000
-#: Number of draws that an adaptive attack averages if it sets no number, and the most images that `STRONG` judges.
+#: An adaptive attack averages DRAWS draws if it sets no number. `STRONG` judges at most STRONG_IMAGES images.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 

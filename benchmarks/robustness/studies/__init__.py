@@ -1,7 +1,7 @@
 """Studies of what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
 
 A study is a list of jobs that train and attack a model each. Jobs run side by side; a finished job leaves
-``result.json`` and is not run again, so a stopped study can be resumed. A job's settings stand in ``job.json`` beside
+``result.json`` and is not run again, so a stopped study can be resumed. A job's settings are in ``job.json`` beside
 it: a folder that was begun with other settings is refused.
 """
 
@@ -42,7 +42,7 @@ def result_of(root: Path, name: str, seed: int) -> dict[str, Any]:
     return json.loads((folder_of(root, name, seed) / RESULT).read_text())
 
 
-#: ``work(job, folder, root)`` -> numbers for the table.
+#: The function that does a job: ``work(job, folder, root)`` returns numbers for the table.
 Work = Callable[["Job", Path, Path], dict]
 
 
@@ -105,13 +105,13 @@ def _run(job: Job, root: Path, share: int) -> None:
 def _check(jobs: Sequence[Job], root: Path) -> None:
     """Raise ValueError if a job cannot be run, or if ``root`` holds folders with other settings."""
     if not jobs:
-        raise ValueError("the study has no job")
+        raise ValueError("a study must have at least one job, got none")
     if len({job.folder(root) for job in jobs}) < len(jobs):
-        raise ValueError("jobs need names of their own")
+        raise ValueError("jobs must have different folders, got several jobs with the same name and seed")
     needs = {(job.name, job.seed): job.needed() for job in jobs}
     if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
-        raise ValueError(f"the study has no job for these needs: {sorted(missing)}")
-    # It raises CycleError, a ValueError, for jobs that need each other.
+        raise ValueError(f"the study has no job for these rows and seeds, which other jobs need: {sorted(missing)}")
+    # This raises CycleError, which is a ValueError, if jobs need each other.
     TopologicalSorter(needs).prepare()
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
@@ -123,7 +123,8 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
         )
         if changes:
             raise ValueError(
-                f"{path.parent} holds {job.name!r} with other settings ({changes}): give another folder, or remove it"
+                f"{path.parent} holds {job.name!r} with other settings ({changes}): give another folder, or "
+                "remove this one"
             )
 
 

@@ -53,12 +53,12 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # The other row's purifier was trained beside a classifier that it did not see.
+        # Leave out the check for the same classifier: the other row's training did not use its classifier.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
-    # Fewer epochs would end before the paper's cross-entropy acts.
+    # A quick run keeps three epochs: fewer epochs would end before the paper's cross-entropy takes part.
     stage = s["stage"] | ({"epochs": 3, "images": 128} if s["quick"] else {})
     train_stage(job, folder, defence, digits, stage, EPS)
     return _attacked(defence, job) | {"parameters": count(defence)}

@@ -27,7 +27,7 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train_classifier
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
 PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
 ROBUST_PIPELINE = "AToP pipeline on PGD-AT"
-#: The classifier of every model.
+#: The classifier behind each model, by row.
 BASES = dict.fromkeys((STANDARD, PRETRAINED, OBJECTIVE, PIPELINE), STANDARD)
 BASES |= dict.fromkeys((ROBUST, ROBUST_PIPELINE), ROBUST)
 
@@ -63,7 +63,7 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
         generator = SmallGenerator(1, **budget.generator)
         defence = Atop(load_classifier(place), generator, images.image_shape, **budget.defence)
     else:
-        # Pre-training used no classifier, so any classifier will do.
+        # Leave out the check for the same classifier, since pre-training used none.
         defence = load_defence(job.folder(root, PRETRAINED), load_classifier(place), check=False)
     return train_stage(job, folder, defence, images, getattr(budget, job.settings["stage"]), EPS)
 

@@ -56,7 +56,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     else:
         torch.manual_seed(job.seed)
         defence, batch_size = Carso(base, s.get("layers", setting.LAYERS), digits.image_shape, **setting.SIZES), 64
-        # Fewer epochs would leave none with the KL term.
+        # A quick run keeps three epochs: with fewer epochs the KL term would never take part.
         origin, quick_epochs = "scratch", 3
         attack, options = TrainingAttack(steps=20, **ball), s.get("config", {})
     task = CarsoTask(defence, CarsoConfig(attack=attack, **options), origin)

@@ -25,10 +25,10 @@ from purify_fast.training.config import TrainingAttack
 from . import Job
 from .report_study import EPS, MakeJob, ReportStudy, images_of, train, train_classifier
 
-#: K = 4: the paper's first version on MNIST.
+#: The sizes of CARSO. The number of samples, K = 4, is that of the paper's first version on MNIST.
 SIZES = {"cond_dim": 64, "latent_dim": 16, "samples": 4, "decoder_width": 8}
 CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
-#: The model of `EXACT`, attacked through the output that its authors attack.
+#: The row of the model of `EXACT`, attacked through PeeL, the output that CARSO's authors attack.
 PEEL = f"{EXACT}, through PeeL"
 
 
@@ -94,7 +94,7 @@ class CarsoMnist(ReportStudy):
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
         b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
-        # The version rand is for random models.
+        # AutoAttack's version rand is only for random models, and the classifier is not random.
         version = "standard" if name == CLASSIFIER else "rand"
         auto = AutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
         label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"

@@ -42,7 +42,9 @@ def classifier() -> nn.Module:
     """
     spec = importlib.util.find_spec("pyautoattack")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the ResNet-18 comes with pyautoattack: pip install 'purify-fast[eval]'")
+        raise ModuleNotFoundError(
+            "the ResNet-18 needs the package pyautoattack, which contains it: pip install 'purify-fast[eval]'"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "examples"
     source = importlib.util.spec_from_file_location("pyautoattack_example_resnet", folder / "resnet.py")
     assert source is not None and source.loader is not None
@@ -59,7 +61,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     attack = TrainingAttack(eps=EPS, steps=5)
     torch.manual_seed(job.seed)
     if job.name == RECONSTRUCTION:
-        # The statistics are those of CIFAR-10.
+        # The mean and the standard deviation are those of CIFAR-10.
         defence = Carso(
             classifier(),
             LAYERS,
@@ -93,7 +95,7 @@ class CarsoResnet18(ReportStudy):
     name, dataset = "carso_resnet18", "cifar10"
     models: ClassVar[dict[str, str | None]] = {CLASSIFIER: None, RECONSTRUCTION: RECONSTRUCTION, PIPELINE: PIPELINE}
     eps, layers = EPS, LAYERS
-    #: The network is large enough to use every core: its jobs run one after the other.
+    #: The network is large enough to use every core, so its jobs run one after the other.
     workers, threads = 1, 0
     sizes: ClassVar[dict[str, int]] = {"batch_size": 100, "max_forward_batch": 32}
 
@@ -102,7 +104,7 @@ class CarsoResnet18(ReportStudy):
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == CLASSIFIER:
-            # All use one precision, so that the attacked and the predicting function are the same.
+            # Give all models the same precision, so that the function that is attacked is the function that predicts.
             return InferenceCopy(classifier(), (3, 32, 32))
         return load_defence(job.folder(root, name), classifier()).accelerate()
 

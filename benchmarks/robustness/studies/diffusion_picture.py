@@ -18,7 +18,8 @@ from .diffusion_study import found_by_pgd, predictions
 
 PATH = Path(__file__).parents[3] / "docs" / "pictures" / "diffusion.png"
 MODEL, SEED = "digits-diffpure", 0
-#: Number of images from which one is chosen that is right before the attack and wrong after it, and its effort.
+#: The picture shows one of CANDIDATES images, which must be right before the attack and wrong after it. The attack
+#: takes STEPS steps of DRAWS draws.
 CANDIDATES, STEPS, DRAWS = 10, 40, 10
 
 
@@ -52,7 +53,7 @@ def chosen(purifier: DiffusionPurifier) -> tuple[Tensor, Tensor, int]:
         before, after = (predictions(purifier, each, 1, CANDIDATES)[0] == y for each in (x, found))
     fooled = (before & ~after).nonzero()[:, 0]
     if not len(fooled):
-        raise ValueError(f"none of {CANDIDATES} images fell")
+        raise ValueError(f"none of CANDIDATES = {CANDIDATES} images fell to the attack: raise CANDIDATES or STEPS")
     i = int(fooled[0])
     return x[i : i + 1], found[i : i + 1], int(y[i])
 

@@ -35,11 +35,12 @@ from ...options import at_least_one
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
 from .diffusion_table import rows_of, tables_of
 
-#: The groups of attacks on a purifier, on a classifier alone, and on another random defence. Cheap groups come first.
+#: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on another random defence
+#: (BESIDE). Cheap groups come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
-#: The most images times draws in a pass: CARSO classifies several reconstructions of each.
+#: A pass takes at most this many images times draws, since CARSO classifies several reconstructions of each.
 ROWS = 200
-#: A row of a report in the form of the results.
+#: The fields of a report's row that the results file keeps.
 FACTS = ("attack", "kind", "robust", "mean", "n")
 
 
@@ -153,7 +154,7 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
 
 
 def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The chain's end: `strong` on those of the first images that PGD left right in every draw."""
+    """The end of the chain: `strong` on the first images, without the images that any draw after PGD got wrong."""
     budget = job.settings["budget"]
     draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
     few = min(len(x), budget.strong_images)
@@ -253,7 +254,7 @@ class Diffusion(Study):
         """Write ``diffusion.json`` with every image's outcome, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
         fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # Data sets and groups that were not requested now stay.
+        # Keep earlier rows of data sets and groups that were not requested now.
         later = GROUPS[GROUPS.index(chosen.until) + 1 :]
         kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets or row["group"] in later]
         rows = [*kept, *fresh.values()]

@@ -13,7 +13,7 @@ from purify_fast.evaluation.show.tables import markdown_table
 
 from . import settings_of
 
-#: The page's name of the command that makes the numbers.
+#: The command that makes the numbers, as the page writes it.
 COMMAND = "`python -m benchmarks study diffusion`"
 PGD = "PGD-200, EOT 20, exact"
 
@@ -118,7 +118,7 @@ def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list
     alone = part["alone"]
     columns = {name: cells(one, found[alone], alone) for name, one in found.items() if one.groups}
     lines = list(dict.fromkeys(line for told in columns.values() for line in told))
-    # The authors' attacks stand before the exact gradient.
+    # Sort the lines: clean accuracy, then the authors' attacks, then the attacks along the exact gradient.
     lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
     body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
     most = max(row["images"] for row in rows)

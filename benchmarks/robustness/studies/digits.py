@@ -69,7 +69,7 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # This attack follows the cross-entropy's, and attacks its survivors.
+        # The attack with DLR runs last, on the survivors of the attack with cross-entropy, so its row counts both.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -131,12 +131,12 @@ def count(model: nn.Module) -> int:
 
 
 def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """All jobs, or those of some rows with the rows that they need; ValueError for an unknown row."""
+    """All jobs, or the jobs of some rows and of the rows that these need; ValueError for an unknown row."""
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
     if unknown := set(rows) - names:
-        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        raise ValueError(f"--rows has no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     wanted, more = set[str](), set(rows)
     while more:
         wanted |= more
@@ -165,7 +165,7 @@ class DigitsStudy(Study):
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """The jobs of all rows, or of some with those that they need; rows with all seeds come first."""
+        """The jobs of all rows, or of some rows and the rows that these need; rows with all seeds come first."""
         table, jobs = settings_of(self.name), []
         more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
         for part, seeds in (("rows", chosen.seeds), ("ablations", more)):

@@ -6,8 +6,8 @@ The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with 
     image = share of the clean images' variance explained in the same way
     drift = E |f(x~) - f(x)| / E |f(x) - f(x')|,  x' another image: 0 untouched, 1 as far as a stranger
 
-Fitted on clean features, since an attack on the true label writes that label into the image: a probe fitted on attacked
-features reads it there and is almost always right.
+The probe is fitted on clean features. An attack on the true label writes that label into the image, so a probe fitted
+on attacked features would read the label there, and would almost always be right.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LayerScore:
         layer: the module's path.
         probe: accuracy of a linear probe, a share.
         image: share of the images' variance that is explained.
-        drift: how far the attack moves the features, 1 being as far as another image's.
-        features: how many there are.
+        drift: distance by which the attack moves the features, as a multiple of the distance to another image's.
+        features: number of features.
     """
 
     layer: str
@@ -72,8 +72,9 @@ def rank_layers(
         ValueError: unknown layers, or fewer than 4 images.
     """
     if len(x) < 4:
-        raise ValueError(f"x must hold at least 4 images, got {len(x)}")
-    classifier = copy.deepcopy(classifier).eval()  # the hooks are to stay off the caller's
+        raise ValueError(f"x must have at least 4 images, got {len(x)}")
+    # Copy the classifier, so that no hooks stay on the caller's.
+    classifier = copy.deepcopy(classifier).eval()
     read = Representation(classifier, tuple(layers), tuple(x.shape[1:]))  # type: ignore[arg-type]
     dtype = first_tensor(classifier).dtype
     attacked = pgd(classifier, x, y, eps=eps, norm=norm, steps=steps, seed=seed)
@@ -99,7 +100,7 @@ def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0
     out = torch.empty_like(targets)
     for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         mean, std = clean[fit].mean(0), clean[fit].std(0)
-        # a pixel that is always black has no scale
+        # Limit the scale from below: a pixel that is always black has a standard deviation of 0.
         std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)
         a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
         centre = targets[fit].mean(0)

@@ -23,9 +23,9 @@ from purify_fast.training.config import TrainingAttack
 
 from . import Job, Study, result_of, settings_of, write_page
 
-#: The radius of the studies on MNIST.
+#: The L-inf radius of the studies on MNIST, in image units.
 EPS = 0.3
-#: ``job(name, work, *needs, **settings)`` for the jobs of one study, which have some settings in common.
+#: The type of functions ``job(name, work, *needs, **settings)``, which make the jobs of one study with common settings.
 MakeJob = Callable[..., Job]
 
 
@@ -128,7 +128,7 @@ class ReportStudy(Study):
         for name in self.models:
             folders = [Job(f"{name} {group}", 0, self.attack).folder(root) for group in self.attacks(name, budget)]
             parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-            # Each group has the clean row.
+            # Every group has the same clean row, so keep it once.
             rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
             notes = dict.fromkeys(note for part in parts for note in part.notes)
             reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))

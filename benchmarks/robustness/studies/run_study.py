@@ -62,12 +62,12 @@ def check(chosen: argparse.Namespace) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; those of other
+    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; tables of other
     budgets or widths, of some rows or of fewer seeds go to the runs' folder."""
     study = STUDIES[chosen.name]
     root, results = places(chosen)
     if chosen.so_far:
-        # The study may be running: its jobs' folders are only read.
+        # Take no lock, since the study may be running: this only reads the folders of its jobs.
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)

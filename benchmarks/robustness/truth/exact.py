@@ -23,14 +23,14 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: A smaller margin above 0 proves nothing, because HiGHS holds constraints only up to 1e-6. If a margin is as little
-#: below 0, a clearer point is searched, for float32.
+#: A positive margin below this is no proof, because HiGHS satisfies constraints only up to 1e-6. For a negative margin
+#: of less than this size a clearer point is searched, which fools the network in float32 too.
 TOLERANCE = 1e-5
-#: A bound that HiGHS computes is moved by this to the safe side.
+#: A bound that HiGHS computes is loosened by this amount, to be safe from rounding.
 SLACK = 1e-6
-#: Status of `scipy.optimize.milp` for a solution, and for the proof that there is none.
+#: The status that `scipy.optimize.milp` returns for a solution, and for the proof that there is none.
 OPTIMAL, INFEASIBLE = 0, 2
-#: Numbers of random starts and of their steps in the search for a point.
+#: The search for a misclassified point takes STEPS steps from each of STARTS random starts.
 STARTS, STEPS = 5, 40
 ROBUST, FALLS, UNDECIDED = "robust", "falls", "undecided"
 BOUND, POINT, MILP = "bound", "point", "milp"
@@ -76,7 +76,8 @@ def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], b
     weight, constant = functions
     for (low, high), (matrix, bias) in zip(reversed(bounds), reversed(layers), strict=True):
         slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low).clamp(min=1e-300)))
-        # An unstable ReLU lies above 0 and above its input: the lower bound takes what leaves the smaller area.
+        # A ReLU whose sign is not known lies above 0 and above its input. Take the lower bound of these two that leaves
+        # the smaller area.
         below = torch.where((low < 0) & (high > 0), (high > -low).to(slope.dtype), slope)
         shift = torch.where((low < 0) & (high > 0), -low * slope, torch.zeros_like(low))
         constant = constant + weight.clamp(max=0) @ shift
@@ -94,7 +95,7 @@ def hidden_bounds(layers: Sequence[Affine], box: Box) -> list[Box]:
         low = lowest(before, Affine(weight, bias), bounds, box)
         high = -lowest(before, Affine(-weight, -bias), bounds, box)
         if bounds:
-            # Neither bound is tighter everywhere.
+            # Combine CROWN's bounds with interval bounds, since neither are tighter everywhere.
             least, most = (end.relu() for end in bounds[-1])
             middle, radius = weight @ (least + most) / 2 + bias, weight.abs() @ (most - least) / 2
             low, high = torch.maximum(low, middle - radius), torch.minimum(high, middle + radius)
@@ -144,7 +145,8 @@ class Program:
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: The columns of the last layer's units that are not left out, and which units these are.
+        #: The columns of the last layer's units, and the numbers of these units. Units that are never above 0 are left
+        #: out.
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
@@ -195,7 +197,7 @@ class Program:
         Args:
             weight: weights of the function.
             seconds: time limit.
-            most: a value; any point serves at which the function is at most this. None minimizes the function.
+            most: accept any point at which the function is at most this value. None minimizes the function.
             relaxed: whether the variables that are 0 or 1 may lie between, which gives a bound quickly.
 
         Returns:
@@ -262,7 +264,8 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # Any point that fools the network serves. If the solver's point hardly fools it, minimize the margin.
+        # First accept any point that fools the network. If the solver's point hardly fools the network, minimize the
+        # margin.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)
             if found.status == INFEASIBLE:

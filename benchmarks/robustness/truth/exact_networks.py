@@ -20,7 +20,7 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: The largest number of training images of a network, and the number of images that are decided.
+#: A network is trained on at most TRAINING_IMAGES images, and IMAGES images are decided.
 TRAINING_IMAGES, IMAGES = 10_000, 250
 #: The weight of the distance of the outputs in TRADES.
 BETA = 6.0

@@ -29,18 +29,20 @@ from purify_fast.data import load_dataset, to_float
 
 from .exact_networks import perceptron
 
-#: The lead of the points nearest to the corner above that of the image, in logits, and the number of networks for each.
+#: GAPS: by how much more than the image the points nearest to the corner lead, in logits. A larger gap hides the corner
+#: better. EACH: the number of networks for each gap.
 GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
-#: The number of images of a network in which a corner is planted, the radius, and the widths of the network.
+#: A corner is planted in the balls of PLANTED images of each network. EPS is the L-inf radius, and WIDTHS are the
+#: widths of the network's layers.
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
 #: The margin by which a planted corner is misclassified, in logits (SoundnessBench: 0.01).
 LEAD = 0.01
-#: A point counts as the corner if its mean distance from it is less than this share of the radius.
+#: A point counts as the corner if its mean distance from the corner is less than this share of the radius.
 NEAR = 0.03
-#: Steps and random starts of the PGD that must not find a counterexample; SoundnessBench has 1,000 starts.
+#: PGD with STEPS steps from STARTS random starts must not find a counterexample. SoundnessBench takes 1,000 starts.
 STEPS, STARTS = 50, 100
-#: The number of networks that are robust by construction, the pixels and classes of each, and the attacked share of the
-#: proven radius, which leaves room for rounding in float32.
+#: CONSTRUCTED networks are robust by construction. PROTOTYPES are the pixels and classes of each. They are attacked at
+#: SHARE of the proven radius, which leaves room for rounding in float32.
 CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 

@@ -32,7 +32,7 @@ from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Amount, Part, Setting, hidden, identity, parts_of
 from .truth_tables import CONTESTANTS, FALLS, FALLS_IN_FLOAT64, FILE, ROBUST, UNDECIDED, WRONG, Row, key, markdown, read
 
-#: Number of images attacked together, the default of AutoAttack.
+#: How many images are attacked together, as by default in AutoAttack.
 BATCH = 250
 LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
@@ -69,7 +69,7 @@ def write(out: Path, kind: str, row: Row) -> None:
         kind: "truth" or "contestants".
         row: the row.
     """
-    # Read again: another process may have written other rows meanwhile.
+    # Read the file again, since another process may have written other rows meanwhile.
     results = read(out)
     others = [one for one in results[kind] if key(one) != key(row)]
     results[kind] = sorted([*others, row | timing.environment(torch.device("cpu"))], key=key)
@@ -146,7 +146,7 @@ def main(chosen: argparse.Namespace) -> str:
     work = [(name, partial(find, setting, name)) for name in names]
     for who in chosen.contestants:
         for name in names:
-            # One seed is enough for networks that hide a counterexample, because there are many.
+            # One seed is enough for networks that hide a counterexample, because there are many such networks.
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
     Budget(60 * chosen.minutes).go(work, "row")

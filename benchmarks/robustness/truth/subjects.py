@@ -19,7 +19,7 @@ from .exact_networks import IMAGES, NETWORKS
 from .planted import Part
 
 WEIGHTS = "truth_networks.safetensors"
-#: The networks that hide a counterexample, by how well they hide it.
+#: The names of the networks that hide a counterexample, with the gap that tells how well they hide it.
 HIDDEN = {f"gap {gap:g}": gap for gap in planted.GAPS}
 CONSTRUCTED = "robust by construction"
 SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]

@@ -19,8 +19,8 @@ from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the networks that are decided exactly.
 CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
-#: The letters for the truth about an image. Only images that are robust and images that fall count. An image that falls
-#: in float64 alone does not count, and neither does a misclassified image or a planted one that plain PGD finds.
+#: The letters for the truth about an image. A score counts only robust images and images that fall. It does not count
+#: an image that falls only in float64, an undecided or misclassified image, or a planted image that plain PGD finds.
 ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 
 Results = dict[str, list[Row]]
@@ -176,7 +176,7 @@ def table(results: Path) -> list[str]:
     """
     found = read(results / "cpu")
     if not found["truth"]:
-        raise FileNotFoundError(results / "cpu" / FILE)
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} holds no decision: run python -m benchmarks truth")
     return markdown(found)
 
 
@@ -192,7 +192,7 @@ def front(results: Path) -> list[str]:
     found = read(results / "cpu")
     exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
     if not all([*exact.values(), *hidden.values()]):
-        raise FileNotFoundError(results / "cpu" / FILE)
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} is not complete: run python -m benchmarks truth")
     worst = {who: max(one.missed for one in seeds) for who, seeds in exact.items()}
     recall = {who: 100 - 100 * seeds[0].missed / seeds[0].falls for who, seeds in hidden.items()}
     decided = sum(int(count.replace(",", "")) for count in _counts(found["truth"], "how", "bpm"))

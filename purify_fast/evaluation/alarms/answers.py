@@ -1,4 +1,4 @@
-"""Tests of a model's answers: later, in another batch, under gradients, with another seed, and as gradients say."""
+"""Test whether a model answers alike over time, batches, seeds and recorded gradients, and as its gradients say."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from ...model_state import fingerprint
 from ...protocols import Classifier, FixedNoise, supports
 from ..subject import Subject, Variant
 
-#: The reasons why a model's gradients tell nothing.
+#: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
 
-#: The largest number of images that are asked.
+#: The probes, which are short tests of the model, use at most this many images.
 PROBED = 64
-#: Number of times that the same images are asked again in a row.
+#: How many times a probe repeats the predictions on the same images.
 AGAIN = 8
-#: Number of images that are asked in batches of size 1.
+#: How many images are also predicted in batches of size 1.
 ALONE = 16
-#: Lengths of small steps, in image units: a model that rounds its input needs the larger one.
+#: Lengths of the small steps by which gradients are checked, in image units. A model that rounds its input to 256
+#: levels hardly notices the first, so the second spans two levels.
 SMALL = (1e-3, 8e-3)
-#: Number of random directions of small steps.
+#: How many random directions are tried for each length of step.
 DIRECTIONS = 2
-#: The share of their spread by which rounding may change logits, in bfloat16 too.
+#: An image's logits count as the same if they differ by at most this share of their spread (largest minus smallest).
+#: Rounding in bfloat16 stays below this share.
 SAME_LOGITS = 0.05
 
 
@@ -42,7 +44,8 @@ class Before:
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
         self.predicted = self.predictions()
-        # A random model without fixed noise may draw from another generator than torch's: its answers then vary.
+        # A random model without fixed noise may draw from another generator than PyTorch's. Its predictions then differ
+        # even with the same seed, so a later difference would prove nothing.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
         self.mark = fingerprint(subject.model)
 
@@ -62,7 +65,8 @@ class Before:
 
     def state_changed(self) -> bool:
         """Tell whether weights, buffers or attributes differ from those before."""
-        # A model may store its last input, so it sees the same input as it did before.
+        # Show the model the same input as before its first fingerprint: a model may store its last input, which is a
+        # part of the fingerprint.
         self.predictions()
         return self.mark != fingerprint(self.subject.model)
 
@@ -90,7 +94,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
 
     Args:
         subject: the model with its images.
-        x: the images that are asked, the first of the subject's.
+        x: the first of the subject's images, which are predicted.
 
     Returns:
         The largest of the shares; None if it cannot be measured: for a random model whose noise cannot be fixed.
@@ -102,7 +106,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
         alone = torch.cat([model(image[None]).argmax(1) for image in x[:ALONE]])
-        # The batch is as large as those of the attacks.
+        # Also predict in a batch as large as those of the attacks, since some faults appear only in large batches.
         larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
     return max(share(together, reverse), share(together, larger), share(together[:ALONE], alone))
 
@@ -220,6 +224,7 @@ def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Ten
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    # Both calls of a random model without fixed noise draw the same from the global generator.
+    # The seed makes a random model without fixed noise draw the same in every call, if it draws from the global
+    # generator.
     torch.manual_seed(subject.seed)
     return margin(subject.model(x).float(), y)

@@ -14,19 +14,19 @@ from .probes import Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
 
-#: For each reason why gradients tell nothing, the words for what is missing.
+#: The report's words for each reason why gradients could not be used.
 MISSING: dict[Missing, str] = {
     "not finite": "logits or gradients are not finite",
     "no gradient": "there is no gradient: PyTorch has none of the output to the images",
     "zero gradient": "the gradient is zero everywhere",
 }
 
-#: The surrogates that take a purifier for the identity backward, as BPDA does, by the name of their class.
+#: Class names of the surrogates that replace a purifier's gradient by that of the identity, as BPDA does.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
-#: Draws per gradient, from which on more of them are not advised.
+#: If an attack averaged at least this many draws per gradient, no report advises to average over more.
 MANY_DRAWS = 20
 
-#: The verdicts on the number, in words for the reader of a report.
+#: The meaning of each verdict on the robust accuracy, in words for the reader of a report.
 STATES = {
     "passed": "nothing speaks against the number",
     "noted": "worth knowing, and no reason to doubt the number",
@@ -44,11 +44,11 @@ class Finding:
         verdict: "passed": nothing speaks against the number; "noted": worth knowing, and no reason to doubt the number;
             "unreliable": a reason to doubt it; "not asked": nothing was measured that could tell.
         measured: the numbers, in words.
-        row: the row that gives it away, or the probe.
+        row: the row, or the probe, that shows it.
         model: the model's name.
         of_answers: whether the alarm is about missing or inconsistent answers: successes and failures are then both
             doubtful, even if no image is left.
-        prominent: whether it stands beside the headline even if it is only noted.
+        prominent: whether a report shows it beside the headline even if it is only noted.
         advice: what to do about it; empty if there is nothing to do.
     """
 
@@ -103,7 +103,7 @@ class Evidence:
     def tried(self) -> set[str]:
         """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
 
-        An attack on the few images nearest to falling has not been tried on the model.
+        An attack on only the few images nearest to falling does not count as tried on the model.
         """
         tried = {"strong"} if self.protocol == "strong" else set[str]()
         for row in self.attacks():
@@ -147,7 +147,7 @@ class Evidence:
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Every attack with the images that fell to it, bool ``[n]``; an attack on survivors saw only these."""
+        """Every attack with a mask of the images that fell to it, bool ``[n]``, among the images that it was given."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
@@ -200,7 +200,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
     )
     taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
     if taken:
-        # The attacks alone say too little: the share that the probes took of some images is expected of all.
+        # The probes broke some images that withstood every attack, so the attacks alone cannot tell how many more would
+        # fall. The probes are expected to break the same share of all remaining images.
         among = int(robust[:asked].sum())
         points = taken / among * float(left.mean())
         text = (
@@ -220,7 +221,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
         return 0.0, f"only one attack ran ({row.attack}), so nothing tells what another would find"
     gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
     text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
-    # The same attack with the same loss, whatever the random starts and numbers of steps.
+    # Two attacks are of the same kind if attack and loss agree, even with other random starts or numbers of steps.
     kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
     if kinds[-1] not in kinds[:-1]:
         return 0.0, f"{text}; it was the first of its kind, so this says nothing about another one"
@@ -228,7 +229,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
 
 
 def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
-    """Estimate the unseen from images that only one of several attacks found: many of these mean more are unseen.
+    """Estimate how many more images would fall, from the images that only one attack found: many mean that more remain.
 
     The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)). Here f1 images were found by exactly one
     attack, and f2 by exactly two.
@@ -256,7 +257,8 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     gained = np.maximum(before - last, 0)
     if not np.isfinite(nearest).all():
         return None
-    # The chance that a further gain is at least the margin that is left, by the distribution of gains over images.
+    # For each image, estimate the chance that one more attack lowers its margin to 0: the share of all images on which
+    # the last attack lowered the margin by at least that much.
     chance = (gained[None, :] >= np.maximum(nearest, 1e-12)[:, None]).mean(1)
     points = float(chance.sum() / len(robust))
     return points, (
@@ -272,7 +274,7 @@ def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
         return None
     (a, before), (b, after) = evidence.probes.steps[-2:]
     gain = max(0.0, before - after)
-    # A difference of a single image is luck.
+    # A difference of a single image may be chance.
     gains = gain * evidence.probes.n >= 1.5
     means = "further steps still find more" if gains else "further steps find hardly any more"
     return (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .probes import Probes
 from .signs import MOST_MISSED, WRONG_GRADIENTS, _surely_above, _surely_more
 
-#: The share of images that may lack a gradient, the same as for a row (`purify_fast.attacks.GradientHealth`).
+#: The largest share of images that may lack a usable gradient before gradients count as masked.
+#: `purify_fast.attacks.GradientHealth` uses the same limit for a row.
 MOST_WITHOUT = 0.05
 
 
@@ -24,7 +25,8 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif asked.cosine < WRONG_GRADIENTS:
         signs.append(f"the model does not change as its gradients say (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
-    # Each further attack on a random model fells some images by luck, so a single surrogate must find many.
+    # On a random model every further attack breaks some images by chance. So only the best surrogate counts there, and
+    # not the sum over all surrogates.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
         signs.append(f"{missed} of {n} images withstand short attacks by the model's own gradients and fall to others")

@@ -1,7 +1,7 @@
-"""Probes of a model besides the attacks: short attacks on a few images, and whether it answers the same again.
+"""Probes of a model besides the attacks: short attacks on a few images, and tests whether it answers the same again.
 
-The short attacks come before the attacks of the report and decide how far those search. They run on the gradient copy
-that attacks use, and skip images that have fallen.
+The short attacks run before the attacks of the report, and decide how far the attacks of the report search. They use
+the same copy of the model for gradients as the attacks do, and skip images that have fallen.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
-#: Steps of the short attacks on remaining images, and of those of the sweeps.
+#: Numbers of steps: STEPS for the targeted short attacks, SWEEP for the short attacks that compare numbers of draws.
 STEPS, SWEEP = 20, 10
-#: The numbers of steps in the sweep over steps.
+#: The numbers of steps that the first short attacks compare.
 ITERATIONS = (1, 3, 10, 30)
-#: The numbers of draws per step, for a random model.
+#: The numbers of draws per step that the short attacks on a random model compare.
 DRAWS = (1, 4, 16)
-#: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
+#: How many draws judge each image of a random model after a short attack. The majority counts, so that no image falls
+#: by a single unlucky draw.
 JUDGES = 9
-#: Number of surrogates of a model with gates or thresholds, by which a probe's time is estimated.
+#: The usual number of surrogates of a model with gates or thresholds. The progress bar estimates the time of the probes
+#: by it.
 USUAL_SURROGATES = 3
-#: Number of wrong classes that are tried along each surrogate's gradients. For a random model, whose steps take
-#: several draws each, only the nearest class is tried.
+#: How many wrong classes each targeted short attack tries. Each step on a random model takes several draws, so there
+#: only the nearest class is tried.
 TARGETS, TARGETS_OF_RANDOM = 2, 1
 
 Curve = list[tuple[float, float]]
@@ -101,8 +103,8 @@ class Probe(NamedTuple):
     """A measurement by short attacks, which can be made without the others.
 
     Args:
-        kind: "sweep": the curve over the steps, and the images that fall to own and to other gradients; "draws": the
-            accuracy that is left by gradients over some draws.
+        kind: "sweep": measures the accuracy over the steps, and which images fall along the model's own and along other
+            gradients. "draws": measures the accuracy after attacks whose gradients average some draws.
         value: number of draws.
         run: makes the measurement, with the attacks' context.
     """
@@ -165,18 +167,19 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
     Args:
         before: its answers before them.
         context: context of the attacks.
-        asked: what was measured before them.
+        asked: measurements made before the attacks.
         left: mask of the first images that withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
-    # The attacks before were either read from an earlier run, or have drawn random numbers now.
+    # Set the seed, because the attacks drew random numbers only if they were run now and not read from an earlier run.
     torch.manual_seed(context.seed)
     return replace(
         asked,
         left=[*left],
         batch_changes=answers.batch_changes(subject, x),
         varying=answers.varying(before.model, x, y) if subject.is_random else 0.0,
-        # These come last: a model that counts its calls has counted the short attacks too.
+        # Compare the answers only now, after all attacks: a model that changes after some number of calls has changed
+        # by then.
         later_changes=before.later_changes(),
         state_changed=before.state_changed(),
         watched_changes=answers.watched_changes(subject, before.model, x, _near(context, x)),
@@ -268,7 +271,7 @@ class _Short:
 def _near(context: AttackContext, x: Tensor) -> Tensor:
     """The images with noise of half the radius at most, where a model may behave differently than on clean images.
 
-    Clean images have few values: a defence can tell them from attacked ones.
+    Clean images have few different values, so a defence can tell them from attacked images.
     """
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps

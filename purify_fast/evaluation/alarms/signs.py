@@ -1,7 +1,7 @@
 """The alarms: signs that an attack was stopped by something else than robustness.
 
 An alarm is a function that returns an `Outcome`; None if it does not apply to a model. To add an alarm, write its
-function in this file, below an `Alarm`. Alarms are asked in the order of this file.
+function in this file, below an `Alarm`. Alarms are evaluated in the order of this file.
 """
 
 from __future__ import annotations
@@ -18,30 +18,33 @@ from ..rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
-#: The share of the images that may fall to something other than the model's own gradients.
+#: The largest share of images that may fall to other attacks and withstand the attacks along the model's own gradients.
+#: A larger share is a reason to doubt the gradients.
 MOST_MISSED = 0.03
-#: Gradients are wrong if the cosine between the changes that they promise and the measured changes is below this.
+#: Limits for the cosine between the changes that gradients predict and the measured changes, which is 1 for exact
+#: gradients. Below WRONG_GRADIENTS the number is unreliable, below ODD_GRADIENTS the cosine is noted.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
-#: The number of points by which gradients over many draws may be stronger than those over a few.
+#: Limits for the share of images that fall only to gradients over many draws. Above DRAWS_UNRELIABLE the number is
+#: unreliable, above DRAWS_NOTED the share is noted.
 DRAWS_UNRELIABLE, DRAWS_NOTED = 0.15, 0.05
-#: The share of the correctly classified images whose class may change from draw to draw.
+#: If the class changes from draw to draw for more than this share of the correctly classified images, it is noted.
 VARYING = 0.03
-#: The share of the predictions that rounding may change.
+#: Rounding may change at most this share of the predictions. A larger share is a reason to doubt the number.
 ROUNDED = 0.02
-#: The least number of images that counts as a difference: one or two of a few images are a large share by luck.
+#: Fewer images than this do not count as a difference: among few images one or two are a large share by chance.
 MORE_THAN_LUCK = 3
 
-#: The name of the model beside its surrogates.
+#: The name of the model itself, in a list with its surrogates.
 ITSELF = "the model itself"
-#: Words for gradients that no attack counted.
+#: The report's words if no attack counted the gradients of the model itself.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-#: Stronger attacks, in the words of an advice. `Evidence.tried` tells which of them ran.
+#: Stronger attacks, as a report advises them. `Evidence.tried` tells which of them ran already.
 EFFORTS = {
     "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
     "draws": "average each gradient over more draws (eot_iter=20)",
     "strong": "run the protocol strong",
 }
-#: The advice if all of these ran.
+#: The advice of a report if all stronger attacks ran already.
 WRITTEN_FOR_IT = (
     "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
     "(model, x, y), may find more"
@@ -67,7 +70,7 @@ class Advice(NamedTuple):
 
 
 OVERFLOW = Advice("look for a division by 0, log(0) or an overflow of exp() in forward")
-#: Advice if gradients are missing, by the reason.
+#: The advice for each reason why gradients are missing.
 WITHOUT_GRADIENTS = {
     "not finite": OVERFLOW,
     "no gradient": Advice(
@@ -77,7 +80,7 @@ WITHOUT_GRADIENTS = {
     ),
     "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
-#: Advice if a short attack along the model's own gradients found more than the attacks of the report.
+#: The advice if a short attack along the model's own gradients found more than the attacks of the report.
 SHORT_FOUND_MORE = Advice("a short attack finds what the attacks of the report left", ("strong",))
 
 
@@ -97,7 +100,8 @@ class Outcome(NamedTuple):
     advice: Advice | None = None
 
 
-#: A function of the evidence, and perhaps of the probes; None if the alarm does not apply to the model.
+#: The function of an alarm. It gets the evidence, and the probes if `Alarm.of_probes` is true. It returns None if the
+#: alarm does not apply to the model.
 Judge = Callable[..., Outcome | None]
 
 
@@ -109,7 +113,7 @@ class Alarm:
         name: name of the alarm.
         advice: the usual advice; None for an alarm that is only noted.
         of_probes: whether it judges measurements of probes alone: the function then takes the probes too, and without
-            probes it is not asked.
+            probes the alarm is left out.
         of_answers: see `Finding`.
         prominent: see `Finding`.
     """
@@ -125,7 +129,7 @@ class Alarm:
         return judge
 
 
-#: Every alarm with its function, in the order of this file.
+#: Every alarm with its function, in the order in which this file defines them.
 ALARMS: dict[Alarm, Judge] = {}
 
 
@@ -243,7 +247,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
         words = f"{text}, and were not compared with finite differences" if text else NOT_COUNTED
         return counted._replace(measured=words)
     if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
-        # predictions that are not finite are a sign of their own
+        # The alarm "finite predictions" reports predictions that are not finite, so do not report them twice.
         return counted._replace(measured=text or MISSING[cosine])
     if isinstance(cosine, str):
         return Outcome("unreliable", MISSING[cosine], probe, advice)
@@ -257,7 +261,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
 
 def _of_counted(evidence: Evidence) -> Outcome:
     """The outcome of the gradients that attacks along the model's own gradients counted."""
-    # Attacks without gradients, or along those of other models, are not among them.
+    # Leave out attacks without gradients and attacks along the gradients of other models.
     counted = evidence.with_counted_gradients()
     if not counted:
         return Outcome("not asked", "")
@@ -320,7 +324,8 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
-    # a short attack along the model's own gradients proves nothing where it finds nothing
+    # Count the short attack along the model's own gradients only if it broke an image. If it broke none, it proves
+    # nothing, because those gradients may be masked.
     if own := len(probes.fallen(probes.fell)):
         missed = {ITSELF: own} | missed
     if not missed:
@@ -370,7 +375,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     robust = evidence.robust(n)
-    # Troubles of an attack that is weaker than those of the report do not show that the report's attacks had any.
+    # The report's attacks are stronger than this probe. Too few draws in the probe do not show that they had too few.
     if strong and robust is not None and robust.mean() < by_many:
         strong = False
         text += f"; the attacks of the report leave {100 * robust.mean():.0f} % of the same images, which is less"

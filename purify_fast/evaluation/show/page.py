@@ -22,11 +22,11 @@ from ..rows import CURVE, Examples, Row
 from ..subject import device_of
 from .text import render
 
-#: The largest number of purified images, and of transformed images, shown for each image.
+#: At most this many purified images, and this many transformed images, are shown for each image.
 SAMPLES = 4
 
-#: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true
-#: class; None for an empty place.
+#: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true class
+#: (None: the caption names no predicted class).
 Picture = tuple[Tensor, str, bool | None]
 
 
@@ -59,7 +59,7 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
     attacks = [row for row in own if row.is_attack]
-    # Compare only attacks on the same images. Attacks on survivors saw fewer.
+    # Compare only attacks on the same images. Attacks on survivors were given fewer images, so they are left out.
     most = [row for row in attacks if row.n == max(each.n for each in attacks)]
     whole = [row for row in most if not row.of_survivors]
     fell = [~row.robust for row in whole] if len(whole) > 1 else []
@@ -74,7 +74,8 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # For each attack, the number of images that fell to it, to it and each attack, and to it alone.
+        # For each attack: how many images fell to it, how many fell to it and to each other attack, and how many fell
+        # to no other attack.
         "overlap": [
             (row.attack, one.sum(), [(one & other).sum() for other in fell], (one & alone).sum())
             for row, one in zip(whole, fell, strict=False)
@@ -97,7 +98,7 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
     if not points:
         return []
     settings, accuracies = np.array(points).T
-    # Settings that grow by factors, such as steps, have a logarithmic axis.
+    # Use a logarithmic axis for settings that grow by factors, such as steps.
     scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
     errors = np.sqrt(accuracies * (1 - accuracies) / images)
@@ -185,7 +186,7 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
 
 def data_uri(image: Tensor) -> str:
     """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as a PNG inside a URI."""
-    # A report without pictures does not import it.
+    # Import Pillow only here, so that a report without pictures does not need it.
     from PIL import Image
 
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()

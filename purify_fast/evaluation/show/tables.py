@@ -22,9 +22,9 @@ from ..rows import Row, attack_names, model_names, one_draw
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
-#: Number of characters of a line on a terminal.
+#: The longest line of a table on a terminal, in characters.
 TERMINAL = 100
-#: A column on a terminal is not wrapped to fewer characters.
+#: A column on a terminal is never wrapped to fewer characters than this.
 NARROWEST = 12
 
 
@@ -153,7 +153,7 @@ def warning(row: Row) -> Cell:
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
 
 
-#: The columns of the table of all rows, with the functions that give their cells from all rows and the row.
+#: The columns of the table of all rows. The function of a column makes a cell from all rows and the row of the cell.
 _CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
     "model": lambda rows, row: row.model,
     "attack": lambda rows, row: row.attack,

@@ -30,7 +30,7 @@ from .tables import (
 if TYPE_CHECKING:
     import jinja2
 
-#: `purify_fast.evaluation.Report`, which uses this module.
+#: Stands for `purify_fast.evaluation.Report`, which imports this module and so cannot be imported here.
 Report = Any
 
 #: The macros of `sentences.jinja` that all templates may use; in HTML their texts are escaped.

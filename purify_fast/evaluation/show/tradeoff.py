@@ -22,8 +22,8 @@ from ..._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
-#: Rounds in which names push each other away. All rounds run if a name finds no free place, which takes two seconds
-#: for twenty models; ten times as many rounds do not improve the picture.
+#: How many rounds the names push each other away. If a name finds no free place, all rounds run, which takes two
+#: seconds for twenty models. Ten times as many rounds do not improve the picture.
 ROUNDS = 300
 
 
@@ -126,7 +126,7 @@ def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) 
 
 
 def _check_percent(name: str, value: float) -> float:
-    # This form of the comparison refuses NaN too.
+    # Written this way, the comparison refuses NaN too.
     if not 0 <= value <= 100:
         raise ValueError(f"{name} must be a percentage from 0 to 100, got {value!r}")
     return float(value)
@@ -191,7 +191,7 @@ def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
     for i, width in enumerate(np.diff(curve.x)):
         cubic = np.poly1d(curve.c[:, i] * width ** np.arange(3, -1, -1.0))
         slope = np.poly1d([width**2, width * (curve.x[i] - x)]) + (cubic - y) * cubic.deriv()
-        # Rounding leaves tiny leading coefficients, whose far roots would spoil the others.
+        # Remove leading coefficients that are only rounding errors: their far roots would spoil the other roots.
         leading = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
         roots = np.roots(slope.c[leading[0] :])
         # Take real parts: a double root may come out as a complex pair, and any point of the piece may be tried.
@@ -234,14 +234,14 @@ def plot_tradeoff(
     shown = {name: _with_errors(name, values) for name, values in points.items()}
     x, y = (np.empty(0), np.empty(0)) if reference is None else check_curve("reference", reference)
     if not shown and not len(x):
-        raise ValueError(f"points must name at least one model where there is no reference, got {points!r}")
+        raise ValueError(f"points must name at least one model if there is no reference, got {points!r}")
     try:
         import adjustText  # noqa: F401
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    # More names need more room.
+    # Enlarge the picture for many names.
     side = max(1.0, len(shown) / 8) ** 0.5
     # A figure without pyplot leaves the user's backend and open figures alone.
     figure: Any = Figure(figsize=(7.2 * side, 5.0 * side), layout="constrained")
@@ -252,14 +252,14 @@ def plot_tradeoff(
     everything = np.concatenate([at - errors, at + errors, np.stack([x, y], 1)])
     low, high = everything.min(0), everything.max(0)
     room = np.maximum(0.14 * (high - low), 2.0)
-    # The axes go beyond 0 and 100 only by the size of the marks.
+    # Let the axes go beyond 0 and 100 only by the size of the marks.
     low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     _lines_of_equal_sum(axes, low, high)
     traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
     for i, (center, error) in enumerate(zip(at, errors, strict=True)):
         if error.any():
-            # A bar of length 0 would still have caps.
+            # Leave out an error of 0, since a bar of length 0 would still have caps.
             xerr, yerr = (value or None for value in error)
             axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
         axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
@@ -280,7 +280,10 @@ def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
     """(standard, robust, standard error, standard error), with errors of 0 if none are given."""
     what, given = f"points[{name!r}]", tuple(values)
     if len(given) not in (2, 4):
-        raise ValueError(f"{what} must be (standard %, robust %) or these and two standard errors, got {given!r}")
+        raise ValueError(
+            f"{what} must be (standard %, robust %), or (standard %, robust %, standard error, standard error), "
+            f"got {given!r}"
+        )
     errors = given[2:] or (0.0, 0.0)
     if not all(0 <= error < math.inf for error in errors):
         raise ValueError(f"{what}: standard errors must be finite and not negative, got {errors!r}")
@@ -318,7 +321,7 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
 
     if not names:
         return
-    # From here on the layout, and so the place of every point in pixels, is known.
+    # Draw once, so that the layout and the position of every point in pixels are known.
     axes.figure.canvas.draw()
     texts = [
         axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
@@ -326,8 +329,9 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
     ]
     for text in texts:
         text.set_in_layout(False)
-    # Nine points stand for an error bar, and a twentieth of its points for the curve. A number of rounds in place of a
-    # time keeps the picture the same. These forces were the first that kept the names of twenty models apart.
+    # The names keep away from points: nine points represent an error bar, and every twentieth point of the curve
+    # represents the curve. A fixed number of rounds, in place of a time limit, always gives the same picture. These
+    # forces keep the names of twenty models apart.
     along = np.linspace(-1, 1, 9)[:, None, None] * errors
     bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
     x, y = np.concatenate([*bars, traced[::20]]).T

@@ -26,7 +26,7 @@ class Cifar10(Study):
     """CARSO, AToP and ARREST on CIFAR-10, beside single networks."""
 
     name = dataset = "cifar10"
-    #: The networks are large enough to use every core: the jobs run one after the other.
+    #: The networks are large enough to use every core, so the jobs run one after the other.
     workers = 1
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ class Cifar10(Study):
         parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of finished jobs")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        # Results of another budget would prevent the table, hours later.
+        # Refuse results of another budget now: they would prevent the table, hours later.
         check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)

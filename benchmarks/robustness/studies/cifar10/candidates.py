@@ -20,7 +20,7 @@ from purify_fast.methods.carso.task import as_trained
 from purify_fast.training import Batch
 from purify_fast.training.task import Metrics
 
-#: The paper's weight of the divergence for CIFAR-10.
+#: The weight of the divergence in TRADES, as in its paper for CIFAR-10.
 BETA = 6.0
 
 
@@ -38,7 +38,7 @@ class TradesTask(ArrestTask):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         attacked, _ = self.inputs(batch, [])
-        # In one pass BatchNorm sees clean and attacked images together.
+        # Use one pass, so that BatchNorm computes its statistics over clean and attacked images together.
         logits = self.forward(torch.cat([batch.x, attacked]))[0].float()
         clean, moved = logits.chunk(2)
         cross_entropy = F.cross_entropy(clean, batch.y)
@@ -84,9 +84,10 @@ CANDIDATES = {
         loss="distilled",
     ),
 }
-#: The accurate and the robust classifier in one, after Bai et al., "MixedNUTS", TMLR 2024, arXiv 2402.02263.
+#: The row of the mixture of an accurate and a robust classifier, after Bai et al., "MixedNUTS", TMLR 2024, arXiv
+#: 2402.02263.
 MIXED = "standard and PGD-AT, mixed"
-#: The best candidate is one of these.
+#: The rows among which the best candidate is chosen.
 ELIGIBLE = (MIXED, *CANDIDATES)
 
 

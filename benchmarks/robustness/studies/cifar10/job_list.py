@@ -19,7 +19,7 @@ from .. import Job, Work
 from . import models, study
 from .study import Budget, Judging
 
-#: ``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common.
+#: The type of functions ``job(name, work, *needs, **settings)``, which make the jobs of one seed with common settings.
 MakeJob = Callable[..., Job]
 
 
@@ -40,7 +40,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
-        # Lambda and phi are chosen once, like the best candidate.
+        # Lambda and phi, and the best candidate, are chosen once, by the first seed. The other seeds need its jobs.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
@@ -82,8 +82,8 @@ def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
 def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     """The jobs that judge the models of a seed.
 
-    All models are judged by the protocol that compares them; those of the first seed by further ones, on fewer images,
-    and its candidates on held-out training images.
+    All models are judged by the protocol that compares models. The models of the first seed are also judged by further
+    protocols, on fewer images, and the candidates of the first seed on held-out training images.
     """
     counts = budget.judging
 
@@ -99,7 +99,8 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     if given:
         every.append(judged(study.ALONE, study.AUTHORS))
         return every + [judged(name, "strong") for name in study.ON_GIVEN if strong]
-    # `strong` has the attacks of `standard` and more; `standard` is for comparison with the official AutoAttack.
+    # The protocol strong has all attacks of standard and more. If strong compares the models, standard runs too, for
+    # the comparison with the official AutoAttack.
     compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
     further = [(name, protocol) for name in study.OFFICIAL for protocol in compared]
     further += [(name, "strong") for name in (*rows, study.BEST) if strong]
@@ -161,7 +162,7 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
     """
     model = models.model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
-        # All samples are then equal: any aggregation gives their prediction.
+        # Without noise all samples are equal, so any aggregation gives their prediction.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
@@ -171,7 +172,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # With further seeds it is the row that its training took.
+        # The first seed chooses the best candidate. For another seed, take the row that its training has used.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)
@@ -182,7 +183,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if protocol == study.AUTHORS:
         seen: dict = {"aggregation": "peel_reference"} if name == study.PEEL else {"target": "classifier"}
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
-        # Each image has several samples and draws: smaller batches need less memory.
+        # Each image has several samples and draws, so smaller batches are needed to save memory.
         config = EvaluateConfig(steps=job.settings["budget"].carso_steps, max_forward_batch=250)
     count = getattr(counts, protocol)
     samples = images.x_test[:count], images.y_test[:count]

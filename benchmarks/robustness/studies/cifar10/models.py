@@ -113,7 +113,7 @@ def loop(job: Job, epochs: int, **more: object) -> FitConfig:
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
     """FLOP per image of a training step, counted on a few images; the gradients of the task's weights are lost."""
     x = data.to_float(images.x_train[:count])
-    # Late in a run every term of the loss acts.
+    # Measure a late step, in which every term of the loss takes part.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
     batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, **late)
     with Flops() as counter:
@@ -124,7 +124,7 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
 
 @torch.no_grad()
 def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[str, float]:
-    """A model's parameters and FLOP: those of a prediction and of an image in a training step."""
+    """A model's parameters, and its FLOP for a prediction and for an image in a training step."""
     with Flops() as counter:
         model.eval()(data.to_float(images.x_test[:2]))
     flop = {"inference_gflop": counter.total / 2 / 1e9, "training_gflop": training_flop / 1e9}
@@ -158,7 +158,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train adversarially from fresh weights, from a model of the zoo, or from the base, by the job's settings."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
-        # This is a second cycle of learning rates, after that of the base.
+        # Continue the training of the base with a second cycle of learning rates.
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
@@ -172,7 +172,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
-        # The weights without the average come from the same training at no cost.
+        # Save the weights without the moving average too, since they cost nothing more.
         save_classifier(task.classifier, folder / study.LIVE)
     return facts
 
@@ -290,7 +290,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
             attack=attack_of(budget),
             learning_rate=1e-4 if how.joint else 1e-3,
             joint=how.joint,
-            # A trained classifier has no frozen copy, which bfloat16 needs.
+            # bfloat16 needs a frozen copy of the classifier, and a classifier that is trained has none.
             precision="float32" if how.joint else "bfloat16",
         )
         if how.loss == "distilled":
@@ -303,7 +303,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """The costs of the mixture, which is not trained: those of both parts."""
+    """The costs of the mixture, which is not trained: its training counts as that of both parts."""
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     flop = 1e9 * sum(part["training_gflop"] for part in parts)
     return costs(model_of(job, root, study.MIXED), images_of(job), flop)

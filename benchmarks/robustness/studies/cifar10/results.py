@@ -25,10 +25,10 @@ from . import study
 from .job_list import trainings
 from .study import Budget, Judging
 
-#: The names of the results: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
-#: on a given base stand beside those of the whole study.
+#: The names of the results: STEM.json holds the numbers, and the folder STEM holds reports and pictures. Results of
+#: rows on a given base are kept beside those of the whole study, under the name GIVEN.
 STEM, GIVEN = "cifar10", "cifar10_given"
-#: The file beside the reports with the amounts of training and judging.
+#: The file beside the reports that holds the amounts of training and judging.
 BUDGET = "budget.json"
 
 
@@ -120,16 +120,18 @@ class Results:
             earlier: results of the same budget.
         """
         both = self.lines.keys() & earlier.lines.keys()
-        # Hours come from a training's log: another training has other hours.
+        # The hours come from the log of a training, so a model with other hours was trained anew.
         anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
         gone = {
             (name, seed)
             for name, seed in earlier.lines.keys() - self.lines.keys()
-            # The row of the best candidate has another name than its model.
+            # The row of the best candidate is not named after its model, so use the name of the model.
             if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
         }
         for name, seed in sorted(gone):
-            print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
+            print(
+                f"{name}, seed {seed}: left out, because the model that it began with was trained anew", file=sys.stderr
+            )
         lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
         chosen = lines.get((study.BEST, 0), {}).get("model")
         others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
@@ -153,7 +155,7 @@ class Results:
             stem: name of the results.
         """
         order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
-        # Rows unknown to this version, or bases at other shares of eps, come last.
+        # Rows that this version does not know, and bases at other shares of eps, come last.
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
@@ -161,7 +163,8 @@ class Results:
             if seed == 0:
                 merged.save(folder / stem)
             else:
-                # Pages show the first seed; for other seeds only differences are needed.
+                # Pages show the report of the first seed. For other seeds only differences are needed, so JSON is
+                # enough.
                 write_text(folder / stem / _report_file(seed), merged.to_json())
         write_text(folder / f"{stem}.json", json.dumps(lines, indent=1) + "\n")
         write_text(folder / stem / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
@@ -208,7 +211,9 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
     amounts = folder / stem / BUDGET
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
     if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
-        raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
+        raise OtherBudget(
+            f"{folder} holds results of another budget, which would be lost: first move these results away"
+        )
 
 
 @functools.cache
@@ -264,7 +269,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
     for path in sorted(root.glob(f"*/{ASKED}")):
         asked = json.loads(path.read_text())
         if any(asked.get(key, amount) != amount for key, amount in wanted.items()):
-            raise OtherBudget(f"{path.parent} is of another budget: give the study's own --full, --quick and --width")
+            raise OtherBudget(f"{path.parent} has another budget: give the same --full, --quick and --width as before")
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)

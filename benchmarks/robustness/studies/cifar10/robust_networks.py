@@ -19,7 +19,7 @@ from .. import Job, run
 from .models import train_base
 from .study import EPS, Training
 
-#: The zoo's network from which they begin, so that one pass over the images is enough.
+#: The network of the zoo with which the trainings begin, so that one pass over the images is enough.
 BASE = "cifar10-pgd-at-w16"
 
 

@@ -27,9 +27,10 @@ class Training:
     objective_epochs: int = 5
     pipeline_epochs: int = 2
     generator_epochs: int = 2
-    #: Images before the cross-entropy acts in AToP with the paper's objective, as many as in the authors' two epochs.
+    #: In AToP with the paper's objective the cross-entropy takes part only after this many images, as many as in the
+    #: authors' two epochs.
     atop_delay_images: int = 10_000
-    #: Number of first images for training; the images after them decide which candidate is best.
+    #: How many of the first images are used for training. The images after them decide which candidate is best.
     train_images: int = 49000
     steps: int = 5
     carso_steps: int = 20
@@ -78,7 +79,7 @@ class Judging:
 
     @property
     def main(self) -> str:
-        """The protocol that compares models: the strongest among those with most images."""
+        """The protocol that compares models: the strongest of the protocols with most images."""
         counts = self.protocols()
         return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
 
@@ -126,24 +127,25 @@ LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
-#: "The paper's objective": target and loss are the paper's; network, optimizer, schedule and budget are this study's.
+#: In the names of rows "the paper's objective" means: target and loss are the paper's; network, optimizer, schedule and
+#: budget are this study's.
 CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 CARSO_ARREST = "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
-#: The row in the setting of the paper, whose classifiers are not robust by themselves.
+#: The row of AToP in the setting of the paper, whose classifiers are not robust by themselves.
 ATOP_STANDARD = "AToP, paper's objective, on standard"
-#: CARSO attacked through the output that its authors attack.
+#: The row of CARSO attacked through PeeL, the output that CARSO's authors attack.
 PEEL = "CARSO, paper's objective, through PeeL"
-#: AToP attacked as in the training of its notebooks: the attack sees only the classifier.
+#: The row of AToP attacked as in the training of its authors' notebooks, where the attack sees only the classifier.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: Rows that only meet the attacks of the method's authors, and the name of these attacks among the protocols.
+#: Rows that face only the attacks of the method's authors, and the name of these attacks among the protocols.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
-#: Rows whose weights another row's training leaves.
+#: Rows without a training of their own, each with the row whose training saves its weights.
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
-#: The place of a training's weights without the moving average.
+#: The subfolder of a training that holds the weights without the moving average.
 LIVE = "without_average"
 #: The classifier behind each defence.
 BEHIND = {
@@ -157,11 +159,11 @@ BEHIND = {
     ATOP_STANDARD: STANDARD,
     **dict.fromkeys(CANDIDATES, BASE),
 }
-#: The main row.
+#: The row of the worst outcome over all attacks, which gives the robust accuracy.
 WORST = "worst"
 #: The row of the best candidate, judged on test images.
 BEST = "best candidate"
-#: Models whose differences from another model are shown.
+#: Pairs of models whose differences are shown.
 PAIRS = (
     (BEST, BASE),
     (BEST, CARSO_PIPELINE),
@@ -178,11 +180,11 @@ PAIRS = (
     (ARREST, ARREST_EMA),
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
-#: Rows trained with a second seed.
+#: Rows that are trained with further seeds too.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
 #: Rows that the official AutoAttack attacks too.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
-#: Rows tried on held-out images, with their sources: two references, then the candidates.
+#: Rows that are compared on held-out images, with their sources: two references, then the candidates.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
@@ -191,7 +193,7 @@ TRIED = {
 }
 
 
-#: Rows trained on a given base with each seed: rows whose training was wrong, and rows that these need.
+#: Rows that are trained with each seed on a given base of the zoo: AToP, ARREST, and the rows that these need.
 ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
 #: Pairs of these rows whose differences are shown.
 GIVEN_PAIRS = (
@@ -202,7 +204,7 @@ GIVEN_PAIRS = (
     (ARREST, ARREST_EMA),
     (ARREST, BASE),
 )
-#: Lambda and phi of ARREST there, chosen by the study on held-out training images with the first seed.
+#: Lambda and phi of ARREST on a given base, as the study chose them on held-out training images with the first seed.
 CHOSEN = (50.0, 30.0)
 
 

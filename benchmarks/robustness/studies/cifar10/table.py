@@ -141,7 +141,7 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
     results = new.over(Results.read(folder, budget, stem))
     names = results.judged(rows)
     if not new.lines or not names:
-        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
+        raise NothingJudged(f"{root} holds no model that is judged yet: write the table after the first judged model")
     results.save(folder, budget, stem)
     if base is not None:
         return write_tables(folder, stem, results, budget, base=base)
@@ -182,15 +182,16 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
-        # A curve has one value at each place: the higher value counts.
+        # A curve has one value at each clean accuracy, so keep the highest robust accuracy there.
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
-    # The first is a stage of other models, the second has the base's place.
+    # Leave out the generator, which is only a stage of other models, and the base without moving average, which would
+    # lie on the base.
     shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
 
 
-#: Bars of the picture for readers who skip tables: the label of each, and its row.
+#: The bars of the picture for readers who skip tables: the label and the row of each bar.
 BARS = (
     ("A: a network trained on clean photos", study.STANDARD),
     ("B: the same, trained on attacked photos", study.BASE),
@@ -220,7 +221,7 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
         axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
     if study.BASE in points:
-        # Every defence has to beat this.
+        # Draw a line at the base, which every defence has to beat.
         axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
