@@ -154,7 +154,7 @@ def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo,
 def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):
     target = Path("runs/zoo/digits-carso-pipeline/model")
     shutil.copytree(packed.folder("digits-carso-pipeline"), target)
-    with pytest.raises(ValueError, match="give the folder of a training"):
+    with pytest.raises(ValueError, match="give the folder that a training wrote"):
         pack_zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
 
 
