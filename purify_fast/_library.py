@@ -69,4 +69,4 @@ def has_kernel(qualified: str, key: str) -> bool:
 if os.environ.get("PURIFY_FAST_NO_EXTENSION") != "1":
     _load()
 else:
-    load_error = ImportError("the extension is switched off: unset PURIFY_FAST_NO_EXTENSION=1 to load it")
+    load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1: unset this variable to load the extension")
