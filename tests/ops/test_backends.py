@@ -60,7 +60,7 @@ def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
         ),
     ):
         op.serving(Call(CUDA))
-    with pytest.raises(ValueError, match="backend must be one of .*, got 'gpu'"), use_backend("triton,gpu"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"), use_backend("triton,gpu"):
         pass
 
 
@@ -76,7 +76,7 @@ def test_use_backend_nests_and_restores():
         assert op.uses_reference(CPU, torch.float32, 1)
     assert op.serving(Call(CPU)) == default
     with (
-        pytest.raises(ValueError, match="backend must be one of reference, cpp, triton .*, got 'tritom'"),
+        pytest.raises(ValueError, match=r"backend must be one of reference, cpp, triton .*, got 'tritom'"),
         use_backend("tritom"),
     ):
         pass
