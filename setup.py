@@ -37,18 +37,18 @@ CXX_FLAGS = [
 
 
 class Impossible(Exception):
-    """Why something cannot be built, and what would help."""
+    """The extension cannot be built; the text says why, and what to do."""
 
 
 def build_mode(environ: Mapping[str, str]) -> str:
     mode = environ.get("PURIFY_FAST_BUILD", "auto") or "auto"
     if mode not in MODES:
-        raise SystemExit(f"PURIFY_FAST_BUILD={mode!r} is unknown; allowed: {', '.join(MODES)}")
+        raise SystemExit(f"PURIFY_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
 
 
 def pip_arguments() -> list[str]:
-    """What was typed after ``pip``; where the process that runs this build does not say so, the usual words."""
+    """The words that were typed after ``pip``, or the usual words if the parent process does not show them."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
     except OSError:
@@ -59,7 +59,7 @@ def pip_arguments() -> list[str]:
 
 
 def how(environ: Mapping[str, str]) -> str:
-    """What to type so that the kernels are built: the command that was typed, made whole."""
+    """The command that builds the kernels: the command that was typed, with the missing parts added."""
     command, *rest = pip_arguments()
     rest = ["--no-build-isolation", *(word for word in rest if word != "--no-build-isolation")]
     chosen = environ.get("PURIFY_FAST_BUILD")
@@ -77,7 +77,7 @@ def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = sh
 
 
 def check_setuptools(version: str) -> None:
-    """End with one line where setuptools is too old to read pyproject.toml, for which it would take forty.
+    """End with one line if setuptools is too old to read pyproject.toml; its own error would take forty lines.
 
     Args:
         version: of setuptools.
@@ -86,7 +86,7 @@ def check_setuptools(version: str) -> None:
         SystemExit: it is older than 77; the message repeats the command that was typed.
     """
     if int(version.split(".")[0]) < 77:
-        raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {how(os.environ)}")
+        raise SystemExit(f"purify_fast needs setuptools >= 77, got {version}: {how(os.environ)}")
 
 
 def csrc_hash() -> str:
@@ -122,10 +122,10 @@ def torch_extension(mode: str) -> dict:
     from setuptools.errors import CompileError
     from torch.utils import cpp_extension
 
-    # a path of the tree, relative: the build backend insists
+    # The build backend insists on paths relative to the root of the tree.
     sources = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     flags = {"cxx": CXX_FLAGS + DEFINES}
-    # free-threaded Pythons do not load abi3 modules
+    # Free-threaded Pythons do not load abi3 modules.
     stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
     module = cpp_extension.CppExtension(
         "purify_fast._C", sources, extra_compile_args=flags, py_limited_api=stable, optional=mode == "auto"
@@ -133,13 +133,14 @@ def torch_extension(mode: str) -> dict:
     facts = {"torch": torch.__version__, "flags": " ".join(CXX_FLAGS)}
 
     class Build(cpp_extension.BuildExtension):
-        """Adds the record `purify-fast info` reads; in `auto`, a failing compiler costs only what it compiles."""
+        """Adds the record that `purify-fast info` reads. In `auto` a failing compiler only leaves the kernels out."""
 
         compiled = False  # by this run
 
         def build_extension(self, ext) -> None:
             try:
-                # one of an earlier build would be taken for this one's, or for one that need not be built again
+                # Remove the extension of an earlier build, which could be taken for the new one, or prevent that it is
+                # built.
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 super().build_extension(ext)
                 self.compiled = True
@@ -151,7 +152,7 @@ def torch_extension(mode: str) -> dict:
 
         def run(self) -> None:
             built = Path(self.get_ext_fullpath("purify_fast._C"))
-            # if compiling fails, an older extension stays: without a record it is not loaded in a checkout
+            # If compiling fails, an older extension stays. Without its record it is not loaded in a checkout.
             built.with_name("_build.json").unlink(missing_ok=True)
             super().run()
             if self.compiled:

@@ -1,6 +1,7 @@
-"""The parts of `torch.compile` that this package uses, without importing it: that takes as long as PyTorch itself.
+"""The parts of `torch.compile` that this package uses, without an import of the compiler.
 
-The first ``torch.compile`` imports ``torch._dynamo``. Before it nothing is compiled.
+That import takes as long as the import of PyTorch. The first ``torch.compile`` imports ``torch._dynamo``; before that
+nothing is compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         function: to be called between two graphs.
         recursive: whether the functions that it calls stay uncompiled too.
     """
-    # private, but the only decorator that does not import the compiler immediately
+    # This function is private, but it is the only such decorator that does not import the compiler at once.
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -31,7 +32,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         chosen: Callable[_P, _R] = disabled if "torch._dynamo" in sys.modules else function
         return chosen(*args, **kwargs)
 
-    # the compiler ends its graph before the call; without the mark it would do so inside
+    # With this mark the compiler ends its graph before the call. Without it, the graph would end inside the call.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
@@ -43,7 +44,7 @@ def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
         function: a function of plain values, not of tensors. Its result becomes part of the graph, its operations do
             not.
     """
-    # PyTorch's decorator does only this, in every version from 2.0
+    # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

@@ -19,7 +19,7 @@ class ProcessLost(ConnectionError):
 
 
 class Sign(NamedTuple):
-    """A sign of life: its beat, the step of its process, and its state: it works, waits in vain or is done."""
+    """A sign of life: the number of its beat, the step of its process, and whether this works, waits or is done."""
 
     beat: str
     step: str
@@ -29,12 +29,13 @@ class Sign(NamedTuple):
 class Heartbeat:
     """The signs of life of several processes.
 
-    One thread exchanges the signs and another counts the silence: an exchange may wait long for a store whose process
-    was stopped. Silence is counted in beats of the second thread and not by a clock. So a process that was stopped and
-    continues does not take its own pause for the others' silence.
+    One thread exchanges the signs and another counts the silence, because an exchange may wait long for a store whose
+    process was stopped. Silence is counted in beats of the second thread and not by a clock. So a process that was
+    stopped and continues does not mistake its own pause for silence of the others.
 
     Args:
-        store: a connection that only the signs use; the work waits at its own, which would delay them.
+        store: a connection that is used for the signs alone. The connection of the work would delay the signs while it
+            waits.
         name: name of this training or evaluation, the same in all processes.
 
     Attributes:

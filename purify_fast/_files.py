@@ -30,24 +30,26 @@ from typing import Literal
 
 logger = logging.getLogger("purify_fast")
 
-#: The reaction of a run to a full disk.
+#: The reaction of a run to a full disk: "stop" raises an error, "wait" tries again until there is room.
 OnFull = Literal["stop", "wait"]
-#: No space, no quota, and a file larger than the process may write.
+#: The errors of a full disk: no space is left, a quota is used up, or the file is larger than the process may write.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Seconds between two attempts to write to a full disk.
 PAUSE = 5.0
 LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
-#: Seconds in which a lock is tried again: its holder may be removing the file.
+#: Seconds for which a lock is tried again, because the run that has it may be about to remove the file.
 PATIENCE = 0.2
 
-#: The process and the thread that hold each lock of this process. A forked process holds none of its parent's.
+#: For each lock that was taken in this process: the ids of the process and of the thread that took it. After a fork,
+#: the process id shows that the child does not have its parent's locks.
 _owners: dict[Path, tuple[int, int]] = {}
 
-#: The record that building the extension leaves beside it.
+#: The file beside the extension in which its build notes, among other facts, the hash of the C++ sources.
 RECORD = "_build.json"
-#: The folders of the sources that the extension is made of.
+#: The folders of ``csrc`` whose files are compiled into the extension.
 PARTS = ("core", "cpu")
-#: Files that identify these folders: other packages have a folder ``csrc`` too, maybe in ``site-packages``.
+#: Files by which this package's ``csrc`` is recognized. Another package may have put a folder of this name into
+#: ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
@@ -55,7 +57,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
     """Write a file; on a full disk say which and how large, and either end or wait until there is room.
 
     Args:
-        write: writes the file, as often as it is called; what it leaves behind when it fails is removed by itself.
+        write: writes the file. It may be called several times, and removes by itself what a failure leaves behind.
         path: the file, for the message.
         on_full: "stop" raises, "wait" tries again every few seconds until there is room.
         remark: text that the message adds, such as which earlier file is kept.
@@ -70,13 +72,13 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            # a disk that was lost cannot say how much is free
+            # If the disk was disconnected, its free space cannot be read, and the message leaves it out.
             free = ""
             with contextlib.suppress(OSError):
                 free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
             text = f"{error.strerror}: {path} cannot be written{free}{remark}"
             if on_full == "stop":
-                raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
+                raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
             if not waited:
                 logger.warning("%s; waiting until there is room", text)
             waited = True
@@ -108,7 +110,7 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            # for example a full disk: the system names no file if the writing itself fails
+            # If the writing itself fails, as on a full disk, the system's error has no file name. Add the name.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -159,7 +161,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    # importing filelock takes 0.1 seconds: the command line's --help does without it
+    # Imported here because filelock takes 0.1 seconds, for which the command line's --help should not wait.
     from filelock import FileLock, Timeout
 
     from ._validation import check_folder
@@ -174,15 +176,16 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         yield
         return
     if owner is not None and owner[0] == this[0]:
-        raise FolderInUse(f"{folder} is written by another thread of this process: wait for it, or give another")
+        raise FolderInUse(f"{folder} is in use by another thread of this process: wait for it, or give another folder")
     lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10)
     try:
         lock.acquire()
     except Timeout:
-        raise FolderInUse(f"{folder} is written by another run{_holder(folder)}") from None
+        raise FolderInUse(f"{folder} is in use by another run{_holder(folder)}") from None
     _owners[path] = this
     try:
-        # the operating system has locked the folder: on a full disk the lock holds without its holder's name
+        # On a full disk this file cannot be written. The operating system has locked the folder all the same; messages
+        # then lack the name of the run.
         with contextlib.suppress(OSError):
             (folder / HOLDER).write_text(_this_process())
         yield
@@ -190,11 +193,11 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         del _owners[path]
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
-        # remove it before the lock is released, so that nobody locks a file that is about to go
+        # Remove the lock file before the lock is released. Afterwards another run could already have locked it.
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # remove the folders of a command that was refused before it wrote anything
+        # Remove the folders that this block created if they are empty, as after a command that was refused.
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
@@ -204,8 +207,9 @@ def lock_file(handle: int, *, shared: bool) -> bool:
     """Lock an open file without waiting, until it is closed or its process ends.
 
     Args:
-        handle: its descriptor. Copies of it have the same lock, which holds until the last one is closed.
-        shared: many may hold such a lock at the same time; one that is not shared is held alone.
+        handle: descriptor of the file. Duplicates of the descriptor share the lock, which lasts until the last of them
+            is closed.
+        shared: whether others may have such a lock at the same time. A lock that is not shared excludes all others.
 
     Returns:
         True if the file is locked. On Windows always True: that system lets nobody remove a file that is open.
@@ -216,7 +220,7 @@ def lock_file(handle: int, *, shared: bool) -> bool:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            # another process has the lock, or the file system refuses locks
+            # Another process has the lock, or the file system does not support locks.
             return False
     return True
 
@@ -232,7 +236,7 @@ def _holder(folder: Path) -> str:
         who = f": {(folder / HOLDER).read_text()}"
     except (OSError, UnicodeDecodeError):
         who = ""
-    return f"{who}; wait for it, end it, or give another folder"
+    return f"{who}; wait for that run, end it, or give another folder"
 
 
 # -- the sources of the extension --------------------------------------------------------------------------------------

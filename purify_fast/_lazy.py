@@ -1,7 +1,7 @@
 """Packages that import a public name when it is first used (PEP 562).
 
-PyTorch takes about 1.8 seconds to import. The command line prints its help and refuses wrong options without it, so the
-packages on the way to the settings of a training must not import what computes before it is used.
+PyTorch takes about 1.8 seconds to import. The command line prints its help and refuses wrong options without PyTorch.
+So the packages that it imports for the settings of a training must import PyTorch only when they compute.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
         home = homes[name]
         value = None if home == "." else getattr(importlib.import_module(home, package), name, None)
         if value is None:
-            # a module
+            # The name is that of a module.
             value = importlib.import_module(f"{home.removesuffix('.')}.{name}", package)
-        # the next look-up finds it without this function
+        # Store the value in the package, so that the next look-up does not call this function.
         setattr(module, name, value)
         return value
 

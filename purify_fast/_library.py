@@ -1,4 +1,4 @@
-"""Loads the compiled extension, once. Absent is normal; present but broken is kept and told."""
+"""Loads the compiled extension once. A missing extension is normal; the error of a broken one is kept and logged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ._files import is_stale
 
 logger = logging.getLogger("purify_fast")
 
-#: Why the extension is not loaded; None when it is.
+#: The error that says why the extension is not loaded; None if it is loaded.
 load_error: Exception | None = None
-#: Path of the shared object found, loaded or not.
+#: Path of the shared object, even if it could not be loaded; None if there is no such file.
 path: str | None = None
 
 BUILD_HINT = (
@@ -39,16 +39,21 @@ def _load() -> None:
     path = _find()
     if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
-        logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
+        logger.info("the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
     elif not os.environ.get("PURIFY_FAST_EXTENSION") and is_stale(Path(path), SOURCES):
         load_error = ImportError(f"{path} was built from other C++ sources than those in {SOURCES}: {BUILD_HINT}")
-        logger.warning("the PyTorch references serve: %s", load_error)
+        logger.warning("the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
     else:
         try:
             torch.ops.load_library(path)
-        except Exception as error:  # a broken build must not take the pure-Python package down with it
+        except Exception as error:  # the pure-Python package must work in spite of a broken extension
             load_error = error
-            logger.warning("%s does not load, the PyTorch references serve: %s; %s", path, error, BUILD_HINT)
+            logger.warning(
+                "%s cannot be loaded, so PyTorch computes the operations of the compiled CPU kernels: %s; %s",
+                path,
+                error,
+                BUILD_HINT,
+            )
 
 
 def loaded() -> bool:
@@ -64,4 +69,4 @@ def has_kernel(qualified: str, key: str) -> bool:
 if os.environ.get("PURIFY_FAST_NO_EXTENSION") != "1":
     _load()
 else:
-    load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1")
+    load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1: unset this variable to load the extension")

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Bytes of each unit.
+#: Bytes per unit, by the lower-case prefix of the unit.
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-#: Assumed if the system names no limit.
+#: The bytes that are assumed to be available if the system does not say how many are.
 USUAL = 8 * 2**30
 
 
@@ -58,9 +58,9 @@ def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
             top = mounted / "memory" if controllers else mounted
             names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
             inside = Path(place.lstrip("/"))
-            # in a container the names of the outer groups may not be there
+            # Inside a container the folders of the outer groups may be missing.
             for group in (top / part for part in (inside, *inside.parents)):
-                # the file says "max" if there is no limit
+                # The file contains "max" if there is no limit.
                 with contextlib.suppress(OSError, ValueError):
                     most, used = (int((group / f"memory.{name}").read_text()) for name in names)
                     yield most - used + _reclaimable(group)
@@ -103,7 +103,7 @@ def peak_resident_memory() -> int:
         import resource
     except ImportError:
         return 0
-    # Linux counts in KiB
+    # Linux gives this number in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent, and the place of this one among those that train together."""
+"""Child processes that do not outlive their parent, and this process's number among those that train together."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class Stop:
 def stop_on_sigterm() -> Iterator[Stop]:
     """Within the block, SIGTERM asks to end where it suits the work; a second one ends the process at once.
 
-    It acts only if SIGTERM would end the process anyway: not beside a handler of the user's, in a thread, in a worker,
-    whose parent ends it so, or among several processes, where one that waits for the others would not hear it.
+    SIGTERM is handled only if it would otherwise end the process. Nothing changes if the user has set a handler, in a
+    thread other than the main one, in a worker, which its parent ends by SIGTERM, and among several processes, where a
+    process that waits for the others would not notice the request.
 
     Yields:
         An object that says whether the process was asked to end.
@@ -106,7 +107,7 @@ def patience() -> timedelta:
 
 def sendable(error: BaseException) -> BaseException:
     """An exception that the other processes can read: itself, or its text if it cannot be pickled."""
-    # a class of the user's may raise any error when it is pickled or made anew
+    # An exception class of the user may raise any error when it is pickled or unpickled.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error

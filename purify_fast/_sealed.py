@@ -17,7 +17,8 @@ from torch import Tensor
 from ._files import atomic
 from ._tensors import digest, text_hash
 
-#: The one entry of a file's metadata: a checksum, a space, and JSON. Several entries would have no fixed order.
+#: The key of the only entry in a file's metadata; its value is a checksum, a space, and JSON. Several entries would
+#: have no fixed order, so that the same content could give different files.
 _ENTRY = "purify_fast"
 
 
@@ -35,7 +36,7 @@ def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previo
         tensors: by their names.
         previous: the name that the file before it gets; None drops it.
     """
-    # clone: safetensors refuses tensors that share memory
+    # Tensors are cloned because safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(content)
     data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
@@ -50,14 +51,14 @@ def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
         path: the file.
 
     Raises:
-        ValueError: the file is damaged, or something else; the message says what is wrong, without the file's name.
+        ValueError: the file is damaged or has another format; the message says what is wrong, without the file's name.
     """
     try:
         with safe_open(path, "pt") as file:
             checksum, _, text = (file.metadata() or {})[_ENTRY].partition(" ")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"it is cut off, damaged, or another program's ({error!r})") from error
+        raise ValueError(f"the file is cut off or damaged, or another program wrote it ({error!r})") from error
     if checksum != _checksum(text, tensors):
-        raise ValueError("its checksum is not that of its content: it changed after it was written")
+        raise ValueError("the checksum does not match the content: the file changed after it was written")
     return json.loads(text), tensors

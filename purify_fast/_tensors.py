@@ -31,7 +31,7 @@ def check_one_device(**tensors: Tensor) -> None:
     devices = [tensor.device for tensor in tensors.values()]
     if any(device != devices[0] for device in devices):
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"tensors on several devices: {places}: they must agree")
+        raise ValueError(f"tensors must be on one device, got {places}")
 
 
 def check_alike(**tensors: Tensor) -> None:
@@ -40,9 +40,9 @@ def check_alike(**tensors: Tensor) -> None:
     named = f"{', '.join(names)} and {last}"
     shapes, dtypes = ([getattr(tensor, what) for tensor in tensors.values()] for what in ("shape", "dtype"))
     if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) < 2:
-        raise ValueError(f"{named} need one shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}")
+        raise ValueError(f"{named} must have one shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}")
     if any(dtype != dtypes[0] for dtype in dtypes) or not dtypes[0].is_floating_point:
-        raise ValueError(f"{named} need one floating-point dtype, got {', '.join(map(str, dtypes))}")
+        raise ValueError(f"{named} must have one floating-point dtype, got {', '.join(map(str, dtypes))}")
     check_one_device(**tensors)
 
 
@@ -108,7 +108,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer, which tells a module's device and dtype.
+    """The first floating-point parameter or buffer, which has the module's device and dtype.
 
     Args:
         module: any module.
@@ -152,7 +152,7 @@ def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
 
 
 def digest(*tensors: Tensor | Digested) -> str:
-    """A hash of dtypes, shapes and contents; computed from each tensor's own, so that a stored one can stand for it."""
+    """A hash of dtypes, shapes and contents, made of each tensor's hash, so that a stored hash can replace a tensor."""
     whole = text_hash()
     for tensor in tensors:
         if isinstance(tensor, Tensor):
@@ -167,7 +167,7 @@ def digest(*tensors: Tensor | Digested) -> str:
 def weights_fingerprint(module: nn.Module) -> str:
     """A short hash of a module's parameters and buffers: names, shapes and bytes.
 
-    Saved models and checkpoints hold it: another way of hashing would refuse all of them.
+    Saved models and checkpoints contain this hash. If it were computed in another way, all of them would be refused.
     """
     content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -177,7 +177,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def structure_fingerprint(module: nn.Module) -> str:
-    """A short hash of the names and shapes of a module's parameters and buffers; checkpoints hold it."""
+    """A short hash of the names and shapes of a module's parameters and buffers; checkpoints contain it."""
     shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 

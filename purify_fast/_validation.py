@@ -13,26 +13,28 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 
 #: The norms of a ball.
 Norm = Literal["linf", "l2", "l1"]
-#: The norms that public functions take; AutoAttack and RobustBench write the second half.
+#: The norms that public functions take. AutoAttack and RobustBench spell them as in the second half.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
-#: The precision of a training or an evaluation: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
+#: The precision of a training or an evaluation. With "tf32" a GPU rounds the factors of products to ten bits of
+#: mantissa.
 Precision = Literal["float32", "tf32", "bfloat16"]
-#: The precision of an attack's gradients: `purify_fast.attacks.gradient_copy`.
+#: The precision of an attack's gradients; see `purify_fast.attacks.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
-#: The use of CUDA graphs for steps of attacks: `purify_fast.speed.StepGraphs`.
+#: The use of CUDA graphs for steps of attacks; see `purify_fast.speed.StepGraphs`.
 CudaGraphs = Literal["auto", "always", "off"]
-#: The choice of cuDNN's algorithms: `purify_fast.speed.precision.raced_convolutions`.
+#: The choice of cuDNN's algorithms; see `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 
-#: The values that each type allows; a bool is not a number here, although Python takes it for one.
+#: For each type of a field: the class of its values, and the words for it in messages. A bool is not a number here,
+#: although Python takes it for one.
 _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     str: (str, "a string"),
 }
-#: The fields' types by class. A plain dictionary, since torch.compile traces a step that makes a config anew, and can
-#: read this but neither `get_type_hints` nor a `functools.cache`.
+#: The types of the fields, by class. This is a plain dictionary, because torch.compile may trace a step that makes a
+#: config. It can trace a look-up in a dictionary, but neither `get_type_hints` nor a `functools.cache`.
 _types_of: dict[type, dict[str, Any]] = {}
 
 
@@ -67,9 +69,9 @@ class Range:
 
 
 AtLeast0 = Annotated[float, Range(0)]
-#: A rate or a length, without which nothing would move.
+#: A finite number above 0, such as a learning rate or the length of a step.
 Positive = Annotated[float, Range(0, above=True, below=True)]
-#: How many of something.
+#: A number of things, such as steps: at least 1.
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
@@ -123,7 +125,7 @@ def check_literal(name: str, value: Any, literal: Any) -> None:
 def check_types(config: Any) -> None:
     """ValueError unless each field of a dataclass has a value of the type, and in the `Range`, of its annotation.
 
-    Python checks no annotation by itself, and the string "5" or the number 2.5 would end a training hours later.
+    Python itself checks no annotation: the string "5" or the number 2.5 in place of 5 could end a training hours later.
 
     Args:
         config: the dataclass. Fields that are bool, int, float, str, a ``typing.Literal``, a dataclass, a tuple of
@@ -138,7 +140,7 @@ def check_types(config: Any) -> None:
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) in (Union, UnionType):
         others = [one for one in get_args(kind) if one is not type(None)]
-        # a field with several types is not checked; an optional field is checked unless it is None
+        # A field with several types is not checked. An optional field is checked unless its value is None.
         if (value is None and type(None) in get_args(kind)) or len(others) > 1:
             return
         kind = others[0]
@@ -177,7 +179,8 @@ def check_folder(name: str, path: str | Path | None) -> None:
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
-        # Ask in this order: another process may create the folder between the two questions.
+        # Call `exists` first: if another process creates the folder between the two calls, the other order would take
+        # it for a file.
         if place.exists():
             if not place.is_dir():
                 raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")

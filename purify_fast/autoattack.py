@@ -4,10 +4,10 @@ Names, order of the arguments and defaults are those of the original implementat
 ``AutoAttack`` of the package autoattack, which RobustBench calls). A request that cannot be met is an error.
 The original itself is `purify_fast.attacks.AutoAttack`, the protocol "official".
 
-Four things differ. Searches that are out of reach end early. An image is attacked until every fresh draw of the model
-misclassifies it, as many draws as are averaged for a step; the accuracy that is printed is the mean over these draws.
-With fewer classes than a loss needs, the margin takes its place. And ``fab`` is FAB towards one class after the other,
-with as many restarts as were asked for: the engine has no untargeted FAB.
+Four things differ. A search ends early if success is out of its reach. An image is attacked until every fresh draw of
+the model misclassifies it; there are as many fresh draws as a step averages, and the accuracy that is printed is the
+mean over them. If the model has fewer classes than a loss needs, the margin replaces the loss. And ``fab`` runs FAB
+towards one class after the other, with as many restarts as the settings say, because the engine has no untargeted FAB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .speed.precision import whole_float32_by_default
 Version = Literal["standard", "plus", "rand", "custom"]
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
-#: The attacks of each version; "custom" runs the attacks that are asked for.
+#: The attacks of each version. "custom" runs the attacks that `attacks_to_run` names.
 RUN: dict[str, tuple[AttackName, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -43,7 +43,7 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 }
 
 
-# slots make a setting that the engine does not have an error
+# With slots, setting an attribute that the engine does not have raises an error.
 @dataclass(slots=True)
 class FabSettings:
     """FAB's settings, by their names in AutoAttack.
@@ -129,7 +129,7 @@ class AutoAttack:
         check_eps(eps, read_norm(norm))
         check_literal("version", version, Version)
         if is_tf_model:
-            raise ValueError("is_tf_model must be False: models of TensorFlow are not supported")
+            raise ValueError("is_tf_model must be False, got True: models of TensorFlow are not supported")
         if version != "custom" and len(attacks_to_run) > 0:
             raise ValueError(
                 f"attacks_to_run needs version='custom', got {list(attacks_to_run)!r} with version={version!r}"
@@ -227,7 +227,7 @@ class AutoAttack:
         """The names of the attacks, which may have been given after the construction."""
         if not self.attacks_to_run:
             allowed = ", ".join(get_args(AttackName))
-            raise ValueError(f"attacks_to_run must have some of {allowed}, got {self.attacks_to_run!r}")
+            raise ValueError(f"attacks_to_run must name at least one of {allowed}, got {self.attacks_to_run!r}")
         return self.attacks_to_run
 
     @whole_float32_by_default()
@@ -307,7 +307,7 @@ class AutoAttack:
 
     @staticmethod
     def _left(attacked: AttackSequence) -> float:
-        # for a random model, the share that a fresh draw is expected to get right
+        # For a random model this is the share that a fresh draw is expected to classify correctly.
         return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:

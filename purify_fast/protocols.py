@@ -1,8 +1,8 @@
-"""The protocols of other people's objects: each is a handful of methods, and no class need inherit it.
+"""The methods that this package uses of the user's objects, as protocols; a class need not inherit one.
 
-A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. What a defence can do
-beyond that is asked with `supports`, which looks at the object's type: a wrapper that merely passes attribute names on,
-such as a compiled module, does not count, because calling the inner object's method would bypass the wrapper.
+A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells what a
+defence can do beyond that. It looks at the object's type: a wrapper that merely passes attribute names on, such as a
+compiled module, does not count, because a call of the inner object's method would bypass the wrapper.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class AuthorsEvaluation(Protocol):
 
 @runtime_checkable
 class OwnSurrogates(Protocol):
-    """Knows models whose gradients may find what its own do not."""
+    """Knows models whose gradients may find adversarial images that its own gradients do not find."""
 
     def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
         """Surrogate models of the same images and classes, each with a description, as in "the gradients of ..."."""
@@ -210,7 +210,8 @@ def draws_for_each_image(model: object) -> bool:
 
 def is_purifier(model: object) -> TypeGuard[Purifier]:
     """Tell whether ``model`` satisfies `Purifier`."""
-    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are not attributes of the object proper
+    # Since Python 3.12 isinstance(model, Purifier) does not find submodules, which are not plain attributes of the
+    # object.
     return supports(model, Purifies) and has_classifier(model)
 
 

@@ -43,8 +43,8 @@ def test_another_run_is_refused_by_name(tmp_path, holder):
     with pytest.raises(FolderInUse) as refusal, folder_lock(tmp_path / "run"):
         pass
     words = str(refusal.value)
-    assert words.startswith(f"{tmp_path / 'run'} is written by another run: process {holder.pid} on ")
-    assert "since 20" in words and "wait for it, end it, or give another folder" in words
+    assert words.startswith(f"{tmp_path / 'run'} is in use by another run: process {holder.pid} on ")
+    assert "since 20" in words and "wait for that run, end it, or give another folder" in words
     assert time.monotonic() - began < 60
 
 

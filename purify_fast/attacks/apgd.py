@@ -1,9 +1,10 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum that halves its steps by itself.
 
-At checkpoints an image's step is halved, and its search goes on from the best point seen, if at most a share rho of the
-steps since the last checkpoint raised the loss, or if the step was kept then and the best loss is still the same. The
-checkpoints, 22 % of the steps and then ever closer, are rounded as in the authors' implementation. Two things are not
-in the paper: the start is uniform in the ball, and a random model's loss is the mean over the draws.
+At a checkpoint the step of an image is halved, and its search continues at the best point seen, in two cases: at most a
+share rho of the steps since the last checkpoint raised the loss, or the step was not halved at the last checkpoint and
+the best loss is the same as then. The first checkpoint comes after 22 % of the steps, and the next ones follow at ever
+shorter distances, rounded as in the authors' implementation. Two things are not in the paper: the start is uniform in
+the ball, and a random model's loss is the mean over the draws.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Objective
 from .search import better_of, forgiven
 
-#: The paper's a, the weight of a new step; that of the last move is 1 - a.
+#: The paper's a. A move is a times the new step plus 1 - a times the last move.
 MOMENTUM = 0.75
-#: A run in the l1 ball begins in larger balls: the factors of their radii, and the share of the steps in each.
+#: A run in the l1 ball begins in larger balls. LARGER: the factors of their radii; the last ball is the given one.
+#: LARGER_STEPS: the share of the steps in each ball.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
-#: Numbers for the l1 ball (Croce & Hein, "Mind the box", ICML 2021): the share of the coordinates that the first steps
-#: move; the share of coordinates changed at the best point over the next share; the factor by which a step shrinks; and
-#: the most that all shrinking divides it by.
+#: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
+#: the first steps move. SPARSER: a later step moves the share of coordinates in which the best point differs from the
+#: image, divided by this. SHRINK: the factor by which a step is shortened. SHORTEST: no step is shorter than eps
+#: divided by this.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
-#: The number of changed coordinates counts as lower if it is below this share of the number before.
+#: If the number of changed coordinates falls below this share of the number before, the steps get their full length
+#: again.
 FEWER = 0.95
 
 
@@ -82,7 +86,8 @@ class APGD(EngineAttack):
         steps, draws, loss, targets = self.decided(context)
         runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # The clean image is judged. One more prediction gives the order of the targets or the number of classes.
+        # Before the runs the clean image is judged. One more prediction gives the order of the targets or the number of
+        # classes.
         before = context.judges(draws) + (loss in FEWEST_CLASSES)
         if targets is not None:
             before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
@@ -118,7 +123,7 @@ apgd = as_function(
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """The steps after which an image is judged, and the steps between them: 22 %, then 3 % less, at least 6 %."""
+    """The checkpoints, and the steps since the one before: 22 % of all steps, then each time 3 % less, at least 6 %."""
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
     while at < steps:
@@ -129,7 +134,7 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 def checkpoints_l1(steps: int) -> dict[int, int]:
-    """The same for the l1 ball: every 4 % of the steps."""
+    """The checkpoints for the l1 ball, as `checkpoints` gives them: one after every 4 % of the steps."""
     length = max(int(0.04 * steps), 1)
     return dict.fromkeys(range(length, steps, length), length)
 
@@ -141,8 +146,8 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 
 def border(loss: str) -> float:
     """The least value of a loss at a misclassified image; for a targeted loss at one that is taken for the target."""
-    # At a misclassified image the true class has at most half of the probability. All other losses are margins, up to a
-    # factor.
+    # At a misclassified image the true class has at most half of the probability, so the cross-entropy is at least log
+    # 2. All other losses are margins, up to a positive factor.
     return math.log(2) if loss == "ce" else 0.0
 
 
@@ -233,12 +238,14 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # an image that has fallen need not have moved
+                # Rows that leave because their image has fallen count as images, but never as unmoved ones: they may
+                # have begun at a misclassified point.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 
     def may_end(self) -> Tensor:
-        # A row without a gradient, or a row that never moved, is searched to the end: it shows masked gradients.
+        # A row without a gradient, or a row that never moved, is searched to the end, because it is a sign of masked
+        # gradients.
         return self.gradient.flatten(1).any(1) & (self.point != self.rows.begin).flatten(1).any(1)
 
     def _see_move(self, index: Tensor | slice) -> None:
@@ -251,11 +258,12 @@ class AutoPgd(RowSearch):
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
-            # the highest of many noisy scores is partly luck, so it is measured again
+            # The highest of many noisy scores is partly luck, so the best point is scored again.
             score = self.objective.score(best, labels)
         best, score = better_of(best, score, last, self.objective.score(last, labels))
         if self.active.leave:
-            # The model itself may see a success that a copy does not see, so every point is judged.
+            # The model itself may misclassify a point that its copy classifies correctly. So every point is judged if
+            # the search used a copy.
             by_copy = self.objective.model is not self.active.judge.model
             claimed = torch.ones_like(score[0]) if by_copy else score[0]
             share, _ = self.active.confirm_successes(owner, best, claimed, run)
@@ -273,7 +281,7 @@ class AutoPgdL1(AutoPgd):
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
         self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # a given share was measured at the point where the run begins
+        # A given share belongs to the point where the run begins: that point changed SPARSER times as many coordinates.
         self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
         self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
 
@@ -301,7 +309,7 @@ def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: 
     The rows begin anywhere; the steps are those of all three parts.
     """
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
-    # the last radius gets at least one step
+    # The last ball, the given one, gets at least one step.
     parts.append(max(1, steps - sum(parts)))
     begin = rows.begin
     for factor, count in zip(LARGER, parts, strict=True):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._validation import check_number
 
-#: The share of its range by which rounding may take a pixel out of it.
+#: By rounding, a pixel may lie outside of [clip_min, clip_max] by this share of the range's width.
 ROUNDING = 1e-4
 
 
@@ -24,7 +24,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}: torch.as_tensor({name}) makes one")
     if x.device != y.device:
-        raise ValueError(f"x is on {x.device}, y on {y.device}: they must agree")
+        raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
@@ -36,14 +36,14 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         label = int(y.min())
         least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
     except RuntimeError:
-        # tensors inside torch.func.vmap, and fake tensors outside their mode, have no values
+        # Tensors inside torch.func.vmap, and fake tensors outside their mode, have no values.
         return
     if label < 0:
-        raise ValueError(f"y must be class numbers from 0, got {label}")
+        raise ValueError(f"y must have class numbers of at least 0, got {label}")
     if clip_min is None:
         return
     slack = ROUNDING * (clip_max - clip_min)
-    # "not" refuses NaN too
+    # The condition is negated so that NaN is refused too.
     if not (least >= clip_min - slack and most <= clip_max + slack):
         bytes_given = 1.5 < most <= 255 and clip_max == 1
         hint = ": divide x by 255, or give clip_max=255 and an eps in the same unit" if bytes_given else ""
@@ -89,4 +89,4 @@ def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, pe
     check_number("eps", eps)
     check_not_negative(eps=eps)
     if norm == "linf" and eps > largest:
-        raise ValueError(f"eps is in image units, at most {largest:g} for linf, got {eps}: is {eps:g}/255 meant?")
+        raise ValueError(f"eps must be at most {largest:g} for linf, in image units, got {eps}: is {eps:g}/255 meant?")

@@ -18,7 +18,7 @@ from .sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
-    """Attacks as ``attackbench.run_attack`` takes them; each of several attacks the images that those before it left.
+    """Attacks as ``attackbench.run_attack`` takes them; each of several attacks the images that no earlier one fooled.
 
     Gradients are those of the model itself, never of a copy of it, so that every query is counted.
 
@@ -34,9 +34,9 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
         ValueError: no attack, an attack with a radius of its own, or an eps that is not allowed.
     """
     if not attacks:
-        raise ValueError("attacks must have one attack at least, such as APGD()")
+        raise ValueError("attacks must be at least one attack, such as APGD(), got none")
     if fixed := [attack.kind for attack in attacks if getattr(attack, "eps", None) is not None]:
-        raise ValueError(f"attacks must leave eps open, but {', '.join(fixed)} has one: give eps to for_attackbench")
+        raise ValueError(f"attacks must have no own eps, but {', '.join(fixed)} has one: give eps to for_attackbench")
     check_eps(eps, None)
     plain = [replace(attack, precision="float32") if isinstance(attack, EngineAttack) else attack for attack in attacks]
 
@@ -51,7 +51,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
         seed: int = 0,
     ) -> Tensor:
         if targeted or targets is not None:
-            raise ValueError("targeted must be False: these attacks look for any wrong class")
+            raise ValueError("targeted must be False and targets None: these attacks look for any wrong class")
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
         attacked = AttackSequence(model, inputs, labels, context)
@@ -59,7 +59,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
             attacked.run(one)
         return attacked.images
 
-    # AttackBench names its results by these attributes
+    # AttackBench reads these attributes to name its results.
     attack.__name__ = attack._attackbench_name = "-".join(one.kind for one in attacks)  # type: ignore[attr-defined]
     attack._attackbench_lib = "purify_fast"  # type: ignore[attr-defined]
     return attack

@@ -1,6 +1,6 @@
-"""The model under attack: it is frozen, its calls are guarded against writes, and its way to draw is tested.
+"""The model under attack: it is frozen, its calls are checked for writes to the images, and its draws are tested.
 
-A model that writes to the images that it is given moves an attack's points.
+A model that writes to the images that it is given would change the points of an attack.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_im
 
 Answer = TypeVar("Answer")
 
-#: The test of how a model draws: its images, the rows of all their draws in one batch, and its calls with the images
-#: alone. So many calls of a model that picks one of two networks agree once in 128 times.
+#: The sizes of the test whether a model draws once per call. TRIED_IMAGES: its images. TRIED_ROWS: the rows of one
+#: batch with several draws of these images. TRIED_CALLS: the calls with each image once. If a model picks one of two
+#: networks in each call, all of these calls agree by chance once in 128 times.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
-#: Draws of one call are equal if they differ by less than this share of the difference between calls.
+#: Draws of one call count as equal if they differ by less than this share of the difference between two calls.
 ALIKE = 0.01
 
-#: Two answers may differ by rounding: by this share of the spread of an image's logits,
+#: Two answers of a model count as equal if no logit differs by more than SAME_SPREAD times the spread of an image's
+#: logits plus SAME_SIZE times the largest logit.
 SAME_SPREAD = 1e-5
-#: plus this share of the largest logit, about 16 times the rounding of float32.
+#: About 16 times the rounding of float32.
 SAME_SIZE = 2e-6
 
 
@@ -66,8 +68,8 @@ class WritesToItsInput(ValueError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the model writes to the images that it is given, which are the attack's own: let it work on a copy, such "
-            "as x = x.clone() before the first operation in place (x.mul_(), x.clamp_(), x += ..., x[...] = ...)"
+            "the model writes to the images that it is given, on which the attack continues: copy them in the model "
+            "by x = x.clone() before its first operation in place (x.mul_(), x.clamp_(), x += ..., x[...] = ...)"
         )
 
 
@@ -80,14 +82,14 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     Raises:
         WritesToItsInput: the model wrote to the images, or tried to while gradients to them were recorded.
     """
-    # a compiler cannot trace the count of writes, and inference tensors have none
+    # A compiler cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
         return model(x)
     writes = x._version
     try:
         answer = model(x)
     except RuntimeError as error:
-        # parameters are frozen: no other leaf asks for gradients
+        # The parameters are frozen, so the images are the only leaf that can require a gradient.
         if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
             raise WritesToItsInput from error
         raise
@@ -104,7 +106,7 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
     """
     if not value.requires_grad:
         return None
-    # a compiler cannot trace the block below
+    # A compiler cannot trace the `try` block below.
     if torch.compiler.is_compiling():
         return torch.autograd.grad(value, leaf, allow_unused=True)[0]
     try:
@@ -129,7 +131,8 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
             except WritesToItsInput:
                 raise
             except Exception:
-                # a model without gradients can be evaluated too
+                # A model that fails only while gradients are recorded can still be evaluated, so its error is ignored
+                # here.
                 if not recorded:
                     raise
         if not torch.equal(images.detach(), x.detach()):
@@ -192,11 +195,12 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
         other = next((other for other in others if differ(first, other)), first)
     if supports(model, CountsImages):
-        # the counter of images counts the work of attacks alone
+        # The counter is for the images of attacks, so the images of this test are subtracted.
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
-    # the place of a row in a batch may change its last bits, and in bfloat16 its second digit
+    # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the second digit.
+    # So equal draws need only be close.
     return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)

@@ -27,7 +27,8 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    #: Not compared: eps is a part of the step's state, so that one captured step serves every radius.
+    #: `eps` is not compared, because it is a part of a step's state: one captured step can be replayed for every
+    #: radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0
@@ -68,7 +69,7 @@ def philox_key(seed: int, device: torch.device) -> Tensor:
     """A seed as Philox takes it, int64 ``[1]``; ValueError for a seed outside int64."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
-    # made on the device: a copy would wait for it
+    # The seed is made on the device, because copying it there would wait for the device.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
@@ -86,7 +87,7 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
     """The nearest points in the balls around images x, clamped to the box; in l1 the nearest within ball and box."""
-    # a step of length 0 is the projection alone
+    # A step of length 0 only projects the point.
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
 
@@ -118,7 +119,8 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
         if ball.norm == "l2":
             noise = draw(size, "normal")
         else:
-            # Laplace's distribution, by its inverse, at the middles of the 2^24 steps: none is 0 or infinite
+            # Draw from Laplace's distribution by the inverse of its distribution function. The uniform numbers are
+            # multiples of 2^-24; the middles between them are used, because they give neither 0 nor infinity.
             middles = 2 * draw(size) - (1 - 2**-24)
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)

@@ -69,12 +69,12 @@ class AttackResult:
 
 
 class Decided(NamedTuple):
-    """The options that an attack may leave open; the context's values replace those that it does."""
+    """The options that an attack may leave open; values of the context replace the open ones."""
 
     steps: int
     eot_iter: int
     loss: Any
-    #: The number of wrong classes with a run each; None if the attack has no targets.
+    #: The number of wrong classes that are targeted, in one run each; None if the attack has no targets.
     n_target_classes: int | None
 
 
@@ -85,23 +85,26 @@ class Attack(abc.ABC):
     A subclass with `norms` searches a ball, and has the fields ``eps`` and ``norm`` for a ball of its own.
 
     Args:
-        eot_iter: draws of a random model averaged per step. They stand in one batch; if the model draws once per call,
-            each is a call. None: as many as the evaluation takes, and 1 without an evaluation.
+        eot_iter: draws of a random model that are averaged in each step. They are computed in one batch; if the model
+            draws once per call, each draw takes one call. None: as many as the evaluation takes, and 1 without an
+            evaluation.
     """
 
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
 
-    #: What `revision` returns. A subclass with a version raises it whenever the same settings would find other images.
+    #: The version of the attack's code, which `revision` returns. It must be raised whenever the same settings would
+    #: find other images.
     code_version: ClassVar[str | None] = None
 
-    #: The norms of the balls that the attack can search; (): it searches no ball, and overrides `threat_model`.
+    #: The norms of the balls that the attack can search. Empty: the attack searches no ball and overrides
+    #: `threat_model`.
     norms: ClassVar[tuple[str, ...]] = ()
 
     #: True if `search` can follow the gradients of another model, `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: The steps if the options leave them open; None: those of the context.
+    #: The number of steps if the options leave it open. None: the number of the context.
     usual_steps: ClassVar[int | None] = None
 
     eot_iter: Count | None = None
@@ -111,10 +114,10 @@ class Attack(abc.ABC):
             own: Any = self
             norm = None if own.norm is None else self._known(own.norm)
             if norm is not None and own.eps is None:
-                raise ValueError(f"the norm {norm} needs an eps of its own")
+                raise ValueError(f"eps must be given with norm={norm!r}: the ball needs a radius, such as eps=0.5")
             if own.eps is not None:
                 check_eps(own.eps, norm)
-            # a frozen dataclass refuses a plain assignment
+            # A frozen dataclass refuses a plain assignment.
             object.__setattr__(self, "norm", norm)
             check_types(self)
 
@@ -191,7 +194,8 @@ class Attack(abc.ABC):
             The adversarial images, and what the attack has counted.
         """
 
-    # The compiler cannot trace how the options are sorted. It goes on inside the attack.
+    # torch.compile cannot trace how the options are shared out between attack and context. So it skips this function,
+    # and compiles inside the attack again.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         """The images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
@@ -251,7 +255,8 @@ def times(restarts: int) -> str:
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
     """The forward passes per image of `worst_of_runs`."""
     steps, draws, *_ = attack.decided(context)
-    # A run judges its last point, and with several draws also its best. Health needs the clean image's prediction.
+    # Each run scores its last point, and with several draws also its best point. Health needs the prediction of the
+    # clean image.
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if attack.restarts > 1 else 0
     return attack.restarts * (steps * draws + at_the_end + comparison)
@@ -284,7 +289,7 @@ def worst_of_runs(
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)
-        # a pass has at most one draw of every image
+        # Each forward pass contains at most one draw of every image.
         most = min(max(1, len(y)), resources.max_forward_batch or len(y) + 1)
         judge = Objective(model, "margin", draws, most, apart=apart)
 
@@ -384,7 +389,8 @@ def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
 # -- the attacks as functions -----------------------------------------------------------------------------------------
 
 
-# The compiler cannot trace how the options are sorted. It goes on inside the attack.
+# torch.compile cannot trace how the options are shared out between attack and context. So it skips this function, and
+# compiles inside the attack again.
 @functools.partial(outside_graphs, recursive=False)
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Run an attack without an evaluation.
@@ -422,7 +428,7 @@ def _options_of_call(attack: type[Attack]) -> tuple[dict[str, inspect.Parameter]
     own, shared = parameters_of(attack), parameters_of(AttackContext, Resources)
     del shared["counts_health"], shared["resources"]
     if attack.norms:
-        # only the context's eps may be a tensor [B]
+        # The options eps and norm are the context's, because only the context's eps may be a tensor [B].
         del own["eps"], own["norm"]
     return own, {name: option for name, option in shared.items() if name not in own}
 
@@ -451,7 +457,7 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
     options = {**inspect.signature(call, eval_str=True).parameters}
     del options["options"]
     health = inspect.Parameter("health", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=GradientHealth | None)
-    # the radius, which every call gives, stands first
+    # The radius comes first in the signature, because every call gives it.
     options |= first | own | shared | first | {"health": health}
     options |= {option: options[option].replace(default=value) for option, value in defaults.items()}
     of_shared = texts_of(AttackContext, Resources)

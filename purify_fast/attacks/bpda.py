@@ -82,10 +82,10 @@ class BpdaModel(nn.Module):
         several = purified.dim() == x.dim() + 1
         if (purified[:, 0] if several else purified).shape != x.shape:
             raise ValueError(
-                f"purify gave {list(purified.shape)} for images {list(x.shape)}: it must give one of the same shape "
-                "for each, or K of them, [B, K, ...]"
+                f"purify must return images of the shape of x, {list(x.shape)}, or K draws of each, [B, K, ...], got "
+                f"{list(purified.shape)}"
             )
-        # zero, with the gradient of x
+        # The value is zero, and its gradient is that of x.
         change = (x - x.detach()).to(purified.dtype)
         if not several:
             return self.classifier(purified + change)

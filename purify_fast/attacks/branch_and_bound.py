@@ -31,20 +31,25 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
-#: The steps of each subproblem that raise its bound, and the steps that search a point.
+#: The steps per subproblem. RAISES: steps that raise its lower bound. DESCENTS: steps that search a misclassified
+#: point.
 RAISES, DESCENTS = 5, 15
-#: A bound is a proof if it is above this share of the image's largest logit, because the model computes in float32 and
-#: this search in float64. And the share of the largest logit by which the model's logits may differ from float64's.
+#: SAFE: a bound is a proof if it is above this share of the image's largest logit, because the model computes in
+#: float32 and this search in float64. ALIKE: the model's logits may differ from those in float64 by this share of the
+#: largest logit.
 SAFE, ALIKE = 5e-5, 2e-5
-#: The images that are searched at once; the most subproblems that are split at once, and the most numbers in them.
+#: IMAGES: the images that are searched at once. AT_ONCE: the most subproblems that are split at once. NUMBERS: the most
+#: elements of the matrices that bound these subproblems.
 IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
-#: The share of the deepest among the subproblems that are split; the others are those of least bound.
+#: The share of the next subproblems that are chosen because they are the deepest, those with most splits. The others
+#: are chosen because their bounds are the lowest.
 DEEPEST = 0.5
-#: The weight of a relaxation's width beside its error at the minimizer, when the next ReLU is chosen.
+#: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
+#: the relaxation.
 WIDTH = 0.3
-#: The goal of a step lies above 0 by this share of the bound's distance from 0.
+#: A step aims at a bound above 0 by this share of the present bound's distance from 0.
 GOAL = 0.05
-#: The steps towards a point are longer than Polyak's steps, whose goal is 0, by this factor.
+#: The steps that search a point are longer by this factor than Polyak's steps with the goal 0.
 LONG = 3.0
 TINY = 1e-12
 
@@ -94,7 +99,9 @@ class BranchAndBound(Attack):
             logits = Judge(model, max_forward_batch=max_forward_batch).logits(x).double().cpu()
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
-            raise ValueError(f"model must give the logits of its weights in float64, got others by up to {apart:.2g}")
+            raise ValueError(
+                f"model must give the logits of its weights in float64, got logits that differ by up to {apart:.2g}"
+            )
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
@@ -118,7 +125,8 @@ branch_and_bound = as_function(
 )
 
 
-#: The least and the largest value of each layer's numbers in each node, ``[B, pixels]`` and then ``[B, units]``.
+#: For each node the least and the largest values: of the pixels, ``[B, pixels]``, then of the inputs of each layer of
+#: ReLUs, ``[B, units]``.
 _Boxes = list[tuple[Tensor, Tensor]]
 
 
@@ -127,7 +135,7 @@ class _Nodes(NamedTuple):
 
     Args:
         owner: the image, int64 ``[B]``.
-        rival: the class that shall take over, int64 ``[B]``.
+        rival: the class whose logit should exceed that of the true class, int64 ``[B]``.
         signs: the signs of the inputs of ReLUs that were split, 1 or -1, and 0 for the others; int8 ``[B, units]``.
         slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
         prices: the multipliers of the splits, float32 ``[B, units]``.
@@ -175,7 +183,8 @@ class _Search:
         self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
         self.safe = SAFE * forward(layers, x).abs().amax(1)
         self.widths = [len(bias) for _, bias in layers[:-1]]
-        # the bounds of a layer take a matrix of its units and the pixels for each node
+        # To bound a layer takes, for each node, a matrix of the layer's units and the pixels. This limits the nodes at
+        # once.
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
@@ -210,7 +219,7 @@ class _Search:
         """Bound some nodes, try points of each, and return the nodes that are left with their next ReLUs to split."""
         boxes = self.boxes(nodes)
         nodes, corners, weights = self.raised(nodes, boxes)
-        # a node whose signs are impossible has no point
+        # If the signs of a node contradict each other, no point lies in the node, and it is dropped.
         empty = torch.stack([(low > high).any(1) for low, high in boxes]).any(0)
         stays = (nodes.least <= self.safe[nodes.owner]) & ~empty
         nodes, corners, weights = nodes.take(stays), corners[:, stays], weights[stays]
@@ -228,7 +237,8 @@ class _Search:
             middle, radius = (least + most) / 2 @ weight.T + bias, (most - least) / 2 @ weight.abs().T
             low, high = middle - radius, middle + radius
             if i:
-                # neither bound is tighter everywhere
+                # Neither the interval bounds nor those of CROWN are always tighter, so each bound is the tighter of
+                # both.
                 both = Affine(torch.cat([weight, -weight])[None], torch.cat([bias, -bias]))
                 ends, upper = self.least(boxes, both, _smallest_areas(boxes))[0].split(len(bias), 1)
                 low, high = torch.maximum(low, ends), torch.minimum(high, -upper)
@@ -277,7 +287,7 @@ class _Search:
         (weight, bias), y, rival, signs = self.layers[-1], self.y[nodes.owner], nodes.rival, nodes.signs
         lead = Affine((weight[y] - weight[rival])[:, None], (bias[y] - bias[rival])[:, None])
         slopes = torch.where(nodes.slopes < 0, _smallest_areas(boxes), nodes.slopes.double())
-        # a price counts in proportion to the range of its ReLU's input
+        # Each multiplier is scaled by the range of its ReLU's input, so that one step length suits all of them.
         low, high = _of_all(boxes)
         prices, unit = nodes.prices.double(), 1 / (high - low).clamp(min=TINY)
         least, corners = nodes.least, []
@@ -289,11 +299,11 @@ class _Search:
             bound = bound.detach()[:, 0]
             least = torch.maximum(least, bound)
             corners.append(torch.where(normal.detach()[:, 0] > 0, *boxes[0]))
-            # without ReLUs the bound is exact
+            # No step follows the last bound. Without ReLUs the first bound is exact already.
             if step == RAISES or not self.widths:
                 break
             up, dearer = torch.autograd.grad(total, (slopes, prices))
-            # a value at the end of its range does not count
+            # A value at the end of its range cannot move further, so its gradient is set to 0.
             up = up * torch.where(up > 0, slopes < 1, slopes > 0)
             dearer = unit * dearer * ((dearer > 0) | (prices > 0))
             missing = (2 * self.safe[nodes.owner] + GOAL * bound.abs() - bound).clamp(min=0)
@@ -328,7 +338,7 @@ class _Search:
                 for (weight, bias), box, sign in zip(self.layers, boxes[1:], signs, strict=False):
                     z = at @ weight.T + bias
                     lacks = lacks + (-sign * z).relu().square().sum(1)
-                    # a ReLU that was split is a line also where its input has the other sign yet
+                    # A ReLU that was split is replaced by its line, even while its input still has the other sign.
                     at = torch.where((box[0] < 0) & (box[1] > 0), z.relu(), z * (box[0] >= 0))
                 weight, bias = self.layers[-1]
                 lead = ((weight[y] - weight[rival]) * at).sum(1) + bias[y] - bias[rival]

@@ -24,10 +24,11 @@ from .objective import Objective
 
 #: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.
 STEPS = 1000
-#: The numbers of the authors' code: the number of c, the first c, the factor by which c grows until an attack succeeds,
-#: the learning rate, and the share of the range of w in which images begin.
+#: The values of the authors' code. CONSTANTS: the number of values of c. FIRST: the first c. FACTOR: c grows by this
+#: factor until an attack succeeds. RATE: Adam's learning rate. INSIDE: the beginning is moved towards the middle of the
+#: pixels' range by this factor, so that w is finite.
 CONSTANTS, FIRST, FACTOR, RATE, INSIDE = 9, 1e-3, 10.0, 0.01, 0.999999
-#: The usual numbers of Adam.
+#: The usual decay rates of Adam, and its usual small constant.
 BETAS, TINY = (0.9, 0.999), 1e-8
 
 
@@ -80,7 +81,7 @@ class _CarliniWagnerSearch(NearestSearch):
         ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
         self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
         self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
-        # the weight of each row, the largest that failed, and the smallest that succeeded
+        # For each row: the present c, the largest c that failed, and the smallest c that succeeded.
         self.c = torch.full_like(self.distance, FIRST)
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
         each = self.steps // constants
@@ -103,12 +104,12 @@ class _CarliniWagnerSearch(NearestSearch):
         self.see_gradient(gradient.image, across)
         self.note(self.point, across)
         self.crossed = self.crossed | across
-        # the margin counts as long as the point is classified correctly
+        # The margin has a gradient only while the point is classified correctly.
         weight = torch.where(gradient.loss <= 0, self.c, 0.0) / self.objective.eot_iter
         moved = (self.point - self.rows.x).to(self.w.dtype) / (2 * self.half)
         slope = 2 * moved - per_image(weight, moved) * gradient.image.to(self.w.dtype) * 2 * self.half
         slope = slope * (1 - torch.tanh(self.w).square()) / 2
-        # the means would keep values that are not finite, such as the square of a very large number
+        # Adam's means would keep a value that is not finite forever, such as the square of a very large number.
         slope = torch.where(slope.square().isfinite(), slope, 0.0)
         self.mean = torch.lerp(slope, self.mean, BETAS[0])
         self.square = torch.lerp(slope.square(), self.square, BETAS[1])

@@ -26,9 +26,11 @@ from ..speed.memory import free_memory
 Step = Callable[..., Tensor]
 #: The number of steps whose activations are kept; "auto": as many as fit into a share of the free memory.
 Keep = int | Literal["auto"]
-#: That share. The rest is for other computations, such as a classifier and other processes.
+#: "auto" fills this share of the free memory with activations. The rest is for other computations, such as a
+#: classifier, and for other processes.
 SHARE = 0.25
-#: After so many steps the memory of one step is known: the first step may keep less than the others.
+#: "auto" measures the memory of one step on this many first steps, and uses the last of them: the first step may keep
+#: less than the others.
 MEASURED = 3
 
 
@@ -87,7 +89,7 @@ def checkpointed_steps(
         keep = _room(x.device) // max(1, counted.last)
     again = max(0, n - first - keep)
     if again:
-        # positional because autograd functions take no keywords
+        # The arguments are positional, because autograd functions take no keywords.
         x = _Steps.apply(step, first, again, preserve_rng_state, len(inputs), x, *inputs, *parameters)
     for i in range(first + again, n):
         x = _applied(step, x, i, inputs)
@@ -99,14 +101,15 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
     version = x._version
     following = step(x, i, *inputs)
     if x._version != version:
-        raise RuntimeError(f"step must leave the x that it is given as it is: step {i} wrote into it")
+        raise RuntimeError(f"step must not write into its x, but step {i} did: call x = x.clone() before writing")
     return following
 
 
 def _room(device: torch.device) -> int:
     """Bytes of activations that may be kept."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # a graph holds its memory for good, and the driver is not asked while it is captured
+        # Nothing is kept in a captured step: a CUDA graph keeps its memory for as long as it exists, and the driver
+        # must not be asked for the free memory during a capture.
         return 0
     return int(SHARE * free_memory(device, None))
 
@@ -142,7 +145,7 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self.last += storage.nbytes()
-        # a node that holds its own result would never be freed
+        # The tensor is detached, because a node of autograd's graph that refers to its own result would never be freed.
         return tensor.detach()
 
 
@@ -193,10 +196,10 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     """The gradients of x and of each other tensor, from that of the i-th result; None for unwanted gradients."""
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
-    # the step reads its parameters by itself, so they are not replaced by leaves
+    # The step reads its parameters by itself, so they cannot be replaced by leaves.
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
-    # A cache of autocast may hold weights that were cast while nothing was recorded.
+    # Autocast's cache is off, because it may contain weights that were cast while no gradients were recorded.
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
     draws = [_drawing_from(states, x.device) for states in ctx.generators[i : i + 1]]
     with contextlib.ExitStack() as stack:
@@ -206,7 +209,7 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     if not result.requires_grad:
         if needed[0]:
             raise RuntimeError(
-                f"step {ctx.first + i} records no gradient: it detaches its result, or runs under torch.no_grad()"
+                f"step must record gradients, but step {ctx.first + i} does not: remove its detach() or torch.no_grad()"
             )
         return [None] * len(needed)
     tensors = [*leaves, *others[ctx.count :]]
@@ -225,7 +228,7 @@ def _function_modes() -> list[Any]:
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
     """A step as its gradient is computed: a mode may compute something else where gradients are recorded."""
-    # the modes may replace the functions that detach and that switch gradients on
+    # Modes are switched off here, because they may replace the functions that detach tensors and switch gradients on.
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()
         given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (x, *others)]

@@ -1,4 +1,4 @@
-"""The settings that an attack gets from outside: what is asked of it, and what it may use.
+"""The settings that an attack gets from its caller: its task, and the means that it may use.
 
 An evaluation makes an `AttackContext` from its own settings, and a call without an evaluation from its arguments.
 """
@@ -107,7 +107,7 @@ class AttackContext:
             **options: fields of the context, and fields of its `Resources`.
 
         Raises:
-            TypeError: neither of them has such a field.
+            TypeError: an option that is a field of neither.
             ValueError: a name or a count that is not allowed.
         """
         own, shared = ({each.name for each in fields(kind)} for kind in (cls, Resources))

@@ -23,7 +23,8 @@ from .engine.nearest import NearestSearch, border, length_of
 from .engine.row_batches import ActiveSet, has_fallen, likeliest_wrong, waves
 from .objective import Objective
 
-#: The numbers of the authors' code: the most steps, and the share by which a point goes beyond the sum of the moves.
+#: The values of the authors' code. STEPS: the most steps. OVERSHOOT: a point goes beyond the sum of the moves by this
+#: share.
 STEPS, OVERSHOOT = 50, 0.02
 
 
@@ -55,12 +56,12 @@ class DeepFool(EngineAttack):
     def cost(self, context: AttackContext) -> int:
         steps, draws, _, targets = self.decided(context)
         judges = context.judges(draws)
-        # a prediction of the clean image gives the likeliest classes
+        # The last prediction is that of the clean image, which gives the likeliest classes.
         return self.restarts * ((steps * (targets or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         classes = likeliest_wrong(active.logits, active.y, self.n_target_classes)
-        # a graph captures a step towards a single class
+        # CUDA graphs are off, because a graph captures a step towards a single class, and a step here has several.
         objective = replace(objective, graphs=None)
         for rows in waves(active, (None,), self.restarts, context, at_image=True):
             steps = self.decided(context).steps
@@ -83,7 +84,7 @@ class _DeepFoolSearch(NearestSearch):
     def run(self, classes: Tensor) -> None:
         """Take all steps, or stop when no row is left; the borders are those to some classes, int64 ``[R, K]``."""
         self.classes = classes
-        # if a run begins away from the image, the way there is the first move
+        # If a run does not begin at the image, the way from the image to its beginning counts as the first move.
         self.moved = self.point - self.rows.x
         for i in range(self.steps):
             across, move = self._step()
@@ -93,7 +94,7 @@ class _DeepFoolSearch(NearestSearch):
             self.point = point.clamp(self.rows.ball.clip_min, self.rows.ball.clip_max)
             if self.ended(i + 1, ends_across=True):
                 return
-        # rows that crossed no border try their last point
+        # For rows that crossed no border, the last point is tried.
         self.nearest = torch.where(per_image(self.distance.isfinite(), self.point), self.nearest, self.point)
         self.finish()
 
@@ -106,7 +107,8 @@ class _DeepFoolSearch(NearestSearch):
             self.see_gradient(gradient.image)
             normal, offset = border(self.point, self.averaged(gradient))
             move = hyperplane_projection(self.point, normal, offset, **self.rows.ball.bounds)
-            # The range of the pixels may leave a part of the way to the border. Without a gradient there is no way.
+            # `part` is the share of the distance to the border that a move covers. It is below 1 if the range of the
+            # pixels cuts the move off. Without a gradient it is not above 0, and the class is never the nearest.
             part = (normal * move).flatten(1).sum(1).abs() / gradient.loss.abs()
             length = length_of(self.rows, move).to(shortest.dtype) / part
             length = torch.where(part > 0, length, torch.inf)

@@ -24,8 +24,9 @@ from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
 from .engine.row_batches import ActiveSet, Rows, cost_of_borders, has_fallen, nearest_borders, waves
 from .objective import Gradient, Objective
 
-#: The authors' numbers: the steps, the largest weight of the clean image, the overshoot, and the share of its way to
-#: which a point across the border is drawn back.
+#: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
+#: image. OVERSHOOT: steps are longer than the way to the border by this factor. BACK: a point across the border is
+#: drawn back to this share of its distance from the image.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 
@@ -56,7 +57,7 @@ class FABT(EngineAttack):
         return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        # at the end a run looks at its last point, and tries and judges the nearest one
+        # At its end a run scores the last point, and scores and judges the nearest point across the border.
         steps, draws, _, targets = self.decided(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)

@@ -36,41 +36,43 @@ from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from .attacked_model import gradient_to
 
-#: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
+#: Models with fewer weights in convolutions and linear layers than this stay in float32 with "auto", because
+#: conversions to bfloat16 cost them more than they save.
 FEWEST_WEIGHTS = 250_000
-#: Images of a batch on which the copy is compared with the model.
+#: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: The largest error of the copy's differences between logits, relative to the difference itself, or if that is small
-#: relative to the usual difference of the top classes.
+#: How far a difference between two logits of the copy may be from the model's, as a share of that difference; where the
+#: difference is small, as a share of the median gap between the leading classes.
 TOLERANCE = 0.1
-#: The largest mean error of the purified images over the pixels, in image units.
+#: The largest difference between the purified images of a copy and its model, averaged over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
-#: The least cosine between the input gradients of a copy and of its model.
+#: The least cosine between the input gradients of a copy and its model; below it the copy is not used.
 LEAST_COSINE = 0.8
-#: The number of copies that are kept; an evaluation attacks one model, in one variant after the other.
+#: The number of copies that are kept. An evaluation attacks one model, but in several variants one after the other.
 REMEMBERED = 2
-#: The number of wrappers around copies that are kept.
+#: The number of wrappers around copies that are kept, so that a captured step finds the same object again.
 WRAPPERS = 8
 
 
 class GradientCopies:
-    """The copies of an evaluation's models; each serves as long as its model is the same.
+    """The copies of an evaluation's models; each is used as long as its model is the same.
 
-    A model is the same while its `purify_fast.model_state.identity_key` is, and every tensor among that has the same
-    values. The values themselves are remembered for this, as much memory again as the model takes: a tensor that was
-    written to through ``.data`` does not count that, and one that was written back, as by ``fixed_noise``, is the same.
+    A model is the same as long as its `purify_fast.model_state.identity_key` is equal and every tensor in that key has
+    the same values. The values are kept for this comparison, which takes as much memory again as the model. PyTorch's
+    count of writes would not do: it misses writes through ``.data``, and it changes when a value is written back, as
+    ``fixed_noise`` does.
     """
 
     def __init__(self) -> None:
-        #: The copy of a model, or None where there is none; the identities of the model at that time, which keep its
-        #: ids and memory addresses from being given to other objects; and what its tensors contained.
+        #: By key: the copy of a model (None if it has none); the model and its objects, held so that their ids and
+        #: addresses are not reused; and the values of its tensors when the copy was made.
         self._copies: dict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = {}
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
         """The object for a wrapper around a copy: ``around`` at first, and the same object while wrapper and copy stay.
 
-        It has to be the same, because a captured step belongs to one object.
+        The object has to be the same, because a captured step belongs to one object.
         """
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
@@ -86,7 +88,8 @@ class GradientCopies:
             same = known is not None and all(map(torch.equal, tensors, known[2]))
             values = [] if same else [tensor.detach().clone() for tensor in tensors]
         except (TypeError, RuntimeError):
-            # a tensor without a memory of its own, or a setting that cannot be hashed
+            # The model has a tensor without memory of its own, or a setting that cannot be hashed, so its copy cannot
+            # be kept.
             return make()
         if known is None or not same:
             known = make(), (model, objects, tensors), values
@@ -106,9 +109,9 @@ def gradient_copy(
         copies: where copies are kept for the next attack, if given.
 
     Returns:
-        The copy, or the model itself where there is none: for a plain function, for a model that cannot be copied or
-        folded, and where the differences between the copy's logits are not the model's, or not its purified images
-        or input gradients. Both draw the same noise while they are compared.
+        The copy. It is the model itself for a plain function, for a model that cannot be copied or folded, and for a
+        model whose logits, purified images or input gradients the copy does not reproduce. Both draw the same noise
+        while they are compared.
     """
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
@@ -116,15 +119,15 @@ def gradient_copy(
         return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
         return model
-    # a defence that makes many samples of an image is large in another way
+    # A defence that makes many samples of an image gains from bfloat16 even with few weights.
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:
         return model
-    # a model may draw while it is copied
+    # A model may draw random numbers while it is copied; the attack's numbers must not depend on that.
     with _same_draws(x.device):
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
-    # A copy that was remembered is compared too: not everything that a user's model computes with can be seen. And what
-    # is decided for these images must not depend on when the copy was made, or with which images.
+    # A kept copy is compared again for two reasons. Some of the data that a user's model computes with cannot be seen.
+    # And the choice for these images must not depend on when the copy was made, or on which images.
     return duplicate if duplicate is not None and _fits(duplicate, model, x) else model
 
 
@@ -157,9 +160,9 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if copies is not None:
         around = copies.same_around(wrapper, copied, around)
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
-        # a counter changes nothing, and would count what is compared
+        # A wrapper that counts images does not change the logits, and would count the images of a comparison.
         return around
-    # the model inside was compared by itself, but the attack sees it through the wrapper
+    # The model inside was compared without its wrapper, but the attack calls it through the wrapper.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 
@@ -170,7 +173,7 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
     try:
         if supports(model, Accelerates):
             duplicate = copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
-            # it will never be trained: the purifier's BatchNorms are folded too
+            # The copy is never trained, so the BatchNorms of its purifier can be folded too.
             fold_sequential(duplicate)
             return cast(Classifier, duplicate)
         if supports(model, SampleLogits) or is_purifier(model):
@@ -179,7 +182,7 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
             warnings.simplefilter("ignore")
             return InferenceCopy(model, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
-        # a user's module may refuse to be copied, folded or run in bfloat16
+        # A user's module may raise any error when it is copied, folded or run in bfloat16. It then has no copy.
         return None
 
 
@@ -190,8 +193,8 @@ def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]
 
 def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
     """A mode of a model in which it repeats itself, whatever it draws from."""
-    # A StochasticDefence draws its seeds from PyTorch's generators, so that no mode is needed; and entering one is
-    # refused while other threads call the defence.
+    # A StochasticDefence draws its seeds from PyTorch's generators, so it needs no mode. A mode would also refuse calls
+    # of the defence from other threads.
     if not isinstance(model, StochasticDefence):
         if supports(model, FixedNoise):
             return cast(FixedNoise, model).fixed_noise(0)
@@ -205,7 +208,7 @@ def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     try:
         return _same_logits(duplicate, model, x) and _same_direction(duplicate, model, x)
     except Exception:
-        # A copy never ends an attack, whatever it raises. An error of the model itself is raised by the attack.
+        # An error of a copy must not end the attack. An error of the model itself is raised by the attack.
         return False
 
 
@@ -217,14 +220,14 @@ def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     therefore compared by how far each class is behind the class that the model decides for.
     """
     want, got = (_run(each, x, each) for each in (model, duplicate))
-    # Compare down to the 4th class, which targeted DLR reads; with few classes not as far, because the last logit may
-    # be far off.
+    # Measure the gap from the first to the 4th class, the last that targeted DLR reads. With few classes measure to an
+    # earlier one, because the smallest logit may be far from the others.
     leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     top = want.argmax(1, keepdim=True)
     behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # Each class has a limit of its own: a class far behind would allow the others any error.
+    # Each class has its own limit. With one limit for all, a class that is far behind would allow the others any error.
     allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
     return bool(((its_own - behind).abs() <= allowed).all())
 
@@ -236,13 +239,13 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
             before, after = (_run(each, x, each.purify) for each in (model, duplicate))
         if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
             return False
-    # outside of inference mode, in which nothing is differentiated
+    # Leave inference mode, because nothing can be differentiated in it.
     with torch.inference_mode(False), torch.enable_grad():
         try:
             want = _input_gradient(model, x.detach().clone())
         except Exception:
-            # Weights that were made in inference mode have no gradient. The copy may have a gradient; the model judges
-            # the points that it leads to.
+            # The model has no gradient, for example because its weights were made in inference mode. The copy may still
+            # have one: the model judges the points to which it leads.
             return True
         size = want.norm()
         if not (bool(size.isfinite()) and bool(size > 0)):

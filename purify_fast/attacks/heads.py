@@ -17,8 +17,8 @@ from .._validation import check_literal
 from ..ops.aggregate import aggregate
 from ..protocols import DrawsSampleLogits, SampleLogits, supports
 
-#: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` as `purify_fast.ops.aggregate` defines them; ``margins``: per class
-#: the mean over the samples of its logit minus the largest other one; ``one_sample``: the first sample alone.
+#: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` are defined by `purify_fast.ops.aggregate`. ``margins``: for each
+#: class, the mean over the samples of its logit minus the largest other logit. ``one_sample``: the first sample alone.
 Head = Literal["lse", "mean", "mean_sigmoid", "peel", "margins", "one_sample"]
 HEADS: tuple[Head, ...] = get_args(Head)
 
@@ -55,7 +55,7 @@ class AttackersHead(nn.Module):
         super().__init__()
         check_literal("head", head, Head)
         if not supports(defence, SampleLogits):
-            raise TypeError(f"an attacker's head needs a defence with sample_logits(x), got {type(defence).__name__}")
+            raise TypeError(f"defence must have sample_logits(x) for an attacker's head, got {type(defence).__name__}")
         self.defence, self.head = defence, head
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,14 +28,15 @@ from .engine.row_batches import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
 
 QUERIES = 5000
-#: The authors' numbers: the random steps of the first iteration, which grow with the root of the iterations; the most
-#: random steps; and their length in the first iteration, as a share of the range of the pixels.
+#: The authors' values. FIRST_DIRECTIONS: the random steps of the first iteration; their number grows with the square
+#: root of the iteration. MOST_DIRECTIONS: the most random steps. FIRST_LENGTH: the length of the random steps in the
+#: first iteration, as a share of the range of the pixels.
 FIRST_DIRECTIONS, MOST_DIRECTIONS, FIRST_LENGTH = 100, 10_000, 0.1
 #: The number of lengths of a step that are tried; each is half of the length before.
 LENGTHS = 8
-#: The number of noisy images that are tried as a beginning.
+#: The number of images of noise that are tried until one is misclassified, so that the search can begin there.
 TRIES = 100
-#: The first iteration takes nearly as many queries.
+#: The least number of queries of a run, of which the first iteration takes nearly all.
 FEWEST_QUERIES = 200
 TINY = 1e-30
 #: The most halvings of a bisection: float32 cannot resolve more.
@@ -73,13 +74,13 @@ class HopSkipJump(EngineAttack):
         return self.restarts * (self.n_queries * self.draws(context) + 2 * judges) + judges
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        # where the search begins depends on the images that are attacked together
+        # Batches change the result, because the search begins at another image of the batch.
         return super().settings(context) | {"batch_size": context.resources.batch_size}
 
     @torch.no_grad()
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         decided = active.logits.argmax(1)
-        # there is no gradient that could be captured
+        # CUDA graphs are off, because they capture gradients, and this search takes none.
         objective = replace(objective, graphs=None)
         most = context.resources.batch_size or max(FEWEST_ROWS, len(active.x))
         for restart in range(self.restarts):
@@ -126,7 +127,8 @@ class _HopSkipJumpSearch(NearestSearch):
         self.size = self.point[0].numel()
         exact = 2.0 if self.rows.ball.norm == "linf" else 1.5
         self.halvings = min(HALVINGS, math.ceil(exact * math.log2(self.size))) if self.size > 1 else HALVINGS
-        # the prediction of the clean image, and the point that is cut off at the end
+        # Two queries are reserved: the prediction of the clean image, and at the end the point that is cut off at the
+        # ball.
         queries = 2 + self._begin()
         iteration = 1
         self._go_back()
@@ -173,7 +175,7 @@ class _HopSkipJumpSearch(NearestSearch):
         """Move every point towards the clean image, to the border."""
         if len(self.point) == 0:
             return
-        # the distance of the points before, which sets the length of the next random steps
+        # The distance before the bisection sets the length of the next random steps.
         self.before = length_of(self.rows, self.point - self.rows.x)
         low, high = torch.zeros_like(self.before), torch.ones_like(self.before)
         for _ in range(self.halvings):
@@ -216,12 +218,13 @@ class _HopSkipJumpSearch(NearestSearch):
             steps = self._numbers(min(together, directions - start), "uniform" if is_linf else "normal")
             steps = 2 * steps - 1 if is_linf else steps
             points = (point + length * steps / steps.norm(dim=2, keepdim=True)).clamp(ball.clip_min, ball.clip_max)
-            # the range of the pixels may have shortened the steps
+            # The range of the pixels may have shortened the steps.
             steps = (points - point) / length
             signs = 2 * self._shares(points.reshape(-1, *self.point.shape[1:])).view(len(steps), -1, 1) - 1
             decided, plain = decided + signs.sum(0), plain + steps.sum(0)
             weighted = weighted + (signs * steps).sum(0)
-        # the number of each decision says nothing about the direction, unless all decisions were equal
+        # Subtract the mean decision, because it says nothing about the direction. If all decisions are equal, nothing
+        # would be left, so nothing is subtracted.
         mean = decided / directions
         direction = (weighted - torch.where(mean.abs() == 1, 0.0, mean) * plain).view_as(self.point).to(point.dtype)
         if is_linf:

@@ -27,7 +27,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         y: true labels, int64 ``[B]``.
     """
     true = logits.gather(1, y[:, None])[:, 0]
-    # one_hot would read the labels and so wait for a GPU
+    # `one_hot` is avoided, because it reads the labels and so waits for a GPU.
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
 
@@ -82,7 +82,8 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-#: The losses of a true label; and these together with the targeted losses, which also take a target class per image.
+#: Loss: the losses that need only the true labels. ApgdLoss: these and the targeted losses, which also take a target
+#: class for each image.
 Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
 ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
 AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
@@ -90,7 +91,7 @@ AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
 LOSSES = {"ce": cross_entropy, "margin": margin, "scaled_margin": scaled_margin, "dlr": dlr}
 TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 
-#: The fewest classes for which a loss is defined, if more than two.
+#: The fewest classes for which a loss is defined, if the loss needs more than two.
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 

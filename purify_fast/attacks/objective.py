@@ -54,7 +54,7 @@ class Objective:
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
-    #: Not compared: it does not change the result.
+    #: `graphs` is not compared, because it does not change the result.
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
 
@@ -92,7 +92,8 @@ class Objective:
         """Sums over all draws; ``one_pass(x, y, draws)`` gives the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # In this most frequent case the pass of a small model takes hardly longer than the sums and copies below.
+            # This is the most frequent case. The pass of a small model takes hardly longer than the sums and copies
+            # below, so they are left out.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
@@ -106,7 +107,7 @@ class Objective:
         if self.apart:
             return _even(images, most), 1
         if supports(self.model, SharesDraws):
-            # the more draws of an image stand in one pass, the less is computed twice
+            # Draws share work only within a pass, so a pass has as many draws of an image as fit.
             draws = min(self.eot_iter, most)
             return _even(images, max(1, most // draws)), draws
         images = _even(images, most)
@@ -114,11 +115,11 @@ class Objective:
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
         """Sums over ``draws`` draws: the gradient, and if scored the losses and the number of misclassified draws."""
-        # a compiler decides by itself what it records
+        # The check is left out under a compiler, which decides by itself whether gradients are recorded.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "attacks need gradients, and torch.inference_mode() records none, whatever is switched on inside of "
-                "it: call the attack outside of that block. torch.no_grad() around it does no harm"
+                "attacks need gradients, which cannot be recorded inside torch.inference_mode(): call the attack "
+                "outside of that block. A block of torch.no_grad() is allowed"
             )
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -155,7 +156,7 @@ class Objective:
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         """The loss of every row of logits; the error for a label without a class names the label."""
         formula = (LOSSES | TARGETED)[self.loss]
-        # a compiler cannot trace the block below
+        # A compiler cannot trace the `try` block below.
         if torch.compiler.is_compiling():
             return formula(logits, *labels)
         try:
@@ -164,7 +165,7 @@ class Objective:
             y, classes = labels[0], logits.shape[1]
             if y.device.type != "cpu":
                 raise
-            # A label without a class is the usual reason. Labels are only looked at after a failure, to save time.
+            # The usual reason is a label without a class. The labels are only read after a failure, to save time.
             bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
             if len(bad) == 0:
                 raise

@@ -1,7 +1,7 @@
 """AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``.
 
-It draws from torch's global generator and traces Python calls once: the caller forks the generator, the trace is put
-back here.
+It draws from torch's global generator, which the caller must fork. It also sets Python's trace function once, which
+this module restores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .pgd import PGD
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
-#: Its authors' own steps of APGD and FAB, draws of the version "rand", and queries of Square.
+#: The authors' numbers. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
 
 
@@ -102,7 +102,7 @@ class AutoAttack(Attack):
     def revision(self) -> str:
         """The version of this class's code, and the installed package with its version."""
         package = implementation().__module__.partition(".")[0]
-        # an installation without metadata, such as a folder on the path, has no version
+        # An installation without metadata, such as a folder on the path, has no version.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             package += f" {importlib.metadata.version(package)}"
         return f"2, {package}"
@@ -135,7 +135,7 @@ class AutoAttack(Attack):
                 points = self._packaged(target, x, y, context)
             if parts(self.version, context.num_classes)[1] is not None:
                 points = self._with_margin(target, x, y, points, context)
-            # AutoAttack rounds a little past the ball
+            # By rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
                 cross_entropy = Objective(target, max_forward_batch=context.resources.batch_size)
@@ -155,13 +155,14 @@ class AutoAttack(Attack):
         adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
         for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = steps
-            # APGD derives its checkpoints from the number of steps when it is made
+            # APGD derives its checkpoints from the number of steps in its constructor, so they are derived again.
             part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
         adversary.fab.n_iter = steps
         adversary.square.n_queries = self.n_queries
         if self.version == "rand":
             adversary.apgd.eot_iter = draws
-        # the package autoattack prints, has another name for the batch size, and returns only the images
+        # The package autoattack differs from pyautoattack: it prints, it calls the batch size `bs`, and it returns only
+        # the images.
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
         result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
@@ -188,7 +189,8 @@ def _listening(warnings: list[str]) -> Iterator[None]:
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # AutoAttack takes a compiled model's first call for a dynamic defence. Losses that cannot run are replaced.
+        # Two kinds of warnings are dropped. AutoAttack mistakes the first call of a compiled model for a dynamic
+        # defence. And a loss that cannot run is replaced by PGD on the margin.
         known = "dynamic defense" in text or "it is not possible to use the" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)

@@ -1,9 +1,9 @@
 """Projected gradient descent (Madry et al., ICLR 2018), on the attack's loss upwards; and its one step, FGSM.
 
 In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019) and projects onto ball and box at once
-(Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, the same
-way each, so that what it adds cannot gather where it is worth most; this implementation moves ever fewer. FGSM is the
-fast gradient (sign) method (Goodfellow et al., ICLR 2015).
+(Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, each by the
+same amount, so that the change cannot gather in the coordinates where it raises the loss most. This implementation
+moves ever fewer coordinates. FGSM is the fast gradient (sign) method (Goodfellow et al., ICLR 2015).
 
 Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. They are attacked in evaluation mode,
 with gradients to the input only, and come back as they were (`purify_fast.attacks.frozen`).
@@ -61,7 +61,7 @@ class Ascent:
             now = self.objective.gradient(state["point"], state["y"])
             new, image = noted(self.objective, state, state["point"], now), now.image
         else:
-            # in training nobody compares the points on the way
+            # Nothing is remembered about the points, as in training, so their scores are not computed.
             new, image = {}, self.objective.direction(state["point"], state["y"])
         gradient = image.to(state["x"].dtype)
         if self.density is None:
@@ -125,7 +125,7 @@ def fall(i: int, steps: int) -> float:
 
 def density_at(norm: str, i: int, steps: int) -> float:
     """The share of the coordinates that step i, from 0, moves in l1; for other norms an unused constant."""
-    # a new number would make a compiler compile the step again
+    # For the other norms the number stays the same, because a compiler would compile the step again for a new one.
     return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
 
@@ -226,23 +226,24 @@ class LeavingPGD(PGD):
 
     def __post_init__(self) -> None:
         if not self.keep_best:
-            raise ValueError("keep_best must be True: an image leaves with its best point, got False")
+            raise ValueError("keep_best must be True, because an image leaves with its best point, got False")
         super().__post_init__()
 
     def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
         whole, state = begin, begin
-        # the other tensors have no entry per image
+        # The dimension of the images in each tensor. Tensors without dimensions are the same for all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         for first in range(0, steps, self.look_every):
             end = min(steps, first + self.look_every)
             state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-            # the next loop chooses values again that a loop chooses by itself, such as the length of a step
+            # Drop the values that `ascend` adds by itself, such as the length of a step. The next call adds them again.
             state = {name: state[name] for name in begin}
             whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
             stay = (state["best_score"][0] < 1).nonzero()[:, 0]
             if health is not None:
-                # images that have left take no further gradients
+                # `Search.result` counts gradients for all images and steps. Subtract those that the images which leave
+                # now do not take.
                 health.add(gradients=(len(stay) - len(index)) * (steps - end))
             if not len(stay):
                 break
@@ -279,7 +280,7 @@ class FGSM(Attack):
         return f"FGSM {self.decided(context).loss}"
 
     def cost(self, context: AttackContext) -> int:
-        # the gradient's draws, and the clean image, whose prediction health needs
+        # The gradient takes the draws. Health takes one prediction of the clean image.
         return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:

@@ -1,8 +1,9 @@
 """Networks of affine layers with ReLUs between them, read from a model as matrices.
 
-The model is called on the vectors of a basis, and again on those of each ReLU's outputs. It may consist only of affine
-or polynomial operations and of ReLUs. A polynomial that agrees with the matrices on random images is affine. So the
-matrices are the model on every image, and not only on those that were tried.
+The model is called on the vectors of a basis of its images; the outputs of each ReLU are replaced by vectors of a basis
+too. The model may consist only of affine or polynomial operations and of ReLUs. A polynomial that agrees with the
+matrices on random images is affine. So the matrices equal the model on every image, and not only on those that were
+tried.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..protocols import Classifier
 
-#: A model with more weights has too many ReLUs for the search and is not read.
+#: A model with more weights than this has too many ReLUs for the search, so it is not read.
 MOST_WEIGHTS = 4_000_000
-#: The vectors of a basis in one call of the model, and the images on which the matrices are compared with it.
+#: AT_ONCE: the vectors of a basis in one call of the model. COMPARED: the images on which matrices and model are
+#: compared.
 AT_ONCE, COMPARED = 256, 16
-#: Operations of PyTorch that compare and round nothing.
+#: The operations of PyTorch that a model may use besides ReLUs. They neither compare nor round numbers.
 _POLYNOMIAL = (
     "_adaptive_avg_pool2d _batch_norm_no_update _native_batch_norm_legit_no_training _reshape_alias _unsafe_view add "
     "add_ addmm alias avg_pool2d baddbmm bmm cat clone constant_pad_nd convolution detach div div_ dot empty expand "
@@ -59,11 +61,12 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     if most is not None and sum(weight.numel() for weight in model.parameters()) > MOST_WEIGHTS:
         raise ValueError(f"model must have at most {MOST_WEIGHTS} weights, got {type(model).__name__} with more")
     pixels = math.prod(shape)
-    # the code of a user's model may raise any error on tensors that it was not written for
+    # The code of a user's model may raise any error on tensors for which it was not written.
     try:
         exact = copy.deepcopy(model).cpu().double().eval()
         with torch.no_grad():
-            # on tensors without numbers no operation on numbers can hide
+            # Tensors on the device meta have no numbers, so the model cannot compute with its numbers unseen, as in
+            # NumPy.
             empty, x = copy.deepcopy(exact).to("meta"), torch.empty(1, *shape, dtype=torch.float64, device="meta")
             with _Reading(None) as reading:
                 empty(x)
@@ -78,7 +81,7 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     if most is not None and units > most:
         raise ValueError(f"model must have at most {most} ReLUs, got {units}")
     if not torch.allclose(forward(layers, x.flatten(1)), logits, rtol=1e-9, atol=1e-9):
-        raise _refused(model, "matrices give other logits")
+        raise _refused(model, "the matrices read from the model give other logits")
     return layers
 
 
@@ -140,7 +143,7 @@ class _Reading(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in RELU:
             (z,) = args
-            # a copy, because the model may change the input in place later
+            # Keep a copy, because the model may change the input in place later.
             self.seen.append(z.flatten(1).clone())
             if self.basis is None:
                 return z
@@ -148,9 +151,10 @@ class _Reading(TorchDispatchMode):
             return sent if name == "relu" else z.copy_(sent)
         kwargs = kwargs or {}
         if name not in POLYNOMIAL or kwargs.get("rounding_mode"):
-            raise TypeError(f"{name} is no affine operation")
+            raise TypeError(f"the operation {name} is not affine")
         answer = func(*args, **kwargs)
-        # whole numbers come from rounding; an empty tensor has no values yet
+        # A result of another dtype, such as whole numbers, may come from rounding. `empty` is allowed, because its
+        # result has no values yet.
         if isinstance(answer, Tensor) and answer.dtype != torch.float64 and name != "empty":
-            raise TypeError(f"{name} gives {answer.dtype}")
+            raise TypeError(f"the operation {name} returns {answer.dtype} instead of float64")
         return answer

@@ -11,7 +11,8 @@ from .._tensors import per_image
 from ..speed.graphs.step_graphs import State
 from .objective import Gradient, Objective
 
-#: Above these shares an attack measures the gradients and not the defence.
+#: If the share of gradients that are not finite, of gradients that are zero, or of images that did not move is above
+#: these limits, an attack failed for lack of gradients and says nothing about the defence.
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
@@ -20,7 +21,7 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     An image that is fooled, bool ``[B]``, needs no gradient, so zero is not a fault there.
     """
-    # the largest element of a row is NaN if any element is
+    # The largest element of a row is NaN if any element is.
     peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
     zero = peak == 0
     return ~(peak < torch.inf), zero if fooled is None else zero & ~fooled
@@ -92,7 +93,7 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
 
 def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
     """Tell which images may have a zero gradient, bool ``[B]``; None: no image may."""
-    # at a fooled image dlr can be flat: it is 1 if the true class is third
+    # At a misclassified image dlr can be flat: it is constantly 1 if the true class is the third.
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
@@ -138,7 +139,7 @@ class Search:
         if health is not None:
             self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
         if keep_best:
-            # a model in float64 gives scores in float64, a model in half precision in float32
+            # A model in float64 gives scores in float64. A model in half precision gives scores in float32.
             wide = torch.promote_types(begin.dtype, torch.float32)
             score = torch.full((2, len(begin)), -torch.inf, dtype=wide, device=begin.device)
             self.memory |= {"best": begin, "best_score": score}
@@ -168,6 +169,6 @@ class Search:
         best, best_score = self.memory["best"], self.memory["best_score"]
         last_score = self.objective.score(last, self.y)
         if self.objective.eot_iter > 1:
-            # the highest of many noisy scores is partly luck, so it is measured again
+            # The highest of many noisy scores is partly luck, so the best point is scored again.
             best_score = self.objective.score(best, self.y)
         return better_of(best, best_score, last, last_score)[0]

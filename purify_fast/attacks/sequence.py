@@ -1,4 +1,4 @@
-"""Attacks one after the other, without an evaluation; each attacks the images that those before it left."""
+"""Attacks one after the other, without an evaluation; each attacks the images that no earlier one fooled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Attack
 from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
-#: The number of images that test how a model draws.
+#: The number of images with which is tested whether the model draws once per call.
 FEW = 8
 
 
@@ -29,7 +29,7 @@ class AttackSequence:
 
     Attributes:
         images: the best known point of each image, ``[N, C, H, W]``; the image itself if no point is better.
-        share: the share of the model's fresh draws that misclassify it, ``[N]``.
+        share: the share of the model's fresh draws that misclassify this point, ``[N]``.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import get_type_hints
 
-#: Columns of a docstring.
+#: The width to which docstrings are wrapped, in columns.
 WIDTH = 116
 
 
@@ -28,7 +28,7 @@ def texts_of(*kinds: type) -> dict[str, str]:
     """The entries in the "Args:" sections of classes, by name; the first class, before its bases, decides."""
     found: dict[str, str] = {}
     for each in (base for kind in reversed(kinds) for base in reversed(kind.__mro__)):
-        # docstrings are missing under python -OO
+        # Docstrings are missing under python -OO.
         section = inspect.cleandoc(each.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
         name = ""
         for line in section.splitlines():
@@ -44,7 +44,7 @@ def docstring(summary: str, **sections: Iterable[str]) -> str:
     """A docstring of a summary and sections, such as ``Args``, each with its entries."""
     blocks = [summary]
     for title, texts in sections.items():
-        # the further lines of an entry are indented more if it begins with a name
+        # An entry that begins with a name has its further lines indented more.
         further = " " * (4 if title == "Returns" else 8)
         entries = (textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=further) for text in texts)
         blocks.append("\n".join([f"{title}:", *entries]))
@@ -55,7 +55,7 @@ def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None
     """Refuse options with unknown names.
 
     Args:
-        what: the name of what takes the options.
+        what: the name of the class or function that takes the options.
         given: the names of the options that a caller gave.
         allowed: the names that exist.
 

@@ -3,8 +3,8 @@
 Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
 own, made from the seed and its id, so that batches do not matter. Four things are not in the paper. Few late proposals
 succeed, so several are judged in one batch and the best is kept. A random model's margin is the mean over several
-draws, and the margin of the point to beat is drawn again now and then, so that no lucky draw stands forever. Fresh
-draws decide whether an image has fallen. And images whose border is out of reach can be given up.
+draws. The margin of the present point is drawn again now and then, because a lucky draw could otherwise never be
+beaten. Fresh draws decide whether an image has fallen. And images whose border is out of reach can be given up.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ from .objective import Objective
 
 #: The authors' own number of queries.
 QUERIES = 5000
-#: Proposals judged in one batch, from this query on. Early every second proposal is kept, late hardly any.
+#: For each first query, the number of proposals for an image that are judged in one batch. At first every second
+#: proposal is kept, and the next one should start from it; late hardly any is kept.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
-#: Random numbers are made for so many queries at once.
+#: The number of queries for which random numbers are made at once.
 BLOCK = 64
-#: The rounds after which the batch may shrink, and fresh draws judge the point to beat.
+#: After this many rounds, each a batch of proposals, the images that seem to have fallen are judged and may leave, and
+#: a random model draws the margin of the present point again.
 ROUNDS = 10
-#: The queries after which images out of reach are given up, and the factor by which their pace may still rise.
+#: GIVEN_UP_AFTER: the queries after which images out of reach are given up. TIMES: the factor by which their pace may
+#: still rise.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
-#: The share of an image that the first squares cover, and the queries after which it is halved.
+#: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the queries after which this share is
+#: halved.
 FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: Windows along an edge with which the l2 and l1 attacks begin.
+#: The attacks in l2 and l1 begin with a grid of TILES times TILES patterns.
 TILES = 5
-#: The power of the norm and the decay of the pyramids, for the patterns in l2 and in l1.
+#: For the patterns in l2 and in l1: the power in the norm, and the power by which the pyramids decay from their middle.
 SHAPES = {"l2": (2, 2), "l1": (1, 4)}
 
 
@@ -110,7 +114,8 @@ class _SquareSearch:
         self.monitor: PaceMonitor | None = None
         self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
-        # The margins of the points that were judged. A point on the border, with margin 0, is judged too.
+        # The margin of each row's point when it was last judged. It begins just below 0, so that a point on the border,
+        # with margin 0, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
 
     def _once_for_all_queries(self) -> None:
@@ -150,10 +155,10 @@ class _SquareSearch:
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
-                # draw 0 made the beginning
+                # Draw 0 gave the beginning, so query i takes draw i + 1.
                 self.numbers = self.random(self.ids, PLACES + self.x.shape[1], draws=BLOCK, first_draw=query + 1)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
-            # no round reaches into the next block
+            # A round must not reach into the next block of random numbers.
             together = min(together, BLOCK - query % BLOCK)
             self._round(query, self.numbers[:, query % BLOCK : query % BLOCK + together])
             query, rounds = query + together, rounds + 1
@@ -177,7 +182,7 @@ class _SquareSearch:
         norm, (height, width) = self.ball.norm, self.x.shape[2:]
         edge = side(query, height, width, 1 if norm == "linf" else 3)
         shapes = None if norm == "linf" else pattern(edge, norm, self.x.device)
-        # the first proposal of every row, then the second of every row, ...
+        # The first proposals of all rows come first, then the second proposals of all rows, and so on.
         points = square_proposal(self.point, self.x, self.ball.eps, numbers, edge, **self.ball.bounds, pattern=shapes)
         share, margin = self._scored(points)
         if numbers.shape[1] > 1:
@@ -214,7 +219,7 @@ class _SquareSearch:
         if kept is not None:
             self.take(kept)
         if self.objective.eot_iter > 1 and len(self.owner):
-            # the highest of many noisy margins is partly luck, so it is measured again
+            # The highest of many noisy margins is partly luck, so the margin of the present point is drawn again.
             self.share, self.margin = self._scored(self.point)
 
     def _give_up(self, monitor: PaceMonitor, lost: Tensor | None) -> None:
@@ -233,7 +238,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
     if least > 1 and edge % 2 == 0:
-        # the patterns of l2 and l1 need a middle
+        # The patterns of l2 and l1 need a pixel in the middle, so the edge is odd.
         edge += 1
     return min(edge, height, width)
 
@@ -241,7 +246,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
     """Two opposite pyramids side by side, of length 1 in a norm, float32 ``[2, edge, edge]``: upright and lying."""
-    # It is made once for each device, because a copy in every query would wait for a GPU.
+    # The pattern is kept for each device, because copying it to a GPU in every query would wait for the GPU.
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)
     for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):

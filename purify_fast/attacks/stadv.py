@@ -30,9 +30,10 @@ from .objective import Gradients, Objective
 from .search import GradientHealth, Search
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
-#: The decays of Adam's means, and the constant that keeps its quotient finite.
+#: The decay rates of Adam's means, and the small constant that keeps its quotient finite.
 BETAS, TINY = (0.9, 0.999), 1e-16
-#: A length far below any step, below which neighbours are pulled together with less force: they differ by rounding.
+#: Neighbours whose flows differ by less than this are pulled together with less force, because such a difference is
+#: only rounding. The length is far below any step.
 CORNER = 1e-5
 
 
@@ -51,7 +52,7 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The pixel before the place, and how far beyond it the place is, in [0, 1]."""
         place = start + offset * (size / 2)
-        # clamp() alone may pass no gradient at the border
+        # `clamp()` alone may pass no gradient at the border of the image.
         inside = (place >= 0) & (place <= size - 1)
         place = torch.where(inside, place, place.detach().clamp(0, size - 1))
         before = place.detach().floor().clamp(max=max(size - 2, 0))

@@ -49,9 +49,10 @@ class Defence(StochasticDefence):
     arguments: dict[str, Any]
     num_classes: int
     aggregation: str = "lse"
-    #: The reader of the classifier's representation, for a defence that is conditioned on it.
+    #: Reads the classifier's representation, the outputs of some of its layers, for a defence that is conditioned on
+    #: it.
     representation: Representation | None = None
-    #: The methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles.
+    #: The names of the methods, from tensors ``[B, ...]`` to a tensor, that ``accelerate(compile=True)`` compiles.
     compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
@@ -59,7 +60,8 @@ class Defence(StochasticDefence):
         super().__init__()
         self.acceleration: dict[str, Any] | None = None
         self.fast: Accelerated | None = None
-        # A hook, and no override, because it runs also where a larger module loads the defence as a part of it.
+        # This is a hook and not an override of `load_state_dict`, because a hook also runs when a larger module loads
+        # the defence as one of its parts.
         self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -67,9 +69,10 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: The terms of the loss that trained it, and the step from which on each acted; empty without a training.
+        #: The training step from which on each term of the loss was used, by the term's name; empty without a training.
         self.acts_from_step: dict[str, int] = {}
-        #: The bank that it was trained with: the variants of an image and the share made anew; empty without a bank.
+        #: The settings of the bank, the store of adversarial images that a training reuses: the variants that it keeps
+        #: of an image, and the share of a step's images that is attacked anew; empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
@@ -127,7 +130,7 @@ class Defence(StochasticDefence):
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
         if not self.noise_is_fresh:
-            # Every call gives the same result.
+            # Without fresh noise every call gives the same result, so one call is enough.
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
@@ -198,7 +201,7 @@ class Defence(StochasticDefence):
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
         """
         settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        # If making the copies fails, for example because memory runs out, the earlier copies still serve.
+        # If making the copies fails, for example because memory runs out, the earlier copies stay in use.
         self.fast = None if settings is None else self._make_copies(settings)
         self.acceleration = settings
         return self
@@ -215,7 +218,7 @@ class Defence(StochasticDefence):
             ValueError: the defence is not accelerated.
         """
         if self.acceleration is None:
-            raise ValueError("the defence is not accelerated: it has no copies")
+            raise ValueError("the defence has no copies, because it is not accelerated: call accelerate() first")
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
@@ -240,7 +243,7 @@ class Defence(StochasticDefence):
                 if fast.packed is None:
                     fast.packed = packed
                 else:
-                    # Captured steps read the memory of the earlier one.
+                    # Captured steps read the memory of the earlier packed part, so the new weights are written there.
                     for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)
@@ -272,7 +275,7 @@ class Defence(StochasticDefence):
             ValueError: the defence is accelerated.
         """
         if self.fast is not None:
-            raise ValueError("an accelerated defence computes with frozen copies: accelerate(None) first")
+            raise ValueError("an accelerated defence cannot train its classifier: call accelerate(None) first")
         self.classifier.requires_grad_(True)
         self.own_classifier = True
 
@@ -285,7 +288,8 @@ class Defence(StochasticDefence):
         super().train(mode)
         self.classifier.eval()
         if mode and self.fast is not None:
-            # Weights and BatchNorm statistics may change now: packed weights are packed again at their next use.
+            # Weights and BatchNorm statistics may change from now on, so packed weights are packed again at their next
+            # use.
             self.fast.packed_from = None
         return self
 
@@ -300,9 +304,9 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):
-        raise ValueError(f"{name}: unwrap it ({name}.module); for several GPUs run one process per GPU")
+        raise ValueError(f"{name} must not be an nn.DataParallel: give {name}.module, and run one process per GPU")
     if is_compiled(module):
-        raise ValueError(f"{name}: unwrap it ({name}._orig_mod), and compile the defence instead")
+        raise ValueError(f"{name} must not be compiled: give {name}._orig_mod, and compile the defence instead")
 
 
 class _Float32Borders(nn.Module):

@@ -23,19 +23,19 @@ from ..protocols import Classifier, DrawsSampleLogits
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
 
-    Several threads may call one at once while its noise is fresh. While one thread is inside `fixed_noise`,
+    Several threads may call a defence at once while its noise is fresh. While one thread is inside `fixed_noise`,
     `deterministic` or `noise_ids`, calls from other threads raise RuntimeError.
 
     Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's;
     `deterministic` draws nothing.
     """
 
-    #: True if the class promises that every image gets draws of its own, however many stand in a batch; see
+    #: True if the class promises that every image of a batch gets its own draws; see
     #: `purify_fast.protocols.draws_for_each_image`. A subclass does not inherit the promise.
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
-    #: Attributes that predictions do not depend on (`purify_fast.model_state`): ``_kept_ids`` is memory that is used
+    #: Attributes that do not change predictions (`purify_fast.model_state`). ``_kept_ids`` is memory that is used
     #: again, and ``_noise_owner`` names a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
@@ -43,7 +43,7 @@ class StochasticDefence(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # the thread that decides over the draws, if any
+        # The id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`; None if there is none.
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
@@ -104,15 +104,15 @@ class StochasticDefence(nn.Module):
         owner = self._noise_owner
         if owner is not None and owner != threading.get_ident():
             raise RuntimeError(
-                "another thread has this defence in fixed_noise(), deterministic() or noise_ids(), which would decide "
-                "over this thread's draws too: give each thread a copy.deepcopy of the defence"
+                "another thread is inside fixed_noise(), deterministic() or noise_ids() of this defence, which would "
+                "change this thread's draws too: give each thread a copy.deepcopy of the defence"
             )
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
         """Within the block, image i of a batch draws the fresh noise of image ``ids[i]``.
 
-        For the parts of a batch that are computed apart, as by several processes.
+        It is for the parts of a batch that are computed separately, for example by several processes.
 
         Args:
             ids: int64 ``[B]``.
@@ -120,7 +120,8 @@ class StochasticDefence(nn.Module):
         self._refuse_other_threads()
         memory = ids.clone()
         if self._noise_ids is None:
-            # A captured step reads the ids where they lay when it was captured: they are written there again.
+            # A captured step reads the ids from the memory in which they lay at its capture, so new ids are written
+            # there.
             memory = self._kept_ids.setdefault((len(ids), ids.device), memory)
         with self._control(_noise_ids=memory.copy_(ids)):
             yield self
@@ -147,7 +148,7 @@ class StochasticDefence(nn.Module):
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
             raise ValueError(f"noise_ids must have an id for each of the {batch} images, got {len(self._noise_ids)}")
-        # a copy, like the fixed seed
+        # The ids are copied, because a backward pass after the block still needs them.
         return seed, self._noise_ids.clone()
 
     @property
@@ -254,7 +255,7 @@ class WithAggregation(nn.Module):
         Args:
             replace: makes that defence of the one inside.
         """
-        # copy this object, which may have a subclass and hooks
+        # Copy this object instead of making a new one, because it may be of a subclass and have hooks.
         other = copy.copy(self)
         other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
         return other
@@ -279,7 +280,7 @@ class NoisyEnsemble(StochasticDefence):
     def __init__(self, classifier: nn.Module, sigma: float, samples: int = 8):
         super().__init__()
         if not sigma >= 0 or samples < 1:
-            raise ValueError(f"need sigma >= 0 and samples >= 1, got {sigma} and {samples}")
+            raise ValueError(f"sigma must be at least 0 and samples at least 1, got sigma={sigma}, samples={samples}")
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.sigma, self.samples = float(sigma), samples
 

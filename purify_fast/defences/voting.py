@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: The lead of the class with most votes if its mean probability is not the highest.
+#: If the class with most votes does not have the highest mean probability, its logit is raised above the highest by
+#: this.
 LEAD = 1e-3
-#: Larger logits count as infinite, because a softmax cannot take infinities.
+#: Logits are clamped to plus and minus this number, because a softmax cannot take infinities.
 LARGEST = 1e30
 
 
@@ -77,7 +78,7 @@ class MajorityVote(nn.Module):
         if supports(self.model, SharesDraws):
             logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
         else:
-            # a call for each draw, because a model may draw once for all images of a call
+            # Call the model for each draw, because it may draw once for all images of a call.
             logits = torch.stack([self.model(x) for _ in range(self.draws)])
         return majority(logits)
 
@@ -87,7 +88,7 @@ class MajorityVote(nn.Module):
         Args:
             replace: makes that model of the one inside.
         """
-        # copy this object, which may have a subclass and hooks
+        # Copy this object instead of making a new one, because it may be of a subclass and have hooks.
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.model = replace(self.model)

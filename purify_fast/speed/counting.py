@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# registers the ops that are counted below
+# This import registers the ops that are counted below.
 import purify_fast.ops.convolution  # noqa: F401
 
 from ..ops.dispatch.racing import Launches
@@ -41,10 +41,10 @@ GPUS = {
     "h200": Gpu(4.3e12, 790e12, 395e12),
     "a100": Gpu(1.8e12, 250e12, 125e12),
 }
-#: The share of a GPU's rate that convolutions reach.
+#: Convolutions are assumed to reach this share of a GPU's rate.
 SHARE = 0.6
-#: Seconds that the host takes for an operator that PyTorch dispatches with its backward pass, and the device for a
-#: kernel of a graph, which it starts by itself.
+#: Seconds per launch. EAGER: the host dispatches an operator and its backward pass. REPLAYED: the device itself starts
+#: a kernel of a captured graph.
 EAGER, REPLAYED = 9e-6, 1.3e-6
 
 
@@ -59,7 +59,8 @@ class _NoModules(SimpleNamespace):
 
 
 def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # weight [O, K, L, C], result [B, H, W, O]: a product and a sum for each weight and pixel, as the definition has it
+    # With a weight [O, K, L, C] and a result [B, H, W, O], the definition has a product and a sum for each weight and
+    # each pixel of the result.
     return 2 * math.prod(weight) * math.prod(out_shape[:3])
 
 
@@ -94,7 +95,7 @@ class Flops(FlopCounterMode):
 
     @property
     def total(self) -> int:
-        """The number of operators."""
+        """The number of FLOP."""
         return self.get_total_flops()
 
 

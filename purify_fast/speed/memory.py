@@ -14,11 +14,11 @@ from .._memory import available_memory, bytes_of, ran_out_of_memory, resident_me
 
 logger = logging.getLogger("purify_fast")
 
-#: Images of the measured passes: the first, and at most the second.
+#: The number of images in the first measured pass, and the largest number in the second.
 FIRST, SECOND = 1, 8
-#: The share of the memory to plan with. The rest is for uncounted memory, and for gaps between tensors.
+#: The share of the free memory to plan with. The rest is for memory that is not counted, and for gaps between tensors.
 PLANNED = 0.8
-#: The most images at once: more gain next to nothing, and a cap keeps the number the same from run to run.
+#: The most images at once. More images save hardly any time, and with a limit the number is the same from run to run.
 MOST = 1024
 
 Result = TypeVar("Result")
@@ -149,7 +149,8 @@ def retry_when_memory_ends(
             free = frees() if ran_out_of_memory(error) else None
             if free is None:
                 raise
-        # do this outside of the except block, whose traceback holds the tensors of the failed work
+        # Free memory outside of the except block, because the error's traceback keeps the tensors of the failed work
+        # alive.
         free()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -189,4 +190,4 @@ class Room:
     def _halve(self) -> None:
         assert self.images is not None
         self.images //= 2
-        logger.warning("memory ran out: from here on %d images go through the model at once", self.images)
+        logger.warning("memory ran out: from now on at most %d images go through the model at once", self.images)

@@ -12,9 +12,9 @@ import torch
 
 from .._validation import CudnnBenchmark, check_literal
 
-#: How many blocks of `float32_products` the process is in.
+#: The number of blocks of `float32_products` in which the process is.
 _blocks = 0
-#: The parts that have a setting in PyTorch's newer names.
+#: The parts of PyTorch that have a precision of their own among the newer names of these settings.
 _NAMES = ("conv", "rnn", "matmul")
 
 
@@ -25,9 +25,9 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
         cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None if PyTorch's older names cannot say
         it; and by the newer names the precision of convolutions, recurrent layers and matrix products.
     """
-    # PyTorch has older names for these settings and newer ones. The older ones refuse to describe what the newer ones
-    # alone can say, and forget it when they are written to; so both are put back, the newer ones last. That of
-    # recurrent layers has no public name.
+    # PyTorch has older and newer names for these settings. The older names cannot be read if only the newer names can
+    # express the present values, and writing them overwrites the newer ones. So both are restored, the newer ones last.
+    # The newer setting of recurrent layers has no public name.
     values = [torch._C._get_fp32_precision_getter("cuda", name) for name in _NAMES]
     older: tuple[bool, str] | None = None
     with contextlib.suppress(RuntimeError):

@@ -64,7 +64,7 @@ class Forecast:
 def amount(value: float) -> str:
     """A large number in words, such as "230 thousand"; three digits of it."""
     words = ("", " thousand", " million", " billion", " trillion", " quadrillion", " quintillion", " sextillion")
-    # 999,500 and above are written as 1 million
+    # Numbers from 999,500 on are written as 1 million.
     power = next((i for i in range(len(words)) if value < 999.5 * 1000**i), len(words) - 1)
     return f"{value / 1000**power:.3g}{words[power]}"
 

@@ -124,10 +124,10 @@ def test_what_is_wanted_of_a_step_is_checked():
         with pytest.raises(ValueError, match='keep must be "auto" or a number of steps, at least 0, got'):
             checkpointed_steps(lambda x, i: x, x, 2, keep=keep)
     for keep in (0, 2, "auto"):
-        with pytest.raises(RuntimeError, match="step 0 wrote into it"):
+        with pytest.raises(RuntimeError, match="step must not write into its x, but step 0 did"):
             checkpointed_steps(lambda x, i: x.mul_(2), x.clone(), 2, keep=keep)
     out = checkpointed_steps(lambda x, i: x.detach() * 2, x, 2)
-    with pytest.raises(RuntimeError, match="step 1 records no gradient"):
+    with pytest.raises(RuntimeError, match="step must record gradients, but step 1 does not"):
         out.sum().backward()
 
 

@@ -39,5 +39,5 @@ def test_it_is_the_classifier_on_noisy_copies():
 
 @pytest.mark.parametrize(("sigma", "samples"), [(-0.1, 4), (float("nan"), 4), (0.1, 0)])
 def test_refusals(sigma, samples):
-    with pytest.raises(ValueError, match="need sigma >= 0 and samples >= 1"):
+    with pytest.raises(ValueError, match="sigma must be at least 0 and samples at least 1, got sigma="):
         control(sigma, samples)

@@ -137,7 +137,7 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
     path.write_bytes(damaged)
     with caplog.at_level(logging.WARNING, "purify_fast"):
         assert plain(few(tmp_path)) == plain(first)
-    assert f"{path} is damaged: its checksum is not that of its content" in caplog.text
+    assert f"{path} is damaged: the checksum does not match the content" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "purify_fast"):
         few(tmp_path)

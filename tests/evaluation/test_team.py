@@ -230,7 +230,7 @@ def test_the_command_by_several_processes(tmp_path):
     assert (shared / "run.yaml").is_file() == (alone / "run.yaml").is_file()
     with folder_lock(shared):
         refused = together(tmp_path, 2, command, "torchrun")
-    assert 0 not in refused.results and "shared is written by another run" in refused.errors[0], refused
+    assert 0 not in refused.results and "shared is in use by another run" in refused.errors[0], refused
 
 
 @pytest.mark.slow

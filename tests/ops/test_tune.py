@@ -274,14 +274,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, mo
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
     monkeypatch.setattr(racing, "run_race", None)
     assert cli.main(["tune", "--device", "cpu"]) == 2
-    assert "PURIFY_FAST_CACHE names another folder" in capsys.readouterr().err
+    assert "set PURIFY_FAST_CACHE to a writable folder" in capsys.readouterr().err
     assert REGISTRY["philox"].wanted(Call(CPU)).backend == "cpp"  # as it ships
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "nothing"], "op 'nothing' has no kernel for cpu; there are "),
+        (["--ops", "nothing"], "ops must name ops with a kernel for cpu, got 'nothing': allowed are "),
         (["--minutes", "0"], "minutes must be above 0"),
         (["--device", "meta"], "--device must be auto, cpu or cuda"),
     ],

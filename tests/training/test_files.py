@@ -141,7 +141,7 @@ def test_a_full_disk_ends_a_run_with_the_file_named_or_is_waited_for(tmp_path, h
         return
     last = done.stderr.strip().splitlines()[-1]
     assert f"{tmp_path}/run/{CHECKPOINT} cannot be written, its disk has" in last and "MiB free" in last
-    assert done.returncode != 0 and "make room and run the same command again to go on" in last
+    assert done.returncode != 0 and "make room, then run the same command again to continue" in last
     assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 

@@ -46,7 +46,7 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cach
     parts = train(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not all(torch.equal(whole[name], other[name]) for name in whole), "the race would have changed bits"
-    (said,) = [record.message for record in caplog.records if "kernels that it began with" in record.message]
+    (said,) = [record.message for record in caplog.records if "kernels with which it began" in record.message]
     assert "representation_distance" in said
     assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"  # again, after the run
     begun = json.loads((tmp_path / "parts" / "kernels.json").read_text())

@@ -63,7 +63,7 @@ class NearestSearch(RowSearch):
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
         judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
-        # the search continues where the model refuses the point
+        # If the model itself does not confirm the point, the point is forgotten and the search continues.
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:

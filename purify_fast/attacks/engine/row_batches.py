@@ -36,28 +36,32 @@ from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 
-#: The number of classes of highest logit whose distance is computed; more if an attack has more targets.
+#: The number of classes, those of highest logit, for which the distance to the border is computed. An attack with more
+#: targets computes it for as many as it has.
 CANDIDATES = 20
-#: The order of the dual of each ball's norm, which measures how much a linear function changes within the ball.
+#: The order of the dual norm for each ball's norm. The dual norm of a gradient tells how much a linear function changes
+#: within the ball.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: The rows that are searched at once even if there are fewer images: a small batch is slow.
+#: At least so many rows are searched at once, if there are enough runs, because a small batch is slow.
 FEWEST_ROWS = 64
-#: With so many draws or more, an image is costly for any model.
+#: With this many draws or more, one more image costs a CPU more time than a new batch size, whatever the model.
 MANY_DRAWS = 4
-#: Batch sizes per doubling on a CPU, which prepares for a size in milliseconds.
+#: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
 PER_DOUBLING = 4
-#: The smallest batch size on a GPU, which needs as much time for fewer images. And the size from which there are two
-#: sizes per doubling, because the arithmetic then takes longer than the launches.
+#: SMALLEST: the smallest batch size on a GPU, which needs as much time for fewer images. FINER_FROM: from this size on
+#: there are two sizes per doubling, because the arithmetic then takes longer than the launches.
 SMALLEST, FINER_FROM = 16, 128
-#: Attacks by gradients give rows up after these shares of the steps. The pace may still rise by the factor. On the
-#: models of docs/evaluation.md no image is lost by this rule, and few would be lost after a quarter of the steps.
+#: Attacks by gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
+#: border even at TIMES its recent pace. On the models of docs/evaluation.md no image is lost by this rule, and few
+#: would be lost after a quarter of the steps.
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
-#: Shorter runs never give rows up.
+#: A run with fewer steps never gives rows up.
 FEWEST_STEPS = 50
-#: After this share of the steps a row is given up if its distance to the border is more than ``GAINS`` times the most
-#: that any row of the same attack gained later on. The rule needs the gains of ``FEWEST_GAINS`` rows.
+#: After EARLY_SHARE of the steps, a row is given up if its distance to the border is more than GAINS times the most
+#: that any row of the same attack gained after that share. The rule needs the gains of FEWEST_GAINS rows.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
-#: The batch may shrink after these steps, and later every `SHRINK_EVERY` steps. Each time waits for the device once.
+#: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
+#: the device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 
 
@@ -209,9 +213,9 @@ class PaceMonitor:
 
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
         self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
-        #: The step at which the gains begin, and the distance of each row from its border at that step, ``[R]``.
+        #: The step after which gains are measured, and the distance of each row from its border at that step, ``[R]``.
         self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
-        #: For each check: the step at which the distances were noted, and the distances.
+        #: For each check: the step at which the distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
         #: True for the rows that came nearer between the note and the last check, bool ``[R]``.
         self.came_nearer = torch.tensor(False)
@@ -348,7 +352,7 @@ class ActiveSet:
         won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
-        # If several rows of one image succeed, keep the first: writing two values to one index in one assignment is
+        # If several rows of one image succeed, keep the first. Writing two values to one index in one assignment is
         # undefined.
         first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
         won = won[first[owner[won]] == won]
@@ -424,7 +428,7 @@ def waves(
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)
     most = context.resources.batch_size or max(FEWEST_ROWS, count)
-    # a row has the number run * count + image
+    # Rows are numbered: image i in run r has the number r * count + i.
     firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
     is_first, following = True, 0
     while len(left := active.left()):
@@ -501,7 +505,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
         for candidate in candidates:
             at_image = by_margin.gradient(x, torch.stack([y, candidate], 1))
             slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
-            # the gradient is a sum over the draws, the loss a mean, and negative where the label is ahead
+            # The gradient is a sum over the draws, and the loss is a mean. The loss is negative where the label is
+            # ahead.
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
         ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
         goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
@@ -522,12 +527,12 @@ class RowSearch:
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
-        # the batch may shrink after any of the first steps
         self.gradients = Gradients(objective, self.point, rows.labels)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        # faulty: how many gradients of each row were not finite, and how many were zero. counted: how many there were.
+        # faulty: for each row, the number of gradients that were not finite and the number that were zero. counted: the
+        # number of gradients of each row so far.
         self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     @staticmethod
@@ -539,7 +544,8 @@ class RowSearch:
         """Continue with some of the rows, by an index int64."""
         take_rows(self, index, by_column=("faulty", "score"))
         if len(index):
-            # the old loop occupies its graph
+            # Delete the old loop first. While it exists, a new loop would copy the old state out of the graph's
+            # buffers.
             del self.gradients
             self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 

@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-#: Samples of an example. The number distinguishes its batch dimensions from its others.
+#: The number of samples of an example. A dimension is recognized as that of the samples if this number divides its
+#: size.
 ROWS = 3
-#: Settings of ops whose examples differ in the shape of images. The last ones have more numbers than one program of the
-#: norms' steps and of the losses takes. With the dtypes that stand for kernels of whole rows on a GPU.
+#: The shapes of images of ops whose examples differ in nothing else. The last two have more numbers than one program
+#: takes of the kernels for losses and for steps in a norm. Each shape has its `Example.gpu`, the dtypes in which it
+#: verifies kernels on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
-#: The shape of images that is raced.
+#: The shape of the images with which kernels are raced.
 RGB = (((ROWS, 3, 32, 32),),)
 LAYOUTS = ("", "channels_last")
 

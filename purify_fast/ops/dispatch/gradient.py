@@ -54,7 +54,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     guarded = once_differentiable(backward)
 
     def run(ctx: Any, *grads: Any) -> Any:
-        # the engine records gradients in a backward only under create_graph=True
+        # Autograd records gradients in a backward pass only under create_graph=True.
         return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return run
@@ -91,7 +91,7 @@ def differentiable(
             if constants:
                 ctx.mark_non_differentiable(*outputs[-constants:])
             if constants and len(outputs) == constants + 1:
-                # zeros in place of the gradients of large constants would cost memory
+                # Autograd would otherwise allocate zeros as gradients of the constant outputs, which may be large.
                 ctx.set_materialize_grads(False)
             values = saved(inputs, outputs)
             ctx.save_for_backward(*[value for value in values if isinstance(value, Tensor)])
@@ -118,9 +118,9 @@ def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
     return handle
 
 
-#: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
+#: Multiplies each row of ``rows`` [B, ...] by its number in ``grad`` [B], and rounds the products to a dtype.
 SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
-#: False if the extension is missing, or was built before these kernels existed.
+#: True if the extension is loaded and has these kernels.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 

@@ -17,8 +17,8 @@ Backend = Literal["reference", "cpp", "triton"]
 
 #: The types of devices on which each backend computes.
 BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
-#: The sizes that are raced, and the number of bits from which on a number of elements is larger: 2 ** 16 elements are
-#: more than small, 2 ** 20 are large.
+#: The sizes that are raced. A call belongs to the first size whose number here is above the bit length of its number of
+#: elements: calls with 2 ** 16 elements or more are not small, and calls with 2 ** 20 or more are large.
 SIZES = {"small": 17, "medium": 21, "large": 1000}
 
 

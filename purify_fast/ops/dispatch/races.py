@@ -26,7 +26,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: The kernels whose races replace those of the files while a run is on: `run_kernels.keep_kernels`.
+#: While a run is on, these races replace those of the files; `run_kernels.keep_kernels` sets them.
 of_run: dict[str, Any] = {}
 
 
@@ -63,8 +63,8 @@ def read(device: torch.device) -> dict[str, Any]:
 @functools.cache  # warn once per process: after an upgrade this is true of most ops
 def _warn_stale(path: Path) -> None:
     logger.warning(
-        "%s was made with other sources of some ops and is not used for them: run `purify-fast tune` again; "
-        "`purify-fast info --all` names them",
+        "%s was made with other versions of some ops and is not used for these: run `purify-fast tune` again. "
+        "`purify-fast info --all` names these ops",
         path,
     )
 
@@ -121,7 +121,7 @@ def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
         cells = entry.get("cells", {})
         raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]
         if raced:
-            # for ops that are raced by size, the entries of all sizes add nothing
+            # The entries for all sizes repeat those by size, so they are left out for ops that are raced by size.
             return [call for call in raced if call.bits] or raced
     return []
 
@@ -137,6 +137,6 @@ def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> P
         try:
             records.update("raced", device, ops, facts)
         except OSError as error:
-            raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error
+            raise OSError(f"{path} cannot be written ({error}): set PURIFY_FAST_CACHE to a writable folder") from error
     forget_files()
     return path

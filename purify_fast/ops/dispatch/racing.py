@@ -35,21 +35,24 @@ from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import Verdict, verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: A backend that serves keeps its place if it is at least this fast, relative to its rival.
+#: The backend in use stays in use if its speed is at least this share of its rival's.
 LEVEL = 0.95
-#: Elements that stand for each size, on a CPU and on a GPU, whose caches and launches make other sizes large.
+#: The number of elements with which each size is raced. The numbers differ between a CPU and a GPU, because a GPU's
+#: caches and launches make only more elements a large call.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-#: The most elements that are raced of an op whose reference takes a kilobyte for each: 2 ** 25 would take 29 GB.
+#: The most elements with which these ops are raced. Their references take a kilobyte for each element, so that 2 ** 25
+#: elements would take 29 GB.
 MOST = {"decode_samples": 2**22}
-#: How often a race is repeated that would change the winner: other work on the machine may have decided it.
+#: How often a race is run if it would change the backend in use: other work on the machine may have decided it.
 ATTEMPTS = 3
-#: The least seconds of a contestant's timed run.
+#: The least duration of a timed run in seconds; shorter calls are repeated within the run.
 RUN = 1e-3
-#: Times as fast as what ``torch.compile`` makes, for a kernel to serve inside graphs: it is a wall there, whose inputs
-#: and outputs are written and read once more than if they were fused with neighbors that the race does not have.
+#: Inside compiled graphs a kernel is used if it is this many times as fast as the compiled reference. A kernel cannot
+#: be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no such
+#: neighbors, and does not show this cost.
 IN_GRAPHS = 2.0
 
 
@@ -164,7 +167,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # the device that is raced need not be the current one, whose stream an event stands on by default
+        # An event is recorded on the current device by default, but the device that is raced may be another one.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for _ in range(repeats):
@@ -343,7 +346,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
         before, after = op.wanted(call).backend, op.kernel(device.type) if _wins(op, call, own) else "reference"
         if before != after:
             changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
-        # For calls that were not raced, use the kernel only if it won every race of its op.
+        # For calls that were not raced, the kernel is used only if it won every race of its op.
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
             served[call.style] = "reference" if served.get(call.style) == "reference" else after
@@ -381,7 +384,7 @@ def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[R
     """All races, each with whether to compile; the first ones are those that must not be left out when time ends."""
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
-    # Compiling takes seconds: one example of each variant and dtype, of one size, stands for graphs of every size.
+    # Compiling takes seconds, so one example and one size of each variant and dtype represent the graphs of every size.
     first: dict[tuple[str, str, torch.dtype], Race] = {}
     for race in every if full else ():
         first.setdefault((race.op, race.example.variant, race.dtype), race)
@@ -422,10 +425,10 @@ def tune(
     for name in ops:
         if name not in with_kernel:
             there = ", ".join(with_kernel) or "none"
-            raise ValueError(f"op {name!r} has no kernel for {device.type}; there are {there}")
+            raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
     chosen = {name: op for name, op in with_kernel.items() if name in (tuple(ops) or with_kernel)}
     facts = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
-    # a folder that cannot be written is refused before any race
+    # Write the file before any race, so that a folder that cannot be written is refused at once.
     races.write(device, {}, facts)
     verdicts: dict[str, Verdict] = {}
     for index, (name, op) in enumerate(chosen.items()):
@@ -453,7 +456,7 @@ def tune(
         rows.setdefault(race.op, {}).update((row.key, row) for row in timed)
         _keep_rows(chosen[race.op], timed, device, facts)
         if device.type == "cuda" and race.size == "large":
-            # memory of this op's reference and graphs would add up with that of other ops
+            # Free the memory of this op's reference and graphs; it would add up with that of the other ops.
             torch.cuda.empty_cache()
     decided = {
         name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))

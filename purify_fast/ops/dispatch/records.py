@@ -55,7 +55,7 @@ def processor() -> str:
 
 def _triton_version() -> str:
     try:
-        # PyTorch installs Triton on some platforms only
+        # PyTorch installs Triton on some platforms only.
         import triton
     except ImportError:
         return ""
@@ -64,7 +64,7 @@ def _triton_version() -> str:
 
 def _driver() -> str:
     """The major CUDA version that the driver supports; ``unknown`` where the driver's library is missing."""
-    # PyTorch has no function for it, but has loaded the driver's library if there is a GPU
+    # PyTorch has no function for this version, but it has loaded the driver's library if there is a GPU.
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()
@@ -98,10 +98,10 @@ def missing_compiler() -> str | None:
     of caches, it loads without a compiler.
     """
     if not sys.platform.startswith("linux"):
-        # on other platforms Triton has its own compiler
+        # On other platforms Triton has its own compiler.
         return None
-    consequence = "Triton can build no kernel for a GPU without it, so that PyTorch computes every op there"
-    # Triton looks for the same, in triton/runtime/build.py
+    consequence = "Without it Triton cannot build kernels for a GPU, so PyTorch computes every op there"
+    # Triton looks for the same compilers, in triton/runtime/build.py.
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
         return (
             f"there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set. {consequence}. Install "
@@ -110,7 +110,7 @@ def missing_compiler() -> str | None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         return (
-            f"{header} is missing, the C header of Python. {consequence}. Install it (on Debian and Ubuntu: apt-get "
+            f"{header}, the C header of Python, is missing. {consequence}. Install it (on Debian and Ubuntu: apt-get "
             f"install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
         )
     return None
@@ -171,7 +171,7 @@ def locked(kind: Kind, device: torch.device) -> Iterator[None]:
     The lock ends with its process, however that ends. Where no file can be created, or the file system has no locks,
     the last writer wins.
     """
-    # most processes write nothing, and importing it takes 0.05 seconds
+    # Imported here because filelock takes 0.05 seconds, and most processes write nothing.
     from filelock import FileLock
 
     lock = FileLock(file_of(kind, device).with_suffix(".lock"))

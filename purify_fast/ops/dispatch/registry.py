@@ -42,7 +42,7 @@ def _checked(names: str | None) -> tuple[Backend, ...]:
     for name in chosen:
         if name not in BACKENDS:
             known = ", ".join(BACKENDS)
-            raise ValueError(f"backend {name!r} is unknown; there are {known} (use_backend, PURIFY_FAST_BACKEND)")
+            raise ValueError(f"backend must be one of {known} (in use_backend or PURIFY_FAST_BACKEND), got {name!r}")
     return cast("tuple[Backend, ...]", chosen)
 
 
@@ -98,7 +98,7 @@ class Op(Definition):
 
     def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
         """Tell whether the public function should call the reference directly; `size_key` gives dtype and size."""
-        # a traced call may have any size
+        # A traced call may get any size later, so its size does not decide.
         bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
 
@@ -168,12 +168,13 @@ class Op(Definition):
             return None
         missing = " or ".join(map(repr, _forced))
         raise RuntimeError(
-            f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}; there are: "
+            f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}, allowed are: "
             f"{', '.join(there)}. Add one of these, as in use_backend('{','.join(_forced)},reference')"
         )
 
 
-# Decided while a graph is traced, in a call that is not part of the graph. A graph may serve any size.
+# The backend is chosen while a graph is traced, in a call that does not become a part of the graph. The size does not
+# decide, because a graph may run with any size.
 @constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -234,7 +235,7 @@ def define_op(
     torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
     available["cuda"] += ("triton",) if triton is not None else ()
     if isinstance(triton, Launcher):
-        # kernels call functions of each other's modules, and definitions of each other
+        # All files count, because kernels call functions of each other's modules, and definitions call each other.
         sources["cuda"] = (*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py")))
     REGISTRY[name] = Op(
         name=name,

@@ -30,7 +30,7 @@ def kernels_now(device: torch.device) -> dict[str, Any]:
     Args:
         device: the device on which a run computes.
     """
-    # without a GPU its races cannot be read, and no kernel serves
+    # Without a GPU its races cannot be read, and none of its kernels is used.
     here = device.type != "cuda" or torch.cuda.is_available()
     ops = {
         name: {"kernel": op.kernel(device.type), "races": races.winners(op, device) if here else []}
@@ -72,14 +72,14 @@ def tell_changes(begun: dict[str, Any], now: dict[str, Any]) -> None:
         f"{what} was {begun[what]} and is {now[what]}" for what in ("device", "forced") if begun[what] != now[what]
     ]
     if begun["device"] == now["device"] and (lost := differing("kernel")):
-        changes.append(f"the kernels of {lost} are not those that it began with")
+        changes.append(f"the kernels of {lost} are not those with which the run began")
     if changes:
         warnings.warn(
             f"this run will not repeat its results exactly: {'; '.join(changes)}", RuntimeWarning, stacklevel=2
         )
     elif raced := differing("races"):
         logger.warning(
-            "this run goes on with the kernels that it began with; today others would serve %s: begin a run in "
-            "another folder for those",
+            "this run continues with the kernels with which it began. Today other kernels would be chosen for %s: to "
+            "use those, begin a run in another folder",
             raced,
         )

@@ -42,17 +42,18 @@ logger = logging.getLogger("purify_fast")
 MODES = ("first_use", "off")
 #: The types of devices whose kernels take seconds to verify, mostly to compile, so that progress is shown.
 SLOW = {"cuda"}
-#: Seconds until a kernel is tried again whose verification ran out of memory.
+#: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: The allowed error of a result that jumps, relative to the result, both as root mean squares.
+#: The allowed error of a result that jumps (`Example.jumps`): a share of the result, both as root mean squares.
 JUMPS = 0.1
-#: The dtypes on whose examples a GPU's kernel is verified, by the letters of `Example.gpu`.
+#: The dtypes that the letters of `Example.gpu` stand for.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The threads that verify now. Definitions, or kernels that have been verified, serve their calls.
+#: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that have been
+#: verified.
 _verifying: set[int] = set()
-#: This process's verdicts, by file and part; they outlast a folder that cannot be written.
+#: The verdicts of this process, by file and part of an op. They are kept here because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
-#: The time when a kernel is tried again whose verification ran out of memory, by file and part.
+#: The time at which a kernel is verified again if its verification ran out of memory, by file and part of an op.
 _postponed: dict[tuple[str, str], float] = {}
 
 
@@ -60,7 +61,7 @@ def mode() -> str:
     """``PURIFY_FAST_VERIFY``: ``first_use``, which is the default, or ``off``; ValueError for another value."""
     value = os.environ.get("PURIFY_FAST_VERIFY") or MODES[0]
     if value not in MODES:
-        raise ValueError(f"PURIFY_FAST_VERIFY={value!r} is unknown; allowed: {', '.join(MODES)}")
+        raise ValueError(f"PURIFY_FAST_VERIFY must be one of {', '.join(MODES)}, got {value!r}")
     return value
 
 
@@ -142,7 +143,7 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # an op whose examples have no variants is verified with all examples
+    # If an op's examples have no variants, its kernel is verified with all of them.
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
@@ -181,7 +182,7 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
                 case = f"{example.name}, {str(dtype).removeprefix('torch.')}, output {index}"
                 deviations.append(deviation(actual.cpu(), exact, rounded, example, case))
     if not deviations:
-        raise ValueError(f"{op.name} has no examples to verify it with")
+        raise ValueError(f"the op {op.name} has no examples with which its kernel could be verified")
     return max(deviations, key=lambda one: one.share)
 
 
@@ -194,7 +195,7 @@ def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
 
 def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
     """Compile, side by side, the Triton kernels that the cases launch."""
-    # this imports Triton, which exists only if its kernels do
+    # The module imports Triton, so it is imported only where there are Triton kernels.
     ahead = importlib.import_module("purify_fast.kernels._ahead")
 
     def launch() -> None:
@@ -246,7 +247,7 @@ def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
     where, what = records.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
     warnings.warn(
         f"purify_fast: the {verdict.backend} kernel of {name} {what} on {where}: {verdict.words()}. "
-        "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
+        "On this machine PyTorch computes this op instead. Please report this warning with the output of "
         "`purify-fast info`",
         RuntimeWarning,
         stacklevel=2,
@@ -261,7 +262,7 @@ def _warn_lacking(lacking: str) -> None:
 @functools.cache  # once per process
 def _warn_unwritable(path: str) -> None:
     logger.warning(
-        "%s cannot be written: kernels are verified in every process; PURIFY_FAST_CACHE names a folder", path
+        "%s cannot be written, so every process verifies kernels: set PURIFY_FAST_CACHE to a writable folder", path
     )
 
 
@@ -317,12 +318,13 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
         if verdict.status == "no memory":
             _postponed[path, name] = time.monotonic() + PATIENCE
             logger.warning(
-                f"{name}: memory ran out while its kernel was verified: {verdict.case}; the reference serves, and it "
-                f"is tried again after {PATIENCE:.0f} s"
+                f"memory ran out while the kernel of {name} was verified ({verdict.case}): PyTorch computes this op "
+                f"for now, and the kernel is verified again after {PATIENCE:.0f} s"
             )
             return verdict
         _known[path, name] = verdict
-        # a kernel that raised an error may run in the next process: with a compiler, or on another driver
+        # A verdict on a kernel that raised an error is not kept on the disk, because the kernel may run in the next
+        # process: with a compiler, or with another driver.
         if verdict.status == "compared":
             try:
                 records.update("verified", device, {name: asdict(verdict)}, {})

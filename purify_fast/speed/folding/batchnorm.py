@@ -23,9 +23,9 @@ from ..._tensors import in_memory_order, laid_out_like
 
 _Norm = nn.modules.batchnorm._BatchNorm
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-#: Largest difference to the original, in float64, relative to the largest value.
+#: The largest allowed difference to the original in float64, as a share of the largest value.
 TOLERANCE = 1e-9
-#: Kinds of devices on which `FoldedPairs` multiplies all weights at once.
+#: The types of devices on which `FoldedPairs` multiplies all weights at once.
 SPREAD_ON = ("cuda",)
 
 
@@ -50,7 +50,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
+            f"model must run in float64, in which folding is verified (fold=False skips folding), got: {error}"
         ) from error
 
     def same(chosen: list[tuple[str, str]]) -> bool:
@@ -60,7 +60,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
 
     pairs = _pairs(original, example.double())
-    if not same(pairs):  # some pair is not what it seems: take them one by one
+    if not same(pairs):  # a pair cannot be folded: test them one by one
         candidates, pairs = pairs, []
         for pair in candidates:
             if same([*pairs, pair]):
@@ -72,7 +72,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 def _check_evaluation_mode(model: nn.Module) -> None:
     if any(module.training for module in model.modules()):
-        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
+        raise ValueError("model must be in evaluation mode, got a module in training mode: call model.eval() first")
 
 
 def fold_sequential(model: nn.Module) -> None:
@@ -109,7 +109,7 @@ def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
     for owner in model.modules():
         parts = list(owner.children()) if vars(type(owner)).get("runs_in_order") is True else []
         for part in parts:
-            # a subclass may call its children in another order
+            # A subclass may call its children in another order.
             if type(part) in (nn.Sequential, nn.ModuleList):
                 parts += part.children()
             if type(part) is nn.Sequential:
@@ -166,7 +166,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         for module in names:
             if hooked(module):
                 continue
-            # skip weights that are computed, as under weight normalization
+            # Skip weights that are computed, as under weight normalization.
             plain = isinstance(module._parameters.get("weight"), Tensor)
             if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
                 stack.enter_context(module.register_forward_hook(after))
@@ -183,8 +183,8 @@ def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[T
     The BatchNorm is taken in evaluation mode; the arithmetic and the results are in ``dtype``. A transposed convolution
     (of one group) has its outputs in the weight's second dimension.
     """
-    # torch.nn.utils.fuse_conv_bn_weights multiplies the bias in another order, which moves its last bits where the
-    # arithmetic is in float32; it knows no linear layers either.
+    # torch.nn.utils.fuse_conv_bn_weights is not used, because it does not take linear layers. It also multiplies the
+    # bias in another order, which changes its last bits in float32.
     mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
@@ -229,7 +229,7 @@ class FoldedPairs:
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
         }
-        #: The values, by name, that replace a parameter that a module does not have.
+        #: Default values by name, for parameters that a module does not have.
         self._defaults = ones | zeros
         weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
         self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]
@@ -272,7 +272,8 @@ class FoldedPairs:
         spread = torch.cat(scales).index_select(0, self._tables[device])
         parts = spread.split([weight.numel() for weight in self._layouts])
         factors = [laid_out_like(part, weight) for part, weight in zip(parts, self._layouts, strict=True)]
-        # write into the factors, whose strides are known; a new result may have others if a dimension is 1
+        # The result is written into the factors, whose strides are known. A new tensor may have other strides if a
+        # dimension is 1.
         torch._foreach_mul_(factors, weights)
         return factors
 

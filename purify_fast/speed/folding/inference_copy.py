@@ -21,10 +21,10 @@ from ...models.representation import Representation, evaluation_mode, without_re
 from .batchnorm import FoldedPairs, fold_batchnorm
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: PyTorch chooses another CPU convolution for batches below this size, for which a compiler makes another graph.
+#: For batches below this size PyTorch chooses another CPU convolution, for which a compiler makes another graph.
 SMALL_BATCH = 16
-#: On a GPU, batch sizes that get a graph of their own: a full batch and the last, smaller one. A compiler makes no more
-#: than eight graphs of a function.
+#: On a GPU this many batch sizes get a graph of their own: a full batch and the last, smaller one. A compiler makes no
+#: more than eight graphs of a function.
 STATIC_SIZES = 2
 
 
@@ -83,7 +83,8 @@ class CompiledRegion:
         return self.compiled(*inputs)[:batch]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # When a region is copied or pickled, a bound method takes its object along, and the copy compiles for itself.
+        # A copied or pickled region has the function, and with a bound method its object. The copy compiles the
+        # function again.
         return CompiledRegion, (self.function,)
 
 
@@ -107,7 +108,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
     first = first_tensor(model)
     example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
-        # Evaluation mode: BatchNorm's statistics must come from the data alone, not from this example.
+        # The model is in evaluation mode here, because this example must not enter BatchNorm's statistics.
         with evaluation_mode(model), torch.no_grad():
             model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
@@ -215,7 +216,7 @@ class InferenceCopy(nn.Module):
         ValueError: `prepare_for_inference` refuses the arguments.
     """
 
-    #: `refresh` reads this, and captured steps read the weights that it writes.
+    #: Only `refresh` uses `_folding`. Captured steps do not: they read the weights that `refresh` writes.
     not_dependencies = frozenset({"_folding"})
 
     def __init__(
@@ -251,13 +252,13 @@ class InferenceCopy(nn.Module):
         Args:
             classifier: the one that this is a copy of; its modules must be the same.
         """
-        # list all of their names, because the copy may use any of them
+        # A tensor may have several names. List all of them, because the copy may use any.
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
         if self._pairs:
             self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
             theirs |= self._folding(theirs)
-        # copying tensors of one dtype to others of one dtype takes one launch on CUDA
+        # Tensors are grouped by dtypes: on CUDA, copying a group to tensors of one dtype takes one launch.
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
         for name, mine in (*self.classifier.named_parameters(), *self.classifier.named_buffers()):
             if not name.endswith("num_batches_tracked"):
@@ -284,7 +285,8 @@ class Accelerated:
         packed_from: names the weights that were packed; None if they may have changed since.
     """
 
-    #: A captured step need not look at it (`purify_fast.model_state`): it changes with every training step.
+    #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training
+    #: step.
     not_dependencies = frozenset({"packed_from"})
 
     dtype: torch.dtype
@@ -333,7 +335,7 @@ class Accelerated:
         self.classifier.to(device)
         if self.reader is not None:
             self.reader.model.to(device)
-        # The packed weights are on the old device: they are packed again at the next use.
+        # The packed weights are on the old device, so they are packed again at their next use.
         self.packed = None
 
     def classify(self, x: Tensor) -> Tensor:
@@ -355,6 +357,6 @@ class Accelerated:
     def _check_device(self, x: Tensor) -> None:
         if x.device != self.device:
             raise RuntimeError(
-                f"the images are on {x.device}, the accelerated copies on {self.device}: move the images, or call the "
-                "defence's refresh() if it was moved as a part of another module"
+                f"x must be on the device of the accelerated copies, {self.device}, got {x.device}: move the images, "
+                "or call the defence's refresh() if the defence was moved as a part of another module"
             )

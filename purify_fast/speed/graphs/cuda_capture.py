@@ -13,9 +13,9 @@ import torch
 class CudaCapture:
     """Captures functions into CUDA graphs.
 
-    All graphs of one of these share a private pool of memory: what a replay allocates for itself is free again when it
-    ends, and the next replay, of whichever graph, may have it. So replays must not overlap, and whatever is to outlast
-    one must lie in memory from before the capture.
+    All graphs of one `CudaCapture` share a private pool of memory. The memory that a replay takes is free again when
+    the replay ends, and the next replay of any graph may take it. So replays must not overlap, and a result that should
+    outlast a replay must lie in memory that was allocated before the capture.
     """
 
     #: The type of the devices on which functions can be captured.
@@ -78,7 +78,8 @@ class CudaCapture:
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, which read data ahead or watch collectives, may allocate and synchronize meanwhile.
+            # In this mode other threads may allocate memory and synchronize during the capture, such as threads that
+            # read data ahead or watch collectives.
             with (
                 _own_workspaces(device),
                 self.aside(device),
@@ -86,7 +87,8 @@ class CudaCapture:
             ):
                 run()
         except Exception as error:
-            # PyTorch reports the end of the capture, which fails too; the first error is its context.
+            # After a failure the end of the capture fails too, and PyTorch raises that second error. The first error is
+            # its context.
             first = error.__context__ if isinstance(error.__context__, Exception) else error
             self._recover(device)
             raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error
@@ -98,10 +100,10 @@ class CudaCapture:
         A capture that fails leaves torch's generator of the device as if it were still captured, and the next draw
         would be refused. A capture that ends well puts it right.
         """
-        # the pool of the failed capture is not used again
+        # The pool of the failed capture is not used again.
         stream, pool = self._places.pop(device)
-        # Before torch 2.13 the allocator goes on as if this capture were under way: it would never again give freed
-        # memory back to the device. Newer versions have ended it, and say so by an error.
+        # Before torch 2.13 the allocator behaves as if the failed capture were still under way, and would never give
+        # freed memory back to the device. Newer versions have ended the capture already, and raise an error here.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""The waits of a piece of code, as PyTorch dispatches it.
+"""Counts the operators of a piece of code for which the host waits for the device.
 
 On a GPU each of these operators stops the host until the device is done, and none of them can stand in a CUDA graph.
 They are counted on any device. A tensor made of Python numbers counts too: on a GPU it is copied there, which waits.
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PACKAGE = Path(__file__).resolve().parents[2]
-#: Operators whose result the host reads, or whose result has as many elements as the data say.
+#: Operators whose result the host reads, and operators whose data decide how many elements the result has.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique_dim", "_unique2"}
-#: Operators that copy from one tensor to another, which waits where these are on different devices.
+#: Operators that copy from one tensor to another. They wait if the two tensors are on different devices.
 COPIES = {"_to_copy", "copy_"}
 
 

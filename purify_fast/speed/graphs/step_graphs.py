@@ -43,20 +43,22 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The assumed cost of a capture in seconds until one was measured: a dozen steps of 1.5 ms on a ResNet-18, an estimate.
+#: The assumed cost of a capture in seconds, until one has been measured. It is an estimate: a dozen steps of 1.5 ms on
+#: a ResNet-18.
 CAPTURE_SECONDS = 0.02
 #: The share of a step's time that a replay must save; otherwise the step is not captured again.
 LEAST_SAVING = 0.1
 SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
 #: How often a step is timed; the least time counts, because other work on the machine only adds to it.
 TIMINGS = 3
-#: The number of launched steps after which a step that could not be captured is tried again.
+#: A step that could not be captured is tried again after this many launched steps.
 RETRIED_AFTER = 1000
-#: The most graphs.
+#: The most graphs that are kept.
 MOST_GRAPHS = 32
-#: The most steps to remember that were not captured.
+#: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: The error that is allowed, relative to the largest value, and the share of the values that may err by more.
+#: For the comparison of a replay with its step. ROUNDING: the allowed error as a share of the largest value.
+#: OTHER_SIGNS: the share of the values that may have a larger error.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
@@ -109,7 +111,7 @@ class LaunchCost:
         Args:
             cost: seconds of a capture.
         """
-        # the first launch alone may have compiled
+        # A single launch does not count, because it may have included a compilation.
         return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
 
 
@@ -127,7 +129,7 @@ class Steps:
 
     def __init__(self, function: StepFunction, state: State, graphs: StepGraphs | None = None):
         self.function, self.state, self.graphs = function, dict(state), graphs
-        # a graph is looked up by the first tensors, because the step's results may lie in memory in another way
+        # Graphs are looked up by the strides of the first tensors, because the step's results may have other strides.
         self._first = dict(state)
         self.captured: Captured | None = None
         self.launched: LaunchCost | None = None
@@ -184,7 +186,8 @@ class Steps:
             return
         holder = None if found.loop is None else found.loop()
         if holder is not None:
-            # an earlier loop may be over and still be referred to; if it is not, it goes on eagerly
+            # The earlier loop gives its buffers up. If that loop is not over, it continues eagerly with a copy of its
+            # state.
             holder.state, holder.captured = holder.values(), None
         before, self.state = self.state, found.buffers
         self.captured, self.launched = found, None
@@ -296,7 +299,7 @@ class StepGraphs:
         return min(self._costs, default=CAPTURE_SECONDS)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
-        # a copy of the trained or attacked model needs its own captures
+        # A copy of the trained or attacked model needs its own captures.
         return StepGraphs(self.mode, self.capture)
 
     def begin(self, function: StepFunction, state: State) -> Steps:
@@ -334,7 +337,7 @@ class StepGraphs:
         return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
 
     def _give_up(self) -> None:
-        logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
+        logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is done again")
         self.mode = "off"
         self._captured.clear()
         self.capture.release()
@@ -354,7 +357,7 @@ class StepGraphs:
             del self._captured[key]
         model = function.model
         if not isinstance(model, nn.Module):
-            return self._refuse(None, f"{_name(model)} is no torch.nn.Module: what it depends on cannot be seen")
+            return self._refuse(None, f"{_name(model)} is no torch.nn.Module, so its dependencies cannot be seen")
         shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
             base = weak_key((weak_key(function), shapes, device, numerics(device)))
@@ -373,13 +376,14 @@ class StepGraphs:
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")
         if any(isinstance(one, torch.Generator) for one in objects):
-            return self._refuse(base, f"{_name(model)} has a generator of its own, which graphs need not follow")
+            return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph may not advance")
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
         if self.mode != "always" and not launched.pays(self.cost):
             return launched
-        # a graph that is dropped later is captured again only when further launches have paid for it
+        # Forget the launches. A graph that is dropped later is captured again only when further launches have paid for
+        # it.
         del self._launched[key]
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
@@ -410,7 +414,8 @@ class StepGraphs:
             with no_trace(device):
                 begun = self.capture.now(device)
                 with self.capture.aside(device):
-                    # the first call compiles, verifies kernels and chooses algorithms, which waits
+                    # The first call compiles, verifies kernels and chooses algorithms. This may wait for the device, so
+                    # it comes before the trial, which refuses steps that wait.
                     function(buffers)
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
@@ -418,21 +423,22 @@ class StepGraphs:
                     return self._refuse(base, reason)
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
-                # only launches write the state, not the warm-up: it is put in before each loop
+                # Only replays of the graph write to the buffers, the warm-up does not; each attack loop copies its
+                # state in first.
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
-                    return self._refuse(base, "a replay does not give what the step gives")
+                    return self._refuse(base, "a replay gives another result than the step")
                 replayed = self._timed(replay, device)
                 self._costs.append(self.capture.now(device) - begun)
                 if self.mode != "always" and eager - replayed < LEAST_SAVING * eager:
                     logger.debug("a replay takes %.3g ms, the step alone %.3g ms", replayed * 1e3, eager * 1e3)
                     return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
-            # a user's model may raise any error in a trial; that does not end an attack that runs without graphs
+            # A user's model may raise any error in a trial. The attack then runs without graphs.
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # take back the counts: these steps are not steps of the loop
+            # Take the counts back, because these steps are not steps of the loop.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
@@ -447,17 +453,18 @@ class StepGraphs:
         with self.capture.aside(device), HostSyncs() as waits:
             results = function(buffers)
         if host_generators(device) != before:
-            return f"{_name(function.model)} draws from a generator of the host, which a graph would draw from once"
-        # lift_fresh (torch.tensor(1.0)) blocks only for device tensors, and then the capture itself fails
+            return f"{_name(function.model)} draws random numbers on the host, which every replay would repeat"
+        # `lift_fresh`, as in torch.tensor(1.0), waits only for tensors on the device, and then the capture itself
+        # fails.
         blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]
-            return f"the step waits for the device: {operator}, asked for by {name or 'a function'} ({file})"
+            return f"the step waits for the device in operator {operator}, called by {name or 'a function'} ({file})"
         for name, value in results.items():
             old = buffers[name]
             if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
                 return (
-                    f"the step makes its {name} {value.dtype} {list(value.shape)}, it was {old.dtype} {list(old.shape)}"
+                    f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
                 )
         return None
 
@@ -531,7 +538,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 def host_generators(device: torch.device) -> tuple[Any, ...]:
     """The states of the generators that graphs do not follow; they follow the device's own."""
     array: Any = np.random.get_state()
-    # on a CPU torch's generator of the host is that of the device
+    # On a CPU, torch's generator of the host is the generator of the device.
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
 
@@ -551,7 +558,7 @@ def first_replay_agrees(
         device: where the buffers are.
     """
     again = same_draws_again(device)
-    # the replay overwrites results that are buffers themselves
+    # Clone the results, because the replay overwrites those that are buffers themselves.
     wanted = {name: value.clone() for name, value in step().items()}
     again()
     replay()

@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(AtopTask, "updates", interrupted)
     assert run("atop", made, tmp_path / "cut", *options) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert run("atop", made, tmp_path / "cut", *options) == 0
     assert calls == [0] * 4 + [1] * 3 + [1] * 2  # the seventh step was not taken, and is the first of the second run

@@ -306,7 +306,7 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
 def test_a_wrapped_purifier_is_refused(wrap):
-    with pytest.raises(ValueError, match="purifier: unwrap it"):
+    with pytest.raises(ValueError, match="purifier must not be"):
         defence(purifier=wrap(SmallGenerator(1, width=2)))
 
 

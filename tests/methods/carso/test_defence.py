@@ -130,9 +130,9 @@ def test_clear_errors(carso):
 
 
 def test_classifiers_and_statistics_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"unwrap it \(classifier\.module\)"):
+    with pytest.raises(ValueError, match=r"classifier must not be an nn.DataParallel: give classifier\.module"):
         Carso(nn.DataParallel(SmallCNN()), LAYERS, (1, 16, 16))
-    with pytest.raises(ValueError, match=r"unwrap it \(classifier\._orig_mod\)"):
+    with pytest.raises(ValueError, match=r"classifier must not be compiled: give classifier\._orig_mod"):
         Carso(torch.compile(SmallCNN()), LAYERS, (1, 16, 16))
     with pytest.raises(ValueError, match="mean needs 1 or 1 numbers, got 3"):
         Carso(SmallCNN(), LAYERS, (1, 16, 16), mean=(0.1, 0.2, 0.3))

@@ -359,7 +359,8 @@ def test_the_copies_follow_what_is_loaded_and_moved_as_a_part_of_a_module():
     whole.load_state_dict(state)
     assert not torch.equal(response(made, x)[0], want)
     made.fast.device = torch.device("meta")  # as after a move of the classifier alone, which the copies do not see
-    with pytest.raises(RuntimeError, match=r"the images are on cpu, the accelerated copies on meta: .* refresh\(\)"):
+    wanted = r"x must be on the device of the accelerated copies, meta, got cpu: .* refresh\(\)"
+    with pytest.raises(RuntimeError, match=wanted):
         made(x)
     made.refresh()
     assert made(x).shape == (4, 10)

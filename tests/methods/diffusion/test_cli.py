@@ -99,7 +99,7 @@ def test_an_interrupted_run_goes_on(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(DiffusionTask, "training_step", interrupted)
     options = ["--width", 4, "--checkpoint-seconds", 0]
     assert train(made, tmp_path / "cut", *options) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert train(made, tmp_path / "cut", *options) == 0 and calls == [0, 1, 2, 2, 3]
     assert train(made, tmp_path / "cut", *options, "--prediction", "x0") == 2
     assert "prediction: 'noise' there, 'x0' now" in capsys.readouterr().err

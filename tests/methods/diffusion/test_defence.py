@@ -343,7 +343,7 @@ def test_a_denoiser_that_does_not_fit_is_refused():
         defence(denoiser=Tiny(1))
     with pytest.raises(ValueError, match=r"Tiny must return floating point \[2, 3, 8, 12\] or \[2, 6, 8, 12\], got"):
         defence(denoiser=Tiny(3, 4))
-    with pytest.raises(ValueError, match="denoiser: unwrap it"):
+    with pytest.raises(ValueError, match="denoiser must not be"):
         defence(denoiser=nn.DataParallel(Tiny()))
     with pytest.raises(ValueError, match="aggregation must be one of"):
         defence(aggregation="peel")
