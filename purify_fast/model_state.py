@@ -309,7 +309,8 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     The user's functions count by their source text, with comments, and so do the methods of the user's classes and
     the functions that these read as global variables. Code that they reach in another way, such as an attribute of an
     imported module, counts by its name: after editing that, give another ``revision``. Installed packages count by
-    their name and version; PyTorch, NumPy and Python's own modules count by their name alone. A function without source text cannot be compared.
+    their name and version, and PyTorch, NumPy and Python's own modules by their name alone: a kept row names PyTorch's
+    release besides. A function without source text cannot be compared.
 
     A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` sets neither its seed nor its
     state: a kept row could come from other draws unnoticed. A model that holds such a generator has no fingerprint.
