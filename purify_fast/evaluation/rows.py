@@ -297,13 +297,15 @@ def attack_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.attack for row in ordered))
 
 
-def joined(row: Row, following: Row) -> Row:
+def joined(row: Row, following: Row | None) -> Row:
     """The row of all images, joined from the rows of two consecutive parts.
 
     Args:
         row: row of an attack, or of the clean images.
-        following: the same row for the images that follow.
+        following: the same row for the images that follow; None: the attack covers none of these.
     """
+    if following is None:
+        return row
     robust = np.concatenate([row.robust, following.robust])
     shares = np.array([row.n, following.n]) / len(robust)
     healths = [dict(part.health) for part in (row, following) if part.health is not None]

@@ -392,7 +392,18 @@ class _Evaluation:
         if team.rank > 0:
             return self.work_for_first(chunks)
         asked = None if self.before is None else self.ask_before(self.before)
-        report.rows = self.all_rows(chunks)
+        first, data = measure.subject, [measure.subject.data]
+        report.rows = self.rows()
+        for part in chunks:
+            measure.turn_to(measure.subject.with_images(*part))
+            following = {row.attack: row for row in self.rows()}
+            report.rows = [joined(row, following.get(row.attack)) for row in report.rows]
+            data.append(measure.subject.data)
+        if len(data) > 1:
+            for row in report.rows:
+                row.data = text_hash(" ".join(data)).hexdigest()
+        # The probes after the attacks use the first images, so return to these.
+        measure.turn_to(first)
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
@@ -462,22 +473,6 @@ class _Evaluation:
         return Report.from_json(measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
-
-    def all_rows(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> list[Row]:
-        """The rows of all images: those of the measure, and those of the chunks that follow."""
-        measure, subject = self.measure, self.measure.subject
-        rows, data = self.rows(), [subject.data]
-        for part in chunks:
-            measure.turn_to(measure.subject.with_images(*part))
-            following = {row.attack: row for row in self.rows()}
-            rows = [joined(row, following[row.attack]) if row.attack in following else row for row in rows]
-            data.append(measure.subject.data)
-        if len(data) > 1:
-            for row in rows:
-                row.data = text_hash(" ".join(data)).hexdigest()
-        # The probes after the attacks use the first images, so return to these.
-        measure.turn_to(subject)
-        return rows
 
     def costs(self) -> list[int | None]:
         """The most forward passes of single images for each row; None if unknown."""
