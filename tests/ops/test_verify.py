@@ -181,7 +181,8 @@ def test_what_triton_lacks_is_told_with_the_way_to_mend_it(no_compiler, monkeypa
     assert "apt-get install gcc" in records.missing_compiler()
     monkeypatch.setenv("CC", "/opt/cc")
     monkeypatch.setattr(records.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert f"{tmp_path / 'Python.h'}, the C header of Python, is missing" in records.missing_compiler() and "-dev" in records.missing_compiler()
+    lacking = records.missing_compiler()
+    assert f"{tmp_path / 'Python.h'}, the C header of Python, is missing" in lacking and "-dev" in lacking
     (tmp_path / "Python.h").touch()
     assert records.missing_compiler() is None
 
