@@ -20,9 +20,9 @@ HALVES = (torch.bfloat16, torch.float16)
 #: The number of samples of an example. A dimension is recognized as that of the samples if this number divides its
 #: size.
 ROWS = 3
-#: The shapes of images of ops whose examples differ in nothing else. The last two have more numbers than one program
-#: takes of the kernels for losses and for steps in a norm. Each shape has its `Example.gpu`, the dtypes in which it
-#: verifies kernels on a GPU.
+#: The shapes of images of ops whose examples differ in nothing else. In the kernels for losses and for steps in a norm,
+#: one program takes fewer numbers than the last two shapes have. Each shape has its `Example.gpu`, the dtypes in which
+#: it verifies kernels on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
 #: The shape of the images with which kernels are raced.
 RGB = (((ROWS, 3, 32, 32),),)

@@ -37,8 +37,8 @@ from .verify import Verdict, verdict_of
 DTYPES = (torch.float32, torch.bfloat16)
 #: The backend in use stays in use if its speed is at least this share of its rival's.
 LEVEL = 0.95
-#: The number of elements with which each size is raced. The numbers differ between a CPU and a GPU, because a GPU's
-#: caches and launches make only more elements a large call.
+#: The number of elements with which each size is raced. A large call on a GPU has more elements than one on a CPU,
+#: because a GPU has other caches and takes time to launch.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
