@@ -40,14 +40,14 @@ class Example:
         dtypes: the dtypes that the op takes.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
-        variant: the setting by which the op's server is chosen, if there is one.
+        variant: the setting for which the op's backend is chosen separately, if there is one.
         summed: results are sums over the samples.
         jumps: rounding decides on which side of zero some numbers are, and the result jumps there, so that no bound of
             a single number's error holds. Errors are then root mean squares, and a tenth of the result's is allowed.
-        gpu: the dtypes in which it stands for the op on a GPU, whose kernels are compiled for each dtype and setting:
-            ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its dtypes;
-            every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's accesses in
-            one dtype at least.
+        gpu: the dtypes in which it verifies the op's kernel on a GPU, where kernels are compiled for each dtype and
+            setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its
+            dtypes; every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's
+            accesses in one dtype at least.
     """
 
     name: str
