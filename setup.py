@@ -139,8 +139,8 @@ def torch_extension(mode: str) -> dict:
 
         def build_extension(self, ext) -> None:
             try:
-                # Remove the extension of an earlier build, which could be taken for the new one, or prevent that it is
-                # built.
+                # Remove the extension of an earlier build. It could be taken for the new one, or for one that need not
+                # be built again.
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 super().build_extension(ext)
                 self.compiled = True

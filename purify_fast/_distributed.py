@@ -19,7 +19,7 @@ class ProcessLost(ConnectionError):
 
 
 class Sign(NamedTuple):
-    """A sign of life: the number of its beat, the step of its process, and whether this works, waits or is done."""
+    """A sign of life: the number of its beat, the step of its process, and the state: works, waits or done."""
 
     beat: str
     step: str

@@ -176,7 +176,9 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         yield
         return
     if owner is not None and owner[0] == this[0]:
-        raise FolderInUse(f"{folder} is in use by another thread of this process: wait for it, or give another folder")
+        raise FolderInUse(
+            f"{folder} is in use by another thread of this process: wait for that thread, or give another folder"
+        )
     lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10)
     try:
         lock.acquire()

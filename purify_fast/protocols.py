@@ -64,7 +64,7 @@ class ShowsTransform(Protocol):
     """Transforms images before it repairs them, and shows the transformed ones."""
 
     def transformed(self, x: Tensor) -> Tensor:
-        """The repaired images before they are repaired: ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+        """The transformed images, which are not repaired yet: ``[B, C, H, W]``, or K draws ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class HasOriginalLoss(Protocol):
     """A generator with the loss that it was made with."""
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Per image ``[N]``, of the images ``[N, C, H, W]`` of every stage and what they should be."""
+        """The loss of each image, ``[N]``, from the images ``[N, C, H, W]`` of every stage and the target images."""
 
 
 @runtime_checkable
@@ -169,7 +169,7 @@ class Accelerates(Protocol):
 
 @runtime_checkable
 class PassesOn(Protocol):
-    """A wrapper, such as one that counts: an attack may put another model, of the same methods, into it."""
+    """A wrapper, such as one that counts images. An attack may put another model with the same methods into it."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
         """The same wrapper around the result of ``replace`` for the model inside."""
@@ -177,7 +177,7 @@ class PassesOn(Protocol):
 
 @runtime_checkable
 class PreparesReplay(Protocol):
-    """Keeps something that it computes from its weights, which replays of a captured step read where it lies."""
+    """Keeps values that it computes from its weights; replays of a captured step read them from their memory."""
 
     def prepare_replay(self) -> None:
         """Update the kept values, in place."""

@@ -89,4 +89,4 @@ def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, pe
     check_number("eps", eps)
     check_not_negative(eps=eps)
     if norm == "linf" and eps > largest:
-        raise ValueError(f"eps must be at most {largest:g} for linf, in image units, got {eps}: is {eps:g}/255 meant?")
+        raise ValueError(f"eps is in image units, at most {largest:g} for linf, got {eps}: is {eps:g}/255 meant?")

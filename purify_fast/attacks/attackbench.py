@@ -34,7 +34,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
         ValueError: no attack, an attack with a radius of its own, or an eps that is not allowed.
     """
     if not attacks:
-        raise ValueError("attacks must be at least one attack, such as APGD(), got none")
+        raise ValueError("attacks must contain at least one attack, such as APGD(), got none")
     if fixed := [attack.kind for attack in attacks if getattr(attack, "eps", None) is not None]:
         raise ValueError(f"attacks must have no own eps, but {', '.join(fixed)} has one: give eps to for_attackbench")
     check_eps(eps, None)

@@ -1,7 +1,7 @@
 """The loss that an attack raises, over several draws of a random model, and its gradient, in bounded forward passes.
 
-The draws of an image stand in one batch (expectation over transformation, Athalye et al., ICML 2018). The parts into
-which a batch is split change only the rounding of sums. If a model draws once for a whole batch, each draw takes a
+All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018). The parts
+into which a batch is split change only the rounding of sums. If a model draws once for a whole batch, each draw takes a
 separate pass: in one batch all draws would be the same.
 """
 

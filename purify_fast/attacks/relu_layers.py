@@ -65,8 +65,8 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     try:
         exact = copy.deepcopy(model).cpu().double().eval()
         with torch.no_grad():
-            # Tensors on the device meta have no numbers, so the model cannot compute with its numbers unseen, as in
-            # NumPy.
+            # On the device meta tensors have no numbers. A model that computes with numbers outside of PyTorch, as in
+            # NumPy, fails here.
             empty, x = copy.deepcopy(exact).to("meta"), torch.empty(1, *shape, dtype=torch.float64, device="meta")
             with _Reading(None) as reading:
                 empty(x)

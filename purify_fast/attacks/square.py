@@ -30,8 +30,8 @@ from .objective import Objective
 
 #: The authors' own number of queries.
 QUERIES = 5000
-#: For each first query, the number of proposals for an image that are judged in one batch. At first every second
-#: proposal is kept, and the next one should start from it; late hardly any is kept.
+#: By the query from which on it holds: the number of proposals for an image that are judged in one batch. At first
+#: every second proposal is kept, and the next one should start from it; late hardly any is kept.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64

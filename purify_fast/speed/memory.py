@@ -161,7 +161,7 @@ class Room:
     """The number of images that go through a model at once: halved each time that memory runs out, if it may be.
 
     Args:
-        images: so many at most; None: no limit.
+        images: the most images at once; None: no limit.
         device: where the model computes.
         yields: whether work is done again with half as many when memory runs out; if not, the error is raised.
     """

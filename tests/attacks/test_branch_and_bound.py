@@ -152,7 +152,7 @@ REFUSED = {
     "residual": (Residual(), "the matrices read from the model give other logits"),
     "SiLU": (nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.SiLU(), nn.Linear(4, 3)), "operation silu is not affine"),
     "rounding": (Behind(lambda x: torch.div(8 * x, 1, rounding_mode="floor") / 8), "the operation div is not affine"),
-    "whole numbers": (Behind(lambda x: (8 * x).long() / 8), "no affine operation"),
+    "whole numbers": (Behind(lambda x: (8 * x).long() / 8), "is not affine"),
     "a detour": (Behind(detour), "affine between its ReLUs"),
     "noise": (Behind(lambda x: x + 1e-9 * torch.rand_like(x)), "rand"),
     "a function": (lambda x: x.flatten(1)[:, :3], "a module of affine layers and ReLUs, got function"),

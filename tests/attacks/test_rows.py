@@ -193,7 +193,7 @@ def test_bpda_needs_a_purifier():
         (APGD, {"norm": "l0", "eps": 1.0}, "norm must be one of linf, l2, l1, got 'l0'"),
         (APGD, {"rho": 2.0}, r"rho must be in \[0, 1\], got 2.0"),
         (FGSM, {"norm": "l2"}, "eps must be given with norm='l2'"),
-        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
+        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
         (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
         (PGD, {"steps": 0}, "steps must be at least 1, got 0"),
         (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
@@ -250,7 +250,7 @@ def test_an_attack_tells_whether_it_may_end_early(attack, context, early):
 def test_a_strangers_mistakes(model, batch, attack):
     x, y = batch
     for change, kind, message in (
-        ({"eps": 8}, ValueError, r"eps must be at most 1 for linf, in image units, got 8: is 8/255 meant\?"),
+        ({"eps": 8}, ValueError, r"eps is in image units, at most 1 for linf, got 8: is 8/255 meant\?"),
         ({"x": x.numpy()}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: torch.as_tensor\(x\) makes one"),
         ({"y": np.zeros(9)}, TypeError, "y must be a torch.Tensor, got numpy.ndarray"),
         (

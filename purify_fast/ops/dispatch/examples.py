@@ -20,9 +20,9 @@ HALVES = (torch.bfloat16, torch.float16)
 #: The number of samples of an example. A dimension is recognized as that of the samples if this number divides its
 #: size.
 ROWS = 3
-#: The shapes of images of ops whose examples differ in nothing else. The last two have more numbers than one program
-#: takes of the kernels for losses and for steps in a norm. Each shape has its `Example.gpu`, the dtypes in which it
-#: verifies kernels on a GPU.
+#: The shapes of images of ops whose examples differ in nothing else. In the kernels for losses and for steps in a norm,
+#: one program takes fewer numbers than the last two shapes have. Each shape has its `Example.gpu`, the dtypes in which
+#: it verifies kernels on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
 #: The shape of the images with which kernels are raced.
 RGB = (((ROWS, 3, 32, 32),),)
@@ -40,14 +40,14 @@ class Example:
         dtypes: the dtypes that the op takes.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
-        variant: the setting by which the op's server is chosen, if there is one.
+        variant: the setting for which the op's backend is chosen separately, if there is one.
         summed: results are sums over the samples.
         jumps: rounding decides on which side of zero some numbers are, and the result jumps there, so that no bound of
             a single number's error holds. Errors are then root mean squares, and a tenth of the result's is allowed.
-        gpu: the dtypes in which it stands for the op on a GPU, whose kernels are compiled for each dtype and setting:
-            ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its dtypes;
-            every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's accesses in
-            one dtype at least.
+        gpu: the dtypes in which it verifies the op's kernel on a GPU, where kernels are compiled for each dtype and
+            setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its
+            dtypes; every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's
+            accesses in one dtype at least.
     """
 
     name: str

@@ -7,7 +7,7 @@ An op's own backward computes everything from the op's inputs, since on a GPU ar
 CPU it is not: a sigmoid, a normal or a difference that forward had in a register costs one store to save and one load
 to read, where backward would need dozens of instructions, or a second matrix to read. ``torch.compile`` saves them too.
 So some ops have `cpu_kernel`s that save, for eager calls on a CPU. Their results are those of the op and of its
-backward, to the last bit or two. They stand in for the op's own wherever its own would serve both directions.
+backward, to the last bit or two. They replace the op's own kernels wherever these would be used in both directions.
 """
 
 from __future__ import annotations

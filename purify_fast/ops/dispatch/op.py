@@ -80,8 +80,9 @@ class Definition:
         sources: device type to the files that its kernel there is built from.
         launch: starts its Triton kernel; None where it has none.
         replaces_many: the variants for which forward and backward together replace a dozen launches or more of the
-            reference; ``""`` is the op that has none. There the kernel serves on a GPU where nothing was raced.
-        compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
+            reference; ``""`` stands for an op without variants. For these variants the kernel serves on a GPU if
+            nothing was raced.
+        compiler_fuses: those of these variants whose reference is fused by compilers too. Inside compiled graphs the
             reference serves them.
         size_key: the dtype and the number of elements by which a race distinguishes calls, from the kernel's arguments.
         differentiable: whether gradients pass through the public function, by a ``torch.autograd.Function`` around the

@@ -2,12 +2,13 @@
 
 Two kinds of files hold the results, in one form: the user's own for this machine (`records`), and ``races.json`` of the
 package, for machines that were measured with the benchmarks. The user's file comes first. It has hashes of the ops'
-sources, and entries for other sources are not used. Among the machines that ship, the same device counts, else the same
-instruction set, and for a CPU else the first machine: a kernel that was faster on one CPU is faster on most.
+sources, and entries for other sources are not used. Among the machines of the package, one with the same device
+decides, otherwise one with the same instruction set. For a CPU, the first machine decides if there is neither, because
+a kernel that was faster on one CPU is faster on most.
 
 A file has an entry for each op. Its ``cells`` name the winners of eager calls and inside graphs: for each variant,
-dtype and size that was raced, for each variant, and under an empty name for the op as a whole. The narrowest that knows
-a call decides. `tune` writes such a file.
+dtype and size that was raced, for each variant, and under an empty name for the op as a whole. The narrowest entry that
+covers a call decides. `tune` writes such a file.
 """
 
 from __future__ import annotations

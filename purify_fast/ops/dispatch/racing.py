@@ -1,4 +1,4 @@
-"""Kernels are raced against their references on the device at hand: what ``purify-fast tune`` does.
+"""Races kernels against their references on a device of this machine, as ``purify-fast tune`` does.
 
 Each op is raced by variant, memory layout, dtype and size, forward and backward on its own. Eager calls are timed; on a
 GPU also replays of a CUDA graph, which have none of the time that the host takes to launch. Where ``torch.compile`` is
@@ -37,8 +37,8 @@ from .verify import Verdict, verdict_of
 DTYPES = (torch.float32, torch.bfloat16)
 #: The backend in use stays in use if its speed is at least this share of its rival's.
 LEVEL = 0.95
-#: The number of elements with which each size is raced. The numbers differ between a CPU and a GPU, because a GPU's
-#: caches and launches make only more elements a large call.
+#: The number of elements with which each size is raced. A large call on a GPU has more elements than one on a CPU,
+#: because a GPU has other caches and takes time to launch.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
@@ -109,7 +109,7 @@ class Row:
 
     Attributes:
         example: the shapes of a few of the samples, with their layout and settings.
-        variant: the setting by which the op's server is chosen.
+        variant: the setting for which the op's backend is chosen separately.
         dtype: without PyTorch's name.
         size: the bucket.
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.

@@ -1,13 +1,14 @@
-"""The registration of ops, and the choice of the backend that serves each.
+"""The registration of ops, and the choice of the backend that serves (computes) the calls of each.
 
-An op has a schema, a fake, and a kernel per dispatch key, and is opaque to the compiler. Every op has two defaults on a
-device: for eager calls, and inside compiled graphs, where the compiler cannot fuse a kernel with its neighbors. If no
-kernel serves, the public function calls the reference directly, so that ``torch.compile`` can fuse it.
+An op has a schema, a fake that computes only shapes and dtypes, and a kernel for each dispatch key. It is opaque to the
+compiler. Every op has two defaults on a device: for eager calls, and inside compiled graphs, where the compiler cannot
+fuse a kernel with its neighbors. If no kernel serves, the public function calls the reference directly, so that
+``torch.compile`` can fuse it.
 
-A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
-(`races`), by dtype and by size. Where nothing was measured, it serves a GPU's eager calls if forward and backward
-replace a dozen launches or more, and inside compiled graphs only if compilers do not fuse the reference as well. It
-serves only if it was found right on this machine (`verify`).
+A kernel serves where it was measured to be faster, by dtype and by size: on the user's machine, or on a similar one
+that was measured for the package (`races`). Where nothing was measured, it serves a GPU's eager calls if forward and
+backward replace a dozen launches or more, and inside compiled graphs only if compilers do not fuse the reference as
+well. It serves only if it was found right on this machine (`verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
 ``PURIFY_FAST_BACKEND``, which is read once at import, forces one, or several, as ``cpp,triton``: each op takes the

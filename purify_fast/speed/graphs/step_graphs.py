@@ -1,13 +1,13 @@
 """A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
 
-A step is a function from tensors to tensors, by name: its results replace its arguments. Eagerly a loop simply goes on
-with the new tensors. Captured, the state is in buffers that stay where they are, and the step ends by writing its
-results there. Both run the same function, so that there is one formula of an attack.
+A step is a function from tensors to tensors, by name: its results replace its arguments. An eager loop continues with
+the new tensors. In a captured loop the state lies in buffers that stay where they are, and the step ends by writing its
+results there. Both loops run the same function, so that an attack has one formula.
 
-A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
-replayed only while everything that its model computes with is the same (`purify_fast.model_state.identity_key`).
-Weights that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go
-on as they would without a graph.
+A graph contains a step's launches, not its Python. So a step is captured only if its Python reads no values of tensors,
+and it is replayed only while everything that its model computes with is the same
+(`purify_fast.model_state.identity_key`). Weights that are written in place are the same: replays see the new ones.
+Draws from torch's generator of the device go on as they would without a graph.
 
 A capture costs as much as a dozen steps, and nobody knows how many steps will follow: batches shrink while images fall.
 So a step is captured once its launches have cost as much as a capture. This is the rule of ski rental. It costs at most
