@@ -140,5 +140,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"purify-fast: not enough memory: {where}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
+        print("purify-fast: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
