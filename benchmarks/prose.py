@@ -28,8 +28,8 @@ def wrapped(text: str) -> str:
             continue
         mark = re.match(r"\s*(?:[-*]|\d+\.)? *", line)[0]  # type: ignore[index]
         glued = mark + _GLUED.sub("\0", line[len(mark) :])
-        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-        broken = textwrap.wrap(glued, WIDTH, subsequent_indent=" " * len(mark), **options)
+        indent = " " * len(mark)
+        broken = textwrap.wrap(glued, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         lines += [each.replace("\0", " ") for each in broken]
     return "\n".join(lines)
 

@@ -470,7 +470,8 @@ def test_the_races_of_a_run_hold_as_long_as_it_is_on(make):
     with keep_kernels({**begun, "ops": {**begun["ops"], op.name: lost}}):
         assert op.serving(Call(CPU)) == "reference"
     assert op.serving(Call(CPU)) == "cpp"
-    with keep_kernels(begun):  # what is not known yet is verified at its first use
+    # A kernel without a verdict is verified at its first use.
+    with keep_kernels(begun):
         wrong = make(lambda x: 3 * x)
         with pytest.warns(RuntimeWarning, match=wrong.name):
             assert wrong.serving(Call(CPU)) == "reference"
