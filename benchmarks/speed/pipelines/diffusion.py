@@ -226,7 +226,7 @@ def _sde() -> dict[str, Contestant]:
 def _gradients() -> dict[str, Contestant]:
     """The columns of a gradient: the plain loop keeps all activations; the checkpointed loop those of a step.
 
-    Ours keeps as many as fit into memory or, if its name says so, those of a single step.
+    Ours keeps as many as fit into a quarter of the free memory, those of a single step, or those of all steps.
     """
     step_by_step, whole = (partial(_plain, gradient=True, keep=keep) for keep in (False, True))
     checkpointed, plain = (
@@ -234,8 +234,9 @@ def _gradients() -> dict[str, Contestant]:
     )
     named = {label.replace("plain", "plain, checkpointed", 1): one for label, one in checkpointed.items()}
     ours = {label: named.pop(label) for label in list(named) if label.startswith("ours")}
-    again = columns(step_by_step, partial(_ours, gradient=True, keep=0), captured=False)
-    ours |= {f"{label}, each step again": one for label, one in again.items() if label.startswith("ours")}
+    for name, keep in {"each step again": 0, "all steps kept": STEPS}.items():
+        forms = columns(step_by_step, partial(_ours, gradient=True, keep=keep), captured=False)
+        ours |= {f"{label}, {name}": one for label, one in forms.items() if label.startswith("ours")}
     kept = ("plain, allocator raised", "plain, bfloat16", "torch.compile of plain, bfloat16")
     return named | {label: plain[label] for label in kept} | ours
 
