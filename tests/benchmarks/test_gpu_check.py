@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -265,13 +266,13 @@ def test_limits_are_rates_of_random_data(tmp_path):
     ("arguments", "message"),
     [
         (["--only", "nothing"], "invalid choice: 'nothing'"),
-        (["--dry", "--seconds", "0"], "argument --seconds: must be above 0, got 0"),
-        (["--dry", "--total", "nan"], "argument --total: must be above 0, got nan"),
+        (["--dry", "--seconds", "0"], r"argument --seconds: .*\b0\.?$"),
+        (["--dry", "--total", "nan"], r"argument --total: .*\bnan\b"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert check(*arguments) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

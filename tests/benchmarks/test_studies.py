@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,8 +179,8 @@ def test_rows_bring_their_needs():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("carso_digits --rows bass", "no such rows: bass; there are base, base, L2"),
-        ("carso_digits --seeds 0", "--seeds: must be at least 1, got 0"),
+        ("carso_digits --rows bass", "--rows.*bass.*base, base, L2"),
+        ("carso_digits --seeds 0", r"argument --seeds: .*\b0$"),
         ("carso_digits --full", "unrecognized arguments: --full"),
         ("carso_mnist --seeds 2", "unrecognized arguments: --seeds 2"),
         ("cifar10 --device gpu", "--device gpu cannot be used here"),
@@ -191,7 +192,7 @@ def test_options_that_do_not_fit_are_refused_before_any_work(options, message, c
     monkeypatch.setattr(run_study, "main", lambda chosen: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["study", *options.split()])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 def test_without_autoattack_nothing_is_trained(capsys, monkeypatch):

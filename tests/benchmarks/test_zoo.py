@@ -1,5 +1,6 @@
 """Models are packed into the zoo by a command, with a card that says what two protocols left of them."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +58,9 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["digits-best"], "there is no model 'digits-best' in the zoo: there are cifar10-arrest-w16"),
-        (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER, with"),
-        (["digits-standard", "--images", "0"], "argument --images: must be at least 1, got 0"),
+        (["digits-best"], "'digits-best'.*cifar10-arrest-w16"),
+        (["digits-standard=nowhere"], "nowhere.*NAME=FOLDER"),
+        (["digits-standard", "--images", "0"], r"argument --images: .*\b0$"),
         (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
     ],
 )
@@ -67,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
     monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["zoo", *options])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
