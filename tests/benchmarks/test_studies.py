@@ -296,4 +296,4 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
 def test_report_of_an_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(["report", str(tmp_path)])
-    assert "holds neither ops.csv nor pipelines.csv" in capsys.readouterr().err
+    assert re.search(r"error: .*ops\.csv.*pipelines\.csv", capsys.readouterr().err)
