@@ -38,7 +38,7 @@ REFUSED = {
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
-    "train classifier --data {bars} --model fully_connected --width 3": "has no width to choose",
+    "train classifier --data {bars} --model fully_connected --width 3": "fully_connected, which has no width; it is 3",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train classifier --eps a/b": "must be a number or a fraction such as 8/255, got 'a/b'",
     "train classifier --eps much": "must be a number or a fraction such as 8/255, got 'much'",
@@ -149,7 +149,7 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run
     assert code == 2 and "has not ended (its part standard), at step 4; `purify-fast train classifier" in printed
     (tmp_path / "run.yaml").unlink()
     code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "at step 4; run the command that began it again to go on" in printed
+    assert code == 2 and "at step 4; run the command that started it again to continue" in printed
     code, printed = run("evaluate", tmp_path / "nothing", *data, "--eps", "0.1")
     assert code == 2 and f"{tmp_path / 'nothing'} is not a saved model" in printed
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
     assert first["batch"] == "ValueError: batch_size 33 must be a multiple of the 2 processes"
-    assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm over one process's images")
+    assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
 

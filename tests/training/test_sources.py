@@ -136,14 +136,14 @@ def test_loaders_that_cannot_be_used_are_refused():
             return 2
 
     for wrong, message in (
-        ([], "x gives no batch"),
-        (Short([(x, y)]), "x gave 1 batches in epoch 0, its length says 2"),
+        ([], "x must have at least 1 batch, got 0"),
+        (Short([(x, y)]), "x must give .* 2; it gave 1 in epoch 0"),
         ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
         ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(task(), wrong, None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match="y must be None if x gives batches"):
+    with pytest.raises(ValueError, match="y must be None if x is a loader"):
         fit(task(), [(x, y)], y, FitConfig(1))
 
 

@@ -136,7 +136,7 @@ def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name)
         ({"keep_best": "robust"}, {}, "keep_best must be one of off, loss, accuracy, got 'robust'"),
         ({"keep_best": "loss"}, {}, "keep_best 'loss' needs held-out images"),
         ({"validation_share": 0.2}, {"validation": images(8)}, "give validation or validation_share, not both"),
-        ({}, {"validation": images(8)[0]}, r"validation must have labels: give \(images, labels\)"),
+        ({}, {"validation": images(8)[0]}, r"validation must be \(images, labels\)"),
     ],
 )
 def test_settings_that_cannot_be_used(options, given, message):
