@@ -113,7 +113,7 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
         ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
         ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),
-        ("code/my_defence.py:", "a model by name is package.module:function or path/to/file.py:function"),
+        ("code/my_defence.py:", "must be package.module:function or path/to/file.py:function, got"),
         ("torchvision:resnet18", "torchvision:resnet18 has fresh weights: name a folder, or a function"),
         ("torchvision:resnett18", "torchvision has no classifier 'resnett18'; near: resnet18"),
         ("code/my_defence.py:make", "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say"),
@@ -164,7 +164,7 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what only"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Move the code"),
         ("def make(width):\n    return width", "missing 1 required positional argument: 'width'"),
         ("\n\ndef make():\n    return {}['key']", "ends.py, line 4)"),
         ("def make():\n    raise SystemExit(3)", "but it failed: SystemExit: 3"),
