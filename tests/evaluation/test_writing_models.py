@@ -14,7 +14,7 @@ from purify_fast.evaluation import AttackSpec
 pytestmark = pytest.mark.usefixtures("one_thread", "trained")
 
 QUIET = {"eps": 0.1, "progress": False}
-WRITES = "the model writes to the images that it is given"
+WRITES = "model must not write to its input"
 
 
 @pytest.fixture(scope="module")
