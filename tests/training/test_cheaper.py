@@ -280,5 +280,5 @@ def test_a_task_that_measures_no_accuracy_is_refused(tmp_path):
         def validate(self, batch):
             return {"loss": torch.tensor(1.0)}
 
-    with pytest.raises(ValueError, match="on_collapse 'back_off': this training measures loss, not accuracy"):
+    with pytest.raises(ValueError, match="on_collapse 'back_off' needs .*accuracy; this training measures loss"):
         fit(Silent(1, 0.0), *images(), FitConfig(**CONFIG, on_collapse="back_off"), tmp_path, progress=False)
