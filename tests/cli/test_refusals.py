@@ -68,7 +68,7 @@ REFUSED = {
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
             "--purifier gan": "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'",
-            "--batch-size 33": "batch_size 33 is more than the 32 images: an epoch would have no step",
+            "--batch-size 33": "batch_size must be at most the number of images, 32, got 33",
         }.items()
     },
     "recipe carso/cifar": "recipe must be one of",
@@ -126,7 +126,7 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
 
 
 def test_a_classifier_is_no_defence(saved):
-    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, not a defence: load_classifier reads it"):
+    with pytest.raises(ValueError, match=r"holds a classifier \(SmallCNN\), not a defence"):
         purify_fast.load_defence(saved)
 
 

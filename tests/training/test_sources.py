@@ -48,7 +48,7 @@ def test_defences_name_images_and_labels_that_they_do_not_take(method):
     else:
         made = AtopTask(Atop(classifier, SmallGenerator(1, width=2), (1, 8, 8), block=2), AtopConfig())
     x, y = images()
-    with pytest.raises(ValueError, match=r"x must have images \[1, 8, 8\], as the defence, got \[1, 8, 4\]"):
+    with pytest.raises(ValueError, match=r"x must have images \[1, 8, 8\], got \[1, 8, 4\]"):
         fit(made, x[..., :4], y, FitConfig(1, 16))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
         fit(made, x, y + 1, FitConfig(1, 16))

@@ -238,7 +238,7 @@ class Convolution(nn.Conv2d):
 def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path):
     made = defence(Convolution(1, 1, 3, padding=1))
     made.save(tmp_path)
-    with pytest.raises(ValueError, match="holds a Convolution of yours: give a module of its kind"):
+    with pytest.raises(ValueError, match="purifier must be a Convolution, got None"):
         purify_fast.load_defence(tmp_path, made.classifier)
     loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Convolution(1, 1, 3, padding=1))
     assert torch.equal(loaded.purifier.module.weight, made.purifier.module.weight)
