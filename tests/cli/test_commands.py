@@ -202,7 +202,7 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     x, labels, notes = cli.Evaluate(images=12).chosen(images)
     assert labels.bincount().tolist() == [2] * 6 and torch.equal(y[x.flatten()], labels)
     assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0; the numbers of images per class")
-    assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen ones (6)")
+    assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen images (6)")
     x, labels, notes = cli.Evaluate(images=60).chosen(images)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
     assert cli.Evaluate(images=61).chosen(images)[2] == [
