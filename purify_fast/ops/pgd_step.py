@@ -44,7 +44,7 @@ HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
-    """Return the unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample. Without direction it is 0."""
+    """Return the unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample; 0 without direction."""
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     dims = list(range(1, grad.dim()))
