@@ -47,9 +47,9 @@ PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t w
 // would not fit into the first-level cache.
 constexpr int64_t aggregate_lanes = 64;
 
-// For each of `lanes` lanes, computes over the samples: `most`, the largest number, and `sum`, the sum of exp(x -
-// most). Two samples of a lane are `stride` elements apart. If `most` is infinite, `sum` is meaningless, so callers
-// check `most`.
+// For each of `lanes` lanes, computes two numbers over the samples. `most` is the largest number, and `sum` is the sum
+// of exp(x - most). Two samples of a lane are `stride` elements apart. If `most` is infinite, `sum` is meaningless, so
+// callers check `most`.
 template <class T, class W>
 PF_INLINE void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                             W* __restrict__ most, W* __restrict__ sum) {

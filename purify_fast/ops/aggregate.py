@@ -169,7 +169,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
-            the two published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
+        the two published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
         ValueError: if logits is not floating point with three dimensions, K >= 1 and C >= 2, or if the method is

@@ -261,8 +261,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
     Returns:
         ``[B, C, H, W]``, the features' dtype, also under autocast; contiguous, or channels_last if the features are.
-            Scores and softmax are float32 (float64 for float64). The sums of the weights are rounded to the features'
-            dtype. The matrix products follow ``torch.set_float32_matmul_precision``.
+        Scores and softmax are float32 (float64 for float64). The sums of the weights are rounded to the features'
+        dtype. The matrix products follow ``torch.set_float32_matmul_precision``.
 
     Raises:
         ValueError: if features is not floating point with four dimensions and even, positive H and W, or if valid is
@@ -318,8 +318,8 @@ def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is. For 256 px
-            images with blocks of 32 px, this is the published sampling of every eighth pixel. At smaller sizes that
-            sampling would miss blocks. Cells outside the grid do not count as missing. There is no gradient.
+        images with blocks of 32 px, this is the published sampling of every eighth pixel. At smaller sizes that
+        sampling would miss blocks. Cells outside the grid do not count as missing. There is no gradient.
 
     Raises:
         ValueError: if mask is not [B, 1, H0, W0] or is empty, or if h or w is below 1.

@@ -48,8 +48,8 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 
     Returns:
         A vector of weights and a vector of biases. The first has the weights of the layers, and then the transposed
-            weights for the gradients, from the last layer to the first. The second has no bias of the first layer.
-            Padding is zero.
+        weights for the gradients, from the last layer to the first. The second has no bias of the first layer. Padding
+        is zero.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]

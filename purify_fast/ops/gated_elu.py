@@ -84,7 +84,7 @@ def gated_elu(features: Tensor) -> Tensor:
 
     Returns:
         ``[B, C, ...]``, the features' dtype, also under autocast; computed in float32 (float64 for float64).
-            Contiguous, or channels_last if the features are.
+        Contiguous, or channels_last if the features are.
 
     Raises:
         ValueError: if features is not floating point, has fewer than 2 dimensions, or has an odd number of channels.

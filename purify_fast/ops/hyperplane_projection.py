@@ -147,8 +147,8 @@ def hyperplane_projection(
 
     Returns:
         The moves d, with the shape and dtype of x, contiguous. Up to rounding, x + d is in the box. If the plane does
-            not intersect the box, d leads to the corner of the box nearest to the plane. If x or b has NaN in a row, d
-            is 0 there. There is no gradient.
+        not intersect the box, d leads to the corner of the box nearest to the plane. If x or b has NaN in a row, d is 0
+        there. There is no gradient.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, or if lo > hi.

@@ -208,10 +208,10 @@ def random_transform(
         channels_last: whether the output is in the channels_last memory format.
 
     Returns:
-        ``packed [S B N, C + 2, H, W]``, in which the pass varies fastest, then the image, then the draw (N = 1 for RT1
-            and RT2). Its channels are: t, in [-1, 1] and 0 where hidden; ones; and m, which is 1 where hidden and 0
-            elsewhere. ``owners``, uint8 ``[S, B, H / block, W / block]``. For RT1 and RT2, it is 1 for a hidden block
-            and 0 for the others. For RT3, it is the pass that hides the block (see `stitch`).
+        ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
+        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; ones; and m, which is
+        1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``. For RT1 and RT2, it is 1 for a
+        hidden block and 0 for the others. For RT3, it is the pass that hides the block (see `stitch`).
 
     Raises:
         TypeError: if seed or sample_ids is not a tensor.

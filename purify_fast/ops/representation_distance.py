@@ -220,8 +220,8 @@ def representation_distance(
 
     Returns:
         ``[B]`` for one tensor, ``[B, L]`` for L layers, never negative; float32 (float64 if a layer of the student is),
-            also under autocast. At u = v the distance is 0 with gradient 0. The distance of a zero vector from every
-            vector is 1 (``angular``: 0.5), with gradient 0.
+        also under autocast. At u = v the distance is 0 with gradient 0. The distance of a zero vector from every vector
+        is 1 (``angular``: 0.5), with gradient 0.
 
     Raises:
         ValueError: if shapes, batch sizes, devices or numbers of layers differ, if there are fewer than 2 dimensions,

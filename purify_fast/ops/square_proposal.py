@@ -232,7 +232,7 @@ def square_proposal(
 
     Returns:
         The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of
-            every image, and so on. There is no gradient.
+        every image, and so on. There is no gradient.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if lo > hi, if edge is larger

@@ -34,7 +34,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
     Returns:
         True if gradients are recorded and a tensor requires one. Also True inside forward-mode differentiation: the
-            ops' functions raise an error there, while a bare kernel would silently lose the tangent.
+        ops' functions raise an error there, while a bare kernel would silently lose the tangent.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -49,8 +49,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         A function that raises an error if its result is differentiated and the incoming gradient requires one. Under
-            ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant, and so does
-            this function. A penalty on gradients therefore needs ``use_backend("reference")``.
+        ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant, and so does
+        this function. A penalty on gradients therefore needs ``use_backend("reference")``.
     """
     guarded = once_differentiable(backward)
 

@@ -73,7 +73,7 @@ class Deviation:
 
     Attributes:
         error: the largest absolute error, or the root mean square for a result that jumps; infinite if a result is not
-        finite but should be.
+            finite but should be.
         budget: the allowed error.
         case: the example and its dtype, or the error that a kernel raised.
     """
