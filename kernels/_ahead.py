@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-# Number of threads that compile. Triton releases the interpreter lock while it optimizes and assembles.
+#: Number of threads that compile. Triton releases the interpreter lock while it optimizes and assembles.
 MOST = 8
 _patched = threading.Lock()
 

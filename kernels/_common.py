@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# BLOCK is the number of elements in one iteration of a sum over a sample. CHUNK is the number that one program adds.
-# They determine the order of the additions, so they are the same for every device and batch.
+#: BLOCK is the number of elements in one iteration of a sum over a sample. CHUNK is the number that one program adds.
+#: They determine the order of the additions, so they are the same for every device and batch.
 BLOCK = 1024
 CHUNK = 8192
-# WARPS is the number of warps of an elementwise program. VECTORS is the number of 16-byte vectors that a thread moves
-# per tensor, by major compute capability; other devices use the value of 9. The values are calculated, not measured. At
-# a latency of 0.7 us, the bandwidth requires this much data in flight on each multiprocessor: 13 kB (A100), 18 to 25 kB
-# (H100, H200), 38 kB (B200), 7 kB (RTX 5090). One vector in each of 1,536 or 2,048 threads is 24 or 32 kB per tensor
-# that is read.
+#: WARPS is the number of warps of an elementwise program. VECTORS is the number of 16-byte vectors that a thread moves
+#: per tensor, by major compute capability; other devices use the value of 9. The values are calculated, not measured.
+#: At a latency of 0.7 us, the bandwidth requires this much data in flight on each multiprocessor: 13 kB (A100), 18 to
+#: 25 kB (H100, H200), 38 kB (B200), 7 kB (RTX 5090). One vector in each of 1,536 or 2,048 threads is 24 or 32 kB per
+#: tensor that is read.
 WARPS = 4
 VECTORS = {8: 1, 9: 1, 10: 2, 12: 1}
 
@@ -77,7 +77,7 @@ def sum_tile(size: int, most: int = BLOCK) -> tuple[int, int]:
     return width, warps(width)
 
 
-# The largest number of programs along the second and the third axis of a launch.
+#: The largest number of programs along the second and the third axis of a launch.
 MOST_PROGRAMS = 65535
 
 

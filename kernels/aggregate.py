@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ._common import log1p, on, warps
 
-# The number of elements in a tile. A tile is larger only if there are more samples than this.
+#: The number of elements in a tile. A tile is larger only if there are more samples than this.
 TILE = 4096
-# The indices of `purify_fast.ops.aggregate.METHODS`, and the constant of that file.
+#: The indices of `purify_fast.ops.aggregate.METHODS`, and the constant of that file.
 LSE, PEEL, MEAN, MEAN_SIGMOID, VOTE = (tl.constexpr(index) for index in range(5))
 TANGENT = tl.constexpr(70.0)
 

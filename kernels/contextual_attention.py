@@ -24,10 +24,10 @@ from torch import Tensor
 from ._common import grid, on, program
 from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
-# The number of adjacent queries in a program, if the width of the grid is a multiple of it. The queries share rows.
+#: The number of adjacent queries in a program, if the width of the grid is a multiple of it. The queries share rows.
 TOGETHER = 4
-# The number of queries whose gradient of the norms one program adds. It is fixed, so the result does not depend on the
-# batch.
+#: The number of queries whose gradient of the norms one program adds. It is fixed, so the result does not depend on the
+#: batch.
 QUERIES = 8
 
 

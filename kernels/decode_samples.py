@@ -30,21 +30,21 @@ from ._common import grid, on, program
 from .decoder_sizes import CHANNEL_TILE, Geometry, Layer, padded
 from .philox import noise
 
-# The stream of the latents, defined in purify_fast/ops/philox.py.
+#: The stream of the latents, defined in purify_fast/ops/philox.py.
 LATENT = 1
-# The largest number of bytes of feature maps in memory at once. If there are too many samples, they are decoded in
-# parts.
+#: The largest number of bytes of feature maps in memory at once. If there are too many samples, they are decoded in
+#: parts.
 MEMORY = 1 << 29
-# The kinds of launches of `_layer`: the first feature map, a later feature map, an image, and the gradient of a feature
-# map.
+#: The kinds of launches of `_layer`: the first feature map, a later feature map, an image, and the gradient of a
+#: feature map.
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
-# The largest number of columns for one cell of the image.
+#: The largest number of columns for one cell of the image.
 CELL = 16
-# The dtypes for which the last two layers can be one launch. In float32 they do not fit into the registers.
+#: The dtypes for which the last two layers can be one launch. In float32 they do not fit into the registers.
 TOGETHER = (torch.bfloat16,)
-# The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256.
+#: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256.
 FEWER_ROWS = {8: 128, 12: 128}
-# The lowest major compute capability whose shared memory has room for the tiles of `_last_two`.
+#: The lowest major compute capability whose shared memory has room for the tiles of `_last_two`.
 OLDEST = 8
 
 

@@ -10,9 +10,9 @@ from ._common import first_of, grid, is_channels_last, memory_format, on, progra
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-# The fourth word of the counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
+#: The fourth word of the counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
 DIFFUSION = 9
-# The number of steps with their own noise: `purify_fast.ops.diffusion_step.STEPS`.
+#: The number of steps with their own noise: `purify_fast.ops.diffusion_step.STEPS`.
 STEPS = tl.constexpr(65536)
 
 

@@ -11,7 +11,7 @@ from ._common import on, tile
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-# The fourth word of the counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
+#: The fourth word of the counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
 REPLAY_NOISE = 5
 
 

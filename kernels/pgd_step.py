@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ._common import BLOCK, on, sum_tile, tile
 
-# The largest tile, by norm, that stores a sample without spilling registers.
+#: The largest tile, by norm, that stores a sample without spilling registers.
 WHOLE = {1: 16384, 2: 8192}
-# The largest number of registers that a thread of an l1 kernel may use. By default, the compiler of triton 3.6 limits
-# itself to 48 or 80 registers, so that more programs run on a multiprocessor, and it spills.
+#: The largest number of registers that a thread of an l1 kernel may use. By default, the compiler of triton 3.6 limits
+#: itself to 48 or 80 registers, so that more programs run on a multiprocessor, and it spills.
 L1_REGISTERS = 128
-# The bits of the first float32 number that is not finite. The bits of |x| have the same order as |x|, and NaN is last.
+#: The bits of the first float32 number that is not finite. The bits of |x| have the same order as |x|, and NaN is last.
 INFINITE = tl.constexpr(0x7F800000)
-# The number of bisections that find the shift of l1. The reference uses the same number for float32.
+#: The number of bisections that find the shift of l1. The reference uses the same number for float32.
 HALVINGS = tl.constexpr(24)
 
 

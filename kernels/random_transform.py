@@ -11,10 +11,10 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile, w
 from .pgd_step import _clamp, _load
 from .philox import in_order, in_pairs, noise, words
 
-# The fourth words of the counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
+#: The fourth words of the counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
 MASK = 3
-# The number of blocks of an image that a program compares with each other at once.
+#: The number of blocks of an image that a program compares with each other at once.
 TILE = 64
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from ._common import CHUNK, dense, on, sum_tile, tile
 from .pgd_step import _clamp, _load
 
-# Indices of the kinds of `purify_fast.ops.representation_distance`, and the limits of that file.
+#: Indices of the kinds of `purify_fast.ops.representation_distance`, and the limits of that file.
 ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
-# LAYERS is the number of layers in a launch. PARTS is the number of chunks that are added at once.
+#: LAYERS is the number of layers in a launch. PARTS is the number of chunks that are added at once.
 LAYERS = 16
 PARTS = 128
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from ._common import first_of, grid, on, program, tile, warps
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
-# Constants of the definition: the number of random numbers before the signs of the channels, and the number that is
-# added to lengths.
+#: Constants of the definition: the number of random numbers before the signs of the channels, and the number that is
+#: added to lengths.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
-# TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
-# pixels per channel.
+#: TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
+#: pixels per channel.
 TILE, FEWEST = 2048, 32
 
 

@@ -28,11 +28,11 @@ from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
 
-# The methods that have a kernel. The kernels identify them by index.
+#: The methods that have a kernel. The kernels identify them by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
-# The published forms, which are unsafe to attack.
+#: The published forms, which are unsafe to attack.
 UNSAFE = ("peel_reference", "vote_reference")
-# exp(70) = 2.5e30, so float32 has eight decades above it for the tangent and for sums over classes.
+#: exp(70) = 2.5e30, so float32 has eight decades above it for the tangent and for sums over classes.
 TANGENT = 70.0
 
 
@@ -93,9 +93,9 @@ def vote_reference(logits: Tensor) -> Tensor:
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
-# Method, shape, and the standard deviation of the logits. The shapes have few classes, or more classes than a vector
-# has lanes and not a multiple of it. One example has logits for which peel uses the tangent, whose slope exp(70) is
-# finite in two of the dtypes.
+#: Method, shape, and the standard deviation of the logits. The shapes have few classes, or more classes than a vector
+#: has lanes and not a multiple of it. One example has logits for which peel uses the tangent, whose slope exp(70) is
+#: finite in two of the dtypes.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",
@@ -142,7 +142,7 @@ BACKWARD = define_backward(
 )
 
 
-# For ``lse`` and ``peel`` with at least SAVED_FROM classes, the forward saves [B, 3, C], and the backward is one pass.
+#: For ``lse`` and ``peel`` with at least SAVED_FROM classes, the forward saves [B, 3, C], and the backward is one pass.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16

@@ -22,7 +22,7 @@ from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
-# There is no l1, because its steps follow a different rule, which adapts the fraction of the coordinates that move.
+#: There is no l1, because its steps follow a different rule, which adapts the fraction of the coordinates that move.
 NORMS = ("linf", "l2")
 
 

@@ -114,8 +114,8 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
-# The keys are the height and width of the grid of keys, and the channels. The values are the dtypes for which the
-# example runs on a GPU.
+#: The keys are the height and width of the grid of keys, and the channels. The values are the dtypes in which the
+#: example verifies kernels on a GPU.
 EXAMPLES = {(8, 8, 6): "fb", (4, 7, 3): "h", (9, 3, 5): ""}
 RACED = ((8, 8, 96), (32, 32, 96))
 
@@ -178,10 +178,10 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
-# Four CPU kernels, which compute the whole function in eager calls. SPLIT copies the pixels of features into phases:
-# [B, 4, C, L], or [B, 4, L, C] for channels_last. JOIN copies phases into features, and adds ``more`` to the first
-# phase. SPREAD and SLOPES compute the parts between the products, including the norms of the keys. SPREAD returns U, A
-# and the inverse norms. SLOPES returns the matrix by which the pixels are multiplied for their gradient.
+#: Four CPU kernels, which compute the whole function in eager calls. SPLIT copies the pixels of features into phases:
+#: [B, 4, C, L], or [B, 4, L, C] for channels_last. JOIN copies phases into features, and adds ``more`` to the first
+#: phase. SPREAD and SLOPES compute the parts between the products, including the norms of the keys. SPREAD returns U, A
+#: and the inverse norms. SLOPES returns the matrix by which the pixels are multiplied for their gradient.
 SPLIT = cpu_kernel("contextual_attention_split", "(Tensor features, bool channels_last) -> Tensor")
 JOIN = cpu_kernel(
     "contextual_attention_join",
@@ -197,7 +197,7 @@ SLOPES = cpu_kernel(
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
 )
-# True if the kernels of the whole function exist and may be used.
+#: True if the kernels of the whole function exist and may be used.
 WHOLE = SAVING_KERNELS
 
 

@@ -103,13 +103,13 @@ def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *setti
     return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
 
 
-# Settings for which the kernel uses Winograd's algorithm.
+#: Settings for which the kernel uses Winograd's algorithm.
 _TILED = (
     ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
 )
-# The shape of the images with channels last, the output channels, then kernel, stride, padding and dilation. Each of
-# these four has a number for rows and a number for columns.
+#: The shape of the images with channels last, the output channels, then kernel, stride, padding and dilation. Each of
+#: these four has a number for rows and a number for columns.
 EXAMPLES = (
     ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
@@ -118,7 +118,7 @@ EXAMPLES = (
     ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
     *_TILED,
 )
-# Layers of DeepFillv2's generator: input channels, side of the images, output channels, kernel, stride, dilation.
+#: Layers of DeepFillv2's generator: input channels, side of the images, output channels, kernel, stride, dilation.
 RACED = tuple(
     ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
     for inputs, side, outputs, kernel, stride, d in (
@@ -131,9 +131,9 @@ RACED = tuple(
         (3, 32, 48, 5, 1, 1),
     )
 )
-# The additional error allowed for Winograd's algorithm, in units of float32's eps: 2 ** -7 of the largest number. The
-# algorithm rounds its factors to bfloat16. Results in bfloat16 have rounding errors of this size anyway, but the
-# gradient of the weights is in float32, so it needs the allowance.
+#: The additional error allowed for Winograd's algorithm, in units of float32's eps: 2 ** -7 of the largest number. The
+#: algorithm rounds its factors to bfloat16. Results in bfloat16 have rounding errors of this size anyway, but the
+#: gradient of the weights is in float32, so it needs the allowance.
 _ROUNDED = 2.0**16
 
 
@@ -244,7 +244,7 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-# The results of `_settings`, for arguments that can be distinguished as keys.
+#: The results of `_settings`, for arguments that can be distinguished as keys.
 _known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 

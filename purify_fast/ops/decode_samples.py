@@ -183,9 +183,9 @@ def _fake(condition: Tensor, *others: Any) -> Tensor:
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
-# Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
-# height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are one launch. "cifar"
-# is CARSO's decoder for images of 32 x 32.
+#: Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
+#: height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are one launch. "cifar"
+#: is CARSO's decoder for images of 32 x 32.
 DECODERS = {
     "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
     "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
@@ -193,8 +193,8 @@ DECODERS = {
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
     "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
 }
-# The keys are the decoder, the samples, the weights' dtype, and whether images are squashed. The values are the dtypes
-# for which the example runs on a GPU.
+#: The keys are the decoder, the samples, the weights' dtype, and whether images are squashed. The values are the dtypes
+#: in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ("tiled", 3, torch.bfloat16, "squashed"): "",
     ("tiled", 3, torch.bfloat16, ""): "b",

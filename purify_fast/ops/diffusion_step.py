@@ -46,9 +46,9 @@ from .dispatch.registry import Launcher, define_backward, define_op
 from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
 from .stitch import layout
 
-# The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
+#: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
-# The largest number of steps with their own noise, and the largest number of draws.
+#: The largest number of steps with their own noise, and the largest number of draws.
 STEPS = 2**16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -124,8 +124,8 @@ def variant(learned: bool, noisy: bool) -> str:
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
-# The keys are the shape, whether variances are learned, whether there is noise, and the prediction's layout. The values
-# are the dtypes for which the example runs on a GPU.
+#: The keys are the shape, whether variances are learned, whether there is noise, and the prediction's layout. The
+#: values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ((ROWS, 3, 32, 32), False, True, ""): "f",
     ((ROWS, 3, 33, 31), False, True, "channels_last"): "",

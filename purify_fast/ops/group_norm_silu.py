@@ -28,7 +28,7 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 
-# The number of channels that the kernel processes at once. They must belong to one group.
+#: The number of channels that the kernel processes at once. They must belong to one group.
 LANES = 16
 
 
@@ -66,13 +66,13 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-# The shape with channels last, the number of groups, and the number of rows of the shift (0 means no shift).
+#: The shape with channels last, the number of groups, and the number of rows of the shift (0 means no shift).
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),
     ((ROWS, 9, 1, 16), 1, 0),
 )
-# Feature maps of `purify_fast.models.UNet` with width 32.
+#: Feature maps of `purify_fast.models.UNet` with width 32.
 RACED = (((ROWS, 16, 16, 32), 2, 1), ((ROWS, 8, 8, 192), 12, 0), ((ROWS, 4, 4, 128), 8, 1))
 
 

@@ -34,7 +34,7 @@ from .dispatch.examples import IMAGES, RGB, ROWS, examples, normal, uniform, wid
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample
 
-# For each dtype: the integer dtype of the same width, the bits of the mantissa, and twice the bias of the exponent.
+#: For each dtype: the integer dtype of the same width, the bits of the mantissa, and twice the bias of the exponent.
 LAYOUT = {torch.float32: (torch.int32, 23, 254), torch.float64: (torch.int64, 52, 2046)}
 
 
@@ -93,7 +93,7 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
 
 
-# The keys are norm and shape. The values are the dtypes for which the example runs on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
     ("linf", (ROWS, 16400)): "f",
     ("l2", (ROWS, 3, 33, 31)): "b",

@@ -35,11 +35,11 @@ from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, la
 from .dispatch.registry import Launcher, define_op, wide
 
 NORMS = ("linf", "l2", "l1")
-# The fraction of the coordinates that an l1 step moves, chosen for this package. SLIDE's implementation in cleverhans
-# uses 0.01. AutoAttack's APGD begins with 0.2 and adapts it.
+#: The fraction of the coordinates that an l1 step moves, chosen for this package. SLIDE's implementation in cleverhans
+#: uses 0.01. AutoAttack's APGD begins with 0.2 and adapts it.
 DENSITY = 0.05
-# The number of bisections for l1's shift. Afterwards, the interval is shorter than the rounding error of its initial
-# upper end.
+#: The number of bisections for l1's shift. Afterwards, the interval is shorter than the rounding error of its initial
+#: upper end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -113,7 +113,7 @@ def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor
     return moved.to(x.dtype).contiguous()
 
 
-# The keys are norm and shape. The values are the dtypes for which a step is tested on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
 ON_GPU = {
     ("linf", (ROWS, 16400)): "f",
     ("linf", (ROWS, 3, 33, 31)): "h",

@@ -114,8 +114,8 @@ def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) ->
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
 
 
-# The keys are shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout. The values are the dtypes for
-# which the example runs on a GPU. Some shapes have planes whose size is not a multiple of 4.
+#: The keys are shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout. The values are the dtypes in
+#: which the example verifies kernels on a GPU. Some shapes have planes whose size is not a multiple of 4.
 EXAMPLES = {
     (*setting, layout): letters
     for setting, gpu in {

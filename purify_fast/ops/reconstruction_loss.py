@@ -57,7 +57,7 @@ BACKWARD = define_backward(
 )
 
 
-# Returns the loss, and s - t in the dtype of the arithmetic.
+#: Returns the loss, and s - t in the dtype of the arithmetic.
 SAVING = cpu_kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
 
 

@@ -111,9 +111,9 @@ def _variant(layers: int) -> str:
     return "several" if layers > 1 else ""
 
 
-# The layers of one call. The last one has more numbers than one program processes.
+#: The layers of one call. The last one has more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
-# The keys are the kind and the layers. The values are the dtypes for which the example runs on a GPU.
+#: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
     ("l2", ONE): "",
     ("abs_cosine", TWO): "h",
@@ -161,8 +161,8 @@ BACKWARD = define_backward(
 )
 
 
-# Returns the distances of one layer [B], and dd/du in the student's shape and the dtype of the arithmetic. For a 16-bit
-# student, dd/du has the size of the two layers that the backward would otherwise read.
+#: Returns the distances of one layer [B], and dd/du in the student's shape and the dtype of the arithmetic. For a
+#: 16-bit student, dd/du has the size of the two layers that the backward would otherwise read.
 SAVING = cpu_kernel("representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)")
 
 

@@ -67,8 +67,8 @@ BACKWARD = define_backward(
 )
 
 
-# SAVING returns z, kl, and the deviation e exp(logvar / 2) in the dtype of the arithmetic. FROM_SAVED computes the
-# gradients from this deviation.
+#: SAVING returns z, kl, and the deviation e exp(logvar / 2) in the dtype of the arithmetic. FROM_SAVED computes the
+#: gradients from this deviation.
 SAVING = cpu_kernel(
     "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
 )

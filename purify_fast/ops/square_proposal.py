@@ -29,9 +29,9 @@ from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
-# The number of random numbers of a proposal before the signs of the channels: two places and the orientation.
+#: The number of random numbers of a proposal before the signs of the channels: two places and the orientation.
 PLACES = 5
-# This is added to lengths, so that they are never 0 in a division.
+#: This is added to lengths, so that they are never 0 in a division.
 TINY = 1e-12
 
 
@@ -131,8 +131,8 @@ def reference(
     return points.to(x.dtype).contiguous()
 
 
-# The keys are norm, shape, proposals and edge of the windows. The values are the dtypes for which the example runs on a
-# GPU. The last shape has more pixels than a program of l2 or l1 processes at once.
+#: The keys are norm, shape, proposals and edge of the windows. The values are the dtypes in which the example verifies
+#: kernels on a GPU. The last shape has more pixels than a program of l2 or l1 processes at once.
 EXAMPLES = {
     (norm, shape, draws, edge): gpu.get(norm, "")
     for norm in NORMS

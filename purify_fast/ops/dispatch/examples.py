@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-# The number of samples of an example. A dimension whose size is a multiple of this number is taken for the dimension of
-# the samples.
+#: The number of samples of an example. A dimension whose size is a multiple of this number is taken for the dimension
+#: of the samples.
 ROWS = 3
-# Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
-# last two shapes have more numbers than one program processes. Each shape has its `Example.gpu`: the dtypes for which
-# kernels are verified with it on a GPU.
+#: Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
+#: last two shapes have more numbers than one program processes. Each shape has its `Example.gpu`: the dtypes for which
+#: kernels are verified with it on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
-# The shape of the images for races.
+#: The shape of the images for races.
 RGB = (((ROWS, 3, 32, 32),),)
 LAYOUTS = ("", "channels_last")
 

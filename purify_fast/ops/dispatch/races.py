@@ -27,7 +27,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-# During a run, these results replace those of the files. `run_kernels.keep_kernels` sets them.
+#: During a run, these results replace those of the files. `run_kernels.keep_kernels` sets them.
 of_run: dict[str, Any] = {}
 
 

@@ -35,25 +35,25 @@ from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import Verdict, verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-# The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
+#: The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
 LEVEL = 0.95
-# The number of elements with which each size is raced. A large call has more elements on a GPU than on a CPU, because a
-# GPU has different caches and a launch overhead.
+#: The number of elements with which each size is raced. A large call has more elements on a GPU than on a CPU, because
+#: a GPU has different caches and a launch overhead.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-# The largest number of elements with which these ops are raced. Their references use a kilobyte per element, so 2 ** 25
-# elements would use 29 GB.
+#: The largest number of elements with which these ops are raced. Their references use a kilobyte per element, so 2 **
+#: 25 elements would use 29 GB.
 MOST = {"decode_samples": 2**22}
-# A race that would change the backend in use is run up to this many times, because its result may be caused by other
-# work on the machine.
+#: A race that would change the backend in use is run up to this many times, because its result may be caused by other
+#: work on the machine.
 ATTEMPTS = 3
-# The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
+#: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
-# Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. It
-# cannot be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no
-# such neighbors, so it does not measure this cost.
+#: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. It
+#: cannot be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no
+#: such neighbors, so it does not measure this cost.
 IN_GRAPHS = 2.0
 
 

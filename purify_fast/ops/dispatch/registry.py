@@ -143,8 +143,8 @@ class Op(Definition):
             if raced is not None:
                 return raced if raced.backend == kernel else raced._replace(backend="reference")
         if device.type == "cuda" and call.variant in self.serves_unraced(call.style):
-            return Winner(kernel, "not raced: it replaces a dozen launches or more")
-        why = "it is a few launches" if call.style == "eager" else "compilers fuse it"
+            return Winner(kernel, "not raced: the kernel replaces at least a dozen launches")
+        why = "the reference is only a few launches" if call.style == "eager" else "compilers fuse the reference"
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
     def may_serve(self, device: torch.device) -> bool:

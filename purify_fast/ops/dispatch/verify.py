@@ -41,21 +41,21 @@ from .op import Call, Definition
 logger = logging.getLogger("purify_fast")
 
 MODES = ("first_use", "off")
-# The types of devices whose kernels take seconds to verify, mostly because they are compiled. Progress is shown for
-# them.
+#: The types of devices whose kernels take seconds to verify, mostly because they are compiled. Progress is shown for
+#: them.
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-# The allowed error of a result that jumps (`Example.jumps`), relative to the result. Both are root mean squares.
+#: The allowed error of a result that jumps (`Example.jumps`), relative to the result. Both are root mean squares.
 JUMPS = 0.1
-# The dtypes for the letters of `Example.gpu`.
+#: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-# The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that were already
-# verified.
+#: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that were already
+#: verified.
 _verifying: set[int] = set()
-# The verdicts of this process, by file and part of an op. They are stored here because the folder may not be writable.
+#: The verdicts of this process, by file and part of an op. They are stored here because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
-# The time at which a kernel is verified again after its verification ran out of memory, by file and part of an op.
+#: The time at which a kernel is verified again after its verification ran out of memory, by file and part of an op.
 _postponed: dict[tuple[str, str], float] = {}
 
 
