@@ -142,7 +142,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     printed = capsys.readouterr().err
     assert "--recipe carso/mnist_v1 needs images of shape (1, 28, 28); --data digits has (1, 16, 16)" in printed
-    instead = "leave out --recipe and give its numbers as options (`purify-fast recipe carso/mnist_v1` lists them)"
+    instead = "leave out --recipe and give its settings as options (`purify-fast recipe carso/mnist_v1` lists them)"
     assert instead in printed
     np.savez(tmp_path / "few.npz", x_train=x, y_train=y % 3, x_test=x, y_test=y % 3)
     few = ["--data", str(tmp_path / "few.npz"), "--device", "cpu"]
@@ -155,7 +155,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
         assert message in printed and "with --layers" in printed and instead in printed
     other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
     assert cli.main(other) == 2
-    assert "images are 1x16x16, the classifier in" in capsys.readouterr().err
+    assert "images are 1x16x16, but the classifier in" in capsys.readouterr().err
 
 
 @pytest.mark.slow

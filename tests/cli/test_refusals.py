@@ -74,8 +74,8 @@ REFUSED = {
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.safetensors is missing",
     "evaluate {saved} --data {bars} --device gpu --eps 0.1": "--device gpu cannot be used here",
-    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, the model in {saved} was trained on",
-    "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
+    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, but the model in {saved} was",
+    "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
@@ -112,7 +112,7 @@ def test_a_radius_in_levels_of_255(run, line, eps):
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):
     for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, the model in {} was trained on 3x16x16"),
+        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, but the model in {} was trained on 3x16x16"),
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
@@ -120,9 +120,9 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
         code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
         assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
     code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"images have 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, but the model in {tmp_path / 'm'} has only 3" in printed
     code, printed = run("train", "carso", "--classifier", tmp_path / "m", "--data", "digits", "--device", "cpu")
-    assert code == 2 and f"images have 10 classes, the classifier in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, but the classifier in {tmp_path / 'm'} has only 3" in printed
 
 
 def test_a_classifier_is_no_defence(saved):
@@ -157,9 +157,9 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--eps", "0.2"], "trained at linf 0.1, and this trains at linf 0.2; --eps 0.1 gives both the same"),
-        (["--eps", "0.1", "--norm", "l2"], "this trains at l2 0.1; --eps 0.1 --norm linf gives both the same"),
-        ([], "trained at linf 0.1, and this trains at linf 0.0313725; --eps 0.1 gives both the same"),
+        (["--eps", "0.2"], "trained at linf 0.1, but this training uses linf 0.2; for equal radii, give --eps 0.1"),
+        (["--eps", "0.1", "--norm", "l2"], "uses l2 0.1; for equal radii, give --eps 0.1 --norm linf"),
+        ([], "trained at linf 0.1, but this training uses linf 0.0313725; for equal radii, give --eps 0.1"),
         (["--eps", "0.1"], None),
     ],
 )
