@@ -99,8 +99,9 @@ def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
     lines[f"{PGD}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
     lines[f"{PGD}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
     chain = found.chain()
-    lines["that, then `strong`: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
-    lines[f"the same, minus `{name}` alone"] = difference(chain, alone.chain())
+    after = "PGD-200, then `strong`"
+    lines[f"{after}: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
+    lines[f"{after}: every draw right, minus `{name}` alone"] = difference(chain, alone.chain())
     seconds = found.seconds()
     lines["CPU seconds of PGD-200 an image"] = "-" if seconds is None else f"{seconds:.1f}"
     return lines
@@ -178,9 +179,10 @@ def said(results: Path) -> list[str]:
             exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
             if exact is None:
                 continue
-            text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
+            text = f"- `{name}`: after PGD-200 through every step {share(exact)} % of single predictions are right"
             if weakest is not None:
-                text += f". The weakest of its authors' attacks leaves {share(weakest)} % of {len(weakest)} images"
+                shown = f"{share(weakest)} % of {len(weakest)} images"
+                text += f". After the weakest attack of its authors {shown} are right"
             chain = one.chain()
             if chain is not None:
                 text += f". After `strong` {share(chain)} % of {len(chain)} images are right in every draw"
@@ -188,7 +190,7 @@ def said(results: Path) -> list[str]:
         kept = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
         if kept is not None:
             lines.append(
-                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: {share(kept)} % of "
-                f"{len(kept)} images of {dataset}."
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200 "
+                f"{share(kept)} % of {len(kept)} images of {dataset} are right."
             )
     return lines or [f"Not run yet: {COMMAND} writes the numbers."]

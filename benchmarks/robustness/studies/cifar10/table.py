@@ -75,9 +75,9 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     if not more:
         return ""
     others = [f"{name} {change:+d}" for name, change in more.items() if change]
-    text = f"On the same {counts.strong:,} images `strong` leaves as many right as `{counts.main}` in "
-    text += f"{len(more) - len(others)} of {len(more)} rows"
-    return text + (f"; the others: {'; '.join(others)}." if others else ".")
+    text = f"On the same {counts.strong:,} images, as many are right after `strong` as after `{counts.main}` in "
+    text += f"{len(more) - len(others)} of {len(more)} rows."
+    return text + (f" The differences in the other rows: {'; '.join(others)}." if others else "")
 
 
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
