@@ -53,8 +53,8 @@ REFUSED = {
     **{
         TRAIN.format("arrest") + options: message
         for options, message in {
-            "--pooled": "pooled is for maps and tokens: hidden puts out a vector already",
-            "--pooled --classifier {fits}": "pooled is for maps and tokens",
+            "--pooled": "pooled must be False for layers whose outputs are vectors, got hidden",
+            "--pooled --classifier {fits}": "pooled must be False",
             "--keep-teacher --padding 1": "--keep-teacher needs images that are not augmented: leave out",
             "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
             "--classifier nowhere": "nowhere/model.safetensors is missing",
