@@ -45,7 +45,8 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The estimated cost of a capture in seconds, used until a capture was measured: a dozen steps of 1.5 ms on a ResNet-18.
+#: The estimated cost of a capture in seconds, used until a capture was measured. It is a dozen steps of 1.5 ms on a
+#: ResNet-18.
 CAPTURE_SECONDS = 0.02
 #: The share of a step's time that a replay must save. Otherwise the step is not captured again.
 LEAST_SAVING = 0.1
@@ -58,8 +59,8 @@ RETRIED_AFTER = 1000
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest value.
-#: OTHER_SIGNS: the share of values that may have a larger error.
+#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
+#: value. OTHER_SIGNS: the share of values that may have a larger error.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
