@@ -26,7 +26,7 @@ def at_least_one(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Read a time above 0."""
+    """Read a number of seconds or minutes, which must be above 0."""
     if not (number := float(text)) > 0:
         raise ArgumentTypeError(f"must be a number above 0; it is {number:g}")
     return number

@@ -212,7 +212,7 @@ def broken_links(page: Path) -> list[str]:
             continue
         place = (page.parent / path) if path else page
         if place.parent == ROOT / "docs" / "api":
-            # The site's build writes a page for each public module.
+            # The API pages do not exist in the repository: the build of the site writes one for each public module.
             module = place.stem.removeprefix("purify_fast").replace(".", "/")
             home = ROOT / f"purify_fast{module}"
             if not (home.with_suffix(".py").is_file() or (home / "__init__.py").is_file()):
@@ -294,7 +294,7 @@ def check(results: Path) -> list[str]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks report``."""
+    """Add the options of ``python -m benchmarks report``."""
     parser.add_argument("folders", nargs="*", type=Path, help="folders of results; default: benchmarks/results/*")
     parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(

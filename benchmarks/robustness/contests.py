@@ -343,7 +343,7 @@ def _published(folder: Path | None) -> Subject:
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
 
 
-#: The contests, by name.
+#: The contests of a usual run, by name.
 CONTESTS = {
     "digits, base": _digits("digits-pgd-at"),
     "digits, ARREST": _digits("digits-arrest"),

@@ -14,7 +14,9 @@ from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
 from ...kept import Row, rows_of
-from . import honest as _honest  # noqa: F401 (each of the two fills the table of entries, the first with the defences)
+
+# These imports add the entries to `ENTRIES`. The module `honest` also imports the defences.
+from . import honest as _honest  # noqa: F401
 from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
 

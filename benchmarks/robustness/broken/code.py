@@ -138,7 +138,7 @@ def _referred(function: types.FunctionType) -> list[Any]:
 
 
 def outdated(results: Path) -> list[str]:
-    """Return a message for each result that was made by other code than the present code.
+    """Return a message for each result whose code has changed since it was computed.
 
     Args:
         results: the folder ``benchmarks/results``.

@@ -48,7 +48,7 @@ def key(row: Row) -> tuple[int, int, int]:
 
 
 def outdated(results: Path) -> list[str]:
-    """Return a message for each row that other attacks made than the present ones, or that has other networks.
+    """Return a message for each row whose attacks or networks differ from the present ones.
 
     Args:
         results: the folder ``benchmarks/results``.

@@ -29,7 +29,7 @@ def call(x: Tensor, prediction: Tensor, *named: Tensor, noisy: bool) -> Tensor:
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     b, c, *sides = shape
     halves = 2 if variant == "learned" else 1
-    # `philox` counts a normal as 45 operations.
+    # A normal number takes 45 operations, see `philox`.
     normals = 0 if variant == "noiseless" else 45
     return Case(
         shape,
