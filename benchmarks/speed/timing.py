@@ -44,7 +44,7 @@ AUTOTUNED = "autotuned"
 #: The largest number of input sets that take turns. Inputs that would need more sets are small, and their time is not
 #: limited by memory.
 MOST_SETS = 8
-#: Our kernel is used only if the best other time is at least this share of its own time.
+#: Our kernel is used only if the time of the fastest other implementation is at least this share of the kernel's time.
 LEAST = 0.95
 
 
