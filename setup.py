@@ -144,7 +144,7 @@ def torch_extension(mode: str) -> dict:
         If compiling fails in the mode `auto`, the pure-Python package is installed.
         """
 
-        # Whether this run has compiled the extension.
+        # This becomes True when this run has compiled the extension.
         compiled = False
 
         def build_extension(self, ext) -> None:

@@ -52,7 +52,7 @@ def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0
     attacks = [
         PGD(steps=10),
         APGD(steps=20),
-        # This attack does not know the noise. The report says that it is not adaptive.
+        # This attack ignores the noise. The report says that the attack is not adaptive.
         AttackSpec(PGD(steps=10), target="classifier"),
     ]
     config = EvaluateConfig(eot_iter=4)

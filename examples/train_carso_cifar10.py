@@ -55,7 +55,7 @@ def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso
     objective = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=3 if tiny else 100, batch_size=batch)
     fit(CarsoTask(defence, objective), x, y, epochs, out / "objective", "the paper's objective")
-    # The paper does not train like this: the attacks see the whole defence. This makes the defence robust.
+    # The paper does not train like this: the attacks see the whole defence. This step matters most for robustness.
     pipeline = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=1 if tiny else 20, batch_size=batch)
     fit(CarsoTask(defence, pipeline), x, y, epochs, out / "pipeline", "through the pipeline")

@@ -37,7 +37,7 @@ def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> Pr
 
 
 def end_workers() -> None:
-    """Terminate the children of this process. To shut down their pool would take longer, as it waits for their work."""
+    """Terminate the children of this process. A shutdown of their pool would wait until their work is finished."""
     for process in multiprocessing.active_children():
         process.terminate()
 
@@ -56,9 +56,9 @@ class Stop:
 def stop_on_sigterm() -> Iterator[Stop]:
     """Within the block, a first SIGTERM is recorded, so that the work can end cleanly. A second ends the process.
 
-    This function changes nothing in four cases: the user has set a handler; it is called outside the main thread; this
-    process is a worker, which its parent ends by SIGTERM; or this process is one of several, where it may be waiting
-    for the others and would not notice the record.
+    This function changes nothing in four cases. The user has set a handler. It is called outside the main thread. This
+    process is a worker, which its parent ends by SIGTERM. Or this process belongs to a group of several processes: it
+    may be waiting for another process, and would then not see the record.
 
     Yields:
         An object that tells whether a SIGTERM arrived.

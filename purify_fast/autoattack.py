@@ -8,8 +8,8 @@ implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
 Four things differ from the original:
 
 - The attack on an image ends early if it can no longer succeed.
-- A random model is predicted with several fresh draws, as many as a step of the attack averages. An image is attacked
-  until every fresh draw misclassifies it, and the printed accuracy is the mean over the draws.
+- The prediction of a random model uses several new draws, as many as a step of the attack averages. An image is
+  attacked until all these draws misclassify it. The printed accuracy is the mean over the draws.
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
 - ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
   untargeted FAB.
@@ -315,7 +315,7 @@ class AutoAttack:
 
     @staticmethod
     def _left(attacked: AttackSequence) -> float:
-        # For a random model this is the expected accuracy of a fresh draw.
+        # For a random model this is the expected accuracy of a new draw.
         return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:

@@ -187,7 +187,7 @@ class Defence(StochasticDefence):
 
     @property
     def computes_in_bfloat16(self) -> bool:
-        """Whether the defence is accelerated in bfloat16."""
+        """Tell whether the defence is accelerated in bfloat16."""
         return self.fast is not None and self.fast.dtype == torch.bfloat16
 
     # -- speed --------------------------------------------------------------------------------------------------------

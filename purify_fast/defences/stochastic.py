@@ -155,13 +155,13 @@ class StochasticDefence(nn.Module):
 
     @property
     def noise_is_off(self) -> bool:
-        """Whether the noise is off, so that nothing is drawn."""
+        """Tell whether the noise is off, so that nothing is drawn."""
         self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
-        """Whether every call draws new noise."""
+        """Tell whether every call draws new noise."""
         self._refuse_other_threads()
         return self._noise == "fresh"
 
@@ -246,7 +246,7 @@ class WithAggregation(nn.Module):
             return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Compute the logits of ``draws`` independent calls together, ``[draws, B, classes]``, for attacks with EOT.
+        """Compute the logits of ``draws`` independent calls, ``[draws, B, classes]``, together, for attacks with EOT.
 
         Args:
             x: images ``[B, C, H, W]``.

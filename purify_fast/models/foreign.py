@@ -185,12 +185,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise
     # A file that is not a pickle may raise any kind of error.
     except Exception as error:
-        raise ValueError(f"{path} holds no weights: {error}".splitlines()[0]) from error
+        raise ValueError(f"{path} contains no weights: {error}".splitlines()[0]) from error
     for key in ("state_dict", "model_state_dict", "model", "G"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: a table of tensors is wanted")
+        raise ValueError(f"{path} contains no state dict, which is a dictionary of tensors: save model.state_dict()")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 

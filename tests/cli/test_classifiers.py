@@ -161,10 +161,10 @@ def test_only_tensors_are_read(tmp_path, capsys):
         read_weights(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
     torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match=r"list\.pth contains no state dict"):
         read_weights(tmp_path / "list.pth")
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match=r"empty\.safetensors contains no weights"):
         read_weights(tmp_path / "empty.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
         read_weights(tmp_path / "nowhere.pth")

@@ -142,7 +142,7 @@ class Steps:
 
     @property
     def replays(self) -> bool:
-        """Whether the next step is a replay."""
+        """Tell whether the next step is a replay."""
         return self.captured is not None
 
     def take(self) -> None:
