@@ -316,8 +316,8 @@ class EngineAttack(Attack):
     must confirm it by fresh draws. The image then has fallen, and is removed from the batch.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
         restarts: number of runs for each target; a run searches the images that have not fallen yet.
         precision: precision of the search: "float32", "bfloat16" (a copy of the model computes in bfloat16) or "auto"
             (such a copy is used if it saves time). Every success is checked on the model itself.
@@ -386,7 +386,7 @@ class EngineAttack(Attack):
 
 
 def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
-    """The end of an attack's name: the number of targets, if it is not the usual one, and the number of restarts."""
+    """The end of an attack's name: the number of targets, unless it is the usual number, and the restarts."""
     count = "all" if n_target_classes is None else n_target_classes
     return (f", {count} targets" if count != USUAL_TARGETS else "") + times(restarts)
 

@@ -65,9 +65,8 @@ class BranchAndBound(Attack):
     `AttackResult.proved` is the number of images that are proved robust.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball, which can only be "linf" and needs an eps; None: the norm of the
-            evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, which can only be "linf" and needs an eps; None: the norm of the evaluation.
         nodes: the approximate limit of subproblems per image. An image that needs more is not proved.
         relus: the most ReLUs of a network.
 
@@ -320,7 +319,7 @@ class _Search:
         return nodes, torch.stack(corners), torch.cat([*changes, low[:, :0]], 1)
 
     def to_split(self, nodes: _Nodes, boxes: _Boxes, corner: Tensor, weights: Tensor) -> Tensor:
-        """The ReLU to split next: the one whose relaxation lowers the bound most; -1 if every input has one sign."""
+        """The next ReLU to split, whose relaxation lowers the bound most; -1 if no input has both signs."""
         low, high = _of_all(boxes)
         at, inputs = corner, [low[:, :0]]
         for i, (weight, bias) in enumerate(self.layers[:-1]):

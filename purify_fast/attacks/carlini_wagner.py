@@ -82,7 +82,7 @@ class _CarliniWagnerSearch(NearestSearch):
         ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
         self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
         self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
-        # For each row: the present c, the largest c that found no misclassified point, and the smallest that found one.
+        # For each row: the present c, the largest c without a misclassified point, and the smallest c with a point.
         self.c = torch.full_like(self.distance, FIRST)
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
         each = self.steps // constants

@@ -246,7 +246,7 @@ def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
 
 
 def _generators(device: torch.device) -> list[Tensor]:
-    """The states of the generators from which a step on a device may draw: the CPU's, and the GPU's if it is on one."""
+    """The states of the generators from which a step may draw: the CPU's, and on a GPU also the GPU's."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

@@ -63,8 +63,8 @@ class AutoAttack(Attack):
     """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
         version: "standard", for a model that predicts the same every time, or "rand", which averages the gradients over
             several draws.
         steps: number of steps of its APGD and FAB; None: 100, as in the authors' code.

@@ -135,8 +135,8 @@ class PGD(Attack):
     """Projected gradient ascent on the attack's loss, in several runs; an image keeps the result of its worst run.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         steps: number of gradient steps; None: the number of the evaluation, or 100 without an evaluation.
         random_start: whether the first run begins at a random point; every further run begins at a random point.
@@ -264,8 +264,8 @@ class FGSM(Attack):
     """One step of length eps from the image itself.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
 
     Raises:

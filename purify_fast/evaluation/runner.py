@@ -158,7 +158,7 @@ def evaluate(
 
     Returns:
         A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In the ``worst`` row an
-        image is robust only if it is robust in all rows of the deployed model, also those of AutoAttack and of
+        image is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of
         transferred images. In a row of an attack on survivors, images that fell before are not robust.
         The images of an attack on a variant are also tried on the deployed model. This second row counts for ``worst``;
         the first row counts only for "worst, fixed" or "worst, deterministic". Attacks on the first 200 images count

@@ -82,8 +82,8 @@ class FunctionAttack(Attack):
     """A function as an attack; made by `as_attack`.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball, which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, which needs an eps; None: the norm of the evaluation.
         function: ``(model, x, y) -> x_adv``.
         row_name: name of the attack in the report.
         own_revision: a name for the function's code; None: the results are not cached.

@@ -110,7 +110,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
         alone = torch.cat([model(image[None]).argmax(1) for image in x[:ALONE]])
-        # A batch as large as those of the attacks is also predicted, because some faults appear only in large batches.
+        # A batch of the size that attacks use is also predicted, because some faults appear only in large batches.
         larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
     return max(share(together, reverse), share(together, larger), share(together[:ALONE], alone))
 

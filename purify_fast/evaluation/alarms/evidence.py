@@ -1,6 +1,6 @@
-"""What the alarms use and return: the evidence from attacks and probes, their findings, and an outlook.
+"""The evidence from attacks and probes for the alarms, the alarms' findings, and the outlook.
 
-The outlook is the expected gain of another attack.
+The outlook is an estimate of how much another attack would lower the accuracy.
 """
 
 from __future__ import annotations
