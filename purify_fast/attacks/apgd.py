@@ -315,7 +315,7 @@ def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: 
     The first points may lie outside of the ball. ``steps`` is the number of steps in all three balls.
     """
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
-    # The last ball, the given one, gets at least one step.
+    # The last ball gets at least one step.
     parts.append(max(1, steps - sum(parts)))
     begin = rows.begin
     for factor, count in zip(LARGER, parts, strict=True):

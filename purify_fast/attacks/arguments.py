@@ -17,8 +17,8 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
 
     x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
     must be int64 ``[B]``, at least 0. The values are checked only on a CPU, because a check on another device would
-    wait for it, and `evaluate` checks them anyway. The values are not checked either while a compiler or a dispatch
-    mode is active, for fake tensors, and inside ``torch.func.vmap``, because there are no values then.
+    wait for it, and `evaluate` checks them anyway. The values are also not checked while a compiler or a dispatch mode
+    is active. Fake tensors, and tensors inside ``torch.func.vmap``, have no values.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A fast copy of a model, from which attacks take their gradients: BatchNorm is folded, and it computes in bfloat16.
+"""Makes a fast copy of a model, from which attacks take gradients; it has folded BatchNorms, and uses bfloat16.
 
 No measured time decides whether a copy is used, so the same model is attacked in the same way on every machine of the
 same kind. Making a copy does not change the state of the random generators. So a resumed evaluation finds the same

@@ -177,11 +177,10 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Change a list of attacks so that every search is complete, and add attacks with the gradients of surrogates.
+    """Make every attack search all images and take all steps, and add attacks with the gradients of surrogates.
 
     The attacks with surrogates come after the attacks with the model's own gradients, so that the report shows what
-    these gradients find, and before FAB-T and Square. A list in which all searches are complete, and which has these
-    attacks, is returned unchanged.
+    these gradients find, and before FAB-T and Square. A list that already fulfills all of this is returned unchanged.
 
     Args:
         attacks: attacks of a protocol.
@@ -259,7 +258,8 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: The protocols in which every search becomes complete if probes find signs of masked gradients before the attacks.
+#: The protocols in which every attack searches all images and takes all steps if probes find signs of masked gradients
+#: before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {

@@ -14,7 +14,7 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
-#: The report's words for the variants of a random model without randomness, in which nobody deploys it.
+#: The report's words for the variants of a random model that have no randomness. Nobody deploys these variants.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The name of the curve of accuracy over the radius, after all attacks, among a report's curves.
 CURVE = "eps, every attack"

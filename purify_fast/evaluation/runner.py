@@ -429,7 +429,7 @@ class _Evaluation:
         measure.attacks = [*self.plan, *at_radii]
 
     def act_on(self, signs: Sequence[str]) -> None:
-        """If there are signs of masked gradients, make every search complete, and add a note."""
+        """If there are signs of masked gradients, change the attacks by `to_the_end`, and add a note."""
         if not (signs and self.acts):
             return
         subject, context = self.measure.subject, self.measure.context

@@ -1,4 +1,7 @@
-"""Signs of masked gradients, which are measured before the attacks. With such signs, every search becomes complete."""
+"""Signs of masked gradients, which are measured before the attacks.
+
+With such signs, every attack searches all images that have not fallen, and takes all of its steps.
+"""
 
 from __future__ import annotations
 

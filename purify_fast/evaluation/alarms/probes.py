@@ -1,8 +1,8 @@
 """Probes: short attacks on a few images, and tests of the model's predictions, from which alarms are computed.
 
-The short attacks run before the attacks of the report. If they find signs of masked gradients, every search of the
-report becomes complete. They take gradients from the same copy of the model as the attacks, and skip images that have
-fallen.
+The short attacks run before the attacks of the report. If they find signs of masked gradients, the attacks of the
+report search all images that have not fallen, and take all of their steps. The short attacks take gradients from the
+same copy of the model as the attacks of the report, and skip images that have fallen.
 """
 
 from __future__ import annotations
