@@ -71,7 +71,7 @@ def trio():
             lambda x, y: (x.permute(0, 2, 3, 1), y),
             ValueError,
             r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels"
-            r" seem to come last; x.permute\(0, 3, 1, 2\) puts them first",
+            r" seem to be last; x.permute\(0, 3, 1, 2\) puts them first",
         ),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
