@@ -173,7 +173,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights must be the path of a file, but {path} does not exist")
+        raise FileNotFoundError(f"{path} is missing: give the path of a file of weights")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:

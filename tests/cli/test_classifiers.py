@@ -166,7 +166,7 @@ def test_only_tensors_are_read(tmp_path, capsys):
     (tmp_path / "empty.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.safetensors contains no weights"):
         read_weights(tmp_path / "empty.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is missing"):
         read_weights(tmp_path / "nowhere.pth")
 
 

@@ -187,7 +187,7 @@ def test_a_class_without_images(run, tmp_path):
     np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     words = ["--data", tmp_path / "gap.npz", "--device", "cpu", "--epochs", "1", "--batch-size", "8", "--width", "2"]
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out")
-    assert code == 2 and "no image has label 1: give num_classes if that is meant" in printed
+    assert code == 2 and "no image has label 1: pass num_classes" in printed
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out", "--num-classes", "3")
     assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 
