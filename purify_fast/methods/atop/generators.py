@@ -33,8 +33,8 @@ FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_
 class GatedConv(nn.Module):
     """A gated convolution, ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``.
 
-    A convolution with zero padding and twice as many output channels returns a and b, and the result is ``ELU(a)
-    sigmoid(b)``. Weights are initialized by kaiming_uniform with fan_out, and biases are 0.
+    A convolution with zero padding and twice as many output channels returns a and b. The result is
+    ``ELU(a) sigmoid(b)``. Weights are initialized by kaiming_uniform with fan_out, and biases are 0.
 
     Args:
         inputs: channels of the input.
@@ -321,8 +321,8 @@ class SmallGenerator(nn.Module):
         width: channels at full size. There are twice this number at half size, and four times at a quarter.
         attention: whether the refined stage has a branch of contextual attention, at half size.
         residual: whether each stage predicts a correction of an image in place of a whole image. The coarse stage
-            corrects the transformed image, and the refined stage the coarse image. The result is ``tanh(atanh(0.95
-            image) + correction)``, and the initial correction is 0.
+            corrects the transformed image, and the refined stage the coarse image. The result is
+            ``tanh(atanh(0.95 image) + correction)``, and the initial correction is 0.
 
     Raises:
         ValueError: sizes do not fit, at construction or at a call.

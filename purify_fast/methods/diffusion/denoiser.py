@@ -180,8 +180,8 @@ class Denoiser(nn.Module):
 
     Args:
         module: the denoiser; it is not copied. ``module(x, t)`` with x ``[B, C, H, W]`` and t ``[B]`` returns a tensor,
-            or an object with a tensor ``sample``, as models of diffusers do. The tensor is ``[B, C, H, W]``, or ``[B,
-            2C, H, W]`` with learned variances, as in models of guided-diffusion.
+            or an object with a tensor ``sample``, as models of diffusers do. The tensor is ``[B, C, H, W]``. With
+            learned variances it is ``[B, 2C, H, W]``, as in models of guided-diffusion.
         image_shape: (C, H, W).
         whole_times: whether t is int64.
 
