@@ -180,7 +180,7 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and the folder of the file.
-        attacks: the attacks on the images; None is refused, and means that the training has no such attacks.
+        attacks: the attacks on the images. None, for a training without such attacks, is refused.
         images: the images whose variants are stored.
         batch_size: images of a step, of all processes together.
 

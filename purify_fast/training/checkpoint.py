@@ -171,5 +171,5 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if "kind" not in facts:
             raise ValueError("the file's metadata has no kind of model")
     except ValueError as error:
-        raise ValueError(f"{folder} holds a broken model: {path}: {error}") from error
+        raise ValueError(f"{folder} holds a model that cannot be loaded: {path}: {error}") from error
     return facts, state

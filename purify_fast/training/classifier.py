@@ -158,5 +158,5 @@ def load_classifier(folder: str | Path) -> nn.Module:
         model = _KINDS[kind](**facts["arguments"])
         model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a broken model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder} holds a model that cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval()

@@ -192,9 +192,9 @@ class FitConfig:
             overfits to its own attack within an epoch (catastrophic overfitting, Wong et al., ICLR 2020).
         cuda_graphs: on a CUDA device, "auto" captures a step of the training's attack as a CUDA graph once its kernel
             launches have taken as much time as a capture takes, and keeps the graph if a replay saves at least a tenth
-            of the time; "always" captures the step wherever possible; "off" never does. A graph has memory of its own,
-            as much as one attack step needs. Choose "off" for a model that changes settings in an object other than a
-            module, dataclass or namespace: a captured step does not see the change.
+            of the time; "always" captures the step wherever possible; "off" never does. A graph needs the memory of one
+            attack step for itself. Choose "off" for a model that changes settings in an object other than a module,
+            dataclass or namespace: a captured step ignores the change.
         cudnn_benchmark: "auto" lets cuDNN time its algorithms once for each shape and use the fastest, except if the
             process requires deterministic algorithms; "on" always does; "off" leaves cuDNN's setting unchanged. This
             has an effect on CUDA devices only.
@@ -237,11 +237,10 @@ class ClassifierConfig:
             cheaper, support linf only, and use eps as the length of a step if the attack has no alpha. "n_fgsm": one
             step without projection, from uniform noise of radius 2 eps (de Jorge et al., NeurIPS 2022, Algorithm 1).
             "nuat": one step; the loss is cross-entropy on clean images plus the nuclear norm of the change of the
-            logits (Sriramanan et al., NeurIPS 2021); one process only. "free": each batch is trained on as many times
-            as the attack has steps, and each gradient changes both the weights and the images (Shafahi et al., NeurIPS
-            2019, Algorithm 1; here every batch begins at a random point of the ball, in place of the perturbation of
-            the batch before). So with "free", one epoch trains on each image that many times. Validations use PGD-10
-            if the attack has fewer than 10 steps.
+            logits (Sriramanan et al., NeurIPS 2021); one process only. "free": an epoch trains m times on each batch,
+            where m is the number of the attack's steps, and each gradient changes both the weights and the images
+            (Shafahi et al., NeurIPS 2019, Algorithm 1; here every batch begins at a random point of the ball, in place
+            of the perturbation of the batch before). Validations use PGD-10 if the attack has fewer than 10 steps.
         nuclear_weight: highest weight of the nuclear norm in "nuat". The weight rises from 0, epoch by epoch, over the
             first nine tenths of the epochs. The authors use 4.5 for a ResNet-18 on CIFAR-10 and batches of 64 (their
             CIFAR10/NuAT_cifar10.py, lines 37 and 274).

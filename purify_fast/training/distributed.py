@@ -123,7 +123,7 @@ class _Watch(_distributed.Heartbeat):
         time.sleep(NOTICE)
         self.give_and_read()
         gone = [other for other in self.missed if other not in self.signs or self.signs[other].state != "waits"]
-        return self.named(gone) if gone else "no one process: all others wait too, so the network between them failed"
+        return self.named(gone) if gone else "any process, but all others wait too: the network between them failed"
 
     def named(self, ranks: list[int]) -> str:
         steps = {rank: f"last in step {self.signs[rank].step}" for rank in ranks if rank in self.signs}

@@ -158,7 +158,7 @@ class Loader:
                 batch = next(given)
             except StopIteration:
                 raise ValueError(
-                    f"x must give as many batches as its length says, {self.steps}; it gave {k} in epoch {epoch}"
+                    f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
             images, labels, *rest = batch
             ids = rest[0] if rest else torch.arange(seen, seen + len(images))
@@ -205,7 +205,7 @@ def held_out_source(
             )
         return None
     if validation is not None and config.validation_share > 0:
-        raise ValueError("give validation or validation_share, not both")
+        raise ValueError(f"validation must be None if validation_share is above 0, got {config.validation_share}")
     ids = None
     if validation is None:
         # `training_source` has refused a validation_share with batches, so x is images
@@ -266,7 +266,7 @@ def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     k = round(share * n)
     if not 0 < k < n:
         raise ValueError(
-            f"validation_share must leave images for training and for validation; {share} of {n} images are {k}"
+            f"validation_share must give at least 1 image to training and to validation; {share} of {n} images are {k}"
         )
     # numpy promises never to change the numbers of RandomState. The seed has one word more than those of
     # `data.batches`, so that the numbers differ.

@@ -202,4 +202,4 @@ def test_a_damaged_model_file_and_arguments_that_no_model_takes(run, bars, saved
     else:
         (saved / "model.safetensors").write_bytes(content)
     code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed
+    assert code == 2 and f"{saved} holds a model that cannot be loaded" in printed and "Traceback" not in printed

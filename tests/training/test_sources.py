@@ -137,7 +137,7 @@ def test_loaders_that_cannot_be_used_are_refused():
 
     for wrong, message in (
         ([], "x must have at least 1 batch, got 0"),
-        (Short([(x, y)]), "x must give .* 2; it gave 1 in epoch 0"),
+        (Short([(x, y)]), "x must give 2 batches, .* it gave 1 in epoch 0"),
         ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
         ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
     ):

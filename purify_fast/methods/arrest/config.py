@@ -97,7 +97,7 @@ class ArrestConfig:
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
 
     def replays(self, epoch: int, epochs: int) -> bool:
-        """Tell whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
+        """Tell whether examples may be replayed in an epoch, counted from 0."""
         # rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
