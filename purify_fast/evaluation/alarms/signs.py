@@ -232,9 +232,7 @@ def logits(evidence: Evidence) -> Outcome | None:
     return Outcome("unreliable", text)
 
 
-@Alarm(
-    "gradient health", Advice("look for rounding, .detach() or a custom backward in forward", ("BPDA", "strong"))
-)
+@Alarm("gradient health", Advice("look for rounding, .detach() or a custom backward in forward", ("BPDA", "strong")))
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
