@@ -107,7 +107,7 @@ class TrainingAttack:
         Returns:
             The adversarial images ``[A, C, H, W]``.
         """
-        # PyTorch takes 1.8 seconds to import, and the command line's --help reads this class and must not wait for that
+        # importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait
         from ..attacks import pgd
 
         now = self.at_epoch(batch.epoch, batch.epochs)

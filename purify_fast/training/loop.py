@@ -42,7 +42,7 @@ from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
-#: How often a run backs off at most, and the factor by which it multiplies its learning rate each time.
+#: The largest number of times that a run backs off, and the factor for its learning rate each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
 

@@ -71,7 +71,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
     alpha = now.eps if now.alpha is None else now.alpha
     x, y, with_norm = batch.x, batch.y, batch.step % 2 == 1 and weight > 0
     inside = sample_in_ball(x, ball_around(x, now.eps), seed=batch.seed, sample_ids=batch.sample_ids)
-    # the sign is 0, and the pixel is unchanged, if its noise points out of [0, 1] and it is at that border already
+    # a pixel at 0 or 1 whose noise points out of [0, 1] has the sign 0, and does not change
     corner = (x + CORNER * now.eps * (inside - x).sign()).clamp(0, 1)
     with frozen(model):
         with torch.no_grad():

@@ -98,7 +98,7 @@ class ArrestConfig:
 
     def replays(self, epoch: int, epochs: int) -> bool:
         """Tell whether examples may be replayed in an epoch, counted from 0."""
-        # rounded, because 0.07 * 100 is slightly above 7 in floating point
+        # the product is rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 

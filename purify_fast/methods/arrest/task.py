@@ -305,7 +305,7 @@ class Teacher:
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
         layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # stored in this order, the selected maps have the layout channels_last again
+        # maps are stored with channels last, so the maps that a step selects have the layout channels_last
         self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
 
     def __call__(self, batch: Batch) -> list[Tensor]:

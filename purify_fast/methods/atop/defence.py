@@ -219,7 +219,7 @@ class Atop(Defence):
         Args:
             eps: radius in image units.
         """
-        # imported here, because predictions do not need the package evaluation
+        # this import is here because predictions do not need the package evaluation
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)

@@ -70,7 +70,7 @@ class PurifierAdapter(nn.Module):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
-        # whether the module overwrites its input, and therefore must get a copy
+        # if the module overwrites its input, it gets a copy
         self._overwrites = False
         self._dry_run()
 

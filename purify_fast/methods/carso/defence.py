@@ -264,7 +264,7 @@ class Carso(Defence):
         Args:
             eps: radius in image units. It is not used, because AutoAttack uses the radius of the report.
         """
-        # imported here, because predictions do not need the package evaluation
+        # this import is here because predictions do not need the package evaluation
         from ...attacks import AutoAttack
         from ...defences.stochastic import WithAggregation
         from ...evaluation import AttackSpec

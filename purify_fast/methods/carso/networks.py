@@ -262,7 +262,7 @@ class Decoder(nn.Module):
     runs_in_order = True
     #: Slope of LeakyReLU between the transposed convolutions.
     slope = 0.2
-    #: Whether BatchNorm comes before LeakyReLU.
+    #: True if BatchNorm comes before LeakyReLU.
     normalizes = True
 
     def __init__(

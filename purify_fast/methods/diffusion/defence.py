@@ -319,7 +319,7 @@ class DiffusionPurifier(Defence):
             norm: norm of the ball.
             eps: radius in image units.
         """
-        # imported here, because predictions do not need the package evaluation
+        # this import is here because predictions do not need the package evaluation
         from .own_attacks import strong_attacks
 
         return strong_attacks(self, norm, eps)
@@ -332,7 +332,7 @@ class DiffusionPurifier(Defence):
         Args:
             eps: radius in image units.
         """
-        # imported here, because predictions do not need the package evaluation
+        # this import is here because predictions do not need the package evaluation
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)

@@ -215,7 +215,7 @@ class Denoiser(nn.Module):
             x: noisy images ``[B, C, H, W]``.
             t: times in the units of the module, float64 ``[B]``.
         """
-        # the eight bits of bfloat16's mantissa cannot represent a thousand times
+        # the eight bits of bfloat16's mantissa cannot distinguish a thousand values of the time
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample

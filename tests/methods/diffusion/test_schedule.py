@@ -164,7 +164,11 @@ REFUSED = {
     "t_star must be in (0, 1] and at least 1 of the 1000 steps, got 1e-05": {"t_star": 1e-5},
     "steps must be at most 100": {"steps": 101},
     "steps must be at least 1, got 0": {"steps": 0},
-    "steps of all rounds, and 1 more per round, must be at most 32768, got 45005": {"t_star": (0.1,) * 5, "steps": 9000, "schedule": Schedule("vp")},
+    "steps of all rounds, and 1 more per round, must be at most 32768, got 45005": {
+        "t_star": (0.1,) * 5,
+        "steps": 9000,
+        "schedule": Schedule("vp"),
+    },
     "steps must be a whole number": {"steps": 2.5},
     "one for each t_star": {"t_star": (0.1, 0.2), "steps": (3,)},
     "steps must be 1 or None for the solver one_shot, got 2": {"solver": "one_shot", "steps": 2},
